@@ -1,0 +1,327 @@
+"""What the three optimizers share: deciding at construction, stepping by plan, state."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from selective_optim import _torch
+from selective_optim._cells import Member, free_choice
+from selective_optim._decisions import (
+    Decision,
+    Ledger,
+    decide,
+    require_matches,
+    require_shapes,
+    warn_of_changes,
+)
+from selective_optim._kernels import Group, Kernel, States
+from selective_optim._plan import Stepper
+from selective_optim._rules import Policy
+from selective_optim.parameters import Knowledge, ParameterInfo
+from selective_optim.policies import as_policy
+from selective_optim.report import DecayReport, make_report
+
+Model = nn.Module | Sequence[nn.Module] | None
+RECORD = "decay"  # the key of a state dict under which decisions are recorded
+
+
+class Arrival(NamedTuple):
+    """A group on its way in: what is known of its parameters, and who decides."""
+
+    group: int
+    infos: list[ParameterInfo]
+    policy: Policy | None
+
+
+class SelectiveOptimizer(torch.optim.Optimizer):
+    """Decides once for every parameter and applies the decisions in ``step()``.
+
+    Stands before a class of ``torch.optim`` whose constructor, groups and state
+    stay what they are. What is added lives in attributes of its own.
+    """
+
+    _kernel: Kernel
+
+    @contextmanager
+    def _deciding(
+        self, params: Any, wd_policy: object, model: Model, kernel: Kernel
+    ) -> Iterator[Any]:
+        """Give torch's constructor what it takes, then decide for all groups at once."""
+        self._policy = None if wd_policy is None else as_policy(wd_policy)
+        self._knowledge = Knowledge(model)
+        self._ledger = Ledger()
+        self._arrivals: list[Arrival] | None = []
+        self._take_kernel(kernel)
+        yield self._knowledge.learn(params)
+        arrivals, self._arrivals = self._arrivals, None
+        self._settle(arrivals, policies=[self._policy, *(a.policy for a in arrivals)])
+        self._touched = False
+        self._warn_if_idle()
+
+    def _take_kernel(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._stepper = Stepper(kernel)
+        self._touched = False
+        # The user's choice, which a checkpoint must not undo: open or stated.
+        self._free: list[bool] = []
+
+    # Groups
+
+    @_torch.disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as torch does, and decide for its parameters.
+
+        Args:
+            param_group: As for ``torch.optim``; ``"params"`` may also be a module or
+                a sequence of modules, and ``"wd_policy"`` overrides the constructor's.
+
+        Raises:
+            ValueError: The policy cannot be decided; then nothing is added.
+        """
+        policy, param_group = self._policy_of(param_group)
+        super().add_param_group(param_group)
+        try:
+            self._arrive(self.param_groups[-1], policy)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _policy_of(self, group: Any) -> tuple[Policy | None, Any]:
+        """Take out the group's own policy and learn from its parameters."""
+        if not isinstance(group, dict) or "params" not in group:
+            return None, group  # torch says what is wrong
+        group["params"] = self._knowledge.learn(group["params"])
+        if "wd_policy" not in group:
+            return self._policy, group
+        if not isinstance(group["params"], Tensor):
+            group["params"] = list(group["params"])
+        own = group["wd_policy"]
+        # A copy: the caller's dict keeps its policy, for a second optimizer.
+        group = {key: value for key, value in group.items() if key != "wd_policy"}
+        return None if own is None else as_policy(own), group
+
+    def _arrive(self, group: Group, policy: Policy | None) -> None:
+        index = len(self.param_groups) - 1
+        infos = self._knowledge.infos(group["params"], group.get("param_names"), index)
+        decisions = self._ledger.remembered(index, infos)
+        if decisions is not None:
+            self._record(index, decisions)
+            return
+        self._knowledge.require_members(infos)
+        arrival = Arrival(index, infos, policy)
+        if self._arrivals is not None:
+            self._arrivals.append(arrival)
+        else:
+            self._settle([arrival], policies=[] if policy is self._policy else [policy])
+
+    def _settle(
+        self, arrivals: list[Arrival], policies: Iterable[Policy | None]
+    ) -> None:
+        """Decide for groups that arrive together, or raise with nothing recorded.
+
+        Args:
+            arrivals: The groups.
+            policies: Those whose globs must each match something.
+        """
+        for policy in {id(p): p for p in policies if p is not None}.values():
+            mine = [info for a in arrivals if a.policy is policy for info in a.infos]
+            require_matches(policy, mine, self._knowledge.everyone)
+        decided = [decide(self._bound(a.policy, a.infos), a.infos) for a in arrivals]
+        for arrival, decisions in zip(arrivals, decided, strict=True):
+            self._record(arrival.group, decisions)
+        self._knowledge.forget_places()
+
+    def _bound(
+        self, policy: Policy | None, infos: list[ParameterInfo]
+    ) -> Policy | None:
+        if policy is None or not policy.whole_model:
+            return policy
+        return policy.bind(self._knowledge.everyone() or infos)
+
+    def _record(self, index: int, decisions: list[Decision]) -> None:
+        group = self.param_groups[index]
+        self._ledger.record(index, group["params"], decisions)
+        self._free[index : index + 1] = [free_choice(group)]
+
+    def _warn_if_idle(self) -> None:
+        if self._policy is None:
+            return
+        decisions = [d for group in self._ledger.groups for d in group]
+        if decisions and not any(d.multiplier for d in decisions):
+            warnings.warn(
+                f"`wd_policy` {self._policy!r} exempts all {len(decisions)} parameters. "
+                f"Leave it out, with weight_decay=0, if nothing is to decay.",
+                stacklevel=5,
+            )
+        elif all(_is_zero(group["weight_decay"]) for group in self.param_groups):
+            warnings.warn(
+                f"`weight_decay` is 0 in every group, so `wd_policy` {self._policy!r} has no "
+                f"effect. Pass weight_decay=0.01, or the value you want.",
+                stacklevel=5,
+            )
+
+    # The step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient, each with its own decay.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or ``None``.
+
+        Raises:
+            ValueError: A hyperparameter was set to a value out of range.
+            RuntimeError: A parameter with a sparse gradient decays.
+        """
+        if torch.compiler.is_compiling() or self.defaults["differentiable"]:
+            return self._functional_step(closure)
+        if self._kernel.counts:
+            _torch.check_graph_capture(self)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._stepper.step(
+                self.param_groups,
+                self._members,
+                self.__dict__["state"],
+                (getattr(self, "grad_scale", None), getattr(self, "found_inf", None)),
+                self._touched,
+            )
+        return loss
+
+    @_torch.use_grad_for_differentiable
+    def _functional_step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step as torch's own ``step`` does, for ``torch.compile`` and ``differentiable``."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._kernel.traced_step(self, group)
+        return loss
+
+    def _members(self) -> list[Member]:
+        decided = self._ledger.follow(self.param_groups)
+        return [
+            Member(param, index, d.multiplier, d.form, d.label(index, position))
+            for index, (group, decisions) in enumerate(
+                zip(self.param_groups, decided, strict=True)
+            )
+            for position, (param, d) in enumerate(
+                zip(group["params"], decisions, strict=True)
+            )
+        ]
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Tell ``GradScaler`` to hand over its scale and not to ask for a synchronization."""
+        return all(group["fused"] or free_choice(group) for group in self.param_groups)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """Ignore what torch's constructor writes: the groups know."""
+
+    # State
+
+    @property
+    def state(self) -> States:  # type: ignore[override]  # an attribute in torch
+        """State tensors by parameter, as in torch; once looked at, checked every step."""
+        self._touched = True
+        states: States = self.__dict__["state"]
+        return states
+
+    @state.setter
+    def state(self, value: States) -> None:
+        self._touched = True
+        self.__dict__["state"] = value
+
+    @_torch.disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state dict and, under ``"decay"``, what decays how.
+
+        ``"decay"`` holds, group by group, a ``[multiplier, form]`` per parameter.
+        """
+        touched = self._touched or _torch.has_state_dict_hooks(self)
+        state_dict = super().state_dict()
+        # Copies: whoever edits them does not edit the optimizer.
+        state_dict["state"] = {
+            key: dict(own) if isinstance(own, dict) else own
+            for key, own in state_dict["state"].items()
+        }
+        self._touched = touched
+        state_dict[RECORD] = self._decay_record()
+        return state_dict
+
+    def _decay_record(self) -> list[list[list[Any]]]:
+        decided = self._ledger.follow(self.param_groups)
+        return [
+            [
+                [
+                    d.multiplier,
+                    "decoupled" if self._kernel.decoupled(group, d.form) else "l2",
+                ]
+                for d in decisions
+            ]
+            for group, decisions in zip(self.param_groups, decided, strict=True)
+        ]
+
+    @_torch.disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of torch's class of the same name.
+
+        The policy stays the constructor's, and an implementation that was chosen
+        automatically is chosen again.
+
+        Raises:
+            ValueError: Groups or tensors do not have the shapes of this optimizer's;
+                then nothing is loaded.
+
+        Warns:
+            UserWarning: The state dict records other decisions than this policy's.
+        """
+        require_shapes(self.param_groups, self._ledger, state_dict)
+        super().load_state_dict(state_dict)
+        for group, free in zip(self.param_groups, self._free):
+            if free:
+                group["foreach"] = group["fused"] = None
+        if RECORD in state_dict:
+            warn_of_changes(
+                self._ledger.groups, state_dict[RECORD], self._decay_record()
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_policy", "_ledger", "_kernel", "_free")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if (
+            "_kernel" in state
+        ):  # a copy or an unpickled optimizer, else a loaded state dict
+            free = state["_free"]
+            self._knowledge, self._arrivals = Knowledge(), None
+            self._take_kernel(state["_kernel"])
+            self._free = free
+        self._stepper = Stepper(self._kernel)
+        self._touched = False  # the state is fresh: nobody else holds it yet
+
+    # Report
+
+    def decay_report(self) -> DecayReport:
+        """Tell what decays: per group and reason when printed, per parameter in ``rows``."""
+        decided = self._ledger.follow(self.param_groups)
+        return make_report(self.param_groups, decided, self._kernel.decoupled)
+
+
+def _is_zero(value: float | Tensor) -> bool:
+    return not isinstance(value, Tensor) and value == 0

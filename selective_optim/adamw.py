@@ -1,0 +1,71 @@
+"""AdamW with selective weight decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selective_optim._base import Model, SelectiveOptimizer
+from selective_optim._kernels import AdamKernel
+
+
+class AdamW(SelectiveOptimizer, torch.optim.AdamW):
+    """``torch.optim.AdamW`` that decides per parameter what decays.
+
+    With ``wd = weight_decay * multiplier``, before torch's update::
+
+        decoupled:  param = param * (1 - lr * wd)
+        l2:         grad  = grad + wd * param    (grad negated if maximize)
+
+    Args:
+        params: As for torch; also a module or a sequence of modules. A group may
+            carry its own ``"wd_policy"``.
+        wd_policy: Who decays: a name, mapping, callable or policy; ``None`` is all.
+        model: The module, or modules, that the parameters live in.
+
+    Raises:
+        ValueError: The policy needs what is not known, or a glob matches nothing.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = AdamW(model.parameters(), weight_decay=0.1, wd_policy="no_bias")
+        >>> [(row.name, row.weight_decay) for row in optimizer.decay_report().rows]
+        [('weight', 0.1), ('bias', 0.0)]
+
+    Source:
+        ``torch/optim/adamw.py``; Loshchilov and Hutter 2019, Algorithm 2.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        wd_policy: Any = None,
+        model: Model = None,
+    ) -> None:
+        with self._deciding(params, wd_policy, model, AdamKernel()) as known_params:
+            super().__init__(
+                known_params,
+                lr,
+                betas,
+                eps,
+                weight_decay,
+                amsgrad,
+                maximize=maximize,
+                foreach=foreach,
+                capturable=capturable,
+                differentiable=differentiable,
+                fused=fused,
+            )

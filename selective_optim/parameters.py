@@ -1,0 +1,275 @@
+"""What is known of a parameter: its names, its modules, its shape.
+
+Knowledge is read once, from the best source at hand (a module, the generator
+that a module made, names, or bare tensors), and handed to policies as
+:class:`ParameterInfo`. Nothing here knows policies or optimizers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from selective_optim import _torch
+
+WRAPPERS = frozenset(
+    {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterInfo:
+    """What a policy sees of one parameter. What is not known is ``None`` or empty.
+
+    Args:
+        name: Canonical dotted name (``"encoder.0.weight"``): names that wrappers
+            add are stripped, a parametrized tensor keeps the name it had.
+        names: All canonical names; a tied parameter has several.
+        leaf: Last part of the name (``"weight"``, ``"in_proj_bias"``).
+        owner: Module that holds the parameter.
+        path: Modules from the root to the owner, both included.
+        parameter: The tensor itself.
+        shape: Its original shape, also where a wrapper flattened it; ``None``
+            where that shape is lost.
+        ndim: Length of ``shape``.
+        group: Index of the parameter group.
+        elsewhere: The other places of a tied parameter.
+    """
+
+    name: str | None
+    names: tuple[str, ...]
+    leaf: str | None
+    owner: nn.Module | None
+    path: tuple[nn.Module, ...]
+    parameter: Tensor
+    shape: torch.Size | None
+    ndim: int | None
+    group: int = 0
+    elsewhere: tuple[ParameterInfo, ...] = field(default=(), repr=False)
+
+    @property
+    def places(self) -> tuple[ParameterInfo, ...]:
+        """Every place where the parameter lives, this one first."""
+        return (self, *self.elsewhere)
+
+    def describe(self, position: int) -> str:
+        """Name the parameter as a message should: by name if known, else by place."""
+        name = repr(self.name) if self.name else f"parameter {position}"
+        group = "" if self.name else f" of group {self.group}"
+        return f"{name}{group} (shape {shape_text(self.parameter.shape)})"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One spot in a module tree at which a parameter is registered."""
+
+    name: str
+    leaf: str
+    path: tuple[nn.Module, ...]
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """Write a shape as ``10 x 64``; a zero-dimensional one as ``scalar``."""
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def canonical_name(name: str) -> str:
+    """Strip what wrappers and parametrizations add to a dotted name."""
+    *modules, leaf = name.split(".")
+    modules = [part for part in modules if part not in WRAPPERS]
+    if modules[-2:-1] == ["parametrizations"] and leaf.startswith("original"):
+        *modules, _, leaf = modules
+    return ".".join([*modules, leaf])
+
+
+def _named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    try:
+        yield from list(root.named_modules(remove_duplicate=False))
+    except RecursionError:  # a module that contains itself has endless aliases
+        yield from root.named_modules()
+
+
+def _places(root: nn.Module) -> Iterator[tuple[Tensor, Place]]:
+    paths: dict[str, tuple[nn.Module, ...]] = {}
+    for prefix, module in _named_modules(root):
+        paths[prefix] = (
+            (*paths[prefix.rpartition(".")[0]], module) if prefix else (module,)
+        )
+        for leaf, param in module.named_parameters(
+            recurse=False, remove_duplicate=False
+        ):
+            name = canonical_name(f"{prefix}.{leaf}" if prefix else leaf)
+            path = paths[prefix]
+            if isinstance(module, ParametrizationList) and leaf.startswith("original"):
+                path = path[:-2]
+            yield param, Place(name, name.rpartition(".")[2], path)
+
+
+class ModuleIndex:
+    """Every place of every parameter of a module, looked up by tensor."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._places: dict[int, list[Place]] = {}
+        self._params: dict[int, Tensor] = {}
+        self._shapes = _torch.original_shapes(module)
+        for param, place in _places(module):
+            self._params[id(param)] = param
+            self._places.setdefault(id(param), []).append(place)
+
+    def __contains__(self, param: Tensor) -> bool:
+        return id(param) in self._places
+
+    def info(self, param: Tensor, group: int = 0) -> ParameterInfo:
+        """Describe a parameter that lives in the module."""
+        places = self._places[id(param)]
+        names = tuple(dict.fromkeys(place.name for place in places))
+        shape = self._shapes.get(
+            id(param), None if _torch.is_flattened(param) else param.shape
+        )
+        ndim = None if shape is None else len(shape)
+
+        def at(place: Place, *elsewhere: ParameterInfo) -> ParameterInfo:
+            where = (place.name, names, place.leaf, place.path[-1], place.path)
+            return ParameterInfo(*where, param, shape, ndim, group, elsewhere)
+
+        return at(places[0], *map(at, places[1:]))
+
+    def infos(self) -> list[ParameterInfo]:
+        """Describe every parameter of the module, each once."""
+        return list(map(self.info, self._params.values()))
+
+
+def named_info(param: Tensor, name: str | None, group: int) -> ParameterInfo:
+    """Describe a parameter of which at most a name is known."""
+    name = canonical_name(name) if name else None
+    shape = None if _torch.is_flattened(param) else param.shape
+    return ParameterInfo(
+        name=name,
+        names=(name,) if name else (),
+        leaf=name.rpartition(".")[2] if name else None,
+        owner=None,
+        path=(),
+        parameter=param,
+        shape=shape,
+        ndim=None if shape is None else len(shape),
+        group=group,
+    )
+
+
+def modules_behind(params: object) -> list[nn.Module]:
+    """Find the modules that ``params`` is, lists, or is being generated from.
+
+    ``model.parameters()`` and ``model.named_parameters()`` are generators whose
+    frame holds the module until they have run; a generator expression or a
+    ``filter`` over one of them leads to it.
+    """
+    if isinstance(params, nn.Module):
+        return [params]
+    if isinstance(params, filter):
+        return modules_behind(params.__reduce__()[1][1])
+    if inspect.isgenerator(params):
+        frame = inspect.getgeneratorlocals(params)
+        return modules_behind(frame.get("self") or frame.get(".0"))
+    if isinstance(params, (list, tuple, nn.ModuleList)) and params:
+        if all(isinstance(item, nn.Module) for item in params):
+            return list(params)
+    return []
+
+
+def as_modules(model: object) -> list[nn.Module]:
+    """Read ``model=``: nothing, a module, or a sequence of modules.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    modules = (
+        [] if model is None else [model] if isinstance(model, nn.Module) else model
+    )
+    if not isinstance(modules, Iterable) or not all(
+        isinstance(m, nn.Module) for m in modules
+    ):
+        raise TypeError(
+            f"`model` must be a module or a sequence of modules, not {model!r} "
+            f"({type(model).__name__}). Pass model=model."
+        )
+    return list(modules)
+
+
+class Knowledge:
+    """What is known of an optimizer's parameters, from the best source at hand.
+
+    In this order: ``model=``; a module, or the generator of one, given as
+    parameters; names; else shapes alone. Modules are referred to weakly, and read
+    again for every group that is added after construction.
+    """
+
+    def __init__(self, model: object = None) -> None:
+        modules = as_modules(model)
+        self.explicit = bool(modules)
+        self._modules = list(map(weakref.ref, modules))
+        self._indices: list[ModuleIndex] | None = None
+
+    def learn(self, params: Any) -> Any:
+        """Note the modules behind ``params`` and return what torch takes in its place."""
+        modules = modules_behind(params)
+        if not self.explicit:
+            indices = self._read()
+            for module in modules:
+                if all(ref() is not module for ref in self._modules):
+                    self._modules.append(weakref.ref(module))
+                    indices.append(ModuleIndex(module))
+        if isinstance(params, (nn.Module, list, tuple)) and modules:
+            return list(
+                {id(p): p for module in modules for p in module.parameters()}.values()
+            )
+        return params
+
+    def infos(
+        self, params: Sequence[Tensor], names: Sequence[str] | None, group: int
+    ) -> list[ParameterInfo]:
+        """Describe the parameters of a group, each as well as it is known."""
+        return [
+            self._info(param, name, group)
+            for param, name in zip(params, names or [None] * len(params))
+        ]
+
+    def _info(self, param: Tensor, name: str | None, group: int) -> ParameterInfo:
+        for index in reversed(self._read()):
+            if param in index:
+                return index.info(param, group)
+        return named_info(param, name, group)
+
+    def everyone(self) -> list[ParameterInfo]:
+        """Describe every parameter of the known modules, in the optimizer or not."""
+        return [info for index in self._read() for info in index.infos()]
+
+    def require_members(self, infos: Iterable[ParameterInfo]) -> None:
+        """Check that every parameter lives in ``model=``, if that was given.
+
+        Raises:
+            ValueError: One does not; the message gives its shape and position.
+        """
+        for position, info in enumerate(infos):
+            if self.explicit and info.owner is None:
+                raise ValueError(
+                    f"{info.describe(position)} is in none of the modules given as `model`. "
+                    f"Pass every module that holds parameters: model=[model, ...]."
+                )
+
+    def _read(self) -> list[ModuleIndex]:
+        if self._indices is None:
+            self._indices = [
+                ModuleIndex(m) for ref in self._modules if (m := ref()) is not None
+            ]
+        return self._indices
+
+    def forget_places(self) -> None:
+        """Drop what was read; the modules may change before they are asked again."""
+        self._indices = None

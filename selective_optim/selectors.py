@@ -1,0 +1,237 @@
+"""What a rule matches: names, modules, parameters and ready-made predicates.
+
+:func:`as_selector` turns what a user writes into a frozen :class:`Selector` that
+answers ``matches(info)``, says what it must know to answer, and prints as it was
+written. A tied parameter matches when any of its places does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import translate
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from selective_optim.parameters import ParameterInfo
+
+Need = Literal["names", "modules", "shapes"]
+
+
+class Selector:
+    """A question with the answer yes or no, asked of one parameter."""
+
+    needs: frozenset[Need] = frozenset()
+    by_name = False
+
+    def matches(self, info: ParameterInfo) -> bool:
+        """Tell whether the parameter is selected at any of its places."""
+        return any(self.at(place) for place in info.places)
+
+    def at(self, place: ParameterInfo) -> bool:
+        """Tell whether one place of the parameter is selected."""
+        raise NotImplementedError  # pragma: no cover
+
+
+@dataclass(frozen=True, repr=False)
+class NamePattern(Selector):
+    """A glob on the whole canonical name, or a regular expression searched in it."""
+
+    pattern: str | re.Pattern[str]
+    needs = frozenset({"names"})
+    by_name = True
+
+    def __repr__(self) -> str:
+        return repr(self.pattern)
+
+    @cached_property
+    def _find(self) -> Callable[[str], object]:
+        if isinstance(self.pattern, str):
+            return re.compile(translate(self.pattern)).match
+        return self.pattern.search
+
+    def at(self, place: ParameterInfo) -> bool:
+        return bool(self._find(place.name or ""))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"pattern": self.pattern}
+
+
+@dataclass(frozen=True, repr=False)
+class InsideClass(Selector):
+    """Any parameter inside a module of a class."""
+
+    cls: type[nn.Module]
+    needs = frozenset({"modules"})
+
+    def __repr__(self) -> str:
+        return self.cls.__name__
+
+    def at(self, place: ParameterInfo) -> bool:
+        return any(isinstance(module, self.cls) for module in place.path)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Identity(Selector):
+    """One parameter, or any parameter inside one module, told by identity."""
+
+    target: nn.Module | Tensor
+
+    def __repr__(self) -> str:
+        if isinstance(self.target, nn.Module):
+            return f"<{type(self.target).__name__} instance>"
+        return f"<parameter of shape {tuple(self.target.shape)}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Identity) and self.target is other.target
+
+    def __hash__(self) -> int:
+        return id(self.target)
+
+    @property
+    def needs(self) -> frozenset[Need]:  # type: ignore[override]  # depends on target
+        return frozenset({"modules"} if isinstance(self.target, nn.Module) else ())
+
+    def at(self, place: ParameterInfo) -> bool:
+        return self.target is place.parameter or any(
+            m is self.target for m in place.path
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class Test(Selector):
+    """Any callable from :class:`ParameterInfo` to bool."""
+
+    function: Callable[[ParameterInfo], bool]
+
+    def __repr__(self) -> str:
+        return getattr(self.function, "__name__", None) or repr(self.function)
+
+    def matches(self, info: ParameterInfo) -> bool:
+        return bool(self.function(info))
+
+
+@dataclass(frozen=True, repr=False)
+class Predicate(Selector):
+    """A ready-made selector that pickles and prints as its name."""
+
+    name: str
+    question: Callable[[ParameterInfo], bool]
+    needs: frozenset[Need] = frozenset()
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __reduce__(self) -> str:
+        return self.name
+
+    def __call__(self, info: ParameterInfo) -> bool:
+        return self.matches(info)
+
+    def at(self, place: ParameterInfo) -> bool:
+        return self.question(place)
+
+
+def as_selector(item: object) -> Selector:
+    """Make a selector of a glob, pattern, class, module, parameter or callable.
+
+    Raises:
+        TypeError: ``item`` is none of these.
+    """
+    if isinstance(item, Selector):
+        return item
+    if isinstance(item, (str, re.Pattern)):
+        return NamePattern(item)
+    if isinstance(item, type) and issubclass(item, nn.Module):
+        return InsideClass(item)
+    if isinstance(item, (nn.Module, Tensor)):
+        return Identity(item)
+    if callable(item) and not isinstance(item, type):
+        return Test(item)
+    raise TypeError(
+        f"a selector must be a glob, a compiled regular expression, a module class, a module, "
+        f"a parameter or a callable, not {item!r} ({type(item).__name__}). "
+        f'Write for example "*.bias" or nn.LayerNorm.'
+    )
+
+
+# What these hold is a weight, whatever else their class is called after.
+WEIGHT_MODULES = (
+    *(nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag),
+    *(nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
+)
+WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+# GRN is the global response normalization of ConvNeXt V2.
+NORM_WORD = re.compile(r".*norm$|normali[sz]ation$|grn$")
+# A class called after a norm and then after one of these is the other thing:
+# LayerNormLinear, NormFreeBlock, NormHead.
+OTHER_NOUNS = frozenset(
+    "attention block cell conv embedding embeddings free ffn head linear lstm mlp model net "
+    "network wrapper".split()
+)
+NOT_A_NORM = re.compile(r"_*(?:pre|post|add|weight|spectral)_?norm", re.IGNORECASE)
+BIAS = re.compile(r"(?:.*_)?bias\d*$|bias_")
+EMBEDDING = re.compile(r"(?:.*_)?(?:embed|embeds|embedding|embeddings)$")
+
+
+def _name_says_norm(name: str) -> bool:
+    words = [word.lower() for word in WORDS.findall(name)]
+    norms = [i for i, word in enumerate(words) if NORM_WORD.match(word)]
+    if not norms or NOT_A_NORM.match(name):
+        return False
+    return OTHER_NOUNS.isdisjoint(words[norms[-1] + 1 :])
+
+
+@lru_cache(maxsize=None)
+def says_norm(cls: type) -> bool:
+    """Tell whether a class, or one it derives from, is called a normalization."""
+    return any(_name_says_norm(base.__name__) for base in cls.__mro__)
+
+
+def norm_module(module: nn.Module | None) -> bool:
+    """Tell whether a module normalizes: torch's classes and all that are named so.
+
+    A wrapper that holds a norm does not count, nor does a subclass of a linear
+    or embedding layer, whatever it is called.
+    """
+    if (
+        module is None
+        or isinstance(module, WEIGHT_MODULES)
+        or not says_norm(type(module))
+    ):
+        return False
+    return not any(norm_module(child) for child in module.children())
+
+
+def _is_bias(place: ParameterInfo) -> bool:
+    return bool(BIAS.match(place.leaf or ""))
+
+
+def _is_norm(place: ParameterInfo) -> bool:
+    return norm_module(place.owner)
+
+
+def _is_embedding(place: ParameterInfo) -> bool:
+    if isinstance(place.owner, (nn.Embedding, nn.EmbeddingBag)):
+        return True
+    words = WORDS.findall(type(place.owner).__name__)
+    called = bool(words) and words[-1] in ("Embedding", "Embeddings")
+    return called or bool(EMBEDDING.match(place.leaf or ""))
+
+
+def _is_vector(place: ParameterInfo) -> bool:
+    return place.ndim is not None and place.ndim < 2
+
+
+def _is_anything(place: ParameterInfo) -> bool:
+    return True
+
+
+is_bias = Predicate("is_bias", _is_bias, frozenset({"names"}))
+is_norm = Predicate("is_norm", _is_norm, frozenset({"modules"}))
+is_embedding = Predicate("is_embedding", _is_embedding, frozenset({"modules"}))
+is_vector = Predicate("is_vector", _is_vector, frozenset({"shapes"}))
+everything = Predicate("everything", _is_anything)

@@ -1,0 +1,73 @@
+"""SGD with selective weight decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selective_optim._base import Model, SelectiveOptimizer
+from selective_optim._kernels import SGDKernel
+
+
+class SGD(SelectiveOptimizer, torch.optim.SGD):
+    """``torch.optim.SGD`` that decides per parameter what decays.
+
+    With ``wd = weight_decay * multiplier``, before torch's update::
+
+        l2:         grad  = grad + wd * param    (grad negated if maximize)
+        decoupled:  param = param * (1 - lr * wd)
+
+    Args:
+        params: As for torch; also a module or a sequence of modules. A group may
+            carry its own ``"wd_policy"``.
+        decoupled_weight_decay: Decay parameters directly where the policy states no
+            form (SGDW), instead of adding ``wd * param`` to the gradient.
+        wd_policy: Who decays: a name, mapping, callable or policy; ``None`` is all.
+        model: The module, or modules, that the parameters live in.
+
+    Raises:
+        ValueError: The policy needs what is not known, or a glob matches nothing.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = SGD(model.parameters(), lr=0.1, weight_decay=1.0, wd_policy="no_bias")
+        >>> [(row.name, row.weight_decay) for row in optimizer.decay_report().rows]
+        [('weight', 1.0), ('bias', 0.0)]
+
+    Source:
+        ``torch/optim/sgd.py``; decoupled: Loshchilov and Hutter 2019, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        wd_policy: Any = None,
+        model: Model = None,
+    ) -> None:
+        kernel = SGDKernel(decoupled_weight_decay)
+        with self._deciding(params, wd_policy, model, kernel) as known_params:
+            super().__init__(
+                known_params,
+                lr,
+                momentum,
+                dampening,
+                weight_decay,
+                nesterov,
+                maximize=maximize,
+                foreach=foreach,
+                differentiable=differentiable,
+                fused=fused,
+            )
