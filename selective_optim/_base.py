@@ -207,8 +207,29 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            self._kernel.traced_step(self, group)
+            lists: list[list[Any]] = [[] for _ in range(self._kernel.lists)]
+            flag, verdicts = self._init_group(group, *lists)
+            for verdict in dict.fromkeys(verdicts):
+                chosen = [i for i, own in enumerate(verdicts) if own == verdict]
+                mine = [[entry[i] for i in chosen] if entry else [] for entry in lists]
+                self._kernel.traced(self._kernel.setting(group, *verdict), mine, flag)
+                self._kernel.keep(self.state, mine)
         return loss
+
+    def _init_group(self, group: Group, *lists: list[Any]) -> Any:
+        """Fill the lists as torch does; also return what was decided, in their order.
+
+        ``torch.compile`` runs a method of this name as it is and compiles only what
+        is done with the lists.
+        """
+        flag = super()._init_group(group, *lists)  # type: ignore[misc]  # of torch's class
+        index = next(i for i, own in enumerate(self.param_groups) if own is group)
+        decided = self._ledger.follow(self.param_groups)[index]
+        return flag, tuple(
+            (decision.multiplier, decision.form)
+            for param, decision in zip(group["params"], decided)
+            if param.grad is not None
+        )
 
     def _members(self) -> list[Member]:
         decided = self._ledger.follow(self.param_groups)

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim._cells import Cell, Key
-from selective_optim._kernels import Lists, Scaling, Setting, State
+from selective_optim._kernels import (
+    FusedCall,
+    Kernel,
+    Lists,
+    Scaling,
+    Setting,
+    State,
+    is_zero,
+)
 
 
 def flat(lists: Iterable[Iterable[Any]]) -> list[Any]:
@@ -64,7 +72,10 @@ class Bucket:
     ``part`` says which of a step's gradients are this bucket's.
     """
 
-    def __init__(self, setting: Setting, cells: Sequence[Cell], start: int) -> None:
+    def __init__(
+        self, kernel: Kernel, setting: Setting, cells: Sequence[Cell], start: int
+    ) -> None:
+        self._kernel = kernel
         self.setting = setting
         self.key: Key = cells[0].key
         self.params: list[Tensor] = flat(cell.params for cell in cells)
@@ -73,7 +84,7 @@ class Bucket:
         self._states: list[State] = flat(cell.states for cell in cells)
         self._steps: list[Tensor] = flat(cell.steps for cell in cells)
         self.moments: Lists = [
-            flat(entry) for entry in zip(*(cell.moments for cell in cells), strict=True)
+            flat(entry) for entry in zip(*(cell.moments for cell in cells))
         ]
 
     def step(self, grads: Grads, scaling: Scaling) -> None:
@@ -81,30 +92,33 @@ class Bucket:
         grad_scale, found_inf = scaling
         if found_inf is not None and self._acts_outside_the_kernel and found_inf.item():
             return
-        whole, local = grads.whole[self.part], grads.local[self.part]
+        whole = grads.whole[self.part]
         if not self.key.fused:
             if grad_scale is not None:
                 _torch.unscale_(whole, grad_scale)
-            self.setting.functional(self.params, whole, self._states)
+            self._kernel.functional(self.setting, self.params, whole, self._states)
         elif self.key.first:
-            self._start(whole, local, scaling)
+            self._start(whole, grads.local[self.part], scaling)
         else:
-            self.setting.fused(
-                self.local, local, self.moments, self._steps, scaling, first=False
-            )
+            self._call(grads.local[self.part], self.moments, scaling, first=False)
 
     @property
     def _acts_outside_the_kernel(self) -> bool:
-        return not self.key.fused or self.key.first or self.setting.shrinks
+        shrinks = not is_zero(self.setting.shrink)
+        return not self.key.fused or self.key.first or shrinks
+
+    def _call(
+        self, grads: list[Tensor], moments: Lists, scaling: Scaling, first: bool
+    ) -> None:
+        call = FusedCall(self.local, grads, moments, self._steps, scaling, first)
+        self._kernel.fused(self.setting, call)
 
     def _start(
         self, whole: list[Tensor], local: list[Tensor], scaling: Scaling
     ) -> None:
         """Let the kernel write the first gradients into new momentum buffers."""
         buffers = [torch.empty_like(grad) for grad in whole]
-        moments = (
-            [_torch.local_tensor(b) for b in buffers] if self.key.sharded else buffers
-        )
-        self.setting.fused(self.local, local, [moments], [], scaling, first=True)
-        for state, buffer in zip(self._states, buffers, strict=True):
+        shards = map(_torch.local_tensor, buffers) if self.key.sharded else buffers
+        self._call(local, [list(shards)], scaling, first=True)
+        for state, buffer in zip(self._states, buffers):
             state["momentum_buffer"] = buffer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,29 +23,44 @@ Scaling = tuple[Tensor | None, Tensor | None]  # grad_scale, found_inf
 Lists = list[list[Tensor]]  # one list of tensors per state entry
 
 
-class Setting(Protocol):
-    """What the plan asks of a setting."""
+class Setting(NamedTuple):
+    """What a kernel is given besides tensors.
+
+    Args:
+        arguments: Of torch's functional, by name.
+        shrink: Decay to apply to the parameters before the kernel runs, which
+            torch's kernel does not do; 0 where there is none.
+    """
+
+    arguments: dict[str, Any]
+    shrink: float | Tensor = 0.0
 
     @property
-    def shrinks(self) -> bool:
-        """Tell whether a fused step multiplies parameters before the kernel runs."""
+    def key(self) -> tuple[Any, ...]:
+        """What must be equal for parameters to share a call."""
+        return (*self.arguments.values(), self.shrink)
 
-    def fused(
-        self, params: list[Tensor], grads: list[Tensor], moments: Lists, steps: list[Tensor],
-        scaling: Scaling, first: bool,
-    ) -> None:  # fmt: skip
-        """Step with torch's fused kernel; counters were advanced before."""
 
-    def functional(
-        self, params: list[Tensor], grads: list[Tensor], states: Sequence[State]
-    ) -> None:
-        """Step with torch's functional: for-loop, foreach, or torch's own choice."""
+class FusedCall(NamedTuple):
+    """The tensors of one fused kernel call: local shards where sharded."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    moments: Lists
+    steps: list[Tensor]
+    scaling: Scaling
+    first: bool
 
 
 def wd_of(group: Group, multiplier: float) -> float | Tensor:
     """Effective decay: the group's, read now, times the parameter's multiplier."""
     wd: float | Tensor = group["weight_decay"]
     return wd if multiplier == 1 else 0.0 if multiplier == 0 else wd * multiplier
+
+
+def is_zero(value: float | Tensor) -> bool:
+    """Tell whether a number is 0; a tensor may change and never counts as 0."""
+    return not isinstance(value, Tensor) and value == 0
 
 
 def require_range(
@@ -56,154 +71,132 @@ def require_range(
     Raises:
         ValueError: It is NaN, negative, or not below ``top``.
     """
-    if not isinstance(value, Tensor) and not (
-        0 <= value < top or value == top == math.inf
-    ):
-        bound = ">= 0" if top == math.inf else f"in [0, {top:g})"
-        raise ValueError(
-            f"`{name}` of group {index} must be {bound}, not {value}. "
-            f"Set optimizer.param_groups[{index}][{name!r}] to such a value."
-        )
+    if isinstance(value, Tensor) or 0 <= value < top or value == top == math.inf:
+        return
+    bound = ">= 0" if top == math.inf else f"in [0, {top:g})"
+    raise ValueError(
+        f"`{name}` of group {index} must be {bound}, not {value}. "
+        f"Set optimizer.param_groups[{index}][{name!r}] to such a value."
+    )
 
 
 def follow_param_(state: State, param: Tensor, entries: Sequence[str]) -> None:
     """Move state to where ``model.to(...)`` moved the parameter, as loading would."""
     for entry in entries:
         value = state.get(entry)
-        if isinstance(value, Tensor) and (value.device, value.dtype) != (
-            param.device,
-            param.dtype,
+        if isinstance(value, Tensor) and (
+            value.device != param.device or value.dtype != param.dtype
         ):
             state[entry] = value.to(device=param.device, dtype=param.dtype)
 
 
-class AdamSetting(NamedTuple):
-    """What Adam's kernels are given besides tensors."""
-
-    lr: float | Tensor
-    beta1: float | Tensor
-    beta2: float | Tensor
-    eps: float
-    wd: float | Tensor
-    decoupled: bool
-    amsgrad: bool
-    maximize: bool
-    capturable: bool
-    foreach: bool | None
-    fused_flag: bool | None
-
-    @property
-    def shrinks(self) -> bool:
-        return False  # the kernel decays
-
-    def fused(
-        self, params: list[Tensor], grads: list[Tensor], moments: Lists, steps: list[Tensor],
-        scaling: Scaling, first: bool,
-    ) -> None:  # fmt: skip
-        kernel = _torch.fused_adamw_ if self.decoupled else _torch.fused_adam_
-        lr = self.lr
-        if isinstance(lr, Tensor) and not lr.is_cpu:
-            lr = lr.to(params[0].device, non_blocking=True)
-        kernel(
-            params,
-            grads,
-            moments[0],
-            moments[1],
-            moments[2] if self.amsgrad else [],
-            steps,
-            lr=lr,  # type: ignore[arg-type]  # the stub of the overload for tensors is missing
-            beta1=self.beta1,  # type: ignore[arg-type]
-            beta2=self.beta2,  # type: ignore[arg-type]
-            weight_decay=self.wd,  # type: ignore[arg-type]
-            eps=self.eps,
-            amsgrad=self.amsgrad,
-            maximize=self.maximize,
-            grad_scale=scaling[0],
-            found_inf=scaling[1],
-        )
-
-    def functional(
-        self, params: list[Tensor], grads: list[Tensor], states: Sequence[State]
-    ) -> None:
-        _torch.adam(
-            params,
-            grads,
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [s["max_exp_avg_sq"] for s in states] if self.amsgrad else [],
-            [s["step"] for s in states],
-            **self.arguments(),
-            has_complex=any(map(torch.is_complex, params)),
-            differentiable=False,
-        )
-
-    def arguments(self) -> dict[str, Any]:
-        """Name the arguments of ``torch.optim.adam.adam``."""
-        return {
-            "lr": self.lr,
-            "beta1": self.beta1,
-            "beta2": self.beta2,
-            "eps": self.eps,
-            "weight_decay": self.wd,
-            "decoupled_weight_decay": self.decoupled,
-            "amsgrad": self.amsgrad,
-            "maximize": self.maximize,
-            "capturable": self.capturable,
-            "foreach": self.foreach,
-            "fused": self.fused_flag,
-        }
+def lr_on_device(lr: float | Tensor, params: Sequence[Tensor]) -> float | Tensor:
+    """Move a tensor learning rate to its parameters, as torch does; the CPU stays."""
+    if isinstance(lr, Tensor) and not lr.is_cpu:
+        return lr.to(params[0].device, non_blocking=True)
+    return lr
 
 
 class AdamKernel:
     """Adam and AdamW: two moments, a third with ``amsgrad``, and a step counter."""
 
     counts = True
+    lists = 6  # that torch's _init_group fills
 
     def decoupled(self, group: Group, form: Form | None) -> bool:
         """Tell whether this form, or the group's default, is the decoupled one."""
         return form == "decoupled" if form else bool(group["decoupled_weight_decay"])
 
-    def setting(
-        self, group: Group, multiplier: float, form: Form | None
-    ) -> AdamSetting:
+    def setting(self, group: Group, multiplier: float, form: Form | None) -> Setting:
         """Read what the kernel is given from the group as it is now."""
         wd = wd_of(group, multiplier)
-        exempt = (
-            not isinstance(wd, Tensor) and wd == 0
-        )  # then both forms are the same bits
-        return AdamSetting(
-            group["lr"],
-            *group["betas"],
-            group["eps"],
-            wd,
-            self.decoupled(group, None if exempt else form),
-            group["amsgrad"],
-            group["maximize"],
-            group["capturable"],
-            group["foreach"],
-            group["fused"],
+        beta1, beta2 = group["betas"]
+        return Setting(
+            {
+                "lr": group["lr"],
+                "beta1": beta1,
+                "beta2": beta2,
+                "eps": group["eps"],
+                "weight_decay": wd,
+                # Without decay both forms give the same bits: one call for both.
+                "decoupled_weight_decay": self.decoupled(
+                    group, None if is_zero(wd) else form
+                ),
+                "amsgrad": group["amsgrad"],
+                "maximize": group["maximize"],
+                "capturable": group["capturable"],
+                "differentiable": group["differentiable"],
+                "foreach": group["foreach"],
+                "fused": group["fused"],
+            }
         )
+
+    def fused(self, setting: Setting, call: FusedCall) -> None:
+        """Step with torch's fused kernel; the counters were advanced before."""
+        own = setting.arguments
+        decoupled = own["decoupled_weight_decay"]
+        kernel = _torch.fused_adamw_ if decoupled else _torch.fused_adam_
+        kernel(
+            call.params,
+            call.grads,
+            call.moments[0],
+            call.moments[1],
+            call.moments[2] if own["amsgrad"] else [],
+            call.steps,
+            lr=lr_on_device(own["lr"], call.params),
+            beta1=own["beta1"],
+            beta2=own["beta2"],
+            weight_decay=own["weight_decay"],
+            eps=own["eps"],
+            amsgrad=own["amsgrad"],
+            maximize=own["maximize"],
+            grad_scale=call.scaling[0],
+            found_inf=call.scaling[1],
+        )
+
+    def functional(
+        self,
+        setting: Setting,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: Sequence[State],
+    ) -> None:
+        """Step with torch's functional: for-loop, foreach, or torch's own choice."""
+        entries = ["exp_avg", "exp_avg_sq"]
+        amsgrad = setting.arguments["amsgrad"]
+        _torch.adam(
+            params,
+            grads,
+            *([state[entry] for state in states] for entry in entries),
+            [state["max_exp_avg_sq"] for state in states] if amsgrad else [],
+            [state["step"] for state in states],
+            has_complex=any(map(torch.is_complex, params)),
+            **setting.arguments,
+        )
+
+    def traced(self, setting: Setting, lists: Lists, flag: bool) -> None:
+        """Step the lists that torch's ``_init_group`` filled."""
+        _torch.adam(*lists, has_complex=flag, **setting.arguments)
+
+    def keep(self, states: States, lists: Lists) -> None:
+        """Nothing is new: the state was updated in place."""
 
     def require_ranges(self, group: Group, index: int) -> None:
         """Raise for a hyperparameter that torch's constructor would refuse."""
-        for name, top in (
-            ("lr", math.inf),
-            ("eps", math.inf),
-            ("weight_decay", math.inf),
-        ):
-            require_range(group, index, name, group[name], top)
+        for name in ("lr", "eps", "weight_decay"):
+            require_range(group, index, name, group[name])
         for beta in group["betas"]:
             require_range(group, index, "betas", beta, 1.0)
 
     def entries(self, group: Group) -> tuple[str, ...]:
         """Name the state tensors that are shaped like the parameter."""
-        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[
-            : 3 if group["amsgrad"] else 2
-        ]
+        moments = ("exp_avg", "exp_avg_sq")
+        return (*moments, "max_exp_avg_sq") if group["amsgrad"] else moments
 
     def structure(self, group: Group) -> tuple[object, ...]:
         """Read the flags that decide which tensors and which path a step uses."""
-        return (group["amsgrad"], group["foreach"], group["fused"], group["capturable"])
+        names = ("amsgrad", "foreach", "fused", "capturable")
+        return tuple(group[name] for name in names)
 
     def state_of(self, states: States, param: Tensor, group: Group) -> State:
         """Return the state of a parameter, created at its first gradient as by torch."""
@@ -211,8 +204,9 @@ class AdamKernel:
         if not state:
             if group["fused"]:
                 _torch.require_fused_support(param)
+            on_device = group["capturable"] or group["fused"]
             dtype = _torch.scalar_dtype(is_fused=group["fused"])
-            device = param.device if group["capturable"] or group["fused"] else "cpu"
+            device = param.device if on_device else "cpu"
             state["step"] = torch.zeros((), dtype=dtype, device=device)
         for entry in self.entries(group):
             if entry not in state:
@@ -229,90 +223,10 @@ class AdamKernel:
     def refuse_sparse(self, group: Group, multiplier: float, label: str) -> None:
         """Raise as torch does: Adam steps no sparse gradient, decayed or not."""
         raise RuntimeError(
-            f"Adam does not support sparse gradients, please consider SparseAdam instead; "
-            f"{label} has one. Use selective_optim.SGD with that parameter exempt, or sparse=False."
+            f"Adam does not support sparse gradients, please consider SparseAdam "
+            f"instead; {label} has one. Pass sparse=False to its embedding, or use "
+            f"selective_optim.SGD with that parameter exempt."
         )
-
-
-class SGDSetting(NamedTuple):
-    """What SGD's kernels are given besides tensors."""
-
-    lr: float | Tensor
-    momentum: float
-    dampening: float
-    wd: float | Tensor
-    decoupled: bool
-    nesterov: bool
-    maximize: bool
-    foreach: bool | None
-    fused_flag: bool | None
-
-    @property
-    def shrinks(self) -> bool:
-        return self.decoupled
-
-    def fused(
-        self, params: list[Tensor], grads: list[Tensor], moments: Lists, steps: list[Tensor],
-        scaling: Scaling, first: bool,
-    ) -> None:  # fmt: skip
-        self.shrink(params)
-        lr = self.lr
-        if isinstance(lr, Tensor) and not lr.is_cpu:
-            lr = lr.to(params[0].device, non_blocking=True)
-        _torch.fused_sgd_(
-            params,
-            grads,
-            moments[0] if self.momentum else [],
-            weight_decay=0.0 if self.decoupled else self.wd,  # type: ignore[arg-type]
-            momentum=self.momentum,
-            lr=lr,  # type: ignore[arg-type]  # the stub of the overload for tensors is missing
-            dampening=self.dampening,
-            nesterov=self.nesterov,
-            maximize=self.maximize,
-            is_first_step=first,
-            grad_scale=scaling[0],
-            found_inf=scaling[1],
-        )
-
-    def shrink(self, params: list[Tensor]) -> None:
-        """Apply decoupled decay: ``param = param * (1 - lr * wd)``."""
-        if not self.decoupled:
-            return
-        factor = 1 - self.lr * self.wd
-        if self.foreach is False and self.fused_flag is False:
-            for param in params:
-                param.mul_(factor)
-        else:
-            _torch.foreach_mul_(params, factor)  # type: ignore[arg-type]  # takes tensors too
-
-    def functional(
-        self, params: list[Tensor], grads: list[Tensor], states: Sequence[State]
-    ) -> None:
-        self.shrink(params)
-        buffers = [s.get("momentum_buffer") for s in states]
-        _torch.sgd(
-            params,
-            grads,
-            buffers,
-            **self.arguments(),
-            has_sparse_grad=any(grad.is_sparse for grad in grads),
-        )
-        if self.momentum:
-            for state, buffer in zip(states, buffers, strict=True):
-                state["momentum_buffer"] = buffer
-
-    def arguments(self) -> dict[str, Any]:
-        """Name the arguments of ``torch.optim.sgd.sgd``."""
-        return {
-            "lr": self.lr,
-            "momentum": self.momentum,
-            "dampening": self.dampening,
-            "weight_decay": 0.0 if self.decoupled else self.wd,
-            "nesterov": self.nesterov,
-            "maximize": self.maximize,
-            "foreach": self.foreach,
-            "fused": self.fused_flag,
-        }
 
 
 class SGDKernel:
@@ -324,30 +238,89 @@ class SGDKernel:
     """
 
     counts = False
+    lists = 3  # that torch's _init_group fills
 
     def __init__(self, decoupled: bool = False) -> None:
-        self.decoupled_by_default = decoupled
+        self._decoupled = decoupled
 
     def decoupled(self, group: Group, form: Form | None) -> bool:
         """Tell whether this form, or the group's default, is the decoupled one."""
-        default = group.get("decoupled_weight_decay", self.decoupled_by_default)
+        default = group.get("decoupled_weight_decay", self._decoupled)
         return form == "decoupled" if form else bool(default)
 
-    def setting(self, group: Group, multiplier: float, form: Form | None) -> SGDSetting:
+    def setting(self, group: Group, multiplier: float, form: Form | None) -> Setting:
         """Read what the kernel is given from the group as it is now."""
         wd = wd_of(group, multiplier)
-        exempt = not isinstance(wd, Tensor) and wd == 0
-        return SGDSetting(
-            group["lr"],
-            group["momentum"],
-            group["dampening"],
-            wd,
-            self.decoupled(group, form) and not exempt,
-            group["nesterov"],
-            group["maximize"],
-            group["foreach"],
-            group["fused"],
+        decoupled = self.decoupled(group, form)
+        return Setting(
+            {
+                "lr": group["lr"],
+                "momentum": group["momentum"],
+                "dampening": group["dampening"],
+                "weight_decay": 0.0 if decoupled else wd,
+                "nesterov": group["nesterov"],
+                "maximize": group["maximize"],
+                "foreach": group["foreach"],
+                "fused": group["fused"],
+            },
+            shrink=wd if decoupled else 0.0,
         )
+
+    def fused(self, setting: Setting, call: FusedCall) -> None:
+        """Step with torch's fused kernel."""
+        own = setting.arguments
+        self.shrink_(setting, call.params)
+        _torch.fused_sgd_(
+            call.params,
+            call.grads,
+            call.moments[0] if call.moments else [],
+            weight_decay=own["weight_decay"],
+            momentum=own["momentum"],
+            lr=lr_on_device(own["lr"], call.params),
+            dampening=own["dampening"],
+            nesterov=own["nesterov"],
+            maximize=own["maximize"],
+            is_first_step=call.first,
+            grad_scale=call.scaling[0],
+            found_inf=call.scaling[1],
+        )
+
+    def functional(
+        self,
+        setting: Setting,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: Sequence[State],
+    ) -> None:
+        """Step with torch's functional: for-loop, foreach, or torch's own choice."""
+        buffers = [state.get("momentum_buffer") for state in states]
+        sparse = any(grad.is_sparse for grad in grads)
+        self.traced(setting, [params, grads, buffers], sparse)  # type: ignore[list-item]  # None until the first step
+        if setting.arguments["momentum"]:
+            for state, buffer in zip(states, buffers):
+                state["momentum_buffer"] = buffer
+
+    def traced(self, setting: Setting, lists: Lists, flag: bool) -> None:
+        """Step the lists that torch's ``_init_group`` filled."""
+        self.shrink_(setting, lists[0])
+        _torch.sgd(*lists, has_sparse_grad=flag, **setting.arguments)
+
+    def keep(self, states: States, lists: Lists) -> None:
+        """Write the momentum buffers that a step on lists made into the state."""
+        params, _, buffers = lists
+        for param, buffer in zip(params, buffers):
+            states[param]["momentum_buffer"] = buffer
+
+    def shrink_(self, setting: Setting, params: list[Tensor]) -> None:
+        """Apply decoupled decay: ``param = param * (1 - lr * wd)``."""
+        if is_zero(setting.shrink):
+            return
+        factor = 1 - setting.arguments["lr"] * setting.shrink
+        if setting.arguments["foreach"] or setting.arguments["foreach"] is None:
+            _torch.foreach_mul_(params, factor)
+        else:
+            for param in params:
+                param.mul_(factor)
 
     def require_ranges(self, group: Group, index: int) -> None:
         """Raise for a hyperparameter that torch's constructor would refuse."""
@@ -378,10 +351,10 @@ class SGDKernel:
 
     def refuse_sparse(self, group: Group, multiplier: float, label: str) -> None:
         """Raise if a parameter with a sparse gradient decays."""
-        if wd_of(group, multiplier) != 0:
+        if not is_zero(wd_of(group, multiplier)):
             raise RuntimeError(
-                f"{label} has a sparse gradient and decays, which would make the gradient dense. "
-                f"Exempt it, for example with wd_policy=exclude(nn.Embedding)."
+                f"{label} has a sparse gradient and decays, which would make the "
+                f"gradient dense. Exempt it: wd_policy=exclude(nn.Embedding)."
             )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from selective_optim import _torch
 from selective_optim._buckets import Bucket, Counters, Grads, flat
 from selective_optim._cells import Cell, Key, Member, fused_still, path_of
-from selective_optim._kernels import Group, Kernel, Scaling, States
+from selective_optim._kernels import Group, Kernel, Scaling, Setting, States
 
 Groups = Sequence[Group]
 _grad_of = attrgetter("grad")
@@ -130,27 +130,24 @@ class Plan:
 
     def _settle(self, groups: Groups) -> None:
         """Read the hyperparameters and merge the cells that share them into buckets."""
-        together: dict[Any, list[Cell]] = {}
+        together: dict[Any, tuple[Setting, list[Cell]]] = {}
         for cell in self._cells:
-            key = cell.key
-            setting = self._kernel.setting(groups[key.group], key.multiplier, key.form)
-            together.setdefault((setting, key[3:]), []).append(cell)
-        merged = list(together.values())
-        if merged == self._merged:
-            for bucket, (setting, _) in zip(self._buckets, together, strict=True):
-                bucket.setting = setting
-        else:
+            index, multiplier, form, *path = cell.key
+            setting = self._kernel.setting(groups[index], multiplier, form)
+            together.setdefault((setting.key, *path), (setting, []))[1].append(cell)
+        merged = [cells for _, cells in together.values()]
+        if merged != self._merged:
             self._merged = merged
-            self._arrange(
-                [(setting, cells) for (setting, _), cells in together.items()]
-            )
+            self._arrange(list(together.values()))
+        for bucket, (setting, _) in zip(self._buckets, together.values()):
+            bucket.setting = setting
 
-    def _arrange(self, merged: list[Any]) -> None:
+    def _arrange(self, merged: list[tuple[Setting, list[Cell]]]) -> None:
         """Lay out the lists that a step replays, in the order of the buckets."""
         self._buckets: list[Bucket] = []
         self._plain = self._fused = stop = 0
         for setting, cells in merged:
-            bucket = Bucket(setting, cells, stop)
+            bucket = Bucket(self._kernel, setting, cells, stop)
             self._buckets.append(bucket)
             stop = bucket.part.stop
             self._fused = stop if bucket.key.fused else self._fused
