@@ -1,0 +1,248 @@
+"""Convert optimizer state dicts between hand-split groups and one group, by name.
+
+A state dict keeps state by position, so one saved with a group of decayed and a
+group of exempt parameters does not fit an optimizer with one group. Here names say
+which state belongs to which parameter: state dicts go in, and new ones come out
+that share the tensors. The form of ``torch.distributed.checkpoint.state_dict``
+(not flattened), which lists parameters by name, is taken too and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from typing import Any
+
+from torch import nn
+
+from selective_optim._named import (
+    RECORD,
+    Entry,
+    Hyper,
+    Names,
+    Record,
+    StateDict,
+    choose,
+    form_of,
+    read,
+    write,
+)
+from selective_optim.parameters import as_modules, canonical_name, shape_text
+
+
+def group_names(
+    param_groups: Iterable[Mapping[str, Any]], model: nn.Module | Sequence[nn.Module]
+) -> list[list[str]]:
+    """Name the parameters of every group, for a state dict saved without names.
+
+    Args:
+        param_groups: ``optimizer.param_groups``, or the groups given to a constructor.
+        model: The module, or modules, that the parameters live in.
+
+    Returns:
+        Canonical names, group by group.
+
+    Raises:
+        ValueError: A parameter is in none of the modules.
+    """
+    names = {
+        id(param): canonical_name(name)
+        for module in as_modules(model)
+        for name, param in module.named_parameters()
+    }
+
+    def name_of(index: int, position: int, param: Any) -> str:
+        if id(param) not in names:
+            raise ValueError(
+                f"parameter {position} of group {index} (shape "
+                f"{shape_text(param.shape)}) is in none of the modules given as "
+                f"`model`. Pass every module that holds parameters: [model, ...]."
+            )
+        return names[id(param)]
+
+    return [
+        [name_of(index, position, p) for position, p in enumerate(group["params"])]
+        for index, group in enumerate(param_groups)
+    ]
+
+
+def merge_groups(
+    state_dict: StateDict,
+    names: Names | None = None,
+    *,
+    order: Iterable[str] | None = None,
+    by: str | Sequence[str] = (),
+) -> StateDict:
+    """Turn a state dict of hand-split groups into one of one group.
+
+    Its ``weight_decay`` is the largest of those merged. What each parameter's was in
+    relation to it is recorded, so that an optimizer whose policy decides otherwise
+    warns on loading.
+
+    Args:
+        state_dict: Of an optimizer of this library or of torch; stays as it is.
+        names: Names of the parameters, group by group; by default the
+            ``"param_names"`` of the groups.
+        order: All names in the order of the optimizer that is to load the result, as
+            a rule of ``model.named_parameters()``; by default that of ``state_dict``.
+        by: Hyperparameters that keep groups apart: with ``"lr"`` there is one group
+            per learning rate.
+
+    Returns:
+        The merged state dict; its groups come in the order of their first parameters.
+
+    Raises:
+        ValueError: A name is missing, doubled or unknown; or merged groups differ in
+            another hyperparameter than ``weight_decay``.
+
+    Example:
+        >>> import torch
+        >>> named = list(torch.nn.Linear(2, 1).named_parameters())
+        >>> split = torch.optim.SGD(
+        ...     [{"params": named[:1], "weight_decay": 0.1}, {"params": named[1:]}]
+        ... )
+        >>> [group] = merge_groups(split.state_dict())["param_groups"]
+        >>> group["param_names"], group["weight_decay"]
+        (['weight', 'bias'], 0.1)
+    """
+    entries = read(state_dict, names)
+    ordered = entries.values() if order is None else choose(entries, order, "order")
+    apart = (by,) if isinstance(by, str) else tuple(by)
+    groups = [(_merged(mine, apart), mine) for mine in _kept_apart(ordered, apart)]
+    return write(state_dict, groups, _records(state_dict, groups))
+
+
+def split_groups(
+    state_dict: StateDict,
+    groups: Iterable[Mapping[str, Any]],
+    *,
+    names: Names | None = None,
+) -> StateDict:
+    """Turn a state dict of merged groups into one of hand-split groups.
+
+    Args:
+        state_dict: Of an optimizer of this library or of torch; stays as it is.
+        groups: The groups wanted, in order: dicts with names under ``"params"`` and
+            the hyperparameters to set. What a group does not set stays as it was, and
+            ``weight_decay`` is what the state dict records of the parameters.
+        names: Names of the parameters of ``state_dict``, group by group; by default
+            the ``"param_names"`` of its groups.
+
+    Returns:
+        The split state dict, for an optimizer that has these groups and no policy.
+
+    Raises:
+        ValueError: A name is missing, doubled or unknown; parameters of one group
+            differ in what the group does not set; or one decays in a form that
+            torch's class does not give the group.
+
+    Example:
+        >>> import torch
+        >>> from selective_optim import SGD
+        >>> named = torch.nn.Linear(2, 1).named_parameters()
+        >>> merged = SGD(named, weight_decay=0.1, wd_policy="no_bias").state_dict()
+        >>> split = split_groups(merged, [{"params": ["weight"]}, {"params": ["bias"]}])
+        >>> [group["weight_decay"] for group in split["param_groups"]]
+        [0.1, 0.0]
+    """
+    wanted = [dict(group) for group in groups]
+    listed = [list(group.pop("params")) for group in wanted]
+    entries = read(state_dict, names)
+    chosen = iter(choose(entries, chain.from_iterable(listed), "groups"))
+    parts = [list(islice(chosen, len(part))) for part in listed]
+    anyone = list(entries.values())[:1]
+    return write(
+        state_dict,
+        [
+            (_split(part or anyone, own), part)
+            for part, own in zip(parts, wanted, strict=True)
+        ],
+        None,
+    )
+
+
+def _kept_apart(
+    entries: Iterable[Entry], apart: tuple[str, ...]
+) -> Iterator[list[Entry]]:
+    """Collect the parameters whose groups agree on what keeps groups apart."""
+    together: list[tuple[list[Any], list[Entry]]] = []
+    for entry in entries:
+        values = [entry.hyper.get(key) for key in apart]
+        # Compared, not hashed: a learning rate may be a tensor.
+        for known, mine in together:
+            if known == values:
+                mine.append(entry)
+                break
+        else:
+            together.append((values, [entry]))
+    return (mine for _, mine in together)
+
+
+def _merged(entries: list[Entry], apart: tuple[str, ...]) -> Hyper:
+    way_out = (
+        f"Keep such groups apart: by=[{''.join(f'{key!r}, ' for key in apart)}{{!r}}]."
+    )
+    hypers = [entry.hyper for entry in entries]
+    _require_agreement(entries, hypers, ["weight_decay"], way_out)
+    largest = max((hyper["weight_decay"] for hyper in hypers), key=float)
+    return {**hypers[0], "weight_decay": largest}
+
+
+def _split(entries: list[Entry], own: Hyper) -> Hyper:
+    hypers = [{**entry.hyper, "weight_decay": entry.wd} for entry in entries]
+    _require_agreement(
+        entries, hypers, own, "Make it two groups, or set {!r} in this one."
+    )
+    hyper = {**hypers[0], **own}
+    _require_form(entries, hyper)
+    return hyper
+
+
+def _require_agreement(
+    entries: Sequence[Entry],
+    hypers: Sequence[Hyper],
+    free: Iterable[str],
+    way_out: str,
+) -> None:
+    """Check that parameters that come together differ in nothing but what is free."""
+    first, own = entries[0], hypers[0]
+    for entry, hyper in zip(entries, hypers, strict=True):
+        for key in [key for key in {**own, **hyper} if key not in free]:
+            if (mine := own.get(key)) != (other := hyper.get(key)):
+                raise ValueError(
+                    f"{key!r} is {mine} for {first.label()} and {other} for "
+                    f"{entry.label()}, but one group has one. {way_out.format(key)}"
+                )
+
+
+def _require_form(entries: Iterable[Entry], hyper: Hyper) -> None:
+    """Check that torch decays these parameters in the form that was recorded."""
+    form = form_of(hyper)
+    for entry in entries if hyper["weight_decay"] and form else ():
+        if entry.multiplier and entry.form != form:
+            raise ValueError(
+                f"{entry.label()} decays in form {entry.form!r}, and torch gives its "
+                f"group form {form!r}. If it is to change, set weight_decay in every "
+                f"group and del state_dict['decay'] first."
+            )
+
+
+def _records(
+    state_dict: StateDict, groups: Iterable[tuple[Hyper, Sequence[Entry]]]
+) -> list[list[Record]] | None:
+    """Record what part of its group's decay each parameter has, where known."""
+    records = [
+        [_record(entry, hyper["weight_decay"]) for entry in mine]
+        for hyper, mine in groups
+    ]
+    known = RECORD in state_dict or all(
+        hyper["weight_decay"] and entry.form for hyper, mine in groups for entry in mine
+    )
+    return records if known else None
+
+
+def _record(entry: Entry, largest: Any) -> Record:
+    if entry.hyper["weight_decay"] == largest:
+        return [entry.multiplier, entry.form]
+    # To 15 digits, so that 0.01 of 0.1 is the 0.1 that a policy says.
+    return [float(f"{float(entry.wd) / float(largest):.15g}"), entry.form]
