@@ -7,29 +7,59 @@ it as a name, a mapping, a callable, or an expression of :func:`exclude`,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 
+from torch import nn
+
 from selective_optim._rules import (
-    Decay as Decay,
-    Form as Form,
-    Function as _Function,
-    Policy as Policy,
-    exclude as exclude,
-    first_match as first_match,
-    form as form,
-    only as only,
-    scale as scale,
+    Decay,
+    Form,
+    Function,
+    Policy,
+    exclude,
+    first_match,
+    form,
+    only,
+    scale,
 )
+from selective_optim.differences import Difference, Differences, compare
+from selective_optim.layers import layerwise
+from selective_optim.markers import exempt_, marked
 from selective_optim.recipes import RECIPES
 from selective_optim.selectors import (
-    Selector as Selector,
-    everything as everything,
-    is_bias as is_bias,
-    is_embedding as is_embedding,
-    is_norm as is_norm,
-    is_vector as is_vector,
+    Selector,
+    everything,
+    is_bias,
+    is_embedding,
+    is_norm,
+    is_vector,
 )
+
+__all__ = [
+    "Decay",
+    "Difference",
+    "Differences",
+    "Form",
+    "Policy",
+    "Selector",
+    "as_policy",
+    "diff",
+    "everything",
+    "exclude",
+    "exempt_",
+    "first_match",
+    "form",
+    "is_bias",
+    "is_embedding",
+    "is_norm",
+    "is_vector",
+    "layerwise",
+    "marked",
+    "named",
+    "only",
+    "scale",
+]
 
 NAMED: dict[str, Policy] = {
     "all": only(everything),
@@ -73,8 +103,27 @@ def as_policy(value: object) -> Policy:
     if isinstance(value, Mapping):
         return first_match(value)
     if callable(value) and not isinstance(value, (type, Selector)):
-        return _Function(value)
+        return Function(value)
     raise TypeError(
         f"`wd_policy` must be a name, a mapping, a callable or a policy, not {value!r} "
         f'({type(value).__name__}). Write for example wd_policy="no_bias_norm".'
     )
+
+
+def diff(model: nn.Module | Sequence[nn.Module], a: object, b: object) -> Differences:
+    """List the parameters of a model on which two policies disagree.
+
+    Args:
+        model: Module or modules whose parameters are asked about; it may stand on
+            the meta device.
+        a: A policy, in any form that ``wd_policy`` takes.
+        b: Another.
+
+    Raises:
+        ValueError: One of them cannot decide for a parameter.
+
+    Example:
+        >>> print(diff(nn.Linear(2, 3), "all", "nanogpt").rows[0].reason_b)
+        nanogpt: ndim < 2
+    """
+    return compare(model, as_policy(a), as_policy(b))

@@ -1,0 +1,159 @@
+"""What authors wrote on their own models: marks on parameters and lists of names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from selective_optim._rules import EXEMPT, FULL, Policy, Verdict
+from selective_optim.parameters import WRAPPERS, ParameterInfo, canonical_name
+from selective_optim.selectors import Need
+
+MARK = "_no_weight_decay"
+Target = TypeVar("Target", nn.Module, Tensor)
+
+
+def exempt_(target: Target) -> Target:
+    """Mark a parameter, or every parameter of a module, as exempt for :func:`marked`.
+
+    Sets ``_no_weight_decay = True``, the attribute that Mamba and others set, on
+    the parameters. A module is marked, too, so that its mark outlives a wrapper
+    that makes new parameters.
+
+    Args:
+        target: Marked in place.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        TypeError: ``target`` is neither a parameter nor a module.
+
+    Example:
+        >>> layer = exempt_(nn.Linear(2, 2))
+        >>> layer.weight._no_weight_decay
+        True
+    """
+    if not isinstance(target, (nn.Module, Tensor)):
+        raise TypeError(
+            f"`exempt_` takes a module or a parameter, not {target!r} "
+            f"({type(target).__name__}). Write for example exempt_(model.head)."
+        )
+    setattr(target, MARK, True)
+    if isinstance(target, nn.Module):
+        for param in target.parameters():
+            setattr(param, MARK, True)
+    return target
+
+
+def unwrapped(path: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
+    """Drop the wrappers at the beginning of a path, so that it starts at the model."""
+    while len(path) > 1 and _key(path[0], path[1]) in WRAPPERS:
+        path = path[1:]
+    return path
+
+
+def _key(parent: nn.Module, child: nn.Module) -> str | None:
+    return next((k for k, module in parent._modules.items() if module is child), None)
+
+
+def _relative_names(place: ParameterInfo) -> Iterator[tuple[nn.Module, str]]:
+    """Yield each module above a parameter with the parameter's name as seen from it."""
+    parts, size = (place.name or "").split("."), 1
+    for i in range(len(place.path) - 1, -1, -1):
+        yield place.path[i], ".".join(parts[-size:])
+        if i and _key(place.path[i - 1], place.path[i]) not in WRAPPERS:
+            size += 1
+
+
+class Lists:
+    """The lists of names that modules give, each module asked once."""
+
+    def __init__(self) -> None:
+        self._asked: dict[tuple[int, str], tuple[nn.Module, tuple[str, ...]]] = {}
+
+    def names(self, module: nn.Module, method: str) -> tuple[str, ...]:
+        """Return what ``module.method()`` lists; nothing where there is none.
+
+        Only what the module's class or instance itself defines counts: a wrapper
+        that passes attributes on would list names under the wrong root.
+        """
+        key = (id(module), method)
+        if key not in self._asked:
+            self._asked[key] = (module, tuple(_listed(module, method)))
+        return self._asked[key][1]
+
+
+def _listed(module: nn.Module, method: str) -> Iterable[str]:
+    if not hasattr(type(module), method) and method not in vars(module):
+        return ()
+    found: Any = getattr(module, method)
+    return map(canonical_name, found() if callable(found) else found)
+
+
+def listing(name: str, patterns: Iterable[str]) -> str | None:
+    """Return the first name or glob in a list that matches, as timm matches it."""
+    return next((p for p in patterns if fnmatchcase(name, p)), None)
+
+
+@dataclass(frozen=True, repr=False)
+class Marked(Policy):
+    """Exempts what the model's author marked; see :func:`marked`."""
+
+    lists: Lists | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        return "marked()"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"names", "modules"})
+
+    @property
+    def whole_model(self) -> bool:
+        return True  # to be bound, so that no module is asked twice
+
+    def bind(self, infos: Iterable[ParameterInfo]) -> Policy:
+        return replace(self, lists=Lists())
+
+    def decide(self, info: ParameterInfo) -> Verdict:
+        if getattr(info.parameter, MARK, False):
+            return Verdict(EXEMPT, MARK)
+        lists = self.lists or Lists()
+        for place in info.places:
+            for module, name in _relative_names(place):
+                if reason := _mark(module, name, lists):
+                    return Verdict(EXEMPT, reason)
+        return Verdict(FULL, "not marked")
+
+
+def _mark(module: nn.Module, name: str, lists: Lists) -> str | None:
+    who = type(module).__name__
+    if vars(module).get(MARK) is True:
+        return f"{MARK} of {who}"
+    if listed := listing(name, lists.names(module, "no_weight_decay")):
+        return f"{who}.no_weight_decay() lists {listed!r}"
+    for keyword in lists.names(module, "no_weight_decay_keywords"):
+        if keyword in name:
+            return f"{who}.no_weight_decay_keywords() lists {keyword!r}"
+    return None
+
+
+def marked() -> Policy:
+    """Exempt what the model's author marked, and decay the rest.
+
+    A parameter is marked by a true attribute ``_no_weight_decay``, by standing in
+    the list that ``no_weight_decay()`` of any module above it returns (names or
+    globs, as seen from that module), or by a name that contains one of the
+    module's ``no_weight_decay_keywords()``. Modules inside DDP, FSDP and
+    ``torch.compile`` wrappers are asked, too.
+
+    Example:
+        >>> marked()
+        marked()
+    """
+    return Marked()
