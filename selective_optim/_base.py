@@ -22,7 +22,7 @@ from selective_optim._decisions import (
 )
 from selective_optim._kernels import Group, Kernel, States
 from selective_optim._plan import Stepper
-from selective_optim._rules import Policy
+from selective_optim._rules import Form, Policy
 from selective_optim.parameters import Knowledge, ParameterInfo
 from selective_optim.policies import as_policy
 from selective_optim.report import DecayReport, make_report
@@ -47,6 +47,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     """
 
     _kernel: Kernel
+    _states: States
 
     @contextmanager
     def _deciding(
@@ -193,7 +194,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             self._stepper.step(
                 self.param_groups,
                 self._members,
-                self.__dict__["state"],
+                self._states,
                 (getattr(self, "grad_scale", None), getattr(self, "found_inf", None)),
                 self._touched,
             )
@@ -208,28 +209,29 @@ class SelectiveOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             lists: list[list[Any]] = [[] for _ in range(self._kernel.lists)]
-            flag, verdicts = self._init_group(group, *lists)
-            for verdict in dict.fromkeys(verdicts):
-                chosen = [i for i, own in enumerate(verdicts) if own == verdict]
-                mine = [[entry[i] for i in chosen] if entry else [] for entry in lists]
-                self._kernel.traced(self._kernel.setting(group, *verdict), mine, flag)
+            flag, parts = self._init_group(group, *lists)
+            for multiplier, form, chosen in parts:
+                setting = self._kernel.setting(group, multiplier, form)
+                mine = _pick(lists, chosen)
+                self._kernel.traced(setting, mine, flag)
                 self._kernel.keep(self.state, mine)
         return loss
 
+    @_torch.disable_dynamo
     def _init_group(self, group: Group, *lists: list[Any]) -> Any:
-        """Fill the lists as torch does; also return what was decided, in their order.
+        """Fill the lists as torch does; also return which of them were decided alike.
 
-        ``torch.compile`` runs a method of this name as it is and compiles only what
-        is done with the lists.
+        ``torch.compile`` runs a method of this name as it is, and compiles what is
+        done with the lists.
         """
         flag = super()._init_group(group, *lists)  # type: ignore[misc]  # of torch's class
         index = next(i for i, own in enumerate(self.param_groups) if own is group)
-        decided = self._ledger.follow(self.param_groups)[index]
-        return flag, tuple(
-            (decision.multiplier, decision.form)
-            for param, decision in zip(group["params"], decided)
-            if param.grad is not None
-        )
+        decided = zip(group["params"], self._ledger.follow(self.param_groups)[index])
+        parts: dict[tuple[float, Form | None], list[int]] = {}
+        for position, decision in enumerate(d for p, d in decided if p.grad is not None):
+            key = (decision.multiplier, decision.form)
+            parts.setdefault(key, []).append(position)
+        return flag, tuple((*key, tuple(chosen)) for key, chosen in parts.items())
 
     def _members(self) -> list[Member]:
         decided = self._ledger.follow(self.param_groups)
@@ -257,14 +259,14 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     @property
     def state(self) -> States:  # type: ignore[override]  # an attribute in torch
         """State tensors by parameter, as in torch; once looked at, checked every step."""
-        self._touched = True
-        states: States = self.__dict__["state"]
-        return states
+        if not torch.compiler.is_compiling():  # a compiled step may not set attributes
+            self._touched = True
+        return self._states
 
     @state.setter
     def state(self, value: States) -> None:
         self._touched = True
-        self.__dict__["state"] = value
+        self._states = value
 
     @_torch.disable_dynamo
     def state_dict(self) -> dict[str, Any]:
@@ -342,6 +344,10 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         """Tell what decays: per group and reason when printed, per parameter in ``rows``."""
         decided = self._ledger.follow(self.param_groups)
         return make_report(self.param_groups, decided, self._kernel.decoupled)
+
+
+def _pick(lists: list[list[Any]], chosen: Sequence[int]) -> list[list[Any]]:
+    return [[entry[i] for i in chosen] if entry else [] for entry in lists]
 
 
 def _is_zero(value: float | Tensor) -> bool:
