@@ -1,0 +1,115 @@
+"""How long a step takes: the bare kernel, torch in four ways, and this library.
+
+Examples::
+
+    python -m benchmarks.step --quick --case tiny
+    python -m benchmarks.step --json
+    python -m benchmarks.step --picture benchmarks/results/NAME.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import step_results, step_tables
+from benchmarks.step_arms import CLASSES
+from benchmarks.step_cases import CASES, Case
+from benchmarks.step_timing import clock_for
+
+THREADS = 2  # as on the machine that the goals for a CPU are written for
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step")
+    add = parser.add_argument
+    add("--device", type=torch.device, default=torch.device("cpu"))
+    add("--optimizer", nargs="+", choices=list(CLASSES), default=["adamw", "sgd"])
+    add(
+        "--case",
+        nargs="+",
+        choices=[case.name for case in CASES],
+        help="by default all, on a CPU without the large ones",
+    )
+    add(
+        "--json",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="save the run, without FILE under benchmarks/results",
+    )
+    add("--quick", action="store_true", help="few rounds: shows that all runs")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile torch's step too, which takes minutes; by default on a GPU",
+    )
+    add(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="draw a saved run beside its file and measure nothing",
+    )
+    return parser.parse_args(words)
+
+
+def chosen_cases(names: Sequence[str] | None, device: torch.device) -> list[Case]:
+    if names:
+        return [case for case in CASES if case.name in names]
+    return [case for case in CASES if device.type != "cpu" or not case.large]
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the chosen cases and show each as soon as it is measured."""
+    effort = step_results.QUICK if args.quick else step_results.FULL
+    compiled = args.device.type != "cpu" if args.compile is None else args.compile
+    records = []
+    for case in chosen_cases(args.case, args.device):
+        for optimizer in args.optimizer:
+            record = step_results.run_case(
+                case, optimizer, args.device, effort, compiled
+            )
+            records.append(record)
+            show(step_tables.case_lines(record))
+            free_memory(args.device)
+    once = step_results.run_once(args.device, clock_for(args.device), effort)
+    run = step_results.describe_run(args.device, args.quick)
+    return {"run": run, "once": once, "cases": records}
+
+
+def free_memory(device: torch.device) -> None:
+    """Give the next case the memory of this one."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
+
+
+def show(lines: Iterable[str]) -> None:
+    print("\n".join(lines), flush=True)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    args = parse(words)
+    if args.picture:
+        from benchmarks.step_picture import draw
+
+        print(draw(step_results.load(args.picture), args.picture.with_suffix(".png")))
+        return
+    if args.device.type == "cpu":
+        torch.set_num_threads(THREADS)
+    results = measure(args)
+    show(step_tables.once_lines(results))
+    show(step_tables.goal_lines(results))
+    if args.json is not None:
+        path = Path(args.json or step_results.default_path(results["run"]))
+        step_results.save(results, path)
+        print(f"saved as {path}")
+
+
+if __name__ == "__main__":
+    main()
