@@ -1,0 +1,263 @@
+"""The audit of a policy on a model: findings, disagreements, command line."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from selective_optim import policies
+from selective_optim.__main__ import build, main
+from selective_optim.audit import audit, find_mistakes, model_report
+
+HERE = "tests.test_audit"
+own_policy = policies.exclude("*.bias")
+no_policy = 3.5
+
+
+class Tiny(nn.Module):
+    """An embedding tied to the head, a norm, and a scalar of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.embed = nn.Embedding(5, 4)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 5)
+        self.head.weight = self.embed.weight
+
+
+def tiny():
+    print("building")
+    return Tiny()
+
+
+def needs_values():
+    return nn.Linear(2, round(torch.ones(()).item()))
+
+
+def needs_arguments(width):
+    return nn.Linear(width, width)
+
+
+def lazy():
+    return nn.LazyLinear(2)
+
+
+def broken():
+    raise RuntimeError("no such\nweights")
+
+
+FINDINGS = {
+    "all": [
+        ("vector", "scale"),
+        ("norm", "norm.weight"),
+        ("norm", "norm.bias"),
+        ("bias", "head.bias"),
+    ],
+    "no_bias": [("vector", "scale"), ("norm", "norm.weight")],
+    "no_norm": [("vector", "scale"), ("bias", "head.bias")],
+    "no_bias_norm": [("vector", "scale")],
+    "no_bias_norm_embedding": [("vector", "scale"), ("tied", "embed.weight")],
+    "matrices": [],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize(("policy", "expected"), FINDINGS.items(), ids=FINDINGS)
+def test_mistakes_are_found(policy, expected):
+    found = find_mistakes(Tiny(), policy)
+    assert [(finding.kind, finding.name) for finding in found] == expected
+
+
+def test_tied_parameter_with_two_verdicts_names_both_places():
+    [finding] = find_mistakes(Tiny(), {"scale": 0, "head.*": 0.5, "norm.*": 0})[:1]
+    assert (finding.kind, finding.shape) == ("tied", (5, 4))
+    assert finding.reason == "embed.weight: 1 (no match); head.weight: 0.5 ('head.*')"
+
+
+def test_frozen_parameters_are_no_mistake():
+    model = Tiny().requires_grad_(False)
+    assert find_mistakes(model, "all") == []
+
+
+def test_model_report_needs_no_optimizer():
+    rows = model_report(Tiny(), policies.form("l2", "head.*"), weight_decay=0.5).rows
+    told = {row.name: (row.weight_decay, row.form) for row in rows}
+    assert told["head.bias"] == (0.5, "l2")
+    assert told["scale"] == (0.5, None)
+    assert all(math.isnan(row.lr) for row in rows)
+
+
+def test_model_report_says_which_glob_matches_nothing():
+    with pytest.raises(ValueError, match=r"'heda\.\*' in `wd_policy` matches none"):
+        model_report(Tiny(), {"heda.*": 0})
+
+
+def test_audit_prints_report_disagreements_and_mistakes():
+    assert str(audit(Tiny(), "no_norm", against="no_bias_norm")) == "\n".join(
+        [
+            "no_norm on Tiny, per unit of weight_decay",
+            "group  reason           decay  form     tensors  elements",
+            "    0  no match             1  default        3        26",
+            "    0  exclude is_norm      0  exempt         2         8",
+            "decayed: 3 tensors, 26 elements; exempt: 2 tensors, 8 elements",
+            "",
+            "against no_bias_norm",
+            str(policies.diff(Tiny(), "no_norm", "no_bias_norm")),
+            "",
+            "looks wrong: biases that decay, 1",
+            "  head.bias  5  no match",
+            "",
+            "looks wrong: tensors of fewer than two dimensions that decay, 1",
+            "  scale  scalar  no match",
+        ]
+    )
+
+
+def test_audit_says_that_nothing_looks_wrong():
+    assert str(audit(Tiny(), "matrices")).endswith("looks wrong: nothing")
+
+
+def test_audit_prints_the_first_of_many_mistakes():
+    model = nn.Sequential(*(nn.LayerNorm(2, bias=False) for _ in range(13)))
+    lines = str(audit(model, "all")).splitlines()
+    assert "looks wrong: norms that decay, 13" in lines
+    assert lines[-2:] == ["  9.weight  2  only everything", "  and 3 more"]
+
+
+def test_audit_as_dict_has_the_same_content():
+    told = audit(Tiny(), "no_norm", against="no_bias_norm").as_dict()
+    assert json.loads(json.dumps(told)) == told
+    assert (told["model"], told["policy"], told["against"]) == (
+        *("Tiny", "no_norm", "no_bias_norm"),
+    )
+    assert told["decayed"] == {"tensors": 3, "elements": 26}
+    assert told["exempt"] == {"tensors": 2, "elements": 8}
+    assert told["rows"][1] == {
+        "name": "embed.weight",
+        "shape": [5, 4],
+        "numel": 20,
+        "multiplier": 1.0,
+        "form": None,
+        "reason": "no match",
+    }
+    assert told["disagreements"] == [
+        {
+            "name": "head.bias",
+            "shape": [5],
+            "a": {"multiplier": 1.0, "form": None},
+            "b": {"multiplier": 0.0, "form": None},
+            "reason_a": "no match",
+            "reason_b": "exclude is_bias",
+        }
+    ]
+    assert told["findings"][1] == {
+        "kind": "bias",
+        "name": "head.bias",
+        "shape": [5],
+        "reason": "no match",
+    }
+
+
+def test_command_prints_the_audit(capsys):
+    assert main(["audit", f"{HERE}:tiny", "--against", "timm"]) == 0
+    assert capsys.readouterr().out == (
+        f"{HERE}:tiny, device: meta\n{audit(Tiny(), against='timm')}\n"
+    )
+
+
+def test_command_prints_one_json_object(capsys):
+    assert main(["audit", f"{HERE}:tiny", "--against", "timm", "--json"]) == 0
+    out, err = capsys.readouterr()
+    expected = audit(Tiny(), against="timm").as_dict()
+    source = {"target": f"{HERE}:tiny", "device": "meta", "note": None}
+    assert json.loads(out) == {**source, **expected}
+    assert err == "building\n"
+
+
+def test_command_takes_a_policy_of_the_users_own(capsys):
+    arguments = [f"{HERE}:Tiny", "--policy", f"{HERE}:own_policy"]
+    assert main(["audit", *arguments]) == 0
+    assert "exclude('*.bias') on Tiny" in capsys.readouterr().out
+
+
+STRICT = {"findings": ("all", 1), "no findings": ("matrices", 0)}
+
+
+@pytest.mark.parametrize(("policy", "expected"), STRICT.values(), ids=STRICT)
+def test_strict_command_exits_with_1_on_findings(policy, expected, capsys):
+    assert main(["audit", f"{HERE}:tiny", "--strict", "--policy", policy]) == expected
+    assert "looks wrong" in capsys.readouterr().out
+
+
+def test_building_takes_no_memory_where_the_model_allows_it():
+    built = build(f"{HERE}:tiny")
+    assert (built.device, built.note) == ("meta", None)
+    assert all(param.is_meta for param in built.model.parameters())
+
+
+def test_building_falls_back_to_the_cpu_and_says_so(capsys):
+    built = build(f"{HERE}:needs_values")
+    assert built.device == "cpu"
+    assert "not built on the meta device: RuntimeError" in built.note
+    assert built.note in capsys.readouterr().err
+
+
+ERRORS = {
+    "no colon": ([HERE], "is not of the form MODULE:CALLABLE"),
+    "no module": (["no_such_module:x"], "No module named 'no_such_module'"),
+    "no name": ([f"{HERE}:tinny"], "Did you mean 'tiny'?"),
+    "number": ([f"{HERE}:no_policy"], "is 3.5 (float), not a callable"),
+    "not a model": (["builtins:dict"], "returned {} (dict), not a module"),
+    "arguments": ([f"{HERE}:needs_arguments"], "missing 1 required positional"),
+    "raises": ([f"{HERE}:broken"], "RuntimeError: no such weights. Name a callable"),
+    "lazy": ([f"{HERE}:lazy"], "uninitialized parameters. Run one batch"),
+    "policy": ([f"{HERE}:tiny", "--policy", "no_bais"], 'Did you mean wd_policy="no_b'),
+    "against": ([f"{HERE}:tiny", "--against", "x"], "'x' is not the name of a policy"),
+    "own policy": ([f"{HERE}:tiny", "--policy", f"{HERE}:no_policy"], "not 3.5 (float"),
+    "policy path": (["torch.nn:Tanh", "--policy", f"{HERE}:"], "form MODULE:CALLABLE"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS.values(), ids=ERRORS)
+def test_command_tells_what_is_wrong_in_one_line(case, capsys):
+    arguments, expected = case
+    assert main(["audit", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert expected in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_command_runs_as_a_module_from_the_folder_of_the_model(tmp_path: Path):
+    (tmp_path / "nets.py").write_text("import torch\nnet = torch.nn.Linear(2, 3)\n")
+    command = [sys.executable, "-m", "selective_optim", "audit", "nets:net"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "decayed: 1 tensor, 6 elements" in done.stdout
+
+
+def llama_70b():
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "vocab_size": 128256}
+    layers = {"num_hidden_layers": 80, "num_attention_heads": 64}
+    config = LlamaConfig(**sizes, **layers, num_key_value_heads=8)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.integration
+def test_seventy_billion_parameters_are_audited_without_memory_for_them(capsys):
+    pytest.importorskip("transformers")
+    target = f"{HERE}:llama_70b"
+    assert main(["audit", target, "--against", "huggingface", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["device"], told["findings"]) == ("meta", [])
+    assert told["decayed"] == {"tensors": 562, "elements": 70_552_387_584}
+    assert told["exempt"] == {"tensors": 161, "elements": 1_318_912}
+    assert told["disagreements"] == []
