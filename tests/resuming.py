@@ -1,0 +1,120 @@
+"""A small model, assigned gradients and exact comparison for the tests of resuming."""
+
+import copy
+import io
+
+import torch
+from torch import nn
+
+import selective_optim
+
+CLASSES = {
+    name: {"ours": getattr(selective_optim, name), "torch": getattr(torch.optim, name)}
+    for name in ("SGD", "Adam", "AdamW")
+}
+IMPLEMENTATIONS = {
+    "for-loop": {"foreach": False, "fused": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+OPTIMIZERS = {
+    "sgd": ("SGD", {"lr": 0.1}),
+    "momentum": ("SGD", {"lr": 0.1, "momentum": 0.9}),
+    "nesterov": ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    "adam": ("Adam", {"lr": 0.01}),
+    "amsgrad": ("Adam", {"lr": 0.01, "amsgrad": True}),
+    "adamw": ("AdamW", {"lr": 0.01}),
+}
+
+
+class Net(nn.Module):
+    """A matrix, vectors, a norm, a scalar, no elements, a transposed view."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4))
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.empty = nn.Parameter(torch.empty(0, 3))
+        self.turned = nn.Parameter(torch.randn(3, 4).t())
+        self.idle = nn.Parameter(torch.randn(4))
+        self.late = nn.Parameter(torch.randn(2, 2))
+        self.head = nn.Linear(4, 3)
+
+
+def make_net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def train(model, optimizer, steps):
+    """Step on gradients of the step's number; ``idle`` has none, ``late`` not on 4."""
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for name, param in model.named_parameters():
+            grad = torch.empty_like(param).copy_(
+                torch.randn(param.shape, generator=generator)
+            )
+            without = name == "idle" or (name == "late" and step == 4)
+            param.grad = None if without else grad
+        optimizer.step()
+
+
+def names_by_decay(model):
+    """Names of the decayed and of the exempt under ``no_bias_norm``."""
+    exempt = [n for n, _ in model.named_parameters() if "bias" in n or "body.1" in n]
+    return [n for n, _ in model.named_parameters() if n not in exempt], exempt
+
+
+def hand_split(model, wd=0.1):
+    """Two groups as users write them."""
+    params = dict(model.named_parameters())
+    decayed, exempt = names_by_decay(model)
+    return [
+        {"params": [params[n] for n in decayed], "weight_decay": wd},
+        {"params": [params[n] for n in exempt], "weight_decay": 0.0},
+    ]
+
+
+def through_file(state_dict):
+    """Save and load as a resumed process would."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def snapshot(model, optimizer):
+    """All bits that a step may change, apart from what is live."""
+    return copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+
+def state_by_name(model, optimizer):
+    return {
+        name: dict(optimizer.state[param])
+        for name, param in model.named_parameters()
+        if param in optimizer.state
+    }
+
+
+def assert_same(actual, expected):
+    """Compare trees of tensors, numbers and strings exactly."""
+    if isinstance(expected, dict):
+        assert set(actual) == set(expected)
+        for key in expected:
+            assert_same(actual[key], expected[key])
+    elif isinstance(expected, (list, tuple)):
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected):
+            assert_same(one, other)
+    elif isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    else:
+        assert actual == expected
+
+
+def assert_same_run(model, optimizer, other_model, other_optimizer):
+    """Compare two runs: parameters and state, each by name."""
+    assert_same(model.state_dict(), other_model.state_dict())
+    assert_same(
+        state_by_name(model, optimizer), state_by_name(other_model, other_optimizer)
+    )
