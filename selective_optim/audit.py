@@ -13,8 +13,9 @@ from torch import nn
 from selective_optim import policies
 from selective_optim._decisions import decide, require_matches
 from selective_optim._rules import Policy
+from selective_optim._table import aligned
 from selective_optim.parameters import ModuleIndex, ParameterInfo, shape_text
-from selective_optim.report import DecayReport, aligned, make_row
+from selective_optim.report import DecayReport, make_row
 from selective_optim.selectors import is_bias, is_norm, is_vector
 
 # The first that matches names the mistake: a norm's bias counts as a norm.
@@ -191,7 +192,7 @@ def _listing(kind: str, findings: Sequence[Finding]) -> str:
         return ""
     cells = [(f.name, shape_text(f.shape), f.reason) for f in mine[:SHOWN]]
     lines = [f"looks wrong: {HEADINGS[kind]}, {len(mine):,}"]
-    lines += [f"  {line}" for line in aligned(cells, text=(0, 1, 2))]
+    lines += [f"  {line}" for line in aligned(cells)]
     if len(mine) > SHOWN:
         lines.append(f"  and {len(mine) - SHOWN:,} more")
     return "\n".join(lines)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from selective_optim._decisions import Decision
 from selective_optim._rules import Form
+from selective_optim._table import aligned
 
 HEADERS = ("group", "reason", "decay", "form", "tensors", "elements")
-TEXT = (1, 3)  # columns of words stand to the left, numbers to the right
+NUMBERS = (0, 2, 4, 5)  # columns that stand to the right
 MANY_GROUPS = 8  # more are summed up together: a group per layer would fill pages
 FEW_RUNS = 3  # group numbers are spelled out up to so many ranges
 
@@ -92,7 +93,7 @@ class DecayReport:
         return f"decayed: {_amount(decayed)}; exempt: {_amount(exempt)}"
 
     def __str__(self) -> str:
-        return "\n".join([*aligned([HEADERS, *self.table()], TEXT), self.summary()])
+        return "\n".join([*aligned([HEADERS, *self.table()], NUMBERS), self.summary()])
 
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""
@@ -133,23 +134,6 @@ class DecayReport:
         return ax
 
 
-def aligned(lines: Sequence[Sequence[str]], text: Sequence[int]) -> list[str]:
-    """Pad cells to columns.
-
-    Args:
-        lines: Rows of cells, all of one length.
-        text: Indices of the columns that stand to the left.
-    """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i in text else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-
-
 def amount(count: int, noun: str) -> str:
     """Count a noun: ``1 tensor``, ``1,000 tensors``."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
@@ -188,7 +172,7 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _html_row(tag: str, cells: Sequence[str]) -> str:
-    sides = ("left" if i in TEXT else "right" for i in range(len(cells)))
+    sides = ("right" if i in NUMBERS else "left" for i in range(len(cells)))
     styled = (
         f'<{tag} style="text-align: {side}">{escape(cell)}</{tag}>'
         for side, cell in zip(sides, cells)
