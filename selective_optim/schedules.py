@@ -1,0 +1,250 @@
+"""Schedules of weight decay, driven by the learning rate schedulers of torch.
+
+Works on any ``torch.optim`` optimizer, selective or not. Decoupled decay is already
+multiplied by the learning rate, so a schedule of the rate alone scales it down, too.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from selective_optim._views import Group, GroupView, Record, stepping_optimizer
+
+Optimizer = torch.optim.Optimizer
+# Attributes of the optimizer: its groups and state keep torch's keys alone.
+RECORD = "_decay_schedule"
+TIE = "_decay_tie"
+
+
+def _note_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+    vars(optimizer)[RECORD].stepped = True
+
+
+class WeightDecay(torch.optim.Optimizer):
+    """A view of an optimizer in which a group's ``"lr"`` is its ``"weight_decay"``.
+
+    Any class of ``torch.optim.lr_scheduler`` then drives weight decay, beside or
+    without another one that drives the learning rate. Multipliers of a policy stay:
+    exempt parameters are exempt at every decay. A group with weight_decay=0 beside
+    groups that decay is exempt by hand and stays at 0, whatever the schedule.
+
+    Call ``step()`` of the scheduler after that of the optimizer, and save its state
+    dict beside the optimizer's: start values live in the scheduler and not in the
+    groups. Views of one optimizer are equal to each other and to the optimizer.
+
+    Args:
+        optimizer: Any optimizer whose groups have a ``"weight_decay"``.
+
+    Raises:
+        TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``.
+        ValueError: It has no weight decay, or :func:`proportional_to_lr` sets it.
+
+    Example:
+        DINO raises the decay from 0.04 to 0.4 along a cosine:
+
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.04)
+        >>> schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        ...     WeightDecay(optimizer), T_max=2, eta_min=0.4
+        ... )
+        >>> for _ in range(2):
+        ...     optimizer.step()
+        ...     schedule.step()
+        ...     print(round(optimizer.param_groups[0]["weight_decay"], 3))
+        0.22
+        0.4
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        # No super().__init__(): everything that it makes, the optimizer has.
+        self.optimizer = stepping_optimizer(optimizer)
+        _refuse_tie(self.optimizer)
+        self._attach(vars(self.optimizer).get(RECORD) or Record())
+
+    def _attach(self, record: Record) -> None:
+        if RECORD not in vars(self.optimizer):
+            self.optimizer.register_step_post_hook(_note_step)
+        setattr(self.optimizer, RECORD, record)
+        record.views(self.optimizer.param_groups)
+
+    @property
+    def _record(self) -> Record:
+        record: Record = vars(self.optimizer)[RECORD]
+        return record
+
+    @property
+    def param_groups(self) -> list[GroupView]:  # type: ignore[override]  # an attribute in torch
+        """The groups as they stand now, each seen as a mapping."""
+        return self._record.views(self.optimizer.param_groups)
+
+    @property
+    def defaults(self) -> Group:  # type: ignore[override]  # an attribute in torch
+        """The optimizer's defaults, with its decay for a rate."""
+        defaults = self.optimizer.defaults
+        return {**defaults, "lr": defaults["weight_decay"]}
+
+    @property
+    def _opt_called(self) -> bool:
+        """Tell whether the optimizer stepped; a scheduler that comes first warns."""
+        return self._record.stepped
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step the optimizer."""
+        return self.optimizer.step(closure)
+
+    # LRScheduler would else patch the view's step to learn of calls, which go to the
+    # optimizer's: torch/optim/lr_scheduler.py, LRScheduler.__init__, 2.7 to 2.15.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a mark of torch's
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of the optimizer."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a parameter group to the optimizer."""
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> Group:
+        """Return the state dict of the optimizer."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: Group) -> None:
+        """Load a state dict of the optimizer."""
+        self.optimizer.load_state_dict(state_dict)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":  # asked for while a copy is being made
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    # Frameworks look for a scheduler's optimizer among those that they train
+    # (Lightning, Accelerate), and SequentialLR compares those of its schedulers.
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, WeightDecay):
+            other = other.optimizer
+        return self.optimizer is other
+
+    def __hash__(self) -> int:
+        return hash(self.optimizer)
+
+    def __repr__(self) -> str:
+        return f"WeightDecay({self.optimizer!r})"
+
+    def __getstate__(self) -> Group:
+        return {"optimizer": self.optimizer, "record": self._record}
+
+    def __setstate__(self, state: Group) -> None:
+        self.optimizer = state["optimizer"]
+        self._attach(state["record"])
+
+
+@dataclass(eq=False)
+class Tie:
+    """A hook that sets the decay of every group in the proportion of its rate.
+
+    Args:
+        bases: ``(weight_decay, lr)`` of every group when it was first seen.
+    """
+
+    bases: list[tuple[float, float]] = field(default_factory=list)
+
+    def follow(self, groups: list[Group]) -> None:
+        """Take the bases of groups that were added."""
+        for index in range(len(self.bases), len(groups)):
+            self.bases.append(_base(groups[index], index))
+
+    def __call__(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        self.follow(optimizer.param_groups)
+        for group, (base_wd, base_lr) in zip(optimizer.param_groups, self.bases):
+            # The quotient first: where lr is the base, it is 1 and wd exactly the base.
+            group["weight_decay"] = base_wd * (float(group["lr"]) / base_lr)
+
+
+def _base(group: Group, index: int) -> tuple[float, float]:
+    lr = float(group["lr"])
+    if lr == 0:
+        raise ValueError(
+            f"`lr` of group {index} is 0, of which nothing is a proportion. Make the "
+            f"optimizer with its base rate, for example lr=3e-4."
+        )
+    return float(group["weight_decay"]), lr
+
+
+def _refuse_tie(optimizer: Optimizer) -> None:
+    # The hook alone keeps its Tie alive, so removing the hook ends the refusal.
+    if vars(optimizer).get(TIE, _nothing)() is not None:
+        raise ValueError(
+            "proportional_to_lr already sets the weight_decay of this optimizer. "
+            "End it first: handle = proportional_to_lr(optimizer); handle.remove()."
+        )
+
+
+def _nothing() -> None:
+    """Stand in for the weak reference of an optimizer that was never tied."""
+
+
+def _refuse_schedules(optimizer: Optimizer) -> None:
+    if RECORD in vars(optimizer):
+        raise ValueError(
+            "a schedule on WeightDecay(optimizer) already sets the weight_decay of "
+            "this optimizer. Leave out that schedule, or proportional_to_lr(optimizer)."
+        )
+    for index, group in enumerate(optimizer.param_groups):
+        for key in ("max_lr", "initial_lr"):
+            if group.get(key, group["lr"]) != group["lr"]:
+                raise ValueError(
+                    f"`lr` of group {index} is {group['lr']}, moved by a scheduler "
+                    f"from its {key}, {group[key]}. Call proportional_to_lr(optimizer) "
+                    f"before making the scheduler."
+                )
+
+
+def proportional_to_lr(optimizer: Optimizer) -> RemovableHandle:
+    """Tie weight decay to the learning rate, from now on and at every step.
+
+    Before each step, group by group::
+
+        weight_decay = base_weight_decay * (lr / base_lr)
+
+    where the bases are what the group says now. Decoupled decay is then ``lr ** 2``
+    times a constant, as in AdamC, which keeps the norms of normalized layers steady
+    while the rate falls.
+
+    Args:
+        optimizer: Any optimizer whose groups have a ``"weight_decay"``. A group that
+            is added later is tied to what it says at its first step.
+
+    Returns:
+        A handle whose ``remove()`` ends the tie. As every hook of torch, the tie is
+        not saved: call this again on resume, before a state dict is loaded.
+
+    Raises:
+        TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``.
+        ValueError: It has no weight decay, its rate is 0 or was moved by a scheduler
+            already, or something else sets its decay.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.2)
+        >>> handle = proportional_to_lr(optimizer)
+        >>> optimizer.param_groups[0]["lr"] = 0.05
+        >>> optimizer.step()
+        >>> optimizer.param_groups[0]["weight_decay"]
+        0.1
+
+    Source:
+        Defazio 2025, "Why Gradients Rapidly Increase Near the End of Training".
+    """
+    optimizer = stepping_optimizer(optimizer)
+    _refuse_tie(optimizer)
+    _refuse_schedules(optimizer)
+    tie = Tie()
+    tie.follow(optimizer.param_groups)
+    setattr(optimizer, TIE, weakref.ref(tie))
+    return optimizer.register_step_pre_hook(tie)

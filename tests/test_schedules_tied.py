@@ -1,0 +1,96 @@
+"""Weight decay that is proportional to the learning rate."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import lr_scheduler as torch_schedulers
+
+import selective_optim
+from selective_optim.schedules import WeightDecay, proportional_to_lr
+from tests.schedule_cases import optimizers, run, schedules, two_groups, values
+
+
+@schedules
+@optimizers
+def test_tied_decay_follows_the_rate(kind, make):
+    optimizer = two_groups(kind)
+    proportional_to_lr(optimizer)
+    scheduler = make(optimizer)
+    for _ in range(8):
+        rates = values(optimizer, "lr")
+        optimizer.step()
+        expected = [0.04 * (rates[0] / 0.1), 0.02 * (rates[1] / 0.05)]
+        assert values(optimizer, "weight_decay") == expected
+        scheduler.step()
+
+
+def test_tied_decay_is_the_base_at_the_base_rate():
+    """0.07 * 0.3 / 0.3 is not 0.07 in floating point."""
+    optimizer = two_groups(torch.optim.SGD, lr=0.3, weight_decay=0.07)
+    proportional_to_lr(optimizer)
+    optimizer.step()
+    assert values(optimizer, "weight_decay") == [0.07, 0.035]
+
+
+def test_tied_decay_is_that_of_adamc():
+    """Decoupled decay of ``lr ** 2 / max_lr * weight_decay``, Defazio 2025."""
+    param = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+    optimizer = selective_optim.AdamW([param], lr=0.5, weight_decay=0.1)
+    proportional_to_lr(optimizer)
+    scheduler = torch_schedulers.LinearLR(optimizer, 1.0, 0.0, total_iters=4)
+    expected = 2.0
+    for step in range(4):
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+        scheduler.step()
+        lr = 0.5 * (1 - step / 4)
+        expected *= 1 - lr**2 / 0.5 * 0.1
+    torch.testing.assert_close(param.item(), expected, rtol=1e-12, atol=0)
+
+
+def test_tie_ends_with_its_handle():
+    optimizer = two_groups(torch.optim.SGD)
+    handle = proportional_to_lr(optimizer)
+    handle.remove()
+    optimizer.param_groups[0]["lr"] = 0.05
+    optimizer.step()
+    assert values(optimizer, "weight_decay") == [0.04, 0.02]
+    WeightDecay(optimizer)
+
+
+def test_tie_takes_in_a_group_added_later():
+    optimizer = two_groups(selective_optim.AdamW)
+    proportional_to_lr(optimizer)
+    late = {"params": [nn.Parameter(torch.ones(2))], "lr": 0.4, "weight_decay": 0.2}
+    optimizer.add_param_group(late)
+    optimizer.step()
+    optimizer.param_groups[2]["lr"] = 0.2
+    optimizer.step()
+    assert values(optimizer, "weight_decay") == [0.04, 0.02, 0.1]
+
+
+@optimizers
+def test_tie_made_before_loading_resumes(kind):
+    def tied_and_warm() -> Any:
+        optimizer = two_groups(kind, lr=0.3, weight_decay=0.07)
+        proportional_to_lr(optimizer)
+        return optimizer, torch_schedulers.LinearLR(optimizer, 0.1, total_iters=9)
+
+    straight = tied_and_warm()
+    run(*straight, 4, "lr")
+    resumed = tied_and_warm()
+    for part, saved in zip(resumed, straight, strict=True):
+        part.load_state_dict(saved.state_dict())
+    expected = run(*straight, 4, "weight_decay")
+    assert run(*resumed, 4, "weight_decay") == expected
+
+
+def test_tie_reads_a_tensor_rate():
+    optimizer = two_groups(torch.optim.SGD, lr=0.25)
+    rate = torch.tensor(0.25)
+    optimizer.param_groups[0]["lr"] = rate
+    proportional_to_lr(optimizer)
+    rate.fill_(0.125)
+    optimizer.step()
+    assert values(optimizer, "weight_decay") == [0.02, 0.02]
