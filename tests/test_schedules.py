@@ -23,6 +23,9 @@ from tests.schedule_cases import (
 
 # A view against the rate
 
+# SequentialLR of torch 2.7 calls the step of its parts in a deprecated way.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")
+
 
 @schedules
 @optimizers

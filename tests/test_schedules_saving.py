@@ -25,6 +25,10 @@ from tests.schedule_cases import (
     values,
 )
 
+# SequentialLR of torch 2.7 calls the step of its parts in a deprecated way.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")
+
+
 # The order of calls
 
 FIRST = r"lr_scheduler.step\(\)` before `optimizer.step"
