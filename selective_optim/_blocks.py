@@ -17,6 +17,8 @@ NUMBERED = re.compile(r"(.*?)\d+$")
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # A convolution with its norm is a piece of a block, a linear layer not even that.
 PARTS_OF_A_BLOCK = 3
+# Blocks that hold a tenth of what the largest run holds could be meant as well.
+RIVAL = 10
 
 
 def named_modules(roots: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
@@ -121,15 +123,16 @@ def find_blocks(roots: Sequence[nn.Module], layers: str | None) -> list[nn.Modul
     if layers is not None:
         return _matching(roots, layers)
     runs = sorted((r for root in roots for r in runs_in(root)), key=lambda r: -r.size)
-    rivals = [run.glob for run in runs if 2 * run.size >= runs[0].size]
+    # A tower of text beside one of images is smaller and no stem; it must be named.
+    rivals = [run.glob for run in runs if RIVAL * run.size >= runs[0].size]
     if len(rivals) == 1:
         return _blocks_in(runs[0])
     models = ", ".join(type(root).__name__ for root in roots)
     if rivals:
         several = ", ".join(map(repr, rivals))
         raise ValueError(
-            f"`layers` must say which blocks of {models} to count by; {several} hold "
-            f'about as much. Name one, as in layers="{rivals[-1]}".'
+            f"`layers` must say which blocks of {models} to count by; {several} all "
+            f'hold many parameters. Name one, as in layers="{rivals[-1]}".'
         )
     lists = list(dict.fromkeys(_counting_globs(roots))) or ["none"]
     raise ValueError(

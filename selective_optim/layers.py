@@ -105,7 +105,9 @@ class Distances:
         self._layer: dict[nn.Module, int] = {}
         modules = [module for _, module in named_modules(roots)]
         self._number(modules, find_blocks(roots, layers))
-        self._top = max(self._layer[m] for m in modules if m._parameters)
+        # Where first names lie: a head tied to the embeddings is no layer of its own.
+        first = {id(p): m for m in reversed(modules) for p in m.parameters(False)}
+        self._top = max(self._layer[module] for module in first.values())
 
     def _number(self, modules: list[nn.Module], blocks: list[nn.Module]) -> None:
         numbers = {block: i for i, block in enumerate(blocks, start=1)}
