@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.recipes_page import page
 from selective_optim import policies
 from selective_optim.__main__ import build, main
 from selective_optim.audit import audit, find_mistakes, model_report
@@ -240,6 +241,27 @@ def test_command_runs_as_a_module_from_the_folder_of_the_model(tmp_path: Path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "decayed: 1 tensor, 6 elements" in done.stdout
+
+
+def counts(tensors, norms=0, biases=0):
+    return {"decayed": {"tensors": tensors}, "norms": norms, "biases": biases}
+
+
+def test_recipes_page_adds_up_what_each_recipe_decays_by_mistake():
+    models = {
+        "A": {"x": counts(3), "y": counts(9, norms=2, biases=1), "z": counts(4, 1)},
+        "B": {"x": counts(5), "y": counts(8, norms=1), "z": {"refused": "why"}},
+    }
+    versions = dict.fromkeys(("torch", "torchvision", "timm", "transformers"), "1.2")
+    text, table = page({**versions, "models": models}).split("\n\n")
+    assert text.endswith("torch 1.2, torchvision 1.2, timm 1.2, transformers 1.2.")
+    assert table.splitlines() == [
+        "| model | `x` | `y` | `z` |",
+        "| --- | ---: | ---: | ---: |",
+        "| A | 3 | 9 (2 n, 1 b) | 4 (1 n) |",
+        "| B | 5 | 8 (1 n) | - |",
+        "| **norms + biases decayed** | **0 + 0** | **3 + 1** | **1 + 0** in 1 of 2 |",
+    ]
 
 
 def llama_70b():
