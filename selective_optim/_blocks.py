@@ -134,10 +134,10 @@ def find_blocks(roots: Sequence[nn.Module], layers: str | None) -> list[nn.Modul
             f"`layers` must say which blocks of {models} to count by; {several} all "
             f'hold many parameters. Name one, as in layers="{rivals[-1]}".'
         )
-    lists = list(dict.fromkeys(_counting_globs(roots))) or ["none"]
+    lists = list(dict.fromkeys(map(repr, _counting_globs(roots))))[:8] or ["none"]
     raise ValueError(
         f"`layers` must name the repeated blocks of {models}, where none were found; "
-        f"numbered modules in it: {', '.join(map(repr, lists[:8]))}. "
+        f"numbered modules in it: {', '.join(lists)}. "
         f'Write for example layers="blocks.*".'
     )
 

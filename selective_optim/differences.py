@@ -54,16 +54,11 @@ class Differences:
     def __str__(self) -> str:
         if not self.rows:
             return f"no difference between {self.a!r} and {self.b!r}"
-        headers = (
-            "name",
-            "shape",
-            f"a: {self.a!r}",
-            "reason",
-            f"b: {self.b!r}",
-            "reason",
-        )
-        lines = [headers, *map(_cells, self.rows)]
-        return "\n".join([*aligned(lines), f"{len(self.rows):,} parameters differ"])
+        headers = ("name", "shape", "a", "reason", "b", "reason")
+        lines = aligned([headers, *map(_cells, self.rows)])
+        count = len(self.rows)
+        total = "1 parameter differs" if count == 1 else f"{count:,} parameters differ"
+        return "\n".join([f"a: {self.a!r}", f"b: {self.b!r}", *lines, total])
 
 
 def _cells(row: Difference) -> tuple[str, ...]:

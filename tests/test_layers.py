@@ -1,0 +1,345 @@
+"""Layerwise rates: one depth for the groups and for the policy."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from selective_optim import SGD, AdamW
+from selective_optim.layers import layerwise_groups
+from selective_optim.policies import exclude, is_bias, layerwise
+
+
+class Block(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 8), nn.GELU(), nn.Linear(8, width))
+
+
+class Stage(nn.Module):
+    def __init__(self, before, width, depth):
+        super().__init__()
+        self.downsample = nn.Linear(before, width)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)))
+
+
+class RouteLayer(nn.Module):
+    """A block whose parameters are mostly in a list of blocks of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(4, 2)
+        self.experts = nn.ModuleList([Block(), Block()])
+
+
+class Model(nn.Module):
+    """A model of named parts, in the order given."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(4))
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+def vit(depth=3):
+    blocks = nn.Sequential(*(Block() for _ in range(depth)))
+    return Model(
+        stem=nn.Linear(3, 4), blocks=blocks, norm=nn.LayerNorm(4), head=nn.Linear(4, 2)
+    )
+
+
+def swin():
+    stages = nn.Sequential(Stage(3, 4, 2), Stage(4, 8, 1), Stage(8, 12, 2))
+    return Model(stem=nn.Linear(3, 3), layers=stages, head=nn.Linear(12, 2))
+
+
+def resnet():
+    stages = {
+        f"layer{i}": nn.Sequential(Block(4 * i), Block(4 * i)) for i in range(1, 4)
+    }
+    return Model(conv1=nn.Linear(3, 4), **stages, fc=nn.Linear(12, 2))
+
+
+def gpt(tied=True):
+    inner = Model(
+        wte=nn.Embedding(9, 4),
+        h=nn.ModuleList([Block(), Block()]),
+        ln_f=nn.LayerNorm(4),
+    )
+    model = Model(transformer=inner, lm_head=nn.Linear(4, 9, bias=False))
+    if tied:
+        model.lm_head.weight = inner.wte.weight
+    return model
+
+
+def experts():
+    return Model(
+        embed=nn.Embedding(9, 4),
+        layers=nn.ModuleList([RouteLayer(), RouteLayer(), RouteLayer()]),
+        head=nn.Linear(4, 2),
+    )
+
+
+def fc_norm():
+    blocks = nn.Sequential(Block(), Block())
+    return Model(
+        blocks=blocks,
+        norm=nn.Identity(),
+        fc_norm=nn.LayerNorm(4),
+        head=nn.Linear(4, 2),
+    )
+
+
+LAYOUTS = {
+    "vit": (
+        vit,
+        [["head"], ["blocks.2", "norm"], ["blocks.1"], ["blocks.0"], ["token", "stem"]],
+    ),
+    "swin": (
+        swin,
+        [
+            ["head"],
+            ["layers.2.blocks.1"],
+            ["layers.2.downsample", "layers.2.blocks.0"],
+            ["layers.1"],
+            ["layers.0.blocks.1"],
+            ["layers.0.blocks.0"],
+            ["token", "stem", "layers.0.downsample"],
+        ],
+    ),
+    "resnet": (
+        resnet,
+        [
+            ["fc"],
+            *(["layer3.1"], ["layer3.0"], ["layer2.1"], ["layer2.0"]),
+            *(["layer1.1"], ["layer1.0"]),
+            ["token", "conv1"],
+        ],
+    ),
+    "tied": (
+        gpt,
+        [
+            ["transformer.h.1", "transformer.ln_f"],
+            ["transformer.h.0"],
+            ["token", "transformer.token", "transformer.wte"],
+        ],
+    ),
+    "untied": (
+        lambda: gpt(tied=False),
+        [
+            ["lm_head"],
+            ["transformer.h.1", "transformer.ln_f"],
+            ["transformer.h.0"],
+            ["token", "transformer.token", "transformer.wte"],
+        ],
+    ),
+    "experts": (
+        experts,
+        [["head"], ["layers.2"], ["layers.1"], ["layers.0"], ["token", "embed"]],
+    ),
+    "fc_norm": (
+        fc_norm,
+        [["fc_norm", "head"], ["blocks.1"], ["blocks.0"], ["token"]],
+    ),
+}
+
+
+def members(model, groups):
+    names = {id(param): name for name, param in model.named_parameters()}
+    return [[names[id(param)] for param in group["params"]] for group in groups]
+
+
+def inside(model, prefixes):
+    return [
+        name
+        for prefix in prefixes
+        for name, _ in model.named_parameters()
+        if f"{name}.".startswith(f"{prefix}.")
+    ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layerwise_groups_hold_one_layer_each(layout):
+    build, expected = LAYOUTS[layout]
+    model = build()
+
+    groups = layerwise_groups(model, lr=0.1, rate=0.5)
+
+    actual = [sorted(names) for names in members(model, groups)]
+    assert actual == [sorted(inside(model, prefixes)) for prefixes in expected]
+    assert [group["lr"] for group in groups] == [
+        0.1 * 0.5**n for n in range(len(expected))
+    ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layerwise_groups_say_nothing_but_the_rate(layout):
+    groups = layerwise_groups(LAYOUTS[layout][0](), lr=0.1, rate=0.5)
+
+    assert all(set(group) == {"params", "lr"} for group in groups)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layerwise_policy_has_the_depth_of_the_groups(layout):
+    model = LAYOUTS[layout][0]()
+    rows = layerwise_groups(model, lr=1.0, rate=0.5).rows
+    optimizer = AdamW(model.parameters(), weight_decay=1.0, wd_policy=layerwise(0.5))
+
+    actual = {row.name: row.weight_decay for row in optimizer.decay_report().rows}
+
+    assert actual == {row.name: 0.5**row.layer for row in rows}
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wrap", [Wrapper, lambda m: Wrapper(Wrapper(m))])
+def test_layerwise_groups_see_through_a_wrapper(layout, wrap):
+    model = LAYOUTS[layout][0]()
+
+    groups = layerwise_groups(wrap(model), lr=0.1, rate=0.5)
+
+    assert members(model, groups) == members(model, layerwise_groups(model, 0.1, 0.5))
+
+
+def test_layerwise_groups_see_through_wrapped_blocks_and_norm():
+    model, plain = vit(), vit()
+    model.blocks = nn.Sequential(*map(Wrapper, model.blocks))
+    model.norm = Wrapper(model.norm)
+
+    rows = layerwise_groups(model, 0.1, 0.5).rows
+
+    assert {(row.name, row.layer) for row in rows} == {
+        (row.name, row.layer) for row in layerwise_groups(plain, 0.1, 0.5).rows
+    }
+
+
+GLOBS = {
+    "blocks": (vit, "blocks.*", 5),
+    "one block": (vit, "blocks.1", 3),
+    "stages": (swin, "layers.*", 5),
+    "blocks of stages": (swin, "layers.*.blocks.*", 7),
+    "any": (resnet, "layer?", 5),
+}
+
+
+@pytest.mark.parametrize("case", GLOBS)
+def test_layers_names_the_blocks(case):
+    build, layers, count = GLOBS[case]
+
+    assert len(layerwise_groups(build(), 0.1, 0.5, layers=layers)) == count
+
+
+def test_layerwise_groups_take_several_modules_in_order():
+    body = Model(blocks=nn.Sequential(Block(), Block()))
+    head = nn.Linear(4, 2)
+
+    groups = layerwise_groups([body, head], lr=0.1, rate=0.5)
+
+    assert groups[0]["params"] == list(head.parameters())
+    assert len(groups) == 4
+
+
+def test_layerwise_groups_and_policies_train_together():
+    model = vit()
+    groups = layerwise_groups(model, lr=0.1, rate=0.5)
+    policy = exclude(is_bias) * layerwise(0.5)
+
+    optimizer = SGD(groups, weight_decay=0.1, wd_policy=policy, model=model)
+
+    rows = optimizer.decay_report().rows
+    assert {row.weight_decay for row in rows if row.name == "head.weight"} == {0.1}
+    assert {row.weight_decay for row in rows if row.name == "head.bias"} == {0}
+    assert {row.weight_decay for row in rows if row.name == "blocks.2.norm.weight"} == {
+        0.05
+    }
+    assert {row.reason for row in rows if row.name == "token"} == {
+        "layerwise(0.5) at 4"
+    }
+
+
+def test_layerwise_groups_take_a_tensor_for_lr():
+    groups = layerwise_groups(vit(), lr=torch.tensor(0.5), rate=0.5)
+
+    assert [group["lr"].item() for group in groups[:3]] == [0.5, 0.25, 0.125]
+    assert "0.25" in str(groups)
+
+
+def test_layerwise_groups_print_what_shares_a_layer():
+    text = str(layerwise_groups(vit(2), lr=0.1, rate=0.5))
+
+    assert text.splitlines() == [
+        "layer      lr  tensors  elements  parameters",
+        "    0     0.1        2        10  head",
+        "    1    0.05        8        92  blocks.1, norm",
+        "    2   0.025        6        84  blocks.0",
+        "    3  0.0125        3        20  token, stem",
+    ]
+
+
+def test_layerwise_groups_are_a_plain_list_that_copies():
+    groups = layerwise_groups(vit(), lr=0.1, rate=0.5)
+
+    assert isinstance(groups, list)
+    assert str(copy.deepcopy(groups)) == str(groups)
+    assert str(pickle.loads(pickle.dumps(groups))) == str(groups)
+
+
+@pytest.mark.parametrize("layers", [None, "blocks.*"])
+def test_layerwise_prints_compares_and_pickles(layers):
+    policy = layerwise(0.75, layers=layers)
+
+    assert eval(repr(policy)) == policy
+    assert pickle.loads(pickle.dumps(policy)) == policy
+    assert policy != layerwise(0.5, layers=layers)
+
+
+def two_towers():
+    return Model(text=gpt(), image=vit())
+
+
+ERRORS = {
+    "nothing repeats": (
+        lambda: layerwise_groups(
+            nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), 0.1, 0.5
+        ),
+        r"blocks of Sequential, .* none were found; .*'\*'.*layers=\"blocks\.\*\"",
+    ),
+    "nothing numbered": (
+        lambda: layerwise_groups(nn.Linear(2, 2), 0.1, 0.5),
+        r"none were found; numbered modules in it: none",
+    ),
+    "two towers": (
+        lambda: layerwise_groups(two_towers(), 0.1, 0.5),
+        r"'image.blocks.\*', 'text.transformer.h.\*' all hold.*layers=\"text\.tr",
+    ),
+    "policy with two towers": (
+        lambda: AdamW(two_towers(), wd_policy=layerwise(0.5)),
+        r"must say which blocks of Model",
+    ),
+    "glob of nothing": (
+        lambda: layerwise_groups(vit(), 0.1, 0.5, layers="block.*"),
+        r"'block\.\*' matches none of \d+ modules .* closest are 'blocks",
+    ),
+    "negative rate": (
+        lambda: layerwise_groups(vit(), 0.1, -0.5),
+        r"`rate` must be finite and >= 0, not -0\.5\. Pass for example rate=0\.75\.",
+    ),
+    "endless rate": (lambda: layerwise(float("inf")), r"`rate` .* not inf"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_layerwise_says_what_is_wrong(case):
+    call, words = ERRORS[case]
+
+    with pytest.raises(ValueError, match=words):
+        call()

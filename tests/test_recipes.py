@@ -1,0 +1,252 @@
+"""Recipes against restatements of each project's rule, on one awkward model."""
+
+import pickle
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from selective_optim import AdamW
+from selective_optim.parameters import ModuleIndex
+from selective_optim.policies import Decay, diff, exclude, named
+from selective_optim.recipes import RECIPES
+
+
+class RMSNorm2(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.gain = nn.Parameter(torch.ones(()))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(4, 2)
+        self.input_layernorm = RMSNorm2(4)
+        self.ln_1 = nn.LayerNorm(4)
+        self.q_norm = RMSNorm2(2)
+        self.norm1 = nn.GroupNorm(2, 4)
+        self.gamma = nn.Parameter(torch.ones(4, 1))
+        self.relative_attention_bias = nn.Embedding(3, 2)
+        self.debias_proj = nn.Linear(4, 4)
+
+
+class Zoo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.ones(1, 3, 4))
+        self.scale = nn.Parameter(torch.ones(()))
+        self.embed = nn.Embedding(5, 4)
+        self.stem = weight_norm(nn.Conv2d(3, 4, 1))
+        self.bn1 = nn.BatchNorm2d(4)
+        self.inst = nn.InstanceNorm1d(4, affine=True)
+        self.sync = nn.SyncBatchNorm(4)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.rnn = nn.LSTM(4, 4)
+        self.wide = nn.Module()
+        self.wide.bias = nn.Parameter(torch.ones(2, 3))
+        self.norm = RMSNorm2(4)
+        self.head = nn.Linear(4, 5)
+        self.head.weight = self.embed.weight
+
+    def no_weight_decay(self):
+        return {"pos_embed", "blocks.0.debias_proj.weight"}
+
+
+def exempt(model, recipe):
+    infos = ModuleIndex(model).infos()
+    policy = named(recipe).bind(infos)
+    return {info.name for info in infos if not policy(info).multiplier}
+
+
+def by_name(rule):
+    return {name for name, p in Zoo().named_parameters() if rule(name, p)}
+
+
+def by_owner(rule):
+    return {
+        f"{prefix}.{leaf}".lstrip(".")
+        for prefix, module in Zoo().named_modules()
+        for leaf, _ in module.named_parameters(recurse=False)
+        if rule(module, leaf)
+    }
+
+
+TORCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+HUGGINGFACE = ("bias", "layernorm", ".norm.", "norm.weight", "norm.gain", "ln_1")
+FASTAI = (nn.BatchNorm2d, nn.InstanceNorm1d, nn.LayerNorm)
+EXPECTED = {
+    # transformers 5.23.0, trainer.py: the five patterns, met here by these words;
+    # norm1 (a GroupNorm), bn1 and sync decay, but for their biases.
+    "huggingface": by_name(lambda n, p: any(word in n for word in HUGGINGFACE)),
+    # timm 1.0.31, optim/_param_groups.py, with the list of no_weight_decay().
+    "timm": by_name(
+        lambda n, p: p.ndim <= 1 or n.endswith((".bias", *Zoo().no_weight_decay()))
+    ),
+    # fastai 2.8.12, torch_core.py: no GroupNorm or SyncBatchNorm weight, no
+    # in_proj_bias, and nothing of an LSTM, whose `bias` is a bool.
+    "fastai": by_owner(lambda m, leaf: isinstance(m, FASTAI) or leaf == "bias"),
+    # mmengine 0.10.7, optim/optimizer/default_constructor.py.
+    "mmengine": by_owner(
+        lambda m, leaf: (
+            isinstance(m, (*TORCH_NORMS, nn.GroupNorm, nn.LayerNorm)) or leaf == "bias"
+        )
+    ),
+    # detectron2 0.6, solver/build.py and config/defaults.py.
+    "detectron2": by_owner(
+        lambda m, leaf: isinstance(m, (*TORCH_NORMS, nn.GroupNorm, nn.LayerNorm))
+    ),
+    # nanoGPT 3adf61e, model.py.
+    "nanogpt": by_name(lambda n, p: p.dim() < 2),
+    # Megatron-LM core 0.16, core/optimizer/__init__.py.
+    "megatron": by_name(lambda n, p: len(p.shape) == 1 or n.endswith(".bias")),
+    # dinov2 05c66df, utils/param_groups.py.
+    "dinov2": by_name(lambda n, p: n.endswith(".bias") or "norm" in n or "gamma" in n),
+}
+
+
+def canonical(names):
+    original = re.compile(r"parametrizations\.weight\.original\d")
+    return {original.sub("weight", name) for name in names}
+
+
+@pytest.mark.parametrize("recipe", EXPECTED)
+def test_recipe_exempts_what_the_rule_says(recipe):
+    assert exempt(Zoo(), recipe) == canonical(EXPECTED[recipe])
+
+
+GPT = {
+    "wte": nn.Embedding(5, 4),
+    "ln": nn.LayerNorm(4),
+    "fc": nn.Linear(4, 4),
+    "head": nn.Linear(4, 5, bias=False),
+}
+
+
+def test_mingpt_decays_linear_weights_alone():
+    # minGPT 37baab7, mingpt/model.py.
+    expected = {"wte.weight", "ln.weight", "ln.bias", "fc.bias"}
+
+    assert exempt(nn.ModuleDict(GPT), "mingpt") == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (nn.Sequential(nn.Conv2d(1, 1, 1)), r"'0.weight', held by Conv2d, nowhere"),
+        (nn.Sequential(nn.BatchNorm1d(3)), r"'0.weight', held by BatchNorm1d, nowhere"),
+        (nn.MultiheadAttention(4, 2), r"'in_proj_weight', held by .*, nowhere"),
+    ],
+)
+def test_mingpt_names_what_it_cannot_place(model, words):
+    with pytest.raises(ValueError, match=words):
+        AdamW(model.parameters(), wd_policy="mingpt")
+
+
+def test_mingpt_refuses_a_head_tied_to_the_embedding():
+    model = nn.ModuleDict({"wte": nn.Embedding(5, 4), "head": nn.Linear(4, 5, False)})
+    model["head"].weight = model["wte"].weight
+
+    with pytest.raises(ValueError, match=r"'wte.weight', .* in two ways"):
+        AdamW(model.parameters(), wd_policy="mingpt")
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("recipe", EXPECTED)
+def test_recipe_decides_alike_behind_a_wrapper(recipe):
+    assert exempt(Wrapper(Zoo()), recipe) == exempt(Zoo(), recipe)
+
+
+def test_timm_asks_the_root_alone():
+    inner = nn.ModuleDict({"zoo": Zoo()})
+
+    assert "zoo.pos_embed" not in exempt(inner, "timm")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_prints_and_pickles_as_its_name(recipe):
+    policy = named(recipe)
+
+    assert repr(policy) == f"named({recipe!r})"
+    assert pickle.loads(pickle.dumps(policy)) == policy
+    assert len({repr(p) for p in RECIPES.values() if p == policy}) == 1
+
+
+REASONS = {
+    ("huggingface", "blocks.0.ln_1.weight"): "huggingface: inside LayerNorm",
+    ("huggingface", "norm.weight"): r"huggingface: name has '(?:^|\\.)norm(?:$|\\.)'",
+    ("timm", "pos_embed"): "timm: no_weight_decay() lists 'pos_embed'",
+    ("timm", "wide.bias"): "timm: *.bias",
+    ("fastai", "bn1.weight"): "fastai: inside BatchNorm2d",
+    ("mmengine", "head.bias"): "mmengine: bias",
+    ("detectron2", "sync.bias"): "detectron2: held by SyncBatchNorm",
+    ("nanogpt", "scale"): "nanogpt: ndim < 2",
+    ("megatron", "bn1.weight"): "megatron: ndim == 1",
+    ("dinov2", "blocks.1.gamma"): "dinov2: name has 'gamma'",
+    ("dinov2", "embed.weight"): "dinov2: decays",
+}
+
+
+@pytest.mark.parametrize(("recipe", "name"), REASONS)
+def test_reason_names_the_rule_that_decided(recipe, name):
+    infos = ModuleIndex(Zoo()).infos()
+    policy = named(recipe).bind(infos)
+
+    actual = next(policy.decide(i).reason for i in infos if i.name == name)
+
+    assert actual == REASONS[recipe, name]
+
+
+def test_diff_lists_what_two_policies_decide_differently():
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "fc": nn.Linear(4, 3)})
+
+    found = diff(model, "nanogpt", "mingpt")
+
+    row = found.rows[0]
+    assert (row.name, row.shape, row.a, row.b) == (
+        *("embed.weight", (5, 4)),
+        *(Decay(1), Decay(0)),
+    )
+    assert str(found).splitlines() == [
+        "a: named('nanogpt')",
+        "b: named('mingpt')",
+        "name          shape  a        reason           b       reason",
+        "embed.weight  5 x 4  decayed  nanogpt: decays  exempt  mingpt: "
+        "inside Embedding",
+        "1 parameter differs",
+    ]
+
+
+def test_diff_says_when_there_is_none():
+    found = diff(nn.Linear(2, 2), "nanogpt", {"bias": 0})
+
+    assert not found
+    assert str(found).startswith("no difference between named('nanogpt') and ")
+
+
+@pytest.mark.parametrize(
+    ("policy", "text"),
+    [
+        ({"weight": 0.5}, "decayed x 0.5"),
+        ({"weight": Decay(1, "l2")}, "decayed l2"),
+        ({"weight": Decay(2, "decoupled")}, "decayed x 2 decoupled"),
+        ({"weight": False}, "exempt"),
+    ],
+)
+def test_diff_tells_multipliers_and_forms_apart(policy, text):
+    found = diff(nn.Linear(2, 2), policy, "all")
+
+    assert f"weight  2 x 2  {text}" in str(found)
+
+
+def test_diff_refuses_a_glob_that_matches_nothing():
+    with pytest.raises(ValueError, match="matches none of 2 parameter names"):
+        diff(nn.Linear(2, 2), exclude("biass"), "all")
