@@ -17,10 +17,9 @@ from selective_optim._decisions import (
     Ledger,
     decide,
     require_matches,
-    require_shapes,
-    warn_of_changes,
 )
-from selective_optim._kernels import Group, Kernel, States
+from selective_optim._kernels import Group, Kernel, States, is_zero
+from selective_optim._loading import record_of, require_loadable, warn_of_changes
 from selective_optim._plan import Stepper
 from selective_optim._rules import Form, Policy
 from selective_optim.parameters import Knowledge, ParameterInfo
@@ -160,7 +159,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
                 f"Leave it out, with weight_decay=0, if nothing is to decay.",
                 stacklevel=5,
             )
-        elif all(_is_zero(group["weight_decay"]) for group in self.param_groups):
+        elif all(is_zero(group["weight_decay"]) for group in self.param_groups):
             warnings.warn(
                 f"`weight_decay` is 0 in every group, so `wd_policy` {self._policy!r} has no "
                 f"effect. Pass weight_decay=0.01, or the value you want.",
@@ -228,7 +227,9 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         index = next(i for i, own in enumerate(self.param_groups) if own is group)
         decided = zip(group["params"], self._ledger.follow(self.param_groups)[index])
         parts: dict[tuple[float, Form | None], list[int]] = {}
-        for position, decision in enumerate(d for p, d in decided if p.grad is not None):
+        for position, decision in enumerate(
+            d for p, d in decided if p.grad is not None
+        ):
             key = (decision.multiplier, decision.form)
             parts.setdefault(key, []).append(position)
         return flag, tuple((*key, tuple(chosen)) for key, chosen in parts.items())
@@ -282,23 +283,10 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             for key, own in state_dict["state"].items()
         }
         self._touched = touched
-        state_dict[RECORD] = self._decay_record()
+        decided = self._ledger.follow(self.param_groups)
+        state_dict[RECORD] = record_of(self._kernel, self.param_groups, decided)
         return state_dict
 
-    def _decay_record(self) -> list[list[list[Any]]]:
-        decided = self._ledger.follow(self.param_groups)
-        return [
-            [
-                [
-                    d.multiplier,
-                    "decoupled" if self._kernel.decoupled(group, d.form) else "l2",
-                ]
-                for d in decisions
-            ]
-            for group, decisions in zip(self.param_groups, decided, strict=True)
-        ]
-
-    @_torch.disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of torch's class of the same name.
 
@@ -306,35 +294,35 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         automatically is chosen again.
 
         Raises:
-            ValueError: Groups or tensors do not have the shapes of this optimizer's;
-                then nothing is loaded.
+            ValueError: It does not fit this optimizer; then nothing is loaded.
 
         Warns:
-            UserWarning: The state dict records other decisions than this policy's.
+            UserWarning: It records other decisions than this policy's.
         """
-        require_shapes(self.param_groups, self._ledger, state_dict)
+        decided = self._ledger.follow(self.param_groups)
+        require_loadable(self._kernel, self.param_groups, decided, state_dict)
         super().load_state_dict(state_dict)
         for group, free in zip(self.param_groups, self._free):
             if free:
                 group["foreach"] = group["fused"] = None
-        if RECORD in state_dict:
-            warn_of_changes(
-                self._ledger.groups, state_dict[RECORD], self._decay_record()
-            )
+        now = record_of(self._kernel, self.param_groups, decided)
+        warn_of_changes(decided, state_dict.get(RECORD), now, stacklevel=3)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_policy", "_ledger", "_kernel", "_free")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+        return {
+            **super().__getstate__(),
+            **{name: self.__dict__[name] for name in own},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if (
-            "_kernel" in state
-        ):  # a copy or an unpickled optimizer, else a loaded state dict
-            free = state["_free"]
+        # torch writes straight into __dict__, past the property.
+        rest = {key: value for key, value in state.items() if key != "state"}
+        self.state = state["state"]
+        if "_kernel" in rest:  # a copy or an unpickled optimizer, not a loaded state
             self._knowledge, self._arrivals = Knowledge(), None
-            self._take_kernel(state["_kernel"])
-            self._free = free
+            self._take_kernel(rest["_kernel"])
+        super().__setstate__(rest)
         self._stepper = Stepper(self._kernel)
         self._touched = False  # the state is fresh: nobody else holds it yet
 
@@ -348,7 +336,3 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
 def _pick(lists: list[list[Any]], chosen: Sequence[int]) -> list[list[Any]]:
     return [[entry[i] for i in chosen] if entry else [] for entry in lists]
-
-
-def _is_zero(value: float | Tensor) -> bool:
-    return not isinstance(value, Tensor) and value == 0

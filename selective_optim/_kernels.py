@@ -102,6 +102,7 @@ class AdamKernel:
 
     counts = True
     lists = 6  # that torch's _init_group fills
+    required = ("lr", "betas", "eps", "weight_decay", "params")
 
     def decoupled(self, group: Group, form: Form | None) -> bool:
         """Tell whether this form, or the group's default, is the decoupled one."""
@@ -191,7 +192,11 @@ class AdamKernel:
     def entries(self, group: Group) -> tuple[str, ...]:
         """Name the state tensors that are shaped like the parameter."""
         moments = ("exp_avg", "exp_avg_sq")
-        return (*moments, "max_exp_avg_sq") if group["amsgrad"] else moments
+        return (*moments, "max_exp_avg_sq") if group.get("amsgrad") else moments
+
+    def loaded_entries(self, group: Group) -> tuple[str, ...]:
+        """Name what a checkpoint must hold of a parameter that has state."""
+        return ("step", *self.entries(group))
 
     def structure(self, group: Group) -> tuple[object, ...]:
         """Read the flags that decide which tensors and which path a step uses."""
@@ -239,6 +244,10 @@ class SGDKernel:
 
     counts = False
     lists = 3  # that torch's _init_group fills
+    required = (
+        *("lr", "momentum", "dampening"),
+        *("weight_decay", "nesterov", "params"),
+    )
 
     def __init__(self, decoupled: bool = False) -> None:
         self._decoupled = decoupled
@@ -330,6 +339,10 @@ class SGDKernel:
     def entries(self, group: Group) -> tuple[str, ...]:
         """Name the state tensors that are shaped like the parameter."""
         return ("momentum_buffer",) if group["momentum"] else ()
+
+    def loaded_entries(self, group: Group) -> tuple[str, ...]:
+        """Name what a checkpoint must hold of a parameter that has state."""
+        return self.entries(group)
 
     def structure(self, group: Group) -> tuple[object, ...]:
         """Read the flags that decide which tensors and which path a step uses."""

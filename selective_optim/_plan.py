@@ -103,7 +103,7 @@ class Plan:
         self._counters = self._advancing(counters)
         self._structure = list(map(kernel.structure, groups))
         self._values = flat(map(dict.values, groups))
-        self._merged: list[list[Cell]] = []
+        self._merged: list[list[Cell]] | None = None
         self._settle(groups)
         self._states = list(states.keys()), list(states.values())
         self._state_values = flat(map(dict.values, states.values()))

@@ -1,0 +1,145 @@
+"""Loading a state dict: refused whole if it does not fit, compared if it does."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+
+from selective_optim._decisions import Decision
+from selective_optim._kernels import Kernel
+from selective_optim.parameters import shape_text
+
+Decided = Sequence[Sequence[Decision]]
+Record = list[list[list[Any]]]
+SAME_MODEL = "Load a state dict of the same class, made for the same model."
+
+
+def require_loadable(
+    kernel: Kernel,
+    param_groups: Sequence[dict[str, Any]],
+    decided: Decided,
+    state_dict: Any,
+) -> None:
+    """Check that a state dict is whole and fits, before anything is changed.
+
+    How many groups and parameters it has is left to torch, which says it well.
+
+    Raises:
+        TypeError: It is not a dict.
+        ValueError: A hyperparameter or state entry is missing, or belongs to
+            another class or to a parameter of another shape.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"`state_dict` must be a dict, not {type(state_dict).__name__}. "
+            f"Pass what optimizer.state_dict() returned."
+        )
+    if absent := {"state", "param_groups"} - state_dict.keys():
+        raise ValueError(
+            f"`state_dict` has no {min(absent)!r}, so it is none of an optimizer. "
+            f"Pass what optimizer.state_dict() returned."
+        )
+    _require_groups(kernel, state_dict["param_groups"])
+    saved = list(chain.from_iterable(g["params"] for g in state_dict["param_groups"]))
+    params = list(chain.from_iterable(group["params"] for group in param_groups))
+    if len(saved) != len(params):
+        return
+    owners = chain.from_iterable(
+        [group] * len(group["params"]) for group in state_dict["param_groups"]
+    )
+    labels = list(_labels(decided))
+    for key, param, group, label in zip(saved, params, owners, labels):
+        own = state_dict["state"].get(key) or {}
+        _require_entries(kernel, group, param, label, own)
+
+
+def _labels(decided: Decided) -> Iterator[str]:
+    for index, decisions in enumerate(decided):
+        for position, decision in enumerate(decisions):
+            yield decision.label(index, position)
+
+
+def _require_groups(kernel: Kernel, groups: Sequence[dict[str, Any]]) -> None:
+    for index, group in enumerate(groups):
+        if absent := [name for name in kernel.required if name not in group]:
+            raise ValueError(
+                f"group {index} of the loaded state dict has no {absent[0]!r}, which "
+                f"this optimizer needs. {SAME_MODEL}"
+            )
+        if len(set(group["params"])) < len(group["params"]):
+            raise ValueError(
+                f"group {index} of the loaded state dict lists a parameter twice. "
+                f"{SAME_MODEL}"
+            )
+
+
+def _require_entries(
+    kernel: Kernel, group: dict[str, Any], param: Tensor, label: str, own: Any
+) -> None:
+    for name in kernel.loaded_entries(group) if own else ():
+        if name not in own:
+            raise ValueError(
+                f"{label} has no {name!r} in the loaded state dict. {SAME_MODEL}"
+            )
+        value = own[name]
+        if value is None and not kernel.counts:
+            continue  # SGD's buffer before the first gradient
+        shape = getattr(value, "shape", None)
+        if name != "step" and shape != param.shape:
+            got = "no tensor" if shape is None else f"shape {shape_text(shape)}"
+            raise ValueError(
+                f"{name!r} of {label} in the loaded state dict has {got}, and the "
+                f"parameter has shape {shape_text(param.shape)}. {SAME_MODEL}"
+            )
+
+
+def record_of(
+    kernel: Kernel, param_groups: Sequence[dict[str, Any]], decided: Decided
+) -> Record:
+    """Write down the multiplier and form of every parameter, in plain values."""
+    return [
+        [
+            [d.multiplier, "decoupled" if kernel.decoupled(group, d.form) else "l2"]
+            for d in decisions
+        ]
+        for group, decisions in zip(param_groups, decided)
+    ]
+
+
+def warn_of_changes(decided: Decided, saved: Any, now: Record, stacklevel: int) -> None:
+    """Warn once if a checkpoint was made with other decisions than those now taken.
+
+    A record that cannot be read, as of another version, is not compared.
+    """
+    try:
+        pairs = [
+            (label, (float(old[0]), str(old[1])), (new[0], new[1]))
+            for label, old, new in zip(_labels(decided), *map(_joined, (saved, now)))
+        ]
+    except (TypeError, ValueError, IndexError):
+        return
+    changes = [
+        f"{label} decayed {_text(*old)} and now {_text(*new)}"
+        for label, old, new in pairs
+        if old != new and (old[0] or new[0])
+    ]
+    if changes:
+        more = f", and {len(changes) - 3} more" if len(changes) > 3 else ""
+        warnings.warn(
+            f"the loaded checkpoint was made with another weight decay policy: "
+            f"{'; '.join(changes[:3])}{more}. The policy of the constructor is kept; "
+            f"pass the old one as wd_policy to continue as before.",
+            stacklevel=stacklevel,
+        )
+
+
+def _joined(record: Any) -> list[Any]:
+    return [entry for group in record for entry in group]
+
+
+def _text(multiplier: float, form: str) -> str:
+    return f"{multiplier:g} times ({form})" if multiplier else "not at all"

@@ -1,0 +1,226 @@
+"""Parameters, gradients and the hand-split torch optimizers that ours must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import selective_optim
+from selective_optim import Decay
+from selective_optim._torch import HALF_SGD_ON_CPU
+
+STEPS = 7
+
+
+@dataclass(frozen=True)
+class Case:
+    """A class by name, with what its constructor is given."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = [
+    Case("sgd", "SGD"),
+    Case("sgd-maximize", "SGD", {"maximize": True}),
+    Case("momentum", "SGD", {"momentum": 0.9}),
+    Case("nesterov", "SGD", {"momentum": 0.9, "nesterov": True}),
+    Case("dampening", "SGD", {"momentum": 0.9, "dampening": 0.3}),
+    Case("adam", "Adam"),
+    Case("adam-amsgrad", "Adam", {"amsgrad": True}),
+    Case("adam-maximize", "Adam", {"maximize": True}),
+    Case("adam-decoupled", "Adam", {"decoupled_weight_decay": True}),
+    Case("adamw", "AdamW"),
+    Case("adamw-amsgrad", "AdamW", {"amsgrad": True}),
+    Case("adamw-maximize", "AdamW", {"maximize": True}),
+]
+IMPLEMENTATIONS = {
+    "for-loop": {"fused": False, "foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+HALF = (torch.bfloat16, torch.float16)
+
+
+def kernel_is_right(case: Case, implementation: str, dtype: torch.dtype) -> bool:
+    """Tell whether torch's own kernel is right on the CPU, or there is no oracle.
+
+    torch's fused SGD in half precision is off by the size of the parameter before
+    2.15 and leaves uninitialized memory in the momentum buffers.
+    """
+    wrong = (case.name, implementation) == ("SGD", "fused") and dtype in HALF
+    return HALF_SGD_ON_CPU or not wrong
+
+
+# What is decided for each parameter of `make_params`, by position.
+VERDICTS: dict[str, list[Decay]] = {
+    "all": [Decay()] * 8,
+    "exempt": [Decay(i % 2) for i in range(8)],
+    "scale": [Decay((0, 0.5, 1, 3)[i % 4]) for i in range(8)],
+    "forms": [
+        Decay((1, 0, 0.5)[i % 3], ("l2", "decoupled", None)[i % 3]) for i in range(8)
+    ],
+}
+
+
+def make_params(
+    dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> list[nn.Parameter]:
+    """Make the shapes that break kernels: 0-d, empty, strided, and never used."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return values.to(device=device, dtype=dtype)
+
+    tensors = [
+        rand(5, 4),
+        rand(4),
+        rand(),
+        rand(0, 3),
+        rand(33, 64).t(),  # dense, and not contiguous
+        rand(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        rand(7, 3),  # without a gradient on step four
+        rand(3),  # never gets one
+    ]
+    return [nn.Parameter(tensor) for tensor in tensors]
+
+
+def set_grads(params: Sequence[Tensor], step: int) -> None:
+    """Assign fresh gradients, the same for every list of like parameters."""
+    generator = torch.Generator().manual_seed(100 + step)
+    for position, param in enumerate(params):
+        grad = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+        param.grad = torch.empty_like(param).copy_(grad)  # strides as autograd makes
+        if position == 7 or (position == 6 and step == 3):
+            param.grad = None
+
+
+def clone_params(params: Sequence[Tensor]) -> list[nn.Parameter]:
+    """Copy parameters, strides included."""
+    return [nn.Parameter(torch.empty_like(p).copy_(p.detach())) for p in params]
+
+
+def ours(
+    case: Case,
+    params: Sequence[Tensor],
+    verdicts: Sequence[Decay],
+    lrs: Sequence[float] | None = None,
+    **arguments: Any,
+) -> torch.optim.Optimizer:
+    """Build the selective optimizer: one group, or one per parameter with its rate."""
+    table = dict(enumerate(verdicts))
+    named = [(f"p{i}", param) for i, param in enumerate(params)]
+    groups: Any = named
+    if lrs is not None:
+        groups = [{"params": [n], "lr": lr} for n, lr in zip(named, lrs)]
+    return getattr(selective_optim, case.name)(
+        groups,
+        wd_policy=lambda info: table[int(info.name[1:])],
+        **case.arguments,
+        **arguments,
+    )
+
+
+class HandSplit:
+    """torch's optimizers over groups split by hand, one optimizer per form."""
+
+    def __init__(
+        self,
+        case: Case,
+        params: Sequence[Tensor],
+        verdicts: Sequence[Decay],
+        lrs: Sequence[float] | None = None,
+        *,
+        lr: float,
+        weight_decay: float,
+        **arguments: Any,
+    ) -> None:
+        default = "decoupled" if self._decoupled(case) else "l2"
+        groups: dict[str, dict[tuple[float, float], list[Tensor]]] = {}
+        for i, (param, verdict) in enumerate(zip(params, verdicts)):
+            key = (lrs[i] if lrs else lr, weight_decay * verdict.multiplier)
+            form = verdict.form or default
+            groups.setdefault(form, {}).setdefault(key, []).append(param)
+        self.optimizers = [
+            self._build(case, form, [*split.items()], arguments)
+            for form, split in groups.items()
+        ]
+
+    @staticmethod
+    def _decoupled(case: Case) -> bool:
+        return case.name == "AdamW" or bool(
+            case.arguments.get("decoupled_weight_decay")
+        )
+
+    def _build(
+        self, case: Case, form: str, split: list[Any], arguments: dict[str, Any]
+    ) -> torch.optim.Optimizer:
+        own = {k: v for k, v in case.arguments.items() if k != "decoupled_weight_decay"}
+        name = case.name
+        if name != "SGD":
+            name = {"l2": "Adam", "decoupled": "AdamW"}[form]
+        cls = DecoupledSGD if (name, form) == ("SGD", "decoupled") else None
+        return (cls or getattr(torch.optim, name))(
+            [
+                {"params": params, "lr": lr, "weight_decay": wd}
+                for (lr, wd), params in split
+            ],
+            **own,
+            **arguments,
+        )
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def state(self, param: Tensor) -> dict[str, Any]:
+        for optimizer in self.optimizers:
+            if param in optimizer.state:
+                return optimizer.state[param]
+        return {}
+
+
+class DecoupledSGD:
+    """The definition: the multiply, then torch's SGD without decay."""
+
+    def __init__(self, groups: list[dict[str, Any]], **arguments: Any) -> None:
+        self.decays = [group.pop("weight_decay") for group in groups]
+        self.sgd = torch.optim.SGD(groups, **arguments)
+        self.state = self.sgd.state
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group, wd in zip(self.sgd.param_groups, self.decays):
+            for param in group["params"]:
+                if param.grad is not None and wd != 0:
+                    param.mul_(1 - group["lr"] * wd)
+        self.sgd.step()
+
+
+def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Compare bits."""
+    for position, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        torch.testing.assert_close(
+            a.detach(),
+            b.detach(),
+            rtol=0,
+            atol=0,
+            equal_nan=True,
+            msg=lambda text, position=position: f"parameter {position}: {text}",
+        )
+
+
+def assert_same_state(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Compare the state entries of one parameter: names, types, bits."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            actual[name], value, rtol=0, atol=0, check_stride=True, msg=name
+        )
