@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from selective_optim._decisions import Decision
@@ -89,11 +90,12 @@ def _require_entries(
         if value is None and not kernel.counts:
             continue  # SGD's buffer before the first gradient
         shape = getattr(value, "shape", None)
-        if name != "step" and shape != param.shape:
+        wanted = torch.Size() if name == "step" else param.shape
+        if shape != wanted and not (name == "step" and isinstance(value, (int, float))):
             got = "no tensor" if shape is None else f"shape {shape_text(shape)}"
             raise ValueError(
-                f"{name!r} of {label} in the loaded state dict has {got}, and the "
-                f"parameter has shape {shape_text(param.shape)}. {SAME_MODEL}"
+                f"{name!r} of {label} in the loaded state dict has {got}, and must "
+                f"have shape {shape_text(wanted)}. {SAME_MODEL}"
             )
 
 

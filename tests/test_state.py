@@ -374,7 +374,9 @@ BAD_STATE_DICTS = {
     ].pop(),
     "other order": lambda state_dict: state_dict["param_groups"][0]["params"].reverse(),
     "moment of another shape": first_state(exp_avg=torch.ones(7)),
-    "scalar moment": first_state(exp_avg_sq=torch.tensor(1.0)),
+    "scalar moment": lambda state_dict: state_dict["state"][2].update(
+        exp_avg_sq=torch.tensor(1.0)
+    ),
     "no moment": lambda state_dict: state_dict["state"][1].pop("exp_avg"),
     "no counter": lambda state_dict: state_dict["state"][1].pop("step"),
     "vector counter": first_state(step=torch.ones(3)),
