@@ -7,21 +7,20 @@ that a module made, names, or bare tensors), and handed to policies as
 
 from __future__ import annotations
 
-import inspect
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-
-WRAPPERS = frozenset(
-    {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-)
+from selective_optim._walk import WRAPPERS as WRAPPERS
+from selective_optim._walk import Place, is_modules, modules_behind, places
+from selective_optim._walk import canonical_name as canonical_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,16 +62,7 @@ class ParameterInfo:
         """Name the parameter as a message should: by name if known, else by place."""
         name = repr(self.name) if self.name else f"parameter {position}"
         group = "" if self.name else f" of group {self.group}"
-        return f"{name}{group} (shape {shape_text(self.parameter.shape)})"
-
-
-@dataclass(frozen=True)
-class Place:
-    """One spot in a module tree at which a parameter is registered."""
-
-    name: str
-    leaf: str
-    path: tuple[nn.Module, ...]
+        return f"{name}{group} ({_shape_of(self.parameter)})"
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -80,36 +70,18 @@ def shape_text(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape)) or "scalar"
 
 
-def canonical_name(name: str) -> str:
-    """Strip what wrappers and parametrizations add to a dotted name."""
-    *modules, leaf = name.split(".")
-    modules = [part for part in modules if part not in WRAPPERS]
-    if modules[-2:-1] == ["parametrizations"] and leaf.startswith("original"):
-        *modules, _, leaf = modules
-    return ".".join([*modules, leaf])
+def _shape_of(param: Tensor) -> str:
+    return "no shape yet" if is_lazy(param) else f"shape {shape_text(param.shape)}"
 
 
-def _named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    try:
-        yield from list(root.named_modules(remove_duplicate=False))
-    except RecursionError:  # a module that contains itself has endless aliases
-        yield from root.named_modules()
+def shape_now(param: Tensor) -> torch.Size:
+    """Return the shape that a parameter has now; a lazy one has no elements yet."""
+    return torch.Size((0,)) if is_lazy(param) else param.shape
 
 
-def _places(root: nn.Module) -> Iterator[tuple[Tensor, Place]]:
-    paths: dict[str, tuple[nn.Module, ...]] = {}
-    for prefix, module in _named_modules(root):
-        paths[prefix] = (
-            (*paths[prefix.rpartition(".")[0]], module) if prefix else (module,)
-        )
-        for leaf, param in module.named_parameters(
-            recurse=False, remove_duplicate=False
-        ):
-            name = canonical_name(f"{prefix}.{leaf}" if prefix else leaf)
-            path = paths[prefix]
-            if isinstance(module, ParametrizationList) and leaf.startswith("original"):
-                path = path[:-2]
-            yield param, Place(name, name.rpartition(".")[2], path)
+def original_shape(param: Tensor) -> torch.Size | None:
+    """Return the shape a user knows, or ``None`` where it is lost or not there yet."""
+    return None if is_lazy(param) or _torch.is_flattened(param) else param.shape
 
 
 class ModuleIndex:
@@ -119,7 +91,7 @@ class ModuleIndex:
         self._places: dict[int, list[Place]] = {}
         self._params: dict[int, Tensor] = {}
         self._shapes = _torch.original_shapes(module)
-        for param, place in _places(module):
+        for param, place in places(module):
             self._params[id(param)] = param
             self._places.setdefault(id(param), []).append(place)
 
@@ -130,9 +102,7 @@ class ModuleIndex:
         """Describe a parameter that lives in the module."""
         places = self._places[id(param)]
         names = tuple(dict.fromkeys(place.name for place in places))
-        shape = self._shapes.get(
-            id(param), None if _torch.is_flattened(param) else param.shape
-        )
+        shape = self._shapes.get(id(param), original_shape(param))
         ndim = None if shape is None else len(shape)
 
         def at(place: Place, *elsewhere: ParameterInfo) -> ParameterInfo:
@@ -149,7 +119,7 @@ class ModuleIndex:
 def named_info(param: Tensor, name: str | None, group: int) -> ParameterInfo:
     """Describe a parameter of which at most a name is known."""
     name = canonical_name(name) if name else None
-    shape = None if _torch.is_flattened(param) else param.shape
+    shape = original_shape(param)
     return ParameterInfo(
         name=name,
         names=(name,) if name else (),
@@ -161,26 +131,6 @@ def named_info(param: Tensor, name: str | None, group: int) -> ParameterInfo:
         ndim=None if shape is None else len(shape),
         group=group,
     )
-
-
-def modules_behind(params: object) -> list[nn.Module]:
-    """Find the modules that ``params`` is, lists, or is being generated from.
-
-    ``model.parameters()`` and ``model.named_parameters()`` are generators whose
-    frame holds the module until they have run; a generator expression or a
-    ``filter`` over one of them leads to it.
-    """
-    if isinstance(params, nn.Module):
-        return [params]
-    if isinstance(params, filter):
-        return modules_behind(params.__reduce__()[1][1])
-    if inspect.isgenerator(params):
-        frame = inspect.getgeneratorlocals(params)
-        return modules_behind(frame.get("self") or frame.get(".0"))
-    if isinstance(params, (list, tuple, nn.ModuleList)) and params:
-        if all(isinstance(item, nn.Module) for item in params):
-            return list(params)
-    return []
 
 
 def as_modules(model: object) -> list[nn.Module]:
@@ -212,12 +162,17 @@ class Knowledge:
 
     def __init__(self, model: object = None) -> None:
         modules = as_modules(model)
-        self.explicit = bool(modules)
+        self._given = bool(modules)
         self._modules = list(map(weakref.ref, modules))
         self._indices: list[ModuleIndex] | None = None
 
+    @property
+    def explicit(self) -> bool:
+        """Tell whether ``model=`` was given, and is still alive to be asked."""
+        return self._given and all(ref() is not None for ref in self._modules)
+
     def learn(self, params: Any) -> Any:
-        """Note the modules behind ``params`` and return what torch takes in its place."""
+        """Note the modules behind ``params`` and return what torch takes instead."""
         modules = modules_behind(params)
         if not self.explicit:
             indices = self._read()
@@ -225,7 +180,7 @@ class Knowledge:
                 if all(ref() is not module for ref in self._modules):
                     self._modules.append(weakref.ref(module))
                     indices.append(ModuleIndex(module))
-        if isinstance(params, (nn.Module, list, tuple)) and modules:
+        if isinstance(params, nn.Module) or is_modules(params):
             return list(
                 {id(p): p for module in modules for p in module.parameters()}.values()
             )
@@ -237,7 +192,7 @@ class Knowledge:
         """Describe the parameters of a group, each as well as it is known."""
         return [
             self._info(param, name, group)
-            for param, name in zip(params, names or [None] * len(params))
+            for param, name in zip(params, names or repeat(None))
         ]
 
     def _info(self, param: Tensor, name: str | None, group: int) -> ParameterInfo:
@@ -256,10 +211,11 @@ class Knowledge:
         Raises:
             ValueError: One does not; the message gives its shape and position.
         """
-        for position, info in enumerate(infos):
-            if self.explicit and info.owner is None:
+        for position, info in enumerate(infos) if self.explicit else ():
+            if info.owner is None:
                 raise ValueError(
-                    f"{info.describe(position)} is in none of the modules given as `model`. "
+                    f"{info.describe(position)}, at position {position} of group "
+                    f"{info.group}, is in none of the modules given as `model`. "
                     f"Pass every module that holds parameters: model=[model, ...]."
                 )
 

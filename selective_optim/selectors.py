@@ -11,11 +11,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import translate
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from selective_optim._recognition import bias_leaf, embedding_leaf, embedding_module
+from selective_optim._recognition import norm_module as norm_module
+from selective_optim._watched import ask, callable_text
 from selective_optim.parameters import ParameterInfo
 
 Need = Literal["names", "modules", "shapes"]
@@ -25,6 +28,8 @@ class Selector:
     """A question with the answer yes or no, asked of one parameter."""
 
     needs: frozenset[Need] = frozenset()
+    # Whether matching no parameter is a mistake: so it is for a name or an object,
+    # not for a class or a predicate, which are written for any model.
     by_name = False
 
     def matches(self, info: ParameterInfo) -> bool:
@@ -68,7 +73,8 @@ class InsideClass(Selector):
     needs = frozenset({"modules"})
 
     def __repr__(self) -> str:
-        return self.cls.__name__
+        public = getattr(nn, self.cls.__name__, None) is self.cls
+        return f"nn.{self.cls.__name__}" if public else self.cls.__name__
 
     def at(self, place: ParameterInfo) -> bool:
         return any(isinstance(module, self.cls) for module in place.path)
@@ -79,6 +85,7 @@ class Identity(Selector):
     """One parameter, or any parameter inside one module, told by identity."""
 
     target: nn.Module | Tensor
+    by_name = True
 
     def __repr__(self) -> str:
         if isinstance(self.target, nn.Module):
@@ -102,16 +109,23 @@ class Identity(Selector):
 
 
 @dataclass(frozen=True, repr=False)
-class Test(Selector):
+class Question(Selector):
     """Any callable from :class:`ParameterInfo` to bool."""
 
     function: Callable[[ParameterInfo], bool]
 
     def __repr__(self) -> str:
-        return getattr(self.function, "__name__", None) or repr(self.function)
+        return callable_text(self.function)
 
-    def matches(self, info: ParameterInfo) -> bool:
-        return bool(self.function(info))
+    def at(self, place: ParameterInfo) -> bool:
+        answer = ask(self.function, place)
+        # No `bool(answer)`: a forgotten `return` would select nothing, silently.
+        if answer not in (True, False):
+            raise TypeError(
+                f"the selector {self!r} must return True or False, not {answer!r} "
+                f"({type(answer).__name__}). Write for example return bool(...)."
+            )
+        return bool(answer)
 
 
 @dataclass(frozen=True, repr=False)
@@ -150,64 +164,16 @@ def as_selector(item: object) -> Selector:
     if isinstance(item, (nn.Module, Tensor)):
         return Identity(item)
     if callable(item) and not isinstance(item, type):
-        return Test(item)
+        return Question(item)
     raise TypeError(
-        f"a selector must be a glob, a compiled regular expression, a module class, a module, "
-        f"a parameter or a callable, not {item!r} ({type(item).__name__}). "
+        f"a selector must be a glob, a compiled regular expression, a module class, "
+        f"a module, a parameter or a callable, not {item!r} ({type(item).__name__}). "
         f'Write for example "*.bias" or nn.LayerNorm.'
     )
 
 
-# What these hold is a weight, whatever else their class is called after.
-WEIGHT_MODULES = (
-    *(nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag),
-    *(nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
-)
-WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-# GRN is the global response normalization of ConvNeXt V2.
-NORM_WORD = re.compile(r".*norm$|normali[sz]ation$|grn$")
-# A class called after a norm and then after one of these is the other thing:
-# LayerNormLinear, NormFreeBlock, NormHead.
-OTHER_NOUNS = frozenset(
-    "attention block cell conv embedding embeddings free ffn head linear lstm mlp model net "
-    "network wrapper".split()
-)
-NOT_A_NORM = re.compile(r"_*(?:pre|post|add|weight|spectral)_?norm", re.IGNORECASE)
-BIAS = re.compile(r"(?:.*_)?bias\d*$|bias_")
-EMBEDDING = re.compile(r"(?:.*_)?(?:embed|embeds|embedding|embeddings)$")
-
-
-def _name_says_norm(name: str) -> bool:
-    words = [word.lower() for word in WORDS.findall(name)]
-    norms = [i for i, word in enumerate(words) if NORM_WORD.match(word)]
-    if not norms or NOT_A_NORM.match(name):
-        return False
-    return OTHER_NOUNS.isdisjoint(words[norms[-1] + 1 :])
-
-
-@lru_cache(maxsize=None)
-def says_norm(cls: type) -> bool:
-    """Tell whether a class, or one it derives from, is called a normalization."""
-    return any(_name_says_norm(base.__name__) for base in cls.__mro__)
-
-
-def norm_module(module: nn.Module | None) -> bool:
-    """Tell whether a module normalizes: torch's classes and all that are named so.
-
-    A wrapper that holds a norm does not count, nor does a subclass of a linear
-    or embedding layer, whatever it is called.
-    """
-    if (
-        module is None
-        or isinstance(module, WEIGHT_MODULES)
-        or not says_norm(type(module))
-    ):
-        return False
-    return not any(norm_module(child) for child in module.children())
-
-
 def _is_bias(place: ParameterInfo) -> bool:
-    return bool(BIAS.match(place.leaf or ""))
+    return bias_leaf(place.leaf)
 
 
 def _is_norm(place: ParameterInfo) -> bool:
@@ -215,11 +181,7 @@ def _is_norm(place: ParameterInfo) -> bool:
 
 
 def _is_embedding(place: ParameterInfo) -> bool:
-    if isinstance(place.owner, (nn.Embedding, nn.EmbeddingBag)):
-        return True
-    words = WORDS.findall(type(place.owner).__name__)
-    called = bool(words) and words[-1] in ("Embedding", "Embeddings")
-    return called or bool(EMBEDDING.match(place.leaf or ""))
+    return embedding_module(place.owner) or embedding_leaf(place.leaf)
 
 
 def _is_vector(place: ParameterInfo) -> bool:

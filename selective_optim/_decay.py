@@ -1,0 +1,83 @@
+"""What a policy yields for one parameter: how much decay, in which form, and why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+from typing import Literal, NamedTuple, get_args
+
+Form = Literal["l2", "decoupled"]
+
+
+REMEDY = "Use 0 to exempt a parameter, 1 to decay it in full."
+
+
+def broken_rule(value: object) -> tuple[type[Exception], str] | None:
+    """Tell which rule a multiplier breaks, if any, and the kind of error that is."""
+    if not isinstance(value, Real):
+        return TypeError, "a multiplier must be a number"
+    if not 0 <= float(value) < math.inf:
+        return ValueError, "a multiplier must be finite and >= 0"
+    return None
+
+
+@dataclass(frozen=True)
+class Decay:
+    """How one parameter decays.
+
+    Args:
+        multiplier: Factor on ``group["weight_decay"]``, finite and >= 0. A
+            positive one means decayed, 0 means exempt.
+        form: ``"l2"``, ``"decoupled"``, or ``None`` for what the optimizer does.
+
+    Raises:
+        TypeError: ``multiplier`` is not a number.
+        ValueError: ``multiplier`` is negative, infinite or NaN, or ``form`` is unknown.
+    """
+
+    multiplier: float = 1.0
+    form: Form | None = None
+
+    def __post_init__(self) -> None:
+        if broken := broken_rule(self.multiplier):
+            kind, rule = broken
+            raise kind(f"{rule}, not {self.multiplier!r}. {REMEDY}")
+        if self.form not in (None, *get_args(Form)):
+            raise ValueError(
+                f'`form` must be "l2", "decoupled" or None, not {self.form!r}. '
+                f'Write for example Decay(1, "l2").'
+            )
+        object.__setattr__(self, "multiplier", float(self.multiplier))
+
+    def __mul__(self, other: object) -> Decay:
+        if not isinstance(other, Decay):
+            return NotImplemented
+        return Decay(self.multiplier * other.multiplier, other.form or self.form)
+
+    def __repr__(self) -> str:
+        form = f", {self.form!r}" if self.form else ""
+        return f"Decay({number_text(self.multiplier)}{form})"
+
+
+def number_text(value: float) -> str:
+    """Print a number as short as reads back the same: ``1`` and not ``1.0``."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+FULL, EXEMPT = Decay(1.0), Decay(0.0)
+
+
+def as_decay(value: object) -> Decay:
+    """Read what a policy may yield: a ``Decay``, a number, or a bool."""
+    if isinstance(value, Decay):
+        return value
+    return Decay(value)  # type: ignore[arg-type]  # Decay checks it
+
+
+class Verdict(NamedTuple):
+    """A decay and the reason for it, in the words of the policy that decided."""
+
+    decay: Decay
+    reason: str

@@ -1,0 +1,86 @@
+"""How biases, norms and embeddings of real models are recognized.
+
+Biases by the name of the attribute, norms by the class of the module that holds
+them, embeddings by either. The rules were read off the models of torchvision, timm
+and transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from types import NoneType
+
+from torch import nn
+
+# What these hold is a weight, whatever else their class is called after.
+WEIGHT_MODULES = (
+    *(nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention),
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase, nn.RNNCellBase),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+# GRN is the global response normalization of ConvNeXt V2.
+NORM_WORD = re.compile(r".*norm$|normali[sz]ation$|grn$")
+# A class called after a norm and then after one of these is the other thing:
+# LayerNormLinear, NormFreeBlock, NormHead.
+OTHER_NOUNS = frozenset(
+    (
+        *("attention", "block", "cell", "conv", "embedding", "embeddings", "ffn"),
+        *("free", "head", "linear", "lstm", "mlp", "model", "net", "network"),
+        "wrapper",
+    )
+)
+NOT_A_NORM = re.compile(r"_*(?:pre|post|add|weight|spectral)_?norm", re.IGNORECASE)
+# The last part: bias_ih_l0 of recurrent layers, bias_k of attention, pos_bias_u.
+BIAS = re.compile(r"(?:.*_)?bias\d*(?:_[ih]h(?:_l\d+(?:_reverse)?)?|_[a-z])?$")
+# A table of biases, to be looked up by position: relative_attention_bias.
+BIAS_TABLE = re.compile(r"(?:.*_)?(?:relative|position)_")
+EMBEDDING = re.compile(r"(?:.*_)?embed(?:s|ding|dings)?(?:_?\d+)?$")
+
+
+@cache
+def _name_says_norm(name: str) -> bool:
+    words = [word.lower() for word in WORDS.findall(name)]
+    norms = [i for i, word in enumerate(words) if NORM_WORD.match(word)]
+    if not norms or NOT_A_NORM.match(name):
+        return False
+    return OTHER_NOUNS.isdisjoint(words[norms[-1] + 1 :])
+
+
+def says_norm(cls: type) -> bool:
+    """Tell whether a class, or one it derives from, is called a normalization."""
+    return any(_name_says_norm(base.__name__) for base in cls.__mro__)
+
+
+def norm_module(module: nn.Module | None) -> bool:
+    """Tell whether a module normalizes: torch's classes and all that are named so.
+
+    A wrapper around a norm that has parameters does not count, nor does a subclass
+    of a linear, convolution or embedding layer, whatever it is called.
+    """
+    if isinstance(module, (NoneType, *WEIGHT_MODULES)) or not says_norm(type(module)):
+        return False
+    return not any(norm_module(m) and _has_parameters(m) for m in module.children())
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def bias_leaf(leaf: str | None) -> bool:
+    """Tell whether an attribute is called as a bias is, and not as a table of them."""
+    return bool(BIAS.match(leaf or "")) and not BIAS_TABLE.match(leaf or "")
+
+
+def embedding_leaf(leaf: str | None) -> bool:
+    """Tell whether an attribute is called as an embedding is."""
+    return bool(EMBEDDING.match(leaf or ""))
+
+
+def embedding_module(module: nn.Module | None) -> bool:
+    """Tell whether a module embeds: torch's classes and all that are named so."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return True
+    words = WORDS.findall(type(module).__name__)
+    return bool(words) and words[-1] in ("Embedding", "Embeddings")
