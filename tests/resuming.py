@@ -92,7 +92,7 @@ def state_by_name(model, optimizer):
     return {
         name: dict(optimizer.state[param])
         for name, param in model.named_parameters()
-        if param in optimizer.state
+        if optimizer.state.get(param)  # looking one up in torch leaves an empty one
     }
 
 
