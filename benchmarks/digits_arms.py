@@ -112,8 +112,10 @@ def run(
     history = History(kinds(model))
     history.record(0)
 
+    last_step = epochs * data.steps_per_epoch
+
     def after_step(step: int) -> None:
-        if step % RECORD_EVERY == 0:
+        if step % RECORD_EVERY == 0 or step == last_step:
             history.record(step)
         on_step(step)
 
