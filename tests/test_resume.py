@@ -7,15 +7,6 @@ import torch
 from benchmarks import resume
 
 ARGUMENTS = ["--network", "conv net", "--epochs", "1", "--every", "3"]
-    "--network",
-    "conv net",
-    "--epochs",
-    "1",
-    "--every",
-    "3",
-    "--timeout",
-    "120",
-]
 
 
 @pytest.fixture
