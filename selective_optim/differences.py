@@ -81,7 +81,7 @@ def _text(decay: Decay) -> str:
 
 
 def _decided(policy: Policy, infos: Sequence[ParameterInfo]) -> list[Decision]:
-    require_matches(policy, infos, lambda: infos)
+    require_matches(policy, infos, list)
     return decide(policy.bind(infos), infos)
 
 

@@ -78,6 +78,13 @@ def test_marked_asks_modules_at_any_depth():
     assert exempt(Root()) == {f"net.{name}" for name in MARKED}
 
 
+def test_marked_counts_names_past_a_wrapper_in_the_middle():
+    model = Root()
+    model.net.inner = checkpoint_wrapper(model.net.inner)
+
+    assert exempt(model) == exempt(Root())
+
+
 class Sharded(nn.Module):
     """Holds a module, and passes attributes on, as FSDP does."""
 
