@@ -44,26 +44,32 @@ def _decision(info: ParameterInfo, verdict: Verdict) -> Decision:
 
 
 def _ask(policy: Policy, info: ParameterInfo, position: int) -> Verdict:
-    parameter = info.describe(position)
     try:
         return policy.decide(info)
-    except UnknownError as error:
-        shape = error.field in ("shape", "ndim")
-        raise ValueError(
-            f"`wd_policy` {policy!r} read `{error.field}` of {parameter}, "
-            f"which is {_lost(info) if shape else f'not known. {WAYS_OUT}'}"
-        ) from error
-    except AnswerError as error:
-        raise error.kind(
+    except Exception as error:
+        raise _explained(error, policy, info, position) from error
+
+
+def _explained(
+    error: Exception, policy: Policy, info: ParameterInfo, position: int
+) -> Exception:
+    parameter = info.describe(position)
+    if isinstance(error, AnswerError):
+        return error.kind(
             f"`wd_policy` returned {error.value!r} for {parameter}; {error.rule}. "
             f"{REMEDY.replace('Use', 'Return')}"
-        ) from error
-    except Exception as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(
-            f"`wd_policy` {policy!r} failed for {parameter}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+        )
+    if isinstance(error, UnknownError):
+        of_shape = error.field in ("shape", "ndim")
+        return ValueError(
+            f"`wd_policy` {policy!r} read `{error.field}` of {parameter}, "
+            f"which is {_lost(info) if of_shape else f'not known. {WAYS_OUT}'}"
+        )
+    kind = TypeError if isinstance(error, TypeError) else ValueError
+    return kind(
+        f"`wd_policy` {policy!r} failed for {parameter}: "
+        f"{type(error).__name__}: {error}"
+    )
 
 
 def _require_knowledge(

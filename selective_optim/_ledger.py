@@ -6,7 +6,7 @@ tensors of a group, regroup them, or clear the groups and add them again.
 
 from __future__ import annotations
 
-import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,11 +36,16 @@ class Decision:
 
 
 class Ledger:
-    """Decisions by group and position, followed through changes of the tensors."""
+    """Decisions by group and position, followed through changes of the tensors.
+
+    It holds no reference to a parameter, weak or strong: a strong one would keep
+    the unsharded model in memory, and ``torch.utils.swap_tensors``, which
+    ``model.to`` uses on ``DTensor``s, refuses a tensor that has a weak one.
+    """
 
     def __init__(self) -> None:
         self.groups: list[list[Decision]] = []
-        self._tensors: list[list[Callable[[], Tensor | None]]] = []
+        self._ids: list[list[int]] = []
 
     def remembered(
         self, index: int, infos: Sequence[ParameterInfo]
@@ -58,64 +63,63 @@ class Ledger:
     ) -> None:
         """Write down what was decided for the group at ``index``."""
         self.groups[index : index + 1] = [decisions]
-        self._tensors[index : index + 1] = [[weakref.ref(p) for p in params]]
+        self._ids[index : index + 1] = [list(map(id, params))]
 
-    def follow(self, param_groups: Sequence[dict[str, Any]]) -> list[list[Decision]]:
+    def follow(
+        self,
+        param_groups: Sequence[dict[str, Any]],
+        name_of: Callable[[Tensor], str | None],
+    ) -> list[list[Decision]]:
         """Return a decision for every parameter as the groups stand now.
 
-        A tensor keeps its own decision wherever it stands; one that replaced
-        another takes over the decision of its position.
+        A parameter whose name is known keeps its decision wherever it stands; any
+        other takes over the decision of its position.
+
+        Args:
+            param_groups: The optimizer's groups.
+            name_of: Gives the name under which the model holds a tensor now.
 
         Raises:
-            RuntimeError: A group holds more or fewer parameters than were decided.
+            RuntimeError: A group holds other parameters than were decided for.
         """
-        if self._unchanged(param_groups):
-            return self.groups
-        known = {
-            id(ref()): decision
-            for refs, decisions in zip(self._tensors, self.groups, strict=True)
-            for ref, decision in zip(refs, decisions, strict=True)
-            if ref() is not None
-        }
-        found = [
-            self._of_group(i, g["params"], known) for i, g in enumerate(param_groups)
-        ]
-        del self.groups[len(found) :], self._tensors[len(found) :]
-        for index, (group, decisions) in enumerate(
-            zip(param_groups, found, strict=True)
-        ):
-            self.record(index, group["params"], decisions)
+        ids = [list(map(id, group["params"])) for group in param_groups]
+        if ids != self._ids:
+            named = self._by_name()
+            found = [
+                self._of_group(index, group["params"], named, name_of)
+                for index, group in enumerate(param_groups)
+            ]
+            self.groups, self._ids = found, ids
         return self.groups
 
-    def _unchanged(self, param_groups: Sequence[dict[str, Any]]) -> bool:
-        return len(param_groups) == len(self._tensors) and all(
-            len(refs) == len(group["params"])
-            and all(ref() is p for ref, p in zip(refs, group["params"], strict=True))
-            for refs, group in zip(self._tensors, param_groups, strict=True)
-        )
+    def _by_name(self) -> dict[str | None, Decision]:
+        decisions = [decision for group in self.groups for decision in group]
+        counts = Counter(decision.name for decision in decisions)
+        return {d.name: d for d in decisions if d.name and counts[d.name] == 1}
 
     def _of_group(
-        self, index: int, params: Sequence[Tensor], known: dict[int, Decision]
+        self,
+        index: int,
+        params: Sequence[Tensor],
+        named: dict[str | None, Decision],
+        name_of: Callable[[Tensor], str | None],
     ) -> list[Decision]:
-        if all(id(param) in known for param in params):
-            return [known[id(param)] for param in params]
+        known = [named.get(name_of(param)) for param in params]
+        if (own := [d for d in known if d is not None]) and len(own) == len(known):
+            return own
         decided = self.groups[index] if index < len(self.groups) else []
         if len(decided) != len(params):
-            strangers = [shape_text(shape_now(p)) for p in params if id(p) not in known]
+            strangers = [p for p, decision in zip(params, known) if decision is None]
             raise RuntimeError(
                 f"group {index} holds {len(params)} parameters and decisions are known "
-                f"for {len(decided)}; new is one of shape {strangers[0]}. "
+                f"for {len(decided)}; new is one of shape "
+                f"{shape_text(shape_now(strangers[0]))}. "
                 f"Add parameters through optimizer.add_param_group({{'params': ...}})."
             )
-        return [known.get(id(p), d) for p, d in zip(params, decided, strict=True)]
+        return [own or by_place for own, by_place in zip(known, decided)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"groups": self.groups}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.groups = state["groups"]
-        self._tensors = [[_gone] * len(decisions) for decisions in self.groups]
-
-
-def _gone() -> None:
-    """Stand in for a weak reference that pickling dropped; positions decide then."""
+        self.groups, self._ids = state["groups"], []

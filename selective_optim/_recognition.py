@@ -68,11 +68,13 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
+@cache
 def bias_leaf(leaf: str | None) -> bool:
     """Tell whether an attribute is called as a bias is, and not as a table of them."""
     return bool(BIAS.match(leaf or "")) and not BIAS_TABLE.match(leaf or "")
 
 
+@cache
 def embedding_leaf(leaf: str | None) -> bool:
     """Tell whether an attribute is called as an embedding is."""
     return bool(EMBEDDING.match(leaf or ""))

@@ -196,10 +196,14 @@ class Knowledge:
         ]
 
     def _info(self, param: Tensor, name: str | None, group: int) -> ParameterInfo:
-        for index in reversed(self._read()):
+        for index in self._read():
             if param in index:
                 return index.info(param, group)
         return named_info(param, name, group)
+
+    def name_of(self, param: Tensor) -> str | None:
+        """Return the name under which a known module holds a parameter."""
+        return self._info(param, None, 0).name
 
     def everyone(self) -> list[ParameterInfo]:
         """Describe every parameter of the known modules, in the optimizer or not."""
