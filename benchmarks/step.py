@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -65,21 +66,36 @@ def chosen_cases(names: Sequence[str] | None, device: torch.device) -> list[Case
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Run the chosen cases and show each as soon as it is measured."""
+    """Run the chosen cases; show and save each as soon as it is measured."""
     effort = step_results.QUICK if args.quick else step_results.FULL
     compiled = args.device.type != "cpu" if args.compile is None else args.compile
-    records = []
-    for case in chosen_cases(args.case, args.device):
-        for optimizer in args.optimizer:
+    run = step_results.describe_run(args.device, args.quick)
+    once = step_results.run_once(args.device, clock_for(args.device), effort)
+    results = {"run": run, "once": once, "cases": []}
+    for case, optimizer in product(
+        chosen_cases(args.case, args.device), args.optimizer
+    ):
+        try:
             record = step_results.run_case(
                 case, optimizer, args.device, effort, compiled
             )
-            records.append(record)
+        except torch.OutOfMemoryError as error:
+            show([f"{case.title}, {optimizer}: left out, {error}"])
+        else:
             show(step_tables.case_lines(record))
-            free_memory(args.device)
-    once = step_results.run_once(args.device, clock_for(args.device), effort)
-    run = step_results.describe_run(args.device, args.quick)
-    return {"run": run, "once": once, "cases": records}
+            results["cases"].append(record)
+        save(results, args.json)
+        free_memory(args.device)
+    return results
+
+
+def save(results: dict[str, Any], wanted: str | None) -> Path | None:
+    """Save under the wanted name, under the usual one if it is empty, or not."""
+    if wanted is None:
+        return None
+    path = Path(wanted) if wanted else step_results.default_path(results["run"])
+    step_results.save(results, path)
+    return path
 
 
 def free_memory(device: torch.device) -> None:
@@ -105,9 +121,7 @@ def main(words: Sequence[str] | None = None) -> None:
     results = measure(args)
     show(step_tables.once_lines(results))
     show(step_tables.goal_lines(results))
-    if args.json is not None:
-        path = Path(args.json or step_results.default_path(results["run"]))
-        step_results.save(results, path)
+    if path := save(results, args.json):
         print(f"saved as {path}")
 
 

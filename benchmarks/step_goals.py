@@ -66,7 +66,7 @@ EXTRA_SHARE = 0.001  # of the parameters' bytes, where these are many
 
 
 def verdicts(results: Record) -> Iterator[Verdict]:
-    """Hold a saved run against the goals of its device; what was not run is left out."""
+    """Hold a saved run against the goals of its device, as far as it was run."""
     on_cpu = results["run"]["device"] == "cpu"
     for goal in CPU_GOALS if on_cpu else GPU_GOALS:
         for record in results["cases"]:

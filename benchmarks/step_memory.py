@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from itertools import accumulate
@@ -11,6 +12,9 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+# torch's profiler reports its own starting and stopping on stderr.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def peak_extra(device: torch.device, call: Callable[[], object]) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -14,36 +15,37 @@ from benchmarks.step_cases import Case
 
 
 class Workload:
-    """Parameters by group, and gradients that are new objects at every step.
+    """Parameters by group, and gradients that change at every step.
 
-    Memory for gradients is filled once. Arms share parameters and gradients, so a
-    large model fits beside the moments of six optimizers.
+    Memory for gradients is filled once. Several sets of tensors view it and take
+    turns, so a step never meets the objects of the one before, and changing them
+    is as cheap, and as kind to the caches, for sharded tensors as for plain ones.
+    Arms share parameters and gradients, so a large model fits beside the moments
+    of six optimizers.
     """
 
     def __init__(self, case: Case, device: torch.device, mesh: Any = None) -> None:
         generator = torch.Generator(device).manual_seed(0)
+
+        def normal(shape: Sequence[int]) -> Tensor:
+            tensor = torch.randn(tuple(shape), device=device, generator=generator)
+            return tensor if mesh is None else _sharded(tensor, mesh)
+
         self.case = case
         self.groups = [
-            [nn.Parameter(_normal(shape, device, generator, mesh)) for shape in group]
-            for group in case.groups
+            [nn.Parameter(normal(shape)) for shape in group] for group in case.groups
         ]
         self.params = [param for group in self.groups for param in group]
-        self._grads = [
-            _normal(param.shape, device, generator, mesh) for param in self.params
-        ]
+        grads = [normal(param.shape) for param in self.params]
+        self._turns = cycle([[g.detach() for g in grads] for _ in range(3)])
 
     def refresh(self) -> None:
-        """Give every parameter a gradient that no step has seen, as training does."""
-        for param, grad in zip(self.params, self._grads, strict=True):
-            param.grad = grad.detach()
+        """Give every parameter a gradient tensor that the last step has not seen."""
+        for param, grad in zip(self.params, next(self._turns), strict=True):
+            param.grad = grad
 
 
-def _normal(
-    shape: Any, device: torch.device, generator: torch.Generator, mesh: Any
-) -> Tensor:
-    tensor = torch.randn(tuple(shape), device=device, generator=generator)
-    if mesh is None:
-        return tensor
+def _sharded(tensor: Tensor, mesh: Any) -> Tensor:
     from torch.distributed.tensor import DTensor, Shard
 
     return DTensor.from_local(tensor, mesh, [Shard(0)], run_check=False)
@@ -51,7 +53,8 @@ def _normal(
 
 def local(tensor: Tensor) -> Tensor:
     """Return the shard that this process holds, or the tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    # Not `to_local()`: it makes a new tensor, and 1,000 of them cool the caches.
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 @contextmanager

@@ -1,0 +1,376 @@
+from __future__ import annotations
+
+import importlib
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import step, step_arms, step_cases, step_goals, step_memory, step_tables
+from benchmarks.step_bare import BareKernel
+from benchmarks.step_cases import CASES, Case, case_named
+from benchmarks.step_results import (
+    QUICK,
+    default_path,
+    describe_run,
+    load,
+    run_case,
+    save,
+)
+from benchmarks.step_stats import ratio, spread
+from benchmarks.step_timing import EventClock, HostClock, clock_for, interleave, warm_up
+from benchmarks.step_workload import Workload
+
+CPU = torch.device("cpu")
+SMALL = ((4, 4), (4,), (3, 2), (5,))
+PLAIN = Case("tiny", "", (SMALL,))
+GROUPED = Case("tiny_layers", "", (SMALL[:2], SMALL[2:]), own_lr=True)
+SHARDED = Case("dtensor", "", (SMALL,), sharded=True)
+EFFORT = QUICK._replace(rounds=2, seconds=0.0, repeats=2, copied=1 << 10)
+
+SIZES = [
+    # name, tensors, elements, groups
+    ("tiny", 1000, 10_000, 1),
+    ("resnet50", 161, 25_557_032, 1),
+    ("vit_s", 152, 22_050_664, 1),
+    ("vit_s_layers", 152, 22_050_664, 26),
+    ("vit_l", 296, 304_326_632, 1),
+    ("vit_l_layers", 296, 304_326_632, 26),
+    ("decoder", 146, 1_235_814_400, 1),
+    ("tiny_layers", 1000, 10_000, 26),
+    ("tiny_groups", 1000, 10_000, 1000),
+    ("tiny_groups_lr", 1000, 10_000, 1000),
+    ("dtensor", 1000, 10_000, 1),
+]
+MODELS = [
+    ("resnet50", "torchvision.models", "resnet50"),
+    ("vit_s", "timm.models.vision_transformer", "vit_small_patch16_224"),
+    ("vit_l", "timm.models.vision_transformer", "vit_large_patch16_224"),
+]
+
+
+@pytest.mark.parametrize(("name", "tensors", "elements", "groups"), SIZES)
+def test_case_has_the_size_of_its_network(name, tensors, elements, groups):
+    case = case_named(name)
+    actual = len(case.shapes), case.elements, len(case.groups)
+    assert actual == (tensors, elements, groups)
+
+
+def test_every_case_has_a_row_of_sizes():
+    assert [case.name for case in CASES] == [row[0] for row in SIZES]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("name", "module", "model"), MODELS)
+def test_case_has_the_shapes_of_the_real_model(name, module, model):
+    make = getattr(pytest.importorskip(module), model)
+    with torch.device("meta"):
+        expected = [tuple(param.shape) for param in make().parameters()]
+    assert case_named(name).shapes == expected
+
+
+@pytest.mark.parametrize(
+    ("case", "rates"), [(PLAIN, 1), (GROUPED, 2), (case_named("tiny_layers"), 26)]
+)
+def test_groups_have_as_many_learning_rates_as_the_case_says(case, rates):
+    groups = step_arms.groups_of(Workload(case, CPU), "sgd")
+    assert len({group["lr"] for group in groups}) == rates
+
+
+def first_step(case, optimizer, build):
+    work = Workload(case, CPU)
+    work.refresh()
+    build(work, optimizer)()
+    return work.params
+
+
+def bare(work, optimizer):
+    groups = step_arms.hand_split(work, optimizer)
+    kernel = BareKernel(groups, optimizer, step_arms.SETTINGS[optimizer])
+    kernel.fetch()
+    return kernel.step
+
+
+ARMS = [
+    ("bare", bare),
+    ("ours", lambda *args: step_arms.build_ours(*args).step),
+]
+
+
+@pytest.mark.parametrize("case", [PLAIN, GROUPED], ids=["plain", "grouped"])
+@pytest.mark.parametrize("optimizer", list(step_arms.CLASSES))
+@pytest.mark.parametrize(("name", "build"), ARMS)
+def test_arms_do_the_work_of_torch(name, build, optimizer, case):
+    def fused(work, optimizer):
+        return step_arms.build_torch(work, optimizer, fused=True).step
+
+    actual = first_step(case, optimizer, build)
+    expected = first_step(case, optimizer, fused)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_gradients_are_other_objects_at_every_step():
+    work = Workload(PLAIN, CPU)
+    work.refresh()
+    before = [param.grad for param in work.params]
+    work.refresh()
+    assert not any(p.grad is old for p, old in zip(work.params, before, strict=True))
+
+
+class Accelerator:
+    """Stands in for ``torch.cuda``: a clock that its own calls advance."""
+
+    def __init__(self):
+        self.now, self.log = 0.0, []
+
+    def synchronize(self):
+        self.log.append("synchronize")
+
+    def work(self):
+        self.log.append("work")
+        self.now += 2.5
+
+    def Event(self, enable_timing):  # torch's name
+        def record():
+            self.log.append("record")
+            event.time = self.now
+
+        event = SimpleNamespace(record=record)
+        event.elapsed_time = lambda end: end.time - event.time
+        return event
+
+    def reset_peak_memory_stats(self):
+        self.log.append("reset")
+
+    def memory_allocated(self):
+        return 1000
+
+    def max_memory_allocated(self):
+        return 1024
+
+
+def test_event_clock_times_between_synchronizations():
+    device = Accelerator()
+    assert EventClock(device)(device.work) == 2.5
+    assert device.log == ["synchronize", "record", "work", "record", "synchronize"]
+
+
+def test_peak_on_accelerator_counts_from_what_was_there():
+    device = Accelerator()
+    assert step_memory.peak_on_accelerator(device, device.work) == 24
+    assert device.log == ["synchronize", "reset", "work", "synchronize"]
+
+
+def test_clock_follows_the_device():
+    kinds = [type(clock_for(torch.device(name))) for name in ("cpu", "cuda")]
+    assert kinds == [HostClock, EventClock]
+
+
+def test_peak_on_cpu_sees_memory_that_is_given_back():
+    extra = step_memory.peak_extra(CPU, lambda: torch.ones(1000).add(1).sum().item())
+    assert extra >= 8000
+
+
+def counting_arm(name, log):
+    return step_arms.Arm(name, lambda: log.append(name), lambda: None)
+
+
+def test_interleave_begins_each_round_with_another_arm():
+    log = []
+    arms = [counting_arm(name, log) for name in "abc"]
+    times = interleave(arms, HostClock(), rounds=3, seconds=0.0)
+    assert "".join(log) == "abc" + "aaabbbccc" + "bbbcccaaa" + "cccaaabbb"
+    assert {name: list(map(len, rounds)) for name, rounds in times.items()} == {
+        name: [2, 2, 2] for name in "abc"
+    }
+
+
+def test_warm_up_leaves_out_an_arm_that_cannot_run():
+    def fail():
+        raise RuntimeError("no such kernel\nand a long trace")
+
+    log = []
+    arms = [counting_arm("a", log), step_arms.Arm("b", fail, lambda: None)]
+    able, errors = warm_up(arms, HostClock())
+    assert [arm.name for arm in able] == ["a"]
+    assert errors == {"b": "RuntimeError: no such kernel"}
+
+
+def test_ratio_is_taken_round_by_round():
+    assert ratio([1.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == (2.0, 1.2, 2.8)
+    assert spread([5.0]) == (5.0, 5.0, 5.0)
+
+
+def test_compiled_arm_joins_where_asked_for(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda step: step)
+    asked = [(PLAIN, True), (PLAIN, False), (case_named("tiny_groups"), True)]
+    arms = [
+        step_arms.make_arms(Workload(case, CPU), None, "sgd", compiled)
+        for case, compiled in asked
+    ]
+    names = [[arm.name for arm in each] for each in arms]
+    assert [step_arms.COMPILED in each for each in names] == [True, False, False]
+
+
+def test_case_too_large_for_the_memory_is_left_out(monkeypatch, capsys):
+    def run_case(*args):
+        raise torch.OutOfMemoryError("needs 80 GB")
+
+    monkeypatch.setattr(step.step_results, "run_case", run_case)
+    monkeypatch.setattr(step.step_results, "run_once", lambda *args: {})
+    results = step.measure(step.parse(["--case", "decoder", "--optimizer", "sgd"]))
+    assert results["cases"] == []
+    assert "left out, needs 80 GB" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def results():
+    cases = [(PLAIN, "sgd"), (PLAIN, "adamw"), (GROUPED, "adamw")]
+    return {
+        "run": describe_run(CPU, quick=True),
+        "once": {
+            "build_ms": {
+                step_arms.OURS: {"median": 12.0, "p10": 11.0, "p90": 13.0},
+            },
+            "import_ms": {"median": 31.0, "p10": 30.0, "p90": 32.0},
+            "copy_gb_per_s": 10.0,
+        },
+        "cases": [run_case(*case, CPU, EFFORT, compiled=False) for case in cases],
+    }
+
+
+def test_run_times_every_arm(results):
+    expected = [step_arms.BARE, *step_arms.TORCH[:3], step_arms.OURS]
+    assert [list(record["arms"]) for record in results["cases"]] == [
+        expected,
+        expected,
+        [*expected, step_arms.ONE_GROUP],
+    ]
+
+
+def test_sharded_case_is_compared_with_plain_tensors():
+    pytest.importorskip("torch.distributed.tensor")
+    record = run_case(SHARDED, "adamw", CPU, EFFORT, compiled=False)
+    assert {step_arms.BARE, step_arms.OURS, step_arms.PLAIN} <= set(record["arms"])
+
+
+def test_saved_run_reads_back_the_same(results, tmp_path):
+    save(results, tmp_path / "new" / "run.json")
+    actual = load(tmp_path / "new" / "run.json")
+    assert actual == json.loads(json.dumps(results))
+
+
+@pytest.mark.parametrize(
+    ("device", "name"), [("cpu", "cpu_torch2.13.0_2026-01-31.json"),
+                         ("cuda", "nvidia-h200_torch2.13.0_2026-01-31.json")]
+)  # fmt: skip
+def test_file_is_named_by_device_torch_and_date(device, name):
+    run = {"device": device, "device_name": "NVIDIA H200", "torch": "2.13.0+cpu"}
+    assert default_path({**run, "date": "2026-01-31"}).name == name
+
+
+def made_up(device, ms, **record):
+    arms = {
+        name: {
+            "ms": {"median": value},
+            "round_ms": [value],
+            "peak_extra_bytes": 8,
+        }
+        for name, value in ms.items()
+    }
+    base = {"case": "tiny", "optimizer": "adamw", "elements": 10, "arms": arms}
+    once = {
+        "build_ms": {step_arms.OURS: {"median": 12.0}},
+        "import_ms": {"median": 31.0},
+        "copy_gb_per_s": 1000.0,
+    }
+    return {"run": {"device": device}, "once": once, "cases": [{**base, **record}]}
+
+
+GOALS = [
+    # device, ms of each arm, record, verdicts in order
+    ("cpu", {"ours": 1.5, "bare kernel": 1.0, "torch fused": 7.6}, {},
+     [True, True, True, False]),
+    ("cpu", {"ours": 1.6, "bare kernel": 1.0, "torch fused": 7.6}, {},
+     [False, False, True, False]),
+    ("cpu", {"ours": 1.0, "torch default": 4.0, "torch fused": 9.0},
+     {"case": "dtensor"}, [False, True, False]),
+    ("cuda", {"ours": 1.06, "bare kernel": 1.0}, {}, [False]),
+    ("cuda", {"ours": 1.0, "bare kernel": 1.0},
+     {"case": "decoder", "step_bytes": 860e6, "elements": 10**9}, [True, True, True]),
+    ("cuda", {"ours": 1.0, "bare kernel": 1.0},
+     {"case": "decoder", "step_bytes": 840e6, "elements": 1000**2}, [True, False]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "ms", "record", "expected"), GOALS)
+def test_goals_say_what_is_met(device, ms, record, expected):
+    verdicts = step_goals.verdicts(made_up(device, ms, **record))
+    assert [verdict.met for verdict in verdicts] == expected
+
+
+def test_every_goal_names_a_case():
+    goals = (*step_goals.CPU_GOALS, *step_goals.GPU_GOALS)
+    assert {goal.case for goal in goals} <= {case.name for case in CASES}
+
+
+def test_tables_show_arms_and_goals(results):
+    lines = [
+        *step_tables.case_lines(results["cases"][0]),
+        *step_tables.once_lines(results),
+        *step_tables.goal_lines(results),
+    ]
+    text = "\n".join(lines)
+    assert all(arm in text for arm in results["cases"][0]["arms"])
+    assert "NOT MET  import after torch: at most 30 ms" in text
+    assert "met      build from 1,000 parameters: at most 20 ms" in text
+
+
+def test_large_cases_run_on_a_cpu_only_when_asked_for():
+    by_default = step.chosen_cases(None, CPU)
+    assert not any(case.large for case in by_default)
+    assert step.chosen_cases(None, torch.device("cuda")) == list(CASES)
+    assert step.chosen_cases(["decoder"], CPU) == [case_named("decoder")]
+
+
+def test_command_saves_a_run(monkeypatch, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(step, "CASES", (PLAIN,))
+    monkeypatch.setattr(step.step_results, "QUICK", EFFORT)
+    monkeypatch.setattr(step.step_results, "import_time", lambda _: spread([1.0]))
+    path = tmp_path / "run.json"
+    step.main(["--quick", "--optimizer", "sgd", "--json", str(path)])
+    torch.set_num_threads(threads)
+    assert [record["case"] for record in load(path)["cases"]] == ["tiny"]
+    assert f"saved as {path}" in capsys.readouterr().out
+
+
+def test_picture_is_drawn_beside_the_saved_run(results, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "run.json"
+    save(results, path)
+    step.main(["--picture", str(path)])
+    assert capsys.readouterr().out == f"{tmp_path / 'run.png'}\n"
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_picture_leaves_out_what_did_not_run():
+    pytest.importorskip("matplotlib")
+    picture = importlib.import_module("benchmarks.step_picture")
+    record = made_up("cpu", {"ours": 3.0, "bare kernel": 2.0})["cases"][0]
+    assert picture.over_bare(record) == {"ours": (1.5, 1.5, 1.5)}
+
+
+def test_construction_is_timed_on_1000_parameters():
+    once = importlib.import_module("benchmarks.step_once")
+    model = once.model_of_1000()
+    assert len(list(model.parameters())) == 1000
+    assert [len(g["params"]) for g in once.split_by_hand(model)] == [250, 750]
+
+
+def test_layers_of_the_small_vit_are_half_blocks():
+    sizes = [len(group) for group in case_named("vit_s_layers").groups]
+    assert sizes == [4, *[6] * 24, 4]
+    assert len(step_cases.vit(384, 12)) == 26
