@@ -249,5 +249,5 @@ def test_diff_tells_multipliers_and_forms_apart(policy, text):
 
 
 def test_diff_refuses_a_glob_that_matches_nothing():
-    with pytest.raises(ValueError, match="'biass' in .* matches none of 2 param"):
+    with pytest.raises(ValueError, match=r"'biass' in .* matches none of 2 param"):
         diff(nn.Linear(2, 2), exclude("biass"), "all")
