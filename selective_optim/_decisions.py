@@ -126,8 +126,9 @@ def require_matches(
         names = list(dict.fromkeys(name for info in infos for name in info.names))
         # A pattern without names to search in: deciding raises and says so.
         if names or not isinstance(selector, NamePattern):
+            count = len({id(info.parameter) for info in infos})
             raise ValueError(
-                f"{selector!r} in `wd_policy` matches none of {len(infos)} parameters"
+                f"{selector!r} in `wd_policy` matches none of {count} parameters"
                 f"{_closest(selector, names)}. Correct it, or pass missing_ok=True to "
                 f"its policy."
             )

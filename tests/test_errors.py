@@ -1,0 +1,513 @@
+"""Every error and warning: its type, its whole text, and that nothing was changed."""
+
+import copy
+import math
+import re
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from selective_optim import SGD, Adam, AdamW, Decay
+from selective_optim.policies import (
+    exclude,
+    first_match,
+    form,
+    is_norm,
+    is_vector,
+    only,
+    scale,
+)
+
+OPTIMIZERS = [SGD, Adam, AdamW]
+WAYS_OUT = 'Pass model=model or model.named_parameters(), or use wd_policy="matrices".'
+MULTIPLIER = "Return 0 to exempt a parameter, 1 to decay it in full."
+
+
+def net():
+    return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+
+
+def bare():
+    return list(net().parameters())
+
+
+def pairs():
+    return list(net().named_parameters())
+
+
+def flat():
+    """Stand in for FSDP1's flat parameter, by the mark that torch puts on it."""
+    param = nn.Parameter(torch.ones(9))
+    param._is_flat_param = True
+    return [param]
+
+
+def flattened():
+    """Stand in for a piece of a flat parameter under ``use_orig_params=True``."""
+    params = [("w", nn.Parameter(torch.ones(9)))]
+    params[0][1]._fsdp_flattened = True
+    return params
+
+
+def reads_owner(info):
+    return not isinstance(info.owner, nn.LayerNorm)
+
+
+def reads_names(info):
+    return not any(name.endswith("bias") for name in info.names)
+
+
+def reads_path(info):
+    return len(info.path) > 1
+
+
+def reads_leaf(info):
+    return info.leaf != "bias"
+
+
+def reads_shape(info):
+    return info.shape != (9,)
+
+
+def compares_ndim(info):
+    return info.ndim > 1
+
+
+def asks_is_norm(info):
+    return not is_norm(info)
+
+
+def forgets(info):
+    pass
+
+
+def raises(info):
+    raise KeyError("gain")
+
+
+@dataclass(frozen=True)
+class Case:
+    params: Any
+    policy: Any
+    kind: type[Exception]
+    text: str
+
+
+def returns(value):
+    def policy(info):
+        return value
+
+    return policy
+
+
+def at_weight(value, rule):
+    kind = ValueError if "finite" in rule else TypeError
+    return Case(
+        pairs,
+        returns(value),
+        kind,
+        f"`wd_policy` returned {value!r} for '0.weight' (shape 4 x 3); {rule}. "
+        f"{MULTIPLIER}",
+    )
+
+
+NUMBER = "a multiplier must be a number"
+FINITE = "a multiplier must be finite and >= 0"
+
+CASES = {
+    "name needs modules": Case(
+        bare,
+        "no_bias_norm",
+        ValueError,
+        "`wd_policy` exclude(is_bias, is_norm) needs module types, and of parameter 0 "
+        f"of group 0 (shape 4 x 3) only the tensor is known. {WAYS_OUT}",
+    ),
+    "name needs modules, has names": Case(
+        pairs,
+        "no_norm",
+        ValueError,
+        "`wd_policy` exclude(is_norm) needs module types, and of '0.weight' "
+        f"(shape 4 x 3) only the name is known. {WAYS_OUT}",
+    ),
+    "glob needs names": Case(
+        bare,
+        exclude("*.bias"),
+        ValueError,
+        "`wd_policy` exclude('*.bias') needs names, and of parameter 0 of group 0 "
+        f"(shape 4 x 3) only the tensor is known. {WAYS_OUT}",
+    ),
+    "mapping needs modules": Case(
+        pairs,
+        {nn.LayerNorm: 0},
+        ValueError,
+        "`wd_policy` first_match({nn.LayerNorm: 0}) needs module types, and of "
+        f"'0.weight' (shape 4 x 3) only the name is known. {WAYS_OUT}",
+    ),
+    "callable reads the owner": Case(
+        bare,
+        reads_owner,
+        ValueError,
+        "`wd_policy` reads_owner read `owner` of parameter 0 of group 0 (shape 4 x 3), "
+        f"which is not known. {WAYS_OUT}",
+    ),
+    "callable reads the names": Case(
+        bare,
+        reads_names,
+        ValueError,
+        "`wd_policy` reads_names read `names` of parameter 0 of group 0 (shape 4 x 3), "
+        f"which is not known. {WAYS_OUT}",
+    ),
+    "callable reads the leaf": Case(
+        bare,
+        reads_leaf,
+        ValueError,
+        "`wd_policy` reads_leaf read `leaf` of parameter 0 of group 0 (shape 4 x 3), "
+        f"which is not known. {WAYS_OUT}",
+    ),
+    "callable reads the path": Case(
+        pairs,
+        reads_path,
+        ValueError,
+        "`wd_policy` reads_path read `path` of '0.weight' (shape 4 x 3), which is not "
+        f"known. {WAYS_OUT}",
+    ),
+    "callable asks a predicate": Case(
+        pairs,
+        asks_is_norm,
+        ValueError,
+        "`wd_policy` asks_is_norm read `owner` of '0.weight' (shape 4 x 3), which is "
+        f"not known. {WAYS_OUT}",
+    ),
+    "selector reads the owner": Case(
+        pairs,
+        exclude(reads_owner),
+        ValueError,
+        "`wd_policy` exclude(reads_owner) read `owner` of '0.weight' (shape 4 x 3), "
+        f"which is not known. {WAYS_OUT}",
+    ),
+    "unknown name": Case(
+        net,
+        "no_bias_nrom",
+        ValueError,
+        "`wd_policy` 'no_bias_nrom' is not the name of a policy; known are ... "
+        'Did you mean wd_policy="no_bias_norm"?',
+    ),
+    "wrong kind": Case(
+        net,
+        3,
+        TypeError,
+        "`wd_policy` must be a name, a mapping, a callable or a policy, not 3 (int). "
+        'Write for example wd_policy="no_bias_norm".',
+    ),
+    "selector as policy": Case(
+        net,
+        is_norm,
+        TypeError,
+        "`wd_policy` must be a name, a mapping, a callable or a policy, not is_norm "
+        '(Predicate). Write for example wd_policy="no_bias_norm".',
+    ),
+    "glob matches nothing": Case(
+        net,
+        exclude("0.wieght"),
+        ValueError,
+        "'0.wieght' in `wd_policy` matches none of 4 parameters; the closest names are "
+        "'0.weight', '1.weight', '...'. Correct it, or pass missing_ok=True to its "
+        "policy.",
+    ),
+    "regex matches nothing": Case(
+        net,
+        exclude(re.compile(r"0\.wieght$")),
+        ValueError,
+        r"re.compile('0\\.wieght$') in `wd_policy` matches none of 4 parameters; the "
+        "closest names are '0.weight', '1.weight', '...'. Correct it, or pass "
+        "missing_ok=True to its policy.",
+    ),
+    "second glob of a mapping matches nothing": Case(
+        pairs,
+        {"*.bias": 0, "1.gain": 0},
+        ValueError,
+        "'1.gain' in `wd_policy` matches none of 4 parameters; the closest names are "
+        "'1.bias', '...', '...'. Correct it, or pass missing_ok=True to its policy.",
+    ),
+    "glob of a product matches nothing": Case(
+        net,
+        exclude("*.bias") * scale("1.gain", by=0.5),
+        ValueError,
+        "'1.gain' in `wd_policy` matches none of 4 parameters; the closest names are "
+        "'1.bias', '...', '...'. Correct it, or pass missing_ok=True to its policy.",
+    ),
+    "module matches nothing": Case(
+        net,
+        exclude(nn.Linear(2, 2)),
+        ValueError,
+        "<Linear instance> in `wd_policy` matches none of 4 parameters. Correct it, or "
+        "pass missing_ok=True to its policy.",
+    ),
+    "parameter matches nothing": Case(
+        bare,
+        only(nn.Parameter(torch.ones(7))),
+        ValueError,
+        "<parameter of shape (7,)> in `wd_policy` matches none of 4 parameters. "
+        "Correct it, or pass missing_ok=True to its policy.",
+    ),
+    "negative": at_weight(-0.1, FINITE),
+    "infinite": at_weight(math.inf, FINITE),
+    "nan": at_weight(math.nan, FINITE),
+    "string": at_weight("decay", NUMBER),
+    "None": at_weight(None, NUMBER),
+    "list": at_weight([1], NUMBER),
+    "tensor": at_weight(torch.tensor(0.5), NUMBER),
+    "negative of a bare tensor": Case(
+        bare,
+        returns(-1),
+        ValueError,
+        "`wd_policy` returned -1 for parameter 0 of group 0 (shape 4 x 3); "
+        f"{FINITE}. {MULTIPLIER}",
+    ),
+    "form returned is unknown": Case(
+        pairs,
+        lambda info: Decay(1, "L2"),
+        ValueError,
+        "`wd_policy` <lambda at test_errors.py:...> failed for '0.weight' (shape 4 x "
+        '3): ValueError: `form` must be "l2", "decoupled" or None, not \'L2\'. Write '
+        'for example Decay(1, "l2").',
+    ),
+    "callable raises": Case(
+        pairs,
+        raises,
+        ValueError,
+        "`wd_policy` raises failed for '0.weight' (shape 4 x 3): KeyError: 'gain'",
+    ),
+    "callable raises TypeError on the unknown": Case(
+        flattened,
+        compares_ndim,
+        ValueError,
+        "`wd_policy` compares_ndim read `ndim` of 'w' (shape 9), which is lost where "
+        "FSDP flattened it. Wrap with use_orig_params=True and pass model=model, or "
+        "decide before wrapping.",
+    ),
+    "selector forgets to return": Case(
+        pairs,
+        exclude(forgets),
+        TypeError,
+        "`wd_policy` exclude(forgets) failed for '0.weight' (shape 4 x 3): TypeError: "
+        "the selector forgets must return True or False, not None (NoneType). Write "
+        "for example return bool(...).",
+    ),
+    "flat parameter": Case(
+        flat,
+        "all",
+        ValueError,
+        "parameter 0 of group 0 (shape 9) is FSDP's flat parameter, of which no single "
+        "decay is right. Wrap with use_orig_params=True.",
+    ),
+    "lost shape": Case(
+        flattened,
+        exclude(is_vector),
+        ValueError,
+        "`wd_policy` exclude(is_vector) needs the shape of 'w' (shape 9), which is "
+        "lost where FSDP flattened it. Wrap with use_orig_params=True and pass "
+        "model=model, or decide before wrapping.",
+    ),
+    "callable reads a lost shape": Case(
+        flattened,
+        reads_shape,
+        ValueError,
+        "`wd_policy` reads_shape read `shape` of 'w' (shape 9), which is lost where "
+        "FSDP flattened it. Wrap with use_orig_params=True and pass model=model, or "
+        "decide before wrapping.",
+    ),
+}
+TABLE = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def whole(text):
+    """Match the whole message; three dots stand for any text."""
+    return rf"^{re.escape(text).replace(re.escape('...'), '.*')}$"
+
+
+@TABLE
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_constructor_refuses_with_the_whole_text(optimizer, case):
+    with pytest.raises(case.kind, match=whole(case.text)) as caught:
+        optimizer(case.params(), lr=0.1, weight_decay=0.1, wd_policy=case.policy)
+    assert type(caught.value) is case.kind
+
+
+# torch wants names in every group or in none.
+READ = {pairs: "named_parameters", flattened: "named_parameters"}
+
+
+@TABLE
+def test_refused_group_changes_nothing_and_can_be_added_again(case):
+    read = READ.get(case.params, "parameters")
+    kept, late = net(), nn.Linear(2, 2)
+    optimizer = AdamW(
+        getattr(kept, read)(), weight_decay=0.1, wd_policy="no_bias_norm", foreach=False
+    )
+    before = copy.deepcopy(optimizer.state_dict())
+    report = str(optimizer.decay_report())
+    group = {"params": case.params(), "wd_policy": case.policy, "lr": 0.5}
+    with pytest.raises(case.kind, match=r"wd_policy|flat parameter"):
+        optimizer.add_param_group(group)
+    assert optimizer.state_dict() == before
+    assert str(optimizer.decay_report()) == report
+    optimizer.add_param_group({"params": getattr(late, read)(), "wd_policy": "no_bias"})
+    assert [row.weight_decay for row in optimizer.decay_report().rows[-2:]] == [0.1, 0]
+
+
+def test_refused_dict_can_be_mended_and_added():
+    optimizer = SGD(net(), lr=0.1, weight_decay=1.0, wd_policy="no_bias_norm")
+    group = {"params": nn.Linear(2, 2).parameters(), "wd_policy": exclude("gain")}
+    with pytest.raises(ValueError, match="closest names are 'bias', 'weight'"):
+        optimizer.add_param_group(group)
+    optimizer.add_param_group({**group, "wd_policy": exclude("weight")})
+    assert [row.weight_decay for row in optimizer.decay_report().rows[-2:]] == [0, 1]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("policy", [None, "all", "no_bias_norm"])
+def test_parameter_in_none_of_the_modules_is_refused(optimizer, policy):
+    strangers = [nn.Parameter(torch.ones(2, 3))]
+    model = net()
+    with pytest.raises(
+        ValueError,
+        match=whole(
+            "parameter 4 of group 0 (shape 2 x 3), at position 4 of group 0, is in "
+            "none of the modules given as `model`. Pass every module that holds "
+            "parameters: model=[model, ...]."
+        ),
+    ):
+        optimizer(
+            [*model.parameters(), *strangers], lr=0.1, model=model, wd_policy=policy
+        )
+
+
+@pytest.mark.parametrize("model", [3, "net", [nn.Linear(2, 2), 3], {"net": 1}], ids=str)
+def test_model_of_another_kind_is_refused(model):
+    with pytest.raises(TypeError, match=r"^`model` must be a module or a sequence of"):
+        AdamW(bare(), model=model, wd_policy="no_bias_norm")
+
+
+MISWRITTEN = {
+    "selector": (
+        lambda: exclude(3),
+        TypeError,
+        "a selector must be a glob, a compiled regular expression, a module class, a "
+        "module, a parameter or a callable, not 3 (int). Write for example "
+        '"*.bias" or nn.LayerNorm.',
+    ),
+    "another class": (
+        lambda: only(dict),
+        TypeError,
+        "a selector must be a glob, a compiled regular expression, a module class, a "
+        "module, a parameter or a callable, not <class 'dict'> (type). Write for "
+        'example "*.bias" or nn.LayerNorm.',
+    ),
+    "no selector": (
+        lambda: exclude(),
+        ValueError,
+        '`exclude` needs at least one selector. Write for example exclude("*.bias").',
+    ),
+    "scale by": (
+        lambda: scale("*", by=-1),
+        ValueError,
+        "a multiplier must be finite and >= 0, not -1. Use 0 to exempt a parameter, 1 "
+        "to decay it in full.",
+    ),
+    "scale by text": (
+        lambda: scale("*", by="0.1"),
+        TypeError,
+        "a multiplier must be a number, not '0.1'. Use 0 to exempt a parameter, 1 to "
+        "decay it in full.",
+    ),
+    "form": (
+        lambda: form("L2"),
+        ValueError,
+        '`form` takes "l2" or "decoupled" first, not \'L2\'. Write for example '
+        'form("l2", "*.weight").',
+    ),
+    "Decay form": (
+        lambda: Decay(1, "adamw"),
+        ValueError,
+        '`form` must be "l2", "decoupled" or None, not \'adamw\'. Write for example '
+        'Decay(1, "l2").',
+    ),
+    "mapping value": (
+        lambda: first_match({"*.bias": math.nan}),
+        ValueError,
+        "`wd_policy` at '*.bias': a multiplier must be finite and >= 0, not nan. Use 0 "
+        "to exempt a parameter, 1 to decay it in full.",
+    ),
+    "mapping value of another kind": (
+        lambda: first_match({nn.LayerNorm: None}),
+        TypeError,
+        "`wd_policy` at nn.LayerNorm: a multiplier must be a number, not None. Use 0 "
+        "to exempt a parameter, 1 to decay it in full.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "kind", "text"), MISWRITTEN.values(), ids=MISWRITTEN)
+def test_miswritten_policy_is_refused_where_it_is_written(make, kind, text):
+    with pytest.raises(kind, match=whole(text)):
+        make()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_all_exempt_warns_once(optimizer):
+    with pytest.warns(UserWarning, match="exempts all") as caught:
+        optimizer(net(), lr=0.1, weight_decay=0.1, wd_policy="none")
+    (warning,) = caught
+    assert str(warning.message) == (
+        "`wd_policy` exclude(everything) exempts all 4 parameters. "
+        "Leave it out, with weight_decay=0, if nothing is to decay."
+    )
+    assert warning.filename == __file__
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_zero_decay_with_a_policy_warns_once(optimizer):
+    with pytest.warns(UserWarning, match="has no effect") as caught:
+        optimizer(net(), lr=0.1, weight_decay=0.0, wd_policy="no_bias")
+    (warning,) = caught
+    assert str(warning.message) == (
+        "`weight_decay` is 0 in every group, so `wd_policy` exclude(is_bias) has no "
+        "effect. Pass weight_decay=0.01, or the value you want."
+    )
+    assert warning.filename == __file__
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_no_policy_and_no_decay_is_silent(optimizer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer(net(), lr=0.1, weight_decay=0.0)
+        optimizer(flat(), lr=0.1, weight_decay=0.1)
+
+
+def saved(wd_policy, **arguments):
+    optimizer = SGD(net(), lr=0.1, weight_decay=0.1, wd_policy=wd_policy, **arguments)
+    return optimizer, optimizer.state_dict()
+
+
+def test_another_policy_on_resume_warns_once_and_names_what_changed():
+    _, state_dict = saved("all")
+    optimizer, _ = saved("no_bias_norm")
+    with pytest.warns(UserWarning, match="another weight decay policy") as caught:
+        optimizer.load_state_dict(state_dict)
+    assert len(caught) == 1
+    assert all(name in str(caught[0].message) for name in ("'0.bias'", "'1.weight'"))
+    assert caught[0].filename == __file__
+
+
+def test_same_policy_on_resume_is_silent():
+    _, state_dict = saved("no_bias_norm")
+    optimizer, _ = saved("no_bias_norm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(state_dict)
