@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from selective_optim import policies
+from selective_optim.checkpoint import group_names, merge_groups
 from tests.resuming import (
     CLASSES,
     IMPLEMENTATIONS,
@@ -327,6 +328,33 @@ def test_stated_choice_of_a_checkpoint_is_loaded_as_in_torch():
     for entry in ("foreach", "fused"):
         group, expected = target[1].param_groups[0], torchs[1].param_groups[0]
         assert group[entry] == expected[entry]
+
+
+# Hooks
+
+
+def test_load_hooks_may_adapt_what_is_loaded():
+    saved, target = make("torch", "adamw", "foreach", "many"), make_selective()
+    train(*saved, FIRST)
+    names = group_names(saved[1].param_groups, saved[0])
+    order = [name for name, _ in saved[0].named_parameters()]
+
+    def adapt(_, state_dict):
+        return merge_groups(state_dict, names, order=order)
+
+    target[1].register_load_state_dict_pre_hook(adapt)
+    target[1].load_state_dict(through_file(saved[1].state_dict()))
+    assert_same(state_by_name(*target), state_by_name(*saved))
+
+
+def test_hooks_around_saving_and_loading_run_once():
+    run, calls = make_selective(), []
+    run[1].register_state_dict_pre_hook(lambda *_: calls.append("pre"))
+    run[1].register_state_dict_post_hook(lambda *_: calls.append("post"))
+    run[1].register_load_state_dict_pre_hook(lambda *_: calls.append("load pre"))
+    run[1].register_load_state_dict_post_hook(lambda *_: calls.append("load post"))
+    run[1].load_state_dict(run[1].state_dict())
+    assert calls == ["pre", "post", "load pre", "load post"]
 
 
 # Bad input
