@@ -27,6 +27,8 @@ from selective_optim.policies import as_policy
 from selective_optim.report import DecayReport, make_report
 
 Model = nn.Module | Sequence[nn.Module] | None
+# What a group may bring and does not keep; ZeroRedundancyOptimizer writes them back.
+OWN_KEYS = ("wd_policy", "model")
 RECORD = "decay"  # the key of a state dict under which decisions are recorded
 
 
@@ -97,14 +99,15 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         if not isinstance(group, dict) or "params" not in group:
             return None, group  # torch says what is wrong
         group["params"] = self._knowledge.learn(group["params"])
-        if "wd_policy" not in group:
+        own = {name: group[name] for name in OWN_KEYS if name in group}
+        if not own:
             return self._policy, group
         if not isinstance(group["params"], Tensor):
             group["params"] = list(group["params"])
-        own = group["wd_policy"]
         # A copy: the caller's dict keeps its policy, for a second optimizer.
-        group = {key: value for key, value in group.items() if key != "wd_policy"}
-        return None if own is None else as_policy(own), group
+        group = {key: value for key, value in group.items() if key not in own}
+        policy = own.get("wd_policy", self._policy)
+        return None if policy is None else as_policy(policy), group
 
     def _arrive(self, group: Group, policy: Policy | None) -> None:
         index = len(self.param_groups) - 1
@@ -153,7 +156,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         if self._policy is None:
             return
         decisions = [d for group in self._ledger.groups for d in group]
-        if decisions and not any(d.multiplier for d in decisions):
+        if not any(d.multiplier for d in decisions + self._elsewhere()):
             warnings.warn(
                 f"`wd_policy` {self._policy!r} exempts all {len(decisions)} parameters. "
                 f"Leave it out, with weight_decay=0, if nothing is to decay.",
@@ -165,6 +168,15 @@ class SelectiveOptimizer(torch.optim.Optimizer):
                 f"effect. Pass weight_decay=0.01, or the value you want.",
                 stacklevel=5,
             )
+
+    def _elsewhere(self) -> list[Decision]:
+        """Decide for the rest of the model, of which another rank may hold a part."""
+        try:
+            return decide(self._policy, self._knowledge.everyone())
+        except ValueError:  # a policy may be silent on what it was not asked to decide
+            return []
+        finally:
+            self._knowledge.forget_places()
 
     # The step
 
@@ -225,7 +237,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         """
         flag = super()._init_group(group, *lists)  # type: ignore[misc]  # of torch's class
         index = next(i for i, own in enumerate(self.param_groups) if own is group)
-        decided = zip(group["params"], self._ledger.follow(self.param_groups)[index])
+        decided = zip(group["params"], self._decided()[index])
         parts: dict[tuple[float, Form | None], list[int]] = {}
         for position, decision in enumerate(
             d for p, d in decided if p.grad is not None
@@ -234,8 +246,15 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             parts.setdefault(key, []).append(position)
         return flag, tuple((*key, tuple(chosen)) for key, chosen in parts.items())
 
+    def _decided(self) -> list[list[Decision]]:
+        """Return the decisions, parameter by parameter as the groups stand now."""
+        try:
+            return self._ledger.follow(self.param_groups, self._knowledge.name_of)
+        finally:
+            self._knowledge.forget_places()
+
     def _members(self) -> list[Member]:
-        decided = self._ledger.follow(self.param_groups)
+        decided = self._decided()
         return [
             Member(param, index, d.multiplier, d.form, d.label(index, position))
             for index, (group, decisions) in enumerate(
@@ -283,7 +302,10 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             for key, own in state_dict["state"].items()
         }
         self._touched = touched
-        decided = self._ledger.follow(self.param_groups)
+        for group in state_dict["param_groups"]:
+            for name in OWN_KEYS:
+                group.pop(name, None)
+        decided = self._decided()
         state_dict[RECORD] = record_of(self._kernel, self.param_groups, decided)
         return state_dict
 
@@ -299,7 +321,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         Warns:
             UserWarning: It records other decisions than this policy's.
         """
-        decided = self._ledger.follow(self.param_groups)
+        decided = self._decided()
         require_loadable(self._kernel, self.param_groups, decided, state_dict)
         super().load_state_dict(state_dict)
         for group, free in zip(self.param_groups, self._free):
@@ -330,7 +352,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     def decay_report(self) -> DecayReport:
         """Tell what decays: per group and reason when printed, per parameter in ``rows``."""
-        decided = self._ledger.follow(self.param_groups)
+        decided = self._decided()
         return make_report(self.param_groups, decided, self._kernel.decoupled)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, compress
 from typing import Any, NamedTuple
 
 import torch
@@ -11,15 +11,7 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim._cells import Cell, Key
-from selective_optim._kernels import (
-    FusedCall,
-    Kernel,
-    Lists,
-    Scaling,
-    Setting,
-    State,
-    is_zero,
-)
+from selective_optim._kernels import Kernel, Lists, Scaling, Setting, State, is_zero
 
 
 def flat(lists: Iterable[Iterable[Any]]) -> list[Any]:
@@ -52,7 +44,7 @@ class Counters:
         self._advancing = None
         if len(slots) < len(self.views):
             self._advancing = torch.zeros_like(self.flat)
-            self._advancing[torch.tensor(slots, device=self.flat.device)] = 1.0
+            self._advancing[torch.tensor(slots, device=self.flat.device).long()] = 1.0
 
     def add(self, amount: float | Tensor) -> None:
         """Advance the selected counters, or take an advance back."""
@@ -60,10 +52,38 @@ class Counters:
 
 
 class Grads(NamedTuple):
-    """The gradients of one step: as the parameters have them, and as kernels get them."""
+    """The gradients of one step.
 
+    Args:
+        whole: As the parameters have them.
+        local: As kernels get them: shards where sharded; only those to be fused.
+        there: Which parameters have one, or ``None`` where all have.
+    """
+
+    whole: list[Any]
+    local: list[Any]
+    there: list[bool] | None = None
+
+
+class Rows(NamedTuple):
+    """What a bucket steps now, parameter by parameter in every list."""
+
+    params: list[Tensor]
+    states: list[State]
     whole: list[Tensor]
     local: list[Tensor]
+    shards: list[Tensor]
+    steps: list[Tensor]
+    moments: Lists
+
+    def present(self, there: list[bool]) -> Rows:
+        """Keep the parameters that have a gradient."""
+
+        def kept(entries: list[Any]) -> list[Any]:
+            return list(compress(entries, there))
+
+        *lists, moments = self
+        return Rows(*map(kept, lists), list(map(kept, moments)))
 
 
 class Bucket:
@@ -72,53 +92,65 @@ class Bucket:
     ``part`` says which of a step's gradients are this bucket's.
     """
 
-    def __init__(
-        self, kernel: Kernel, setting: Setting, cells: Sequence[Cell], start: int
-    ) -> None:
+    def __init__(self, kernel: Kernel, cells: Sequence[Cell], start: int) -> None:
         self._kernel = kernel
-        self.setting = setting
         self.key: Key = cells[0].key
         self.params: list[Tensor] = flat(cell.params for cell in cells)
         self.local: list[Tensor] = flat(cell.local for cell in cells)
-        self.part = slice(start, start + len(self.params))
-        self._states: list[State] = flat(cell.states for cell in cells)
-        self._steps: list[Tensor] = flat(cell.steps for cell in cells)
+        self.slots: list[int] = flat(cell.slots for cell in cells)
+        self.steps: list[Tensor] = flat(cell.steps for cell in cells)
+        self.states: list[State] = flat(cell.states for cell in cells)
         self.moments: Lists = [
             flat(entry) for entry in zip(*(cell.moments for cell in cells))
         ]
+        self.part = slice(start, start + len(self.params))
+
+    def take(self, setting: Setting) -> None:
+        """Take over the hyperparameters of the steps to come."""
+        self._setting = setting
+        self._call = self._kernel.bind(setting) if self.key.fused else None
+        shrinks = not is_zero(setting.shrink)
+        self._acts_outside_the_kernel = not self.key.fused or self.key.first or shrinks
 
     def step(self, grads: Grads, scaling: Scaling) -> None:
         """Step every parameter once, or none where ``found_inf`` says so."""
-        grad_scale, found_inf = scaling
-        if found_inf is not None and self._acts_outside_the_kernel and found_inf.item():
+        found_inf = scaling[1] if self._acts_outside_the_kernel else None
+        if found_inf is not None and found_inf.item():
             return
-        whole = grads.whole[self.part]
-        if not self.key.fused:
-            if grad_scale is not None:
-                _torch.unscale_(whole, grad_scale)
-            self._kernel.functional(self.setting, self.params, whole, self._states)
+        rows = self._rows(grads)
+        if not rows.params:
+            return
+        if self._call is None:
+            if scaling[0] is not None:
+                _torch.unscale_(rows.whole, scaling[0])
+            self._kernel.functional(
+                self._setting, rows.params, rows.whole, rows.states
+            )
         elif self.key.first:
-            self._start(whole, grads.local[self.part], scaling)
+            self._start(rows, scaling)
         else:
-            self._call(grads.local[self.part], self.moments, scaling, first=False)
+            self._call(
+                rows.local, rows.shards, rows.moments, rows.steps, scaling, False
+            )
 
-    @property
-    def _acts_outside_the_kernel(self) -> bool:
-        shrinks = not is_zero(self.setting.shrink)
-        return not self.key.fused or self.key.first or shrinks
+    def _rows(self, grads: Grads) -> Rows:
+        rows = Rows(
+            self.params,
+            self.states,
+            grads.whole[self.part],
+            self.local,
+            grads.local[self.part],
+            self.steps,
+            self.moments,
+        )
+        there = grads.there and grads.there[self.part]
+        return rows.present(there) if there and not all(there) else rows
 
-    def _call(
-        self, grads: list[Tensor], moments: Lists, scaling: Scaling, first: bool
-    ) -> None:
-        call = FusedCall(self.local, grads, moments, self._steps, scaling, first)
-        self._kernel.fused(self.setting, call)
-
-    def _start(
-        self, whole: list[Tensor], local: list[Tensor], scaling: Scaling
-    ) -> None:
+    def _start(self, rows: Rows, scaling: Scaling) -> None:
         """Let the kernel write the first gradients into new momentum buffers."""
-        buffers = [torch.empty_like(grad) for grad in whole]
+        assert self._call is not None  # noqa: S101  # the caller asked
+        buffers = [torch.empty_like(grad) for grad in rows.whole]
         shards = map(_torch.local_tensor, buffers) if self.key.sharded else buffers
-        self._call(local, [list(shards)], scaling, first=True)
-        for state, buffer in zip(self._states, buffers):
+        self._call(rows.local, rows.shards, [list(shards)], [], scaling, True)
+        for state, buffer in zip(rows.states, buffers):
             state["momentum_buffer"] = buffer

@@ -55,10 +55,12 @@ class Cell:
     """Parameters that always go through a kernel together, and their state.
 
     ``params`` and ``states`` are the user's; ``local``, ``moments`` and ``steps`` are
-    what the kernel gets; ``slots`` number the parameters among all of their device.
+    what the kernel gets; ``slots`` number the parameters among all of their device;
+    ``label`` names one of them for messages.
     """
 
     key: Key
+    label: str
     params: list[Tensor] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
@@ -73,7 +75,7 @@ class Cell:
         self.params.append(param)
         self.states.append(state)
         self.slots.append(slot)
-        local, _, *moments = tensors
+        local, *moments = tensors
         self.local.append(local)
         self.moments = self.moments or [[] for _ in moments]
         for entry, moment in zip(self.moments, moments, strict=True):
@@ -154,16 +156,18 @@ def free_choice(group: Group) -> bool:
 
 
 def path_of(
-    kernel: Kernel, group: Group, member: Member, grad: Tensor, state: State
+    kernel: Kernel, group: Group, member: Member, grad: Tensor | None, state: State
 ) -> tuple[Key, list[Tensor]]:
     """Choose the way of one parameter: its cell's key and the tensors it brings.
 
-    The tensors are the parameter, its gradient and its moments: local shards on
-    the sharded path, else the tensors themselves.
+    The tensors are the parameter and its moments: local shards on the sharded path,
+    else the tensors themselves. A gradient that is absent now is taken to fit; it
+    is looked at when it comes.
     """
     param = member.param
     entries = [state.get(entry) for entry in kernel.entries(group)]
-    whole = [param, grad, *(entry for entry in entries if entry is not None)]
+    moments = [entry for entry in entries if entry is not None]
+    whole = [param, *moments] if grad is None else [param, *moments, grad]
     sharded = type(param) is _torch.dtensor_class()
     local = local_tensors(whole) if sharded else whole
     wanted = group["fused"] or free_choice(group)
@@ -171,7 +175,10 @@ def path_of(
     if fused and free_choice(group):
         fused = kernel.trusted(param)
     tensors = local if fused and local else whole
-    first = len(whole) - 2 < len(entries)
-    decided = (member.group, member.multiplier, member.form)
-    place = (grad.layout, param.device, param.dtype)
-    return Key(*decided, fused, fused and sharded, first, *place), tensors
+    layout = param.layout if grad is None else grad.layout
+    key = Key(
+        *(member.group, member.multiplier, member.form),
+        *(fused, fused and sharded, len(moments) < len(entries)),
+        *(layout, param.device, param.dtype),
+    )
+    return key, tensors[: 1 + len(moments)]

@@ -7,7 +7,8 @@ settings can share one call. State entries are torch's, created as torch does.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ State = dict[str, Any]
 States = dict[Tensor, State]
 Scaling = tuple[Tensor | None, Tensor | None]  # grad_scale, found_inf
 Lists = list[list[Tensor]]  # one list of tensors per state entry
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Setting(NamedTuple):
@@ -41,15 +43,11 @@ class Setting(NamedTuple):
         return (*self.arguments.values(), self.shrink)
 
 
-class FusedCall(NamedTuple):
-    """The tensors of one fused kernel call: local shards where sharded."""
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    moments: Lists
-    steps: list[Tensor]
-    scaling: Scaling
-    first: bool
+# Parameters, gradients, moments, counters, scaling, and whether it is the first step:
+# local shards where sharded.
+FusedCall = Callable[
+    [list[Tensor], list[Tensor], Lists, list[Tensor], Scaling, bool], None
+]
 
 
 def wd_of(group: Group, multiplier: float) -> float | Tensor:
@@ -97,6 +95,12 @@ def lr_on_device(lr: float | Tensor, params: Sequence[Tensor]) -> float | Tensor
     return lr
 
 
+def _rounds_away(lr: float | Tensor, wd: float | Tensor, dtype: torch.dtype) -> bool:
+    if dtype not in HALF or isinstance(lr, Tensor) or isinstance(wd, Tensor):
+        return False
+    return 0 < lr * wd < torch.finfo(dtype).eps / 2
+
+
 class AdamKernel:
     """Adam and AdamW: two moments, a third with ``amsgrad``, and a step counter."""
 
@@ -132,28 +136,35 @@ class AdamKernel:
             }
         )
 
-    def fused(self, setting: Setting, call: FusedCall) -> None:
-        """Step with torch's fused kernel; the counters were advanced before."""
-        own = setting.arguments
-        decoupled = own["decoupled_weight_decay"]
-        kernel = _torch.fused_adamw_ if decoupled else _torch.fused_adam_
-        kernel(
-            call.params,
-            call.grads,
-            call.moments[0],
-            call.moments[1],
-            call.moments[2] if own["amsgrad"] else [],
-            call.steps,
-            lr=lr_on_device(own["lr"], call.params),
-            beta1=own["beta1"],
-            beta2=own["beta2"],
-            weight_decay=own["weight_decay"],
-            eps=own["eps"],
-            amsgrad=own["amsgrad"],
-            maximize=own["maximize"],
-            grad_scale=call.scaling[0],
-            found_inf=call.scaling[1],
+    def bind(self, setting: Setting) -> FusedCall:
+        """Return torch's fused kernel with everything but tensors filled in."""
+        own = dict(setting.arguments)
+        lr, amsgrad = own.pop("lr"), own["amsgrad"]
+        for name in ("capturable", "differentiable", "foreach", "fused"):
+            del own[name]
+        decoupled = own.pop("decoupled_weight_decay")
+        kernel = partial(
+            _torch.fused_adamw_ if decoupled else _torch.fused_adam_, **own
         )
+
+        def call(
+            params: list[Tensor],
+            grads: list[Tensor],
+            moments: Lists,
+            steps: list[Tensor],
+            scaling: Scaling,
+            first: bool,
+        ) -> None:
+            kernel(
+                *(params, grads, moments[0], moments[1]),
+                moments[2] if amsgrad else [],
+                steps,
+                lr=lr_on_device(lr, params),
+                grad_scale=scaling[0],
+                found_inf=scaling[1],
+            )
+
+        return call
 
     def functional(
         self,
@@ -221,9 +232,19 @@ class AdamKernel:
         follow_param_(state, param, self.entries(group))
         return state
 
+    def has_state(self, states: States, param: Tensor, group: Group) -> bool:
+        """Tell whether the parameter has stepped before."""
+        return bool(states.get(param))
+
     def trusted(self, param: Tensor) -> bool:
         """Tell whether the fused kernel is right for this dtype and device."""
         return True
+
+    def decay_vanishes(self, setting: Setting, fused: bool, dtype: torch.dtype) -> bool:
+        """Tell whether decoupled decay outside the fused kernel rounds to nothing."""
+        own = setting.arguments
+        outside = own["decoupled_weight_decay"] and not fused
+        return outside and _rounds_away(own["lr"], own["weight_decay"], dtype)
 
     def refuse_sparse(self, group: Group, multiplier: float, label: str) -> None:
         """Raise as torch does: Adam steps no sparse gradient, decayed or not."""
@@ -275,24 +296,31 @@ class SGDKernel:
             shrink=wd if decoupled else 0.0,
         )
 
-    def fused(self, setting: Setting, call: FusedCall) -> None:
-        """Step with torch's fused kernel."""
-        own = setting.arguments
-        self.shrink_(setting, call.params)
-        _torch.fused_sgd_(
-            call.params,
-            call.grads,
-            call.moments[0] if call.moments else [],
-            weight_decay=own["weight_decay"],
-            momentum=own["momentum"],
-            lr=lr_on_device(own["lr"], call.params),
-            dampening=own["dampening"],
-            nesterov=own["nesterov"],
-            maximize=own["maximize"],
-            is_first_step=call.first,
-            grad_scale=call.scaling[0],
-            found_inf=call.scaling[1],
-        )
+    def bind(self, setting: Setting) -> FusedCall:
+        """Return torch's fused kernel with everything but tensors filled in."""
+        own = dict(setting.arguments)
+        lr = own.pop("lr")
+        del own["foreach"], own["fused"]
+        kernel = partial(_torch.fused_sgd_, **own)
+
+        def call(
+            params: list[Tensor],
+            grads: list[Tensor],
+            moments: Lists,
+            steps: list[Tensor],
+            scaling: Scaling,
+            first: bool,
+        ) -> None:
+            self.shrink_(setting, params)
+            kernel(
+                *(params, grads, moments[0] if moments else []),
+                lr=lr_on_device(lr, params),
+                is_first_step=first,
+                grad_scale=scaling[0],
+                found_inf=scaling[1],
+            )
+
+        return call
 
     def functional(
         self,
@@ -357,9 +385,19 @@ class SGDKernel:
         follow_param_(states[param], param, self.entries(group))
         return states[param]
 
+    def has_state(self, states: States, param: Tensor, group: Group) -> bool:
+        """Tell whether the parameter has stepped before."""
+        if not group["momentum"]:
+            return True
+        return (states.get(param) or {}).get("momentum_buffer") is not None
+
+    def decay_vanishes(self, setting: Setting, fused: bool, dtype: torch.dtype) -> bool:
+        """Tell whether decoupled decay, here always a multiply, rounds to nothing."""
+        return _rounds_away(setting.arguments["lr"], setting.shrink, dtype)
+
     def trusted(self, param: Tensor) -> bool:
         """Tell whether the fused kernel is right for this dtype and device."""
-        half = param.dtype in (torch.float16, torch.bfloat16)
+        half = param.dtype in HALF
         return _torch.HALF_SGD_ON_CPU or not (half and param.is_cpu)
 
     def refuse_sparse(self, group: Group, multiplier: float, label: str) -> None:

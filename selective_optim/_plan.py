@@ -7,42 +7,43 @@ kernel once. It is given tensors and numbers and knows no policy.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
-from itertools import repeat
-from operator import attrgetter, is_, itemgetter
+from itertools import compress
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selective_optim import _torch
 from selective_optim._buckets import Bucket, Counters, Grads, flat
-from selective_optim._cells import Cell, Key, Member, fused_still, path_of
+from selective_optim._cells import Cell, Key, Member, path_of
+from selective_optim._evidence import (
+    Evidence,
+    StateEvidence,
+    same_objects,
+    without_gradients,
+)
 from selective_optim._kernels import Group, Kernel, Scaling, Setting, States
 
 Groups = Sequence[Group]
-_grad_of = attrgetter("grad")
-_layout_of = attrgetter("layout")
+AllCounters = dict[torch.device, Counters]
 _params_of = itemgetter("params")
-
-
-def _same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    return len(a) == len(b) and all(map(is_, a, b))
-
-
-def _equal(a: object, b: object) -> bool:
-    """Compare values; a replaced tensor that has no truth value counts as different."""
-    try:
-        return bool(a == b)
-    except (RuntimeError, ValueError, TypeError):
-        return False
 
 
 def _params(groups: Groups) -> list[Tensor]:
     return flat(map(_params_of, groups))
 
 
-def make_counters(params: Iterable[Tensor]) -> dict[torch.device, Counters]:
+def _equal(a: object, b: object) -> bool:
+    """Compare values; a replaced tensor that has no truth value is different."""
+    try:
+        return bool(a == b)
+    except (RuntimeError, ValueError, TypeError):
+        return False
+
+
+def make_counters(params: Iterable[Tensor]) -> AllCounters:
     """Make room for the step counters of all parameters, device by device."""
     sizes: dict[torch.device, int] = {}
     for param in params:
@@ -55,19 +56,22 @@ def _make_cells(
     groups: Groups,
     members: Iterable[Member],
     states: States,
-    counters: dict[torch.device, Counters],
+    counters: AllCounters,
+    active_before: set[int],
 ) -> list[Cell]:
-    """Sort the parameters that have gradients: plain fused, sharded fused, functional."""
+    """Sort the parameters that step: plain fused, sharded fused, functional."""
     cells: dict[Key, Cell] = {}
     slots: dict[torch.device, int] = {}
     for member in members:
         param, group = member.param, groups[member.group]
         slot = slots[param.device] = slots.get(param.device, -1) + 1
-        if param.grad is None:
+        if param.grad is None and not (
+            id(param) in active_before and kernel.has_state(states, param, group)
+        ):
             continue
         state = kernel.state_of(states, param, group)
         key, tensors = path_of(kernel, group, member, param.grad, state)
-        cell = cells.get(key) or cells.setdefault(key, Cell(key))
+        cell = cells.get(key) or cells.setdefault(key, Cell(key, member.label))
         cell.add(param, state, slot, tensors)
         if key.fused and kernel.counts:
             cell.steps.append(counters[param.device].adopt(slot, state))
@@ -78,6 +82,8 @@ def _make_cells(
 
 def on_device(scaling: Scaling, device: torch.device) -> Scaling:
     """Move ``grad_scale`` and ``found_inf`` to a device."""
+    if scaling == (None, None):
+        return scaling
     scale, found_inf = (
         v if v is None else v.to(device, non_blocking=True) for v in scaling
     )
@@ -85,7 +91,7 @@ def on_device(scaling: Scaling, device: torch.device) -> Scaling:
 
 
 class Plan:
-    """Every kernel call of a step, for one set of parameters that have gradients."""
+    """Every kernel call of a step, for the parameters that have, or had, gradients."""
 
     def __init__(
         self,
@@ -93,22 +99,23 @@ class Plan:
         groups: Groups,
         members: Sequence[Member],
         states: States,
-        counters: dict[torch.device, Counters],
+        counters: AllCounters,
+        active_before: set[int],
     ) -> None:
         self._kernel = kernel
         self._require_steppable(groups, members)
-        self.params = [member.param for member in members]
-        self._idle = [param for param in self.params if param.grad is None]
-        self._cells = _make_cells(kernel, groups, members, states, counters)
-        self._counters = self._advancing(counters)
+        self._params = [member.param for member in members]
+        self._cells = _make_cells(
+            kernel, groups, members, states, counters, active_before
+        )
+        self.active = {id(param) for cell in self._cells for param in cell.params}
+        self._idle = [p for p in self._params if id(p) not in self.active]
         self._structure = list(map(kernel.structure, groups))
         self._values = flat(map(dict.values, groups))
+        self._counters = counters
         self._merged: list[list[Cell]] | None = None
         self._settle(groups)
-        self._states = list(states.keys()), list(states.values())
-        self._state_values = flat(map(dict.values, states.values()))
-        self._state_proof: _torch.Proof | None = None
-        self._specs: list[Any] = []
+        self._state = StateEvidence(states, self._buckets)
         # Momentum buffers come into being with the first step: then plan anew.
         self.once = any(cell.key.first for cell in self._cells)
 
@@ -119,54 +126,44 @@ class Plan:
             if param.grad is not None and param.grad.is_sparse:
                 self._kernel.refuse_sparse(groups[index], multiplier, label)
 
-    def _advancing(self, counters: dict[torch.device, Counters]) -> list[Counters]:
-        slots: dict[torch.device, list[int]] = {}
-        for cell in self._cells:
-            if cell.steps:
-                slots.setdefault(cell.key.device, []).extend(cell.slots)
-        for device, selected in slots.items():
-            counters[device].select(selected)
-        return [counters[device] for device in slots]
-
     def _settle(self, groups: Groups) -> None:
         """Read the hyperparameters and merge the cells that share them into buckets."""
         together: dict[Any, tuple[Setting, list[Cell]]] = {}
+        self.vanishing: Cell | None = None
         for cell in self._cells:
             index, multiplier, form, *path = cell.key
             setting = self._kernel.setting(groups[index], multiplier, form)
             together.setdefault((setting.key, *path), (setting, []))[1].append(cell)
+            if self._kernel.decay_vanishes(setting, cell.key.fused, cell.key.dtype):
+                self.vanishing = self.vanishing or cell
         merged = [cells for _, cells in together.values()]
         if merged != self._merged:
             self._merged = merged
-            self._arrange(list(together.values()))
+            self._arrange(merged)
         for bucket, (setting, _) in zip(self._buckets, together.values()):
-            bucket.setting = setting
+            bucket.take(setting)
 
-    def _arrange(self, merged: list[tuple[Setting, list[Cell]]]) -> None:
-        """Lay out the lists that a step replays, in the order of the buckets."""
+    def _arrange(self, merged: list[list[Cell]]) -> None:
+        """Lay out the lists that a step replays, bucket after bucket."""
         self._buckets: list[Bucket] = []
-        self._plain = self._fused = stop = 0
-        for setting, cells in merged:
-            bucket = Bucket(self._kernel, setting, cells, stop)
-            self._buckets.append(bucket)
-            stop = bucket.part.stop
-            self._fused = stop if bucket.key.fused else self._fused
-            self._plain = (
-                stop if bucket.key.fused and not bucket.key.sharded else self._plain
-            )
-        self._active: list[Tensor] = flat(bucket.params for bucket in self._buckets)
-        self._local: list[Tensor] = flat(b.local for b in self._buckets)[: self._fused]
-        layouts = [b.key.layout for b in self._buckets for _ in b.params]
-        self._functional_layouts = layouts[self._fused :]
-        self._proof: _torch.Proof | None = None
+        for cells in merged:
+            start = self._buckets[-1].part.stop if self._buckets else 0
+            self._buckets.append(Bucket(self._kernel, cells, start))
+        self._evidence = Evidence(self._buckets)
+        self._select(None)
 
-    def fetch(self) -> Grads:
-        """Collect the gradients as they are now."""
-        whole = list(map(_grad_of, self._active))
-        if self._fused == self._plain:
-            return Grads(whole, whole)
-        shards = map(_torch.local_tensor, whole[self._plain : self._fused])
-        return Grads(whole, [*whole[: self._plain], *shards])
+    def _select(self, there: list[bool] | None) -> None:
+        """Fix which step counters advance: those of parameters that have gradients."""
+        self._there = there
+        slots: dict[torch.device, list[int]] = {}
+        for bucket in self._buckets:
+            if bucket.steps:
+                own = compress(bucket.slots, there[bucket.part]) if there else None
+                chosen = slots.setdefault(bucket.key.device, [])
+                chosen.extend(bucket.slots if own is None else own)
+        self._advancing = [self._counters[device] for device in slots]
+        for counter, chosen in zip(self._advancing, slots.values()):
+            counter.select(chosen)
 
     def prove(self, groups: Groups, states: States | None) -> Grads | None:
         """Return this step's gradients if the plan is still true, else ``None``.
@@ -179,28 +176,26 @@ class Plan:
         Raises:
             ValueError: A hyperparameter was set to a value out of range.
         """
-        if not _same_objects(_params(groups), self.params):
+        if not same_objects(_params(groups), self._params):
             return None
         values = flat(map(dict.values, groups))
         if not _equal(values, self._values) and not self._reread(groups, values):
             return None
-        if self._idle and not all(map(is_, map(_grad_of, self._idle), repeat(None))):
+        if self._idle and not without_gradients(self._idle):
             return None
-        try:
-            grads = self.fetch()
-            if self._gradients_hold(grads) and (
-                states is None or self._states_hold(states)
-            ):
-                return grads
-        except AttributeError:  # a gradient is None, or not sharded where it was
-            pass
-        return None
+        if states is not None and not self._state.holds(states):
+            return None
+        return self._evidence.gradients()
+
+    def gradients(self) -> Grads:
+        """Fetch the gradients of a plan that was just made for them."""
+        return self._evidence.fetch()
 
     def _reread(self, groups: Groups, values: list[Any]) -> bool:
-        sparse = any(layout != torch.strided for layout in self._functional_layouts)
-        if sparse or not _equal(
-            list(map(self._kernel.structure, groups)), self._structure
-        ):
+        """Take over new hyperparameters; not where the path depends on them."""
+        sparse = any(cell.key.layout != torch.strided for cell in self._cells)
+        structure = list(map(self._kernel.structure, groups))
+        if sparse or not _equal(structure, self._structure):
             return False
         for index, group in enumerate(groups):
             self._kernel.require_ranges(group, index)
@@ -208,67 +203,15 @@ class Plan:
         self._values = values
         return True
 
-    def _gradients_hold(self, grads: Grads) -> bool:
-        layouts = list(map(_layout_of, grads.whole[self._fused :]))
-        if layouts != self._functional_layouts:
-            return False
-        if self._fused > self._plain and not self._shards_hold(grads.whole):
-            return False
-        tensors = [*self._local, *grads.local[: self._fused]]
-        if self._proof is None:
-            return self._first_proof(tensors)
-        return self._proof.holds(tensors)
-
-    def _first_proof(self, tensors: list[Tensor]) -> bool:
-        """Prove slowly, at the first replay, and record what to compare from then on."""
-        grads = tensors[self._fused :]
-        for bucket in self._buckets:
-            lists = [grads[bucket.part], *bucket.moments] if bucket.key.fused else []
-            if not all(
-                fused_still(bucket.key, *each) for each in zip(bucket.local, *lists)
-            ):
-                return False
-        self._proof = _torch.Proof(tensors) if tensors else None
-        return True
-
-    def _shards_hold(self, whole: list[Tensor]) -> bool:
-        part = slice(self._plain, self._fused)
-        params, grads = self._active[part], whole[part]
-        if not _same_objects(list(map(_torch.local_tensor, params)), self._local[part]):
-            return False
-        specs = list(map(_torch.spec_of, grads))
-        if _same_objects(specs, self._specs):
-            return True
-        where = map(_torch.placement, map(_torch.spec_of, params))
-        if not all(
-            a == b for a, b in zip(where, map(_torch.placement, specs), strict=True)
-        ):
-            return False
-        self._specs = specs
-        return True
-
-    def _states_hold(self, states: States) -> bool:
-        keys, values = self._states
-        return (
-            _same_objects(list(states.keys()), keys)
-            and _same_objects(list(states.values()), values)
-            and _same_objects(flat(map(dict.values, values)), self._state_values)
-            and self._moments_hold()
-        )
-
-    def _moments_hold(self) -> bool:
-        moments = [flat(bucket.moments) for bucket in self._buckets if bucket.key.fused]
-        if self._state_proof is None:
-            self._state_proof = _torch.Proof(flat(moments))
-        return self._state_proof.holds(flat(moments))
-
     def run(self, grads: Grads, scaling: Scaling) -> None:
         """Step every bucket; counters advance before and fall back if skipped."""
-        for counter in self._counters:
+        if grads.there != self._there:
+            self._select(grads.there)
+        for counter in self._advancing:
             counter.add(1.0)
         for bucket in self._buckets:
             bucket.step(grads, on_device(scaling, bucket.key.device))
-        for counter in self._counters:
+        for counter in self._advancing:
             _, found_inf = on_device(scaling, counter.flat.device)
             if found_inf is not None:
                 counter.add(-found_inf)
@@ -278,10 +221,12 @@ class Stepper:
     """Keeps the plan of an optimizer and makes a new one when the old is not true."""
 
     def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
+        self._kernel = kernel
         self._plan: Plan | None = None
-        self._counters: dict[torch.device, Counters] = {}
+        self._counters: AllCounters = {}
         self._counted: list[tuple[int, torch.device]] = []
+        self._active: set[int] = set()
+        self._warned = False
 
     def step(
         self,
@@ -305,7 +250,9 @@ class Stepper:
             grads = plan.prove(groups, states if touched else None)
         if plan is None or grads is None:
             plan = self._plan = self._new_plan(groups, members(), states)
-            grads = plan.fetch()
+            grads = plan.gradients()
+        if plan.vanishing and not self._warned:
+            self._warn_of_vanishing(plan.vanishing)
         plan.run(grads, scaling)
         if plan.once:
             self._plan = None
@@ -316,8 +263,19 @@ class Stepper:
         self._plan = None
         counted = [(id(param), param.device) for param in _params(groups)]
         if counted != self._counted:
-            self._counters = (
-                make_counters(_params(groups)) if self.kernel.counts else {}
-            )
+            counts = self._kernel.counts
+            self._counters = make_counters(_params(groups)) if counts else {}
             self._counted = counted
-        return Plan(self.kernel, groups, members, states, self._counters)
+        plan = Plan(self._kernel, groups, members, states, self._counters, self._active)
+        self._active = plan.active
+        return plan
+
+    def _warn_of_vanishing(self, cell: Cell) -> None:
+        self._warned = True
+        dtype = str(cell.key.dtype).removeprefix("torch.")
+        warnings.warn(
+            f"1 - lr * weight_decay rounds to 1 or to its neighbor in {dtype}, so "
+            f"{cell.label} hardly decays. Keep the parameters in float32, or use fused "
+            f"Adam or AdamW, which decay in float32.",
+            stacklevel=6,
+        )

@@ -100,7 +100,7 @@ class Recorder(loggers.CSVLogger):
 
 
 def fit(model: Any, folder: Path, steps: int, **arguments: Any) -> Any:
-    trainer = lightning.Trainer(
+    return lightning.Trainer(
         max_steps=steps,
         accelerator="cpu",
         default_root_dir=str(folder),
@@ -109,11 +109,11 @@ def fit(model: Any, folder: Path, steps: int, **arguments: Any) -> Any:
         log_every_n_steps=1,
         **{"logger": False, "enable_checkpointing": False, **arguments},
     )
-    return trainer
 
 
 def loader() -> Any:
-    return DataLoader(batches(8, 8, 4), batch_size=None)
+    """Give four batches, so that eight steps are two epochs."""
+    return DataLoader(batches(4, 8, 4), batch_size=None)
 
 
 def test_lightning_runs_both_schedules_as_by_hand(tmp_path):
@@ -136,9 +136,7 @@ def test_monitor_logs_rate_and_decay(tmp_path):
 
 
 def checkpoints(folder: Path) -> dict[str, Any]:
-    keep = callbacks.ModelCheckpoint(
-        folder, "{step}", every_n_train_steps=4, save_top_k=-1
-    )
+    keep = callbacks.ModelCheckpoint(folder, "{epoch}", every_n_epochs=1, save_top_k=-1)
     return {"callbacks": [keep], "enable_checkpointing": True}
 
 
@@ -148,7 +146,7 @@ def test_lightning_resumes_from_its_checkpoint_bit_for_bit(tmp_path):
     first = fit(straight, tmp_path, 8, **checkpoints(tmp_path))
     first.fit(straight, loader())
     second = fit(resumed, tmp_path, 8, **checkpoints(tmp_path))
-    second.fit(resumed, loader(), ckpt_path=str(tmp_path / "step=4.ckpt"))
+    second.fit(resumed, loader(), ckpt_path=str(tmp_path / "epoch=0.ckpt"))
     assert_same(resumed, straight)
     assert_same_state(second.optimizers[0], first.optimizers[0])
     decays = [t.optimizers[0].param_groups[0]["weight_decay"] for t in (first, second)]
