@@ -44,18 +44,18 @@ class BareKernel:
             wd = group.get("weight_decay", settings["weight_decay"])
             merged.setdefault((group["lr"], wd), []).extend(group["params"])
         moments = 1 if optimizer == "sgd" else 2
-        self._calls = [_call(p, moments, lr, wd) for (lr, wd), p in merged.items()]
+        self.calls = [_call(p, moments, lr, wd) for (lr, wd), p in merged.items()]
         self._grads: list[list[Tensor]] = []
 
     def fetch(self) -> None:
         """Prepare the lists of this step's gradients."""
         self._grads = [
-            [local(owner.grad) for owner in call.owners] for call in self._calls
+            [local(owner.grad) for owner in call.owners] for call in self.calls
         ]
 
     @torch.no_grad()
     def step(self) -> None:
-        for call, grads in zip(self._calls, self._grads, strict=True):
+        for call, grads in zip(self.calls, self._grads, strict=True):
             self._kernel(call, grads)
 
     def _sgd(self, call: Call, grads: list[Tensor]) -> None:

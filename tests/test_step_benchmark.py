@@ -78,18 +78,26 @@ def test_groups_have_as_many_learning_rates_as_the_case_says(case, rates):
     assert len({group["lr"] for group in groups}) == rates
 
 
-def first_step(case, optimizer, build):
+def three_steps(case, optimizer, build):
     work = Workload(case, CPU)
-    work.refresh()
-    build(work, optimizer)()
+    step = build(work, optimizer)
+    for _ in range(3):
+        work.refresh()
+        step()
     return work.params
 
 
 def bare(work, optimizer):
     groups = step_arms.hand_split(work, optimizer)
     kernel = BareKernel(groups, optimizer, step_arms.SETTINGS[optimizer])
-    kernel.fetch()
-    return kernel.step
+
+    def step():
+        kernel.fetch()
+        kernel.step()
+        for call in kernel.calls:  # the part of an optimizer that the floor lacks
+            torch._foreach_add_(call.steps, 1)
+
+    return step
 
 
 ARMS = [
@@ -105,8 +113,8 @@ def test_arms_do_the_work_of_torch(name, build, optimizer, case):
     def fused(work, optimizer):
         return step_arms.build_torch(work, optimizer, fused=True).step
 
-    actual = first_step(case, optimizer, build)
-    expected = first_step(case, optimizer, fused)
+    actual = three_steps(case, optimizer, build)
+    expected = three_steps(case, optimizer, fused)
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
