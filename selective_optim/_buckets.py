@@ -82,8 +82,15 @@ class Rows(NamedTuple):
         def kept(entries: list[Any]) -> list[Any]:
             return list(compress(entries, there))
 
-        *lists, moments = self
-        return Rows(*map(kept, lists), list(map(kept, moments)))
+        return Rows(
+            kept(self.params),
+            kept(self.states),
+            kept(self.whole),
+            kept(self.local),
+            kept(self.shards),
+            kept(self.steps),
+            list(map(kept, self.moments)),
+        )
 
 
 class Bucket:
@@ -123,9 +130,7 @@ class Bucket:
         if self._call is None:
             if scaling[0] is not None:
                 _torch.unscale_(rows.whole, scaling[0])
-            self._kernel.functional(
-                self._setting, rows.params, rows.whole, rows.states
-            )
+            self._kernel.functional(self._setting, rows.params, rows.whole, rows.states)
         elif self.key.first:
             self._start(rows, scaling)
         else:
@@ -148,7 +153,7 @@ class Bucket:
 
     def _start(self, rows: Rows, scaling: Scaling) -> None:
         """Let the kernel write the first gradients into new momentum buffers."""
-        assert self._call is not None  # noqa: S101  # the caller asked
+        assert self._call is not None  # the caller asked
         buffers = [torch.empty_like(grad) for grad in rows.whole]
         shards = map(_torch.local_tensor, buffers) if self.key.sharded else buffers
         self._call(rows.local, rows.shards, [list(shards)], [], scaling, True)

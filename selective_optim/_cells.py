@@ -103,7 +103,7 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
 
 
 def fits(param: Tensor, other: Tensor) -> bool:
-    """Tell whether a gradient or moment can go beside a parameter into a fused kernel."""
+    """Tell whether a tensor can go beside a parameter into a fused kernel."""
     return (
         type(other) in PLAIN
         and other.dtype == param.dtype
@@ -138,7 +138,7 @@ def fused_still(key: Key, param: Tensor, *others: Tensor) -> bool:
 
 
 def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor] | None:
-    """Return the local shards of ``DTensor``s, or ``None`` where they are placed apart."""
+    """Return the local shards of ``DTensor``s, or ``None`` if they are placed apart."""
     first = tensors[0]
     if any(type(tensor) is not type(first) for tensor in tensors):
         return None

@@ -109,7 +109,7 @@ class Evidence:
         return Grads(whole, local) if holds else None
 
     def _first_proof(self, grads: list[Tensor]) -> bool:
-        """Prove slowly, at the first replay, and record what to compare from then on."""
+        """Prove slowly, at the first replay, and record what to compare later."""
         for bucket in self._fused_buckets:
             lists = [grads[bucket.part], *bucket.moments]
             if not all(

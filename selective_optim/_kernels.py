@@ -215,7 +215,7 @@ class AdamKernel:
         return tuple(group[name] for name in names)
 
     def state_of(self, states: States, param: Tensor, group: Group) -> State:
-        """Return the state of a parameter, created at its first gradient as by torch."""
+        """Return the state of a parameter, created at its first gradient."""
         state = states[param]
         if not state:
             if group["fused"]:

@@ -11,12 +11,26 @@ import torch
 from torch import Tensor
 
 from selective_optim._decisions import Decision
-from selective_optim._kernels import Kernel
+from selective_optim._kernels import Kernel, is_zero
 from selective_optim.parameters import shape_text
 
+RECORD = "decay"  # the key of a state dict under which decisions are recorded
 Decided = Sequence[Sequence[Decision]]
 Record = list[list[list[Any]]]
 SAME_MODEL = "Load a state dict of the same class, made for the same model."
+
+
+def require_dict(state_dict: object) -> None:
+    """Check that this is a dict at all.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"`state_dict` must be a dict, not {type(state_dict).__name__}. "
+            f"Pass what optimizer.state_dict() returned."
+        )
 
 
 def require_loadable(
@@ -30,15 +44,9 @@ def require_loadable(
     How many groups and parameters it has is left to torch, which says it well.
 
     Raises:
-        TypeError: It is not a dict.
         ValueError: A hyperparameter or state entry is missing, or belongs to
             another class or to a parameter of another shape.
     """
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(
-            f"`state_dict` must be a dict, not {type(state_dict).__name__}. "
-            f"Pass what optimizer.state_dict() returned."
-        )
     if absent := {"state", "param_groups"} - state_dict.keys():
         raise ValueError(
             f"`state_dict` has no {min(absent)!r}, so it is none of an optimizer. "
@@ -112,24 +120,20 @@ def record_of(
     ]
 
 
-def warn_of_changes(decided: Decided, saved: Any, now: Record, stacklevel: int) -> None:
+def warn_of_changes(
+    decided: Decided,
+    param_groups: Sequence[dict[str, Any]],
+    saved: Any,
+    now: Record,
+    stacklevel: int,
+) -> None:
     """Warn once if a checkpoint was made with other decisions than those now taken.
 
-    A record that cannot be read, as of another version, is not compared.
+    A record that cannot be read, as of another version, is not compared. Without
+    one, a checkpoint that sets every decay to 0 is told: groups split by hand that
+    became one group do.
     """
-    try:
-        pairs = [
-            (label, (float(old[0]), str(old[1])), (new[0], new[1]))
-            for label, old, new in zip(_labels(decided), *map(_joined, (saved, now)))
-        ]
-    except (TypeError, ValueError, IndexError):
-        return
-    changes = [
-        f"{label} decayed {_text(*old)} and now {_text(*new)}"
-        for label, old, new in pairs
-        if old != new and (old[0] or new[0])
-    ]
-    if changes:
+    if changes := _changes(decided, saved, now):
         more = f", and {len(changes) - 3} more" if len(changes) > 3 else ""
         warnings.warn(
             f"the loaded checkpoint was made with another weight decay policy: "
@@ -137,6 +141,33 @@ def warn_of_changes(decided: Decided, saved: Any, now: Record, stacklevel: int) 
             f"pass the old one as wd_policy to continue as before.",
             stacklevel=stacklevel,
         )
+    elif saved is None and _stopped(param_groups, now):
+        warnings.warn(
+            "the loaded checkpoint sets weight_decay to 0 in every group, so nothing "
+            "decays any more. Convert it with selective_optim.checkpoint.merge_groups, "
+            "or set weight_decay in optimizer.param_groups.",
+            stacklevel=stacklevel,
+        )
+
+
+def _stopped(param_groups: Sequence[dict[str, Any]], now: Record) -> bool:
+    exempting = any(multiplier == 0 for multiplier, _ in _joined(now))
+    return exempting and all(is_zero(group["weight_decay"]) for group in param_groups)
+
+
+def _changes(decided: Decided, saved: Any, now: Record) -> list[str]:
+    try:
+        pairs = [
+            (label, (float(old[0]), str(old[1])), (new[0], new[1]))
+            for label, old, new in zip(_labels(decided), _joined(saved), _joined(now))
+        ]
+    except (TypeError, ValueError, IndexError, KeyError):
+        return []
+    return [
+        f"{label} decayed {_text(*old)} and now {_text(*new)}"
+        for label, old, new in pairs
+        if old != new and (old[0] or new[0])
+    ]
 
 
 def _joined(record: Any) -> list[Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
 
+from selective_optim._loading import RECORD as RECORD
 from selective_optim.parameters import canonical_name
 
 StateDict = dict[str, Any]
@@ -14,7 +15,6 @@ Hyper = dict[str, Any]  # of a group: all but its parameters and their names
 Names = Sequence[Sequence[str]]
 Record = list[Any]  # a multiplier and a form
 
-RECORD = "decay"  # the key of a state dict under which decisions are recorded
 MEMBERS = ("params", "param_names")
 
 

@@ -7,14 +7,15 @@ a torch without one fails with a sentence and not inside a step.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 # Written ``module:attribute``; torch.optim removes its modules from its own namespace.
 NAMES = (
     "torch:_fused_adam_",
@@ -61,8 +62,9 @@ def require_names(names: Sequence[str] = NAMES) -> None:
     """
     if missing := missing_names(names):
         raise ImportError(
-            f"selective_optim uses {', '.join(missing)}, which torch {torch.__version__} does not "
-            f"have. Install torch 2.7 or later, or a newer selective_optim."
+            f"selective_optim uses {', '.join(missing)}, which torch "
+            f"{torch.__version__} does not have. Install torch 2.7 or later, or a "
+            f"newer selective_optim."
         )
 
 
@@ -74,7 +76,7 @@ fused_sgd_ = torch._fused_sgd_
 foreach_mul_ = torch._foreach_mul_
 adam = _lookup("torch.optim.adam:adam")
 sgd = _lookup("torch.optim.sgd:sgd")
-disable_dynamo = torch._disable_dynamo
+disable_dynamo: Callable[[_F], _F] = _lookup("torch:_disable_dynamo")
 require_fused_support = _lookup("torch.optim.optimizer:_device_dtype_check_for_fused")
 scalar_dtype = _lookup("torch.optim.optimizer:_get_scalar_dtype")
 use_grad_for_differentiable = _lookup(
@@ -104,7 +106,7 @@ def check_graph_capture(optimizer: torch.optim.Optimizer) -> None:
 
 
 def has_state_dict_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether hooks of ``state_dict`` may keep what they are shown of the state."""
+    """Tell whether hooks of ``state_dict`` are shown the state, and may keep it."""
     return bool(
         optimizer._optimizer_state_dict_pre_hooks
         or optimizer._optimizer_state_dict_post_hooks

@@ -32,7 +32,7 @@ class SGD(SelectiveOptimizer, torch.optim.SGD):
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
-        >>> optimizer = SGD(model.parameters(), lr=0.1, weight_decay=1.0, wd_policy="no_bias")
+        >>> optimizer = SGD(model.parameters(), weight_decay=1.0, wd_policy="no_bias")
         >>> [(row.name, row.weight_decay) for row in optimizer.decay_report().rows]
         [('weight', 1.0), ('bias', 0.0)]
 

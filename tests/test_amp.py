@@ -1,0 +1,209 @@
+"""Mixed precision: a step that GradScaler drops changes nothing at all."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import selective_optim
+from selective_optim import Decay
+from tests.problems import (
+    CASES,
+    IMPLEMENTATIONS,
+    VERDICTS,
+    Case,
+    HandSplit,
+    assert_same,
+    assert_same_state,
+    make_params,
+    ours,
+    set_grads,
+)
+
+HYPER = {"lr": 0.05, "weight_decay": 0.1}
+VERDICT = VERDICTS["scale"]
+# A power of two: multiplying by its inverse, as the scaler does, and dividing by it,
+# as the fused kernel does, give the same bits.
+SCALE = 1024.0
+DECOUPLED_SGD = Case(
+    "decoupled", "SGD", {"momentum": 0.9, "decoupled_weight_decay": True}
+)
+
+
+def scaler() -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=1000)
+
+
+def scaled_step(
+    grad_scaler: torch.amp.GradScaler, optimizer: Any, params: Any, step: int, bad: bool
+) -> None:
+    set_grads(params, step)
+    for param in params:
+        if param.grad is not None:
+            param.grad.mul_(SCALE)
+    if bad:
+        params[0].grad.view(-1)[1] = float("inf")
+    grad_scaler.scale(torch.ones(()))  # a scaler is initialized by its first scale
+    grad_scaler.step(optimizer)
+    grad_scaler.update(SCALE)  # the same scale, whatever was found
+
+
+def frozen_copy(optimizer: Any, params: Any) -> Any:
+    state = [copy.deepcopy(dict(optimizer.state.get(p, {}))) for p in params]
+    return [p.detach().clone() for p in params], state
+
+
+@pytest.mark.parametrize("kind", [*IMPLEMENTATIONS, "automatic"])
+@pytest.mark.parametrize("case", [*CASES, DECOUPLED_SGD], ids=lambda case: case.id)
+def test_dropped_step_changes_nothing(case, kind):
+    params = make_params()
+    optimizer = ours(case, params, VERDICT, **HYPER, **IMPLEMENTATIONS.get(kind, {}))
+    grad_scaler = scaler()
+    for step in range(3):
+        scaled_step(grad_scaler, optimizer, params, step, bad=False)
+    before, state = frozen_copy(optimizer, params)
+    scaled_step(grad_scaler, optimizer, params, 4, bad=True)
+    assert_same(params, before)
+    for param, own in zip(params, state):
+        assert_same_state(dict(optimizer.state.get(param, {})), own)
+
+
+@pytest.mark.parametrize("kind", [*IMPLEMENTATIONS, "automatic"])
+@pytest.mark.parametrize("case", [*CASES, DECOUPLED_SGD], ids=lambda case: case.id)
+@pytest.mark.parametrize("seed", range(3))
+def test_scaled_training_with_infinities_equals_the_clean_steps_alone(case, kind, seed):
+    rng = random.Random(seed)
+    bad = [rng.random() < 0.4 for _ in range(10)]
+    actual, expected = make_params(), make_params()
+    arguments = {**HYPER, **IMPLEMENTATIONS.get(kind, {"fused": True})}
+    optimizer = ours(case, actual, VERDICT, **HYPER, **IMPLEMENTATIONS.get(kind, {}))
+    # One optimizer each: torch's fused SGD cannot start parameters one by one.
+    oracles = [
+        HandSplit(case, [p], [v], **arguments) for p, v in zip(expected, VERDICT)
+    ]
+    grad_scaler = scaler()
+    for step, dropped in enumerate(bad):
+        scaled_step(grad_scaler, optimizer, actual, step, dropped)
+        set_grads(expected, step)
+        for oracle in oracles * (not dropped):
+            oracle.step()
+    assert_same(actual, expected)
+    for p, q, oracle in zip(actual, expected, oracles):
+        assert_state_follows(dict(optimizer.state.get(p, {})), oracle.state(q))
+
+
+def assert_state_follows(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Compare state, where a parameter that never stepped may have zeros or nothing."""
+    if expected:
+        assert_same_state(actual, expected)
+    assert all(not value.any() for value in actual.values() if not expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_scaled_fused_step_equals_torch_under_the_same_scaler(case):
+    actual, expected = make_params(), make_params()
+    optimizer = ours(case, actual, [Decay()] * 8, **HYPER, fused=True)
+    default = case.arguments.get("decoupled_weight_decay", case.name == "AdamW")
+    oracle = HandSplit(case, expected, [Decay()] * 8, **HYPER, fused=True)
+    assert len(oracle.optimizers) == 1, default
+    ours_scaler, torch_scaler = scaler(), scaler()
+    for step in (0, 1, 2, 4, 5):
+        scaled_step(ours_scaler, optimizer, actual, step, bad=step == 4)
+        scaled_step(torch_scaler, oracle.optimizers[0], expected, step, bad=step == 4)
+    assert_same(actual, expected)
+    for p, q in zip(actual, expected):
+        assert_same_state(dict(optimizer.state.get(p, {})), oracle.state(q))
+
+
+@pytest.mark.parametrize("kind", [*IMPLEMENTATIONS, "automatic"])
+def test_gradients_unscaled_by_hand_are_not_unscaled_again(kind):
+    case = CASES[-3]
+    actual, expected = make_params(), make_params()
+    optimizer = ours(case, actual, VERDICT, **HYPER, **IMPLEMENTATIONS.get(kind, {}))
+    arguments = IMPLEMENTATIONS.get(kind, {"fused": True})
+    oracle = HandSplit(case, expected, VERDICT, **HYPER, **arguments)
+    grad_scaler = scaler()
+    for step in range(4):
+        set_grads(actual, step)
+        set_grads(expected, step)
+        grad_scaler.scale(torch.ones(()))
+        for param in actual:
+            if param.grad is not None:
+                param.grad.mul_(SCALE)
+        grad_scaler.unscale_(optimizer)
+        grad_scaler.step(optimizer)
+        grad_scaler.update(SCALE)
+        oracle.step()
+    assert_same(actual, expected)
+
+
+def test_mixed_paths_under_a_scaler_drop_the_step_together():
+    dense = nn.Parameter(torch.ones(4, 3))
+    sparse = nn.Parameter(torch.ones(4, 3))
+    params = [("dense", dense), ("sparse", sparse)]
+    optimizer = selective_optim.SGD(
+        params, lr=0.1, weight_decay=0.1, wd_policy={"sparse": 0}
+    )
+    grad_scaler = scaler()
+    grad_scaler.scale(torch.ones(()))
+    dense.grad = torch.full((4, 3), float("inf"))
+    sparse.grad = torch.ones(4, 3).mul(SCALE).to_sparse()
+    grad_scaler.step(optimizer)
+    grad_scaler.update(SCALE)
+    assert_same([dense, sparse], [torch.ones(4, 3)] * 2)
+    dense.grad = torch.ones(4, 3).mul(SCALE)
+    sparse.grad = torch.ones(4, 3).mul(SCALE).to_sparse()
+    grad_scaler.step(optimizer)
+    # 1 * (1 - 0.1 * 0.1) - 0.1 and 1 - 0.1, to the rounding of float32.
+    expected = [torch.full((4, 3), 0.89), torch.full((4, 3), 0.9)]
+    torch.testing.assert_close([dense.detach(), sparse.detach()], expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lr", "warns"),
+    [
+        (torch.bfloat16, 1e-3, True),  # 1e-4 < 2 ** -9
+        (torch.bfloat16, 0.1, False),  # 1e-2 > 2 ** -9
+        (torch.float16, 1e-3, True),  # 1e-4 < 2 ** -12
+        (torch.float16, 1e-2, False),  # 1e-3 > 2 ** -12
+        (torch.float32, 1e-3, False),
+    ],
+)
+@pytest.mark.parametrize("kind", ["for-loop", "foreach"])
+def test_decay_that_rounds_to_nothing_warns_once(dtype, lr, warns, kind):
+    param = nn.Parameter(torch.ones(4, 3, dtype=dtype))
+    optimizer = selective_optim.AdamW(
+        [param], lr=lr, weight_decay=0.1, **IMPLEMENTATIONS[kind]
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(4):
+            set_grads([param], step)
+            optimizer.step()
+    text = [str(w.message) for w in caught if "rounds" in str(w.message)]
+    assert len(text) == int(warns)
+
+
+def test_decay_that_rounds_to_nothing_names_the_parameter_and_the_way_out():
+    param = nn.Parameter(torch.ones(4, 3, dtype=torch.bfloat16))
+    optimizer = selective_optim.SGD(
+        [("head.weight", param)], lr=1e-3, weight_decay=0.1, decoupled_weight_decay=True
+    )
+    set_grads([param], 0)
+    with pytest.warns(
+        UserWarning, match=r"1 - lr \* weight_decay.*bfloat16.*'head.weight'.*float32"
+    ):
+        optimizer.step()
+
+
+def test_fused_decay_in_half_precision_does_not_warn():
+    param = nn.Parameter(torch.ones(4, 3, dtype=torch.bfloat16))
+    optimizer = selective_optim.AdamW([param], lr=1e-3, weight_decay=0.1)
+    set_grads([param], 0)
+    optimizer.step()
