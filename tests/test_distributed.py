@@ -25,37 +25,31 @@ from torch.nn.parallel import DistributedDataParallel
 import selective_optim
 from selective_optim import AdamW
 from selective_optim.policies import exclude, is_norm
-from tests.distributed import (
+from tests.data_parallel import (
     DECAYED,
+    FSDP2_DIVISOR,
     SETUPS,
-    RankError,
-    Ranks,
     assert_same,
     loss_of,
     make_net,
+    names_that_decay,
     one_thread,
     reference,
     train,
     train_alone,
     values_of,
 )
+from tests.distributed import RankError, Ranks
 
 pytestmark = pytest.mark.distributed
 each_setup = pytest.mark.parametrize("setup", SETUPS, ids=lambda s: s.id)
 FOR_LOOP = [setup for setup in SETUPS if setup.ours]
-# Measured: under gloo the FSDP2 of torch 2.7 adds gradients up and does not average.
-FSDP2_DIVISOR = 1 if torch.__version__.startswith("2.7.") else 2
 
 
 @pytest.fixture(scope="module")
 def ranks():
     with Ranks() as ranks:
         yield ranks
-
-
-def names_that_decay(optimizer):
-    rows = optimizer.decay_report().rows
-    return sorted(row.name for row in rows if row.weight_decay)
 
 
 # The harness itself

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import selective_optim
-from tests.distributed import Ranks, assert_same
+from tests.data_parallel import assert_same
+from tests.distributed import Ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -1,24 +1,30 @@
 """Fully sharded training on two processes equals training in one."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
 
 from selective_optim import AdamW
 from selective_optim.policies import exclude, is_norm, is_vector, only
-from tests.distributed import (
+from tests.data_parallel import (
+    DECAYED,
+    FSDP2_DIVISOR,
     SETUPS,
-    Ranks,
     assert_same,
     make_net,
+    names_that_decay,
     one_thread,
     reference,
     train,
     train_alone,
     values_of,
 )
+from tests.distributed import Ranks
 
 pytestmark = pytest.mark.distributed
 each_setup = pytest.mark.parametrize("setup", SETUPS, ids=lambda s: s.id)
@@ -28,10 +34,6 @@ each_setup = pytest.mark.parametrize("setup", SETUPS, ids=lambda s: s.id)
 def ranks():
     with Ranks() as ranks:
         yield ranks
-
-
-# Measured: under gloo the FSDP2 of torch 2.7 adds gradients up and does not average.
-FSDP2_DIVISOR = 1 if torch.__version__.startswith("2.7.") else 2
 
 
 def shard(model):
@@ -49,11 +51,6 @@ def flatten(model, use_orig_params=True):
         use_orig_params=use_orig_params,
         device_id=torch.device("cpu"),
     )
-
-
-def names_that_decay(optimizer):
-    rows = optimizer.decay_report().rows
-    return sorted(row.name for row in rows if row.weight_decay)
 
 
 # FSDP2
@@ -105,24 +102,19 @@ def test_fsdp2_plan_survives_unshard_and_reshard(ranks):
         assert_same(actual, reference(setup, divisor=FSDP2_DIVISOR))
 
 
-def train_fsdp2_moved(rank, setup):
+def train_fsdp2_in_double(rank, setup):
     model = shard(make_net())
     optimizer = setup.make(model.parameters())
-    train(model, optimizer, rank, range(2))
-    model.to(torch.float64)
-    train(model, optimizer, rank, range(2, 5))
+    model.to(torch.float64)  # swaps every DTensor, which must not be held weakly
+    train(model, optimizer, rank)
     return values_of(model)
 
 
-def test_fsdp2_plan_survives_a_change_of_dtype(ranks):
-    setup = SETUPS[1]
-    model = make_net()
-    optimizer = setup.make(model.parameters())
+def test_fsdp2_model_may_change_dtype_after_construction(ranks):
+    setup, model = SETUPS[1], make_net().to(torch.float64)
     with one_thread():
-        train_alone(model, optimizer, range(2), divisor=FSDP2_DIVISOR)
-        model.to(torch.float64)
-        train_alone(model, optimizer, range(2, 5), divisor=FSDP2_DIVISOR)
-    for actual in ranks(train_fsdp2_moved, setup):
+        train_alone(model, setup.make_torchs(model), divisor=FSDP2_DIVISOR)
+    for actual in ranks(train_fsdp2_in_double, setup):
         assert_same(actual, values_of(model))
 
 
@@ -148,6 +140,45 @@ each_policy = pytest.mark.parametrize(
 @each_policy
 def test_fsdp2_decides_as_before_wrapping(ranks, policy, expected):
     assert ranks(decide_fsdp2, policy) == [expected, expected]
+
+
+def accelerate_fsdp2(rank):
+    """Let Accelerate shard on the CPU, which it otherwise does on accelerators only."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # unused: we joined
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=True,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Linear"],
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(fsdp_plugin=plugin, cpu=True)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    return accelerator
+
+
+def train_with_accelerate(rank, setup):
+    accelerator, model = accelerate_fsdp2(rank), make_net()
+    optimizer = setup.make(model.parameters())
+    model, optimizer = accelerator.prepare(model, optimizer)
+    assert all(isinstance(param, DTensor) for param in model.parameters())
+    train(model, optimizer, rank)
+    assert names_that_decay(optimizer.optimizer) == list(DECAYED)
+    return values_of(model)
+
+
+@pytest.mark.integration
+@each_setup
+def test_accelerate_keeps_decisions_while_it_shards(ranks, setup):
+    pytest.importorskip("accelerate")
+    expected = reference(setup, divisor=FSDP2_DIVISOR)
+    for actual in ranks(train_with_accelerate, setup):
+        assert_same(actual, expected, **setup.on_shards)
 
 
 # FSDP1
