@@ -35,6 +35,12 @@ class Decision:
         )
 
 
+def _may_be(info: ParameterInfo, decided: Decision) -> bool:
+    """Tell whether nothing known of a parameter contradicts what was decided on."""
+    same_name = info.name in (None, decided.name) or decided.name is None
+    return same_name and info.shape in (None, decided.shape)
+
+
 class Ledger:
     """Decisions by group and position, followed through changes of the tensors.
 
@@ -53,8 +59,7 @@ class Ledger:
         """Return the decisions of a group that was cleared and now comes again."""
         if index >= len(self.groups) or len(self.groups[index]) != len(infos):
             return None
-        same = zip(self.groups[index], infos, strict=True)
-        if any(i.name and d.name and i.name != d.name for d, i in same):
+        if not all(map(_may_be, infos, self.groups[index])):
             return None
         return self.groups[index]
 

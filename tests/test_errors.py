@@ -360,6 +360,14 @@ def test_refused_group_changes_nothing_and_can_be_added_again(case):
     assert [row.weight_decay for row in optimizer.decay_report().rows[-2:]] == [0.1, 0]
 
 
+def test_other_tensors_in_place_of_a_removed_group_are_decided_anew():
+    optimizer = SGD(net().parameters(), lr=0.1, weight_decay=1.0, wd_policy="no_bias")
+    optimizer.param_groups.pop()
+    strangers = [nn.Parameter(torch.ones(n, 7)) for n in range(4)]
+    with pytest.raises(ValueError, match="only the tensor is known"):
+        optimizer.add_param_group({"params": strangers})
+
+
 def test_refused_dict_can_be_mended_and_added():
     optimizer = SGD(net(), lr=0.1, weight_decay=1.0, wd_policy="no_bias_norm")
     group = {"params": nn.Linear(2, 2).parameters(), "wd_policy": exclude("gain")}
@@ -465,7 +473,7 @@ def test_all_exempt_warns_once(optimizer):
     (warning,) = caught
     assert str(warning.message) == (
         "`wd_policy` exclude(everything) exempts all 4 parameters. "
-        "Leave it out, with weight_decay=0, if nothing is to decay."
+        "Pass weight_decay=0 instead if nothing is to decay."
     )
     assert warning.filename == __file__
 
