@@ -18,10 +18,8 @@ from tests.data_parallel import (
     assert_same,
     make_net,
     names_that_decay,
-    one_thread,
     reference,
     train,
-    train_alone,
     values_of,
 )
 from tests.distributed import Ranks
@@ -103,19 +101,18 @@ def test_fsdp2_plan_survives_unshard_and_reshard(ranks):
 
 
 def train_fsdp2_in_double(rank, setup):
-    model = shard(make_net())
-    optimizer = setup.make(model.parameters())
-    model.to(torch.float64)  # swaps every DTensor, which must not be held weakly
-    train(model, optimizer, rank)
-    return values_of(model)
+    ours, torchs = shard(make_net()), shard(make_net())
+    for model, optimizer in (
+        (ours, setup.make(ours.parameters())),
+        (torchs, setup.make_torchs(torchs)),
+    ):
+        model.to(torch.float64)  # swaps every DTensor, which must not be held weakly
+        train(model, optimizer, rank)
+    assert_same(values_of(ours), values_of(torchs))
 
 
 def test_fsdp2_model_may_change_dtype_after_construction(ranks):
-    setup, model = SETUPS[1], make_net().to(torch.float64)
-    with one_thread():
-        train_alone(model, setup.make_torchs(model), divisor=FSDP2_DIVISOR)
-    for actual in ranks(train_fsdp2_in_double, setup):
-        assert_same(actual, values_of(model))
+    ranks(train_fsdp2_in_double, SETUPS[1])
 
 
 def decide_fsdp2(rank, policy):
