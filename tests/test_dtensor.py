@@ -254,51 +254,57 @@ def pend(grad, mesh):
     return DTensor.from_local(whole, mesh, [Partial()])
 
 
-def misplaced(misplace, step, mesh):
+# Partial beside replicated: nothing but the placement tells them apart.
+MISPLACED = [("rows", spread), ("rows", pend), ("replicated", pend)]
+each_misplaced = pytest.mark.parametrize(("placement", "misplace"), MISPLACED)
+
+
+def misplaced(placement, misplace, step):
     # torch itself cannot do it where a rank has no row of the parameter, and a
     # scalar has no other place to be.
     return [
-        misplace(grad, mesh) if grad is not None and i not in (1, 4, 5) else None
-        for i, grad in enumerate(grads_at("rows", step))
+        misplace(grad, mesh_of((2,)))
+        if grad is not None and i not in (1, 4, 5)
+        else None
+        for i, grad in enumerate(grads_at(placement, step))
     ]
 
 
-def step_misplaced(rank, optimizer, misplace):
-    mesh = mesh_of((2,))
-    params, others = params_at("rows"), params_at("rows")
+def step_misplaced(rank, optimizer, placement, misplace):
+    params, others = params_at(placement), params_at(placement)
     mine, theirs = make_ours(optimizer, params), make_torchs(optimizer, others)
     for step in range(STEPS):
-        for each in (params, others):
-            assign(each, misplaced(misplace, step, mesh))
+        assign(params, misplaced(placement, misplace, step))
+        assign(others, misplaced(placement, misplace, step))
         mine.step()
         theirs.step()
     assert_same_training((mine, params), (theirs, others))
 
 
+@each_misplaced
 @each_optimizer
-@pytest.mark.parametrize("misplace", [spread, pend])
-def test_misplaced_gradients_go_torchs_way(ranks, optimizer, misplace):
-    ranks(step_misplaced, optimizer, misplace)
+def test_misplaced_gradients_go_torchs_way(ranks, optimizer, placement, misplace):
+    ranks(step_misplaced, optimizer, placement, misplace)
 
 
-def step_misplaced_at_times(rank, optimizer):
-    mesh = mesh_of((2,))
-    params, others = params_at("rows"), params_at("rows")
+def step_misplaced_at_times(rank, optimizer, placement, misplace):
+    params, others = params_at(placement), params_at(placement)
     mine = make_ours(optimizer, params)
     theirs = make_ours(optimizer, others, **LOOP)
     for step in range(STEPS):
         for each in (params, others):
-            odd = step % 3 == 1
-            grads = misplaced(spread, step, mesh) if odd else grads_at("rows", step)
-            assign(each, grads)
+            odd = step in (2, 5)
+            grads = misplaced(placement, misplace, step) if odd else None
+            assign(each, grads or grads_at(placement, step))
         mine.step()
         theirs.step()
     assert_same(shards(params), shards(others), rtol=1e-5, atol=1e-6)
 
 
+@each_misplaced
 @each_optimizer
-def test_gradients_may_change_placement_between_steps(ranks, optimizer):
-    ranks(step_misplaced_at_times, optimizer)
+def test_gradients_may_change_placement(ranks, optimizer, placement, misplace):
+    ranks(step_misplaced_at_times, optimizer, placement, misplace)
 
 
 def step_replaced(rank, optimizer, edit):
