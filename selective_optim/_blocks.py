@@ -35,7 +35,8 @@ def _size(module: nn.Module) -> int:
 
 
 def _may_be_block(module: nn.Module) -> bool:
-    return sum(bool(m._parameters) for m in module.modules()) >= PARTS_OF_A_BLOCK
+    parts = [m for m in module.modules() if any(True for _ in m.parameters(False))]
+    return len(parts) >= PARTS_OF_A_BLOCK
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,10 @@ def final_norm(modules: Sequence[nn.Module], last: nn.Module) -> nn.Module | Non
     inside = set(last.modules())
     after = iter(modules[modules.index(last) :])
     following = next((m for m in after if m not in inside), None)
-    while following is not None and WRAPPERS.intersection(following._modules):
+    while following is not None and _is_wrapper(following):
         following = next(after, None)
     return following if norm_module(following) else None
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return any(name in WRAPPERS for name, _ in module.named_children())

@@ -50,8 +50,9 @@ class DecidingOptimizer(torch.optim.Optimizer):
         self._take_kernel(kernel)
         yield self._knowledge.learn(params)
         arrivals, self._arrivals = self._arrivals, None
-        self._settle(arrivals, [self._policy, *(a.policy for a in arrivals)])
-        self._warn_if_idle()
+        policies = [self._policy, *(arrival.policy for arrival in arrivals)]
+        self._settle(arrivals, policies)
+        self._warn_if_idle([policy for policy in policies if policy is not None])
         self._take_kernel(kernel)
 
     def _take_kernel(self, kernel: Kernel) -> None:
@@ -75,6 +76,7 @@ class DecidingOptimizer(torch.optim.Optimizer):
             self._arrive(self.param_groups[-1], policy)
         except Exception:
             self.param_groups.pop()
+            self._knowledge.forget_places()
             raise
 
     def _policy_of(self, group: Any) -> tuple[Policy | None, Any]:
@@ -142,19 +144,19 @@ class DecidingOptimizer(torch.optim.Optimizer):
         finally:
             self._knowledge.forget_places()
 
-    def _warn_if_idle(self) -> None:
-        if self._policy is None:
+    def _warn_if_idle(self, policies: list[Policy]) -> None:
+        if not policies:
             return
         decisions = [d for group in self._ledger.groups for d in group]
         if all(is_zero(group["weight_decay"]) for group in self.param_groups):
             warnings.warn(
-                f"`weight_decay` is 0 in every group, so `wd_policy` {self._policy!r} "
+                f"`weight_decay` is 0 in every group, so `wd_policy` {policies[0]!r} "
                 f"has no effect. Pass weight_decay=0.01, or the value you want.",
                 stacklevel=5,
             )
         elif not any(d.multiplier for d in decisions + self._elsewhere(decisions)):
             warnings.warn(
-                f"`wd_policy` {self._policy!r} exempts all {len(decisions)} "
+                f"`wd_policy` {policies[0]!r} exempts all {len(decisions)} "
                 f"parameters. Pass weight_decay=0 instead if nothing is to decay.",
                 stacklevel=5,
             )

@@ -113,6 +113,15 @@ def has_state_dict_hooks(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
+def not_to_be_patched(step: _F) -> _F:
+    """Keep ``LRScheduler`` from patching a step to learn of calls that go elsewhere.
+
+    It leaves alone what bears its mark (``torch/optim/lr_scheduler.py``, 2.7 to 2.15).
+    """
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # torch's mark
+    return step
+
+
 class Proof:
     """A record of tensors' type, dtype, device, layout, shape and strides.
 

@@ -58,7 +58,7 @@ def unwrapped(path: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
 
 
 def _key(parent: nn.Module, child: nn.Module) -> str | None:
-    return next((k for k, module in parent._modules.items() if module is child), None)
+    return next((k for k, module in parent.named_children() if module is child), None)
 
 
 def _relative_names(place: ParameterInfo) -> Iterator[tuple[nn.Module, str]]:

@@ -102,7 +102,7 @@ def as_policy(value: object) -> Policy:
         return named(value)
     if isinstance(value, Mapping):
         return first_match(value)
-    if callable(value) and not isinstance(value, (type, Selector)):
+    if callable(value) and not isinstance(value, (type, Selector, nn.Module)):
         return Function(value)
     raise TypeError(
         f"`wd_policy` must be a name, a mapping, a callable or a policy, not {value!r} "

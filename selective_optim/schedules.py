@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from selective_optim import _torch
 from selective_optim._views import Group, GroupView, Record, stepping_optimizer
 
 Optimizer = torch.optim.Optimizer
@@ -94,13 +95,10 @@ class WeightDecay(torch.optim.Optimizer):
         """Tell whether the optimizer stepped; a scheduler that comes first warns."""
         return self._record.stepped
 
+    @_torch.not_to_be_patched
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the optimizer."""
         return self.optimizer.step(closure)
-
-    # LRScheduler would else patch the view's step to learn of calls, which go to the
-    # optimizer's: torch/optim/lr_scheduler.py, LRScheduler.__init__, 2.7 to 2.15.
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a mark of torch's
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of the optimizer."""

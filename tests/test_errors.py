@@ -370,7 +370,8 @@ def test_other_tensors_in_place_of_a_removed_group_are_decided_anew():
 
 def test_refused_dict_can_be_mended_and_added():
     optimizer = SGD(net(), lr=0.1, weight_decay=1.0, wd_policy="no_bias_norm")
-    group = {"params": nn.Linear(2, 2).parameters(), "wd_policy": exclude("gain")}
+    head = nn.Linear(2, 2)
+    group = {"params": head.parameters(), "wd_policy": exclude("gain")}
     with pytest.raises(ValueError, match="closest names are 'bias', 'weight'"):
         optimizer.add_param_group(group)
     optimizer.add_param_group({**group, "wd_policy": exclude("weight")})

@@ -43,6 +43,8 @@ TABLE = [
 ]
 
 
+# In bfloat16 some of these decays are below the resolution, and said to be.
+@pytest.mark.filterwarnings("ignore:1 - lr")
 @pytest.mark.parametrize(("case", "kind", "dtype", "verdicts", "lrs"), TABLE)
 def test_step_equals_hand_split_torch(case, kind, dtype, verdicts, lrs):
     actual, expected = make_params(dtype), make_params(dtype)
