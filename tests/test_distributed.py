@@ -353,6 +353,13 @@ def look_in_between(model, optimizer, wrap):
     swap_as_accelerate_does(model, optimizer, look_and_wrap)
 
 
+def swap_in_another_order(model, optimizer, wrap):
+    """The wrapped tensors, last first: by name each keeps its own decision."""
+    swap_as_accelerate_does(model, optimizer, wrap)
+    for group in optimizer.param_groups:
+        group["params"].reverse()
+
+
 def renew(model):
     """Give a model other tensors of the same values, as sharding it does."""
     for module in model.modules():
@@ -370,26 +377,36 @@ def a_policy_per_group(model):
     return [{"params": norm, "wd_policy": exclude(is_norm)}, {"params": rest}]
 
 
-SWAPS = [swap_as_accelerate_does, swap_as_composer_does, look_in_between]
+SWAPS = [
+    swap_as_accelerate_does,
+    swap_as_composer_does,
+    look_in_between,
+    swap_in_another_order,
+]
 each_swap = pytest.mark.parametrize("swap", SWAPS)
-each_grouping = pytest.mark.parametrize("groups", [one_group, a_policy_per_group])
+# The constructor's policy alone would decay the norm's weight in the second.
+each_grouping = pytest.mark.parametrize(
+    ("groups", "policy"),
+    [(one_group, "no_bias_norm"), (a_policy_per_group, "no_bias")],
+    ids=["one-group", "a-policy-per-group"],
+)
 
 
 @each_grouping
 @each_swap
 @each_setup
-def test_decisions_follow_replaced_tensors(setup, swap, groups):
+def test_decisions_follow_replaced_tensors(setup, swap, groups, policy):
     model = make_net()
-    optimizer = setup.make(groups(model), model=model)
+    optimizer = setup.make(groups(model), model=model, wd_policy=policy)
     swap(model, optimizer, renew)
     with one_thread():
         train_alone(model, optimizer)
     assert_same(values_of(model), reference(setup))
 
 
-def train_swapped(rank, setup, swap, groups):
+def train_swapped(rank, setup, swap, groups, policy):
     model = make_net()
-    optimizer = setup.make(groups(model), model=model)
+    optimizer = setup.make(groups(model), model=model, wd_policy=policy)
     swap(model, optimizer, fully_shard)
     train(model, optimizer, rank)
     assert names_that_decay(optimizer) == list(DECAYED)
@@ -399,9 +416,9 @@ def train_swapped(rank, setup, swap, groups):
 @each_grouping
 @each_swap
 @pytest.mark.parametrize("setup", [SETUPS[0], FOR_LOOP[-1]], ids=lambda s: s.id)
-def test_decisions_follow_into_shards(ranks, setup, swap, groups):
+def test_decisions_follow_into_shards(ranks, setup, swap, groups, policy):
     expected = reference(setup, divisor=FSDP2_DIVISOR)
-    for actual in ranks(train_swapped, setup, swap, groups):
+    for actual in ranks(train_swapped, setup, swap, groups, policy):
         assert_same(actual, expected, **setup.on_shards)
 
 
