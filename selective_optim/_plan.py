@@ -32,7 +32,7 @@ _params_of = itemgetter("params")
 
 
 def _params(groups: Groups) -> list[Tensor]:
-    return flat(map(_params_of, groups))
+    return flat(map(_params_of, groups)) if len(groups) != 1 else groups[0]["params"]
 
 
 def _equal(a: object, b: object) -> bool:
