@@ -21,6 +21,7 @@ from selective_optim._kernels import States
 
 _grad_of = attrgetter("grad")
 _layout_of = attrgetter("layout")
+_place_of = attrgetter("dtype", "device")
 
 
 def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -44,6 +45,7 @@ class Evidence:
         self._plain = sum(len(b.params) for b in fused if not b.key.sharded)
         layouts = [b.key.layout for b in buckets for _ in b.params]
         self._functional_layouts = layouts[self._fused :]
+        self._functional_places = self._places()
         self._proof: _torch.Proof | None = None
         self._specs: list[Any] = []
         self._stand_ins: list[Any] = []
@@ -85,6 +87,9 @@ class Evidence:
             return grads
         return Grads(grads.whole, grads.local, there)
 
+    def _places(self) -> list[Any]:
+        return list(map(_place_of, self._active[self._fused :]))
+
     def _make_stand_ins(self) -> list[Any]:
         """Make what passes for a gradient: the parameter itself, detached."""
         layouts = [SimpleNamespace(layout=own) for own in self._functional_layouts]
@@ -94,6 +99,8 @@ class Evidence:
         if self._fused < len(whole):
             layouts = list(map(_layout_of, whole[self._fused :]))
             if layouts != self._functional_layouts:
+                return None
+            if self._places() != self._functional_places:
                 return None
         local = whole
         if self._plain < self._fused:

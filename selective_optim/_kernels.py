@@ -352,8 +352,9 @@ class SGDKernel:
         """Apply decoupled decay: ``param = param * (1 - lr * wd)``."""
         if is_zero(setting.shrink):
             return
-        factor = 1 - setting.arguments["lr"] * setting.shrink
-        if setting.arguments["foreach"] or setting.arguments["foreach"] is None:
+        factor = 1 - lr_on_device(setting.arguments["lr"], params) * setting.shrink
+        # On the CPU foreach loops, too, and rounds the factor to half precision first.
+        if setting.arguments["foreach"] or not params[0].is_cpu:
             _torch.foreach_mul_(params, factor)
         else:
             for param in params:

@@ -82,11 +82,12 @@ def _make_cells(
 
 def on_device(scaling: Scaling, device: torch.device) -> Scaling:
     """Move ``grad_scale`` and ``found_inf`` to a device."""
-    if scaling == (None, None):
-        return scaling
-    scale, found_inf = (
-        v if v is None else v.to(device, non_blocking=True) for v in scaling
-    )
+    scale, found_inf = scaling
+    if scale is not None:
+        scale = scale.to(device, non_blocking=True)
+    if found_inf is not None:
+        # GradScaler sums over devices, and kernels look for exactly 1.
+        found_inf = found_inf.to(device, non_blocking=True).clamp(max=1.0)
     return scale, found_inf
 
 
@@ -111,7 +112,7 @@ class Plan:
         self.active = {id(param) for cell in self._cells for param in cell.params}
         self._idle = [p for p in self._params if id(p) not in self.active]
         self._structure = list(map(kernel.structure, groups))
-        self._values = flat(map(dict.values, groups))
+        self._take_values(groups)
         self._counters = counters
         self._merged: list[list[Cell]] | None = None
         self._settle(groups)
@@ -125,6 +126,14 @@ class Plan:
         for param, index, multiplier, _, label in members:
             if param.grad is not None and param.grad.is_sparse:
                 self._kernel.refuse_sparse(groups[index], multiplier, label)
+
+    def _take_values(self, groups: Groups) -> None:
+        self._values = flat(map(dict.values, groups))
+        betas = flat(group.get("betas", ()) for group in groups)
+        self._has_tensors = any(isinstance(v, Tensor) for v in self._values + betas)
+        self._scales_tensors = any(
+            isinstance(group["weight_decay"], Tensor) for group in groups
+        )
 
     def _settle(self, groups: Groups) -> None:
         """Read the hyperparameters and merge the cells that share them into buckets."""
@@ -179,7 +188,7 @@ class Plan:
         if not same_objects(_params(groups), self._params):
             return None
         values = flat(map(dict.values, groups))
-        if not _equal(values, self._values) and not self._reread(groups, values):
+        if not self._values_hold(values) and not self._reread(groups):
             return None
         if self._idle and not without_gradients(self._idle):
             return None
@@ -187,11 +196,21 @@ class Plan:
             return None
         return self._evidence.gradients()
 
+    def _values_hold(self, values: list[Any]) -> bool:
+        """Compare hyperparameters: numbers by value, tensors by identity.
+
+        A tensor is not asked for its value, which would wait for the device; where
+        it is multiplied to be a decay, that is done anew.
+        """
+        if self._has_tensors:
+            return same_objects(values, self._values) and not self._scales_tensors
+        return _equal(values, self._values)
+
     def gradients(self) -> Grads:
         """Fetch the gradients of a plan that was just made for them."""
         return self._evidence.fetch()
 
-    def _reread(self, groups: Groups, values: list[Any]) -> bool:
+    def _reread(self, groups: Groups) -> bool:
         """Take over new hyperparameters; not where the path depends on them."""
         sparse = any(cell.key.layout != torch.strided for cell in self._cells)
         structure = list(map(self._kernel.structure, groups))
@@ -200,7 +219,7 @@ class Plan:
         for index, group in enumerate(groups):
             self._kernel.require_ranges(group, index)
         self._settle(groups)
-        self._values = values
+        self._take_values(groups)
         return True
 
     def run(self, grads: Grads, scaling: Scaling) -> None:
