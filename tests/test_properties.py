@@ -1,0 +1,195 @@
+"""What tables cannot cover: any parameters, policy, split, order and interruption."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import selective_optim
+from benchmarks import soak_config as drawn
+from benchmarks.soak import run
+from benchmarks.soak_config import Config, Event, Group, Param, Round, settled
+from benchmarks.soak_draw import NAMES
+from benchmarks.soak_events import EVENTS
+from benchmarks.soak_world import Table, make_param, require_same
+
+# No deadline: the machine may be busy. No database: a failure prints its example.
+bounded = settings(
+    deadline=None,
+    max_examples=300,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
+multipliers = st.sampled_from([0.0, 1.0]) | st.floats(0, 4, width=32)
+forms = st.sampled_from(drawn.FORMS)
+
+
+def params_in(groups: int) -> st.SearchStrategy[Any]:
+    return st.lists(
+        st.builds(
+            Param,
+            shape=shapes,
+            dtype=st.sampled_from(drawn.DTYPES),
+            layout=st.sampled_from(drawn.LAYOUTS),
+            grad=st.sampled_from(drawn.GRADS),
+            multiplier=multipliers,
+            form=forms,
+            group=st.integers(0, groups - 1),
+        ),
+        min_size=1,
+        max_size=5,
+    ).map(tuple)
+
+
+def hyperparameters(name: str) -> st.SearchStrategy[Any]:
+    free = {"lr": st.floats(0, 0.5), "weight_decay": st.floats(0, 0.9)}
+    table = drawn.settings_of(name)
+    own = {key: st.sampled_from(values) for key, values in table.items()}
+    return st.fixed_dictionaries({**own, **free})
+
+
+events = st.builds(
+    Event, st.sampled_from([*EVENTS]), st.integers(0, 7), st.floats(0, 1, width=32)
+).filter(lambda event: event.value < 1)
+rounds = st.lists(
+    st.builds(
+        Round,
+        events=st.lists(events, max_size=2).map(tuple),
+        absent=st.sets(st.integers(0, 4), max_size=3).map(tuple),
+        way=st.sampled_from(drawn.WAYS),
+        in_place=st.booleans(),
+    ),
+    min_size=1,
+    max_size=6,
+).map(tuple)
+
+
+@st.composite
+def configs(draw: Any) -> Config:
+    name = draw(st.sampled_from(NAMES))
+    count = draw(st.integers(1, 3))
+    group = st.builds(
+        Group,
+        kind=st.sampled_from([*drawn.KINDS]),
+        settings=hyperparameters(name),
+        joins=st.sampled_from([0, 0, 1, 2]),
+    )
+    return settled(
+        Config(
+            name,
+            decoupled=draw(st.booleans()),
+            params=draw(params_in(count)),
+            groups=tuple(draw(st.lists(group, min_size=count, max_size=count))),
+            rounds=draw(rounds),
+            policy=draw(st.sampled_from(drawn.POLICIES)),
+            source=draw(st.sampled_from(drawn.SOURCES)),
+            values=draw(st.integers(0, 1000)),
+        )
+    )
+
+
+@bounded
+@given(configs())
+def test_any_run_equals_hand_split_torch_and_the_formulas(config):
+    run(config)
+
+
+INTERRUPTIONS = [
+    "state_dict_is_saved",
+    "state_dict_is_loaded",
+    "run_is_resumed_from_a_file",
+    "copy_takes_over",
+    "unpickled_takes_over",
+]
+
+
+@bounded
+@given(configs(), st.lists(st.sampled_from(INTERRUPTIONS), min_size=6, max_size=6))
+def test_checkpoint_at_any_moment_continues_as_torch_does(config, kinds):
+    interrupted = [
+        replace(each, events=(Event(kind),)) for each, kind in zip(config.rounds, kinds)
+    ]
+    run(replace(config, rounds=tuple(interrupted)))
+
+
+# What must not matter
+
+
+@st.composite
+def problems(draw: Any) -> tuple[str, tuple[Param, ...], dict[str, Any], str]:
+    name = draw(st.sampled_from(NAMES))
+    config = settled(
+        Config(
+            name,
+            decoupled=False,
+            params=draw(params_in(1)),
+            groups=(
+                Group(
+                    draw(st.sampled_from([*drawn.KINDS])), draw(hyperparameters(name))
+                ),
+            ),
+            rounds=(),
+        )
+    )
+    return name, config.params, config.groups[0].settings, config.groups[0].kind
+
+
+def train(
+    problem: tuple[Any, ...], split: list[list[int]], steps: int = 3
+) -> list[torch.Tensor]:
+    """Train with the parameters in these groups; return them in their own order."""
+    name, specs, arguments, kind = problem
+    generator = torch.Generator().manual_seed(0)
+    params = [make_param(spec, generator) for spec in specs]
+    optimizer = getattr(selective_optim, name)(
+        [{"params": [(f"p{i}", params[i]) for i in part]} for part in split],
+        wd_policy=Table(tuple(spec.decay for spec in specs)),
+        **arguments,
+        **drawn.KINDS[kind],
+    )
+    for _ in range(steps):
+        for param, spec in zip(params, specs):
+            grad = make_param(spec, generator).detach()
+            param.grad = torch.empty_like(param).copy_(grad)
+        optimizer.step()
+    return params
+
+
+# Drawn policies may exempt everything, and drawn decay may round away.
+quiet = pytest.mark.filterwarnings(
+    "ignore:.*(exempts all|is 0 in every group|hardly decays):UserWarning"
+)
+
+
+@quiet
+@bounded
+@given(problems(), st.data())
+def test_split_into_groups_and_order_do_not_matter(problem, data):
+    everyone = list(range(len(problem[1])))
+    order = data.draw(st.permutations(everyone))
+    cuts = data.draw(st.sets(st.integers(1, max(1, len(order) - 1))))
+    bounds = [0, *sorted(cuts - {len(order)}), len(order)]
+    split = [order[a:b] for a, b in zip(bounds, bounds[1:])]
+    assume(all(split))
+    for i, (a, b) in enumerate(zip(train(problem, split), train(problem, [everyone]))):
+        require_same(a, b, f"parameter {i}")
+
+
+@quiet
+@bounded
+@given(problems(), st.floats(0, 4, width=32))
+def test_multiplier_on_everything_is_that_weight_decay(problem, by):
+    name, specs, arguments, kind = problem
+    scaled = (name, [replace(s, multiplier=by) for s in specs], arguments, kind)
+    wd = {**arguments, "weight_decay": arguments["weight_decay"] * by}
+    full = (name, [replace(s, multiplier=1.0) for s in specs], wd, kind)
+    everyone = [list(range(len(specs)))]
+    for i, (a, b) in enumerate(zip(train(scaled, everyone), train(full, everyone))):
+        require_same(a, b, f"parameter {i}")
