@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import chain, compress
+from collections.abc import Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +12,7 @@ from torch import Tensor
 from selective_optim import _torch
 from selective_optim._cells import Cell, Key
 from selective_optim._kernels import Kernel, Lists, Scaling, Setting, State, is_zero
-
-
-def flat(lists: Iterable[Iterable[Any]]) -> list[Any]:
-    """Join lists into one."""
-    return list(chain.from_iterable(lists))
+from selective_optim._snapshot import flat
 
 
 class Counters:
@@ -118,6 +114,14 @@ class Bucket:
         self._call = self._kernel.bind(setting) if self.key.fused else None
         shrinks = not is_zero(setting.shrink)
         self._acts_outside_the_kernel = not self.key.fused or self.key.first or shrinks
+
+    def replay(self, grads: Grads) -> None:
+        """Step every parameter once: all have gradients, nothing is scaled."""
+        if self._call is None or self.key.first:
+            self.step(grads, (None, None))
+            return
+        shards = grads.local[self.part]
+        self._call(self.local, shards, self.moments, self.steps, (None, None), False)
 
     def step(self, grads: Grads, scaling: Scaling) -> None:
         """Step every parameter once, or none where ``found_inf`` says so."""

@@ -15,18 +15,14 @@ from typing import Any
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim._buckets import Bucket, Grads, flat
+from selective_optim._buckets import Bucket, Grads
 from selective_optim._cells import fused_still
 from selective_optim._kernels import States
+from selective_optim._snapshot import flat, same_objects
 
 _grad_of = attrgetter("grad")
 _layout_of = attrgetter("layout")
 _place_of = attrgetter("dtype", "device")
-
-
-def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Tell whether two sequences hold the same objects in the same order."""
-    return len(a) == len(b) and all(map(is_, a, b))
 
 
 def without_gradients(params: Sequence[Tensor]) -> bool:

@@ -10,37 +10,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from itertools import compress
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selective_optim._buckets import Bucket, Counters, Grads, flat
+from selective_optim._buckets import Bucket, Counters, Grads
 from selective_optim._cells import Cell, Key, Member, path_of
 from selective_optim._evidence import (
     Evidence,
     StateEvidence,
-    same_objects,
     without_gradients,
 )
-from selective_optim._kernels import Group, Kernel, Scaling, Setting, States
+from selective_optim._kernels import Kernel, Scaling, Setting, States
+from selective_optim._snapshot import Groups, Snapshot, equal, params_of
 
-Groups = Sequence[Group]
+NO_SCALING: Scaling = (None, None)
 AllCounters = dict[torch.device, Counters]
-_params_of = itemgetter("params")
-
-
-def _params(groups: Groups) -> list[Tensor]:
-    return flat(map(_params_of, groups)) if len(groups) != 1 else groups[0]["params"]
-
-
-def _equal(a: object, b: object) -> bool:
-    """Compare values; a replaced tensor that has no truth value is different."""
-    try:
-        return bool(a == b)
-    except (RuntimeError, ValueError, TypeError):
-        return False
 
 
 def make_counters(params: Iterable[Tensor]) -> AllCounters:
@@ -105,14 +91,13 @@ class Plan:
     ) -> None:
         self._kernel = kernel
         self._require_steppable(groups, members)
-        self._params = [member.param for member in members]
         self._cells = _make_cells(
             kernel, groups, members, states, counters, active_before
         )
         self.active = {id(param) for cell in self._cells for param in cell.params}
-        self._idle = [p for p in self._params if id(p) not in self.active]
         self._structure = list(map(kernel.structure, groups))
-        self._take_values(groups)
+        self._snapshot = Snapshot(groups)
+        self._idle = [p for p in self._snapshot.params if id(p) not in self.active]
         self._counters = counters
         self._merged: list[list[Cell]] | None = None
         self._settle(groups)
@@ -126,14 +111,6 @@ class Plan:
         for param, index, multiplier, _, label in members:
             if param.grad is not None and param.grad.is_sparse:
                 self._kernel.refuse_sparse(groups[index], multiplier, label)
-
-    def _take_values(self, groups: Groups) -> None:
-        self._values = flat(map(dict.values, groups))
-        betas = flat(group.get("betas", ()) for group in groups)
-        self._has_tensors = any(isinstance(v, Tensor) for v in self._values + betas)
-        self._scales_tensors = any(
-            isinstance(group["weight_decay"], Tensor) for group in groups
-        )
 
     def _settle(self, groups: Groups) -> None:
         """Read the hyperparameters and merge the cells that share them into buckets."""
@@ -185,26 +162,13 @@ class Plan:
         Raises:
             ValueError: A hyperparameter was set to a value out of range.
         """
-        if not same_objects(_params(groups), self._params):
-            return None
-        values = flat(map(dict.values, groups))
-        if not self._values_hold(values) and not self._reread(groups):
+        if not self._snapshot.holds(groups) and not self._reread(groups):
             return None
         if self._idle and not without_gradients(self._idle):
             return None
         if states is not None and not self._state.holds(states):
             return None
         return self._evidence.gradients()
-
-    def _values_hold(self, values: list[Any]) -> bool:
-        """Compare hyperparameters: numbers by value, tensors by identity.
-
-        A tensor is not asked for its value, which would wait for the device; where
-        it is multiplied to be a decay, that is done anew.
-        """
-        if self._has_tensors:
-            return same_objects(values, self._values) and not self._scales_tensors
-        return _equal(values, self._values)
 
     def gradients(self) -> Grads:
         """Fetch the gradients of a plan that was just made for them."""
@@ -214,12 +178,14 @@ class Plan:
         """Take over new hyperparameters; not where the path depends on them."""
         sparse = any(cell.key.layout != torch.strided for cell in self._cells)
         structure = list(map(self._kernel.structure, groups))
-        if sparse or not _equal(structure, self._structure):
+        if sparse or not self._snapshot.has_params(groups):
+            return False
+        if not equal(structure, self._structure):
             return False
         for index, group in enumerate(groups):
             self._kernel.require_ranges(group, index)
         self._settle(groups)
-        self._take_values(groups)
+        self._snapshot = Snapshot(groups)
         return True
 
     def run(self, grads: Grads, scaling: Scaling) -> None:
@@ -228,6 +194,10 @@ class Plan:
             self._select(grads.there)
         for counter in self._advancing:
             counter.add(1.0)
+        if scaling == NO_SCALING and grads.there is None:
+            for bucket in self._buckets:
+                bucket.replay(grads)
+            return
         for bucket in self._buckets:
             bucket.step(grads, on_device(scaling, bucket.key.device))
         for counter in self._advancing:
@@ -280,10 +250,10 @@ class Stepper:
         self, groups: Groups, members: Sequence[Member], states: States
     ) -> Plan:
         self._plan = None
-        counted = [(id(param), param.device) for param in _params(groups)]
+        counted = [(id(param), param.device) for param in params_of(groups)]
         if counted != self._counted:
             counts = self._kernel.counts
-            self._counters = make_counters(_params(groups)) if counts else {}
+            self._counters = make_counters(params_of(groups)) if counts else {}
             self._counted = counted
         plan = Plan(self._kernel, groups, members, states, self._counters, self._active)
         self._active = plan.active
