@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -176,7 +177,7 @@ def test_split_into_groups_and_order_do_not_matter(problem, data):
     order = data.draw(st.permutations(everyone))
     cuts = data.draw(st.sets(st.integers(1, max(1, len(order) - 1))))
     bounds = [0, *sorted(cuts - {len(order)}), len(order)]
-    split = [order[a:b] for a, b in zip(bounds, bounds[1:])]
+    split = [order[a:b] for a, b in pairwise(bounds)]
     assume(all(split))
     for i, (a, b) in enumerate(zip(train(problem, split), train(problem, [everyone]))):
         require_same(a, b, f"parameter {i}")

@@ -77,7 +77,7 @@ DIFFERENT = {
 
 @pytest.mark.parametrize(("a", "b"), DIFFERENT.values(), ids=DIFFERENT)
 def test_comparison_sees_every_bit(a, b):
-    with pytest.raises(Mismatch, match="^what: "):
+    with pytest.raises(Mismatch, match=r"^what: "):
         require_same(a, b, "what")
 
 
