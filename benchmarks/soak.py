@@ -65,7 +65,7 @@ def soak(seeds: Iterator[str], steps: int, tally: Tally) -> Tally:
             tally.steps += run(draw(seed))
         except Exception as error:  # whatever goes wrong belongs to this seed
             tally.mismatches += 1
-            text = str(error).splitlines()[:1]
+            text = " ".join(str(error).split())[:200]
             print(f"configuration {seed}: {type(error).__name__}: {text}")
             print(f"  replay it with: python -m benchmarks.soak --replay {seed}")
         if tally.steps >= steps:

@@ -119,8 +119,7 @@ class Config:
 def settled(config: Config) -> Config:
     """Leave out what torch refuses or gets wrong, of which there is no oracle."""
     used = sorted({param.group % len(config.groups) for param in config.params})
-    first = config.groups[used[0]].kind
-    groups = [_settled_group(config.groups[i], first) for i in used]
+    groups = [_settled_group(config.groups[i]) for i in used]
     groups[0] = replace(groups[0], joins=0)
     params = [
         replace(p, group=used.index(p.group % len(config.groups)))
@@ -141,14 +140,12 @@ def settled(config: Config) -> Config:
     )
 
 
-def _settled_group(group: Group, first: str) -> Group:
+def _settled_group(group: Group) -> Group:
     settings = dict(group.settings)
     if settings.get("nesterov"):
         settings["momentum"] = settings["momentum"] or 0.9
         settings["dampening"] = 0.0
-    # A group that differs from the constructor's choice names it in full, and torch
-    # lets it do so where fused was not asked for.
-    return replace(group, settings=settings, kind=group.kind or first)
+    return replace(group, settings=settings)
 
 
 def _settled_param(param: Param, name: str, kind: str) -> Param:

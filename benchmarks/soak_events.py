@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from benchmarks.soak_config import settings_of
-from benchmarks.soak_world import World, laid_out
+from benchmarks.soak_tensors import laid_out
+from benchmarks.soak_world import World
 
 Change = Callable[[World, int, float], None]
 

@@ -10,44 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import selective_optim
-from benchmarks.soak_config import KINDS, Config, Param, Round
+from benchmarks.soak_config import KINDS, Config, Round
+from benchmarks.soak_tensors import Mismatch, make_param, require_same
 from benchmarks.soak_twin import Twin
 from selective_optim import Decay
 from selective_optim.policies import as_policy, exclude, first_match, form, scale
 
 # A power of two: scaling and unscaling by it loses nothing.
 SCALE = 1024.0
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class Mismatch(AssertionError):
-    """Ours and a judge disagree."""
-
-
-def require_same(actual: Tensor, expected: Tensor, what: str) -> None:
-    """Compare dtype, shape and every bit; NaN may carry any payload.
-
-    Raises:
-        Mismatch: They differ.
-    """
-    if (actual.dtype, actual.shape) != (expected.dtype, expected.shape):
-        raise Mismatch(f"{what}: {actual.dtype} {actual.shape}, not {expected}")
-    pair = [
-        t.detach().to_dense() if t.is_sparse else t.detach() for t in (actual, expected)
-    ]
-    if pair[0].is_complex():
-        pair = [torch.view_as_real(t) for t in pair]
-    bits = BITS[pair[0].element_size()]
-    if torch.equal(pair[0].view(bits), pair[1].view(bits)):
-        return
-    if not pair[0].is_floating_point() or not torch.equal(*map(_printed_nan, pair)):
-        raise Mismatch(f"{what}: {actual.tolist()}, not {expected.tolist()}")
-
-
-def _printed_nan(tensor: Tensor) -> Tensor:
-    """Give every NaN the same bits and keep the others'."""
-    tensor = tensor.where(~tensor.isnan(), torch.full((), torch.nan).to(tensor))
-    return tensor.contiguous().view(BITS[tensor.element_size()])
 
 
 @dataclass(frozen=True)
@@ -77,27 +47,6 @@ def policy_of(config: Config) -> Any:
     return product
 
 
-def make_param(spec: Param, generator: torch.Generator) -> nn.Parameter:
-    """Make a parameter with this layout in memory."""
-    dtype = torch.complex128 if spec.torch_dtype.is_complex else torch.float64
-    values = torch.randn(spec.shape, generator=generator, dtype=dtype)
-    return nn.Parameter(laid_out(values.to(spec.torch_dtype), spec.layout))
-
-
-def laid_out(values: Tensor, layout: str) -> Tensor:
-    """Copy values into memory that is walked in another order, or with gaps."""
-    if layout == "contiguous" or values.ndim == 0:
-        return values
-    if layout == "transposed":
-        backwards = range(values.ndim - 1, -1, -1)
-        tensor = values.new_empty(values.shape[::-1]).permute(*backwards)
-    elif layout == "gapped":
-        tensor = values.new_empty((*values.shape, 2))[..., 0]
-    else:
-        tensor = values.new_empty(values.numel() + 3)[3:].view(values.shape)
-    return tensor.copy_(values)
-
-
 class World:
     """Ours and torch by hand over like parameters."""
 
@@ -118,8 +67,6 @@ class World:
         self.scaler: Any = None
         self.generator = generator
         self.steps = 0
-
-    # Building
 
     def members(self, group: int) -> list[int]:
         """Number the parameters of a group."""
@@ -164,8 +111,6 @@ class World:
         elif config.source == "generator":
             params = module.parameters()
         return getattr(selective_optim, config.name)(params, **arguments)
-
-    # Stepping
 
     def take(self, plan: Round) -> None:
         """Set gradients, step every side and compare.
@@ -244,8 +189,6 @@ class World:
         else:
             self._set(self.actual, grads, in_place)
             self.ours.step()
-
-    # Comparing
 
     def compare(self, formulas: list[Any]) -> None:
         """Compare the parameters.

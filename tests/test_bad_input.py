@@ -152,9 +152,6 @@ def test_bad_value_in_the_second_group_moves_nothing_in_the_first(name, key):
     assert_identical(everything(model, optimizer), before)
 
 
-# Policies that raise
-
-
 class Moody:
     """A policy that fails for one parameter, until it does not."""
 
@@ -198,9 +195,6 @@ def test_policy_that_raises_for_an_added_group_adds_nothing(name):
     assert [len(g["params"]) for g in run[1].param_groups] == [6, 2]
 
 
-# A parameter listed twice
-
-
 @each_class
 def test_parameter_twice_in_one_group_is_told_as_torch_tells_it(name):
     cls, own = CLASSES[name]
@@ -236,9 +230,6 @@ def test_parameter_of_another_group_is_refused_and_adds_nothing(name):
         "some parameters appear in more than one parameter group",
         lambda: run[1].add_param_group({"params": [run[0][0].weight]}),
     )
-
-
-# State dicts
 
 
 def other_model(state):
@@ -322,9 +313,6 @@ def test_truncated_file_is_refused_while_it_is_read(name, part, tmp_path):
     assert_refused_and_mended(run, twin, None, lambda: load(cut), kind)
     load(whole)
     assert_identical(run[1].state_dict(), torch.load(whole, weights_only=True))
-
-
-# A module that changes between construction and a later group
 
 
 def with_later_layer(name):

@@ -17,7 +17,8 @@ from benchmarks.soak import run
 from benchmarks.soak_config import Config, Event, Group, Param, Round, settled
 from benchmarks.soak_draw import NAMES
 from benchmarks.soak_events import EVENTS
-from benchmarks.soak_world import Table, make_param, require_same
+from benchmarks.soak_tensors import make_param, require_same
+from benchmarks.soak_world import Table
 
 # No deadline: the machine may be busy. No database: a failure prints its example.
 bounded = settings(
@@ -118,9 +119,6 @@ def test_checkpoint_at_any_moment_continues_as_torch_does(config, kinds):
         replace(each, events=(Event(kind),)) for each, kind in zip(config.rounds, kinds)
     ]
     run(replace(config, rounds=tuple(interrupted)))
-
-
-# What must not matter
 
 
 @st.composite

@@ -69,9 +69,6 @@ def test_import_itself_fails_with_the_sentence_as_the_last_line():
     assert done.returncode == 1
 
 
-# What is used is listed
-
-
 def is_private(path):
     return any(re.match(r"_[^_]", part) for part in path.split("."))
 
