@@ -32,14 +32,14 @@ class SelectiveOptimizer(SteppingOptimizer):
 
         ``"decay"`` holds, group by group, a ``[multiplier, form]`` per parameter.
         """
-        touched = self._touched or _torch.has_state_dict_hooks(self)
+        touched = self._stepper.touched or _torch.has_state_dict_hooks(self)
         state_dict = super().state_dict()
         # Copies: whoever edits them does not edit the optimizer.
         state_dict["state"] = {
             key: dict(own) if isinstance(own, dict) else own
             for key, own in state_dict["state"].items()
         }
-        self._touched = touched
+        self._stepper.touched = touched
         for group in state_dict["param_groups"]:
             for name in OWN_KEYS:
                 group.pop(name, None)
@@ -91,12 +91,14 @@ class SelectiveOptimizer(SteppingOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch writes straight into __dict__, past the property.
         rest = {key: value for key, value in state.items() if key != "state"}
-        self.state = state["state"]
         if "_kernel" in rest:  # a copy or an unpickled optimizer, not a loaded state
             self._knowledge, self._arrivals = Knowledge(), None
+            self._take_kernel(rest["_kernel"])
+        self.state = state["state"]
         super().__setstate__(rest)
-        # The state is fresh: plan anew; nobody else holds it yet.
-        self._take_kernel(self._kernel)
+        if "_ledger" in rest:
+            self._ledger.settle(self.param_groups)
+        self._stepper.forget()
 
     def decay_report(self) -> DecayReport:
         """Tell what decays: in sum when printed, per parameter in ``rows``."""

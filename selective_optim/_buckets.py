@@ -27,24 +27,35 @@ class Counters:
         self.views = list(self.flat.unbind())
         self._advancing: Tensor | None = None
 
-    def adopt(self, slot: int, state: State) -> Tensor:
-        """Make the view at ``slot`` the state's counter, its value unchanged."""
-        view = self.views[slot]
-        if state["step"] is not view:
-            view.copy_(state["step"])
-            state["step"] = view
-        return view
+    def adopt(self, slots: Sequence[int], states: Sequence[State]) -> list[Tensor]:
+        """Make the views at ``slots`` the states' counters, their values unchanged."""
+        views = [self.views[slot] for slot in slots]
+        new = [i for i, own in enumerate(states) if own["step"] is not views[i]]
+        if new:
+            # All are read before one is written: states may hold each other's views.
+            place = {"device": self.flat.device, "dtype": self.flat.dtype}
+            values = [states[i]["step"].to(**place).reshape(()) for i in new]
+            self.flat[_indices([slots[i] for i in new], self.flat)] = torch.stack(
+                values
+            )
+            for i in new:
+                states[i]["step"] = views[i]
+        return views
 
     def select(self, slots: Sequence[int]) -> None:
         """Fix which counters advance: all, or those that step now."""
         self._advancing = None
         if len(slots) < len(self.views):
             self._advancing = torch.zeros_like(self.flat)
-            self._advancing[torch.tensor(slots, device=self.flat.device).long()] = 1.0
+            self._advancing[_indices(slots, self.flat)] = 1.0
 
     def add(self, amount: float | Tensor) -> None:
         """Advance the selected counters, or take an advance back."""
         self.flat.add_(amount if self._advancing is None else self._advancing * amount)
+
+
+def _indices(slots: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(slots, dtype=torch.long, device=like.device)
 
 
 class Grads(NamedTuple):
@@ -117,9 +128,7 @@ class Bucket:
 
     def replay(self, grads: Grads) -> None:
         """Step every parameter once: all have gradients, nothing is scaled."""
-        if self._call is None or self.key.first:
-            self.step(grads, (None, None))
-            return
+        assert self._call is not None  # fused
         shards = grads.local[self.part]
         self._call(self.local, shards, self.moments, self.steps, (None, None), False)
 

@@ -36,7 +36,8 @@ class Key(NamedTuple):
 
     ``fused`` and ``sharded`` name the path: torch's fused kernel on the tensors or
     on the local shards of ``DTensor``s, else torch's functional. ``first`` marks
-    parameters that have no moments yet.
+    parameters that have no moments yet, ``odd`` those that only the gradient they
+    have now keeps from the fused path.
     """
 
     group: int
@@ -45,6 +46,7 @@ class Key(NamedTuple):
     fused: bool
     sharded: bool
     first: bool
+    odd: bool
     layout: torch.layout
     device: torch.device
     dtype: torch.dtype
@@ -166,19 +168,34 @@ def path_of(
     """
     param = member.param
     entries = [state.get(entry) for entry in kernel.entries(group)]
-    moments = [entry for entry in entries if entry is not None]
-    whole = [param, *moments] if grad is None else [param, *moments, grad]
-    sharded = type(param) is _torch.dtensor_class()
-    local = local_tensors(whole) if sharded else whole
-    wanted = group["fused"] or free_choice(group)
-    fused = bool(wanted and local and _fusable(local[0], local[1:]))
-    if fused and free_choice(group):
-        fused = kernel.trusted(param)
-    tensors = local if fused and local else whole
+    own = [param, *(entry for entry in entries if entry is not None)]
+    fused, sharded, local = _fused_path(kernel, group, own)
+    odd = fused and grad is not None and not _joins(own[0], grad, local[0])
+    fused = fused and not odd
     layout = param.layout if grad is None else grad.layout
     key = Key(
         *(member.group, member.multiplier, member.form),
-        *(fused, fused and sharded, len(moments) < len(entries)),
+        *(fused, fused and sharded, len(own) - 1 < len(entries)),
+        odd and layout == torch.strided,
         *(layout, param.device, param.dtype),
     )
-    return key, tensors[: 1 + len(moments)]
+    return key, local if fused else own
+
+
+def _fused_path(
+    kernel: Kernel, group: Group, own: list[Tensor]
+) -> tuple[bool, bool, list[Tensor]]:
+    """Tell whether a parameter can be fused, whether sharded, and as what tensors."""
+    sharded = type(own[0]) is _torch.dtensor_class()
+    local = local_tensors(own) if sharded else own
+    wanted = group["fused"] or (free_choice(group) and kernel.trusted(own[0]))
+    fused = bool(wanted and local and _fusable(local[0], local[1:]))
+    return fused, sharded, local or own
+
+
+def _joins(param: Tensor, grad: Tensor, local: Tensor) -> bool:
+    """Tell whether a gradient can go beside the parameter into the fused kernel."""
+    if local is param:
+        return fits(param, grad)
+    pair = local_tensors([param, grad])
+    return pair is not None and fits(*pair)

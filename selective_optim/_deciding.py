@@ -53,7 +53,6 @@ class DecidingOptimizer(torch.optim.Optimizer):
         policies = [self._policy, *(arrival.policy for arrival in arrivals)]
         self._settle(arrivals, policies)
         self._warn_if_idle([policy for policy in policies if policy is not None])
-        self._take_kernel(kernel)
 
     def _take_kernel(self, kernel: Kernel) -> None:
         """Start stepping afresh with this kernel."""
@@ -70,14 +69,16 @@ class DecidingOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: The policy cannot be decided; then nothing is added.
         """
-        policy, param_group = self._policy_of(param_group)
-        super().add_param_group(param_group)
+        policy, arriving = self._policy_of(param_group)
+        super().add_param_group(arriving)
         try:
-            self._arrive(self.param_groups[-1], policy)
+            self._arrive(self.param_groups[-1], policy, arriving is param_group)
         except Exception:
             self.param_groups.pop()
-            self._knowledge.forget_places()
             raise
+        finally:
+            if self._arrivals is None:
+                self._knowledge.forget_places()
 
     def _policy_of(self, group: Any) -> tuple[Policy | None, Any]:
         """Take out the group's own policy and learn from its parameters."""
@@ -94,11 +95,11 @@ class DecidingOptimizer(torch.optim.Optimizer):
         policy = own.get("wd_policy", self._policy)
         return None if policy is None else as_policy(policy), group
 
-    def _arrive(self, group: Group, policy: Policy | None) -> None:
+    def _arrive(self, group: Group, policy: Policy | None, recall: bool) -> None:
         index = len(self.param_groups) - 1
         infos = self._knowledge.infos(group["params"], group.get("param_names"), index)
         decisions = self._ledger.remembered(index, infos)
-        if decisions is not None:
+        if recall and decisions is not None:  # not if it brings a policy of its own
             self._record(index, decisions)
             return
         self._knowledge.require_members(infos)

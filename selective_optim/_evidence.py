@@ -44,7 +44,6 @@ class Evidence:
         self._functional_places = self._places()
         self._proof: _torch.Proof | None = None
         self._specs: list[Any] = []
-        self._stand_ins: list[Any] = []
         self._some_absent = False
 
     def gradients(self) -> Grads | None:
@@ -73,8 +72,7 @@ class Evidence:
         there = [grad is not None for grad in whole]
         self._some_absent = not all(there)
         if self._some_absent:
-            self._stand_ins = self._stand_ins or self._make_stand_ins()
-            whole = [g if t else s for g, t, s in zip(whole, there, self._stand_ins)]
+            whole = [self._stand_in(i) if g is None else g for i, g in enumerate(whole)]
         try:
             grads = self._checked(whole)
         except AttributeError:
@@ -86,10 +84,11 @@ class Evidence:
     def _places(self) -> list[Any]:
         return list(map(_place_of, self._active[self._fused :]))
 
-    def _make_stand_ins(self) -> list[Any]:
+    def _stand_in(self, position: int) -> Any:
         """Make what passes for a gradient: the parameter itself, detached."""
-        layouts = [SimpleNamespace(layout=own) for own in self._functional_layouts]
-        return [param.detach() for param in self._active[: self._fused]] + layouts
+        if position < self._fused:
+            return self._active[position].detach()
+        return SimpleNamespace(layout=self._functional_layouts[position - self._fused])
 
     def _checked(self, whole: list[Any]) -> Grads | None:
         if self._fused < len(whole):

@@ -352,13 +352,22 @@ class SGDKernel:
         """Apply decoupled decay: ``param = param * (1 - lr * wd)``."""
         if is_zero(setting.shrink):
             return
+        if not params:
+            return
         factor = 1 - lr_on_device(setting.arguments["lr"], params) * setting.shrink
-        # On the CPU foreach loops, too, and rounds the factor to half precision first.
-        if setting.arguments["foreach"] or not params[0].is_cpu:
+        if isinstance(factor, Tensor):
+            factor = factor.squeeze()
+        # On the CPU foreach rounds the factor to half precision first.
+        half = any(param.is_cpu and param.dtype in HALF for param in params)
+        if setting.arguments["foreach"] or not (half or self._by_hand(setting)):
             _torch.foreach_mul_(params, factor)
         else:
             for param in params:
                 param.mul_(factor)
+
+    @staticmethod
+    def _by_hand(setting: Setting) -> bool:
+        return setting.arguments["foreach"] is False and not setting.arguments["fused"]
 
     def require_ranges(self, group: Group, index: int) -> None:
         """Raise for a hyperparameter that torch's constructor would refuse."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from selective_optim._decay import Form
 from selective_optim.parameters import ParameterInfo, shape_now, shape_text
@@ -52,16 +53,26 @@ class Ledger:
     def __init__(self) -> None:
         self.groups: list[list[Decision]] = []
         self._ids: list[list[int]] = []
+        self._cleared: Ledger | None = None
 
     def remembered(
         self, index: int, infos: Sequence[ParameterInfo]
     ) -> list[Decision] | None:
         """Return the decisions of a group that was cleared and now comes again."""
-        if index >= len(self.groups) or len(self.groups[index]) != len(infos):
+        if index == 0 and self.groups:
+            self._cleared = Ledger()
+            self._cleared.groups, self._cleared._ids = [*self.groups], [*self._ids]
+        old = self._cleared
+        if old is None or index >= len(old.groups):
+            self._cleared = None
             return None
-        if not all(map(_may_be, infos, self.groups[index])):
-            return None
-        return self.groups[index]
+        by_id = old._by_id()
+        known = [_by_identity(info.parameter, by_id) for info in infos]
+        if (own := [d for d in known if d is not None]) and len(own) == len(known):
+            return own
+        decided = old.groups[index]
+        same = len(decided) == len(infos) and all(map(_may_be, infos, decided))
+        return decided if same else None
 
     def record(
         self, index: int, params: Sequence[Tensor], decisions: list[Decision]
@@ -70,6 +81,10 @@ class Ledger:
         self.groups[index : index + 1] = [decisions]
         self._ids[index : index + 1] = [list(map(id, params))]
 
+    def settle(self, param_groups: Sequence[dict[str, Any]]) -> None:
+        """Take the tensors as they stand in a copy for those that were decided."""
+        self._ids = [list(map(id, group["params"])) for group in param_groups]
+
     def follow(
         self,
         param_groups: Sequence[dict[str, Any]],
@@ -77,8 +92,9 @@ class Ledger:
     ) -> list[list[Decision]]:
         """Return a decision for every parameter as the groups stand now.
 
-        A parameter whose name is known keeps its decision wherever it stands; any
-        other takes over the decision of its position.
+        A parameter that the model knows by name, or that stood in a group before,
+        keeps its decision wherever it stands; any other takes over the decision of
+        its position.
 
         Args:
             param_groups: The optimizer's groups.
@@ -89,10 +105,15 @@ class Ledger:
         """
         ids = [list(map(id, group["params"])) for group in param_groups]
         if ids != self._ids:
-            named = self._by_name()
+            by_name, by_id = self._by_name(), self._by_id()
+
+            def known(param: Tensor) -> Decision | None:
+                return by_name.get(name_of(param)) or _by_identity(param, by_id)
+
+            lists = [group["params"] for group in param_groups]
             found = [
-                self._of_group(index, group["params"], named, name_of)
-                for index, group in enumerate(param_groups)
+                self._of_group(index, params, list(map(known, params)))
+                for index, params in enumerate(lists)
             ]
             self.groups, self._ids = found, ids
         return self.groups
@@ -102,29 +123,42 @@ class Ledger:
         counts = Counter(decision.name for decision in decisions)
         return {d.name: d for d in decisions if d.name and counts[d.name] == 1}
 
+    def _by_id(self) -> dict[int, Decision]:
+        return {
+            own: decision
+            for ids, decisions in zip(self._ids, self.groups)
+            for own, decision in zip(ids, decisions)
+        }
+
     def _of_group(
-        self,
-        index: int,
-        params: Sequence[Tensor],
-        named: dict[str | None, Decision],
-        name_of: Callable[[Tensor], str | None],
+        self, index: int, params: Sequence[Tensor], known: list[Decision | None]
     ) -> list[Decision]:
-        known = [named.get(name_of(param)) for param in params]
-        if (own := [d for d in known if d is not None]) and len(own) == len(known):
+        own = [decision for decision in known if decision is not None]
+        if len(own) == len(known):
             return own
         decided = self.groups[index] if index < len(self.groups) else []
         if len(decided) != len(params):
-            strangers = [p for p, decision in zip(params, known) if decision is None]
+            new = next(p for p, decision in zip(params, known) if decision is None)
+            shape = shape_text(shape_now(new))
             raise RuntimeError(
-                f"group {index} holds {len(params)} parameters and decisions are known "
-                f"for {len(decided)}; new is one of shape "
-                f"{shape_text(shape_now(strangers[0]))}. "
-                f"Add parameters through optimizer.add_param_group({{'params': ...}})."
+                f"group {index} holds a parameter of shape {shape} that nothing was "
+                f"decided for. Add it through "
+                f"optimizer.add_param_group({{'params': ...}})."
             )
-        return [own or by_place for own, by_place in zip(known, decided)]
+        return [mine or by_place for mine, by_place in zip(known, decided)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"groups": self.groups}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.groups, self._ids = state["groups"], []
+        self.groups, self._ids, self._cleared = state["groups"], [], None
+
+
+def _by_identity(param: Tensor, by_id: dict[int, Decision]) -> Decision | None:
+    """Find the decision of a tensor that stood in a group before.
+
+    An ``id`` can come again for another tensor, made after the first was freed;
+    where frameworks do that they make ``DTensor``s, and the shape must agree, too.
+    """
+    decision = by_id.get(id(param)) if type(param) in (Tensor, Parameter) else None
+    return decision if decision and decision.shape == shape_now(param) else None

@@ -90,6 +90,8 @@ def _require_entries(
     kernel: Kernel, group: dict[str, Any], param: Tensor, label: str, own: Any
 ) -> None:
     for name in kernel.loaded_entries(group) if own else ():
+        if name not in own and not kernel.counts:
+            continue  # entries of the user's own, before the first gradient
         if name not in own:
             raise ValueError(
                 f"{label} has no {name!r} in the loaded state dict. {SAME_MODEL}"
@@ -99,6 +101,8 @@ def _require_entries(
             continue  # SGD's buffer before the first gradient
         shape = getattr(value, "shape", None)
         wanted = torch.Size() if name == "step" else param.shape
+        if name == "step" and isinstance(shape, torch.Size) and shape.numel() == 1:
+            continue  # some keep it in one element
         if shape != wanted and not (name == "step" and isinstance(value, (int, float))):
             got = "no tensor" if shape is None else f"shape {shape_text(shape)}"
             raise ValueError(

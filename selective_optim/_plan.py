@@ -7,8 +7,7 @@ kernel once. It is given tensors and numbers and knows no policy.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import compress
 from typing import Any
 
@@ -23,7 +22,7 @@ from selective_optim._evidence import (
     without_gradients,
 )
 from selective_optim._kernels import Kernel, Scaling, Setting, States
-from selective_optim._snapshot import Groups, Snapshot, equal, params_of
+from selective_optim._snapshot import Groups, Snapshot, equal, flat
 
 NO_SCALING: Scaling = (None, None)
 AllCounters = dict[torch.device, Counters]
@@ -59,11 +58,20 @@ def _make_cells(
         key, tensors = path_of(kernel, group, member, param.grad, state)
         cell = cells.get(key) or cells.setdefault(key, Cell(key, member.label))
         cell.add(param, state, slot, tensors)
-        if key.fused and kernel.counts:
-            cell.steps.append(counters[param.device].adopt(slot, state))
+    _adopt_counters([cell for cell in cells.values() if cell.key.fused], counters)
     return sorted(
         cells.values(), key=lambda cell: (not cell.key.fused, cell.key.sharded)
     )
+
+
+def _adopt_counters(cells: Iterable[Cell], counters: AllCounters) -> None:
+    """Count the steps of fused cells together, device by device."""
+    for device, counter in counters.items():
+        mine = [cell for cell in cells if cell.key.device == device]
+        slots = flat(cell.slots for cell in mine)
+        views = iter(counter.adopt(slots, flat(cell.states for cell in mine)))
+        for cell in mine:
+            cell.steps = [next(views) for _ in cell.slots]
 
 
 def on_device(scaling: Scaling, device: torch.device) -> Scaling:
@@ -102,8 +110,9 @@ class Plan:
         self._merged: list[list[Cell]] | None = None
         self._settle(groups)
         self._state = StateEvidence(states, self._buckets)
-        # Momentum buffers come into being with the first step: then plan anew.
-        self.once = any(cell.key.first for cell in self._cells)
+        # Momentum buffers come into being with the first step, and a gradient that
+        # does not fit may be followed by one that does: then plan anew.
+        self.once = any(cell.key.first or cell.key.odd for cell in self._cells)
 
     def _require_steppable(self, groups: Groups, members: Iterable[Member]) -> None:
         for index, group in enumerate(groups):
@@ -135,6 +144,8 @@ class Plan:
         for cells in merged:
             start = self._buckets[-1].part.stop if self._buckets else 0
             self._buckets.append(Bucket(self._kernel, cells, start))
+        self._fused_buckets = [b for b in self._buckets if b.key.fused]
+        self._functional_buckets = [b for b in self._buckets if not b.key.fused]
         self._evidence = Evidence(self._buckets)
         self._select(None)
 
@@ -192,79 +203,18 @@ class Plan:
         """Step every bucket; counters advance before and fall back if skipped."""
         if grads.there != self._there:
             self._select(grads.there)
+        plain = scaling == NO_SCALING and grads.there is None
+        # Functional ones first: they may raise, and then nothing else has changed.
+        for bucket in self._functional_buckets:
+            bucket.step(grads, on_device(scaling, bucket.key.device))
         for counter in self._advancing:
             counter.add(1.0)
-        if scaling == NO_SCALING and grads.there is None:
-            for bucket in self._buckets:
+        for bucket in self._fused_buckets:
+            if plain and not bucket.key.first:
                 bucket.replay(grads)
-            return
-        for bucket in self._buckets:
-            bucket.step(grads, on_device(scaling, bucket.key.device))
+            else:
+                bucket.step(grads, on_device(scaling, bucket.key.device))
         for counter in self._advancing:
             _, found_inf = on_device(scaling, counter.flat.device)
             if found_inf is not None:
                 counter.add(-found_inf)
-
-
-class Stepper:
-    """Keeps the plan of an optimizer and makes a new one when the old is not true."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        self._kernel = kernel
-        self._plan: Plan | None = None
-        self._counters: AllCounters = {}
-        self._counted: list[tuple[int, torch.device]] = []
-        self._active: set[int] = set()
-        self._warned = False
-
-    def step(
-        self,
-        groups: Groups,
-        members: Callable[[], Sequence[Member]],
-        states: States,
-        scaling: Scaling,
-        touched: bool,
-    ) -> None:
-        """Step every parameter that has a gradient.
-
-        Args:
-            groups: The optimizer's parameter groups.
-            members: Gives every parameter, in order, with what was decided for it.
-            states: The optimizer's state, by parameter.
-            scaling: ``grad_scale`` and ``found_inf`` of a ``GradScaler``, or ``None``.
-            touched: Whether anyone outside may have changed the state.
-        """
-        plan, grads = self._plan, None
-        if plan is not None:
-            grads = plan.prove(groups, states if touched else None)
-        if plan is None or grads is None:
-            plan = self._plan = self._new_plan(groups, members(), states)
-            grads = plan.gradients()
-        if plan.vanishing and not self._warned:
-            self._warn_of_vanishing(plan.vanishing)
-        plan.run(grads, scaling)
-        if plan.once:
-            self._plan = None
-
-    def _new_plan(
-        self, groups: Groups, members: Sequence[Member], states: States
-    ) -> Plan:
-        self._plan = None
-        counted = [(id(param), param.device) for param in params_of(groups)]
-        if counted != self._counted:
-            counts = self._kernel.counts
-            self._counters = make_counters(params_of(groups)) if counts else {}
-            self._counted = counted
-        plan = Plan(self._kernel, groups, members, states, self._counters, self._active)
-        self._active = plan.active
-        return plan
-
-    def _warn_of_vanishing(self, cell: Cell) -> None:
-        self._warned = True
-        dtype = str(cell.key.dtype).removeprefix("torch.")
-        warnings.warn(
-            f"1 - lr * weight_decay rounds to 1 or to its neighbor in {dtype}, so "
-            f"{cell.label} hardly decays. Keep the parameters in float32, or use fused "
-            f"Adam or AdamW, which decay in float32.",
-            stacklevel=6,
-        )

@@ -11,8 +11,8 @@ from selective_optim import _torch
 from selective_optim._cells import Member, free_choice
 from selective_optim._deciding import DecidingOptimizer
 from selective_optim._kernels import Group, Kernel, States
-from selective_optim._plan import Stepper
 from selective_optim._rules import Form
+from selective_optim._stepper import Stepper
 
 
 class SteppingOptimizer(DecidingOptimizer):
@@ -24,7 +24,6 @@ class SteppingOptimizer(DecidingOptimizer):
     def _take_kernel(self, kernel: Kernel) -> None:
         super()._take_kernel(kernel)
         self._stepper = Stepper(kernel)
-        self._touched = False
 
     @property
     def state(self) -> Any:
@@ -33,12 +32,13 @@ class SteppingOptimizer(DecidingOptimizer):
         Nobody can change what nobody has seen: until then a step need not look.
         """
         if not torch.compiler.is_compiling():  # which cannot set attributes in 2.7
-            self._touched = True
+            # Not an attribute of self: wrappers such as Fabric's share our class.
+            self._stepper.touched = True
         return self._states
 
     @state.setter
     def state(self, value: Any) -> None:
-        self._touched = True
+        self._stepper.touched = True
         self._states = value
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -68,7 +68,6 @@ class SteppingOptimizer(DecidingOptimizer):
                 self._members,
                 self._states,
                 (getattr(self, "grad_scale", None), getattr(self, "found_inf", None)),
-                self._touched,
             )
         return loss
 
