@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selective_optim._decisions import Decision
 from selective_optim._kernels import Kernel, is_zero
-from selective_optim.parameters import shape_text
+from selective_optim.parameters import canonical_name, shape_text
 
 RECORD = "decay"  # the key of a state dict under which decisions are recorded
 Decided = Sequence[Sequence[Decision]]
@@ -60,6 +60,7 @@ def require_loadable(
     owners = chain.from_iterable(
         [group] * len(group["params"]) for group in state_dict["param_groups"]
     )
+    _require_order(state_dict["param_groups"], decided)
     labels = list(_labels(decided))
     for key, param, group, label in zip(saved, params, owners, labels):
         own = state_dict["state"].get(key) or {}
@@ -84,6 +85,23 @@ def _require_groups(kernel: Kernel, groups: Sequence[dict[str, Any]]) -> None:
                 f"group {index} of the loaded state dict lists a parameter twice. "
                 f"{SAME_MODEL}"
             )
+
+
+def _require_order(groups: Sequence[dict[str, Any]], decided: Decided) -> None:
+    """Check that a state dict with names does not have them in another order."""
+    saved = [
+        canonical_name(n) for group in groups for n in group.get("param_names", ())
+    ]
+    names = [decision.name for decisions in decided for decision in decisions]
+    if saved == names or sorted(saved) != sorted(name or "" for name in names):
+        return  # torch goes by position: another model may have other names
+    position = next(i for i, name in enumerate(names) if name != saved[i])
+    raise ValueError(
+        f"parameter {position} of the loaded state dict is {saved[position]!r}, and "
+        f"here {names[position]!r} stands there. Order it with selective_optim."
+        f"checkpoint.merge_groups(state_dict, order=[n for n, _ in "
+        f"model.named_parameters()])."
+    )
 
 
 def _require_entries(
