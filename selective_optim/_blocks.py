@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from numbers import Real
 
 from torch import nn
 
-from selective_optim.parameters import WRAPPERS, canonical_name
+from selective_optim.parameters import WRAPPERS, brief, canonical_name
 from selective_optim.selectors import norm_module
 
 NUMBERED = re.compile(r"(.*?)\d+$")
@@ -109,17 +111,41 @@ def _blocks_in(run: Run) -> list[nn.Module]:
     ]
 
 
+def require_arguments(rate: float, layers: object) -> None:
+    """Check what layerwise rates are made of.
+
+    Raises:
+        TypeError: ``rate`` is no number, or ``layers`` neither string nor ``None``.
+        ValueError: ``rate`` is negative, infinite or NaN.
+    """
+    if layers is not None and not isinstance(layers, str):
+        raise TypeError(
+            f"`layers` must be a glob on module names, not {brief(layers)} "
+            f'({type(layers).__name__}). Write for example layers="blocks.*".'
+        )
+    if not isinstance(rate, (int, float, Real)):
+        raise TypeError(
+            f"`rate` must be a number, not {brief(rate)} ({type(rate).__name__}). "
+            f"Pass for example rate=0.75."
+        )
+    if not 0 <= rate < math.inf:
+        raise ValueError(
+            f"`rate` must be finite and >= 0, not {rate}. Pass for example rate=0.75."
+        )
+
+
 def find_blocks(roots: Sequence[nn.Module], layers: str | None) -> list[nn.Module]:
     """Return the repeated blocks that hold parameters, in the order of the model.
 
     Args:
         roots: Where to look.
-        layers: Glob on module names; of nested matches the outer counts. ``None``
-            takes the run of blocks that holds most of the parameters.
+        layers: Glob on module names; of nested matches the outer counts, and the
+            name of one container stands for what it contains. ``None`` takes the
+            run of blocks that holds most of the parameters.
 
     Raises:
-        ValueError: ``layers`` matches none, or is ``None`` and no run of blocks, or
-            no single one, holds most of the parameters.
+        ValueError: ``layers`` matches none or names a single module, or is ``None``
+            and no run of blocks, or no single one, holds most of the parameters.
     """
     if layers is not None:
         return _matching(roots, layers)
@@ -157,6 +183,8 @@ def _matching(roots: Sequence[nn.Module], layers: str) -> list[nn.Module]:
         if fnmatchcase(name, layers) and module not in inside:
             blocks.append(module)
             inside.update(module.modules())
+    if len(blocks) == 1:
+        return _in_single_match([(n, m) for n, m in named if m in inside], layers)
     if blocks:
         return blocks
     names = list(dict.fromkeys(name for name, _ in named))
@@ -164,6 +192,26 @@ def _matching(roots: Sequence[nn.Module], layers: str) -> list[nn.Module]:
     raise ValueError(
         f"`layers` {layers!r} matches none of {len(names)} modules with parameters; "
         f'the closest are {close}. Write for example layers="blocks.*".'
+    )
+
+
+def _in_single_match(
+    named: Sequence[tuple[str, nn.Module]], layers: str
+) -> list[nn.Module]:
+    """Return the layers that a glob means which matches one module, named first."""
+    name, block = named[0]
+    if name != layers and NUMBERED.match(name):
+        return [block]  # a model of one block, and a glob on its number
+    unwrapped = next(m for n, m in reversed(named) if n == name)
+    if isinstance(unwrapped, CONTAINERS):
+        return list(filter(_holds, unwrapped.children()))
+    runs = sorted(runs_in(unwrapped, name), key=lambda run: -run.size)
+    numbered = NUMBERED.match(name)
+    stem = numbered[1] if numbered else "blocks."
+    raise ValueError(
+        f"`layers` {layers!r} matches one {type(unwrapped).__name__} and no list of "
+        f"blocks, so there is nothing to count. Write for example "
+        f'layers="{runs[0].glob if runs else f"{stem}*"}".'
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selective_optim._blocks import final_norm, find_blocks, named_modules
+from selective_optim._blocks import (
+    final_norm,
+    find_blocks,
+    named_modules,
+    require_arguments,
+)
 from selective_optim._rules import Decay, Policy, Verdict
 from selective_optim._table import aligned
-from selective_optim.parameters import (
-    ModuleIndex,
-    ParameterInfo,
-    as_modules,
-)
+from selective_optim.parameters import ModuleIndex, ParameterInfo, as_modules
 from selective_optim.selectors import Need
 
 
@@ -166,22 +166,17 @@ class Layerwise(Policy):
         return Verdict(Decay(self.rate**distance), f"{self!r} at {distance}")
 
 
-def _require_rate(rate: float) -> None:
-    if not 0 <= rate < math.inf:
-        raise ValueError(
-            f"`rate` must be finite and >= 0, not {rate}. Pass for example rate=0.75."
-        )
-
-
 def layerwise(rate: float, layers: str | None = None) -> Policy:
     """Multiply the decay of each parameter by ``rate`` ** distance from the top layer.
 
     Args:
         rate: Factor from a layer to the one below, finite and >= 0.
         layers: Glob on the module names of the repeated blocks, such as
-            ``"blocks.*"``; by default they are found.
+            ``"blocks.*"``, or the name of their list, ``"blocks"``; by default
+            they are found.
 
     Raises:
+        TypeError: ``layers`` is no string, or ``rate`` no number.
         ValueError: ``rate`` is out of range. Blocks that are not found are told of
             when an optimizer asks.
 
@@ -189,7 +184,7 @@ def layerwise(rate: float, layers: str | None = None) -> Policy:
         >>> layerwise(0.75) * layerwise(0.5, layers="blocks.*")
         layerwise(0.75) * layerwise(0.5, layers='blocks.*')
     """
-    _require_rate(rate)
+    require_arguments(rate, layers)
     return Layerwise(rate, layers)
 
 
@@ -212,24 +207,29 @@ def layerwise_groups(
         lr: Learning rate of the top layer.
         rate: Factor from a layer to the one below, finite and >= 0.
         layers: Glob on the module names of the repeated blocks, such as
-            ``"blocks.*"``; by default they are found.
+            ``"blocks.*"``, or the name of their list, ``"blocks"``; by default
+            they are found.
 
     Returns:
         The groups; ``print`` shows which parameters share a layer.
 
     Raises:
+        TypeError: ``layers`` is no string, or ``rate`` no number.
         ValueError: No repeated blocks are found, or more than one list of them, or
-            ``layers`` matches no module that holds parameters.
+            ``layers`` matches no module that holds parameters, or only one.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1))
-        >>> print(layerwise_groups(model, lr=0.1, rate=0.5, layers="1"))
-        layer     lr  tensors  elements  parameters
-            0    0.1        2         3  2
-            1   0.05        2         6  1
-            2  0.025        2         6  0
+        >>> blocks = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+        >>> parts = {"stem": nn.Linear(3, 2), "blocks": blocks, "head": nn.Linear(2, 1)}
+        >>> model = nn.ModuleDict(parts)
+        >>> print(layerwise_groups(model, lr=0.1, rate=0.5, layers="blocks.*"))
+        layer      lr  tensors  elements  parameters
+            0     0.1        2         3  head
+            1    0.05        2         6  blocks.1
+            2   0.025        2         6  blocks.0
+            3  0.0125        2         8  stem
     """
-    _require_rate(rate)
+    require_arguments(rate, layers)
     roots = as_modules(model)
     distances = Distances(roots, layers)
     found: dict[int, list[ParameterInfo]] = {}

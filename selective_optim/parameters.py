@@ -22,6 +22,8 @@ from selective_optim._walk import WRAPPERS as WRAPPERS
 from selective_optim._walk import Place, is_modules, modules_behind, places
 from selective_optim._walk import canonical_name as canonical_name
 
+REPR_WIDTH = 60  # of a value in a message; a dict of modules prints as pages
+
 
 @dataclass(frozen=True, eq=False)
 class ParameterInfo:
@@ -68,6 +70,16 @@ class ParameterInfo:
 def shape_text(shape: Sequence[int]) -> str:
     """Write a shape as ``10 x 64``; a zero-dimensional one as ``scalar``."""
     return " x ".join(map(str, shape)) or "scalar"
+
+
+def brief(value: object) -> str:
+    """Show a value in a message: modules and tensors by type, all else shortened."""
+    if isinstance(value, Tensor):
+        return f"a tensor ({_shape_of(value)})"
+    if isinstance(value, nn.Module):
+        return f"a {type(value).__name__}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= REPR_WIDTH else f"{text[: REPR_WIDTH - 4]} ..."
 
 
 def _shape_of(param: Tensor) -> str:
@@ -146,7 +158,7 @@ def as_modules(model: object) -> list[nn.Module]:
         isinstance(m, nn.Module) for m in modules
     ):
         raise TypeError(
-            f"`model` must be a module or a sequence of modules, not {model!r} "
+            f"`model` must be a module or a sequence of modules, not {brief(model)} "
             f"({type(model).__name__}). Pass model=model."
         )
     return list(modules)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -210,6 +211,11 @@ def test_layerwise_groups_see_through_a_wrapper(layout, wrap):
     assert members(model, groups) == members(model, layerwise_groups(model, 0.1, 0.5))
 
 
+def wrapped_list(model):
+    model.blocks = Wrapper(model.blocks)
+    return model
+
+
 def test_layerwise_groups_see_through_wrapped_blocks_and_norm():
     model, plain = vit(), vit()
     model.blocks = nn.Sequential(*map(Wrapper, model.blocks))
@@ -224,7 +230,12 @@ def test_layerwise_groups_see_through_wrapped_blocks_and_norm():
 
 GLOBS = {
     "blocks": (vit, "blocks.*", 5),
-    "one block": (vit, "blocks.1", 3),
+    "list of blocks": (vit, "blocks", 5),
+    "glob on the list": (gpt, "*.h", 3),
+    "wrapped list": (lambda: wrapped_list(vit()), "blocks", 5),
+    "one block": (lambda: vit(1), "blocks.*", 3),
+    "list of one block": (lambda: vit(1), "blocks", 3),
+    "list of stages": (swin, "layers", 5),
     "stages": (swin, "layers.*", 5),
     "blocks of stages": (swin, "layers.*.blocks.*", 7),
     "any": (resnet, "layer?", 5),
@@ -329,6 +340,18 @@ ERRORS = {
         lambda: layerwise_groups(vit(), 0.1, 0.5, layers="block.*"),
         r"'block\.\*' matches none of \d+ modules .* closest are 'blocks",
     ),
+    "one of the blocks": (
+        lambda: layerwise_groups(vit(), 0.1, 0.5, layers="blocks.1"),
+        r"'blocks\.1' matches one Block .* Write for example layers=\"blocks\.\*\"\.",
+    ),
+    "module around the blocks": (
+        lambda: layerwise_groups(gpt(), 0.1, 0.5, layers="transformer"),
+        r"matches one Model .* Write for example layers=\"transformer\.h\.\*\"\.",
+    ),
+    "module without blocks": (
+        lambda: AdamW(vit(), wd_policy=layerwise(0.5, layers="h*d")),
+        r"'h\*d' matches one Linear .* Write for example layers=\"blocks\.\*\"\.",
+    ),
     "negative rate": (
         lambda: layerwise_groups(vit(), 0.1, -0.5),
         r"`rate` must be finite and >= 0, not -0\.5\. Pass for example rate=0\.75\.",
@@ -343,3 +366,26 @@ def test_layerwise_says_what_is_wrong(case):
 
     with pytest.raises(ValueError, match=words):
         call()
+
+
+TYPES = {
+    "number": (
+        {"layers": 3},
+        r"`layers` must be a glob on module names, not 3 \(int\)",
+    ),
+    "list": ({"layers": ["a", "b"]}, r"not \['a', 'b'\] \(list\)\. Write .*\.\*\"\."),
+    "module": ({"layers": nn.Linear(2, 2)}, r"not a Linear \(Linear\)\."),
+    "text": (
+        {"rate": ".75"},
+        r"`rate` must be a number, not '\.75' \(str\)\. Pass .*75",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TYPES)
+@pytest.mark.parametrize("call", [layerwise, partial(layerwise_groups, vit(), 0.1)])
+def test_layerwise_says_what_type_is_wrong(case, call):
+    arguments, words = TYPES[case]
+
+    with pytest.raises(TypeError, match=words):
+        call(**{"rate": 0.5, **arguments})
