@@ -35,9 +35,8 @@ class Counters:
             # All are read before one is written: states may hold each other's views.
             place = {"device": self.flat.device, "dtype": self.flat.dtype}
             values = [states[i]["step"].to(**place).reshape(()) for i in new]
-            self.flat[_indices([slots[i] for i in new], self.flat)] = torch.stack(
-                values
-            )
+            places = torch.tensor([slots[i] for i in new], dtype=torch.long)
+            self.flat[places.to(self.flat.device)] = torch.stack(values)
             for i in new:
                 states[i]["step"] = views[i]
         return views
@@ -46,16 +45,13 @@ class Counters:
         """Fix which counters advance: all, or those that step now."""
         self._advancing = None
         if len(slots) < len(self.views):
-            self._advancing = torch.zeros_like(self.flat)
-            self._advancing[_indices(slots, self.flat)] = 1.0
+            ones = torch.zeros(self.flat.shape, dtype=self.flat.dtype)
+            ones[torch.tensor(slots, dtype=torch.long)] = 1.0
+            self._advancing = ones.to(self.flat.device, non_blocking=True)
 
     def add(self, amount: float | Tensor) -> None:
         """Advance the selected counters, or take an advance back."""
         self.flat.add_(amount if self._advancing is None else self._advancing * amount)
-
-
-def _indices(slots: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(slots, dtype=torch.long, device=like.device)
 
 
 class Grads(NamedTuple):

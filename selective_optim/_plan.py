@@ -77,11 +77,13 @@ def _adopt_counters(cells: Iterable[Cell], counters: AllCounters) -> None:
 def on_device(scaling: Scaling, device: torch.device) -> Scaling:
     """Move ``grad_scale`` and ``found_inf`` to a device."""
     scale, found_inf = scaling
+    # To the CPU without waiting would be read before it is there.
+    at_once = device.type != "cpu"
     if scale is not None:
-        scale = scale.to(device, non_blocking=True)
+        scale = scale.to(device, non_blocking=at_once)
     if found_inf is not None:
         # GradScaler sums over devices, and kernels look for exactly 1.
-        found_inf = found_inf.to(device, non_blocking=True).clamp(max=1.0)
+        found_inf = found_inf.to(device, non_blocking=at_once).clamp(max=1.0)
     return scale, found_inf
 
 

@@ -11,6 +11,7 @@ import re
 from functools import cache
 from types import NoneType
 
+import torch
 from torch import nn
 
 # What these hold is a weight, whatever else their class is called after.
@@ -53,13 +54,29 @@ def says_norm(cls: type) -> bool:
     return any(_name_says_norm(base.__name__) for base in cls.__mro__)
 
 
+def original_class(module: nn.Module | None) -> str:
+    """Name the class that a scripted or unflattened module was of; else "".
+
+    ``torch.jit`` and ``torch.export.unflatten`` make modules of their own classes,
+    which say what they were made of. Those of ``ExportedProgram.module()`` do not.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return str(module.original_name)
+    if type(module).__module__ == "torch.export.unflatten":
+        name = getattr(module, "type_name", str)()  # torch 2.7 keeps none
+        return str(name).rpartition(".")[2]
+    return ""
+
+
 def norm_module(module: nn.Module | None) -> bool:
     """Tell whether a module normalizes: torch's classes and all that are named so.
 
     A wrapper around a norm that has parameters does not count, nor does a subclass
     of a linear, convolution or embedding layer, whatever it is called.
     """
-    if isinstance(module, (NoneType, *WEIGHT_MODULES)) or not says_norm(type(module)):
+    if isinstance(module, (NoneType, *WEIGHT_MODULES)):
+        return False
+    if not says_norm(type(module)) and not _name_says_norm(original_class(module)):
         return False
     return not any(norm_module(m) and _has_parameters(m) for m in module.children())
 
@@ -84,5 +101,6 @@ def embedding_module(module: nn.Module | None) -> bool:
     """Tell whether a module embeds: torch's classes and all that are named so."""
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return True
-    words = WORDS.findall(type(module).__name__)
+    name = original_class(module) or type(module).__name__
+    words = WORDS.findall(name.removesuffix("Bag"))
     return bool(words) and words[-1] in ("Embedding", "Embeddings")

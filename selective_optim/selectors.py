@@ -16,7 +16,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from selective_optim._recognition import bias_leaf, embedding_leaf, embedding_module
+from selective_optim._recognition import (
+    bias_leaf,
+    embedding_leaf,
+    embedding_module,
+    original_class,
+)
 from selective_optim._recognition import norm_module as norm_module
 from selective_optim._watched import ask, callable_text
 from selective_optim.parameters import ParameterInfo
@@ -77,7 +82,10 @@ class InsideClass(Selector):
         return f"nn.{self.cls.__name__}" if public else self.cls.__name__
 
     def at(self, place: ParameterInfo) -> bool:
-        return any(isinstance(module, self.cls) for module in place.path)
+        return any(
+            isinstance(module, self.cls) or original_class(module) == self.cls.__name__
+            for module in place.path
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
