@@ -166,6 +166,9 @@ class World:
                 reused.copy_(grad)
             elif spec.grad == "contiguous":
                 param.grad = grad.contiguous().clone()
+            elif spec.grad == "strided":
+                strides = param.stride()  # with the gaps, which empty_like closes
+                param.grad = grad.new_empty_strided(grad.shape, strides).copy_(grad)
             else:
                 param.grad = torch.empty_like(param).copy_(grad)
 
