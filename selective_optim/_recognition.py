@@ -63,7 +63,7 @@ def original_class(module: nn.Module | None) -> str:
     if isinstance(module, torch.jit.ScriptModule):
         return str(module.original_name)
     if type(module).__module__ == "torch.export.unflatten":
-        name = getattr(module, "type_name", str)()  # torch 2.7 keeps none
+        name = getattr(module, "type_name", str)()  # not so the root in 2.7
         return str(name).rpartition(".")[2]
     return ""
 
