@@ -68,15 +68,8 @@ class Twin:
         if self.name == "SGD" and self.form == "decoupled":
             group["weight_decay"] = 0.0
             if self.param.grad is not None and wd != 0:
-                self._shrink_(1 - settings["lr"] * wd, kind)
+                self.param.data.mul_(1 - settings["lr"] * wd)
         self.optimizer.step()
-
-    def _shrink_(self, factor: Any, kind: str) -> None:
-        # On the CPU, foreach rounds the factor to the parameter's dtype (2.7 to 2.15).
-        if kind == "foreach":
-            torch._foreach_mul_([self.param.data], factor)
-        else:
-            self.param.data.mul_(factor)
 
     def _fused_is_right(self) -> bool:
         param, grad = self.param, self.param.grad
