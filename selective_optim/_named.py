@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
 
 from selective_optim._loading import RECORD as RECORD
-from selective_optim.parameters import canonical_name
+from selective_optim._loading import require_dict
+from selective_optim._walk import without_wrappers
+from selective_optim.parameters import brief, canonical_name
 
 StateDict = dict[str, Any]
 Hyper = dict[str, Any]  # of a group: all but its parameters and their names
@@ -47,26 +50,52 @@ def form_of(hyper: Hyper) -> str | None:
     return "decoupled" if hyper.get("decoupled_weight_decay") else "l2"
 
 
+def told_apart(names: Sequence[str]) -> list[str]:
+    """Make names canonical, but for those that a parametrization's parameters share."""
+    canonical = list(map(canonical_name, names))
+    bearers = Counter(canonical)
+    return [
+        short if bearers[short] == 1 else without_wrappers(name)
+        for name, short in zip(names, canonical)
+    ]
+
+
+def _require_lists(names: object) -> None:
+    listed = names if isinstance(names, Iterable) else [names]
+    if isinstance(names, str) or any(isinstance(name, str) for name in listed):
+        raise TypeError(
+            f"`names` must be one list of names per group, not {brief(names)}. "
+            f"Pass names=group_names(optimizer.param_groups, model)."
+        )
+
+
 def read(state_dict: StateDict, names: Names | None) -> dict[str, Entry]:
     """List the parameters of a state dict by canonical name.
 
     Raises:
+        TypeError: The state dict is no dict, or ``names`` no list of lists.
         ValueError: A parameter has no name, or two have the same.
     """
+    require_dict(state_dict)
+    _require_lists(names)
     if not {"state", "param_groups"} <= set(state_dict):
         raise ValueError(
             f"`state_dict` must hold 'state' and 'param_groups', not "
             f"{sorted(state_dict)[:3]}. Pass optimizer.state_dict()."
         )
+    listed = [
+        entry
+        for index, group in enumerate(state_dict["param_groups"])
+        for entry in _entries_of(state_dict, group, index, names)
+    ]
     entries: dict[str, Entry] = {}
-    for index, group in enumerate(state_dict["param_groups"]):
-        for entry in _entries_of(state_dict, group, index, names):
-            known = entries.setdefault(canonical_name(entry.name), entry)
-            if known is not entry:
-                raise ValueError(
-                    f"{entry.name!r} names two parameters of the state dict, in groups "
-                    f"{known.group} and {index}. Name each once: names=[[...], ...]."
-                )
+    for key, entry in zip(told_apart([entry.name for entry in listed]), listed):
+        known = entries.setdefault(key, entry)
+        if known is not entry:
+            raise ValueError(
+                f"{entry.name!r} names two parameters of the state dict, in groups "
+                f"{known.group} and {entry.group}. Name each once: names=[[...], ...]."
+            )
     return entries
 
 
@@ -114,17 +143,18 @@ def choose(
     """
     chosen: dict[str, Entry] = {}
     for name in names:
-        canonical = canonical_name(name)
-        if canonical not in entries:
+        key = canonical_name(name)
+        key = key if key in entries else without_wrappers(name)
+        if key not in entries:
             raise ValueError(
                 f"{name!r} in `{argument}` names no parameter of the state dict. "
                 f"Correct it, or leave it out."
             )
-        if canonical in chosen:
+        if key in chosen:
             raise ValueError(
                 f"{name!r} stands in `{argument}` twice. Leave one of them out."
             )
-        chosen[canonical] = entries[canonical]
+        chosen[key] = entries[key]
     missing = [entry for name, entry in entries.items() if name not in chosen]
     if missing:
         more = f", and so are {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -132,6 +162,27 @@ def choose(
             f"{missing[0].label()} is missing in `{argument}`{more}. Add its name."
         )
     return list(chosen.values())
+
+
+def recorded(
+    state_dict: StateDict, groups: Iterable[tuple[Hyper, Sequence[Entry]]]
+) -> list[list[Record]] | None:
+    """Record what part of its group's decay each parameter has, where known."""
+    records = [
+        [_record(entry, hyper["weight_decay"]) for entry in mine]
+        for hyper, mine in groups
+    ]
+    known = RECORD in state_dict or all(
+        hyper["weight_decay"] and entry.form for hyper, mine in groups for entry in mine
+    )
+    return records if known else None
+
+
+def _record(entry: Entry, largest: Any) -> Record:
+    if entry.hyper["weight_decay"] == largest:
+        return [entry.multiplier, entry.form]
+    # To 15 digits, so that 0.01 of 0.1 is the 0.1 that a policy says.
+    return [float(f"{float(entry.wd) / float(largest):.15g}"), entry.form]
 
 
 def write(

@@ -30,11 +30,16 @@ class Place:
 
 def canonical_name(name: str) -> str:
     """Strip what wrappers and parametrizations add to a dotted name."""
-    *modules, leaf = name.split(".")
-    modules = [part for part in modules if part not in WRAPPERS]
+    *modules, leaf = without_wrappers(name).split(".")
     if modules[-2:-1] == ["parametrizations"] and leaf.startswith("original"):
         *modules, _, leaf = modules
     return ".".join([*modules, leaf])
+
+
+def without_wrappers(name: str) -> str:
+    """Strip what wrappers add to a dotted name, and nothing else."""
+    *modules, leaf = name.split(".")
+    return ".".join([*(part for part in modules if part not in WRAPPERS), leaf])
 
 
 def _named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -16,18 +16,18 @@ from typing import Any
 from torch import nn
 
 from selective_optim._named import (
-    RECORD,
     Entry,
     Hyper,
     Names,
-    Record,
     StateDict,
     choose,
     form_of,
     read,
+    recorded,
+    told_apart,
     write,
 )
-from selective_optim.parameters import as_modules, canonical_name, shape_text
+from selective_optim.parameters import as_modules, brief, shape_text
 
 
 def group_names(
@@ -40,16 +40,16 @@ def group_names(
         model: The module, or modules, that the parameters live in.
 
     Returns:
-        Canonical names, group by group.
+        Canonical names, group by group; where a parametrization made several
+        parameters of one, as weight norm does, their own names.
 
     Raises:
+        TypeError: The arguments are no groups, or no modules.
         ValueError: A parameter is in none of the modules.
     """
-    names = {
-        id(param): canonical_name(name)
-        for module in as_modules(model)
-        for name, param in module.named_parameters()
-    }
+    named = [pair for m in as_modules(model) for pair in m.named_parameters()]
+    own = told_apart([name for name, _ in named])
+    names = {id(param): name for name, (_, param) in zip(own, named)}
 
     def name_of(index: int, position: int, param: Any) -> str:
         if id(param) not in names:
@@ -62,8 +62,21 @@ def group_names(
 
     return [
         [name_of(index, position, p) for position, p in enumerate(group["params"])]
-        for index, group in enumerate(param_groups)
+        for index, group in enumerate(_as_groups(param_groups))
     ]
+
+
+def _as_groups(param_groups: Any) -> list[Mapping[str, Any]]:
+    groups = list(
+        param_groups if isinstance(param_groups, Iterable) else [param_groups]
+    )
+    for group in groups:
+        if not isinstance(group, Mapping):
+            raise TypeError(
+                f"`param_groups` must be a list of dicts, and holds {brief(group)} "
+                f"({type(group).__name__}). Pass optimizer.param_groups."
+            )
+    return groups
 
 
 def merge_groups(
@@ -84,7 +97,10 @@ def merge_groups(
         names: Names of the parameters, group by group; by default the
             ``"param_names"`` of the groups.
         order: All names in the order of the optimizer that is to load the result, as
-            a rule of ``model.named_parameters()``; by default that of ``state_dict``.
+            a rule ``[name for name, _ in model.named_parameters()]``. Without it the
+            order of the groups is kept, decayed before exempt as a rule, which is
+            not that of ``model.parameters()``: where shapes agree, an optimizer made
+            from that would give parameters the state of others.
         by: Hyperparameters that keep groups apart: with ``"lr"`` there is one group
             per learning rate.
 
@@ -99,9 +115,10 @@ def merge_groups(
         >>> import torch
         >>> named = list(torch.nn.Linear(2, 1).named_parameters())
         >>> split = torch.optim.SGD(
-        ...     [{"params": named[:1], "weight_decay": 0.1}, {"params": named[1:]}]
+        ...     [{"params": named[1:]}, {"params": named[:1], "weight_decay": 0.1}]
         ... )
-        >>> [group] = merge_groups(split.state_dict())["param_groups"]
+        >>> merged = merge_groups(split.state_dict(), order=[name for name, _ in named])
+        >>> [group] = merged["param_groups"]
         >>> group["param_names"], group["weight_decay"]
         (['weight', 'bias'], 0.1)
     """
@@ -109,7 +126,7 @@ def merge_groups(
     ordered = entries.values() if order is None else choose(entries, order, "order")
     apart = (by,) if isinstance(by, str) else tuple(by)
     groups = [(_merged(mine, apart), mine) for mine in _kept_apart(ordered, apart)]
-    return write(state_dict, groups, _records(state_dict, groups))
+    return write(state_dict, groups, recorded(state_dict, groups))
 
 
 def split_groups(
@@ -225,24 +242,3 @@ def _require_form(entries: Iterable[Entry], hyper: Hyper) -> None:
                 f"group form {form!r}. If it is to change, set weight_decay in every "
                 f"group and del state_dict['decay'] first."
             )
-
-
-def _records(
-    state_dict: StateDict, groups: Iterable[tuple[Hyper, Sequence[Entry]]]
-) -> list[list[Record]] | None:
-    """Record what part of its group's decay each parameter has, where known."""
-    records = [
-        [_record(entry, hyper["weight_decay"]) for entry in mine]
-        for hyper, mine in groups
-    ]
-    known = RECORD in state_dict or all(
-        hyper["weight_decay"] and entry.form for hyper, mine in groups for entry in mine
-    )
-    return records if known else None
-
-
-def _record(entry: Entry, largest: Any) -> Record:
-    if entry.hyper["weight_decay"] == largest:
-        return [entry.multiplier, entry.form]
-    # To 15 digits, so that 0.01 of 0.1 is the 0.1 that a policy says.
-    return [float(f"{float(entry.wd) / float(largest):.15g}"), entry.form]

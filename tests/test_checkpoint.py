@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from selective_optim import policies
 from selective_optim.checkpoint import group_names, merge_groups, split_groups
@@ -257,6 +258,44 @@ def test_names_are_matched_without_what_wrappers_add():
     assert_same(wrapped["state"], plain["state"])
 
 
+def weight_normed():
+    torch.manual_seed(0)
+    layers = [weight_norm(nn.Linear(3, 3)), weight_norm(nn.Linear(3, 3, bias=False))]
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize(("path", "prefix"), [("module", ""), ("body", "body.")])
+def test_parameters_that_share_a_canonical_name_keep_their_own(path, prefix):
+    model = nn.ModuleDict({path: weight_normed()})
+    params = list(model.parameters())
+    saved = torch.optim.SGD([{"params": params[::-2]}, {"params": params[-2::-2]}])
+    for number, param in enumerate(params):
+        saved.state[param]["momentum_buffer"] = torch.tensor(float(number))
+    names = group_names(saved.param_groups, model)
+
+    merged = merge_groups(saved.state_dict(), names, order=names_of(model))
+    layout = [{"params": own, "weight_decay": 0.0} for own in names]
+
+    original = "parametrizations.weight.original"
+    assert names == [
+        [f"{prefix}1.{original}1", f"{prefix}0.{original}1", f"{prefix}0.bias"],
+        [f"{prefix}1.{original}0", f"{prefix}0.{original}0"],
+    ]
+    actual = [s["momentum_buffer"].item() for _, s in sorted(merged["state"].items())]
+    assert actual == [0, 1, 2, 3, 4]
+    again = split_groups(merged, layout, names=[names_of(model)])
+    assert_same(again["state"], saved.state_dict()["state"])
+
+
+def test_canonical_name_that_two_parameters_share_names_neither():
+    model = weight_normed()
+    state_dict = torch.optim.SGD(model.named_parameters()).state_dict()
+    order = ["0.weight", *names_of(model)[1:]]
+
+    with pytest.raises(ValueError, match=r"'0\.weight' in `order` names no parameter"):
+        merge_groups(state_dict, order=order)
+
+
 def test_state_entries_are_carried_over_whatever_they_are():
     original = saved_split()
     original["state"][0]["do_wd"] = False
@@ -480,3 +519,36 @@ def test_group_names_refuses_a_parameter_outside_the_model():
     stranger = {"params": [nn.Parameter(torch.ones(2, 3))]}
     with pytest.raises(ValueError, match=r"parameter 0 of group 0 \(shape 2 x 3\)"):
         group_names([stranger], nn.Linear(1, 1))
+
+
+OTHER_OBJECTS = {
+    "optimizer to merge": (
+        lambda optimizer, model: merge_groups(optimizer),
+        r"`state_dict` must be a dict, not SGD\. Pass .*optimizer\.state_dict\(\)",
+    ),
+    "flat names": (
+        lambda optimizer, model: merge_groups(optimizer.state_dict(), names_of(model)),
+        r"`names` must be one list of names per group, not \['scale'.*=group_names\(",
+    ),
+    "optimizer to name": (
+        lambda optimizer, model: group_names(optimizer, model),
+        r"`param_groups` must be a list of dicts, .* \(SGD\)\. Pass .*param_groups\.",
+    ),
+    "groups for a model": (
+        lambda optimizer, model: group_names(model, optimizer.param_groups),
+        r"`model` must be a module or a sequence of modules, not .{,70} \(list\)\.",
+    ),
+    "dict of modules": (
+        lambda optimizer, model: group_names(optimizer.param_groups, {"a": model}),
+        r"`model` must be .*, not \{'a': .{,70} \(dict\)\. Pass model=model\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_OBJECTS)
+def test_conversion_refuses_other_objects_in_one_line(case):
+    call, words = OTHER_OBJECTS[case]
+    model = make_net()
+
+    with pytest.raises(TypeError, match=words):
+        call(torch.optim.SGD(model.parameters()), model)
