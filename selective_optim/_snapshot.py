@@ -41,64 +41,63 @@ def equal(a: object, b: object) -> bool:
         return False
 
 
-def _frozen(group: Group) -> Group:
-    """Copy what can be edited in place: the list of parameters, betas from JSON."""
-    return {k: [*v] if isinstance(v, list) else v for k, v in group.items()}
+def _values_of(groups: Groups) -> list[Any]:
+    return flat(map(dict.values, groups))
 
 
-def _types_of(groups: Groups) -> list[type]:
-    return [type(value) for group in groups for value in group.values()]
+def _sizes_of(groups: Groups) -> list[int]:
+    return [len(group["params"]) for group in groups]
+
+
+def _is_array(param: Tensor) -> bool:
+    known = type(param) in (*PLAIN, _torch.dtensor_class())
+    return known and param.numel() != 1
+
+
+def _identical(values: list[Any], planned: list[Any]) -> bool:
+    pairs = zip(values, planned)
+    same = (a is b or (type(a) is list and equal(a, b)) for a, b in pairs)
+    return len(values) == len(planned) and all(same)
 
 
 class Snapshot:
     """The parameters and hyperparameters of all groups.
 
-    Python compares equal containers by identity first, all in C. Only a replaced
-    tensor of exactly one element could pass for an equal one; where there are such
+    Python compares equal lists by identity first, all in C. Only a replaced tensor
+    of exactly one element could pass for an equal one; where there are such
     parameters, or tensors among the hyperparameters, objects are compared one by
     one, and no tensor is asked for its value, which would wait for the device.
     """
 
     def __init__(self, groups: Groups) -> None:
-        self._groups = [_frozen(group) for group in groups]
-        self._types = _types_of(groups) if len(groups) <= FEW else None
         self.params = params_of(groups)
-        self._values = self._values_of(groups)
+        self._sizes = _sizes_of(groups)
+        # Lists can be edited in place: those of parameters, and betas from JSON.
+        self._values = [
+            [*value] if isinstance(value, list) else value
+            for value in _values_of(groups)
+        ]
+        self._types = list(map(type, self._values)) if len(groups) <= FEW else None
         betas = flat(group.get("betas", ()) for group in groups)
         tensors = any(isinstance(value, Tensor) for value in self._values + betas)
-        self._compares_in_c = not tensors and all(map(self._is_array, self.params))
-        self._same = same_objects if tensors else equal
+        self._same_values = _identical if tensors else equal
+        self._values_tell_params = not tensors and all(map(_is_array, self.params))
         self._scales_tensors = any(
             isinstance(group["weight_decay"], Tensor) for group in groups
         )
 
-    @staticmethod
-    def _is_array(param: Tensor) -> bool:
-        known = type(param) in (*PLAIN, _torch.dtensor_class())
-        return known and param.numel() != 1
-
-    @staticmethod
-    def _values_of(groups: Groups) -> list[Any]:
-        names = ([name for name in group if name != "params"] for group in groups)
-        return [g[name] for g, own in zip(groups, names) for name in own]
-
     def holds(self, groups: Groups) -> bool:
         """Tell whether nothing changed, nor is to be multiplied anew."""
-        if self._compares_in_c:
-            # Equal numbers of other types, as float32's, need not be the same double.
-            return equal(groups, self._groups) and self._types in (
-                None,
-                _types_of(groups),
-            )
+        values = _values_of(groups)
         return (
-            not self._scales_tensors
-            and self.has_params(groups)
-            and self._same(self._values_of(groups), self._values)
+            self._same_values(values, self._values)
+            # Equal numbers of another type, as float32's, need not be the same double.
+            and (self._types is None or list(map(type, values)) == self._types)
+            and (self._values_tell_params or self.has_params(groups))
+            and not self._scales_tensors
         )
 
     def has_params(self, groups: Groups) -> bool:
-        """Tell whether the parameters are the same and stand in the same order."""
-        sizes = [len(group["params"]) for group in groups]
-        return sizes == [len(group["params"]) for group in self._groups] and (
-            same_objects(params_of(groups), self.params)
-        )
+        """Tell whether the parameters are the same and stand in the same places."""
+        same = same_objects(params_of(groups), self.params)
+        return same and _sizes_of(groups) == self._sizes
