@@ -98,7 +98,7 @@ class SelectiveOptimizer(SteppingOptimizer):
         super().__setstate__(rest)
         if "_ledger" in rest:
             self._ledger.settle(self.param_groups)
-        self._stepper.forget()
+        self._plan_anew()
 
     def decay_report(self) -> DecayReport:
         """Tell what decays: in sum when printed, per parameter in ``rows``."""

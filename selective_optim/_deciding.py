@@ -53,10 +53,14 @@ class DecidingOptimizer(torch.optim.Optimizer):
         policies = [self._policy, *(arrival.policy for arrival in arrivals)]
         self._settle(arrivals, policies)
         self._warn_if_idle([policy for policy in policies if policy is not None])
+        self._plan_anew()
 
     def _take_kernel(self, kernel: Kernel) -> None:
         """Start stepping afresh with this kernel."""
         self._kernel = kernel
+
+    def _plan_anew(self) -> None:
+        """Forget what was planned, for a state that nobody else holds yet."""
 
     @_torch.disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:

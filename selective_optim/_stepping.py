@@ -25,6 +25,9 @@ class SteppingOptimizer(DecidingOptimizer):
         super()._take_kernel(kernel)
         self._stepper = Stepper(kernel)
 
+    def _plan_anew(self) -> None:
+        self._stepper.forget()
+
     @property
     def state(self) -> Any:
         """State tensors by parameter, as in torch; once looked at, checked every step.

@@ -349,3 +349,16 @@ def test_gradients_are_not_kept_alive_between_steps():
     for param in params:
         param.grad = None
     assert gone() is None
+
+
+def test_state_is_not_searched_for_edits_until_someone_has_looked():
+    params = make_params()
+    optimizer = ours(CASES[-1], params, VERDICTS, **HYPER)
+    for step in range(3):
+        set_grads(params, step)
+        optimizer.step()
+    optimizer.state_dict()
+    optimizer.decay_report()
+    assert not optimizer._stepper.touched
+    assert optimizer.state
+    assert optimizer._stepper.touched
