@@ -12,7 +12,8 @@ from numbers import Real
 
 from torch import nn
 
-from selective_optim.parameters import WRAPPERS, brief, canonical_name
+from selective_optim._text import received
+from selective_optim.parameters import WRAPPERS, canonical_name
 from selective_optim.selectors import norm_module
 
 NUMBERED = re.compile(r"(.*?)\d+$")
@@ -120,12 +121,12 @@ def require_arguments(rate: float, layers: object) -> None:
     """
     if layers is not None and not isinstance(layers, str):
         raise TypeError(
-            f"`layers` must be a glob on module names, not {brief(layers)} "
-            f'({type(layers).__name__}). Write for example layers="blocks.*".'
+            f"`layers` must be a glob on module names, not {received(layers)}. "
+            f'Write for example layers="blocks.*".'
         )
     if not isinstance(rate, (int, float, Real)):
         raise TypeError(
-            f"`rate` must be a number, not {brief(rate)} ({type(rate).__name__}). "
+            f"`rate` must be a number, not {received(rate)}. "
             f"Pass for example rate=0.75."
         )
     if not 0 <= rate < math.inf:

@@ -10,8 +10,9 @@ from typing import Any
 
 from selective_optim._loading import RECORD as RECORD
 from selective_optim._loading import require_dict
+from selective_optim._text import received
 from selective_optim._walk import without_wrappers
-from selective_optim.parameters import brief, canonical_name
+from selective_optim.parameters import canonical_name
 
 StateDict = dict[str, Any]
 Hyper = dict[str, Any]  # of a group: all but its parameters and their names
@@ -64,7 +65,7 @@ def _require_lists(names: object) -> None:
     listed = names if isinstance(names, Iterable) else [names]
     if isinstance(names, str) or any(isinstance(name, str) for name in listed):
         raise TypeError(
-            f"`names` must be one list of names per group, not {brief(names)}. "
+            f"`names` must be one list of names per group, not {received(names)}. "
             f"Pass names=group_names(optimizer.param_groups, model)."
         )
 

@@ -39,9 +39,19 @@ class Watched(ParameterInfo):
             self.missed.append(field)
         return value
 
+    def __getattr__(self, field: str) -> Any:
+        fields = ", ".join(name for name in vars(self) if name != "missed")
+        raise AttributeError(
+            f"ParameterInfo has no attribute {field!r}. Read one of {fields}."
+        )
+
     def __repr__(self) -> str:
         known = {key: value for key, value in vars(self).items() if key != "missed"}
         return repr(ParameterInfo(**known))
+
+
+# Python's messages about wrong uses of it name the class.
+Watched.__name__ = Watched.__qualname__ = ParameterInfo.__name__
 
 
 def _is_unknown(value: object) -> bool:

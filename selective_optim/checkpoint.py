@@ -27,7 +27,8 @@ from selective_optim._named import (
     told_apart,
     write,
 )
-from selective_optim.parameters import as_modules, brief, shape_text
+from selective_optim._text import received
+from selective_optim.parameters import as_modules, shape_text
 
 
 def group_names(
@@ -73,8 +74,8 @@ def _as_groups(param_groups: Any) -> list[Mapping[str, Any]]:
     for group in groups:
         if not isinstance(group, Mapping):
             raise TypeError(
-                f"`param_groups` must be a list of dicts, and holds {brief(group)} "
-                f"({type(group).__name__}). Pass optimizer.param_groups."
+                f"`param_groups` must be a list of dicts, and holds "
+                f"{received(group)}. Pass optimizer.param_groups."
             )
     return groups
 

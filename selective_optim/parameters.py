@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
+from selective_optim._text import received, shape_of
+from selective_optim._text import shape_text as shape_text
 from selective_optim._walk import WRAPPERS as WRAPPERS
 from selective_optim._walk import Place, is_modules, modules_behind, places
 from selective_optim._walk import canonical_name as canonical_name
-
-REPR_WIDTH = 60  # of a value in a message; a dict of modules prints as pages
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,26 +64,7 @@ class ParameterInfo:
         """Name the parameter as a message should: by name if known, else by place."""
         name = repr(self.name) if self.name else f"parameter {position}"
         group = "" if self.name else f" of group {self.group}"
-        return f"{name}{group} ({_shape_of(self.parameter)})"
-
-
-def shape_text(shape: Sequence[int]) -> str:
-    """Write a shape as ``10 x 64``; a zero-dimensional one as ``scalar``."""
-    return " x ".join(map(str, shape)) or "scalar"
-
-
-def brief(value: object) -> str:
-    """Show a value in a message: modules and tensors by type, all else shortened."""
-    if isinstance(value, Tensor):
-        return f"a tensor ({_shape_of(value)})"
-    if isinstance(value, nn.Module):
-        return f"a {type(value).__name__}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= REPR_WIDTH else f"{text[: REPR_WIDTH - 4]} ..."
-
-
-def _shape_of(param: Tensor) -> str:
-    return "no shape yet" if is_lazy(param) else f"shape {shape_text(param.shape)}"
+        return f"{name}{group} ({shape_of(self.parameter)})"
 
 
 def shape_now(param: Tensor) -> torch.Size:
@@ -158,8 +139,8 @@ def as_modules(model: object) -> list[nn.Module]:
         isinstance(m, nn.Module) for m in modules
     ):
         raise TypeError(
-            f"`model` must be a module or a sequence of modules, not {brief(model)} "
-            f"({type(model).__name__}). Pass model=model."
+            f"`model` must be a module or a sequence of modules, not "
+            f"{received(model)}. Pass model=model."
         )
     return list(modules)
 

@@ -7,8 +7,10 @@ it as a name, a mapping, a callable, or an expression of :func:`exclude`,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from types import FunctionType
 
 from torch import nn
 
@@ -23,12 +25,14 @@ from selective_optim._rules import (
     only,
     scale,
 )
+from selective_optim._text import received
 from selective_optim.differences import Difference, Differences, compare
 from selective_optim.layers import layerwise
 from selective_optim.markers import exempt_, marked
 from selective_optim.recipes import RECIPES
 from selective_optim.selectors import (
     Selector,
+    as_selector,
     everything,
     is_bias,
     is_embedding,
@@ -72,6 +76,17 @@ NAMED: dict[str, Policy] = {
     **RECIPES,
 }
 
+GLOB = re.compile(r"[*?[]")
+GLOB_OR_PATH = re.compile(r"[*?[.]")
+MAKERS: dict[object, str] = {
+    exclude: 'exclude("*.bias")',
+    only: 'only("*.weight")',
+    scale: 'scale("head.*", by=0.1)',
+    form: 'form("l2", "head.*")',
+    layerwise: "layerwise(0.75)",
+    marked: "marked()",
+}
+
 
 def named(name: str) -> Policy:
     """Look up a ready-made policy or a recipe.
@@ -81,6 +96,11 @@ def named(name: str) -> Policy:
     """
     if name in NAMED:
         return NAMED[name]
+    if GLOB_OR_PATH.search(name):
+        raise ValueError(
+            f"`wd_policy` {name!r} is a selector and not the name of a policy. "
+            f'Write wd_policy=exclude("{name}").'
+        )
     close = get_close_matches(name, NAMED, n=1, cutoff=0.0)[0]
     known = ", ".join(f'"{known}"' for known in NAMED)
     raise ValueError(
@@ -102,12 +122,40 @@ def as_policy(value: object) -> Policy:
         return named(value)
     if isinstance(value, Mapping):
         return first_match(value)
+    if isinstance(value, FunctionType) and value in MAKERS:
+        raise TypeError(
+            f"`wd_policy` must be a policy, and {value.__name__} is what makes one. "
+            f"Write for example wd_policy={MAKERS[value]}."
+        )
     if callable(value) and not isinstance(value, (type, Selector, nn.Module)):
         return Function(value)
     raise TypeError(
-        f"`wd_policy` must be a name, a mapping, a callable or a policy, not {value!r} "
-        f'({type(value).__name__}). Write for example wd_policy="no_bias_norm".'
+        f"`wd_policy` must be a name, a mapping, a callable or a policy, not "
+        f"{received(value)}. Write {_meant(value)}."
     )
+
+
+def _meant(value: object) -> str:
+    """Write the policy that a user may have meant who gave selectors or names."""
+    several = isinstance(value, (list, tuple, set, frozenset))
+    items = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
+    items = list(items) if several else [items]  # type: ignore[call-overload]
+    try:
+        texts = [_selector_text(item) for item in items]
+    except TypeError:
+        texts = []
+    if several and texts and all(isinstance(i, str) and i in NAMED for i in items):
+        return "wd_policy=" + " * ".join(f'named("{name}")' for name in items)
+    if texts and not any(text.startswith("<") for text in texts):
+        return f"wd_policy=exclude({', '.join(texts)})"
+    return 'for example wd_policy="no_bias_norm"'
+
+
+def _selector_text(item: object) -> str:
+    if not isinstance(item, str):
+        return repr(as_selector(item))
+    # Lists of plain words are searched for words, as in transformers' examples.
+    return f'"{item}"' if GLOB.search(item) else f'"*{item}*"'
 
 
 def diff(model: nn.Module | Sequence[nn.Module], a: object, b: object) -> Differences:

@@ -23,6 +23,7 @@ from selective_optim._recognition import (
     original_class,
 )
 from selective_optim._recognition import norm_module as norm_module
+from selective_optim._text import received
 from selective_optim._watched import ask, callable_text
 from selective_optim.parameters import ParameterInfo
 
@@ -130,8 +131,8 @@ class Question(Selector):
         # No `bool(answer)`: a forgotten `return` would select nothing, silently.
         if answer not in (True, False):
             raise TypeError(
-                f"the selector {self!r} must return True or False, not {answer!r} "
-                f"({type(answer).__name__}). Write for example return bool(...)."
+                f"the selector {self!r} must return True or False, not "
+                f"{received(answer)}. Write for example return bool(...)."
             )
         return bool(answer)
 
@@ -175,7 +176,7 @@ def as_selector(item: object) -> Selector:
         return Question(item)
     raise TypeError(
         f"a selector must be a glob, a compiled regular expression, a module class, "
-        f"a module, a parameter or a callable, not {item!r} ({type(item).__name__}). "
+        f"a module, a parameter or a callable, not {received(item)}. "
         f'Write for example "*.bias" or nn.LayerNorm.'
     )
 

@@ -81,6 +81,14 @@ def asks_is_norm(info):
     return not is_norm(info)
 
 
+def reads_misspelt(info):
+    return info.nmae != "bias"
+
+
+def searches_info(info):
+    return "bias" not in info
+
+
 def forgets(info):
     pass
 
@@ -208,7 +216,113 @@ CASES = {
         is_norm,
         TypeError,
         "`wd_policy` must be a name, a mapping, a callable or a policy, not is_norm "
-        '(Predicate). Write for example wd_policy="no_bias_norm".',
+        "(Predicate). Write wd_policy=exclude(is_norm).",
+    ),
+    "class as policy": Case(
+        net,
+        nn.LayerNorm,
+        TypeError,
+        "`wd_policy` must be a name, ... not <class 'torch.nn.modules.normalization."
+        "LayerNorm'> (type). Write wd_policy=exclude(nn.LayerNorm).",
+    ),
+    "regex as policy": Case(
+        net,
+        re.compile("bias$"),
+        TypeError,
+        "`wd_policy` must be a name, ... not re.compile('bias$') (Pattern). Write "
+        "wd_policy=exclude(re.compile('bias$')).",
+    ),
+    "glob as policy": Case(
+        net,
+        "*.bias",
+        ValueError,
+        "`wd_policy` '*.bias' is a selector and not the name of a policy. Write "
+        'wd_policy=exclude("*.bias").',
+    ),
+    "path as policy": Case(
+        net,
+        "0.bias",
+        ValueError,
+        "`wd_policy` '0.bias' is a selector and not the name of a policy. Write "
+        'wd_policy=exclude("0.bias").',
+    ),
+    "names as policy": Case(
+        net,
+        ("no_bias", "no_norm"),
+        TypeError,
+        "`wd_policy` must be a name, ... not ('no_bias', 'no_norm') (tuple). Write "
+        'wd_policy=named("no_bias") * named("no_norm").',
+    ),
+    "words as policy": Case(
+        net,
+        ["bias", "LayerNorm.weight"],
+        TypeError,
+        "`wd_policy` must be a name, ... not ['bias', 'LayerNorm.weight'] (list). "
+        'Write wd_policy=exclude("*bias*", "*LayerNorm.weight*").',
+    ),
+    "selectors as policy": Case(
+        net,
+        (is_norm, "*.bias", nn.Embedding),
+        TypeError,
+        "`wd_policy` must be a name, ... (tuple). Write "
+        'wd_policy=exclude(is_norm, "*.bias", nn.Embedding).',
+    ),
+    "set as policy": Case(
+        net,
+        {"pos_embed", "*.bias"},
+        TypeError,
+        "`wd_policy` must be a name, ... (set). Write "
+        'wd_policy=exclude("*.bias", "*pos_embed*").',
+    ),
+    "numbers as policy": Case(
+        net,
+        (0.1, 0.0),
+        TypeError,
+        "`wd_policy` must be a name, ... not (0.1, 0.0) (tuple). Write for example "
+        'wd_policy="no_bias_norm".',
+    ),
+    "selector that cannot be typed as policy": Case(
+        net,
+        [nn.Linear(2, 2)],
+        TypeError,
+        "`wd_policy` must be a name, ... not [Linear(...)] (list). Write for example "
+        'wd_policy="no_bias_norm".',
+    ),
+    "nothing as policy": Case(
+        net,
+        (),
+        TypeError,
+        "`wd_policy` must be a name, ... not () (tuple). Write for example "
+        'wd_policy="no_bias_norm".',
+    ),
+    "module as policy": Case(
+        net,
+        net()[0],
+        TypeError,
+        "`wd_policy` must be a name, a mapping, a callable or a policy, not a Linear. "
+        'Write for example wd_policy="no_bias_norm".',
+    ),
+    "uncalled": Case(
+        net,
+        exclude,
+        TypeError,
+        "`wd_policy` must be a policy, and exclude is what makes one. Write for "
+        'example wd_policy=exclude("*.bias").',
+    ),
+    "misspelt attribute": Case(
+        net,
+        reads_misspelt,
+        ValueError,
+        "`wd_policy` reads_misspelt failed for '0.weight' (shape 4 x 3): "
+        "AttributeError: ParameterInfo has no attribute 'nmae'. Read one of name, "
+        "names, leaf, owner, path, parameter, shape, ndim, group, elsewhere.",
+    ),
+    "searched as a text": Case(
+        net,
+        searches_info,
+        TypeError,
+        "`wd_policy` searches_info failed for '0.weight' (shape 4 x 3): TypeError: "
+        "... 'ParameterInfo' is not ...iterable",
     ),
     "glob matches nothing": Case(
         net,

@@ -374,7 +374,7 @@ TYPES = {
         r"`layers` must be a glob on module names, not 3 \(int\)",
     ),
     "list": ({"layers": ["a", "b"]}, r"not \['a', 'b'\] \(list\)\. Write .*\.\*\"\."),
-    "module": ({"layers": nn.Linear(2, 2)}, r"not a Linear \(Linear\)\."),
+    "module": ({"layers": nn.Linear(2, 2)}, r"not a Linear\."),
     "text": (
         {"rate": ".75"},
         r"`rate` must be a number, not '\.75' \(str\)\. Pass .*75",
