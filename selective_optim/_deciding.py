@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from selective_optim import _torch
 from selective_optim._cells import free_choice
-from selective_optim._decisions import Decision, Ledger, decide, require_matches
+from selective_optim._decisions import (
+    Decision,
+    Ledger,
+    decide,
+    require_matches,
+    require_once,
+)
 from selective_optim._kernels import Group, Kernel, is_zero
 from selective_optim._rules import Policy
 from selective_optim.parameters import Knowledge, ParameterInfo
@@ -102,6 +108,8 @@ class DecidingOptimizer(torch.optim.Optimizer):
     def _arrive(self, group: Group, policy: Policy | None, recall: bool) -> None:
         index = len(self.param_groups) - 1
         infos = self._knowledge.infos(group["params"], group.get("param_names"), index)
+        if policy is not None:  # without one, as torch: a warning
+            require_once(infos)
         decisions = self._ledger.remembered(index, infos)
         if recall and decisions is not None:  # not if it brings a policy of its own
             self._record(index, decisions)

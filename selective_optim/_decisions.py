@@ -104,6 +104,22 @@ def _lost(info: ParameterInfo) -> str:
     )
 
 
+def require_once(infos: Sequence[ParameterInfo]) -> None:
+    """Check that no parameter is listed twice in a group.
+
+    Raises:
+        ValueError: One is, and would be stepped twice.
+    """
+    seen: set[int] = set()
+    for position, info in enumerate(infos):
+        if id(info.parameter) in seen:
+            raise ValueError(
+                f"{info.describe(position)} is listed twice in its group and would "
+                f"step twice. Pass each once: list(dict.fromkeys(params))."
+            )
+        seen.add(id(info.parameter))
+
+
 def require_matches(
     policy: Policy,
     infos: Sequence[ParameterInfo],
