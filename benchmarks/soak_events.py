@@ -41,12 +41,8 @@ def hyperparameter_changes(world: World, which: int, value: float) -> None:
     _set(world, place, **{name: values[which % len(values)]})
 
 
-def learning_rate_changes(world: World, which: int, value: float) -> None:
-    _set(world, _group(world, which), lr=value)
-
-
-def weight_decay_changes(world: World, which: int, value: float) -> None:
-    _set(world, _group(world, which), weight_decay=value)
+def rate_or_decay_changes(world: World, which: int, value: float) -> None:
+    _set(world, _group(world, which), **{("lr", "weight_decay")[which // 4 % 2]: value})
 
 
 def learning_rate_becomes_a_tensor(world: World, which: int, value: float) -> None:
@@ -116,14 +112,9 @@ def state_is_replaced_by_a_copy(world: World, which: int, value: float) -> None:
 
 
 def state_dict_is_saved(world: World, which: int, value: float) -> None:
-    world.saved = copy.deepcopy(
-        (
-            world.ours.state_dict(),
-            [twin.optimizer.state_dict() for twin in world.twins],
-            world.settings,
-            world.joined,
-        )
-    )
+    twins = [twin.optimizer.state_dict() for twin in world.twins]
+    saved = (world.ours.state_dict(), twins, world.settings, world.joined)
+    world.saved = copy.deepcopy(saved)
 
 
 def state_dict_is_loaded(world: World, which: int, value: float) -> None:
@@ -159,7 +150,16 @@ def unpickled_takes_over(world: World, which: int, value: float) -> None:
 
 def parameter_is_replaced(world: World, which: int, value: float) -> None:
     """Put another tensor in the place of one, with its state or without."""
-    i = world.order[which % len(world.order)]
+    _replace(world, world.order[which % len(world.order)], carry=value < 0.5)
+
+
+def parameters_are_replaced_one_by_one(world: World, which: int, value: float) -> None:
+    """Put others in the place of all; each may get the ``id`` of the one before."""
+    for i in world.order[:: 1 if which % 2 else -1]:
+        _replace(world, i, carry=value < 0.5)
+
+
+def _replace(world: World, i: int, carry: bool) -> None:
     twin = world.twins[i]
     group = world.ours.param_groups[world.joined.index(world.config.params[i].group)]
     for params, optimizer, place in (
@@ -169,7 +169,7 @@ def parameter_is_replaced(world: World, which: int, value: float) -> None:
         old, new = params[i], nn.Parameter(params[i].detach().clone() * 2)
         params[i] = place[0]["params"][place[1]] = new
         own = optimizer.state.pop(old, {})
-        if value < 0.5 and own:
+        if carry and own:
             optimizer.state[new] = own
 
 
@@ -222,8 +222,7 @@ EVENTS: dict[str, Change] = {
     change.__name__: change
     for change in (
         hyperparameter_changes,
-        learning_rate_changes,
-        weight_decay_changes,
+        rate_or_decay_changes,
         learning_rate_becomes_a_tensor,
         tensor_rate_is_filled,
         groups_become_alike,
@@ -239,6 +238,7 @@ EVENTS: dict[str, Change] = {
         copy_takes_over,
         unpickled_takes_over,
         parameter_is_replaced,
+        parameters_are_replaced_one_by_one,
         values_are_replaced,
         values_move_apart,
         values_are_edited,

@@ -10,7 +10,7 @@ import torch
 from benchmarks import soak
 from benchmarks.soak_draw import draw
 from benchmarks.soak_tensors import Mismatch, require_same
-from selective_optim import _kernels
+from benchmarks.soak_twin import Twin
 
 
 @pytest.fixture(autouse=True)
@@ -38,11 +38,14 @@ def test_seed_draws_the_same_configuration_again():
 
 
 @pytest.fixture
-def _exempt_parameters_decay(monkeypatch):
-    monkeypatch.setattr(_kernels, "wd_of", lambda group, multiplier: 0.1)
+def _judge_decays_more(monkeypatch):
+    def step(self, settings, kind, own=Twin.step):
+        own(self, {**settings, "lr": 0.1, "weight_decay": 0.2}, kind)
+
+    monkeypatch.setattr(Twin, "step", step)
 
 
-@pytest.mark.usefixtures("_exempt_parameters_decay")
+@pytest.mark.usefixtures("_judge_decays_more")
 def test_mismatch_is_counted_and_names_its_seed(capsys):
     assert soak.main(["--configurations", "5", "--seed", "7"]) == 1
     printed = capsys.readouterr().out
@@ -51,7 +54,7 @@ def test_mismatch_is_counted_and_names_its_seed(capsys):
     assert re.search(r"5 configurations, \d+ steps, [1-5] mismatches", printed)
 
 
-@pytest.mark.usefixtures("_exempt_parameters_decay")
+@pytest.mark.usefixtures("_judge_decays_more")
 def test_replay_of_a_mismatch_fails_alike(capsys):
     soak.main(["--configurations", "5", "--seed", "7"])
     [seed, *_] = re.findall(r"--replay (\S+)", capsys.readouterr().out)
