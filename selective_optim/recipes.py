@@ -153,8 +153,8 @@ def detectron2(info: ParameterInfo) -> str | None:
     """Exempt what a norm holds; biases decay.
 
     Source:
-        ``get_default_optimizer_params`` in ``detectron2/solver/build.py``, version
-        0.6, with the defaults ``WEIGHT_DECAY_NORM = 0.0``, ``WEIGHT_DECAY_BIAS =
+        ``get_default_optimizer_params`` in ``detectron2/solver/build.py``, as read
+        in 2026, with the defaults ``WEIGHT_DECAY_NORM = 0.0``, ``WEIGHT_DECAY_BIAS =
         None`` of ``detectron2/config/defaults.py``.
     """
     others = (nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
@@ -166,7 +166,7 @@ def nanogpt(info: ParameterInfo) -> str | None:
     """Exempt vectors and scalars; embeddings decay.
 
     Source:
-        ``GPT.configure_optimizers`` in nanoGPT's ``model.py``, commit 3adf61e.
+        ``GPT.configure_optimizers`` in nanoGPT's ``model.py``, as read in 2026.
     """
     return "ndim < 2" if info.ndim is not None and info.ndim < 2 else None
 
@@ -179,7 +179,7 @@ def mingpt(info: ParameterInfo) -> str | None:
             stops with an assertion or a missing key.
 
     Source:
-        ``GPT.configure_optimizers`` in ``mingpt/model.py``, commit 37baab7.
+        ``GPT.configure_optimizers`` in ``mingpt/model.py``, as read in 2026.
     """
     sides = {side for place in info.places for side in _mingpt_sides(place)}
     if len(sides) == 1:
@@ -212,7 +212,7 @@ def megatron(info: ParameterInfo) -> str | None:
 
     Source:
         ``get_standard_config_overrides`` in ``megatron/core/optimizer/__init__.py``,
-        core 0.16, without ``apply_wd_to_qk_layernorm``.
+        as read in 2026, without ``apply_wd_to_qk_layernorm``.
     """
     return "ndim == 1" if info.ndim == 1 else _dot_bias(info)
 
@@ -222,7 +222,7 @@ def dinov2(info: ParameterInfo) -> str | None:
 
     Source:
         ``get_params_groups_with_decay`` in ``dinov2/utils/param_groups.py``,
-        commit 05c66df.
+        as read in 2026.
     """
     found = next(
         (word for word in ("norm", "gamma") if word in (info.name or "")), None

@@ -96,15 +96,15 @@ EXPECTED = {
             isinstance(m, (*TORCH_NORMS, nn.GroupNorm, nn.LayerNorm)) or leaf == "bias"
         )
     ),
-    # detectron2 0.6, solver/build.py and config/defaults.py.
+    # detectron2, solver/build.py and config/defaults.py.
     "detectron2": by_owner(
         lambda m, leaf: isinstance(m, (*TORCH_NORMS, nn.GroupNorm, nn.LayerNorm))
     ),
-    # nanoGPT 3adf61e, model.py.
+    # nanoGPT, model.py.
     "nanogpt": by_name(lambda n, p: p.dim() < 2),
-    # Megatron-LM core 0.16, core/optimizer/__init__.py.
+    # Megatron-LM, core/optimizer/__init__.py.
     "megatron": by_name(lambda n, p: len(p.shape) == 1 or n.endswith(".bias")),
-    # dinov2 05c66df, utils/param_groups.py.
+    # dinov2, utils/param_groups.py.
     "dinov2": by_name(lambda n, p: n.endswith(".bias") or "norm" in n or "gamma" in n),
 }
 
@@ -128,7 +128,7 @@ GPT = {
 
 
 def test_mingpt_decays_linear_weights_alone():
-    # minGPT 37baab7, mingpt/model.py.
+    # minGPT, mingpt/model.py.
     expected = {"wte.weight", "ln.weight", "ln.bias", "fc.bias"}
 
     assert exempt(nn.ModuleDict(GPT), "mingpt") == expected
