@@ -129,7 +129,9 @@ class DecayReport:
         # What is exempt is a thousandth of the elements: on a linear axis, nothing.
         ax.set_xscale("log")
         ax.set_xlim(left=0.5)
-        ax.set_xlabel("elements")
+        ax.set_xlabel("parameters (elements, log scale)")
+        named = any(row.name for row in self.rows)
+        ax.set_ylabel("top-level module" if named else "parameter group")
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
         return ax
 

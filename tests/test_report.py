@@ -158,6 +158,8 @@ def test_plot_draws_elements_decayed_and_exempt_by_module():
         *("scale", "empty", "body", "head")
     ]
     assert bars == {"decayed": [1, 0, 12, 8], "exempt": [0, 0, 12, 2]}
+    assert ax.get_xlabel() == "parameters (elements, log scale)"
+    assert ax.get_ylabel() == "top-level module"
     ax.figure.canvas.draw()  # nothing on the log axis warns
 
 
@@ -166,6 +168,7 @@ def test_plot_of_tensors_without_names_draws_groups():
                    wd_policy="matrices").plot(axes())  # fmt: skip
     labels = [label.get_text() for label in ax.get_yticklabels()]
     assert labels == ["group 0", "group 1"]
+    assert ax.get_ylabel() == "parameter group"
 
 
 def test_plot_makes_a_figure_when_no_axes_are_given():
