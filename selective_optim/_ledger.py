@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -106,6 +107,8 @@ class Ledger:
         ids = [list(map(id, group["params"])) for group in param_groups]
         if ids != self._ids:
             by_name, by_id = self._by_name(), self._by_id()
+            if not by_id.keys() >= set(chain.from_iterable(ids)):
+                by_id = {}  # something is new: an id may have come again
 
             def known(param: Tensor) -> Decision | None:
                 return by_name.get(name_of(param)) or _by_identity(param, by_id)
@@ -157,8 +160,9 @@ class Ledger:
 def _by_identity(param: Tensor, by_id: dict[int, Decision]) -> Decision | None:
     """Find the decision of a tensor that stood in a group before.
 
-    An ``id`` can come again for another tensor, made after the first was freed;
-    where frameworks do that they make ``DTensor``s, and the shape must agree, too.
+    An ``id`` can come again for another tensor, made after the first was freed: so
+    this is asked only where no tensor is new, and shapes must agree. ``DTensor``s
+    replace others.
     """
     decision = by_id.get(id(param)) if type(param) in (Tensor, Parameter) else None
     return decision if decision and decision.shape == shape_now(param) else None
