@@ -106,11 +106,12 @@ def check_graph_capture(optimizer: torch.optim.Optimizer) -> None:
 
 
 def has_state_dict_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether hooks of ``state_dict`` are shown the state, and may keep it."""
-    return bool(
-        optimizer._optimizer_state_dict_pre_hooks
-        or optimizer._optimizer_state_dict_post_hooks
-    )
+    """Tell whether hooks of ``state_dict`` are shown the state, and may keep it.
+
+    A torch that calls them otherwise is taken to have some.
+    """
+    names = ("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks")
+    return any(bool(getattr(optimizer, name, True)) for name in names)
 
 
 def not_to_be_patched(step: _F) -> _F:
@@ -142,9 +143,19 @@ class Proof:
 
 
 def dtensor_class() -> type | None:
-    """Return ``DTensor`` if anyone in the process has imported it."""
+    """Return ``DTensor`` if anyone in the process has imported it.
+
+    Raises:
+        ImportError: It lacks a name that the library uses.
+    """
     module = sys.modules.get("torch.distributed.tensor")
-    return getattr(module, "DTensor", None)
+    cls: type | None = getattr(module, "DTensor", None)
+    if cls is not None and not (
+        hasattr(cls, "_local_tensor") and hasattr(cls, "_spec")
+    ):
+        require_names(["torch.distributed.tensor:DTensor._local_tensor"])
+        require_names(["torch.distributed.tensor:DTensor._spec"])
+    return cls
 
 
 local_tensor = attrgetter(
