@@ -167,20 +167,19 @@ class DecidingOptimizer(torch.optim.Optimizer):
                 f"has no effect. Pass weight_decay=0.01, or the value you want.",
                 stacklevel=5,
             )
-        elif not any(d.multiplier for d in decisions + self._elsewhere(decisions)):
+        elif not any(d.multiplier for d in decisions) and not self._decays_elsewhere():
             warnings.warn(
                 f"`wd_policy` {policies[0]!r} exempts all {len(decisions)} "
                 f"parameters. Pass weight_decay=0 instead if nothing is to decay.",
                 stacklevel=5,
             )
 
-    def _elsewhere(self, decisions: list[Decision]) -> list[Decision]:
-        """Decide for the rest of the model, of which another rank may hold a part."""
-        if any(decision.multiplier for decision in decisions):
-            return []
+    def _decays_elsewhere(self) -> bool:
+        """Ask about the rest of the model, of which another rank may hold a part."""
         everyone = self._knowledge.everyone()
         self._knowledge.forget_places()
         try:
-            return decide(self._bound(self._policy, everyone), everyone)
+            others = decide(self._bound(self._policy, everyone), everyone)
         except ValueError:  # it was not asked to decide for these
-            return []
+            return False
+        return any(decision.multiplier for decision in others)

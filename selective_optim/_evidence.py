@@ -49,12 +49,18 @@ class Evidence:
     def gradients(self) -> Grads | None:
         """Fetch the gradients; ``None`` if anything is not as it was planned."""
         whole = list(map(_grad_of, self._active))
-        if self._some_absent:
-            return self._present(whole)
-        try:
-            return self._checked(whole) or self._present(whole)
-        except AttributeError:  # a gradient is None, or not sharded where it was
-            return self._present(whole)
+        if not self._some_absent and (grads := self._checked(whole)):
+            return grads
+        there = [grad is not None for grad in whole]
+        if all(there):
+            # All were looked at just now, unless some were absent the last time.
+            grads = self._checked(whole) if self._some_absent else None
+            self._some_absent = False
+            return grads
+        self._some_absent = True
+        filled = [self._stand_in(i) if g is None else g for i, g in enumerate(whole)]
+        grads = self._checked(filled)
+        return grads and grads._replace(there=there)
 
     def fetch(self) -> Grads:
         """Fetch the gradients for which the plan was just made."""
@@ -67,20 +73,6 @@ class Evidence:
         local = [*whole[: self._plain], *shards] if shards else whole
         return Grads(whole, local, None if all(there) else there)
 
-    def _present(self, whole: list[Any]) -> Grads | None:
-        """Check those that are there, with stand-ins in place of the others."""
-        there = [grad is not None for grad in whole]
-        self._some_absent = not all(there)
-        if self._some_absent:
-            whole = [self._stand_in(i) if g is None else g for i, g in enumerate(whole)]
-        try:
-            grads = self._checked(whole)
-        except AttributeError:
-            return None
-        if grads is None or not self._some_absent:
-            return grads
-        return Grads(grads.whole, grads.local, there)
-
     def _places(self) -> list[Any]:
         return list(map(_place_of, self._active[self._fused :]))
 
@@ -91,6 +83,12 @@ class Evidence:
         return SimpleNamespace(layout=self._functional_layouts[position - self._fused])
 
     def _checked(self, whole: list[Any]) -> Grads | None:
+        try:
+            return self._as_planned(whole)
+        except AttributeError:  # a gradient is None, or not sharded where it was
+            return None
+
+    def _as_planned(self, whole: list[Any]) -> Grads | None:
         if self._fused < len(whole):
             layouts = list(map(_layout_of, whole[self._fused :]))
             if layouts != self._functional_layouts:

@@ -158,8 +158,7 @@ class Plan:
         for bucket in self._buckets:
             if bucket.steps:
                 own = compress(bucket.slots, there[bucket.part]) if there else None
-                chosen = slots.setdefault(bucket.key.device, [])
-                chosen.extend(bucket.slots if own is None else own)
+                slots.setdefault(bucket.key.device, []).extend(own or bucket.slots)
         self._advancing = [self._counters[device] for device in slots]
         for counter, chosen in zip(self._advancing, slots.values()):
             counter.select(chosen)
@@ -198,7 +197,7 @@ class Plan:
         for index, group in enumerate(groups):
             self._kernel.require_ranges(group, index)
         self._settle(groups)
-        self._snapshot = Snapshot(groups)
+        self._snapshot.take_values(groups)
         return True
 
     def run(self, grads: Grads, scaling: Scaling) -> None:

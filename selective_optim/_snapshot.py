@@ -72,6 +72,11 @@ class Snapshot:
     def __init__(self, groups: Groups) -> None:
         self.params = params_of(groups)
         self._sizes = _sizes_of(groups)
+        self._arrays = all(map(_is_array, self.params))
+        self.take_values(groups)
+
+    def take_values(self, groups: Groups) -> None:
+        """Take over new hyperparameters of the same parameters."""
         # Lists can be edited in place: those of parameters, and betas from JSON.
         self._values = [
             [*value] if isinstance(value, list) else value
@@ -81,7 +86,7 @@ class Snapshot:
         betas = flat(group.get("betas", ()) for group in groups)
         tensors = any(isinstance(value, Tensor) for value in self._values + betas)
         self._same_values = _identical if tensors else equal
-        self._values_tell_params = not tensors and all(map(_is_array, self.params))
+        self._values_tell_params = not tensors and self._arrays
         self._scales_tensors = any(
             isinstance(group["weight_decay"], Tensor) for group in groups
         )
