@@ -22,7 +22,7 @@ from torch import nn
 
 from benchmarks.step_results import FOLDER, describe_run, load, save
 from selective_optim.audit import find_mistakes, model_report
-from selective_optim.recipes import RECIPES
+from selective_optim.policies.recipes import RECIPES
 
 PACKAGES = ("torchvision", "timm", "transformers")
 OURS = "no_bias_norm"

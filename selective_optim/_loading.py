@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective_optim._decisions import Decision
-from selective_optim._kernels import Kernel, is_zero
-from selective_optim.parameters import canonical_name, shape_text
+from selective_optim._module_tree import canonical_name
+from selective_optim._text import shape_text
+from selective_optim.decay import Decision, is_zero
+from selective_optim.step.kernel import Kernel
 
 RECORD = "decay"  # the key of a state dict under which decisions are recorded
 Decided = Sequence[Sequence[Decision]]
@@ -129,14 +130,19 @@ def _require_entries(
             )
 
 
+def form_name(decoupled: bool) -> str:
+    """Name a form as reports and state dicts do."""
+    return "decoupled" if decoupled else "l2"
+
+
 def record_of(
     kernel: Kernel, param_groups: Sequence[dict[str, Any]], decided: Decided
 ) -> Record:
     """Write down the multiplier and form of every parameter, in plain values."""
     return [
         [
-            [d.multiplier, "decoupled" if kernel.decoupled(group, d.form) else "l2"]
-            for d in decisions
+            [decay.multiplier, form_name(kernel.decoupled(group, decay.form))]
+            for decay, *_ in decisions
         ]
         for group, decisions in zip(param_groups, decided)
     ]

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
 
-from selective_optim._loading import RECORD as RECORD
-from selective_optim._loading import require_dict
+from selective_optim._loading import RECORD, require_dict
+from selective_optim._module_tree import canonical_name, without_wrappers
 from selective_optim._text import received
-from selective_optim._walk import without_wrappers
-from selective_optim.parameters import canonical_name
 
 StateDict = dict[str, Any]
 Hyper = dict[str, Any]  # of a group: all but its parameters and their names

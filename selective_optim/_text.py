@@ -1,8 +1,8 @@
-"""How messages show what a user gave: on one line, however large it is."""
+"""How messages and tables show things: values on one line, columns aligned."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -35,3 +35,20 @@ def received(value: object) -> str:
     if isinstance(value, (Tensor, nn.Module)):
         return brief(value)
     return f"{brief(value)} ({type(value).__name__})"
+
+
+def aligned(lines: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Pad the cells of each column to one width.
+
+    Args:
+        lines: Rows of as many cells each, the headers first.
+        right: Indices of the columns that stand to the right, as numbers do.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]

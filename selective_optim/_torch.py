@@ -1,13 +1,15 @@
-"""Every private name of torch that the library uses, and the facts behind them.
+"""Every private name of torch that the library uses, and what serves without it.
 
-An upgrade of torch has this one file to read. The names are checked at import, so
-a torch without one fails with a sentence and not inside a step.
+An upgrade of torch has this one file to read. Each name has a fallback that gives
+the same bits and is slower; where one is missing, a warning at import says so.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from importlib import import_module
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -16,82 +18,196 @@ import torch
 from torch import Tensor, nn
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-# Written ``module:attribute``; torch.optim removes its modules from its own namespace.
-NAMES = (
-    "torch:_fused_adam_",
-    "torch:_fused_adamw_",
-    "torch:_fused_sgd_",
-    "torch:_foreach_mul_",
-    "torch:_amp_foreach_non_finite_check_and_unscale_",
-    "torch:_disable_dynamo",
-    "torch:_C._dynamo.guards.TensorGuards",
-    "torch.optim:Adam._init_group",
-    "torch.optim:SGD._init_group",
-    "torch.optim.adam:adam",
-    "torch.optim.sgd:sgd",
-    "torch.optim.optimizer:_device_dtype_check_for_fused",
-    "torch.optim.optimizer:_get_scalar_dtype",
-    "torch.optim.optimizer:_use_grad_for_differentiable",
-    "torch.utils._foreach_utils:_get_fused_kernels_supported_devices",
+HALF = (torch.float16, torch.bfloat16)
+_RELEASE = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+_lost: list[str] = []
+
+
+def _find(name: str, loss: str, instead: Any = None) -> Any:
+    """Look up ``module:attribute``, or note what is lost and serve ``instead``.
+
+    torch.optim removes its modules from its own namespace, hence the two parts.
+    """
+    module, _, path = name.partition(":")
+    try:
+        return attrgetter(path)(import_module(module))
+    except (AttributeError, ImportError):
+        _lost.append(f"{name.replace(':', '.')} ({loss})")
+        return instead
+
+
+# Kernels. Without one, torch's functional runs, which every bucket can do.
+NO_FUSED = "steps are not fused"
+fused_adam_ = _find("torch:_fused_adam_", NO_FUSED)
+fused_adamw_ = _find("torch:_fused_adamw_", NO_FUSED)
+fused_sgd_ = _find("torch:_fused_sgd_", NO_FUSED)
+# Fused SGD in half precision is wrong on the CPU before torch 2.15: it was measured
+# off by the size of the parameter itself in 2.7 and 2.13.
+HALF_SGD_ON_CPU = _RELEASE >= (2, 15)
+# Adam's fused CUDA kernels read moments in bfloat16 beside parameters in float32
+# (functional-adamw-bf16-state in the documentation of 2.15).
+FUSED_DTYPES = frozenset({torch.float32, torch.float64, *HALF})
+FUSED_DEVICES = frozenset(
+    _find(
+        "torch.utils._foreach_utils:_get_fused_kernels_supported_devices",
+        "fused on the CPU and CUDA alone",
+        lambda: ["cpu", "cuda"],
+    )()
 )
 
 
-def _lookup(name: str) -> Any:
-    module, _, path = name.partition(":")
-    return attrgetter(path)(import_module(module))
+def _mul_each_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
+    for tensor in tensors:
+        tensor.mul_(factor)
 
 
-def missing_names(names: Sequence[str] = NAMES) -> list[str]:
-    """List the private names that the torch at hand does not have."""
+def _add_each_(tensors: Sequence[Tensor], amount: float) -> None:
+    for tensor in tensors:
+        tensor.add_(amount)
 
-    def absent(name: str) -> bool:
+
+EACH = "tensor by tensor"
+foreach_mul_ = _find("torch:_foreach_mul_", f"decoupled SGD {EACH}", _mul_each_)
+foreach_add_ = _find("torch:_foreach_add_", f"counters advance {EACH}", _add_each_)
+
+
+def _by_class(cls: type[torch.optim.Optimizer], entries: Sequence[str]) -> Any:
+    """Stand in for torch's functional: a throw-away optimizer given the state."""
+
+    def functional(
+        params: list[Tensor], grads: list[Tensor], *lists: list[Any], **arguments: Any
+    ) -> None:
+        for name in ("has_complex", "has_sparse_grad"):
+            arguments.pop(name, None)
+        if "beta1" in arguments:
+            arguments["betas"] = arguments.pop("beta1"), arguments.pop("beta2")
+        optimizer = cls(params, **arguments)
+        kept = [param.grad for param in params]
+        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+            own = {e: values[i] for e, values in zip(entries, lists) if values}
+            optimizer.state[param].update(own)
+            param.grad = grad
         try:
-            _lookup(name)
-        except (AttributeError, ImportError):
-            return True
-        return False
+            optimizer.step()
+        finally:
+            for param, grad in zip(params, kept, strict=True):
+                param.grad = grad
+        for i, param in enumerate(params):
+            for entry, values in zip(entries, lists):
+                if values:
+                    values[i] = optimizer.state[param].get(entry)
 
-    return [name.replace(":", ".") for name in names if absent(name)]
+    return functional
 
 
-def require_names(names: Sequence[str] = NAMES) -> None:
-    """Check the torch at hand.
+SLOW_FUNCTIONAL = "for-loop and foreach by throw-away optimizers"
+adam = _find("torch.optim.adam:adam", SLOW_FUNCTIONAL) or _by_class(
+    torch.optim.Adam, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
+)
+sgd = _find("torch.optim.sgd:sgd", SLOW_FUNCTIONAL) or _by_class(
+    torch.optim.SGD, ("momentum_buffer",)
+)
+disable_dynamo: Callable[[_F], _F] = _find(
+    "torch:_disable_dynamo", "nothing is slower", torch.compiler.disable
+)
 
-    Raises:
-        ImportError: It lacks a name that the library uses.
-    """
-    if missing := missing_names(names):
-        raise ImportError(
-            f"selective_optim uses {', '.join(missing)}, which torch "
-            f"{torch.__version__} does not have. Install torch 2.7 or later, or a "
-            f"newer selective_optim."
+
+def _check_fused(param: Tensor, cuda_unsupported: bool = False) -> None:
+    if param.device.type not in FUSED_DEVICES or not torch.is_floating_point(param):
+        raise RuntimeError(
+            f"`fused=True` requires floating point parameters on one of "
+            f"{sorted(FUSED_DEVICES)}, not {param.dtype} on {param.device.type}."
         )
 
 
-require_names()
-
-fused_adam_ = torch._fused_adam_
-fused_adamw_ = torch._fused_adamw_
-fused_sgd_ = torch._fused_sgd_
-foreach_mul_ = torch._foreach_mul_
-adam = _lookup("torch.optim.adam:adam")
-sgd = _lookup("torch.optim.sgd:sgd")
-disable_dynamo: Callable[[_F], _F] = _lookup("torch:_disable_dynamo")
-require_fused_support = _lookup("torch.optim.optimizer:_device_dtype_check_for_fused")
-scalar_dtype = _lookup("torch.optim.optimizer:_get_scalar_dtype")
-use_grad_for_differentiable = _lookup(
-    "torch.optim.optimizer:_use_grad_for_differentiable"
+require_fused_support = _find(
+    "torch.optim.optimizer:_device_dtype_check_for_fused",
+    "another error text for fused=True",
+    _check_fused,
 )
-_TensorGuards = _lookup("torch:_C._dynamo.guards.TensorGuards")
 
-FUSED_DEVICES = frozenset(
-    _lookup("torch.utils._foreach_utils:_get_fused_kernels_supported_devices")()
+
+def _with_grad_mode(step: _F) -> _F:
+    @wraps(step)
+    def stepped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            return step(self, *args, **kwargs)
+
+    return stepped  # type: ignore[return-value]  # wraps keeps the signature
+
+
+# torch unwraps two layers to compile a whole step: this one, and that of its hooks.
+use_grad_for_differentiable: Callable[[_F], _F] = _find(
+    "torch.optim.optimizer:_use_grad_for_differentiable",
+    "compiled steps need more memory",
+    _with_grad_mode,
 )
-FUSED_DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
-# Fused SGD in half precision is wrong on the CPU before torch 2.15: it was measured
-# off by the size of the parameter itself in 2.7 and 2.13.
-_RELEASE = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-HALF_SGD_ON_CPU = _RELEASE >= (2, 15)
+
+
+class _PythonGuards:
+    """What :class:`TensorProof` records, compared in Python."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._seen = list(map(_traits, tensors))
+
+    def check(self, *tensors: Tensor | None) -> bool:
+        return list(map(_traits, tensors)) == self._seen
+
+
+def _traits(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    if tensor is None:
+        return None
+    where = (type(tensor), tensor.dtype, tensor.device, tensor.layout)
+    strides = tensor.stride() if tensor.layout == torch.strided else ()
+    return (*where, tensor.shape, strides, tensor.is_neg())
+
+
+_TensorGuards = _find(
+    "torch:_C._dynamo.guards.TensorGuards", "0.5 us more per tensor and step"
+)
+
+
+class TensorProof:
+    """A record of tensors' type, dtype, device, layout, shape and strides.
+
+    The check is one call of the guard that compiled code uses: 0.02 us per tensor,
+    where asking each for its dtype alone takes 0.05.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._guards: Any = (
+            _PythonGuards(tensors)
+            if _TensorGuards is None
+            else _TensorGuards(
+                *tensors,
+                dynamic_dims_sizes=[list(t.shape) for t in tensors],
+                dynamic_dims_strides=[list(t.stride()) for t in tensors],
+            )
+        )
+
+    def holds(self, tensors: Iterable[Tensor | None]) -> bool:
+        """Tell whether as many tensors, given in the same order, look the same.
+
+        The guard also asks for the dispatch state, as under autocast; ``False``
+        then says nothing of the tensors.
+        """
+        return bool(self._guards.check(*tensors))
+
+
+_unscale = _find(
+    "torch:_amp_foreach_non_finite_check_and_unscale_", f"unscaling {EACH}"
+)
+
+
+def unscale_(grads: Sequence[Tensor], grad_scale: Tensor) -> None:
+    """Divide gradients of one device by the scale, as ``GradScaler.unscale_`` does."""
+    device = grads[0].device
+    inverse = grad_scale.double().reciprocal().float().to(device)
+    values = [grad._values() if grad.is_sparse else grad for grad in grads]
+    if _unscale is None:
+        _mul_each_(values, inverse)
+    else:
+        _unscale(values, torch.zeros((), dtype=torch.float32, device=device), inverse)
 
 
 def check_graph_capture(optimizer: torch.optim.Optimizer) -> None:
@@ -105,13 +221,9 @@ def check_graph_capture(optimizer: torch.optim.Optimizer) -> None:
             return
 
 
-def has_state_dict_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether hooks of ``state_dict`` are shown the state, and may keep it.
-
-    A torch that calls them otherwise is taken to have some.
-    """
-    names = ("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks")
-    return any(bool(getattr(optimizer, name, True)) for name in names)
+def is_capturing(device: torch.device) -> bool:
+    """Tell whether a CUDA graph is being captured, when nothing may be copied to it."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def not_to_be_patched(step: _F) -> _F:
@@ -123,59 +235,78 @@ def not_to_be_patched(step: _F) -> _F:
     return step
 
 
-class Proof:
-    """A record of tensors' type, dtype, device, layout, shape and strides.
+# Under which ``LRScheduler`` notes that the optimizer stepped; without, it warns.
+STEP_NOTE = "_opt_called"
 
-    The check is one call of the guard that compiled code uses: 0.08 ms for 2,000
-    tensors, where asking each for its dtype alone takes 0.09 ms.
-    """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._guards = _TensorGuards(
-            *tensors,
-            dynamic_dims_sizes=[list(t.shape) for t in tensors],
-            dynamic_dims_strides=[list(t.stride()) for t in tensors],
-        )
+# Modules. torch's methods copy and deduplicate; these are the dicts behind them.
 
-    def holds(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Tell whether as many tensors, given in the same order, look the same."""
-        return bool(self._guards.check(*tensors))
+
+def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """List the modules registered on a module, each under every name it has."""
+    return [(k, m) for k, m in module._modules.items() if m is not None]
+
+
+def child_of(module: nn.Module, key: str) -> nn.Module | None:
+    """Return the module registered under a name."""
+    return _entry(module._modules, key)
+
+
+def own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """List the parameters registered on a module itself."""
+    return [(k, p) for k, p in module._parameters.items() if p is not None]
+
+
+def own_parameter(module: nn.Module, key: str) -> Tensor | None:
+    """Return the parameter registered under a name."""
+    return _entry(module._parameters, key)
+
+
+def _entry(registered: Any, key: str) -> Any:
+    # Not `get`: scripted modules keep theirs in mappings without it.
+    return registered[key] if key in registered else None  # noqa: SIM401
+
+
+# torch's private bases of all batch and instance norms, which mmengine tests for.
+NORM_BASES = (nn.SyncBatchNorm.__mro__[1], nn.InstanceNorm1d.__mro__[1])
+
+
+# Tensors.
+
+
+# A tensor's own dict: an object that lives as long as its tensor, is no other
+# tensor's, and can be held without holding the tensor. An id can come again for
+# another tensor; and `torch.utils.swap_tensors`, which moves modules of DTensors,
+# refuses a tensor that anyone refers to weakly.
+token_of = attrgetter("__dict__")
 
 
 def dtensor_class() -> type | None:
-    """Return ``DTensor`` if anyone in the process has imported it.
-
-    Raises:
-        ImportError: It lacks a name that the library uses.
-    """
+    """Return ``DTensor`` if anyone in the process has imported it."""
     module = sys.modules.get("torch.distributed.tensor")
-    cls: type | None = getattr(module, "DTensor", None)
-    if cls is not None and not (
-        hasattr(cls, "_local_tensor") and hasattr(cls, "_spec")
-    ):
-        require_names(["torch.distributed.tensor:DTensor._local_tensor"])
-        require_names(["torch.distributed.tensor:DTensor._spec"])
-    return cls
+    return getattr(module, "DTensor", None)
 
 
-local_tensor = attrgetter(
-    "_local_tensor"
-)  # a DTensor's shard on this rank, undispatched
-spec_of = attrgetter("_spec")
+def local_tensor(tensor: Any) -> Tensor:
+    """Return a ``DTensor``'s shard on this rank, undispatched where torch lets us."""
+    try:
+        shard: Tensor = tensor._local_tensor
+    except AttributeError:
+        shard = tensor.to_local()
+    return shard
 
 
-def placement(spec: Any) -> Any:
-    """Return where a ``DTensor`` of this spec lives: its mesh and placements."""
-    return spec.mesh, spec.placements
+def spec_of(tensor: Any) -> Any:
+    """Return what says where a ``DTensor`` lives; one object as long as it stays."""
+    try:
+        return tensor._spec
+    except AttributeError:
+        return tensor.device_mesh, tensor.placements
 
 
-def unscale_(grads: Sequence[Tensor], grad_scale: Tensor) -> None:
-    """Divide gradients of one device by the scale, as ``GradScaler.unscale_`` does."""
-    device = grads[0].device
-    inverse = grad_scale.double().reciprocal().float().to(device)
-    ignored = torch.zeros((), dtype=torch.float32, device=device)
-    values = [grad._values() if grad.is_sparse else grad for grad in grads]
-    torch._amp_foreach_non_finite_check_and_unscale_(values, ignored, inverse)
+def placement(spec: Any) -> tuple[Any, Any]:
+    """Return mesh and placements of what :func:`spec_of` gave."""
+    return spec if isinstance(spec, tuple) else (spec.mesh, spec.placements)
 
 
 def is_flattened(param: Tensor) -> bool:
@@ -198,3 +329,11 @@ def original_shapes(root: nn.Module) -> dict[int, torch.Size]:
         ):
             shapes[id(param)] = torch.Size(shape)
     return shapes
+
+
+if _lost:
+    warnings.warn(
+        f"torch {torch.__version__} lacks names that selective_optim uses, so this is "
+        f"exact and slower: {', '.join(_lost)}. Install a newer selective_optim.",
+        stacklevel=2,
+    )

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective_optim._base import Model, SelectiveOptimizer
-from selective_optim._kernels import AdamKernel
+from selective_optim._optimizer import Model, SelectiveOptimizer
+from selective_optim.step.adam_kernel import AdamKernel
 
 
 class Adam(SelectiveOptimizer, torch.optim.Adam):

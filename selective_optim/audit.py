@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from selective_optim import policies
-from selective_optim._decisions import decide, require_matches
-from selective_optim._rules import Policy
-from selective_optim._table import aligned
-from selective_optim.parameters import ModuleIndex, ParameterInfo, shape_text
+from selective_optim._model_index import ModelIndex
+from selective_optim._text import aligned, shape_text
+from selective_optim.parameters import ParameterInfo
+from selective_optim.policies import Policy, is_bias, is_norm, is_vector
+from selective_optim.policies.decide import decide_alone
 from selective_optim.report import DecayReport, make_row
-from selective_optim.selectors import is_bias, is_norm, is_vector
 
 # The first that matches names the mistake: a norm's bias counts as a norm.
 SUSPECTS = {"norm": is_norm, "bias": is_bias, "vector": is_vector}
@@ -46,20 +46,6 @@ class Finding:
     reason: str
 
 
-class Subject(NamedTuple):
-    """A policy made ready for a model, and what is known of the model's parameters."""
-
-    policy: Policy
-    infos: list[ParameterInfo]
-
-
-def _prepare(model: nn.Module, wd_policy: object) -> Subject:
-    infos = ModuleIndex(model).infos()
-    policy = policies.as_policy(wd_policy)
-    require_matches(policy, infos, lambda: infos)
-    return Subject(policy.bind(infos), infos)
-
-
 def model_report(
     model: nn.Module, wd_policy: object = "no_bias_norm", weight_decay: float = 1.0
 ) -> DecayReport:
@@ -84,11 +70,10 @@ def model_report(
             0  exclude is_bias      0  exempt         1         2
         decayed: 1 tensor, 6 elements; exempt: 1 tensor, 2 elements
     """
-    policy, infos = _prepare(model, wd_policy)
+    infos = ModelIndex(model).everyone()
+    decided = decide_alone(policies.as_policy(wd_policy), [model], infos)
     group = {"lr": math.nan, "weight_decay": weight_decay}
-    return DecayReport(
-        tuple(make_row(0, group, d, d.form) for d in decide(policy, infos))
-    )
+    return DecayReport(tuple(make_row(0, group, d, d.decay.form) for d in decided))
 
 
 def find_mistakes(
@@ -106,7 +91,10 @@ def find_mistakes(
     Raises:
         ValueError: The policy is not known, or a glob matches nothing.
     """
-    policy, infos = _prepare(model, wd_policy)
+    infos = ModelIndex(model).everyone()
+    policy = policies.as_policy(wd_policy)
+    decide_alone(policy, [model], infos)
+    policy = policy.bind([model])
     trained = [info for info in infos if info.parameter.requires_grad]
     return [finding for info in trained for finding in _mistakes(policy, info)]
 

@@ -27,8 +27,8 @@ from selective_optim._named import (
     told_apart,
     write,
 )
-from selective_optim._text import received
-from selective_optim.parameters import as_modules, shape_text
+from selective_optim._text import received, shape_text
+from selective_optim.parameters import as_modules
 
 
 def group_names(

@@ -1,24 +1,19 @@
-"""Layerwise rates: how far each parameter lies below the top of the model."""
+"""Layerwise learning rates: one parameter group per layer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from selective_optim._blocks import (
-    final_norm,
-    find_blocks,
-    named_modules,
-    require_arguments,
-)
-from selective_optim._rules import Decay, Policy, Verdict
-from selective_optim._table import aligned
-from selective_optim.parameters import ModuleIndex, ParameterInfo, as_modules
-from selective_optim.selectors import Need
+from selective_optim._model_index import ModelIndex
+from selective_optim._text import aligned
+from selective_optim.parameters import ParameterInfo, as_modules
+from selective_optim.policies.blocks import require_arguments
+from selective_optim.policies.layerwise import Distances
 
 
 @dataclass(frozen=True)
@@ -86,108 +81,6 @@ def _prefixes(name: str) -> Iterator[str]:
     return (".".join(parts[: i + 1]) for i in range(len(parts)))
 
 
-class Distances:
-    """Distance of every parameter of some modules from their top layer.
-
-    The stem lies one below the first block, what follows the last block is the
-    top, and what lies between two blocks belongs to the one that follows it. A
-    norm right after the last block belongs to that block, as in timm.
-
-    Args:
-        roots: The modules.
-        layers: Glob on the names of the repeated blocks; ``None`` finds them.
-
-    Raises:
-        ValueError: No blocks are found, or more than one list of them.
-    """
-
-    def __init__(self, roots: Sequence[nn.Module], layers: str | None) -> None:
-        self._layer: dict[nn.Module, int] = {}
-        modules = [module for _, module in named_modules(roots)]
-        self._number(modules, find_blocks(roots, layers))
-        # Where first names lie: a head tied to the embeddings is no layer of its own.
-        first = {id(p): m for m in reversed(modules) for p in m.parameters(False)}
-        self._top = max(self._layer[module] for module in first.values())
-
-    def _number(self, modules: list[nn.Module], blocks: list[nn.Module]) -> None:
-        numbers = {block: i for i, block in enumerate(blocks, start=1)}
-        begun = 0
-        for module in modules:
-            if module in numbers:
-                begun = numbers[module]
-                self._layer.update(dict.fromkeys(module.modules(), begun))
-            self._layer.setdefault(module, begun + 1 if begun else 0)
-        if norm := final_norm(modules, blocks[-1]):
-            self._layer.update(dict.fromkeys(norm.modules(), len(blocks)))
-
-    def of(self, info: ParameterInfo) -> int:
-        """Return how many layers below the top a parameter's first place lies."""
-        if info.owner is None:
-            raise ValueError(
-                f"`layerwise` needs modules, and of {info.describe(0)} none is known. "
-                f"Pass model=model."
-            )
-        return self._top - self._layer[info.owner]
-
-
-def _roots(infos: Iterable[ParameterInfo]) -> list[nn.Module]:
-    return list(
-        {id(info.path[0]): info.path[0] for info in infos if info.path}.values()
-    )
-
-
-@dataclass(frozen=True, repr=False)
-class Layerwise(Policy):
-    """Multiplies decay by ``rate`` per layer below the top; see :func:`layerwise`."""
-
-    rate: float
-    layers: str | None = None
-    distances: Distances | None = field(default=None, compare=False)
-
-    def __repr__(self) -> str:
-        layers = "" if self.layers is None else f", layers={self.layers!r}"
-        return f"layerwise({self.rate!r}{layers})"
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"names", "modules"})
-
-    @property
-    def whole_model(self) -> bool:
-        return True
-
-    def bind(self, infos: Sequence[ParameterInfo]) -> Policy:
-        roots = _roots(infos)
-        return replace(self, distances=Distances(roots, self.layers) if roots else None)
-
-    def decide(self, info: ParameterInfo) -> Verdict:
-        distances = self.distances or Distances(_roots([info]), self.layers)
-        distance = distances.of(info)
-        return Verdict(Decay(self.rate**distance), f"{self!r} at {distance}")
-
-
-def layerwise(rate: float, layers: str | None = None) -> Policy:
-    """Multiply the decay of each parameter by ``rate`` ** distance from the top layer.
-
-    Args:
-        rate: Factor from a layer to the one below, finite and >= 0.
-        layers: Glob on the module names of the repeated blocks, such as
-            ``"blocks.*"``, or the name of their list, ``"blocks"``; by default
-            they are found.
-
-    Raises:
-        TypeError: ``layers`` is no string, or ``rate`` no number.
-        ValueError: ``rate`` is out of range. Blocks that are not found are told of
-            when an optimizer asks.
-
-    Example:
-        >>> layerwise(0.75) * layerwise(0.5, layers="blocks.*")
-        layerwise(0.75) * layerwise(0.5, layers='blocks.*')
-    """
-    require_arguments(rate, layers)
-    return Layerwise(rate, layers)
-
-
 def layerwise_groups(
     model: nn.Module | Sequence[nn.Module],
     lr: float | Tensor,
@@ -233,7 +126,7 @@ def layerwise_groups(
     roots = as_modules(model)
     distances = Distances(roots, layers)
     found: dict[int, list[ParameterInfo]] = {}
-    infos = {id(i.parameter): i for root in roots for i in ModuleIndex(root).infos()}
+    infos = {id(i.parameter): i for i in ModelIndex(roots).everyone()}
     for info in infos.values():
         found.setdefault(distances.of(info), []).append(info)
     layered = [(n, lr * rate**n, held) for n, held in sorted(found.items())]

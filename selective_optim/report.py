@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective_optim._decisions import Decision
-from selective_optim._rules import Form
-from selective_optim._table import aligned
+from selective_optim._text import aligned
+from selective_optim.decay import Decision, Form
 
 HEADERS = ("group", "reason", "decay", "form", "tensors", "elements")
 NUMBERS = (0, 2, 4, 5)  # columns that stand to the right
@@ -208,7 +207,7 @@ def make_row(
         shape=decision.shape,
         numel=decision.shape.numel(),
         lr=_number(group["lr"]),
-        weight_decay=_number(group["weight_decay"]) * decision.multiplier,
+        weight_decay=_number(group["weight_decay"]) * decision.decay.multiplier,
         form=form,
         reason=decision.reason,
     )
@@ -226,7 +225,7 @@ def make_report(
                 index,
                 group,
                 decision,
-                "decoupled" if decoupled(group, decision.form) else "l2",
+                "decoupled" if decoupled(group, decision.decay.form) else "l2",
             )
             for index, (group, decisions) in enumerate(
                 zip(param_groups, decided, strict=True)

@@ -15,7 +15,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from selective_optim import _torch
-from selective_optim._views import Group, GroupView, Record, stepping_optimizer
+from selective_optim._schedule_views import Group, GroupView, Record, stepping_optimizer
 
 Optimizer = torch.optim.Optimizer
 # Attributes of the optimizer: its groups and state keep torch's keys alone.

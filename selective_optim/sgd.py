@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective_optim._base import Model, SelectiveOptimizer
-from selective_optim._kernels import SGDKernel
+from selective_optim._optimizer import Model, SelectiveOptimizer
+from selective_optim.step.sgd_kernel import SGDKernel
 
 
 class SGD(SelectiveOptimizer, torch.optim.SGD):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import selective_optim
-from selective_optim.parameters import canonical_name
+from selective_optim._module_tree import canonical_name
 
 # Measured: under gloo the FSDP2 of torch 2.7 adds gradients up and does not average.
 FSDP2_DIVISOR = 1 if torch.__version__.startswith("2.7.") else 2

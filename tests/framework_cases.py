@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selective_optim.selectors import norm_module
+from selective_optim.policies.recognition import norm_module
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

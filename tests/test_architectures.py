@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from selective_optim._decisions import decide
-from selective_optim.parameters import ModuleIndex
+from selective_optim.policies.decide import decide
+from selective_optim._model_index import ModuleIndex
 from selective_optim.policies import named
 
 pytestmark = pytest.mark.integration

@@ -9,7 +9,7 @@ from torch import nn
 
 from selective_optim import AdamW
 from selective_optim.layers import layerwise_groups
-from selective_optim.parameters import ModuleIndex
+from selective_optim._model_index import ModuleIndex
 from selective_optim.policies import named
 
 for package in ("timm", "torchvision", "transformers", "fastai", "mmengine"):

@@ -1,36 +1,28 @@
-"""Policies: who decays, how much and in which form.
-
-A policy maps a :class:`~selective_optim.ParameterInfo` to a :class:`Decay`. Write
-it as a name, a mapping, a callable, or an expression of :func:`exclude`,
-:func:`only`, :func:`scale`, :func:`form` and ``*``.
-"""
+"""Policies by name, and what else ``wd_policy`` takes: mappings and callables."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from difflib import get_close_matches
 from types import FunctionType
 
 from torch import nn
 
-from selective_optim._rules import (
-    Decay,
-    Form,
+from selective_optim._text import received
+from selective_optim.policies.base import Policy
+from selective_optim.policies.layerwise import layerwise
+from selective_optim.policies.markers import marked
+from selective_optim.policies.recipes import RECIPES
+from selective_optim.policies.rules import (
     Function,
-    Policy,
     exclude,
     first_match,
     form,
     only,
     scale,
 )
-from selective_optim._text import received
-from selective_optim.differences import Difference, Differences, compare
-from selective_optim.layers import layerwise
-from selective_optim.markers import exempt_, marked
-from selective_optim.recipes import RECIPES
-from selective_optim.selectors import (
+from selective_optim.policies.selectors import (
     Selector,
     as_selector,
     everything,
@@ -39,31 +31,6 @@ from selective_optim.selectors import (
     is_norm,
     is_vector,
 )
-
-__all__ = [
-    "Decay",
-    "Difference",
-    "Differences",
-    "Form",
-    "Policy",
-    "Selector",
-    "as_policy",
-    "diff",
-    "everything",
-    "exclude",
-    "exempt_",
-    "first_match",
-    "form",
-    "is_bias",
-    "is_embedding",
-    "is_norm",
-    "is_vector",
-    "layerwise",
-    "marked",
-    "named",
-    "only",
-    "scale",
-]
 
 NAMED: dict[str, Policy] = {
     "all": only(everything),
@@ -156,22 +123,3 @@ def _selector_text(item: object) -> str:
         return repr(as_selector(item))
     # Lists of plain words are searched for words, as in transformers' examples.
     return f'"{item}"' if GLOB.search(item) else f'"*{item}*"'
-
-
-def diff(model: nn.Module | Sequence[nn.Module], a: object, b: object) -> Differences:
-    """List the parameters of a model on which two policies disagree.
-
-    Args:
-        model: Module or modules whose parameters are asked about; it may stand on
-            the meta device.
-        a: A policy, in any form that ``wd_policy`` takes.
-        b: Another.
-
-    Raises:
-        ValueError: One of them cannot decide for a parameter.
-
-    Example:
-        >>> print(diff(nn.Linear(2, 3), "all", "nanogpt").rows[0].reason_b)
-        nanogpt: ndim < 2
-    """
-    return compare(model, as_policy(a), as_policy(b))

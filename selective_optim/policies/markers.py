@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from selective_optim._rules import EXEMPT, FULL, Policy, Verdict
-from selective_optim.parameters import WRAPPERS, ParameterInfo, canonical_name
-from selective_optim.selectors import Need
+from selective_optim._module_tree import WRAPPERS, canonical_name
+from selective_optim.decay import EXEMPT, FULL, Verdict
+from selective_optim.parameters import ParameterInfo
+from selective_optim.policies.base import Policy
+from selective_optim.policies.selectors import Need
 
 MARK = "_no_weight_decay"
 Target = TypeVar("Target", nn.Module, Tensor)
@@ -113,11 +115,7 @@ class Marked(Policy):
     def needs(self) -> frozenset[Need]:
         return frozenset({"names", "modules"})
 
-    @property
-    def whole_model(self) -> bool:
-        return True  # to be bound, so that no module is asked twice
-
-    def bind(self, infos: Iterable[ParameterInfo]) -> Policy:
+    def bind(self, roots: Sequence[nn.Module]) -> Policy:
         return replace(self, lists=Lists())
 
     def decide(self, info: ParameterInfo) -> Verdict:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from selective_optim._algebra import Policy as Policy
-from selective_optim._algebra import Product as Product
-from selective_optim._decay import EXEMPT as EXEMPT
-from selective_optim._decay import FULL as FULL
-from selective_optim._decay import Decay as Decay
-from selective_optim._decay import Form as Form
-from selective_optim._decay import Verdict as Verdict
-from selective_optim._decay import as_decay, broken_rule, number_text
-from selective_optim._watched import ask, callable_text
+from selective_optim.decay import (
+    EXEMPT,
+    FULL,
+    Decay,
+    Form,
+    Verdict,
+    as_decay,
+    broken_rule,
+    number_text,
+)
 from selective_optim.parameters import ParameterInfo
-from selective_optim.selectors import Selector, as_selector
+from selective_optim.policies.base import Policy
+from selective_optim.policies.callables import StrictInfo, callable_text
+from selective_optim.policies.selectors import Selector, as_selector
 
 
 @dataclass(frozen=True, repr=False)
@@ -115,7 +118,7 @@ class Function(Policy):
         return callable_text(self.function)
 
     def decide(self, info: ParameterInfo) -> Verdict:
-        value = ask(self.function, info)
+        value = self.function(StrictInfo(info))
         broken = None if isinstance(value, Decay) else broken_rule(value)
         if broken is not None:
             raise AnswerError(value, *broken)
@@ -197,8 +200,3 @@ def _cases(cases: Mapping[Any, Any]) -> Iterator[tuple[Selector, Decay]]:
             yield selector, as_decay(value)
         except (TypeError, ValueError) as error:
             raise type(error)(f"`wd_policy` at {selector!r}: {error}") from error
-
-
-def unmatched(policy: Policy, infos: Sequence[ParameterInfo]) -> list[Selector]:
-    """List the selectors that had to match some parameter and match none."""
-    return [s for s in policy.required if not any(map(s.matches, infos))]

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from selective_optim._decisions import Decision, decide, require_matches
-from selective_optim._rules import Decay, Policy
-from selective_optim._table import aligned
-from selective_optim.parameters import (
-    ModuleIndex,
-    ParameterInfo,
-    as_modules,
-    shape_text,
-)
+from selective_optim._text import aligned, shape_text
+from selective_optim.decay import Decay
+from selective_optim._model_index import ModelIndex
+from selective_optim.parameters import as_modules
+from selective_optim.policies.base import Policy
+from selective_optim.policies.decide import decide_alone
+from selective_optim.policies.named import as_policy
 
 
 @dataclass(frozen=True)
@@ -62,15 +60,8 @@ class Differences:
 
 
 def _cells(row: Difference) -> tuple[str, ...]:
-    shape = shape_text(row.shape)
-    return (
-        str(row.name),
-        shape,
-        _text(row.a),
-        row.reason_a,
-        _text(row.b),
-        row.reason_b,
-    )
+    a, b = _text(row.a), _text(row.b)
+    return (str(row.name), shape_text(row.shape), a, row.reason_a, b, row.reason_b)
 
 
 def _text(decay: Decay) -> str:
@@ -80,21 +71,29 @@ def _text(decay: Decay) -> str:
     return " ".join(filter(None, [*words, decay.form]))
 
 
-def _decided(policy: Policy, infos: Sequence[ParameterInfo]) -> list[Decision]:
-    require_matches(policy, infos, list)
-    return decide(policy.bind(infos), infos)
+def diff(model: nn.Module | Sequence[nn.Module], a: object, b: object) -> Differences:
+    """List the parameters of a model on which two policies disagree.
 
+    Args:
+        model: Module or modules whose parameters are asked about; it may stand on
+            the meta device.
+        a: A policy, in any form that ``wd_policy`` takes.
+        b: Another.
 
-def compare(
-    model: nn.Module | Sequence[nn.Module], a: Policy, b: Policy
-) -> Differences:
-    """Decide for every parameter of a model by two policies and keep what differs."""
-    infos = [i for module in as_modules(model) for i in ModuleIndex(module).infos()]
-    pairs = zip(_decided(a, infos), _decided(b, infos), strict=True)
+    Raises:
+        ValueError: One of them cannot decide for a parameter.
+
+    Example:
+        >>> print(diff(nn.Linear(2, 3), "all", "nanogpt").rows[0].reason_b)
+        nanogpt: ndim < 2
+    """
+    one, other = as_policy(a), as_policy(b)
+    roots = as_modules(model)
+    infos = ModelIndex(roots).everyone()
+    decided = (decide_alone(policy, roots, infos) for policy in (one, other))
     rows = [
-        Difference(x.name, x.shape, dx, dy, x.reason, y.reason)
-        for x, y in pairs
-        if (dx := Decay(x.multiplier, x.form)) != (dy := Decay(y.multiplier, y.form))
-        and (dx.multiplier or dy.multiplier)
+        Difference(x.name, x.shape, x.decay, y.decay, x.reason, y.reason)
+        for x, y in zip(*decided, strict=True)
+        if x.decay != y.decay and (x.decay.multiplier or y.decay.multiplier)
     ]
-    return Differences(a, b, tuple(rows))
+    return Differences(one, other, tuple(rows))

@@ -6,16 +6,16 @@ import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._decay import FULL, REMEDY, Verdict
-from selective_optim._ledger import Decision as Decision
-from selective_optim._ledger import Ledger as Ledger
-from selective_optim._rules import AnswerError, Policy, unmatched
-from selective_optim._watched import UnknownError
-from selective_optim.parameters import ParameterInfo, shape_now
-from selective_optim.selectors import NamePattern, Need, Selector
+from selective_optim.decay import FULL, REMEDY, Decision, Verdict
+from selective_optim.parameters import ParameterInfo, owner_kinds, shape_now
+from selective_optim.policies.base import Policy, unmatched
+from selective_optim.policies.callables import UnknownError
+from selective_optim.policies.rules import AnswerError
+from selective_optim.policies.selectors import NamePattern, Need, Selector
 
 WAYS_OUT = 'Pass model=model or model.named_parameters(), or use wd_policy="matrices".'
 
@@ -39,8 +39,7 @@ def decide(policy: Policy | None, infos: Sequence[ParameterInfo]) -> list[Decisi
 
 def _decision(info: ParameterInfo, verdict: Verdict) -> Decision:
     shape = shape_now(info.parameter) if info.shape is None else info.shape
-    multiplier, form = verdict.decay.multiplier, verdict.decay.form
-    return Decision(info.name, shape, multiplier, form, verdict.reason)
+    return Decision(*verdict, info.name, shape, owner_kinds(info))
 
 
 def _ask(policy: Policy, info: ParameterInfo, position: int) -> Verdict:
@@ -104,25 +103,10 @@ def _lost(info: ParameterInfo) -> str:
     )
 
 
-def require_once(infos: Sequence[ParameterInfo]) -> None:
-    """Check that no parameter is listed twice in a group.
-
-    Raises:
-        ValueError: One is, and would be stepped twice.
-    """
-    seen: set[int] = set()
-    for position, info in enumerate(infos):
-        if id(info.parameter) in seen:
-            raise ValueError(
-                f"{info.describe(position)} is listed twice in its group and would "
-                f"step twice. Pass each once: list(dict.fromkeys(params))."
-            )
-        seen.add(id(info.parameter))
-
-
 def require_matches(
     policy: Policy,
     infos: Sequence[ParameterInfo],
+    elsewhere: Callable[[Selector], bool],
     everyone: Callable[[], Sequence[ParameterInfo]],
 ) -> None:
     """Check that every glob, regular expression and object matches some parameter.
@@ -130,15 +114,17 @@ def require_matches(
     Args:
         policy: The policy that decides for ``infos``.
         infos: What is known of the optimizer's parameters.
-        everyone: Gives what is known of the model's, a frozen part included.
+        elsewhere: Tells whether a selector matches any parameter of the model, a
+            frozen part included.
+        everyone: Gives what is known of the model's parameters.
 
     Raises:
         ValueError: One matches none; the message gives the closest names.
     """
-    if not unmatched(policy, infos):
-        return
-    infos = [*infos, *everyone()]
     for selector in unmatched(policy, infos):
+        if elsewhere(selector):
+            continue
+        infos = [*infos, *everyone()]
         names = list(dict.fromkeys(name for info in infos for name in info.names))
         # A pattern without names to search in: deciding raises and says so.
         if names or not isinstance(selector, NamePattern):
@@ -148,6 +134,18 @@ def require_matches(
                 f"{_closest(selector, names)}. Correct it, or pass missing_ok=True to "
                 f"its policy."
             )
+
+
+def decide_alone(
+    policy: Policy, roots: Sequence[nn.Module], infos: Sequence[ParameterInfo]
+) -> list[Decision]:
+    """Decide for the parameters of modules where there is no optimizer.
+
+    Raises:
+        ValueError: The policy cannot decide, or a glob matches nothing.
+    """
+    require_matches(policy, infos, lambda selector: False, list)
+    return decide(policy.bind(roots), infos)
 
 
 def _closest(selector: Selector, names: Sequence[str]) -> str:

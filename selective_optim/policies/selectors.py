@@ -16,16 +16,16 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from selective_optim._recognition import (
+from selective_optim._text import received
+from selective_optim.parameters import ParameterInfo
+from selective_optim.policies.callables import StrictInfo, callable_text
+from selective_optim.policies.recognition import (
     bias_leaf,
     embedding_leaf,
     embedding_module,
+    norm_module,
     original_class,
 )
-from selective_optim._recognition import norm_module as norm_module
-from selective_optim._text import received
-from selective_optim._watched import ask, callable_text
-from selective_optim.parameters import ParameterInfo
 
 Need = Literal["names", "modules", "shapes"]
 
@@ -127,7 +127,7 @@ class Question(Selector):
         return callable_text(self.function)
 
     def at(self, place: ParameterInfo) -> bool:
-        answer = ask(self.function, place)
+        answer = self.function(StrictInfo(place))
         # No `bool(answer)`: a forgotten `return` would select nothing, silently.
         if answer not in (True, False):
             raise TypeError(

@@ -12,9 +12,9 @@ from numbers import Real
 
 from torch import nn
 
+from selective_optim._module_tree import WRAPPERS, canonical_name
 from selective_optim._text import received
-from selective_optim.parameters import WRAPPERS, canonical_name
-from selective_optim.selectors import norm_module
+from selective_optim.policies.recognition import norm_module
 
 NUMBERED = re.compile(r"(.*?)\d+$")
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

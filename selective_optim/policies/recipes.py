@@ -8,20 +8,20 @@ the projects, a tied parameter goes by its first name.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from selective_optim._rules import EXEMPT, FULL, Policy, Verdict
-from selective_optim.markers import Lists, listing, unwrapped
+from selective_optim import _torch
+from selective_optim.decay import EXEMPT, FULL, Verdict
 from selective_optim.parameters import ParameterInfo
-from selective_optim.selectors import Need
+from selective_optim.policies.base import Policy
+from selective_optim.policies.markers import Lists, listing, unwrapped
+from selective_optim.policies.selectors import Need
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-# torch's private bases of all batch and instance norms, which mmengine tests for.
-NORM_BASES = (nn.SyncBatchNorm.__mro__[1], nn.InstanceNorm1d.__mro__[1])
 HUGGINGFACE_NAMES = tuple(
     map(
         re.compile,
@@ -65,11 +65,7 @@ class RootListRecipe(Recipe):
 
     lists: Lists | None = field(default=None, compare=False)
 
-    @property
-    def whole_model(self) -> bool:
-        return True  # to be bound, so that the model is asked once
-
-    def bind(self, infos: Iterable[ParameterInfo]) -> Policy:
+    def bind(self, roots: Sequence[nn.Module]) -> Policy:
         return replace(self, lists=Lists())
 
     def decide(self, info: ParameterInfo) -> Verdict:
@@ -136,7 +132,7 @@ def mmengine(info: ParameterInfo) -> str | None:
         ``mmengine/optim/optimizer/default_constructor.py``, version 0.10.7, with
         ``paramwise_cfg=dict(norm_decay_mult=0, bias_decay_mult=0)``.
     """
-    if isinstance(info.owner, (*NORM_BASES, nn.GroupNorm, nn.LayerNorm)):
+    if isinstance(info.owner, (*_torch.NORM_BASES, nn.GroupNorm, nn.LayerNorm)):
         return f"held by {type(info.owner).__name__}"
     parents = info.path[-2:-1]
     return "bias" if info.leaf == "bias" and not any(map(_is_dcn, parents)) else None

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from selective_optim._decay import FULL, Decay, Verdict
+from torch import nn
+
+from selective_optim.decay import FULL, Decay, Verdict
 from selective_optim.parameters import ParameterInfo
-from selective_optim.selectors import Need, Selector
+from selective_optim.policies.selectors import Need, Selector
 
 
 class Policy:
@@ -32,13 +34,8 @@ class Policy:
         """Decide for one parameter and say why."""
         raise NotImplementedError  # pragma: no cover
 
-    @property
-    def whole_model(self) -> bool:
-        """Tell whether a verdict depends on the other parameters, too."""
-        return False
-
-    def bind(self, infos: Sequence[ParameterInfo]) -> Policy:
-        """Return the policy with what it must know of all parameters filled in."""
+    def bind(self, roots: Sequence[nn.Module]) -> Policy:
+        """Return the policy after a look at the modules that it will be asked about."""
         return self
 
     def __call__(self, info: ParameterInfo) -> Decay:
@@ -46,6 +43,11 @@ class Policy:
 
     def __mul__(self, other: object) -> Policy:
         return Product(self, other) if isinstance(other, Policy) else NotImplemented
+
+
+def unmatched(policy: Policy, infos: Sequence[ParameterInfo]) -> list[Selector]:
+    """List the selectors that had to match some parameter and match none."""
+    return [s for s in policy.required if not any(map(s.matches, infos))]
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,12 +75,8 @@ class Product(Policy):
     def required(self) -> tuple[Selector, ...]:
         return self.left.required + self.right.required
 
-    @property
-    def whole_model(self) -> bool:
-        return self.left.whole_model or self.right.whole_model
-
-    def bind(self, infos: Sequence[ParameterInfo]) -> Policy:
-        return Product(self.left.bind(infos), self.right.bind(infos))
+    def bind(self, roots: Sequence[nn.Module]) -> Policy:
+        return Product(self.left.bind(roots), self.right.bind(roots))
 
     def decide(self, info: ParameterInfo) -> Verdict:
         left, right = self.left.decide(info), self.right.decide(info)

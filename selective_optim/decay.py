@@ -1,4 +1,7 @@
-"""What a policy yields for one parameter: how much decay, in which form, and why."""
+"""What is decided for one parameter: how much decay, in which form, and why.
+
+The one vocabulary that both wings share: policies yield it, steps apply it.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, NamedTuple, get_args
 
-Form = Literal["l2", "decoupled"]
+import torch
+from torch import Tensor
 
+Form = Literal["l2", "decoupled"]
 
 REMEDY = "Use 0 to exempt a parameter, 1 to decay it in full."
 
@@ -66,6 +71,11 @@ def number_text(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
+def is_zero(value: float | Tensor) -> bool:
+    """Tell whether a number is 0; a tensor may change and never counts as 0."""
+    return not isinstance(value, Tensor) and value == 0
+
+
 FULL, EXEMPT = Decay(1.0), Decay(0.0)
 
 
@@ -81,3 +91,28 @@ class Verdict(NamedTuple):
 
     decay: Decay
     reason: str
+
+
+class Decision(NamedTuple):
+    """A verdict on one parameter, with what was known of it when it was taken.
+
+    Args:
+        decay: How it decays.
+        reason: The selector or policy that decided.
+        name: Canonical name, or ``None`` where no name is known.
+        shape: Original shape; the present one where that is lost.
+        kinds: Class of the module that holds it, and that class's bases; empty
+            where no module is known.
+    """
+
+    decay: Decay
+    reason: str
+    name: str | None
+    shape: torch.Size
+    kinds: tuple[str, ...]
+
+    def label(self, group: int, position: int) -> str:
+        """Name the parameter as a message should: by name if known, else by place."""
+        return (
+            repr(self.name) if self.name else f"parameter {position} of group {group}"
+        )

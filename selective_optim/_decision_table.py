@@ -1,0 +1,177 @@
+"""To which tensor each decision applies.
+
+A decision follows its tensor wherever that is moved, copied or reordered to. The
+table holds no tensor, or an unsharded model would stay in memory; it holds what
+is the tensor's own and nothing else's, see ``_torch.token_of``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Container, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from selective_optim import _torch
+from selective_optim.decay import Decision
+from selective_optim.parameters import ParameterInfo, owner_kinds
+from selective_optim.policies import Policy
+
+Group = dict[str, Any]
+Infos = Sequence[ParameterInfo]
+
+
+class Row(NamedTuple):
+    """What was decided for one tensor, and by which policy."""
+
+    token: object
+    decision: Decision
+    policy: Policy | None
+
+
+class Known(NamedTuple):
+    """How the table learns what it does not know.
+
+    Args:
+        describe: Tells what is known of parameters, given their names if any and
+            the index of their group.
+        ask: Asks a policy about them.
+    """
+
+    describe: Callable[[Sequence[Tensor], Sequence[str | None] | None, int], Infos]
+    ask: Callable[[Policy | None, Infos], Sequence[Decision]]
+
+
+class DecisionTable:
+    """What was decided, by tensor, and how the groups stood when last looked at."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, Row] = {}
+        self.layout: list[list[Row]] = []
+
+    def record(self, param: Tensor, decision: Decision, policy: Policy | None) -> Row:
+        """Write down what was decided for a tensor."""
+        token = _torch.token_of(param)
+        row = self._rows[id(token)] = Row(token, decision, policy)
+        return row
+
+    def row_of(self, param: Tensor) -> Row | None:
+        """Return what was decided for a tensor."""
+        # A token that is held cannot be another's: its id does not come again.
+        return self._rows.get(id(_torch.token_of(param)))
+
+    def stands(self, groups: Sequence[Group]) -> bool:
+        """Tell whether the groups hold what they held when last looked at."""
+        sizes = [len(group["params"]) for group in groups]
+        if sizes != list(map(len, self.layout)):
+            return False
+        tokens = map(_torch.token_of, chain.from_iterable(g["params"] for g in groups))
+        rows = chain.from_iterable(self.layout)
+        return all(token is row.token for token, row in zip(tokens, rows))
+
+    def lay_out(self, layout: list[list[Row]]) -> None:
+        """Remember how the groups stand, and forget tensors long gone."""
+        self.layout = layout
+        count = sum(map(len, layout))
+        # One that was taken out may come back, so it is not forgotten at once.
+        if len(self._rows) > 2 * count + 64:
+            self._rows = {id(row.token): row for rows in layout for row in rows}
+
+    def follow(
+        self, groups: Sequence[Group], known: Known, default: Policy | None
+    ) -> None:
+        """Find, take over or decide a row for every parameter of the groups.
+
+        A tensor keeps its own row wherever it stands. One that is new takes over
+        that of its name, or, where all tensors of a group are new, those of their
+        positions, unless what is known of it contradicts. Else a policy is asked:
+        that of the tensors around it, or ``default``.
+
+        Raises:
+            ValueError: The policy cannot decide; then the layout stays as it was.
+        """
+        found = [[self.row_of(p) for p in group["params"]] for group in groups]
+        borne = {row.decision.name for rows in found for row in rows if row}
+        aligned = len(groups) == len(self.layout)
+        layout = []
+        for index, (group, rows) in enumerate(zip(groups, found)):
+            if any(row is None for row in rows):
+                params = list(group["params"])
+                names = _trusted_names(group, rows, borne)
+                infos = known.describe(params, names, index)
+                before = self.layout[index] if aligned else []
+                rows = self._complete(infos, rows, before, known, default)
+            layout.append([row for row in rows if row is not None])
+        self.lay_out(layout)
+
+    def _complete(
+        self,
+        infos: Infos,
+        rows: Sequence[Row | None],
+        before: Sequence[Row],
+        known: Known,
+        default: Policy | None,
+    ) -> Sequence[Row | None]:
+        mine = [row for row in rows if row is not None]
+        if not mine and (inherited := self.inherited(infos, before)) is not None:
+            return inherited
+        policy = next((row.policy for row in (*mine, *before)), default)
+        named = self._by_name()
+        completed = [
+            row or self._take_over(info, named.get(info.name or ""))
+            for info, row in zip(infos, rows)
+        ]
+        new = [info for info, row in zip(infos, completed) if row is None]
+        decisions = known.ask(policy, new) if new else ()
+        decided = iter(
+            [self.record(i.parameter, d, policy) for i, d in zip(new, decisions)]
+        )
+        return [row or next(decided) for row in completed]
+
+    def inherited(self, infos: Infos, rows: Sequence[Row]) -> list[Row] | None:
+        """Give new tensors the rows of their positions, unless something contradicts."""
+        fits = len(infos) == len(rows) and all(map(_may_be, infos, rows))
+        pairs = zip(infos, rows)
+        return [self._take_over(*pair) for pair in pairs] if fits else None  # type: ignore[misc]  # each fits
+
+    def _take_over(self, info: ParameterInfo, row: Row | None) -> Row | None:
+        if row is None or not _may_be(info, row):
+            return None
+        return self.record(info.parameter, row.decision, row.policy)
+
+    def _by_name(self) -> dict[str, Row]:
+        """Look up rows by a name that only one of them bears."""
+        rows = list(chain.from_iterable(self.layout))
+        bearers = Counter(row.decision.name for row in rows)
+        return {
+            name: row
+            for row in rows
+            if (name := row.decision.name) and bearers[name] == 1
+        }
+
+
+def _may_be(info: ParameterInfo, row: Row) -> bool:
+    """Tell whether nothing known of a parameter contradicts what was decided on."""
+    decided, kinds = row.decision, owner_kinds(info)
+    if decided.kinds and kinds:
+        # A wrapper or a parametrization makes a subclass of the module's class.
+        if kinds[0] not in decided.kinds and decided.kinds[0] not in kinds:
+            return False
+    same_name = info.name in (None, decided.name) or decided.name is None
+    return same_name and info.shape in (None, decided.shape)
+
+
+def _trusted_names(
+    group: Group, rows: Sequence[Row | None], borne: Container[str | None]
+) -> Sequence[str | None] | None:
+    """Return the names in a group, without those that tensors elsewhere bear.
+
+    Whoever edits the list of parameters by hand leaves the list of names alone.
+    """
+    names = group.get("param_names")
+    if names is None or len(names) != len(rows):
+        return None
+    pairs = zip(names, rows)
+    return [name if row or name not in borne else None for name, row in pairs]

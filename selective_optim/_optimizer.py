@@ -1,0 +1,276 @@
+"""What the optimizers share: a decider, a stepper, and here state, copies and report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, repeat
+from typing import Any
+
+import torch
+from torch import nn
+
+from selective_optim import _torch
+from selective_optim._decider import OWN_KEYS, Decider
+from selective_optim._loading import (
+    RECORD,
+    record_of,
+    require_dict,
+    require_loadable,
+    warn_of_changes,
+)
+from selective_optim.decay import Decay
+from selective_optim.policies import Policy
+from selective_optim.report import DecayReport, make_report
+from selective_optim.step.cells import Member, free_choice
+from selective_optim.step.kernel import Kernel, Scaling, States
+from selective_optim.step.stepper import Stepper
+
+Model = nn.Module | Sequence[nn.Module] | None
+
+
+class SelectiveOptimizer(torch.optim.Optimizer):
+    """Decides once for every parameter and applies the decisions in ``step()``.
+
+    Stands before a class of ``torch.optim`` whose constructor, groups and state
+    stay what they are. What is added lives in attributes of its own.
+    """
+
+    # Not ``state``: __dict__["state"] cannot be read inside a compiled step of 2.7.
+    _states: States
+    _decider: Decider
+    _stepper: Stepper
+
+    # Construction.
+
+    @contextmanager
+    def _deciding(
+        self, params: Any, wd_policy: object, model: Model, kernel: Kernel
+    ) -> Iterator[Any]:
+        """Give torch's constructor what it takes, then decide for all groups."""
+        self._decider = Decider(wd_policy, model)
+        self._stepper = Stepper(kernel)
+        self._decider.begin()
+        yield self._decider.index.learn(params)
+        self._decider.settle(self.param_groups)
+        self._stepper = Stepper(kernel)  # torch has let go of the state it made
+
+    @_torch.disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as torch does, and decide for its parameters.
+
+        Args:
+            param_group: As for ``torch.optim``; ``"params"`` may also be a module or
+                a sequence of modules, ``"wd_policy"`` overrides the constructor's,
+                and ``"model"`` adds to the modules that are known.
+
+        Raises:
+            ValueError: The policy cannot be decided; then nothing is added.
+        """
+        policy, group = self._decider.open(param_group, self.defaults)
+        super().add_param_group(group)
+        try:
+            self._decider.arrive(self.param_groups, policy, group is not param_group)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    # Stepping.
+
+    @property
+    def state(self) -> Any:
+        """State tensors by parameter, as in torch."""
+        if not torch.compiler.is_compiling():  # which cannot set attributes in 2.7
+            self._stepper.lend()
+        return self._states
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._stepper.lend()
+        self._states = value
+
+    @_torch.use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient, each with its own decay.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or ``None``.
+
+        Raises:
+            ValueError: A hyperparameter is NaN, or a new parameter cannot be decided.
+            RuntimeError: A parameter with a sparse gradient decays.
+        """
+        kernel = self._stepper.kernel
+        if kernel.counts:
+            _torch.check_graph_capture(self)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling() or self.defaults["differentiable"]:
+            for group in self.param_groups:
+                self._step_traced(group)
+        else:
+            scaling = Scaling(
+                getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            )
+            self._stepper.step(
+                self.param_groups, self._members, self._states, scaling
+            )
+        return loss
+
+    def _members(self) -> list[Member]:
+        decided = self._decider.decisions(self.param_groups, self.defaults)
+        return [
+            Member(param, index, decision.decay, decision.label(index, position))
+            for index, (group, decisions) in enumerate(zip(self.param_groups, decided))
+            for position, (param, decision) in enumerate(
+                zip(group["params"], decisions)
+            )
+        ]
+
+    def _step_traced(self, group: dict[str, Any]) -> None:
+        """Step a group as torch does, for compilation and autograd to trace."""
+        kernel = self._stepper.kernel
+        lists: list[list[Any]] = [[] for _ in kernel.traced_lists]
+        flag, parts = self._init_group(group, *lists)
+        for multiplier, form, chosen in parts:
+            setting = kernel.setting(group, Decay(multiplier, form))
+            mine = [[each[i] for i in chosen] if each else [] for each in lists]
+            kernel.traced(setting, mine, flag)
+            kernel.keep(self.state, mine)
+
+    @_torch.disable_dynamo
+    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> Any:
+        """Fill the lists as torch does; also return which of them were decided alike.
+
+        ``torch.compile`` runs a method of this name as it is, and compiles what is
+        done with the lists.
+        """
+        fill = getattr(super(), "_init_group", None)
+        if fill is None:
+            flag = self._stepper.kernel.fill(group, self.state, lists)
+        else:
+            flag = fill(group, *lists)
+        index = next(i for i, own in enumerate(self.param_groups) if own is group)
+        decided = self._decider.decisions(self.param_groups, self.defaults)[index]
+        parts: dict[tuple[Any, ...], list[int]] = {}
+        present = [d for p, d in zip(group["params"], decided) if p.grad is not None]
+        for position, decision in enumerate(present):
+            decay = decision.decay
+            parts.setdefault((decay.multiplier, decay.form), []).append(position)
+        return flag, tuple((*key, tuple(chosen)) for key, chosen in parts.items())
+
+    # The policy.
+
+    @property
+    def wd_policy(self) -> Policy | None:
+        """Who decays. Assigning decides anew for every parameter, or raises."""
+        return self._decider.policy
+
+    @wd_policy.setter
+    def wd_policy(self, wd_policy: Any) -> None:
+        self._decider.assign(wd_policy, self.param_groups)
+        self._stepper.forget()
+
+    def decay_report(self) -> DecayReport:
+        """Tell what decays: in sum when printed, per parameter in ``rows``."""
+        decided = self._decider.decisions(self.param_groups, self.defaults)
+        return make_report(self.param_groups, decided, self._stepper.kernel.decoupled)
+
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        if self.wd_policy is None:
+            return text
+        return f"{text.removesuffix(')')}wd_policy: {self.wd_policy!r}\n)"
+
+    # State dicts and copies.
+
+    @_torch.disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state dict and, under ``"decay"``, what decays how.
+
+        ``"decay"`` holds, group by group, a ``[multiplier, form]`` per parameter.
+        """
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            for name in OWN_KEYS:
+                group.pop(name, None)
+        state_dict[RECORD] = self._record()
+        return state_dict
+
+    def _record(self) -> Any:
+        decided = self._decider.decisions(self.param_groups, self.defaults)
+        return record_of(self._stepper.kernel, self.param_groups, decided)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of torch's class of the same name.
+
+        The policy stays the constructor's, and an implementation that was chosen
+        automatically is chosen again.
+
+        Raises:
+            TypeError: It is not a dict.
+            ValueError: It does not fit this optimizer; then nothing is loaded.
+
+        Warns:
+            UserWarning: It records other decisions than this policy's, or stops all
+                decay.
+        """
+        require_dict(state_dict)
+        decided = self._decider.decisions(self.param_groups, self.defaults)
+        saved: list[Any] = []
+
+        def adapt(optimizer: Any, adapted: dict[str, Any]) -> dict[str, Any]:
+            require_loadable(
+                self._stepper.kernel, self.param_groups, decided, adapted
+            )
+            saved.append(adapted.get(RECORD))
+            return {**adapted, "param_groups": self._left_open(adapted)}
+
+        # Registered last: hooks of the user may adapt the state dict first.
+        handle = self.register_load_state_dict_pre_hook(adapt)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        warn_of_changes(
+            decided, self.param_groups, saved[0], self._record(), stacklevel=3
+        )
+
+    def _left_open(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+        """Leave the implementation open where it is open now, whoever saved."""
+        now = chain(self.param_groups, repeat(None))
+        open_choice = {"foreach": None, "fused": None}
+        return [
+            {**group, **open_choice} if mine and free_choice(mine) else group
+            for group, mine in zip(state_dict["param_groups"], now)
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "_copied": {
+                "kernel": self._stepper.kernel,
+                "decider": self._decider.snapshot(self.param_groups),
+                "states": id(self._states),
+            },
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        rest = dict(state)
+        copied = rest.pop("_copied", None)
+        if copied is not None:
+            self._stepper = Stepper(copied["kernel"])
+        if "state" in rest:  # torch would write it into __dict__, past the property
+            self.state = rest.pop("state")
+        super().__setstate__(rest)
+        if copied is not None:
+            self._decider = Decider.restored(copied["decider"], self.param_groups)
+        # `copy.copy` shares the state, whose counters the original has in hand.
+        shared = copied is not None and copied["states"] == id(self._states)
+        if "state" in state and not shared:
+            self._stepper.settle(self.param_groups, self._states)

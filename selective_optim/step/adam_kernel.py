@@ -1,0 +1,153 @@
+"""How Adam and AdamW reach torch's kernels; state entries are torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selective_optim import _torch
+from selective_optim.decay import Decay, Form, is_zero
+from selective_optim.step.kernel import (
+    Batch,
+    Call,
+    Group,
+    Kernel,
+    Scaling,
+    Setting,
+    State,
+    lr_on_device,
+    wd_of,
+)
+
+# What torch's functional is told and its fused kernel is not.
+CHOICES = ("capturable", "differentiable", "foreach", "fused", "decoupled_weight_decay")
+
+
+class AdamKernel(Kernel):
+    """Adam and AdamW: two moments, a third with ``amsgrad``, and a step counter."""
+
+    counts = True
+    required = ("lr", "betas", "eps", "weight_decay", "params")
+    traced_lists = (
+        *("params", "grads", "exp_avg", "exp_avg_sq"),
+        *("max_exp_avg_sq", "step"),
+    )
+
+    def decoupled(self, group: Group, form: Form | None) -> bool:
+        return form == "decoupled" if form else bool(group["decoupled_weight_decay"])
+
+    def setting(self, group: Group, decay: Decay, first: bool = False) -> Setting:
+        wd = wd_of(group, decay)
+        beta1, beta2 = group["betas"]
+        return Setting(
+            {
+                "lr": group["lr"],
+                "beta1": beta1,
+                "beta2": beta2,
+                "eps": group["eps"],
+                "weight_decay": wd,
+                # Without decay both forms give the same bits: one call for both.
+                "decoupled_weight_decay": self.decoupled(
+                    group, None if is_zero(wd) else decay.form
+                ),
+                "amsgrad": group["amsgrad"],
+                "maximize": group["maximize"],
+                "capturable": group["capturable"],
+                "differentiable": group["differentiable"],
+                "foreach": group["foreach"],
+                "fused": group["fused"],
+            }
+        )
+
+    def entries(self, group: Group) -> tuple[str, ...]:
+        moments = ("exp_avg", "exp_avg_sq")
+        return (*moments, "max_exp_avg_sq") if group.get("amsgrad") else moments
+
+    def structure(self, group: Group) -> tuple[object, ...]:
+        names = ("amsgrad", "foreach", "fused", "capturable", "differentiable")
+        return tuple(group[name] for name in names)
+
+    def trusted(self, param: Tensor) -> bool:
+        return _torch.fused_adam_ is not None and _torch.fused_adamw_ is not None
+
+    def takes_beside(self, param: Tensor, moment: Tensor) -> bool:
+        if moment.dtype == param.dtype:
+            return True
+        pair = (param.dtype, moment.dtype)
+        # Named in torch's documentation from 2.12 on; torch checks it again.
+        return param.is_cuda and pair == (torch.float32, torch.bfloat16)
+
+    def has_state(self, own: State | None, group: Group) -> bool:
+        return bool(own)
+
+    def begin(
+        self, own: State, param: Tensor, group: Group, fused: bool, step: Tensor | None
+    ) -> None:
+        if step is None:
+            on_device = group["capturable"] or group["fused"]
+            double = torch.get_default_dtype() == torch.float64 and not group["fused"]
+            step = torch.zeros(
+                (),
+                dtype=torch.float64 if double else torch.float32,
+                device=param.device if on_device else "cpu",
+            )
+        moments = {
+            entry: torch.zeros_like(param, memory_format=torch.preserve_format)
+            for entry in self.entries(group)
+        }
+        own.update(step=step, **moments)  # at once: an interrupt leaves all or nothing
+
+    def calls(self, setting: Setting, batch: Batch, scaling: Scaling) -> list[Call]:
+        own = {k: v for k, v in setting.arguments.items() if k not in CHOICES}
+        own["lr"] = lr_on_device(own["lr"], batch.params)
+        decoupled = setting.arguments["decoupled_weight_decay"]
+        kernel = _torch.fused_adamw_ if decoupled else _torch.fused_adam_
+        largest = batch.moments[2] if own["amsgrad"] else []
+        lists = (*(batch.params, batch.grads), *batch.moments[:2], largest, batch.steps)
+        return [partial(kernel, *lists, **own, **scaling._asdict())]
+
+    def functional(
+        self,
+        setting: Setting,
+        params: list[Tensor],
+        grads: list[Tensor],
+        owns: Sequence[State],
+    ) -> None:
+        amsgrad = setting.arguments["amsgrad"]
+        _torch.adam(
+            params,
+            grads,
+            [own["exp_avg"] for own in owns],
+            [own["exp_avg_sq"] for own in owns],
+            [own["max_exp_avg_sq"] for own in owns] if amsgrad else [],
+            [own["step"] for own in owns],
+            has_complex=any(map(torch.is_complex, params)),
+            **setting.arguments,
+        )
+
+    def traced(self, setting: Setting, lists: list[list[Any]], flag: bool) -> None:
+        _torch.adam(*lists, has_complex=flag, **setting.arguments)
+
+    def multiplied(self, setting: Setting, fused: bool) -> float | Tensor:
+        own = setting.arguments
+        outside = own["decoupled_weight_decay"] and not fused
+        return own["lr"] * own["weight_decay"] if outside else 0.0
+
+    def hyperparameters(self, group: Group) -> Iterable[tuple[str, Any]]:
+        names = ("lr", "eps", "weight_decay")
+        return [
+            *((name, group[name]) for name in names),
+            *(("betas", beta) for beta in group["betas"]),
+        ]
+
+    def refuse_sparse(self, group: Group, decay: Decay, label: str) -> None:
+        """Raise as torch does: Adam steps no sparse gradient, decayed or not."""
+        raise RuntimeError(
+            f"Adam does not support sparse gradients, please consider SparseAdam "
+            f"instead; {label} has one. Pass sparse=False to its embedding, or use "
+            f"selective_optim.SGD with that parameter exempt."
+        )

@@ -1,0 +1,154 @@
+"""One kernel call: the parameters that go into it, and their tensors while at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import compress
+
+import torch
+from torch import Tensor
+
+from selective_optim import _torch
+from selective_optim.step.cells import Cell, Key, counts_beside, fusable, joins
+from selective_optim.step.guards import flat
+from selective_optim.step.kernel import (
+    Batch,
+    Kernel,
+    Scaling,
+    Setting,
+    State,
+    States,
+)
+
+
+class Bucket:
+    """Cells of equal settings, stepped by one call.
+
+    ``positions`` number its parameters among all of all groups; ``part`` says which
+    of a plan's parameters are its own; ``entries`` names their state.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        cells: Sequence[Cell],
+        entries: tuple[str, ...],
+        start: int,
+    ) -> None:
+        self._kernel = kernel
+        self.key: Key = cells[0].key
+        self.label = cells[0].label
+        self.positions: list[int] = flat(cell.positions for cell in cells)
+        self.part = slice(start, start + len(self.positions))
+        self.entries = ("step", *entries) if kernel.counts else entries
+
+    def take(self, setting: Setting) -> None:
+        """Take over the hyperparameters of the steps to come."""
+        self.setting = setting
+
+
+EMPTY = Batch([], [], [])
+
+
+class FusedBucket(Bucket):
+    """Parameters that torch's fused kernel steps, on their tensors or shards."""
+
+    batch = EMPTY  # but for the time that the tensors are at hand
+
+    def load(self, params: list[Tensor], states: States) -> None:
+        """Take in the tensors of the steps to come.
+
+        Raises:
+            KeyError: State lacks an entry.
+        """
+        owns = [states.get(p) or {} for p in params] if self.entries else []
+        lists = [[own[entry] for own in owns] for entry in self.entries]
+        steps = lists.pop(0) if self._kernel.counts else []
+        if self.key.sharded:
+            params, *lists = (
+                list(map(_torch.local_tensor, each)) for each in (params, *lists)
+            )
+        self.batch = Batch(params, lists, steps)
+
+    def unload(self) -> None:
+        """Let go of all tensors."""
+        self.batch = EMPTY
+
+    def fits(self, grads: Sequence[Tensor]) -> bool:
+        """Look at every tensor, one by one: can the fused kernel walk it?"""
+        rows = zip(self.batch.params, grads, *self.batch.moments, strict=True)
+        alike = all(
+            param.dtype == self.key.dtype
+            and param.device == self.key.device
+            and fusable(self._kernel, param, moments)
+            and joins(param, grad)
+            for param, grad, *moments in rows
+        )
+        counted = zip(self.batch.params, self.batch.steps)
+        return alike and all(counts_beside(param, step) for param, step in counted)
+
+    def present(self, there: Sequence[bool] | None) -> Batch:
+        """Keep the parameters that have a gradient."""
+        if there is None or all(mine := there[self.part]):
+            return self.batch
+
+        def kept(tensors: list[Tensor]) -> list[Tensor]:
+            return list(compress(tensors, mine))
+
+        own = self.batch
+        moments = [kept(moment) for moment in own.moments]
+        return Batch(kept(own.params), moments, kept(own.steps), kept(own.grads))
+
+
+class FunctionalBucket(Bucket):
+    """Parameters that go through torch's functional: for-loop, foreach, or fused."""
+
+    def step(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        there: Sequence[bool],
+        states: States,
+        scaling: Scaling,
+    ) -> None:
+        """Step the parameters that have a gradient, or none where infinity was found."""
+        present, theirs = list(compress(params, there)), list(compress(grads, there))
+        if not present:
+            return
+        owns = [states[p] if self.entries else {} for p in present]
+        if scaling.grad_scale is not None:
+            _torch.unscale_(theirs, scaling.grad_scale)
+        if scaling.found_inf is None:
+            self._kernel.functional(self.setting, present, theirs, owns)
+        else:
+            self._step_unless(scaling.found_inf, present, theirs, owns)
+
+    def _step_unless(
+        self,
+        found_inf: Tensor,
+        params: list[Tensor],
+        grads: list[Tensor],
+        owns: list[State],
+    ) -> None:
+        """Step, and undo it where infinity was found, without asking a device."""
+        begun = all(self._kernel.has_state(own, {"momentum": 1}) for own in owns)
+        # On the CPU nothing is waited for; and a momentum buffer that is yet to begin
+        # must not: torch's functional makes it, and only the host can leave it out.
+        if found_inf.is_cpu or (self.entries and not begun):
+            if not found_inf.item():
+                self._kernel.functional(self.setting, params, grads, owns)
+            return
+        touched = [*params, *(own[entry] for own in owns for entry in self.entries)]
+        shards = [_local(tensor) for tensor in touched]
+        before = [shard.clone() for shard in shards]
+        self._kernel.functional(self.setting, params, grads, owns)
+        for shard, old in zip(shards, before, strict=True):
+            shard.copy_(torch.where(found_inf.to(shard.device).bool(), old, shard))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return (
+        _torch.local_tensor(tensor)
+        if type(tensor) is _torch.dtensor_class()
+        else tensor
+    )

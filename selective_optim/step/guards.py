@@ -1,0 +1,192 @@
+"""What must still hold for a plan to be replayed.
+
+Identity suffices for what only someone outside can replace: numbers, lists of
+parameters, the parameters themselves. What every backward pass makes anew, and
+what can be changed in place, is compared by its traits in one guard call.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import chain, repeat
+from operator import attrgetter, is_, itemgetter
+from typing import Any
+
+from torch import Tensor
+
+from selective_optim import _torch
+from selective_optim.step.cells import PLAIN
+from selective_optim.step.kernel import Groups
+
+FEW = 64  # groups of which names of hyperparameters are compared, too
+PROOFS = 4  # dispatch states, such as with and without autocast, that are remembered
+_params_of = itemgetter("params")
+_grad_of = attrgetter("grad")
+
+
+def flat(lists: Iterable[Iterable[Any]]) -> list[Any]:
+    """Join lists into one."""
+    return list(chain.from_iterable(lists))
+
+
+def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Tell whether two sequences hold the same objects in the same order."""
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
+def params_of(groups: Groups) -> list[Tensor]:
+    """Join the parameters of all groups."""
+    return flat(map(_params_of, groups))
+
+
+def grads_of(params: Sequence[Tensor]) -> list[Any]:
+    """List the gradients of parameters, ``None`` included."""
+    return list(map(_grad_of, params))
+
+
+def without_gradients(params: Sequence[Tensor]) -> bool:
+    """Tell whether no parameter has a gradient."""
+    return all(map(is_, map(_grad_of, params), repeat(None)))
+
+
+def equal(a: object, b: object) -> bool:
+    """Compare values; what has no single truth value is different."""
+    try:
+        return bool(a == b)
+    except (RuntimeError, ValueError, TypeError):
+        return False
+
+
+def _is_fixed(value: object) -> bool:
+    """Tell whether identity proves a value: nobody can edit it in place.
+
+    Kernels read a tensor when they run, so the same tensor is the same argument.
+    """
+    return value is None or isinstance(value, (int, float, str, tuple, Tensor))
+
+
+def _is_number(value: object) -> bool:
+    return _is_fixed(value) and not isinstance(value, (bool, str, type(None)))
+
+
+def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Return what picks these positions out of a list, in C."""
+    if len(positions) == 0:
+        return lambda items: ()
+    if len(positions) == 1:
+        return lambda items: (items[positions[0]],)
+    return itemgetter(*positions)
+
+
+def _is_array(param: Tensor) -> bool:
+    known = type(param) in (*PLAIN, _torch.dtensor_class())
+    return known and param.numel() != 1
+
+
+class _Unseen:
+    """Stands for lists of parameters where they are compared by other means."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]  # equal to everything
+
+
+class GroupsGuard:
+    """The parameters and hyperparameters of all groups, as they were planned.
+
+    Args:
+        groups: The optimizer's parameter groups.
+        held: Whether the optimizer's state holds every parameter, so that it may be
+            held here, too. Python then compares equal lists by identity first, all
+            in C; else tokens are compared, at 0.04 us per parameter.
+    """
+
+    def __init__(self, groups: Groups, held: bool) -> None:
+        self._params: list[Tensor] | None = params_of(groups)
+        self._sizes = [len(group["params"]) for group in groups]
+        # Equal lists prove the same parameters, but for tensors of one element,
+        # which compare equal by value.
+        self._lists_tell = held and all(map(_is_array, self._params))
+        self._tokens: list[Any] = []
+        self.take(groups)
+        if not held:
+            self.let_go()
+
+    def take(self, groups: Groups) -> None:
+        """Take over new hyperparameters of the same parameters."""
+        values = flat(map(dict.values, groups))
+        lists = {id(group["params"]) for group in groups}
+        self._values = [
+            # What can be edited in place is compared by what it said.
+            v if _is_fixed(v) else self._copy_of(v, id(v) in lists)
+            for v in values
+        ]
+        self._numbers_of = picker([i for i, v in enumerate(values) if _is_number(v)])
+        self._numbers = self._numbers_of(values)
+        self._names = flat(groups) if len(groups) <= FEW else None
+        decays = [group["weight_decay"] for group in groups]
+        self._scales_tensors = any(isinstance(wd, Tensor) for wd in decays)
+
+    def _copy_of(self, value: Any, holds_params: bool) -> Any:
+        unseen = holds_params and not self._lists_tell
+        return _Unseen() if unseen else copy.copy(value)
+
+    def let_go(self) -> None:
+        """Hold no parameter from now on."""
+        if self._params is not None:
+            self._tokens = list(map(_torch.token_of, self._params))
+            self._params = None
+            if self._lists_tell:
+                self._lists_tell = False
+                self._values = [
+                    _Unseen() if _holds_tensors(v) else v for v in self._values
+                ]
+
+    def holds(self, groups: Groups) -> bool:
+        """Tell whether nothing changed, nor is to be multiplied anew."""
+        values = flat(map(dict.values, groups))
+        return (
+            len(values) == len(self._values)
+            # First, so that no tensor is compared with another, which would wait for
+            # the device; and -0.0 is not 0.0, nor float32's number the same double.
+            and same_objects(self._numbers_of(values), self._numbers)
+            and equal(values, self._values)
+            and (self._names is None or flat(groups) == self._names)
+            and (self._lists_tell or self.holds_params(groups))
+            and not self._scales_tensors
+        )
+
+    def holds_params(self, groups: Groups) -> bool:
+        """Tell whether the parameters are the same and stand in the same places."""
+        params = params_of(groups)
+        if [len(group["params"]) for group in groups] != self._sizes:
+            return False
+        if self._params is None:
+            return same_objects(list(map(_torch.token_of, params)), self._tokens)
+        return same_objects(params, self._params)
+
+
+def _holds_tensors(value: object) -> bool:
+    return isinstance(value, Collection) and any(isinstance(v, Tensor) for v in value)
+
+
+class TensorsGuard:
+    """The traits of the tensors that fused kernels walk.
+
+    Proved at every step in one call; what fails may be no fault of the tensors: an
+    autocast switch or a mode around the step changes what a guard sees of the
+    dispatcher. So a proof is kept for each such state.
+    """
+
+    def __init__(self) -> None:
+        self._proofs: list[_torch.TensorProof] = []
+
+    def admit(self, tensors: Sequence[Tensor]) -> None:
+        """Take these for right: they were just looked at, one by one."""
+        self._proofs = [_torch.TensorProof(tensors), *self._proofs][:PROOFS]
+
+    def holds(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Tell whether as many tensors, given in the same order, look the same."""
+        return any(proof.holds(tensors) for proof in self._proofs)

@@ -1,0 +1,261 @@
+"""What a kernel is: how an optimizer's numbers and tensors reach torch's own code.
+
+There are two, one for Adam and AdamW and one for SGD. Each reads a setting from a
+group, makes state as torch does, and turns a setting and lists of tensors into
+calls: of torch's fused kernel, or of torch's functional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from selective_optim import _torch
+from selective_optim.decay import Decay, Form
+
+Group = dict[str, Any]
+Groups = Sequence[Group]
+State = dict[str, Any]
+States = dict[Tensor, State]
+Call = Callable[[], object]
+
+
+class Scaling(NamedTuple):
+    """What a ``GradScaler`` hands over, on one device."""
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+NO_SCALING = Scaling()
+
+
+class Setting(NamedTuple):
+    """What a kernel is given besides tensors.
+
+    Args:
+        arguments: Of torch's functional, by name.
+        shrink: Decay to apply to the parameters before the kernel runs, which
+            torch's kernel does not do; 0 where there is none.
+    """
+
+    arguments: dict[str, Any]
+    shrink: float | Tensor = 0.0
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What must be equal for parameters to share a call."""
+        values = (*self.arguments.values(), self.shrink)
+        # What cannot be hashed, an array as a rate, is itself alone.
+        return tuple(v if type(v).__hash__ else id(v) for v in values)
+
+
+@dataclass
+class Batch:
+    """The tensors of one kernel call, parameter by parameter in every list.
+
+    Args:
+        params: Parameters as the kernel gets them: local shards where sharded.
+        moments: One list per state entry that is shaped like the parameter.
+        steps: Step counters; empty where the kernel has none.
+        grads: Gradients, filled anew at every step.
+    """
+
+    params: list[Tensor]
+    moments: list[list[Tensor]]
+    steps: list[Tensor]
+    grads: list[Tensor] = field(default_factory=list)
+
+
+class Kernel:
+    """Reads settings, makes state, and calls torch; it keeps nothing of a step."""
+
+    counts: bool  # whether state holds a step counter
+    required: tuple[str, ...]  # keys that a loaded group must have
+    # What torch's `_init_group` fills for a step that is traced: state entries after
+    # the parameters and their gradients.
+    traced_lists: tuple[str, ...]
+
+    def decoupled(self, group: Group, form: Form | None) -> bool:
+        """Tell whether this form, or the group's default, is the decoupled one."""
+        raise NotImplementedError  # pragma: no cover
+
+    def setting(self, group: Group, decay: Decay, first: bool = False) -> Setting:
+        """Read what the kernel is given from the group as it is now.
+
+        Args:
+            group: A parameter group.
+            decay: What was decided for the parameters.
+            first: Whether their momentum buffers are yet to begin.
+        """
+        raise NotImplementedError  # pragma: no cover
+
+    def entries(self, group: Group) -> tuple[str, ...]:
+        """Name the state tensors that are shaped like the parameter."""
+        raise NotImplementedError  # pragma: no cover
+
+    def loaded_entries(self, group: Group) -> tuple[str, ...]:
+        """Name what a checkpoint must hold of a parameter that has state."""
+        return ("step", *self.entries(group)) if self.counts else self.entries(group)
+
+    def structure(self, group: Group) -> tuple[object, ...]:
+        """Read the flags that decide which tensors and which path a step uses."""
+        raise NotImplementedError  # pragma: no cover
+
+    def trusted(self, param: Tensor) -> bool:
+        """Tell whether the fused kernel is right for this dtype and device."""
+        raise NotImplementedError  # pragma: no cover
+
+    def takes_beside(self, param: Tensor, moment: Tensor) -> bool:
+        """Tell whether the fused kernel reads a moment of this dtype."""
+        return moment.dtype == param.dtype
+
+    def has_state(self, own: State | None, group: Group) -> bool:
+        """Tell whether a parameter has stepped before."""
+        raise NotImplementedError  # pragma: no cover
+
+    def begin(
+        self, own: State, param: Tensor, group: Group, fused: bool, step: Tensor | None
+    ) -> None:
+        """Make state as torch does at a first gradient, in one update.
+
+        Args:
+            own: The state to fill.
+            param: Whose it is.
+            group: The parameter's group.
+            fused: Whether the parameter goes to the fused kernel.
+            step: The counter to use; ``None`` for one of its own.
+        """
+        raise NotImplementedError  # pragma: no cover
+
+    def calls(self, setting: Setting, batch: Batch, scaling: Scaling) -> list[Call]:
+        """Return calls that step a batch: torch's fused kernel, bound to its lists.
+
+        The lists are read when the calls run, so a batch whose gradients are
+        replaced in place is stepped again by the same calls.
+        """
+        raise NotImplementedError  # pragma: no cover
+
+    def functional(
+        self,
+        setting: Setting,
+        params: list[Tensor],
+        grads: list[Tensor],
+        owns: Sequence[State],
+    ) -> None:
+        """Step with torch's functional: for-loop, foreach, or torch's own choice."""
+        raise NotImplementedError  # pragma: no cover
+
+    def fill(self, group: Group, states: States, lists: Sequence[list[Any]]) -> bool:
+        """Fill the lists of a traced step where torch has no method for it.
+
+        Returns:
+            Whether any parameter is complex, or any gradient sparse.
+        """
+        flag = False
+        for param in group["params"]:
+            if param.grad is not None:
+                flag |= torch.is_complex(param) or param.grad.is_sparse
+                own = states[param] if self.entries(group) else {}
+                if not self.has_state(own, group):
+                    self.begin(own, param, group, False, None)
+                entries = [own.get(entry) for entry in self.traced_lists[2:]]
+                for each, item in zip(lists, [param, param.grad, *entries]):
+                    if item is not None or not self.counts:
+                        each.append(item)
+        return flag
+
+    def traced(self, setting: Setting, lists: list[list[Any]], flag: bool) -> None:
+        """Step the lists that torch's ``_init_group`` filled."""
+        raise NotImplementedError  # pragma: no cover
+
+    def keep(self, states: States, lists: list[list[Any]]) -> None:
+        """Write into the state what a step on lists made anew."""
+
+    def multiplied(self, setting: Setting, fused: bool) -> float | Tensor:
+        """Return by what share parameters shrink in a multiply of its own, or 0."""
+        raise NotImplementedError  # pragma: no cover
+
+    def hyperparameters(self, group: Group) -> Iterable[tuple[str, Any]]:
+        """Name the numbers that an edit may have spoiled."""
+        raise NotImplementedError  # pragma: no cover
+
+    def refuse_sparse(self, group: Group, decay: Decay, label: str) -> None:
+        """Raise if a parameter with a sparse gradient cannot be stepped."""
+        raise NotImplementedError  # pragma: no cover
+
+
+def wd_of(group: Group, decay: Decay) -> float | Tensor:
+    """Effective decay: the group's, read now, times the parameter's multiplier."""
+    wd: float | Tensor = group["weight_decay"]
+    multiplier = decay.multiplier
+    return wd if multiplier == 1 else 0.0 if multiplier == 0 else wd * multiplier
+
+
+def require_numbers(kernel: Kernel, groups: Groups) -> None:
+    """Check hyperparameters that may have been edited since construction.
+
+    What torch steps with, it steps with here, a negative rate included.
+
+    Raises:
+        ValueError: One is NaN, which torch would write into every parameter.
+    """
+    for index, group in enumerate(groups):
+        for name, value in kernel.hyperparameters(group):
+            if not isinstance(value, Tensor) and value != value:
+                raise ValueError(
+                    f"`{name}` of group {index} is {value}, which would make every "
+                    f"parameter NaN. Set optimizer.param_groups[{index}][{name!r}] "
+                    f"to a number."
+                )
+
+
+def lr_on_device(lr: float | Tensor, params: Sequence[Tensor]) -> float | Tensor:
+    """Move a tensor learning rate to its parameters, as torch does; the CPU stays."""
+    if isinstance(lr, Tensor) and not lr.is_cpu and params:
+        device = params[0].device
+        # See `Scalings.on`.
+        return lr.to(device, non_blocking=device.type != "cpu")
+    return lr
+
+
+class Scalings:
+    """What a ``GradScaler`` handed over, moved to each device once per step."""
+
+    def __init__(self, given: Scaling) -> None:
+        self._given = given
+        self._moved: dict[torch.device, Scaling] = {}
+        self.dropping = given.found_inf is not None  # whether a step may be dropped
+
+    def on(self, device: torch.device) -> Scaling:
+        """Return ``grad_scale`` and ``found_inf`` on a device."""
+        if self._given == NO_SCALING:
+            return NO_SCALING
+        if device not in self._moved:
+            scale, found_inf = self._given
+            # To the CPU without waiting would be read before it is there.
+            at_once = device.type != "cpu"
+            if scale is not None:
+                scale = scale.to(device, non_blocking=at_once)
+            if found_inf is not None:
+                # GradScaler sums over devices, and kernels look for exactly 1.
+                found_inf = found_inf.to(device, non_blocking=at_once).clamp(max=1.0)
+            self._moved[device] = Scaling(scale, found_inf)
+        return self._moved[device]
+
+    def backward(self, device: torch.device) -> Tensor:
+        """Return what takes a counter back where the step was dropped."""
+        found_inf = self.on(device).found_inf
+        assert found_inf is not None  # only asked where `dropping`
+        return -found_inf
+
+
+def rounds_away(rate: float | Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether ``1 - rate`` is 1, or next to it, in half precision."""
+    if dtype not in _torch.HALF or isinstance(rate, Tensor):
+        return False
+    return 0 < rate < torch.finfo(dtype).eps / 2

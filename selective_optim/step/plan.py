@@ -1,0 +1,406 @@
+"""Every kernel call of a step: planned once, proved true at every step, replayed.
+
+A plan is given tensors and numbers and knows no policy.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from itertools import compress
+from operator import attrgetter, length_hint, methodcaller
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from selective_optim import _torch
+from selective_optim.step.buckets import Bucket, FunctionalBucket, FusedBucket
+from selective_optim.step.cells import Cell, Member, make_cells
+from selective_optim.step.counters import Advance, Counters, addresses_of
+from selective_optim.step.guards import (
+    GroupsGuard,
+    TensorsGuard,
+    equal,
+    flat,
+    grads_of,
+    params_of,
+    picker,
+    same_objects,
+    without_gradients,
+)
+from selective_optim.step.kernel import (
+    NO_SCALING,
+    Call,
+    Groups,
+    Kernel,
+    Scaling,
+    Scalings,
+    Setting,
+    States,
+    require_numbers,
+    rounds_away,
+)
+
+_call = methodcaller("__call__")
+_layout_of = attrgetter("layout")
+_place_of = attrgetter("dtype", "device")
+
+
+class Grads(NamedTuple):
+    """The gradients of one step, in a plan's order.
+
+    Args:
+        whole: As the parameters have them, or what stands in for an absent one.
+        local: As fused kernels get them: shards where sharded.
+        there: Which parameters have one, or ``None`` where all have.
+    """
+
+    whole: list[Any]
+    local: list[Any]
+    there: list[bool] | None = None
+
+
+class Program(NamedTuple):
+    """The calls of one step over the fused buckets, in order.
+
+    Args:
+        before: Advance the counters.
+        calls: Step the buckets.
+        ends: For each bucket, how many of ``calls`` have run when it is done.
+        after: Take the counters back where a scaler drops the step.
+    """
+
+    before: list[Call]
+    calls: list[Call]
+    ends: list[int]
+    after: list[Call]
+
+
+class Plan:
+    """Every kernel call of a step, for the parameters that have, or had, gradients.
+
+    Args:
+        kernel: Of the optimizer's class.
+        groups: Its parameter groups.
+        members: Every parameter, in order, with what was decided for it.
+        states: Its state, by parameter; begun here as torch begins it.
+        counters: Its step counters.
+        lent: Whether anyone outside has the state in hand. A plan then keeps no
+            tensor between steps: what is replaced or cleared is freed at once.
+        stepping: Tokens of the parameters that the last plan stepped.
+
+    Raises:
+        ValueError: A hyperparameter is NaN.
+        RuntimeError: A gradient is sparse where that cannot be stepped.
+        KeyError: State lacks an entry, as in torch.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        groups: Groups,
+        members: Sequence[Member],
+        states: States,
+        counters: Counters,
+        lent: bool,
+        stepping: dict[int, object],
+    ) -> None:
+        require_numbers(kernel, groups)
+        for param, group, decay, label in members:
+            if param.grad is not None and param.grad.is_sparse:
+                kernel.refuse_sparse(groups[group], decay, label)
+        self._kernel = kernel
+        self._counters = counters
+        self._lent = lent
+        self._cells = make_cells(kernel, groups, members, states, counters, stepping)
+        positions = {i for cell in self._cells for i in cell.positions}
+        params = [member.param for member in members]
+        tokens = [_torch.token_of(params[i]) for i in positions]
+        self.stepping = dict(zip(map(id, tokens), tokens))
+        self._any_idle = len(positions) < len(params)
+        self._idle = picker([i for i in range(len(params)) if i not in positions])
+        self._structure = list(map(kernel.structure, groups))
+        stated = [param in states for param in params]
+        self._keeps = not lent and all(stated[i] for i in positions)
+        self._guard = GroupsGuard(groups, held=self._keeps and all(stated))
+        # Dampening begins with the second step, and a gradient that does not fit may
+        # be followed by one that does: then plan anew.
+        self.once = any(cell.key.first or cell.key.odd for cell in self._cells)
+        self._any_half = any(cell.key.dtype in _torch.HALF for cell in self._cells)
+        self._merged: list[list[Cell]] | None = None
+        self._settle(groups)
+        self._gather(groups, states)
+        counters.keep(self._advance)
+
+    # Settling: hyperparameters make buckets of cells.
+
+    def _settle(self, groups: Groups) -> None:
+        """Read the hyperparameters and merge the cells that share them into buckets."""
+        together: dict[Any, tuple[Setting, list[Cell]]] = {}
+        for cell in self._cells:
+            index, decay, *path = cell.key
+            setting = self._kernel.setting(groups[index], decay, cell.key.first)
+            together.setdefault((setting.key, *path), (setting, []))[1].append(cell)
+        merged = [cells for _, cells in together.values()]
+        if merged != self._merged:
+            self._arrange(groups, merged)
+            self._merged = merged
+        for bucket, (setting, _) in zip(self._buckets, together.values()):
+            bucket.take(setting)
+        self._program: Program | None = None
+        self.vanishing = self._find_vanishing() if self._any_half else None
+
+    def _arrange(self, groups: Groups, merged: list[list[Cell]]) -> None:
+        """Lay out the parameters, bucket after bucket: plain, sharded, functional."""
+        self._fused: list[FusedBucket] = []
+        self._functional: list[FunctionalBucket] = []
+        start = 0
+        for cells in merged:
+            key = cells[0].key
+            own = (self._kernel, cells, self._kernel.entries(groups[key.group]), start)
+            if key.fused:
+                self._fused.append(FusedBucket(*own))
+            else:
+                self._functional.append(FunctionalBucket(*own))
+            start += sum(len(cell.positions) for cell in cells)
+        self._buckets: list[Bucket] = [*self._fused, *self._functional]
+        self._order = picker(flat(bucket.positions for bucket in self._buckets))
+        sizes = [(len(b.positions), b.key) for b in self._buckets]
+        self._plain = sum(n for n, key in sizes if key.fused and not key.sharded)
+        self._count = sum(n for n, key in sizes if key.fused)
+        keys = [b.key for b in self._functional for _ in b.positions]
+        self._layouts = [key.layout for key in keys]
+        self._places = [(key.dtype, key.device) for key in keys]
+        self._specs: list[Any] = []
+        self._some_absent = False
+        self._tensors = TensorsGuard()
+        self._addresses: list[int] | None = None
+        self._release()
+
+    def _find_vanishing(self) -> Bucket | None:
+        """Return a bucket whose decay is lost to rounding, if there is one."""
+        for bucket in self._buckets:
+            rate = self._kernel.multiplied(bucket.setting, bucket.key.fused)
+            if rounds_away(rate, bucket.key.dtype):
+                return bucket
+        return None
+
+    # Gathering: tensors are taken in, and let go.
+
+    def _gather(self, groups: Groups, states: States) -> None:
+        """Take in the tensors as groups and state hold them now."""
+        active = list(self._order(params_of(groups)))
+        for bucket in self._fused:
+            bucket.load(active[bucket.part], states)
+        batches = [bucket.batch for bucket in self._fused]
+        self._local = flat(batch.params for batch in batches)
+        self._moments = flat(moment for batch in batches for moment in batch.moments)
+        self._steps = flat(batch.steps for batch in batches)
+        addresses = addresses_of(self._steps) if self._lent else None
+        if addresses is None or addresses != self._addresses:
+            self._advance = self._counters.advance(self._steps)
+            self._addresses = addresses
+        self._present: tuple[list[bool], Advance] | None = None
+        self._program = None
+        self._active: list[Tensor] | None = active
+
+    def _release(self) -> None:
+        """Let go of every tensor."""
+        self._active = self._program = self._present = None
+        self._local, self._moments, self._steps = [], [], []
+        for bucket in self._fused:
+            bucket.unload()
+
+    def lend(self) -> None:
+        """Keep no tensor from now on, and look at each at every step."""
+        if not self._lent:
+            self._lent, self._keeps = True, False
+            self._guard.let_go()
+            self._tensors = TensorsGuard()  # of moments and counters, too
+            self._release()
+
+    # Proving: is the plan still true?
+
+    def current_grads(self, groups: Groups, states: States) -> Grads | None:
+        """Return this step's gradients if the plan is still true, else ``None``.
+
+        New hyperparameters are taken over here.
+
+        Raises:
+            ValueError: A hyperparameter is NaN.
+        """
+        if not self._guard.holds(groups) and not self._reread(groups):
+            return None
+        if self._any_idle and not without_gradients(self._idle(params_of(groups))):
+            return None
+        if self._active is None:
+            try:
+                self._gather(groups, states)
+            except (KeyError, AttributeError):
+                return None  # an entry is gone; the new plan says it in torch's words
+        whole = grads_of(self._active or [])
+        if not self._some_absent and (grads := self._proved(whole, None)):
+            return grads
+        there = [grad is not None for grad in whole]
+        self._some_absent = not all(there)
+        if not self._some_absent:
+            return self._proved(whole, None, look=True)
+        filled = [self._stand_in(i) if g is None else g for i, g in enumerate(whole)]
+        return self._proved(filled, there, look=True)
+
+    def first_grads(self) -> Grads:
+        """Return the gradients that a new plan was made for."""
+        whole: list[Any] = grads_of(self._active or [])
+        there = [grad is not None for grad in whole]
+        self._some_absent = not all(there)
+        shards = [
+            grad if grad is None else _torch.local_tensor(grad)
+            for grad in whole[self._plain : self._count]
+        ]
+        local = [*whole[: self._plain], *shards]
+        return Grads(whole, local, there if self._some_absent else None)
+
+    def _reread(self, groups: Groups) -> bool:
+        """Take over new hyperparameters; not where the path depends on them."""
+        sparse = any(cell.key.layout != torch.strided for cell in self._cells)
+        if sparse or not self._guard.holds_params(groups):
+            return False
+        if not equal(list(map(self._kernel.structure, groups)), self._structure):
+            return False
+        require_numbers(self._kernel, groups)
+        self._settle(groups)
+        self._guard.take(groups)
+        return True
+
+    def _stand_in(self, position: int) -> Any:
+        """Make what passes for an absent gradient: the parameter itself, detached."""
+        if position >= self._count:
+            return SimpleNamespace(layout=self._layouts[position - self._count])
+        assert self._active is not None  # gathered
+        return self._active[position].detach()
+
+    def _proved(
+        self, whole: list[Any], there: list[bool] | None, look: bool = False
+    ) -> Grads | None:
+        """Return the gradients if all is as planned, by guards or by a look at each."""
+        local = whole
+        try:
+            if self._count < len(whole) and not self._functional_still(whole):
+                return None
+            if self._plain < self._count:
+                if not self._shards_still(whole):
+                    return None
+                shards = whole[self._plain : self._count]
+                local = [*whole[: self._plain], *map(_torch.local_tensor, shards)]
+            elif self._count < len(whole):
+                local = whole[: self._count]
+        except AttributeError:  # a gradient is None, or not sharded where it was
+            return None
+        tensors = (*self._local, *local)
+        if self._lent:
+            tensors = (*tensors, *self._moments, *self._steps)
+        if not self._tensors.holds(tensors):
+            if not look or not all(b.fits(local[b.part]) for b in self._fused):
+                return None
+            self._tensors.admit(tensors)
+        return Grads(whole, local, there)
+
+    def _functional_still(self, whole: list[Any]) -> bool:
+        assert self._active is not None  # gathered
+        layouts = list(map(_layout_of, whole[self._count :]))
+        places = list(map(_place_of, self._active[self._count :]))
+        return layouts == self._layouts and places == self._places
+
+    def _shards_still(self, whole: list[Any]) -> bool:
+        """Tell whether parameters and gradients are placed as they were."""
+        assert self._active is not None  # gathered
+        part = slice(self._plain, self._count)
+        params, grads = self._active[part], whole[part]
+        if not same_objects(list(map(_torch.local_tensor, params)), self._local[part]):
+            return False
+        specs = list(map(_torch.spec_of, grads))
+        if same_objects(specs, self._specs):
+            return True
+        where = map(_torch.placement, map(_torch.spec_of, params))
+        if not all(a == b for a, b in zip(where, map(_torch.placement, specs))):
+            return False
+        self._specs = specs
+        return True
+
+    # Running.
+
+    def run(self, grads: Grads, states: States, scaling: Scaling) -> None:
+        """Step every bucket; counters advance before and fall back if skipped."""
+        assert self._active is not None  # gathered
+        scalings = Scalings(scaling)
+        # Functional ones first: they may raise, and then nothing else has changed.
+        for bucket in self._functional:
+            params, own = self._active[bucket.part], grads.whole[bucket.part]
+            there = grads.there[bucket.part] if grads.there else [True] * len(params)
+            bucket.step(params, own, there, states, scalings.on(bucket.key.device))
+        for bucket in self._fused:
+            bucket.batch.grads[:] = grads.local[bucket.part]
+        try:
+            if scaling == NO_SCALING and grads.there is None:
+                self._program = self._program or self._assemble(None, scalings)
+                self._perform(self._program, scalings)
+            else:
+                self._perform(self._assemble(grads.there, scalings), scalings)
+        finally:
+            for bucket in self._fused:
+                bucket.batch.grads.clear()
+            if not self._keeps:
+                self._release()
+
+    def _assemble(self, there: list[bool] | None, scalings: Scalings) -> Program:
+        """Put together the calls of a step over the fused buckets."""
+        advance = self._advance if there is None else self._advance_of(there)
+        calls: list[Call] = []
+        ends = []
+        for bucket in self._fused:
+            batch = bucket.present(there)
+            if batch.params:
+                own = scalings.on(bucket.key.device)
+                calls += self._kernel.calls(bucket.setting, batch, own)
+            ends.append(len(calls))
+        return Program(
+            before=advance.by(lambda device: 1.0),
+            calls=calls,
+            ends=ends,
+            after=advance.by(scalings.backward) if scalings.dropping else [],
+        )
+
+    def _advance_of(self, there: list[bool]) -> Advance:
+        """Find out how the counters advance of those that have a gradient."""
+        if self._present is None or self._present[0] != there:
+            steps = list(compress(self._steps, there))
+            self._present = there, self._counters.advance(steps)
+        return self._present[1]
+
+    def _perform(self, program: Program, scalings: Scalings) -> None:
+        """Run all calls without a line of Python between them.
+
+        Python looks for signals between lines: an interrupt comes before the first
+        call or after the last, and never between a counter and its parameters.
+        """
+        left = iter((*program.before, *program.calls, *program.after))
+        try:
+            deque(map(_call, left), maxlen=0)
+        except BaseException:
+            rest = length_hint(left) - len(program.after)
+            self._take_back(program, len(program.calls) - rest - 1, scalings)
+            raise
+
+    def _take_back(self, program: Program, done: int, scalings: Scalings) -> None:
+        """Let the counters of buckets that a failed call left out stand as before."""
+        if done < 0:
+            return
+        for call in program.after:
+            call()
+        for bucket, end in zip(self._fused, program.ends):
+            if end > done and bucket.batch.steps:
+                dropped = scalings.on(bucket.key.device).found_inf
+                amount = -1.0 if dropped is None else dropped - 1.0
+                _torch.foreach_add_(bucket.batch.steps, amount)

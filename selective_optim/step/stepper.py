@@ -1,0 +1,170 @@
+"""Keeping a plan between steps, and making a new one when it is no longer true."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from selective_optim import _torch
+from selective_optim.step.buckets import Bucket
+from selective_optim.step.cells import Member, wants_fused
+from selective_optim.step.counters import Counters
+from selective_optim.step.guards import params_of
+from selective_optim.step.kernel import Groups, Kernel, Scaling, State, States
+from selective_optim.step.plan import Plan
+
+Place = tuple[torch.dtype, torch.device]
+
+
+class Stepper:
+    """Keeps the plan of an optimizer and makes a new one when the old is not true.
+
+    Args:
+        kernel: Of the optimizer's class.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.plans = 0  # how many were made
+        self._plan: Plan | None = None
+        self._counters = Counters()
+        self._stepping: Mapping[int, object] = {}
+        self._lent = False
+        self._warned = False
+        # Where each parameter was when its state was last known to fit it.
+        self._places: dict[int, tuple[object, Place]] = {}
+
+    def lend(self) -> None:
+        """Take note that someone outside has the state in hand, now or from now on.
+
+        Nobody can change what nobody has seen: until then a step need not look at
+        state, and may hold its tensors.
+        """
+        if not self._lent:
+            self._lent = True
+            if self._plan is not None:
+                self._plan.lend()
+
+    def forget(self) -> None:
+        """Plan anew at the next step."""
+        self._plan = None
+
+    def settle(self, groups: Groups, states: States) -> None:
+        """Take over a state that was loaded or copied: nobody holds its counters yet.
+
+        Those that a fused kernel will read are made to advance together, where the
+        kernel reads them.
+        """
+        self.forget()
+        self._counters = Counters()
+        self.note_places(params_of(groups))
+        if self.kernel.counts:
+            self._join_counters(groups, states)
+
+    def note_places(self, params: Iterable[Tensor]) -> None:
+        """Remember dtype and device of parameters, which their state now fits."""
+        self._places = {
+            id(token): (token, (param.dtype, param.device))
+            for param in params
+            for token in [_torch.token_of(param)]
+        }
+
+    def _join_counters(self, groups: Groups, states: States) -> None:
+        """Make counters advance together that lie, and will be read, side by side."""
+        mine: dict[tuple[torch.device, torch.device], list[State]] = {}
+        for group in groups:
+            for param in group["params"]:
+                own = states.get(param) or {}
+                step = own.get("step")
+                if isinstance(step, Tensor) and wants_fused(self.kernel, group, param):
+                    mine.setdefault((step.device, param.device), []).append(own)
+        for (_, device), owns in mine.items():
+            values = torch.stack([own["step"].reshape(()).float() for own in owns])
+            for own, counter in zip(owns, self._counters.join(values.to(device))):
+                own["step"] = counter
+
+    def step(
+        self,
+        groups: Groups,
+        members: Callable[[], Sequence[Member]],
+        states: States,
+        scaling: Scaling,
+    ) -> None:
+        """Step every parameter that has a gradient.
+
+        Args:
+            groups: The optimizer's parameter groups.
+            members: Gives every parameter, in order, with what was decided for it.
+            states: The optimizer's state, by parameter.
+            scaling: ``grad_scale`` and ``found_inf`` of a ``GradScaler``, or ``None``.
+
+        Raises:
+            ValueError: A hyperparameter is NaN.
+            RuntimeError: A gradient is sparse where that cannot be stepped.
+        """
+        plan = self._plan
+        grads = None if plan is None else plan.current_grads(groups, states)
+        if plan is None or grads is None:
+            plan = self._new_plan(groups, members(), states)
+            grads = plan.first_grads()
+        if plan.vanishing is not None and not self._warned:
+            self._warn_of_vanishing(plan.vanishing)
+        try:
+            plan.run(grads, states, scaling)
+        except BaseException:
+            self.forget()
+            raise
+        if plan.once:
+            self.forget()
+
+    def _new_plan(
+        self, groups: Groups, members: Sequence[Member], states: States
+    ) -> Plan:
+        self.forget()
+        self.plans += 1
+        self._follow_moved(groups, members, states)
+        plan = Plan(
+            *(self.kernel, groups, members, states),
+            *(self._counters, self._lent, self._stepping),
+        )
+        self.note_places([member.param for member in members])
+        self._stepping, self._plan = plan.stepping, plan
+        return plan
+
+    def _warn_of_vanishing(self, bucket: Bucket) -> None:
+        self._warned = True
+        dtype = str(bucket.key.dtype).removeprefix("torch.")
+        warnings.warn(
+            f"1 - lr * weight_decay rounds to 1 or to its neighbor in {dtype}, so "
+            f"{bucket.label} hardly decays. Keep the parameters in float32, or use "
+            f"fused Adam or AdamW, which decay in float32.",
+            stacklevel=7,
+        )
+
+    def _follow_moved(
+        self, groups: Groups, members: Sequence[Member], states: States
+    ) -> None:
+        """Move state to where ``model.to(...)`` moved parameters, as loading would.
+
+        What never fitted its parameter was put there on purpose, as moments of less
+        precision are, and stays.
+        """
+        for param, group, _, _ in members:
+            token, was = self._places.get(id(_torch.token_of(param)), (None, None))
+            now = (param.dtype, param.device)
+            if was is None or token is not _torch.token_of(param) or was == now:
+                continue
+            own = states.get(param) or {}
+            moving = set(self.kernel.entries(groups[group]))
+            if wants_fused(self.kernel, groups[group], param):
+                moving.add("step")  # which a fused kernel reads beside the parameter
+            for entry in moving & own.keys():
+                value = own[entry]
+                if isinstance(value, Tensor):
+                    dtype, device = value.dtype, value.device
+                    own[entry] = value.to(
+                        now[0] if dtype == was[0] and entry != "step" else dtype,
+                    ).to(now[1] if device == was[1] else device)
