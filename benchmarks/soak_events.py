@@ -143,14 +143,21 @@ def copy_takes_over(world: World, which: int, value: float) -> None:
 
 def unpickled_takes_over(world: World, which: int, value: float) -> None:
     world.actual, world.ours = pickle.loads(pickle.dumps((world.actual, world.ours)))
+    world.named = all("param_names" in group for group in world.ours.param_groups)
     world.expected, world.twins = pickle.loads(
         pickle.dumps((world.expected, world.twins))
     )
 
 
 def parameter_is_replaced(world: World, which: int, value: float) -> None:
-    """Put another tensor in the place of one, with its state or without."""
-    _replace(world, world.order[which % len(world.order)], carry=value < 0.5)
+    """Put another tensor in the place of one, with its state or without.
+
+    Of all, where names are unknown, as after unpickling: one alone is refused.
+    """
+    if world.named:
+        _replace(world, world.order[which % len(world.order)], carry=value < 0.5)
+    else:
+        parameters_are_replaced_one_by_one(world, which, value)
 
 
 def parameters_are_replaced_one_by_one(world: World, which: int, value: float) -> None:
@@ -171,6 +178,7 @@ def _replace(world: World, i: int, carry: bool) -> None:
         own = optimizer.state.pop(old, {})
         if carry and own:
             optimizer.state[new] = own
+    world.module[f"p{i}"] = world.actual[i]
 
 
 def _place(group: dict[str, Any], param: nn.Parameter) -> int:

@@ -61,6 +61,7 @@ class World:
             for spec, param in zip(config.params, self.expected)
         ]
         self.settings = [dict(group.settings) for group in config.groups]
+        self.named = True
         self.joined = [i for i, g in enumerate(config.groups) if g.joins == 0]
         self.ours = self.build()
         self.saved: Any = None
@@ -102,7 +103,9 @@ class World:
             arguments["decoupled_weight_decay"] = config.decoupled
         if not self._by_group:
             arguments["wd_policy"] = policy_of(config)
+        # Kept, as a user keeps the model: a tensor put into a group is known by it.
         module = nn.ParameterDict({f"p{i}": p for i, p in enumerate(self.actual)})
+        self.module = module
         params: Any = [self.group_dict(group) for group in self.joined]
         if config.source == "model":
             arguments["model"] = module
@@ -220,6 +223,7 @@ class World:
             expected = self.twins[i].state
             if not expected:  # one whose only steps were dropped may have zeros
                 expected = {k: torch.zeros_like(v) for k, v in actual.items()}
+                actual = {k: v + 0.0 for k, v in actual.items()}  # of either sign
             if actual.keys() != expected.keys():
                 raise Mismatch(f"state of {i}: {[*actual]}, not {[*expected]}")
             for name, value in expected.items():

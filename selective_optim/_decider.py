@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
@@ -224,8 +225,12 @@ class Decider:
 
     # Copies.
 
-    def snapshot(self, groups: Sequence[Group]) -> dict[str, Any]:
+    def snapshot(
+        self, groups: Sequence[Group], defaults: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Write down what a copy must know: decisions by group and position."""
+        with suppress(ValueError):  # what cannot be decided is told at the next step
+            self.rows(groups, defaults)
         rows = [[self._table.row_of(p) for p in group["params"]] for group in groups]
         plain = [[row and (row.decision, row.policy) for row in own] for own in rows]
         return {"policy": self.policy, "index": self.index, "rows": plain}

@@ -132,6 +132,8 @@ class ModelIndex:
         modules = as_modules(model)
         self._given = bool(modules)
         self._modules = list(map(weakref.ref, modules))
+        # Until it is decided for, a module may live through a generator alone.
+        self._held = modules
 
     @property
     def explicit(self) -> bool:
@@ -145,8 +147,13 @@ class ModelIndex:
     def add(self, modules: Iterable[nn.Module]) -> None:
         """Learn of further modules."""
         for module in modules:
+            self._held.append(module)
             if module not in self.modules():
                 self._modules.append(weakref.ref(module))
+
+    def let_go(self) -> None:
+        """Keep no module alive from now on."""
+        self._held.clear()
 
     def learn(self, params: Any) -> Any:
         """Note the modules behind ``params`` and return what torch takes instead."""
@@ -212,6 +219,7 @@ class ModelIndex:
         """Follow the modules that were copied along with the optimizer."""
         twin = ModelIndex([memo.get(id(module), module) for module in self.modules()])
         twin._given = self._given
+        twin.let_go()
         return twin
 
     def __reduce__(self) -> tuple[type[ModelIndex], tuple[()]]:

@@ -53,6 +53,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         self._decider.begin()
         yield self._decider.index.learn(params)
         self._decider.settle(self.param_groups)
+        self._decider.index.let_go()
         self._stepper = Stepper(kernel)  # torch has let go of the state it made
 
     @_torch.disable_dynamo
@@ -74,6 +75,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+        finally:
+            self._decider.index.let_go()
 
     # Stepping.
 
@@ -255,7 +258,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             **super().__getstate__(),
             "_copied": {
                 "kernel": self._stepper.kernel,
-                "decider": self._decider.snapshot(self.param_groups),
+                "decider": self._decider.snapshot(self.param_groups, self.defaults),
                 "states": id(self._states),
             },
         }

@@ -58,20 +58,20 @@ def source_normalizes(cls):
 
 def mistakes(model):
     """List what is exempt and should decay, and what decays and should be exempt."""
-    infos = ModuleIndex(model).infos()
+    infos = ModuleIndex(model).everyone()
     decisions = decide(named("no_bias_norm"), infos)
     return [
         (info.name, type(info.owner).__name__, decision.multiplier)
         for info, decision in zip(infos, decisions, strict=True)
-        if (normalizes(info.owner) or info.leaf in BIASES) != (decision.multiplier == 0)
+        if (normalizes(info.owner) or info.leaf in BIASES) != (decision.decay.multiplier == 0)
     ]
 
 
 def exempt(model):
-    infos = ModuleIndex(model).infos()
+    infos = ModuleIndex(model).everyone()
     decisions = decide(named("no_bias_norm"), infos)
     pairs = zip(infos, decisions, strict=True)
-    return {info.name for info, decision in pairs if decision.multiplier == 0}
+    return {info.name for info, decision in pairs if decision.decay.multiplier == 0}
 
 
 TORCHVISION = [
@@ -185,7 +185,7 @@ def test_no_bias_norm_tells_these_two_apart(name, pair):
     config = shallow(transformers.AutoConfig.for_model(name))
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(config)
-    names = {info.name for info in ModuleIndex(model).infos()}
+    names = {info.name for info in ModuleIndex(model).everyone()}
     exempted, decayed = pair
     assert names >= {exempted, decayed}
     assert (exempted in exempt(model), decayed in exempt(model)) == (True, False)

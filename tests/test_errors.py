@@ -322,7 +322,7 @@ CASES = {
         searches_info,
         TypeError,
         "`wd_policy` searches_info failed for '0.weight' (shape 4 x 3): TypeError: "
-        "... 'ParameterInfo' is not ...iterable",
+        "... 'StrictInfo' is not ...iterable",
     ),
     "glob matches nothing": Case(
         net,

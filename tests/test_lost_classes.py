@@ -83,7 +83,8 @@ SELECTED = {
 def test_selector_matches_what_a_module_was(make, case):
     selector, expected = SELECTED[case]
 
-    infos = ModuleIndex(MADE[make](net())).infos()
+    model = MADE[make](net())
+    infos = ModuleIndex(model).everyone()
 
     assert len(infos) == 9
     assert {info.name for info in infos if selector.matches(info)} == expected
@@ -91,7 +92,7 @@ def test_selector_matches_what_a_module_was(make, case):
 
 def test_class_of_the_same_name_is_another_class():
     model = nn.Sequential(type("LayerNorm", (LlamaRMSNorm,), {})())
-    [info] = ModuleIndex(model).infos()
+    [info] = ModuleIndex(model).everyone()
 
     assert is_norm.matches(info)
     assert not as_selector(nn.LayerNorm).matches(info)

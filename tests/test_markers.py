@@ -56,7 +56,7 @@ class Root(nn.Module):
 
 
 def exempt(model, policy=None):
-    infos = ModuleIndex(model).infos()
+    infos = ModuleIndex(model).everyone()
     policy = (policy or marked()).bind(infos)
     return {info.name for info in infos if not policy(info).multiplier}
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from selective_optim import SGD, AdamW, Decay
 from selective_optim.decay import Verdict
+from selective_optim.policies.named import NAMED
 from selective_optim._model_index import ModuleIndex
 from selective_optim.policies import (
-    NAMED,
     as_policy,
     exclude,
     first_match,
@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 
 MODEL = Net()
-INFOS = ModuleIndex(MODEL).infos()
+INFOS = ModuleIndex(MODEL).everyone()
 NAMES = [info.name for info in INFOS]
 # embed.weight, body.0.weight, body.0.bias, body.1.weight, body.1.bias, head.*
 FULL, L2, DECOUPLED = Decay(), Decay(1, "l2"), Decay(1, "decoupled")

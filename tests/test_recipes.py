@@ -58,7 +58,7 @@ class Zoo(nn.Module):
 
 
 def exempt(model, recipe):
-    infos = ModuleIndex(model).infos()
+    infos = ModuleIndex(model).everyone()
     policy = named(recipe).bind(infos)
     return {info.name for info in infos if not policy(info).multiplier}
 
@@ -198,8 +198,9 @@ REASONS = {
 
 @pytest.mark.parametrize(("recipe", "name"), REASONS)
 def test_reason_names_the_rule_that_decided(recipe, name):
-    infos = ModuleIndex(Zoo()).infos()
-    policy = named(recipe).bind(infos)
+    model = Zoo()
+    infos = ModuleIndex(model).everyone()
+    policy = named(recipe).bind([model])
 
     actual = next(policy.decide(i).reason for i in infos if i.name == name)
 

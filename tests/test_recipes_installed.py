@@ -103,7 +103,7 @@ def names_of(model: nn.Module, ids: set[int]) -> set[str]:
 
 
 def decayed_by(model: nn.Module, recipe: str) -> set[str]:
-    infos = ModuleIndex(model).infos()
+    infos = ModuleIndex(model).everyone()
     policy = named(recipe).bind(infos)
     return names_of(model, {id(i.parameter) for i in infos if policy(i).multiplier})
 

@@ -32,7 +32,7 @@ class Net(nn.Module):
 
 
 MODEL = Net()
-INFOS = {info.name: info for info in ModuleIndex(MODEL).infos()}
+INFOS = {info.name: info for info in ModuleIndex(MODEL).everyone()}
 
 
 def matrix(info):
@@ -238,7 +238,7 @@ TORCH_NORMS = [
 
 @pytest.mark.parametrize("norm", TORCH_NORMS, ids=repr)
 def test_is_norm_knows_all_of_torch_in_any_number_of_dimensions(norm):
-    assert all(is_norm(info) for info in ModuleIndex(norm).infos())
+    assert all(is_norm(info) for info in ModuleIndex(norm).everyone())
 
 
 EMBEDDINGS = {
@@ -258,10 +258,10 @@ def test_is_embedding_goes_by_the_owner(owner, expected):
 @pytest.mark.parametrize("leaf", ["pos_embed", "embedding", "pos_embed_1", "embeds"])
 def test_is_embedding_goes_by_the_attribute_too(leaf):
     model = nn.ParameterDict({leaf: nn.Parameter(torch.ones(2, 3))})
-    assert all(is_embedding(info) for info in ModuleIndex(model).infos())
+    assert all(is_embedding(info) for info in ModuleIndex(model).everyone())
 
 
 def test_embedding_called_relative_attention_bias_is_no_bias():
     model = nn.ModuleDict({"relative_attention_bias": nn.Embedding(8, 2)})
-    (info,) = ModuleIndex(model).infos()
+    (info,) = ModuleIndex(model).everyone()
     assert (is_bias(info), is_embedding(info)) == (False, True)

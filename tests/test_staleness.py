@@ -162,7 +162,6 @@ def copy_takes_over(pair: Pair) -> None:
 
 
 def unpickled_takes_over(pair: Pair) -> None:
-    pair.ours._policy = None  # a lambda of the test, which does not pickle
     pair.ours, pair.actual = pickle.loads(pickle.dumps((pair.ours, pair.actual)))
 
 
@@ -245,8 +244,8 @@ def test_added_group_steps_with_its_own_decay(case):
     pair.step()
     pair.step()
     extra = [nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
-    pair.ours._policy = None
-    pair.ours.add_param_group({"params": [("extra", extra[0])], "lr": 0.2})
+    group = {"params": [("extra", extra[0])], "lr": 0.2, "wd_policy": None}
+    pair.ours.add_param_group(group)
     oracle = HandSplit(
         case, [extra[1]], [Decay()], lr=0.2, weight_decay=0.1, fused=True
     )
@@ -317,20 +316,18 @@ def test_sparse_gradient_after_a_dense_one_is_refused_before_anything_moves():
     assert_same([other, weight], before)
 
 
-def test_hyperparameter_out_of_range_is_refused_before_anything_moves():
+def test_nan_hyperparameter_is_refused_before_anything_moves():
     params = make_params()
     optimizer = ours(CASES[-1], params, VERDICTS, **HYPER)
     for step in range(3):
         set_grads(params, step)
         optimizer.step()
     before = copy.deepcopy([p.detach() for p in params])
-    for name, value in [("lr", float("nan")), ("lr", -1.0), ("weight_decay", -0.1)]:
+    for name in ("lr", "weight_decay"):
         good = optimizer.param_groups[0][name]
-        optimizer.param_groups[0][name] = value
+        optimizer.param_groups[0][name] = float("nan")
         set_grads(params, 3)
-        with pytest.raises(
-            ValueError, match=rf"`{name}` of group 0 must be >= 0, not {value}"
-        ):
+        with pytest.raises(ValueError, match=rf"`{name}` of group 0 is nan"):
             optimizer.step()
         assert_same(params, before)
         optimizer.param_groups[0][name] = good
@@ -357,8 +354,7 @@ def test_state_is_not_searched_for_edits_until_someone_has_looked():
     for step in range(3):
         set_grads(params, step)
         optimizer.step()
-    optimizer.state_dict()
     optimizer.decay_report()
-    assert not optimizer._stepper.touched
+    assert not optimizer._stepper._lent
     assert optimizer.state
-    assert optimizer._stepper.touched
+    assert optimizer._stepper._lent

@@ -6,7 +6,9 @@ A lambda that reads ``info.name`` where no name is known must not decide on
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -49,8 +51,43 @@ class StrictInfo(ParameterInfo):
     owner, path = _known("owner"), _known("path")
     shape, ndim = _known("shape"), _known("ndim")
 
+    def __getattr__(self, field: str) -> Any:
+        fields = ", ".join(vars(self))
+        raise AttributeError(
+            f"ParameterInfo has no attribute {field!r}. Read one of {fields}."
+        )
+
     def __repr__(self) -> str:
         return repr(ParameterInfo(**vars(self)))
+
+
+@dataclass(frozen=True)
+class LostCallable:
+    """What is left of a callable that does not pickle: what it was called.
+
+    Decisions that were taken are pickled with their optimizer; this raises where it
+    is asked for a new one.
+    """
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def __call__(self, info: ParameterInfo) -> Any:
+        raise ValueError(
+            f"{self.text} did not pickle, and a new parameter is to be decided for. "
+            f"Type optimizer.wd_policy = ..., or write the policy as a function."
+        )
+
+
+def picklable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a callable, or, if it does not pickle, what tells so when asked."""
+    try:
+        pickle.dumps(function)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return LostCallable(callable_text(function))
+    return function
 
 
 def callable_text(function: Callable[..., Any]) -> str:

@@ -18,7 +18,7 @@ from selective_optim.decay import (
 )
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
-from selective_optim.policies.callables import StrictInfo, callable_text
+from selective_optim.policies.callables import StrictInfo, callable_text, picklable
 from selective_optim.policies.selectors import Selector, as_selector
 
 
@@ -123,6 +123,12 @@ class Function(Policy):
         if broken is not None:
             raise AnswerError(value, *broken)
         return Verdict(as_decay(value), repr(self))
+
+    def __deepcopy__(self, memo: object) -> Function:
+        return self  # frozen, and functions are not copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Function, (picklable(self.function),)
 
 
 def _selected(selectors: tuple[object, ...], verb: str) -> tuple[Selector, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from selective_optim._text import received
 from selective_optim.parameters import ParameterInfo
-from selective_optim.policies.callables import StrictInfo, callable_text
+from selective_optim.policies.callables import StrictInfo, callable_text, picklable
 from selective_optim.policies.recognition import (
     bias_leaf,
     embedding_leaf,
@@ -135,6 +135,12 @@ class Question(Selector):
                 f"{received(answer)}. Write for example return bool(...)."
             )
         return bool(answer)
+
+    def __deepcopy__(self, memo: object) -> Question:
+        return self  # frozen, and functions are not copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Question, (picklable(self.function),)
 
 
 @dataclass(frozen=True, repr=False)

@@ -7,6 +7,7 @@ changing learning rate.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -36,8 +37,8 @@ class Key(NamedTuple):
 
     ``fused`` and ``sharded`` name the path: torch's fused kernel on the tensors or
     on the local shards of ``DTensor``s, else torch's functional. ``first`` marks
-    parameters whose momentum begins with this step and is dampened from the next on,
-    ``odd`` those that only the gradient they have now keeps from the fused path.
+    parameters whose momentum begins with this step, in a way of its own; ``odd``
+    those that only the gradient they have now keeps from the fused path.
     """
 
     group: int
@@ -184,7 +185,8 @@ def key_of(
     return Key(
         *(member.group, member.decay),
         *(fused and not odd, fused and not odd and sharded),
-        fused and not odd and first and group["dampening"] != 0,
+        # Fused buffers that are not dampened begin like any other step.
+        first and (not fused or odd or group["dampening"] != 0),
         odd and layout == torch.strided,
         *(layout, param.device, param.dtype),
     )
@@ -215,6 +217,7 @@ def make_cells(
     """
     cells: dict[Key, Cell] = {}
     new: list[tuple[Member, bool]] = []
+    times = Counter(id(_torch.token_of(member.param)) for member in members)
     for position, member in enumerate(members):
         param, group = member.param, groups[member.group]
         own = states.get(param) or {}
@@ -224,6 +227,9 @@ def make_cells(
             if not begun or stepping.get(id(token)) is not token:
                 continue
         key = key_of(kernel, group, member, param.grad, own)
+        if not begun and times[id(_torch.token_of(param))] > 1:
+            # Listed twice, it begins twice in torch, which we leave to torch.
+            key = key._replace(fused=False, sharded=False, odd=True)
         if group["fused"] and not key.fused:
             _torch.require_fused_support(param)
         cell = cells.get(key) or cells.setdefault(key, Cell(key, member.label))

@@ -169,7 +169,8 @@ class GroupsGuard:
 
 
 def _holds_tensors(value: object) -> bool:
-    return isinstance(value, Collection) and any(isinstance(v, Tensor) for v in value)
+    several = isinstance(value, Collection) and not isinstance(value, Tensor)
+    return several and any(isinstance(item, Tensor) for item in value)  # type: ignore[attr-defined]
 
 
 class TensorsGuard:

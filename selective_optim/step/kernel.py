@@ -47,6 +47,13 @@ class Setting(NamedTuple):
     shrink: float | Tensor = 0.0
 
     @property
+    def live(self) -> bool:
+        """Tell whether calls must be bound anew at every step: a tensor may change."""
+        return isinstance(self.arguments["lr"], Tensor) or isinstance(
+            self.shrink, Tensor
+        )
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What must be equal for parameters to share a call."""
         values = (*self.arguments.values(), self.shrink)

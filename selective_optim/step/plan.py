@@ -125,8 +125,8 @@ class Plan:
         stated = [param in states for param in params]
         self._keeps = not lent and all(stated[i] for i in positions)
         self._guard = GroupsGuard(groups, held=self._keeps and all(stated))
-        # Dampening begins with the second step, and a gradient that does not fit may
-        # be followed by one that does: then plan anew.
+        # Momentum goes on otherwise than it begins, and a gradient that does not fit
+        # may be followed by one that does: then plan anew.
         self.once = any(cell.key.first or cell.key.odd for cell in self._cells)
         self._any_half = any(cell.key.dtype in _torch.HALF for cell in self._cells)
         self._merged: list[list[Cell]] | None = None
@@ -141,7 +141,9 @@ class Plan:
         together: dict[Any, tuple[Setting, list[Cell]]] = {}
         for cell in self._cells:
             index, decay, *path = cell.key
-            setting = self._kernel.setting(groups[index], decay, cell.key.first)
+            setting = self._kernel.setting(
+                groups[index], decay, first=cell.key.first and cell.key.fused
+            )
             together.setdefault((setting.key, *path), (setting, []))[1].append(cell)
         merged = [cells for _, cells in together.values()]
         if merged != self._merged:
@@ -150,6 +152,7 @@ class Plan:
         for bucket, (setting, _) in zip(self._buckets, together.values()):
             bucket.take(setting)
         self._program: Program | None = None
+        self._live = any(bucket.setting.live for bucket in self._buckets)
         self.vanishing = self._find_vanishing() if self._any_half else None
 
     def _arrange(self, groups: Groups, merged: list[list[Cell]]) -> None:
@@ -170,6 +173,7 @@ class Plan:
         sizes = [(len(b.positions), b.key) for b in self._buckets]
         self._plain = sum(n for n, key in sizes if key.fused and not key.sharded)
         self._count = sum(n for n, key in sizes if key.fused)
+        self._total = start
         keys = [b.key for b in self._functional for _ in b.positions]
         self._layouts = [key.layout for key in keys]
         self._places = [(key.dtype, key.device) for key in keys]
@@ -240,6 +244,8 @@ class Plan:
                 self._gather(groups, states)
             except (KeyError, AttributeError):
                 return None  # an entry is gone; the new plan says it in torch's words
+        if self._lent and not self._functional_begun(states):
+            return None
         whole = grads_of(self._active or [])
         if not self._some_absent and (grads := self._proved(whole, None)):
             return grads
@@ -307,6 +313,12 @@ class Plan:
             self._tensors.admit(tensors)
         return Grads(whole, local, there)
 
+    def _functional_begun(self, states: States) -> bool:
+        """Tell whether nobody cleared the state that torch's functional reads."""
+        if not self._kernel.counts or self._count == self._total:
+            return True
+        return all(map(states.get, (self._active or [])[self._count :]))
+
     def _functional_still(self, whole: list[Any]) -> bool:
         assert self._active is not None  # gathered
         layouts = list(map(_layout_of, whole[self._count :]))
@@ -343,16 +355,31 @@ class Plan:
         for bucket in self._fused:
             bucket.batch.grads[:] = grads.local[bucket.part]
         try:
-            if scaling == NO_SCALING and grads.there is None:
-                self._program = self._program or self._assemble(None, scalings)
-                self._perform(self._program, scalings)
-            else:
-                self._perform(self._assemble(grads.there, scalings), scalings)
+            program = self._program
+            steady = scaling == NO_SCALING and grads.there is None and not self._live
+            if program is None or not steady:
+                program = self._assemble(grads.there, scalings)
+                self._program = program if steady else None
+            self._perform(program, scalings)
+            if self.once and scalings.dropping:
+                self._forget_dropped(states, scalings)
         finally:
             for bucket in self._fused:
                 bucket.batch.grads.clear()
             if not self._keeps:
                 self._release()
+
+    def _forget_dropped(self, states: States, scalings: Scalings) -> None:
+        """Let dampened momentum begin again with the next step if this was dropped.
+
+        Only the host can leave a buffer out, so this once it waits for the device.
+        """
+        assert self._active is not None  # gathered
+        for bucket in self._fused:
+            found_inf = scalings.on(bucket.key.device).found_inf
+            if bucket.key.first and found_inf is not None and found_inf.item():
+                for param in self._active[bucket.part]:
+                    del states[param]["momentum_buffer"]
 
     def _assemble(self, there: list[bool] | None, scalings: Scalings) -> Program:
         """Put together the calls of a step over the fused buckets."""
