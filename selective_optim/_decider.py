@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selective_optim._decision_table import DecisionTable, Group, Infos, Known, Row
 from selective_optim._model_index import ModelIndex
-from selective_optim.decay import Decision, is_zero
+from selective_optim.decay import FULL, Decision, is_zero
 from selective_optim.parameters import as_modules
 from selective_optim.policies import Policy, as_policy
 from selective_optim.policies.decide import decide, require_matches
@@ -78,9 +78,7 @@ class Decider:
         rest = {key: value for key, value in group.items() if key not in OWN_KEYS}
         return _as_policy(policy), rest
 
-    def arrive(
-        self, groups: Sequence[Group], policy: Policy | None, own: bool
-    ) -> None:
+    def arrive(self, groups: Sequence[Group], policy: Policy | None, own: bool) -> None:
         """Decide for the last group, or take note of it until :meth:`settle`.
 
         Args:
@@ -139,10 +137,10 @@ class Decider:
             mine = [i for each in arriving if each.policy is policy for i in each.infos]
             require_matches(policy, mine, self._matches, self.index.everyone)
         decided = [self._ask(each.policy, each.infos) for each in arriving]
-        for (index, infos, policy), decisions in zip(arriving, decided):
-            pairs = zip(infos, decisions, strict=True)
-            rows = [self._table.record(i.parameter, d, policy) for i, d in pairs]
-            self._lay_out(index, rows)
+        for each, decisions in zip(arriving, decided):
+            pairs = zip(each.infos, decisions, strict=True)
+            rows = [self._table.record(i.parameter, d, each.policy) for i, d in pairs]
+            self._lay_out(each.group, rows)
 
     def _lay_out(self, index: int, rows: list[Row]) -> None:
         self._table.lay_out([*self._table.layout[:index], rows])
@@ -183,6 +181,33 @@ class Decider:
         """Return the decisions alone; see :meth:`rows`."""
         return [[row.decision for row in rows] for rows in self.rows(groups, defaults)]
 
+    def readable(
+        self, groups: Sequence[Group], defaults: Mapping[str, Any]
+    ) -> list[list[Decision]]:
+        """Return the decisions for someone who reads, and must not be refused.
+
+        What cannot be decided is told at the next step. Until then a tensor counts
+        as what stood in its place: frameworks that shard put placeholders there.
+        """
+        with suppress(ValueError):
+            return self.decisions(groups, defaults)
+        before = {
+            (index, position): row.decision
+            for index, rows in enumerate(self._table.layout)
+            for position, row in enumerate(rows)
+        }
+
+        def read(param: Tensor, place: tuple[int, int]) -> Decision:
+            if row := self._table.row_of(param):
+                return row.decision
+            undecided = Decision(FULL, "not decided yet", None, param.shape, ())
+            return before.get(place, undecided)
+
+        return [
+            [read(p, (i, position)) for position, p in enumerate(group["params"])]
+            for i, group in enumerate(groups)
+        ]
+
     def _refuse_written(
         self, groups: Sequence[Group], defaults: Mapping[str, Any]
     ) -> None:
@@ -203,12 +228,13 @@ class Decider:
 
     def _obeyed(self, index: int, written: object) -> bool:
         """Tell whether a group was decided by what now stands in it."""
-        rows = self._table.layout[index] if index < len(self._table.layout) else []
+        if index >= len(self._table.layout):
+            return False
         try:
             policy = _as_policy(written)
         except (TypeError, ValueError):
             return False
-        return bool(rows) and all(row.policy == policy for row in rows)
+        return all(row.policy == policy for row in self._table.layout[index])
 
     def assign(self, wd_policy: object, groups: Sequence[Group]) -> None:
         """Decide anew for every parameter, or raise with nothing changed."""
@@ -236,9 +262,7 @@ class Decider:
         return {"policy": self.policy, "index": self.index, "rows": plain}
 
     @classmethod
-    def restored(
-        cls, snapshot: Mapping[str, Any], groups: Sequence[Group]
-    ) -> Decider:
+    def restored(cls, snapshot: Mapping[str, Any], groups: Sequence[Group]) -> Decider:
         """Make the decider of a copy, whose tensors stand where the originals stood."""
         decider = cls()
         decider.policy, decider.index = snapshot["policy"], snapshot["index"]
@@ -264,16 +288,15 @@ class Decider:
                 stacklevel=stacklevel,
             )
         # One optimizer per parameter is common, and most of them have an exempt one.
-        elif len(rows) > 1 and not any(row.decision.decay.multiplier for row in rows):
-            if not self._decays_elsewhere(policy):
-                warnings.warn(
-                    f"`wd_policy` {policy!r} exempts all {len(rows)} parameters. "
-                    f"Pass weight_decay=0 instead if nothing is to decay.",
-                    stacklevel=stacklevel,
-                )
+        elif len(rows) > 1 and not self._decays_anywhere(rows, policy):
+            warnings.warn(
+                f"`wd_policy` {policy!r} exempts all {len(rows)} parameters. "
+                f"Pass weight_decay=0 instead if nothing is to decay.",
+                stacklevel=stacklevel,
+            )
 
-    def _decays_elsewhere(self, policy: Policy) -> bool:
-        """Ask about the rest of the model, of which another rank may hold a part."""
+    def _decays_anywhere(self, rows: Sequence[Row], policy: Policy) -> bool:
+        """Ask here, then about the whole model, of which ranks may hold parts."""
 
         def ask() -> bool:
             try:
@@ -282,7 +305,8 @@ class Decider:
                 return False
             return any(decision.decay.multiplier for decision in decisions)
 
-        return self.index.remember(("decays", policy), ask)
+        here = any(row.decision.decay.multiplier for row in rows)
+        return here or self.index.remember(("decays", policy), ask)
 
 
 def _as_policy(value: object) -> Policy | None:

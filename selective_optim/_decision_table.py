@@ -102,8 +102,9 @@ class DecisionTable:
                 names = _trusted_names(group, rows, borne)
                 infos = known.describe(params, names, index)
                 before = self.layout[index] if aligned else []
-                rows = self._complete(infos, rows, before, known, default)
-            layout.append([row for row in rows if row is not None])
+                layout.append(self._complete(infos, rows, before, known, default))
+            else:
+                layout.append([row for row in rows if row is not None])
         self.lay_out(layout)
 
     def _complete(
@@ -113,16 +114,18 @@ class DecisionTable:
         before: Sequence[Row],
         known: Known,
         default: Policy | None,
-    ) -> Sequence[Row | None]:
+    ) -> list[Row]:
         mine = [row for row in rows if row is not None]
         if not mine and (inherited := self.inherited(infos, before)) is not None:
             return inherited
         policy = next((row.policy for row in (*mine, *before)), default)
         named = self._by_name()
-        completed = [
-            row or self._take_over(info, named.get(info.name or ""))
-            for info, row in zip(infos, rows)
-        ]
+        completed = []
+        for info, row in zip(infos, rows):
+            namesake = named.get(info.name or "")
+            if row is None and namesake is not None and _may_be(info, namesake):
+                row = self._take_over(info, namesake)
+            completed.append(row)
         new = [info for info, row in zip(infos, completed) if row is None]
         decisions = known.ask(policy, new) if new else ()
         decided = iter(
@@ -131,14 +134,12 @@ class DecisionTable:
         return [row or next(decided) for row in completed]
 
     def inherited(self, infos: Infos, rows: Sequence[Row]) -> list[Row] | None:
-        """Give new tensors the rows of their positions, unless something contradicts."""
-        fits = len(infos) == len(rows) and all(map(_may_be, infos, rows))
-        pairs = zip(infos, rows)
-        return [self._take_over(*pair) for pair in pairs] if fits else None  # type: ignore[misc]  # each fits
-
-    def _take_over(self, info: ParameterInfo, row: Row | None) -> Row | None:
-        if row is None or not _may_be(info, row):
+        """Give new tensors the rows of their places, unless something contradicts."""
+        if len(infos) != len(rows) or not all(map(_may_be, infos, rows)):
             return None
+        return [self._take_over(*pair) for pair in zip(infos, rows)]
+
+    def _take_over(self, info: ParameterInfo, row: Row) -> Row:
         return self.record(info.parameter, row.decision, row.policy)
 
     def _by_name(self) -> dict[str, Row]:
@@ -155,12 +156,11 @@ class DecisionTable:
 def _may_be(info: ParameterInfo, row: Row) -> bool:
     """Tell whether nothing known of a parameter contradicts what was decided on."""
     decided, kinds = row.decision, owner_kinds(info)
-    if decided.kinds and kinds:
-        # A wrapper or a parametrization makes a subclass of the module's class.
-        if kinds[0] not in decided.kinds and decided.kinds[0] not in kinds:
-            return False
+    # A wrapper or a parametrization makes a subclass of the module's class.
+    related = not kinds or not decided.kinds or kinds[0] in decided.kinds
+    same_kind = related or decided.kinds[0] in kinds
     same_name = info.name in (None, decided.name) or decided.name is None
-    return same_name and info.shape in (None, decided.shape)
+    return same_kind and same_name and info.shape in (None, decided.shape)
 
 
 def _trusted_names(

@@ -13,7 +13,6 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import repeat
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
@@ -195,7 +194,9 @@ class ModelIndex:
             hash(question)
         except TypeError:
             return ask()
-        return index_of(modules[0]).remember(question, ask) if len(modules) == 1 else ask()
+        return (
+            index_of(modules[0]).remember(question, ask) if len(modules) == 1 else ask()
+        )
 
     def everyone(self) -> list[ParameterInfo]:
         """Describe every parameter of the known modules, in the optimizer or not."""

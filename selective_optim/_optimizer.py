@@ -1,4 +1,4 @@
-"""What the optimizers share: a decider, a stepper, and here state, copies and report."""
+"""What the optimizers share: a decider and a stepper; here state, copies, report."""
 
 from __future__ import annotations
 
@@ -120,9 +120,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             scaling = Scaling(
                 getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
             )
-            self._stepper.step(
-                self.param_groups, self._members, self._states, scaling
-            )
+            self._stepper.step(self.param_groups, self._members, self._states, scaling)
         return loss
 
     def _members(self) -> list[Member]:
@@ -181,7 +179,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     def decay_report(self) -> DecayReport:
         """Tell what decays: in sum when printed, per parameter in ``rows``."""
-        decided = self._decider.decisions(self.param_groups, self.defaults)
+        decided = self._decider.readable(self.param_groups, self.defaults)
         return make_report(self.param_groups, decided, self._stepper.kernel.decoupled)
 
     def __repr__(self) -> str:
@@ -206,7 +204,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         return state_dict
 
     def _record(self) -> Any:
-        decided = self._decider.decisions(self.param_groups, self.defaults)
+        decided = self._decider.readable(self.param_groups, self.defaults)
         return record_of(self._stepper.kernel, self.param_groups, decided)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -224,13 +222,11 @@ class SelectiveOptimizer(torch.optim.Optimizer):
                 decay.
         """
         require_dict(state_dict)
-        decided = self._decider.decisions(self.param_groups, self.defaults)
+        decided = self._decider.readable(self.param_groups, self.defaults)
         saved: list[Any] = []
 
         def adapt(optimizer: Any, adapted: dict[str, Any]) -> dict[str, Any]:
-            require_loadable(
-                self._stepper.kernel, self.param_groups, decided, adapted
-            )
+            require_loadable(self._stepper.kernel, self.param_groups, decided, adapted)
             saved.append(adapted.get(RECORD))
             return {**adapted, "param_groups": self._left_open(adapted)}
 

@@ -90,8 +90,8 @@ def _by_class(cls: type[torch.optim.Optimizer], entries: Sequence[str]) -> Any:
         try:
             optimizer.step()
         finally:
-            for param, grad in zip(params, kept, strict=True):
-                param.grad = grad
+            for param, before in zip(params, kept, strict=True):
+                param.grad = before
         for i, param in enumerate(params):
             for entry, values in zip(entries, lists):
                 if values:
@@ -249,7 +249,8 @@ def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def child_of(module: nn.Module, key: str) -> nn.Module | None:
     """Return the module registered under a name."""
-    return _entry(module._modules, key)
+    found: nn.Module | None = _entry(module._modules, key)
+    return found
 
 
 def own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -259,7 +260,8 @@ def own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 def own_parameter(module: nn.Module, key: str) -> Tensor | None:
     """Return the parameter registered under a name."""
-    return _entry(module._parameters, key)
+    found: Tensor | None = _entry(module._parameters, key)
+    return found
 
 
 def _entry(registered: Any, key: str) -> Any:

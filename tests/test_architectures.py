@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from selective_optim.policies.decide import decide
 from selective_optim._model_index import ModuleIndex
 from selective_optim.policies import named
+from selective_optim.policies.decide import decide
 
 pytestmark = pytest.mark.integration
 
@@ -63,7 +63,8 @@ def mistakes(model):
     return [
         (info.name, type(info.owner).__name__, decision.multiplier)
         for info, decision in zip(infos, decisions, strict=True)
-        if (normalizes(info.owner) or info.leaf in BIASES) != (decision.decay.multiplier == 0)
+        if (normalizes(info.owner) or info.leaf in BIASES)
+        != (decision.decay.multiplier == 0)
     ]
 
 

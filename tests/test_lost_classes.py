@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from selective_optim._model_index import ModuleIndex
-from selective_optim.policies.selectors import as_selector, is_bias, is_embedding, is_norm
+from selective_optim.policies.selectors import (
+    as_selector,
+    is_bias,
+    is_embedding,
+    is_norm,
+)
 
 # torch announces the end of torch.jit, and of its own old ways.
 IGNORED = ("ignore::DeprecationWarning", "ignore::FutureWarning")

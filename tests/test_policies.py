@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from selective_optim import SGD, AdamW, Decay
-from selective_optim.decay import Verdict
-from selective_optim.policies.named import NAMED
 from selective_optim._model_index import ModuleIndex
+from selective_optim.decay import Verdict
 from selective_optim.policies import (
     as_policy,
     exclude,
@@ -24,6 +23,7 @@ from selective_optim.policies import (
     only,
     scale,
 )
+from selective_optim.policies.named import NAMED
 
 
 class Net(nn.Module):

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from selective_optim import AdamW
-from selective_optim.layers import layerwise_groups
 from selective_optim._model_index import ModuleIndex
+from selective_optim.layers import layerwise_groups
 from selective_optim.policies import named
 
 for package in ("timm", "torchvision", "transformers", "fastai", "mmengine"):

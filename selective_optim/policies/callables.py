@@ -1,4 +1,4 @@
-"""What a callable of the user's is shown, so that it cannot decide on what is not known.
+"""What a callable of the user's is shown: nothing to decide on that is not known.
 
 A lambda that reads ``info.name`` where no name is known must not decide on
 ``None``: the reading raises, and the message says what was missing.

@@ -111,7 +111,7 @@ class FunctionalBucket(Bucket):
         states: States,
         scaling: Scaling,
     ) -> None:
-        """Step the parameters that have a gradient, or none where infinity was found."""
+        """Step those that have a gradient, or none where infinity was found."""
         present, theirs = list(compress(params, there)), list(compress(grads, there))
         if not present:
             return

@@ -183,12 +183,16 @@ def key_of(
     layout = param.layout if grad is None else grad.layout
     first = not kernel.has_state(own, group) and not kernel.counts
     return Key(
-        *(member.group, member.decay),
-        *(fused and not odd, fused and not odd and sharded),
+        group=member.group,
+        decay=member.decay,
+        fused=fused and not odd,
+        sharded=fused and not odd and sharded,
         # Fused buffers that are not dampened begin like any other step.
-        first and (not fused or odd or group["dampening"] != 0),
-        odd and layout == torch.strided,
-        *(layout, param.device, param.dtype),
+        first=first and (not fused or odd or group["dampening"] != 0),
+        odd=odd and layout == torch.strided,
+        layout=layout,
+        device=param.device,
+        dtype=param.dtype,
     )
 
 

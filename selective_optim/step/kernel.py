@@ -7,7 +7,7 @@ calls: of torch's fused kernel, or of torch's functional.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -58,7 +58,7 @@ class Setting(NamedTuple):
         """What must be equal for parameters to share a call."""
         values = (*self.arguments.values(), self.shrink)
         # What cannot be hashed, an array as a rate, is itself alone.
-        return tuple(v if type(v).__hash__ else id(v) for v in values)
+        return tuple(v if isinstance(v, Hashable) else id(v) for v in values)
 
 
 @dataclass

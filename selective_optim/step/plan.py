@@ -6,7 +6,7 @@ A plan is given tensors and numbers and knows no policy.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import compress
 from operator import attrgetter, length_hint, methodcaller
 from types import SimpleNamespace
@@ -105,7 +105,7 @@ class Plan:
         states: States,
         counters: Counters,
         lent: bool,
-        stepping: dict[int, object],
+        stepping: Mapping[int, object],
     ) -> None:
         require_numbers(kernel, groups)
         for param, group, decay, label in members:
@@ -348,10 +348,10 @@ class Plan:
         assert self._active is not None  # gathered
         scalings = Scalings(scaling)
         # Functional ones first: they may raise, and then nothing else has changed.
-        for bucket in self._functional:
-            params, own = self._active[bucket.part], grads.whole[bucket.part]
-            there = grads.there[bucket.part] if grads.there else [True] * len(params)
-            bucket.step(params, own, there, states, scalings.on(bucket.key.device))
+        for other in self._functional:
+            params, own = self._active[other.part], grads.whole[other.part]
+            there = grads.there[other.part] if grads.there else [True] * len(params)
+            other.step(params, own, there, states, scalings.on(other.key.device))
         for bucket in self._fused:
             bucket.batch.grads[:] = grads.local[bucket.part]
         try:

@@ -102,12 +102,8 @@ class SGDKernel(Kernel):
         del own["foreach"], own["fused"]
         own["lr"] = lr_on_device(own["lr"], batch.params)
         buffers = batch.moments[0] if batch.moments else []
-        kernel = partial(
-            *(_torch.fused_sgd_, batch.params, batch.grads, buffers),
-            **own,
-            is_first_step=False,
-            **scaling._asdict(),
-        )
+        own |= {"is_first_step": False, **scaling._asdict()}
+        kernel = partial(_torch.fused_sgd_, batch.params, batch.grads, buffers, **own)
         return [*self._shrinking(setting, batch.params, scaling.found_inf), kernel]
 
     def _shrinking(
@@ -151,7 +147,8 @@ class SGDKernel(Kernel):
             states[param]["momentum_buffer"] = buffer
 
     def multiplied(self, setting: Setting, fused: bool) -> float | Tensor:
-        return setting.arguments["lr"] * setting.shrink
+        rate: float | Tensor = setting.arguments["lr"] * setting.shrink
+        return rate
 
     def hyperparameters(self, group: Group) -> Iterable[tuple[str, Any]]:
         names = ("lr", "momentum", "dampening", "weight_decay")
