@@ -157,8 +157,11 @@ def wants_fused(kernel: Kernel, group: Group, param: Tensor) -> bool:
     Where nothing was chosen, fused is taken where it is right: it is exact to
     hand-split torch with ``fused=True``, and the fastest on every device measured.
     """
-    chosen = group["fused"] or (free_choice(group) and kernel.trusted(param))
-    return bool(chosen) and not group["differentiable"]
+    if not group["fused"]:
+        right = kernel.trusted(param) and kernel.takes_numbers(group)
+        if not (free_choice(group) and right):
+            return False
+    return not group["differentiable"]
 
 
 def key_of(
