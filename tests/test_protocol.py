@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import selective_optim
+from selective_optim.step.buckets import FusedBucket
+from selective_optim.step.plan import Plan
 from tests import twins
 from tests.twins import CLASSES, KINDS, assert_same, both, make_params, ours, torchs
 
@@ -356,10 +358,52 @@ def test_steady_steps_make_no_new_plan(name, kind, what, groups):
     assert plans(optimizer) == before
 
 
+# What a step may do again, by what changes: look at every tensor, read the numbers,
+# put cells together anew.
+AGAIN = {
+    "nothing": set(),
+    "state is read": set(),
+    "zeroed in place": set(),
+    "report": set(),
+    "rate": {"_settle"},
+    "decay": {"_settle"},
+    "autocast": set(),
+}
+
+
 @each_name
-@pytest.mark.parametrize("momentum", [False, True])
-def test_first_steps_make_one_plan(name, momentum):
-    """But for momentum that begins where torch's functional makes its buffer."""
+@pytest.mark.parametrize("what", AGAIN)
+def test_steady_steps_do_nothing_again(name, what, monkeypatch):
+    params = make_params()
+    optimizer = ours(name, "automatic", [{"params": [param]} for param in params])
+
+    def change(number):
+        twins.set_grads(params, number)
+        if what == "autocast":
+            return torch.autocast("cpu", enabled=number % 2 == 0)
+        STEADY[what](optimizer, params, number)
+        return contextlib.nullcontext()
+
+    for number in range(6):
+        with change(number):
+            optimizer.step()
+    done = []
+    for cls, method in [(Plan, "_settle"), (Plan, "_arrange"), (FusedBucket, "fits")]:
+        original = getattr(cls, method)
+
+        def noted(*args, _original=original, _method=method):
+            done.append(_method)
+            return _original(*args)
+
+        monkeypatch.setattr(cls, method, noted)
+    for number in range(6, 12):
+        with change(number):
+            optimizer.step()
+    assert set(done) == AGAIN[what]
+
+
+@each_name
+def test_first_steps_make_one_plan(name):
     params = make_params()
     optimizer = ours(name, "automatic", params)
     for number in range(5):
