@@ -84,7 +84,10 @@ class Place:
         registered on.
         """
         path = self.node.path()
-        if path is None or _torch.own_parameter(path[-1], self.key) is not param:
+        if path is None:
+            return None
+        here = _torch.registered(path[-1])
+        if self.key not in here or here[self.key] is not param:
             return None
         made = isinstance(path[-1], ParametrizationList) and self.key.startswith(
             "original"

@@ -271,10 +271,8 @@ def own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(k, p) for k, p in module._parameters.items() if p is not None]
 
 
-def own_parameter(module: nn.Module, key: str) -> Tensor | None:
-    """Return the parameter registered under a name."""
-    registered = module._parameters
-    return registered[key] if key in registered else None  # noqa: SIM401 (see above)
+# A module's own parameters by name, ``None`` among them.
+registered = attrgetter("_parameters")
 
 
 # torch's private bases of all batch and instance norms, which mmengine tests for.
