@@ -117,15 +117,16 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 def differences(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
     """Name the tensors of two snapshots that differ in a bit, or stand in only one."""
     names = dict.fromkeys([*first, *second])
-    return [name for name in names if _bits(first, name) != _bits(second, name)]
+    return [n for n in names if not _same_bits(first.get(n), second.get(n))]
 
 
-def _bits(tensors: dict[str, Tensor], name: str) -> object:
-    """Return what two equal tensors share, also where they hold NaN or -0."""
-    if name not in tensors:
-        return None
-    tensor = tensors[name]
-    return tensor.dtype, tensor.shape, tensor.contiguous().numpy().tobytes()
+def _same_bits(first: Tensor | None, second: Tensor | None) -> bool:
+    """Compare dtype, shape and bytes: NaN equals itself, and -0 does not equal 0."""
+    if first is None or second is None:
+        return False
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return torch.equal(*(t.flatten().view(torch.uint8) for t in (first, second)))
 
 
 @contextmanager

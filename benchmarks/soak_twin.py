@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -96,14 +95,14 @@ class Twin:
         if isinstance(settings["lr"], Tensor):
             tolerance = max(tolerance, RATE_TOLERANCE)
         reference = self._sgd(settings) if self.name == "SGD" else self._adam(settings)
-        g = grad.double().numpy()
+        g = grad.double()
         reference.step(g)
-        update = reference.lr * np.abs(g) if self.name == "SGD" else reference.lr
-        return reference.p, tolerance * (1 + np.abs(reference.p) + 10 * update)
+        update = reference.lr * g.abs() if self.name == "SGD" else reference.lr
+        return reference.p, tolerance * (1 + reference.p.abs() + 10 * update)
 
     def _common(self, settings: dict[str, Any]) -> dict[str, Any]:
         return {
-            "p": self.param.detach().double().numpy().copy(),
+            "p": self.param.detach().double().clone(),
             "lr": float(settings["lr"]),
             "wd": settings["weight_decay"] * self.multiplier,
             "form": self.form,
@@ -113,14 +112,14 @@ class Twin:
     def _sgd(self, settings: dict[str, Any]) -> SGDReference:
         own = {key: settings[key] for key in ("momentum", "dampening", "nesterov")}
         buffer = self.state.get("momentum_buffer")
-        buffer = None if buffer is None else buffer.double().numpy().copy()
+        buffer = None if buffer is None else buffer.double().clone()
         return SGDReference(**self._common(settings), **own, buffer=buffer)
 
     def _adam(self, settings: dict[str, Any]) -> AdamReference:
         names = {"m": "exp_avg", "v": "exp_avg_sq", "v_max": "max_exp_avg_sq"}
         state = self.state
         moments = {
-            short: state[name].double().numpy().copy() if name in state else 0.0
+            short: state[name].double().clone() if name in state else 0.0
             for short, name in names.items()
         }
         beta1, beta2 = settings["betas"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -209,7 +208,7 @@ class World:
             if formula is None:
                 continue
             value, error = formula
-            if not (np.abs(a.detach().double().numpy() - value) <= error).all():
+            if not ((a.detach().double() - value).abs() <= error).all():
                 raise Mismatch(f"parameter {i}: {a.tolist()}, by formula {value}")
 
     def compare_state(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import step_results, step_tables
+from benchmarks import require, step_results, step_tables
 from benchmarks.step_arms import CLASSES
 from benchmarks.step_cases import CASES, Case
 from benchmarks.step_timing import clock_for
@@ -112,6 +112,7 @@ def show(lines: Iterable[str]) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     args = parse(words)
     if args.picture:
+        require("matplotlib")
         from benchmarks.step_picture import draw
 
         print(draw(step_results.load(args.picture), args.picture.with_suffix(".png")))

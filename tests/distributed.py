@@ -12,12 +12,18 @@ import sys
 import traceback
 import warnings
 from datetime import timedelta
+from importlib.util import find_spec
 from multiprocessing.connection import wait
 from time import monotonic
 
+import pytest
 import torch
 import torch.distributed as dist
 
+# For tests in which torch gathers objects from the ranks.
+gathers_objects = pytest.mark.skipif(
+    find_spec("numpy") is None, reason="torch gathers objects by way of numpy"
+)
 SECONDS = 60  # far above what a test needs: a hang ends, a busy machine does not fail
 PRELOADED = ["pytest", "torch.distributed.fsdp", "torch.distributed.tensor"]
 

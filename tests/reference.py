@@ -1,5 +1,7 @@
 """The formulas, one parameter at a time in float64, written from the papers.
 
+Plain operators on plain tensors: nothing of ``torch.optim``, nothing of the package.
+
 Loshchilov and Hutter 2019, Algorithms 1 and 2; Kingma and Ba 2015, Algorithm 1;
 Reddi et al. 2018 for ``amsgrad``; torch's convention for SGD's momentum.
 """
@@ -8,15 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-Array = NDArray[np.float64]
+from torch import Tensor
 
 
 @dataclass
 class SGDReference:
-    p: Array
+    p: Tensor
     lr: float
     wd: float
     form: str = "l2"
@@ -24,9 +23,9 @@ class SGDReference:
     dampening: float = 0.0
     nesterov: bool = False
     maximize: bool = False
-    buffer: Array | None = None
+    buffer: Tensor | None = None
 
-    def step(self, g: Array) -> None:
+    def step(self, g: Tensor) -> None:
         g = -g if self.maximize else g
         if self.form == "l2":
             g = g + self.wd * self.p
@@ -34,7 +33,7 @@ class SGDReference:
             self.p = self.p * (1 - self.lr * self.wd)
         if self.momentum:
             if self.buffer is None:
-                self.buffer = g.copy()
+                self.buffer = g.clone()  # not the gradient's memory: torch writes there
             else:
                 self.buffer = self.momentum * self.buffer + (1 - self.dampening) * g
             g = g + self.momentum * self.buffer if self.nesterov else self.buffer
@@ -43,7 +42,7 @@ class SGDReference:
 
 @dataclass
 class AdamReference:
-    p: Array
+    p: Tensor
     lr: float
     wd: float
     form: str = "l2"
@@ -52,12 +51,12 @@ class AdamReference:
     eps: float = 1e-8
     amsgrad: bool = False
     maximize: bool = False
-    m: Array | float = 0.0
-    v: Array | float = 0.0
-    v_max: Array | float = 0.0
+    m: Tensor | float = 0.0
+    v: Tensor | float = 0.0
+    v_max: Tensor | float = 0.0
     t: int = 0
 
-    def step(self, g: Array) -> None:
+    def step(self, g: Tensor) -> None:
         g = -g if self.maximize else g
         self.t += 1
         if self.form == "l2":
@@ -66,7 +65,7 @@ class AdamReference:
             self.p = self.p * (1 - self.lr * self.wd)
         self.m = self.beta1 * self.m + (1 - self.beta1) * g
         self.v = self.beta2 * self.v + (1 - self.beta2) * g**2
-        self.v_max = np.maximum(self.v_max, self.v)
+        self.v_max = self.v.where(self.v > self.v_max, self.v_max)
         m_hat = self.m / (1 - self.beta1**self.t)
         v_hat = (self.v_max if self.amsgrad else self.v) / (1 - self.beta2**self.t)
-        self.p = self.p - self.lr * m_hat / (np.sqrt(v_hat) + self.eps)
+        self.p = self.p - self.lr * m_hat / (v_hat**0.5 + self.eps)

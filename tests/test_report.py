@@ -147,7 +147,7 @@ def test_html_holds_the_table_with_everything_escaped():
 
 
 def axes():
-    figure = pytest.importorskip("matplotlib.figure")
+    figure = pytest.importorskip("matplotlib.figure", reason="draws with matplotlib")
     return figure.Figure().subplots()
 
 
@@ -172,7 +172,7 @@ def test_plot_of_tensors_without_names_draws_groups():
 
 
 def test_plot_makes_a_figure_when_no_axes_are_given():
-    pytest.importorskip("matplotlib").use("Agg")
+    pytest.importorskip("matplotlib", reason="draws with matplotlib").use("Agg")
     pyplot = pytest.importorskip("matplotlib.pyplot")
     ax = report_of(Net()).plot()
     assert ax.figure.number in pyplot.get_fignums()

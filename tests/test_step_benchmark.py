@@ -358,7 +358,7 @@ def test_command_saves_a_run(monkeypatch, tmp_path, capsys):
 
 
 def test_picture_is_drawn_beside_the_saved_run(results, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="draws with matplotlib")
     path = tmp_path / "run.json"
     save(results, path)
     step.main(["--picture", str(path)])
@@ -367,7 +367,7 @@ def test_picture_is_drawn_beside_the_saved_run(results, tmp_path, capsys):
 
 
 def test_picture_leaves_out_what_did_not_run():
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="draws with matplotlib")
     picture = importlib.import_module("benchmarks.step_picture")
     record = made_up("cpu", {"ours": 3.0, "bare kernel": 2.0})["cases"][0]
     assert picture.over_bare(record) == {"ours": (1.5, 1.5, 1.5)}

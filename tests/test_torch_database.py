@@ -29,7 +29,7 @@ from tests.problems import (
 
 def torch_database() -> Any:
     """Import torch's table without what the import does to the whole process."""
-    pytest.importorskip("expecttest")  # torch's test helpers import it
+    pytest.importorskip("expecttest", reason="torch's test helpers import expecttest")
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
         patch.setattr(torch.backends, "disable_global_flags", lambda: None)
         patch.setattr(sys, "argv", ["pytest"])
