@@ -13,7 +13,7 @@ from torch import nn
 
 import selective_optim
 from selective_optim import Decay
-from tests.problems import (
+from tests.support.problems import (
     CASES,
     IMPLEMENTATIONS,
     VERDICTS,

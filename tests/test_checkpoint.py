@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from selective_optim import policies
 from selective_optim.checkpoint import group_names, merge_groups, split_groups
-from tests.resuming import (
+from tests.support.resuming import (
     CLASSES,
     IMPLEMENTATIONS,
     OPTIMIZERS,

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 import selective_optim
 from selective_optim import Decay
-from tests.problems import (
+from tests.support.problems import (
     Case,
     HandSplit,
     assert_same,

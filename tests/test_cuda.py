@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import selective_optim
 from selective_optim import Decay
-from tests.problems import (
+from tests.support.kernels import kernel_is_right
+from tests.support.problems import (
     CASES,
     DTYPES,
     IMPLEMENTATIONS,
@@ -29,12 +30,11 @@ from tests.problems import (
     HandSplit,
     assert_same,
     assert_same_state,
-    kernel_is_right,
     make_params,
     ours,
     set_grads,
 )
-from tests.reference import AdamReference, SGDReference
+from tests.support.reference import AdamReference, SGDReference
 
 # Half precision rounds small decay away outside the fused kernels, in torch, too.
 pytestmark = pytest.mark.filterwarnings(r"ignore:1 - lr \* weight_decay rounds")
@@ -101,7 +101,7 @@ TABLE = [
     for c, kind, dtype in product(
         [*CHOSEN[:2], *COUNTING], IMPLEMENTATIONS, [torch.float16]
     )
-    if kernel_is_right(c, kind, dtype)
+    if kernel_is_right(c.name, kind, dtype)
 ]
 
 

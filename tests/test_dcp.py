@@ -20,8 +20,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from selective_optim.checkpoint import merge_groups, split_groups
-from tests.distributed import Ranks, gathers_objects
-from tests.resuming import (
+from tests.support.distributed import Ranks, gathers_objects
+from tests.support.resuming import (
     CLASSES,
     IMPLEMENTATIONS,
     OPTIMIZERS,

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from benchmarks import __main__ as main_job
-from benchmarks.digits import (
+from benchmarks.digits.arms import ALL, ARMS, HAND_SPLIT, SELECTIVE, all_decayed, run
+from benchmarks.digits.networks import BIAS, GAIN, NETWORKS, WEIGHT, build, kinds
+from benchmarks.digits.training import (
     Data,
     batch,
     differences,
@@ -14,8 +16,6 @@ from benchmarks.digits import (
     snapshot,
     train,
 )
-from benchmarks.digits_arms import ALL, ARMS, HAND_SPLIT, SELECTIVE, all_decayed, run
-from benchmarks.digits_networks import BIAS, GAIN, NETWORKS, WEIGHT, build, kinds
 
 EPOCHS = 2
 STEPS_PER_EPOCH = 3

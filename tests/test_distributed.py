@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import selective_optim
 from selective_optim import AdamW
 from selective_optim.policies import exclude, is_norm
-from tests.data_parallel import (
+from tests.support.data_parallel import (
     DECAYED,
     FSDP2_DIVISOR,
     SETUPS,
@@ -39,7 +39,7 @@ from tests.data_parallel import (
     train_alone,
     values_of,
 )
-from tests.distributed import RankError, Ranks, gathers_objects
+from tests.support.distributed import RankError, Ranks, gathers_objects
 
 pytestmark = pytest.mark.distributed
 each_setup = pytest.mark.parametrize("setup", SETUPS, ids=lambda s: s.id)

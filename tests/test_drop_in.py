@@ -17,7 +17,7 @@ from torch.optim.optimizer import (
 
 import selective_optim
 from selective_optim import policies
-from tests.problems import assert_same, assert_same_state, set_grads
+from tests.support.problems import assert_same, assert_same_state, set_grads
 
 NAMES = ["SGD", "Adam", "AdamW"]
 each_name = pytest.mark.parametrize("name", NAMES)

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import selective_optim
-from tests.data_parallel import assert_same
-from tests.distributed import Ranks
+from tests.support.data_parallel import assert_same
+from tests.support.distributed import Ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -10,7 +10,8 @@ from torch import nn
 
 import selective_optim
 from selective_optim import Decay
-from tests.problems import (
+from tests.support.kernels import kernel_is_right
+from tests.support.problems import (
     CASES,
     DTYPES,
     IMPLEMENTATIONS,
@@ -21,12 +22,11 @@ from tests.problems import (
     assert_same,
     assert_same_state,
     clone_params,
-    kernel_is_right,
     make_params,
     ours,
     set_grads,
 )
-from tests.reference import AdamReference, SGDReference
+from tests.support.reference import AdamReference, SGDReference
 
 HYPER = {"lr": 0.05, "weight_decay": 0.1}
 LRS = [0.05 * (i + 1) for i in range(8)]
@@ -38,7 +38,7 @@ TABLE = [
     for case, kind, dtype in product(CASES, IMPLEMENTATIONS, DTYPES)
     for v, verdicts in VERDICTS.items()
     for n, lrs in (("one", None), ("each", LRS))
-    if kernel_is_right(case, kind, dtype)
+    if kernel_is_right(case.name, kind, dtype)
 ]
 
 
@@ -63,7 +63,7 @@ def test_step_equals_hand_split_torch(case, kind, dtype, verdicts, lrs):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
 def test_automatic_choice_equals_the_fused_kernel_where_that_is_right(case, dtype):
-    kind = "fused" if kernel_is_right(case, "fused", dtype) else "for-loop"
+    kind = "fused" if kernel_is_right(case.name, "fused", dtype) else "for-loop"
     actual, expected = make_params(dtype), make_params(dtype)
     verdicts = VERDICTS["scale"]
     optimizer = ours(case, actual, verdicts, **HYPER)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from selective_optim import AdamW
 from selective_optim.schedules import WeightDecay
-from tests.framework_cases import (
+from tests.support.framework_cases import (
     assert_same,
     assert_same_state,
     batches,

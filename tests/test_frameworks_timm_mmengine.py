@@ -8,7 +8,7 @@ from torch import nn
 
 import selective_optim
 from selective_optim.schedules import WeightDecay
-from tests.framework_cases import (
+from tests.support.framework_cases import (
     assert_same,
     batches,
     exempt_names,

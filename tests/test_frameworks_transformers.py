@@ -9,7 +9,7 @@ import torch
 
 from selective_optim import AdamW
 from selective_optim.schedules import proportional_to_lr
-from tests.framework_cases import assert_same, assert_same_state, hand_split
+from tests.support.framework_cases import assert_same, assert_same_state, hand_split
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.integration

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from selective_optim import AdamW
 from selective_optim.policies import exclude, is_norm, is_vector, only
-from tests.data_parallel import (
+from tests.support.data_parallel import (
     DECAYED,
     FSDP2_DIVISOR,
     SETUPS,
@@ -22,7 +22,7 @@ from tests.data_parallel import (
     train,
     values_of,
 )
-from tests.distributed import Ranks
+from tests.support.distributed import Ranks
 
 pytestmark = pytest.mark.distributed
 each_setup = pytest.mark.parametrize("setup", SETUPS, ids=lambda s: s.id)

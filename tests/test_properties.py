@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 import selective_optim
-from benchmarks import soak_config as drawn
-from benchmarks.soak import run
-from benchmarks.soak_config import Config, Event, Group, Param, Round, settled
-from benchmarks.soak_draw import NAMES
-from benchmarks.soak_events import EVENTS
-from benchmarks.soak_tensors import make_param, require_same
-from benchmarks.soak_world import Table
 from selective_optim.checkpoint import merge_groups, split_groups
-from tests.resuming import assert_same
+from tests.soak import config as drawn
+from tests.soak.__main__ import run
+from tests.soak.config import Config, Event, Group, Param, Round, settled
+from tests.soak.draw import NAMES
+from tests.soak.events import EVENTS
+from tests.soak.ours import Table, decay_of
+from tests.soak.tensors import make_param, require_same
+from tests.support.resuming import assert_same
 
 pytest.importorskip("hypothesis", reason="hypothesis draws these cases")
 from hypothesis import HealthCheck, assume, given, settings
@@ -154,7 +154,7 @@ def train(
     params = [make_param(spec, generator) for spec in specs]
     optimizer = getattr(selective_optim, name)(
         [{"params": [(f"p{i}", params[i]) for i in part]} for part in split],
-        wd_policy=Table(tuple(spec.decay for spec in specs)),
+        wd_policy=Table(tuple(decay_of(spec) for spec in specs)),
         **arguments,
         **drawn.KINDS[kind],
     )

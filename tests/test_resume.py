@@ -4,7 +4,7 @@ from signal import SIGKILL
 import pytest
 import torch
 
-from benchmarks import resume
+from tests import resume
 
 ARGUMENTS = ["--network", "conv net", "--epochs", "1", "--every", "3"]
 

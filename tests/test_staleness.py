@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from selective_optim import Decay
-from tests.problems import (
+from tests.support.problems import (
     CASES,
     HandSplit,
     assert_same,

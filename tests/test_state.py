@@ -11,7 +11,7 @@ from torch import nn
 
 from selective_optim import policies
 from selective_optim.checkpoint import group_names, merge_groups
-from tests.resuming import (
+from tests.support.resuming import (
     CLASSES,
     IMPLEMENTATIONS,
     OPTIMIZERS,

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import selective_optim
-from tests.problems import (
+from tests.support.kernels import kernel_is_right
+from tests.support.problems import (
     IMPLEMENTATIONS,
     STEPS,
     VERDICTS,
@@ -20,7 +21,6 @@ from tests.problems import (
     HandSplit,
     assert_same,
     assert_same_state,
-    kernel_is_right,
     make_params,
     ours,
     set_grads,
@@ -55,7 +55,7 @@ REAL = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def fused_is_right(case: Case, dtype: torch.dtype) -> bool:
-    return kernel_is_right(case, "fused", dtype) and not dtype.is_complex
+    return kernel_is_right(case.name, "fused", dtype) and not dtype.is_complex
 
 
 def rival_of(case: Case, kind: str, dtype: torch.dtype) -> dict[str, Any]:

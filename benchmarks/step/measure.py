@@ -1,15 +1,51 @@
-"""Clocks, and arms timed in turns so that a busy machine disturbs all alike."""
+"""Measuring: clocks, arms timed in turns, memory at its peak, medians and spreads."""
 
 from __future__ import annotations
 
 import gc
+import json
+import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from itertools import accumulate
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.step_arms import Arm
+from benchmarks.step.arms import Arm
+
+# torch's profiler reports its own starting and stopping on stderr.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+class Spread(NamedTuple):
+    """A median and the values that a tenth of the samples lie below and above."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+def quantile(values: Sequence[float], part: float) -> float:
+    """Interpolate between the two nearest of the sorted values."""
+    ordered = sorted(values)
+    place = part * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def spread(values: Sequence[float]) -> Spread:
+    return Spread(median(values), quantile(values, 0.1), quantile(values, 0.9))
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
+    """Compare two arms round by round: what disturbs one round disturbs both."""
+    return spread([n / d for n, d in zip(numerator, denominator, strict=True)])
 
 
 class Clock(Protocol):
@@ -94,6 +130,8 @@ def interleave(
 ) -> dict[str, list[list[float]]]:
     """Visit every arm once per round, each round beginning with another.
 
+    In turns, so that a busy machine disturbs all alike.
+
     Returns:
         Milliseconds by arm, round and step.
     """
@@ -118,3 +156,32 @@ def copy_rate(device: torch.device, clock: Clock, elements: int) -> float:
     target = torch.ones_like(source)
     times = sorted(clock(lambda: target.copy_(source)) for _ in range(21))
     return 2 * source.nbytes / times[len(times) // 2] / 1e6
+
+
+def peak_extra(device: torch.device, call: Callable[[], object]) -> int:
+    """Return the bytes that a call allocates at its peak, kept or not."""
+    if device.type == "cpu":
+        return _peak_on_cpu(call)
+    return peak_on_accelerator(torch.get_device_module(device), call)
+
+
+def peak_on_accelerator(accelerator: Any, call: Callable[[], object]) -> int:
+    accelerator.synchronize()
+    accelerator.reset_peak_memory_stats()
+    before = accelerator.memory_allocated()
+    call()
+    accelerator.synchronize()
+    return int(accelerator.max_memory_allocated() - before)
+
+
+def _peak_on_cpu(call: Callable[[], object]) -> int:
+    """Add up what torch's allocator reports; it sees inside kernels too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    changes.sort(key=lambda event: event["ts"])
+    return max(accumulate((e["args"]["Bytes"] for e in changes), initial=0))

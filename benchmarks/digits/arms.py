@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import selective_optim
-from benchmarks.digits import Data, accuracy, snapshot, train
-from benchmarks.digits_networks import WEIGHT, build, kinds
+from benchmarks.digits.networks import WEIGHT, build, kinds
+from benchmarks.digits.training import Data, accuracy, snapshot, train
 
 BACKBONE_LR, HEAD_LR = 3e-3, 6e-3
 WEIGHT_DECAY = 0.8

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.soak_config import settings_of
-from benchmarks.soak_tensors import laid_out
-from benchmarks.soak_world import World
+from tests.soak.config import settings_of
+from tests.soak.ours import group_dict
+from tests.soak.tensors import laid_out
+from tests.soak.world import World
 
 Change = Callable[[World, int, float], None]
 
@@ -130,7 +131,7 @@ def run_is_resumed_from_a_file(world: World, which: int, value: float) -> None:
     torch.save(world.ours.state_dict(), file := io.BytesIO())
     file.seek(0)
     if len(world.joined) == len(world.config.groups):
-        world.ours = world.build()
+        world.build()
     world.ours.load_state_dict(torch.load(file, weights_only=True))
     for twin in world.twins:
         twin.optimizer.load_state_dict(copy.deepcopy(twin.optimizer.state_dict()))
@@ -223,7 +224,8 @@ def joins(world: World, number: int) -> None:
     for group, spec in enumerate(world.config.groups):
         if number and spec.joins == number:
             world.joined.append(group)
-            world.ours.add_param_group(world.group_dict(group))
+            own = group_dict(world.config, world.actual, world.settings, group)
+            world.ours.add_param_group(own)
 
 
 EVENTS: dict[str, Change] = {

@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 import selective_optim
-from benchmarks.step_arms import FUSED, OURS, build_ours, build_torch
-from benchmarks.step_stats import Spread, spread
-from benchmarks.step_timing import Clock, HostClock
-from benchmarks.step_workload import Workload
+from benchmarks.step.arms import FUSED, OURS, build_ours, build_torch
+from benchmarks.step.measure import Clock, HostClock, Spread, spread
+from benchmarks.step.workload import Workload
 
 IMPORT = (
     "import time, torch; start = time.perf_counter(); import selective_optim; "

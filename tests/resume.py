@@ -26,18 +26,16 @@ import torch
 from torch import Tensor
 
 from benchmarks import require
-from benchmarks.digits import differences, load, reproducible, snapshot, train
-from benchmarks.digits_arms import selective
-from benchmarks.digits_networks import NETWORKS, build
+from benchmarks.digits.arms import selective
+from benchmarks.digits.networks import NETWORKS, build
+from benchmarks.digits.training import differences, load, reproducible, snapshot, train
 
 CHECKPOINT, FINAL = "checkpoint.pt", "final.pt"
 KILLS = 2  # per run; the third start may finish
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.resume", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m tests.resume", description=__doc__)
     add = parser.add_argument
     add("--times", type=int, default=10, help="runs to interrupt")
     add("--epochs", type=int, default=3, help="of each run")
@@ -92,7 +90,7 @@ def child(options: argparse.Namespace, folder: Path) -> Iterator[subprocess.Pope
         "--seed": options.seed,
         "--device": options.device,
     }
-    command = [sys.executable, "-m", "benchmarks.resume"]
+    command = [sys.executable, "-m", "tests.resume"]
     command += [str(word) for setting in settings.items() for word in setting]
     root = Path(__file__).parent.parent
     with subprocess.Popen(

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import selective_optim
 from selective_optim import Decay
-from selective_optim._torch import HALF_SGD_ON_CPU
 
 STEPS = 7
 
@@ -45,18 +44,6 @@ IMPLEMENTATIONS = {
     "fused": {"fused": True},
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-HALF = (torch.bfloat16, torch.float16)
-
-
-def kernel_is_right(case: Case, implementation: str, dtype: torch.dtype) -> bool:
-    """Tell whether torch's own kernel is right on the CPU, or there is no oracle.
-
-    torch's fused SGD in half precision is off by the size of the parameter before
-    2.15 and leaves uninitialized memory in the momentum buffers.
-    """
-    wrong = (case.name, implementation) == ("SGD", "fused") and dtype in HALF
-    return HALF_SGD_ON_CPU or not wrong
-
 
 # What is decided for each parameter of `make_params`, by position.
 VERDICTS: dict[str, list[Decay]] = {

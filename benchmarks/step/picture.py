@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks.step_arms import (
+from benchmarks.step.arms import (
     BARE,
     COMPILED,
     DEFAULT,
@@ -18,8 +18,8 @@ from benchmarks.step_arms import (
     FUSED,
     OURS,
 )
-from benchmarks.step_cases import case_named
-from benchmarks.step_stats import Spread, ratio
+from benchmarks.step.cases import case_named
+from benchmarks.step.measure import Spread, ratio
 
 Record = dict[str, Any]
 

@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import require, step_results, step_tables
-from benchmarks.step_arms import CLASSES
-from benchmarks.step_cases import CASES, Case
-from benchmarks.step_timing import clock_for
+from benchmarks import require
+from benchmarks.step import results as runs
+from benchmarks.step import tables
+from benchmarks.step.arms import CLASSES
+from benchmarks.step.cases import CASES, Case
+from benchmarks.step.measure import clock_for
 
 THREADS = 2  # as on the machine that the goals for a CPU are written for
 
@@ -67,22 +69,20 @@ def chosen_cases(names: Sequence[str] | None, device: torch.device) -> list[Case
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run the chosen cases; show and save each as soon as it is measured."""
-    effort = step_results.QUICK if args.quick else step_results.FULL
+    effort = runs.QUICK if args.quick else runs.FULL
     compiled = args.device.type != "cpu" if args.compile is None else args.compile
-    run = step_results.describe_run(args.device, args.quick)
-    once = step_results.run_once(args.device, clock_for(args.device), effort)
+    run = runs.describe_run(args.device, args.quick)
+    once = runs.run_once(args.device, clock_for(args.device), effort)
     results = {"run": run, "once": once, "cases": []}
     for case, optimizer in product(
         chosen_cases(args.case, args.device), args.optimizer
     ):
         try:
-            record = step_results.run_case(
-                case, optimizer, args.device, effort, compiled
-            )
+            record = runs.run_case(case, optimizer, args.device, effort, compiled)
         except torch.OutOfMemoryError as error:
             show([f"{case.title}, {optimizer}: left out, {error}"])
         else:
-            show(step_tables.case_lines(record))
+            show(tables.case_lines(record))
             results["cases"].append(record)
         save(results, args.json)
         free_memory(args.device)
@@ -93,8 +93,8 @@ def save(results: dict[str, Any], wanted: str | None) -> Path | None:
     """Save under the wanted name, under the usual one if it is empty, or not."""
     if wanted is None:
         return None
-    path = Path(wanted) if wanted else step_results.default_path(results["run"])
-    step_results.save(results, path)
+    path = Path(wanted) if wanted else runs.default_path(results["run"])
+    runs.save(results, path)
     return path
 
 
@@ -113,15 +113,15 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parse(words)
     if args.picture:
         require("matplotlib")
-        from benchmarks.step_picture import draw
+        from benchmarks.step.picture import draw
 
-        print(draw(step_results.load(args.picture), args.picture.with_suffix(".png")))
+        print(draw(runs.load(args.picture), args.picture.with_suffix(".png")))
         return
     if args.device.type == "cpu":
         torch.set_num_threads(THREADS)
     results = measure(args)
-    show(step_tables.once_lines(results))
-    show(step_tables.goal_lines(results))
+    show(tables.once_lines(results))
+    show(tables.goal_lines(results))
     if path := save(results, args.json):
         print(f"saved as {path}")
 

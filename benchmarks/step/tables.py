@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.step_arms import BARE, FUSED, OURS
-from benchmarks.step_cases import case_named
-from benchmarks.step_goals import copy_share, verdicts
-from benchmarks.step_stats import ratio
+from benchmarks.step.arms import BARE, FUSED, OURS
+from benchmarks.step.cases import case_named
+from benchmarks.step.goals import copy_share, verdicts
+from benchmarks.step.measure import ratio
 
 Record = dict[str, Any]
 

@@ -2,48 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import selective_optim
-from benchmarks.soak_config import KINDS, Config, Round
-from benchmarks.soak_tensors import Mismatch, make_param, require_same
-from benchmarks.soak_twin import Twin
-from selective_optim import Decay
-from selective_optim.policies import as_policy, exclude, first_match, form, scale
+from tests.soak.config import Config, Round
+from tests.soak.ours import build
+from tests.soak.tensors import Mismatch, make_param, require_same
+from tests.soak.twin import Twin
 
 # A power of two: scaling and unscaling by it loses nothing.
 SCALE = 1024.0
-
-
-@dataclass(frozen=True)
-class Table:
-    """A policy as a callable that pickles."""
-
-    decays: tuple[Decay, ...]
-
-    def __call__(self, info: Any) -> Decay:
-        return self.decays[int(info.name[1:])]
-
-
-def policy_of(config: Config) -> Any:
-    """Write the same verdicts as a callable, a mapping, or a product of policies."""
-    decays = {f"p{i}": param.decay for i, param in enumerate(config.params)}
-    if config.policy in ("callable", "by group"):
-        return Table(tuple(decays.values()))
-    late = {"missing_ok": True}  # groups may join later
-    if config.policy == "mapping":
-        return first_match(decays, **late)
-    product = as_policy("all")
-    for name, decay in decays.items():
-        by = decay.multiplier
-        product *= scale(name, by=by, **late) if by else exclude(name, **late)
-        if decay.form:
-            product *= form(decay.form, name, **late)
-    return product
 
 
 class World:
@@ -62,57 +32,23 @@ class World:
         self.settings = [dict(group.settings) for group in config.groups]
         self.named = True
         self.joined = [i for i, g in enumerate(config.groups) if g.joins == 0]
-        self.ours = self.build()
+        self.build()
         self.saved: Any = None
         self.scaler: Any = None
         self.generator = generator
         self.steps = 0
 
-    def members(self, group: int) -> list[int]:
-        """Number the parameters of a group."""
-        return [i for i, p in enumerate(self.config.params) if p.group == group]
-
     @property
     def order(self) -> list[int]:
         """Number the parameters that ours has, in its order."""
-        return [i for group in self.joined for i in self.members(group)]
+        return [i for group in self.joined for i in self.config.members(group)]
 
-    def group_dict(self, group: int) -> dict[str, Any]:
-        """Write a group as a user would."""
-        named = [(f"p{i}", self.actual[i]) for i in self.members(group)]
-        bare = self.config.source == "model"
-        own = {"wd_policy": policy_of(self.config)} if self._by_group else {}
-        return {
-            "params": [param for _, param in named] if bare else named,
-            **self.settings[group],
-            **KINDS[self.config.groups[group].kind],
-            **own,
-        }
-
-    @property
-    def _by_group(self) -> bool:
-        several = self.config.source in ("pairs", "model")
-        return self.config.policy == "by group" and several
-
-    def build(self) -> Any:
+    def build(self) -> None:
         """Build the selective optimizer over the parameters as they are."""
-        config = self.config
-        arguments = {**self.settings[0], **KINDS[config.groups[0].kind]}
-        if config.name != "AdamW":
-            arguments["decoupled_weight_decay"] = config.decoupled
-        if not self._by_group:
-            arguments["wd_policy"] = policy_of(config)
-        # Kept, as a user keeps the model: a tensor put into a group is known by it.
-        module = nn.ParameterDict({f"p{i}": p for i, p in enumerate(self.actual)})
-        self.module = module
-        params: Any = [self.group_dict(group) for group in self.joined]
-        if config.source == "model":
-            arguments["model"] = module
-        elif config.source == "module":
-            params = module
-        elif config.source == "generator":
-            params = module.parameters()
-        return getattr(selective_optim, config.name)(params, **arguments)
+        made = build(self.config, self.actual, self.settings, self.joined)
+        # The module is kept, as a user keeps it: a tensor that is put into a group
+        # is known by it.
+        self.ours, self.module = made
 
     def take(self, plan: Round) -> None:
         """Set gradients, step every side and compare.

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from selective_optim import Decay
-from selective_optim._torch import HALF_SGD_ON_CPU
+from tests.support.kernels import HALF_SGD_ON_CPU
 
 KINDS: dict[str, dict[str, bool | None]] = {
     "automatic": {"fused": None, "foreach": None},
@@ -63,11 +62,6 @@ class Param:
     group: int = 0
 
     @property
-    def decay(self) -> Decay:
-        """What the policy is to decide."""
-        return Decay(self.multiplier, self.form)  # type: ignore[arg-type]  # drawn
-
-    @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype itself."""
         return getattr(torch, self.dtype)
@@ -114,6 +108,10 @@ class Config:
     source: str = "pairs"
     values: int = 0
     grad_scale: float = 1.0
+
+    def members(self, group: int) -> list[int]:
+        """Number the parameters of a group."""
+        return [i for i, param in enumerate(self.params) if param.group == group]
 
 
 def settled(config: Config) -> Config:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.soak_config import KINDS, Param
-from selective_optim._torch import HALF_SGD_ON_CPU
-from tests.reference import AdamReference, SGDReference
+from tests.soak.config import KINDS, Param
+from tests.support.kernels import HALF_SGD_ON_CPU
+from tests.support.reference import AdamReference, SGDReference
 
 # One step of a few roundings, relative to what is added up.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}

@@ -1,6 +1,6 @@
 """Try random configurations against hand-split torch, for as long as asked.
 
-Run ``python -m benchmarks.soak --steps 50000 --seed 0``. Every configuration has a
+Run ``python -m tests.soak --steps 50000 --seed 0``. Every configuration has a
 seed of its own, such as ``0:17``, from which ``--replay 0:17`` runs it again.
 """
 
@@ -17,10 +17,10 @@ from itertools import count, islice
 
 import torch
 
-from benchmarks.soak_config import Config
-from benchmarks.soak_draw import draw
-from benchmarks.soak_events import EVENTS, joins
-from benchmarks.soak_world import World
+from tests.soak.config import Config
+from tests.soak.draw import draw
+from tests.soak.events import EVENTS, joins
+from tests.soak.world import World
 
 
 @dataclass
@@ -67,7 +67,7 @@ def soak(seeds: Iterator[str], steps: int, tally: Tally) -> Tally:
             tally.mismatches += 1
             text = " ".join(str(error).split())[:200]
             print(f"configuration {seed}: {type(error).__name__}: {text}")
-            print(f"  replay it with: python -m benchmarks.soak --replay {seed}")
+            print(f"  replay it with: python -m tests.soak --replay {seed}")
         if tally.steps >= steps:
             break
     return tally
@@ -90,7 +90,7 @@ def replay(seed: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    top = argparse.ArgumentParser("benchmarks.soak", description=__doc__)
+    top = argparse.ArgumentParser("tests.soak", description=__doc__)
     top.add_argument("--steps", type=int, help="stop after so many optimizer steps")
     top.add_argument("--configurations", type=int, help="stop after so many of them")
     top.add_argument("--seed", type=int, default=0, help="where to start (0)")

@@ -15,21 +15,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.step_arms import Arm, make_arms
-from benchmarks.step_cases import Case
-from benchmarks.step_memory import peak_extra
-from benchmarks.step_once import build_times, first_steps, import_time
-from benchmarks.step_stats import spread
-from benchmarks.step_timing import (
+from benchmarks.step.arms import Arm, make_arms
+from benchmarks.step.cases import Case
+from benchmarks.step.measure import (
     Clock,
     clock_for,
     copy_rate,
     interleave,
+    peak_extra,
+    spread,
     warm_up,
 )
-from benchmarks.step_workload import Workload, one_process_mesh
+from benchmarks.step.once import build_times, first_steps, import_time
+from benchmarks.step.workload import Workload, one_process_mesh
 
-FOLDER = Path(__file__).parent / "results"
+FOLDER = Path(__file__).parents[1] / "results"
 # Tensors of the parameter's size that a fused step reads and writes per element.
 PASSES = {"adamw": 7, "adam": 7, "sgd": 5}
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.digits_arms import (
+from benchmarks.digits.arms import (
     ALL,
     HAND_SPLIT,
     SELECTIVE,
     WEIGHT_DECAY,
     Result,
 )
-from benchmarks.digits_networks import BIAS, GAIN, NETWORKS, WEIGHT
+from benchmarks.digits.networks import BIAS, GAIN, NETWORKS, WEIGHT
 
 # Two arms should coincide: the pale, wide curve stays visible under the thin one.
 STYLES: dict[str, dict[str, Any]] = {

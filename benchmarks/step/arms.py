@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 import selective_optim
-from benchmarks.step_bare import BareKernel
-from benchmarks.step_workload import Workload
+from benchmarks.step.bare import BareKernel
+from benchmarks.step.workload import Workload
 
 BARE = "bare kernel"
 FUSED, FOREACH, DEFAULT = "torch fused", "torch foreach", "torch default"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from benchmarks.step_arms import (
+from benchmarks.step.arms import (
     BARE,
     DEFAULT,
     FOREACH,
@@ -14,7 +14,7 @@ from benchmarks.step_arms import (
     OURS,
     PLAIN,
 )
-from benchmarks.step_stats import ratio
+from benchmarks.step.measure import ratio
 
 Record = dict[str, Any]
 BEST_OF_TORCH = (FUSED, FOREACH, DEFAULT)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.step_cases import Case
+from benchmarks.step.cases import Case
 
 
 class Workload:

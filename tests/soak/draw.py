@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from benchmarks.soak_config import (
+from tests.soak.config import (
     DTYPES,
     FORMS,
     GRADS,
@@ -24,7 +24,7 @@ from benchmarks.soak_config import (
     settings_of,
     settled,
 )
-from benchmarks.soak_events import EVENTS
+from tests.soak.events import EVENTS
 
 NAMES = ["SGD", "Adam", "AdamW"]
 

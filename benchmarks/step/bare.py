@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.step_workload import local
+from benchmarks.step.workload import local
 
 
 class Call(NamedTuple):
