@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import warnings
 from typing import Any
@@ -13,14 +12,15 @@ from torch import nn
 
 import selective_optim
 from selective_optim import Decay
+from tests.support.compare import assert_same
 from tests.support.problems import (
     CASES,
     IMPLEMENTATIONS,
     VERDICTS,
     Case,
     HandSplit,
-    assert_same,
-    assert_same_state,
+    assert_same_training,
+    frozen,
     make_params,
     ours,
     set_grads,
@@ -54,11 +54,6 @@ def scaled_step(
     grad_scaler.update(SCALE)  # the same scale, whatever was found
 
 
-def frozen_copy(optimizer: Any, params: Any) -> Any:
-    state = [copy.deepcopy(dict(optimizer.state.get(p, {}))) for p in params]
-    return [p.detach().clone() for p in params], state
-
-
 @pytest.mark.parametrize("kind", [*IMPLEMENTATIONS, "automatic"])
 @pytest.mark.parametrize("case", [*CASES, DECOUPLED_SGD], ids=lambda case: case.id)
 def test_dropped_step_changes_nothing(case, kind):
@@ -67,11 +62,9 @@ def test_dropped_step_changes_nothing(case, kind):
     grad_scaler = scaler()
     for step in range(3):
         scaled_step(grad_scaler, optimizer, params, step, bad=False)
-    before, state = frozen_copy(optimizer, params)
+    before = frozen(optimizer, params)
     scaled_step(grad_scaler, optimizer, params, 4, bad=True)
-    assert_same(params, before)
-    for param, own in zip(params, state):
-        assert_same_state(dict(optimizer.state.get(param, {})), own)
+    assert_same(frozen(optimizer, params), before)
 
 
 @pytest.mark.parametrize("kind", [*IMPLEMENTATIONS, "automatic"])
@@ -101,7 +94,7 @@ def test_scaled_training_with_infinities_equals_the_clean_steps_alone(case, kind
 def assert_state_follows(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     """Compare state, where a parameter that never stepped may have zeros or nothing."""
     if expected:
-        assert_same_state(actual, expected)
+        assert_same(actual, expected)
     assert all(not value.any() for value in actual.values() if not expected)
 
 
@@ -116,9 +109,7 @@ def test_scaled_fused_step_equals_torch_under_the_same_scaler(case):
     for step in (0, 1, 2, 4, 5):
         scaled_step(ours_scaler, optimizer, actual, step, bad=step == 4)
         scaled_step(torch_scaler, oracle.optimizers[0], expected, step, bad=step == 4)
-    assert_same(actual, expected)
-    for p, q in zip(actual, expected):
-        assert_same_state(dict(optimizer.state.get(p, {})), oracle.state(q))
+    assert_same_training(actual, optimizer, expected, oracle)
 
 
 @pytest.mark.parametrize("kind", [*IMPLEMENTATIONS, "automatic"])

@@ -16,11 +16,11 @@ from torch._dynamo.utils import counters
 
 import selective_optim
 from selective_optim import Decay
+from tests.support.compare import assert_same
 from tests.support.problems import (
     Case,
     HandSplit,
-    assert_same,
-    assert_same_state,
+    assert_same_training,
     ours,
 )
 
@@ -118,9 +118,7 @@ def test_compiled_step_equals_hand_split_torch_compiled(case, kind, backend):
     graphs, reasons = compiled.graphs, compiled.break_reasons
     reference = Compiled(torchs, backend)
     train(reference.step, expected, range(STEPS))
-    assert_same(actual, expected)
-    for p, q in zip(actual, expected):
-        assert_same_state(dict(optimizer.state.get(p, {})), oracle.state(q))
+    assert_same_training(actual, optimizer, expected, oracle)
     assert graphs == reference.graphs
     assert reasons <= reference.break_reasons
 

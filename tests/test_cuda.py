@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import selective_optim
 from selective_optim import Decay
+from tests.support.compare import assert_same
 from tests.support.kernels import kernel_is_right
 from tests.support.problems import (
     CASES,
@@ -28,8 +29,8 @@ from tests.support.problems import (
     VERDICTS,
     Case,
     HandSplit,
-    assert_same,
-    assert_same_state,
+    assert_same_training,
+    frozen,
     make_params,
     ours,
     set_grads,
@@ -76,15 +77,6 @@ def explicit(kind: dict[str, Any]) -> dict[str, Any]:
     return kind or {"fused": True}
 
 
-def check(
-    actual: Sequence[Tensor], optimizer: Any, expected: Sequence[Tensor], oracle: Any
-) -> None:
-    """Require the same bits and devices of parameters and state."""
-    assert_same(actual, expected)
-    for p, q in zip(actual, expected):
-        assert_same_state(dict(optimizer.state.get(p, {})), oracle.state(q))
-
-
 # Bits
 
 
@@ -116,7 +108,7 @@ def test_step_equals_hand_split_torch(device, case, kind, dtype, verdicts):
         set_grads(expected, step)
         optimizer.step()
         oracle.step()
-    check(actual, optimizer, expected, oracle)
+    assert_same_training(actual, optimizer, expected, oracle)
 
 
 AUTOMATIC = [
@@ -143,7 +135,7 @@ def test_automatic_choice_is_fused(case, device, dtype, lrs):
         set_grads(expected, step)
         optimizer.step()
         oracle.step()
-    check(actual, optimizer, expected, oracle)
+    assert_same_training(actual, optimizer, expected, oracle)
 
 
 REFERENCES = [
@@ -218,7 +210,7 @@ def test_devices_and_dtypes_mix_in_one_group(case, kind, device):
         set_grads(expected, step)
         optimizer.step()
         oracle.step()
-    check(actual, optimizer, expected, oracle)
+    assert_same_training(actual, optimizer, expected, oracle)
 
 
 @each_device
@@ -238,7 +230,7 @@ def test_low_precision_mixes_with_single_in_one_group(case, kind, device):
         set_grads(expected, step)
         optimizer.step()
         oracle.step()
-    check(actual, optimizer, expected, oracle)
+    assert_same_training(actual, optimizer, expected, oracle)
 
 
 # Rates that are tensors, capturable, graphs
@@ -268,7 +260,7 @@ def test_capturable_steps_as_in_torch(case, device, kind, make_lr):
         set_grads(expected, step)
         optimizer.step()
         oracle.step()
-    check(actual, optimizer, expected, oracle)
+    assert_same_training(actual, optimizer, expected, oracle)
     assert optimizer.state[actual[0]]["step"].device.type == device
 
 
@@ -292,7 +284,7 @@ def test_tensor_lr_steps_as_in_torch(case, kind, lr_device, device):
         oracle.step()
         for lr in lrs:
             lr.mul_(0.7)
-    check(actual, optimizer, expected, oracle)
+    assert_same_training(actual, optimizer, expected, oracle)
 
 
 @each_device
@@ -383,7 +375,7 @@ def test_replayed_graph_equals_eager_steps(case, kind, capturable, device):
         static_grads(expected, step)
         oracle.step()
         lrs[1].mul_({True: 0.7, False: 1.0}[step >= 3])
-    check(actual, optimizer, expected, oracle)
+    assert_same_training(actual, optimizer, expected, oracle)
 
 
 @each_device
@@ -404,7 +396,7 @@ def test_eager_steps_continue_after_a_graph(case, device):
     for step in range(6):
         static_grads(expected, step)
         oracle.step()
-    check(actual, optimizer, expected, oracle)
+    assert_same_training(actual, optimizer, expected, oracle)
 
 
 @each_device
@@ -487,12 +479,9 @@ def test_dropped_step_changes_nothing(case, kind, device):
     scaler = make_scaler(device)
     for step in range(3):
         scaled_step(scaler, optimizer, params, step, bad=False)
-    before = [p.detach().clone() for p in params]
-    state = [copy.deepcopy(dict(optimizer.state.get(p, {}))) for p in params]
+    before = frozen(optimizer, params)
     scaled_step(scaler, optimizer, params, 4, bad=True)
-    assert_same(params, before)
-    for param, own in zip(params, state):
-        assert_same_state(dict(optimizer.state.get(param, {})), own)
+    assert_same(frozen(optimizer, params), before)
 
 
 @each_device
@@ -509,7 +498,7 @@ def test_scaled_training_equals_torch_under_the_same_scaler(case, kind, device):
     for step, bad in enumerate(BAD):
         scaled_step(own, optimizer, actual, step, bad)
         scaled_step(other, torchs, expected, step, bad)
-    check(actual, optimizer, expected, oracle)
+    assert_same_training(actual, optimizer, expected, oracle)
 
 
 @each_device
@@ -521,12 +510,9 @@ def test_infinities_on_two_devices_drop_the_step(case, kind, device):
     scaler = make_scaler(device)
     for step in range(2):
         scaled_step(scaler, optimizer, params, step, bad=False)
-    before = [p.detach().clone() for p in params]
-    state = [copy.deepcopy(dict(optimizer.state.get(p, {}))) for p in params]
+    before = frozen(optimizer, params)
     scaled_step(scaler, optimizer, params, 2, bad=True)
-    assert_same(params, before)
-    for param, own in zip(params, state):
-        assert_same_state(dict(optimizer.state.get(param, {})), own)
+    assert_same(frozen(optimizer, params), before)
 
 
 def delay(device: str) -> None:
@@ -596,7 +582,7 @@ def test_checkpoint_continues_on_another_device(
         set_grads(expected, step)
         resumed.step()
         oracle.step()
-    check(actual, resumed, expected, oracle)
+    assert_same_training(actual, resumed, expected, oracle)
 
 
 def load(file: io.BytesIO, map_location: str | None) -> Any:
@@ -634,7 +620,7 @@ def test_model_moved_after_construction_takes_its_state_along(
         set_grads(twins, step)
         optimizer.step()
         oracle.step()
-    check(params, optimizer, twins, oracle)
+    assert_same_training(params, optimizer, twins, oracle)
     assert all(p.device.type == device for p in params)
 
 
@@ -657,9 +643,7 @@ def test_copy_continues_on_its_own(case, device):
     for step in range(2, 4):
         set_grads(twins, step)
         twin.step()
-    assert_same(twins, params)
-    for p, q in zip(twins, params):
-        assert_same_state(dict(twin.state.get(p, {})), dict(optimizer.state.get(q, {})))
+    assert_same(frozen(twin, twins), frozen(optimizer, params))
 
 
 # torch.compile
@@ -680,7 +664,7 @@ def test_compiled_step_equals_torch_compiled(case, device):
             static_grads(params, index)
             step()
     torch._dynamo.reset()
-    check(actual, optimizer, expected, oracle)
+    assert_same_training(actual, optimizer, expected, oracle)
 
 
 # What a step costs

@@ -25,11 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 import selective_optim
 from selective_optim import AdamW
 from selective_optim.policies import exclude, is_norm
+from tests.support.compare import assert_same
 from tests.support.data_parallel import (
     DECAYED,
     FSDP2_DIVISOR,
     SETUPS,
-    assert_same,
     loss_of,
     make_net,
     names_that_decay,

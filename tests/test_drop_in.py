@@ -17,7 +17,12 @@ from torch.optim.optimizer import (
 
 import selective_optim
 from selective_optim import policies
-from tests.support.problems import assert_same, assert_same_state, set_grads
+from tests.support.compare import assert_same
+from tests.support.problems import (
+    assert_same_training,
+    frozen,
+    set_grads,
+)
 
 NAMES = ["SGD", "Adam", "AdamW"]
 each_name = pytest.mark.parametrize("name", NAMES)
@@ -74,9 +79,7 @@ def train_alike(
     oracle = torchs(name, expected, **HYPER, **MOMENTUM[name], **torchs_kind)
     train(optimizer, actual)
     train(oracle, expected)
-    assert_same(actual, expected)
-    for p, q in zip(actual, expected):
-        assert_same_state(dict(optimizer.state[p]), dict(oracle.state[q]))
+    assert_same_training(actual, optimizer, expected, oracle)
 
 
 # The class itself
@@ -690,12 +693,9 @@ def test_found_inf_of_several_devices_drops_the_step(name, kind):
     params = tensors((3, 4), (4,))
     optimizer = ours(name, params, **HYPER, **MOMENTUM[name], **kind)
     train(optimizer, params)
-    before = copy.deepcopy([p.detach() for p in params])
-    state = [copy.deepcopy(dict(optimizer.state[p])) for p in params]
+    before = frozen(optimizer, params)
     optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(2.0)
     for param in params:
         param.grad = torch.full_like(param, float("inf"))
     optimizer.step()
-    assert_same(params, before)
-    for param, own in zip(params, state):
-        assert_same_state(dict(optimizer.state[param]), own)
+    assert_same(frozen(optimizer, params), before)

@@ -11,11 +11,11 @@ from torch.distributed.tensor import DTensor
 
 from selective_optim import AdamW
 from selective_optim.policies import exclude, is_norm, is_vector, only
+from tests.support.compare import assert_same
 from tests.support.data_parallel import (
     DECAYED,
     FSDP2_DIVISOR,
     SETUPS,
-    assert_same,
     make_net,
     names_that_decay,
     reference,

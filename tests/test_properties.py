@@ -19,11 +19,12 @@ from tests.soak.draw import NAMES
 from tests.soak.events import EVENTS
 from tests.soak.ours import Table, decay_of
 from tests.soak.tensors import make_param, require_same
-from tests.support.resuming import assert_same
 
 pytest.importorskip("hypothesis", reason="hypothesis draws these cases")
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+
+from tests.support.compare import assert_same
 
 # No deadline: the machine may be busy. No database: a failure prints its example.
 bounded = settings(

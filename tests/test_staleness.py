@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from selective_optim import Decay
+from tests.support.compare import assert_same
 from tests.support.problems import (
     CASES,
     HandSplit,
-    assert_same,
-    assert_same_state,
+    assert_same_training,
     make_params,
     ours,
     set_grads,
@@ -59,9 +59,8 @@ class Pair:
             change(self.expected, optimizer.state)
 
     def check(self) -> None:
-        assert_same(self.actual, self.expected)
-        for p, q, oracle in zip(self.actual, self.expected, self.oracles):
-            assert_same_state(dict(self.ours.state.get(p, {})), oracle.state(q))
+        for p, q, oracle in zip(self.actual, self.expected, self.oracles, strict=True):
+            assert_same_training([p], self.ours, [q], oracle)
 
 
 def gradients_vanish(pair: Pair) -> None:

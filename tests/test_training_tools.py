@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import selective_optim
+from tests.support.compare import assert_same
 from tests.support.framework_cases import (
-    assert_same,
     batches,
     hand_split,
     snapshot,

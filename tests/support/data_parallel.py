@@ -164,8 +164,3 @@ def names_that_decay(optimizer):
     """List the names of the parameters whose effective decay is not zero."""
     rows = optimizer.decay_report().rows
     return sorted(row.name for row in rows if row.weight_decay)
-
-
-def assert_same(actual, expected, rtol=0, atol=0):
-    """Check that two mappings of tensors have the same keys and the same bits."""
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)

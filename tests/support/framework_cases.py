@@ -40,20 +40,6 @@ def hand_split(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def assert_same(actual: nn.Module, expected: nn.Module) -> None:
-    """Require the same bits in every parameter and buffer."""
-    torch.testing.assert_close(
-        actual.state_dict(), expected.state_dict(), rtol=0, atol=0
-    )
-
-
-def assert_same_state(actual: Any, expected: Any) -> None:
-    """Require the same bits in every state tensor, in the order of the parameters."""
-    torch.testing.assert_close(
-        actual.state_dict()["state"], expected.state_dict()["state"], rtol=0, atol=0
-    )
-
-
 def batches(steps: int, *shape: int, classes: int = 2) -> list[tuple[Tensor, Tensor]]:
     """Generate inputs and labels, the same at every call."""
     generator = torch.Generator().manual_seed(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import selective_optim
 from selective_optim import Decay
+from tests.support.compare import assert_same
 
 STEPS = 7
 
@@ -191,23 +193,18 @@ class DecoupledSGD:
         self.sgd.step()
 
 
-def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Compare bits."""
-    for position, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        torch.testing.assert_close(
-            a.detach(),
-            b.detach(),
-            rtol=0,
-            atol=0,
-            equal_nan=True,
-            msg=lambda text, position=position: f"parameter {position}: {text}",
-        )
+def assert_same_training(
+    actual: Sequence[Tensor], optimizer: Any, expected: Sequence[Tensor], oracle: Any
+) -> None:
+    """Compare parameters, and their state in ours and in torch's or a hand split."""
+    assert_same(actual, expected)
+    theirs = oracle.state if isinstance(oracle, HandSplit) else oracle.state.get
+    for position, (p, q) in enumerate(zip(actual, expected)):
+        own = dict(optimizer.state.get(p) or {})
+        assert_same(own, dict(theirs(q) or {}), where=f"state of {position}")
 
 
-def assert_same_state(actual: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Compare the state entries of one parameter: names, types, bits."""
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            actual[name], value, rtol=0, atol=0, check_stride=True, msg=name
-        )
+def frozen(optimizer: Any, params: Sequence[Tensor]) -> Any:
+    """Copy what a step may change: parameters and state."""
+    state = [copy.deepcopy(dict(optimizer.state.get(p) or {})) for p in params]
+    return [p.detach().clone() for p in params], state

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import selective_optim
+from tests.support.compare import assert_same
 
 CLASSES = {
     name: {"ours": getattr(selective_optim, name), "torch": getattr(torch.optim, name)}
@@ -94,22 +95,6 @@ def state_by_name(model, optimizer):
         for name, param in model.named_parameters()
         if optimizer.state.get(param)  # looking one up in torch leaves an empty one
     }
-
-
-def assert_same(actual, expected):
-    """Compare trees of tensors, numbers and strings exactly."""
-    if isinstance(expected, dict):
-        assert set(actual) == set(expected)
-        for key in expected:
-            assert_same(actual[key], expected[key])
-    elif isinstance(expected, (list, tuple)):
-        assert len(actual) == len(expected)
-        for one, other in zip(actual, expected):
-            assert_same(one, other)
-    elif isinstance(expected, torch.Tensor):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-    else:
-        assert actual == expected
 
 
 def assert_same_run(model, optimizer, other_model, other_optimizer):
