@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from selective_optim import Decay
 from tests.support.compare import assert_same
 
 STEPS = 7
+HYPER = {"lr": 0.05, "weight_decay": 0.1}
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,39 @@ CASES = [
     Case("adamw-amsgrad", "AdamW", {"amsgrad": True}),
     Case("adamw-maximize", "AdamW", {"maximize": True}),
 ]
-IMPLEMENTATIONS = {
+# One of each kind, for tests of what does not depend on every argument.
+CHOSEN = [
+    Case("sgd", "SGD"),
+    Case("nesterov", "SGD", {"momentum": 0.9, "nesterov": True}),
+    Case("sgd-decoupled", "SGD", {"momentum": 0.9, "decoupled_weight_decay": True}),
+    Case("adam-amsgrad", "Adam", {"amsgrad": True}),
+    Case("adamw", "AdamW"),
+]
+COUNTING = CHOSEN[3:]  # those that count their steps
+IMPLEMENTATIONS: dict[str, dict[str, bool]] = {
     "for-loop": {"fused": False, "foreach": False},
     "foreach": {"foreach": True},
     "fused": {"fused": True},
 }
-DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+KINDS: dict[str, dict[str, bool]] = {"automatic": {}, **IMPLEMENTATIONS}
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+each_chosen = pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.id)
+each_counting = pytest.mark.parametrize("case", COUNTING, ids=lambda case: case.id)
+each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+def explicit(kind: dict[str, bool]) -> dict[str, bool]:
+    """Say what the automatic choice takes for plain parameters on CPU and CUDA."""
+    return kind or IMPLEMENTATIONS["fused"]
+
+
+def in_dtype(case: Case, dtype: torch.dtype) -> Case:
+    """Give Adam in float16 an eps that float16 has."""
+    if dtype != torch.float16 or case.name == "SGD":
+        return case
+    return replace(case, arguments={**case.arguments, "eps": 1e-3})
+
 
 # What is decided for each parameter of `make_params`, by position.
 VERDICTS: dict[str, list[Decay]] = {
@@ -141,6 +171,11 @@ class HandSplit:
             self._build(case, form, [*split.items()], arguments)
             for form, split in groups.items()
         ]
+        self._owners = {
+            id(param): optimizer
+            for optimizer, split in zip(self.optimizers, groups.values())
+            for param in chain.from_iterable(split.values())
+        }
 
     @staticmethod
     def _decoupled(case: Case) -> bool:
@@ -175,6 +210,10 @@ class HandSplit:
                 return optimizer.state[param]
         return {}
 
+    def adopt(self, param: Tensor, state: dict[str, Any]) -> None:
+        """Go on from the state of another optimizer's parameter."""
+        self._owners[id(param)].state[param] = state
+
 
 class DecoupledSGD:
     """The definition: the multiply, then torch's SGD without decay."""
@@ -191,6 +230,28 @@ class DecoupledSGD:
                 if param.grad is not None and wd != 0:
                     param.mul_(1 - group["lr"] * wd)
         self.sgd.step()
+
+
+def train(
+    optimizer: Any, params: Sequence[Tensor], steps: Sequence[int] = range(STEPS)
+) -> None:
+    """Step on fresh gradients, the same for every list of like parameters."""
+    for step in steps:
+        set_grads(params, step)
+        optimizer.step()
+
+
+def assert_trains_alike(
+    actual: Sequence[Tensor],
+    optimizer: Any,
+    expected: Sequence[Tensor],
+    oracle: Any,
+    steps: Sequence[int] = range(STEPS),
+) -> None:
+    """Train both and compare."""
+    train(optimizer, actual, steps)
+    train(oracle, expected, steps)
+    assert_same_training(actual, optimizer, expected, oracle)
 
 
 def assert_same_training(

@@ -42,9 +42,9 @@ class Net(nn.Module):
         self.head = nn.Linear(4, 3)
 
 
-def make_net():
+def make_net(device="cpu"):
     torch.manual_seed(0)
-    return Net()
+    return Net().to(device)
 
 
 def train(model, optimizer, steps):
