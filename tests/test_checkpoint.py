@@ -11,9 +11,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from selective_optim import policies
 from selective_optim.checkpoint import group_names, merge_groups, split_groups
 from tests.support.compare import assert_same
+from tests.support.problems import IMPLEMENTATIONS
 from tests.support.resuming import (
     CLASSES,
-    IMPLEMENTATIONS,
     OPTIMIZERS,
     assert_same_run,
     hand_split,

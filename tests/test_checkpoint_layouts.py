@@ -7,8 +7,8 @@ from torch import nn
 from selective_optim import AdamW
 from selective_optim.checkpoint import group_names, merge_groups, split_groups
 from tests.support.compare import assert_same
+from tests.support.problems import IMPLEMENTATIONS
 from tests.support.resuming import (
-    IMPLEMENTATIONS,
     assert_same_run,
     through_file,
 )

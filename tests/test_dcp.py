@@ -22,9 +22,9 @@ from torch.distributed.tensor import distribute_tensor
 from selective_optim.checkpoint import merge_groups, split_groups
 from tests.support.compare import assert_same
 from tests.support.distributed import Ranks, gathers_objects
+from tests.support.problems import IMPLEMENTATIONS
 from tests.support.resuming import (
     CLASSES,
-    IMPLEMENTATIONS,
     OPTIMIZERS,
     assert_same_run,
     state_by_name,

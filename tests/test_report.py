@@ -11,15 +11,7 @@ from torch import nn
 from selective_optim import SGD, Adam, AdamW
 from selective_optim.policies import exclude, form
 from selective_optim.report import HEADERS
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.0))
-        self.empty = nn.Parameter(torch.zeros(0, 3))
-        self.body = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-        self.head = nn.Linear(4, 2)
+from tests.support.nets import Net
 
 
 def report_of(params, **settings):

@@ -5,33 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 
 import selective_optim
 from selective_optim._module_tree import canonical_name
+from tests.support.nets import TokenNet
 
 # Measured: under gloo the FSDP2 of torch 2.7 adds gradients up and does not average.
 FSDP2_DIVISOR = 1 if torch.__version__.startswith("2.7.") else 2
-
-
-class Net(nn.Module):
-    """Reads three tokens and gives a number, with shapes that mislead.
-
-    The norm's parameters are matrices, and the last weight has one row, so that
-    sharding it leaves one rank with nothing.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.first = nn.Linear(6, 7)
-        self.norm = nn.LayerNorm((3, 7))
-        self.last = nn.Linear(7, 1)
-
-    def forward(self, tokens):
-        hidden = torch.relu(self.first(self.embed(tokens)))
-        return self.last(self.norm(hidden)).sum(dim=(1, 2))
 
 
 DECAYED = ("embed.weight", "first.weight", "last.weight")  # by "no_bias_norm"
@@ -92,7 +73,7 @@ SETUPS = [
 def make_net():
     """Make the network, with the same values in every process."""
     torch.manual_seed(0)
-    return Net()
+    return TokenNet()
 
 
 def loss_of(model, step, rank):

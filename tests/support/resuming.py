@@ -4,19 +4,14 @@ import copy
 import io
 
 import torch
-from torch import nn
 
 import selective_optim
 from tests.support.compare import assert_same
+from tests.support.nets import OddNet
 
 CLASSES = {
     name: {"ours": getattr(selective_optim, name), "torch": getattr(torch.optim, name)}
     for name in ("SGD", "Adam", "AdamW")
-}
-IMPLEMENTATIONS = {
-    "for-loop": {"foreach": False, "fused": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
 }
 OPTIMIZERS = {
     "sgd": ("SGD", {"lr": 0.1}),
@@ -28,23 +23,9 @@ OPTIMIZERS = {
 }
 
 
-class Net(nn.Module):
-    """A matrix, vectors, a norm, a scalar, no elements, a transposed view."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4))
-        self.scale = nn.Parameter(torch.tensor(1.5))
-        self.empty = nn.Parameter(torch.empty(0, 3))
-        self.turned = nn.Parameter(torch.randn(3, 4).t())
-        self.idle = nn.Parameter(torch.randn(4))
-        self.late = nn.Parameter(torch.randn(2, 2))
-        self.head = nn.Linear(4, 3)
-
-
 def make_net(device="cpu"):
     torch.manual_seed(0)
-    return Net().to(device)
+    return OddNet().to(device)
 
 
 def train(model, optimizer, steps):
