@@ -204,3 +204,22 @@ def test_fused_decay_in_half_precision_does_not_warn():
     optimizer = selective_optim.AdamW([param], lr=1e-3, weight_decay=0.1)
     set_grads([param], 0)
     optimizer.step()
+
+
+@each_case
+def test_transposed_gradients_are_unscaled_for_a_fused_step(case):
+    runs = []
+    # A disabled scaler, and one that leaves the division to the step.
+    for scale in (1.0, SCALE):
+        param = nn.Parameter(torch.ones(3, 5))
+        optimizer = ours(case, [param], VERDICT[1:], **HYPER, fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+        for step in range(4):
+            set_grads([param], step)
+            # In another order than the parameter, which fused kernels misread.
+            param.grad = param.grad.mul_(scale).t().contiguous().t()
+            scaler.scale(torch.ones(()))
+            scaler.step(optimizer)
+            scaler.update(scale)
+        runs.append(frozen(optimizer, [param]))
+    assert_same(*runs)
