@@ -316,9 +316,7 @@ def test_memory_format_change_is_stepped_element_by_element(case):
 def test_sparse_gradient_after_a_dense_one_is_refused_before_anything_moves():
     weight, other = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(2))
     optimizer = ours(CASES[0], [other, weight], [Decay()] * 2, **HYPER)
-    for step in range(3):
-        set_grads([other, weight], step)
-        optimizer.step()
+    train(optimizer, [other, weight], range(3))
     before = [other.detach().clone(), weight.detach().clone()]
     weight.grad = weight.grad.to_sparse()
     with pytest.raises(
@@ -331,9 +329,7 @@ def test_sparse_gradient_after_a_dense_one_is_refused_before_anything_moves():
 def test_nan_hyperparameter_is_refused_before_anything_moves():
     params = make_params()
     optimizer = ours(CASES[-1], params, VERDICTS, **HYPER)
-    for step in range(3):
-        set_grads(params, step)
-        optimizer.step()
+    train(optimizer, params, range(3))
     before = copy.deepcopy([p.detach() for p in params])
     for name in ("lr", "weight_decay"):
         good = optimizer.param_groups[0][name]
@@ -351,9 +347,7 @@ def test_gradients_are_not_kept_alive_between_steps():
 
     params = make_params()
     optimizer = ours(CASES[-1], params, VERDICTS, **HYPER)
-    for step in range(3):
-        set_grads(params, step)
-        optimizer.step()
+    train(optimizer, params, range(3))
     gone = weakref.ref(params[0].grad)
     for param in params:
         param.grad = None
@@ -363,9 +357,7 @@ def test_gradients_are_not_kept_alive_between_steps():
 def test_state_is_not_searched_for_edits_until_someone_has_looked():
     params = make_params()
     optimizer = ours(CASES[-1], params, VERDICTS, **HYPER)
-    for step in range(3):
-        set_grads(params, step)
-        optimizer.step()
+    train(optimizer, params, range(3))
     optimizer.decay_report()
     assert not optimizer._stepper._lent
     assert optimizer.state

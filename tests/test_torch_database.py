@@ -20,7 +20,7 @@ from tests.support.problems import (
     VERDICTS,
     Case,
     HandSplit,
-    assert_same_training,
+    assert_trains_alike,
     make_params,
     ours,
     set_grads,
@@ -92,15 +92,6 @@ def params_for(kind: str, dtype: torch.dtype) -> list[Any]:
     return [p.requires_grad_(kind != "differentiable") for p in params]
 
 
-def compare(optimizer: Any, rival: Any, actual: list[Any], expected: list[Any]) -> None:
-    for step in range(STEPS):
-        set_grads(actual, step)
-        set_grads(expected, step)
-        optimizer.step()
-        rival.step()
-    assert_same_training(actual, optimizer, expected, rival)
-
-
 @rounding
 @pytest.mark.parametrize(("case", "kind", "dtype"), inputs())
 def test_input_of_torch_gives_the_bits_of_torch(case, kind, dtype):
@@ -109,7 +100,7 @@ def test_input_of_torch_gives_the_bits_of_torch(case, kind, dtype):
     optimizer = getattr(selective_optim, case.name)(actual, **arguments)
     arguments = {**copy.deepcopy(case.arguments), **rival_of(case, kind, dtype)}
     rival = getattr(torch.optim, case.name)(expected, **arguments)
-    compare(optimizer, rival, actual, expected)
+    assert_trains_alike(actual, optimizer, expected, rival)
 
 
 @rounding
@@ -125,7 +116,7 @@ def test_input_of_torch_with_a_policy_equals_hand_split(case, kind, dtype, verdi
     optimizer = ours(case, actual, verdicts, **hyper, **KINDS[kind])
     rival = rival_of(case, kind, dtype)
     oracle = HandSplit(case, expected, verdicts, **hyper, **rival)
-    compare(optimizer, oracle, actual, expected)
+    assert_trains_alike(actual, optimizer, expected, oracle)
 
 
 def advance(schedulers: list[Any]) -> None:
