@@ -37,9 +37,10 @@ EACH = [case for case in CASES if case.id in ("momentum", "adam-amsgrad", "adamw
 class Pair:
     """Ours and hand-split torch over like parameters, stepped together."""
 
-    def __init__(self, case: Any, kind: dict[str, Any], lrs: Any = None) -> None:
-        self.actual, self.expected = make_params(), make_params()
-        self.ours = ours(case, self.actual, VERDICTS, lrs, **HYPER, **kind)
+    def __init__(self, case: Any, lrs: Any = None, make: Any = make_params) -> None:
+        self.actual, self.expected = make(), make()
+        lrs = lrs and lrs[: len(self.actual)]
+        self.ours = ours(case, self.actual, VERDICTS, lrs, **HYPER)
         # One optimizer per parameter: torch's fused SGD cannot start some parameters
         # of a group later than others.
         self.oracles = [
@@ -190,6 +191,19 @@ def parameters_are_replaced(pair: Pair) -> None:
     pair.actual = fresh
 
 
+def parameter_is_replaced_and_begins_anew(pair: Pair) -> None:
+    """As by hand: the old one keeps its state, and nobody gives it a gradient."""
+    for params, optimizer in ((pair.actual, pair.ours), (pair.expected, pair.torch[0])):
+        params[0].grad = None
+        params[0] = nn.Parameter(params[0].detach().clone())
+        optimizer.param_groups[0]["params"][0] = params[0]
+
+
+def parameters_change_places(pair: Pair) -> None:
+    for group in pair.ours.param_groups:
+        group["params"].reverse()
+
+
 def all_groups(pair: Pair) -> list[list[dict[str, Any]]]:
     return [o.param_groups for o in (pair.ours, *pair.torch)]
 
@@ -214,16 +228,29 @@ EVENTS = [
     unpickled_takes_over,
     step_is_wrapped,
     parameters_are_replaced,
+    parameter_is_replaced_and_begins_anew,
+    parameters_change_places,
 ]
+
+
+def make_arrays() -> list[nn.Parameter]:
+    """Make parameters that all step, and none of one element.
+
+    All are in the state then, and lists of them are compared as they are.
+    """
+    params = make_params()[:6]
+    params[2] = nn.Parameter(torch.ones(2))
+    return params
 
 
 @pytest.mark.parametrize(
     "lrs", [None, [0.05] * 8, [0.01 * i for i in range(8)]], ids=str
 )
+@pytest.mark.parametrize("make", [make_params, make_arrays])
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
 @pytest.mark.parametrize("case", EACH, ids=lambda case: case.id)
-def test_step_is_right_after(case, event, lrs):
-    pair = Pair(case, {}, lrs)
+def test_step_is_right_after(case, event, make, lrs):
+    pair = Pair(case, lrs, make)
     for _ in range(3):  # planned, proved, replayed
         pair.step()
     event(pair)
@@ -234,7 +261,7 @@ def test_step_is_right_after(case, event, lrs):
 
 @pytest.mark.parametrize("case", EACH, ids=lambda case: case.id)
 def test_merged_groups_part_when_one_changes(case):
-    pair = Pair(case, {}, [0.05] * 8)
+    pair = Pair(case, [0.05] * 8)
     for _ in range(3):
         pair.step()
     pair.ours.param_groups[4]["lr"] = 0.5
@@ -246,7 +273,7 @@ def test_merged_groups_part_when_one_changes(case):
 
 @pytest.mark.parametrize("case", EACH, ids=lambda case: case.id)
 def test_added_group_steps_with_its_own_decay(case):
-    pair = Pair(case, {})
+    pair = Pair(case)
     pair.step()
     pair.step()
     extra = [nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
