@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from selective_optim import Decay
+from selective_optim import Decay, _torch
 from tests.support.compare import assert_same
 from tests.support.devices import MARKS
 from tests.support.problems import (
@@ -370,8 +373,6 @@ def test_nan_hyperparameter_is_refused_before_anything_moves():
 
 
 def test_gradients_are_not_kept_alive_between_steps():
-    import weakref
-
     params = make_params()
     optimizer = ours(CASES[-1], params, VERDICTS, **HYPER)
     train(optimizer, params, range(3))
@@ -389,3 +390,40 @@ def test_state_is_not_searched_for_edits_until_someone_has_looked():
     assert not optimizer._stepper._lent
     assert optimizer.state
     assert optimizer._stepper._lent
+
+
+def test_parameter_that_never_stepped_is_not_kept_alive():
+    params = make_arrays()
+    optimizer = ours(CASES[-1], params, VERDICTS, **HYPER)
+    for step in range(3):
+        set_grads(params[:-1], step)
+        optimizer.step()
+    gone = weakref.ref(params[-1])
+    del optimizer.param_groups[0]["params"][-1], params[-1]
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("failing", range(4))
+def test_call_that_fails_leaves_the_counters_of_its_parameters(
+    failing, steps, monkeypatch
+):
+    """As where a device has no memory: one call for each of four decays."""
+    calls = count(-4 * steps)
+    kernel = torch._fused_adamw_
+
+    def fails_once(*args: Any, **kwargs: Any) -> None:
+        if next(calls) == failing:
+            raise torch.OutOfMemoryError
+        kernel(*args, **kwargs)
+
+    monkeypatch.setattr(_torch, "fused_adamw_", fails_once)
+    params = [nn.Parameter(torch.ones(2)) for _ in range(4)]
+    verdicts = [Decay(m) for m in (0, 1, 2, 3)]
+    optimizer = ours(CASES[-3], params, verdicts, **HYPER)
+    train(optimizer, params, range(steps))
+    with pytest.raises(torch.OutOfMemoryError):
+        train(optimizer, params, [steps])
+    stepped = [optimizer.state[param]["step"].item() - steps for param in params]
+    assert stepped == [1.0] * failing + [0.0] * (4 - failing)
