@@ -561,3 +561,22 @@ def test_hogwild_workers_advance_shared_counters(name):
         assert 21 <= own["step"] <= 41
     assert not any(map(torch.equal, before, params))
     twins.step(params, optimizer, 1)
+
+
+@pytest.mark.parametrize("kind", ["foreach", "for-loop"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_momentum_that_begins_beside_others_is_as_in_torch(kind, dtype):
+    """In half precision foreach rounds otherwise where a group's momentum begins."""
+    left = []
+    for module in (selective_optim, torch.optim):
+        drawn = make_params([(17, 3)] * 4)
+        params = [nn.Parameter(param.to(dtype)) for param in drawn]
+        groups = [{"params": params[:2]}, {"params": params[2:]}]
+        hyper = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}
+        optimizer = module.SGD(groups, **hyper, **KINDS[kind])
+        for number in range(6):
+            if number == 3:
+                optimizer.state.pop(params[0])
+            twins.step(params, optimizer, number)
+        left.append((params, optimizer))
+    assert_twins(left[0][0], left[1][0], left[0][1], left[1][1])

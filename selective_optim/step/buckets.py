@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import compress
+from itertools import accumulate, compress, pairwise
 
 import torch
 from torch import Tensor
@@ -103,6 +103,17 @@ class FusedBucket(Bucket):
 class FunctionalBucket(Bucket):
     """Parameters that go through torch's functional: for-loop, foreach, or fused."""
 
+    def __init__(
+        self,
+        kernel: Kernel,
+        cells: Sequence[Cell],
+        entries: tuple[str, ...],
+        start: int,
+    ) -> None:
+        super().__init__(kernel, cells, entries, start)
+        ends = [0, *accumulate(len(cell.positions) for cell in cells)]
+        self._cells = [slice(*pair) for pair in pairwise(ends)]
+
     def step(
         self,
         params: Sequence[Tensor],
@@ -112,6 +123,25 @@ class FunctionalBucket(Bucket):
         scaling: Scaling,
     ) -> None:
         """Step those that have a gradient, or none where infinity was found."""
+        owns = [states.get(p) or {} for p in compress(params, there)]
+        # Cells of several groups go in one call; not where momentum begins in one: in
+        # half precision foreach then rounds otherwise, for the group, as torch does.
+        joined = self._have_begun(owns)
+        for part in [slice(None)] if joined else self._cells:
+            own = params[part], grads[part], there[part]
+            self._step_present(*own, states, scaling)
+
+    def _have_begun(self, owns: Sequence[State]) -> bool:
+        return all(own.get(entry) is not None for own in owns for entry in self.entries)
+
+    def _step_present(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        there: Sequence[bool],
+        states: States,
+        scaling: Scaling,
+    ) -> None:
         present, theirs = list(compress(params, there)), list(compress(grads, there))
         if not present:
             return
@@ -131,10 +161,9 @@ class FunctionalBucket(Bucket):
         owns: list[State],
     ) -> None:
         """Step, and undo it where infinity was found, without asking a device."""
-        begun = all(self._kernel.has_state(own, {"momentum": 1}) for own in owns)
         # On the CPU nothing is waited for; and a momentum buffer that is yet to begin
         # must not: torch's functional makes it, and only the host can leave it out.
-        if found_inf.is_cpu or (self.entries and not begun):
+        if found_inf.is_cpu or not self._have_begun(owns):
             if not found_inf.item():
                 self._kernel.functional(self.setting, params, grads, owns)
             return

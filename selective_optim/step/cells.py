@@ -202,7 +202,8 @@ def key_of(
         fused=fused and not odd,
         sharded=fused and not odd and sharded,
         # Fused buffers that are not dampened begin like any other step.
-        first=first and (not fused or odd or group["dampening"] != 0),
+        first=first
+        and bool(group["dampening"] if fused and not odd else group["fused"]),
         odd=odd and layout == torch.strided,
         layout=layout,
         device=param.device,
