@@ -218,11 +218,12 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             ValueError: It does not fit this optimizer; then nothing is loaded.
 
         Warns:
-            UserWarning: It records other decisions than this policy's, or stops all
-                decay.
+            UserWarning: It records other decisions than this policy's, or takes the
+                decay from parameters that the policy decays.
         """
         require_dict(state_dict)
         decided = self._decider.readable(self.param_groups, self.defaults)
+        before = [group["weight_decay"] for group in self.param_groups]
         saved: list[Any] = []
 
         def adapt(optimizer: Any, adapted: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +238,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         finally:
             handle.remove()
         warn_of_changes(
-            decided, self.param_groups, saved[0], self._record(), stacklevel=3
+            decided, before, self.param_groups, saved[0], self._record(), stacklevel=3
         )
 
     def _left_open(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
