@@ -134,7 +134,7 @@ def run_audit(options: argparse.Namespace) -> int:
         print(json.dumps({**source, **found.as_dict()}))
     else:
         print(f"{options.target}, device: {built.device}\n{found}")
-    return int(options.strict and bool(found.findings))
+    return int(options.strict and not found.agrees)
 
 
 def _policy(text: str | None) -> Any:

@@ -98,7 +98,8 @@ class ModuleIndex:
 
         def at(place: Place, path: Any, *elsewhere: ParameterInfo) -> ParameterInfo:
             where = (place.name, names, place.leaf, path[-1], path)
-            return ParameterInfo(*where, param, shape, ndim, group, elsewhere)
+            own = place.own_name
+            return ParameterInfo(*where, param, shape, ndim, group, elsewhere, own)
 
         return at(known[0], paths[0], *map(at, known[1:], paths[1:]))
 

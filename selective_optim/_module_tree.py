@@ -37,6 +37,17 @@ def without_wrappers(name: str) -> str:
     return ".".join([*(part for part in modules if part not in WRAPPERS), leaf])
 
 
+def name_of_its_own(name: str) -> str | None:
+    """Return what tells a parametrization's several parameters apart, if they are.
+
+    One that made one parameter of one calls it ``original``, without a number.
+    """
+    plain = without_wrappers(name)
+    *_, above, _, leaf = ("", "", *plain.split("."))
+    numbered = above == "parametrizations" and leaf.removeprefix("original").isdigit()
+    return plain if numbered else None
+
+
 class Node:
     """A module at one place of a tree, remembered without keeping it alive.
 
@@ -90,6 +101,12 @@ class Place:
     def leaf(self) -> str:
         """Last part of the canonical name."""
         return self.name.rpartition(".")[2]
+
+    @property
+    def own_name(self) -> str | None:
+        """Name that tells it from others with the same canonical name, if need be."""
+        made = self.key.startswith("original")  # spares all others the way up
+        return name_of_its_own(self.node.dotted(self.key)) if made else None
 
     def path(self, param: Tensor) -> Path | None:
         """Return the modules from the root to the owner if ``param`` stands here.

@@ -139,11 +139,13 @@ def test_audit_as_dict_has_the_same_content():
     )
     assert told["decayed"] == {"tensors": 3, "elements": 26}
     assert told["exempt"] == {"tensors": 2, "elements": 8}
+    assert told["frozen"] == {"tensors": 0, "elements": 0}
     assert told["rows"][1] == {
         "name": "embed.weight",
         "shape": [5, 4],
         "numel": 20,
         "multiplier": 1.0,
+        "requires_grad": True,
         "form": None,
         "reason": "no match",
     }
@@ -187,13 +189,67 @@ def test_command_takes_a_policy_of_the_users_own(capsys):
     assert "exclude('*.bias') on Tiny" in capsys.readouterr().out
 
 
-STRICT = {"findings": ("all", 1), "no findings": ("matrices", 0)}
+STRICT = {
+    "findings": (["--policy", "all"], 1),
+    "no findings": (["--policy", "matrices"], 0),
+    "disagreements": (["--policy", "matrices", "--against", "none"], 1),
+    "no disagreements": (["--policy", "matrices", "--against", "nanogpt"], 0),
+}
 
 
-@pytest.mark.parametrize(("policy", "expected"), STRICT.values(), ids=STRICT)
-def test_strict_command_exits_with_1_on_findings(policy, expected, capsys):
-    assert main(["audit", f"{HERE}:tiny", "--strict", "--policy", policy]) == expected
+@pytest.mark.parametrize(("arguments", "expected"), STRICT.values(), ids=STRICT)
+def test_strict_command_exits_with_1_on_findings_and_disagreements(
+    arguments, expected, capsys
+):
+    assert main(["audit", f"{HERE}:tiny", "--strict", *arguments]) == expected
     assert "looks wrong" in capsys.readouterr().out
+
+
+class Vision(nn.Module):
+    """What a ViT has beside layers, with what its author marked."""
+
+    def __init__(self):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 5, 8))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.gamma = nn.Parameter(torch.ones(8, 1, 1))
+        self.gates = nn.Parameter(torch.ones(2, 4))
+        self.down_proj = nn.Parameter(torch.ones(2, 4, 4))
+        self.body = nn.Linear(8, 8)
+
+    def no_weight_decay(self):
+        return {"pos_embed", "cls_token"}
+
+
+def test_audit_tells_what_the_author_marked_and_hints_at_the_rest():
+    assert str(audit(Vision(), "no_bias_norm")).split("\n\n")[1:] == [
+        "looks wrong: decay, and the model's author marked them as exempt, 2\n"
+        "  cls_token  1 x 1 x 8  Vision.no_weight_decay() lists 'cls_token'\n"
+        "  pos_embed  1 x 5 x 8  Vision.no_weight_decay() lists 'pos_embed'",
+        "worth a look: decay, and are neither weights of layers, norms nor biases, 3\n"
+        "  mask_token  1 x 1 x 8  no match\n"
+        "  gamma       8 x 1 x 1  no match\n"
+        "  gates       2 x 4      no match",
+    ]
+
+
+def test_marks_that_the_policy_honors_are_no_mistake():
+    policy = policies.marked() * policies.named("no_bias_norm")
+    told = audit(Vision(), policy).as_dict()
+    assert told["findings"] == []
+    assert [hint["name"] for hint in told["hints"]] == ["mask_token", "gamma", "gates"]
+
+
+def test_audit_counts_frozen_parameters_apart():
+    model = Tiny()
+    model.embed.requires_grad_(False)
+    told = audit(model, "no_bias_norm")
+    assert told.report.summary() == (
+        "decayed: 1 tensor, 1 element; exempt: 3 tensors, 13 elements; "
+        "frozen: 1 tensor, 20 elements"
+    )
+    assert told.as_dict()["frozen"] == {"tensors": 1, "elements": 20}
 
 
 def test_building_takes_no_memory_where_the_model_allows_it():

@@ -315,7 +315,7 @@ CASES = {
         ValueError,
         "`wd_policy` reads_misspelt failed for '0.weight' (shape 4 x 3): "
         "AttributeError: ParameterInfo has no attribute 'nmae'. Read one of name, "
-        "names, leaf, owner, path, parameter, shape, ndim, group, elsewhere.",
+        "names, leaf, owner, path, parameter, shape, ndim, group, elsewhere, own_name.",
     ),
     "searched as a text": Case(
         net,

@@ -39,7 +39,7 @@ def decide(policy: Policy | None, infos: Sequence[ParameterInfo]) -> list[Decisi
 
 def _decision(info: ParameterInfo, verdict: Verdict) -> Decision:
     shape = shape_now(info.parameter) if info.shape is None else info.shape
-    return Decision(*verdict, info.name, shape, owner_kinds(info))
+    return Decision(*verdict, info.name, shape, owner_kinds(info), info.own_name)
 
 
 def _ask(policy: Policy, info: ParameterInfo, position: int) -> Verdict:

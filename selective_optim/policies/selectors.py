@@ -49,7 +49,11 @@ class Selector:
 
 @dataclass(frozen=True, repr=False)
 class NamePattern(Selector):
-    """A glob on the whole canonical name, or a regular expression searched in it."""
+    """A glob on the whole canonical name, or a regular expression searched in it.
+
+    The gain and the direction of weight norm share that name, and are also known by
+    their own, which end in ``original0`` and ``original1``.
+    """
 
     pattern: str | re.Pattern[str]
     needs = frozenset({"names"})
@@ -65,7 +69,7 @@ class NamePattern(Selector):
         return self.pattern.search
 
     def at(self, place: ParameterInfo) -> bool:
-        return bool(self._find(place.name or ""))
+        return any(map(self._find, filter(None, (place.name, place.own_name))))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"pattern": self.pattern}
