@@ -246,6 +246,7 @@ class Decider:
             infos = self.index.infos(list(group["params"]), names, index)
             pending.append(Pending(index, infos, policy))
         self._decide_for(pending, [policy])
+        self._table.forget_absent()  # they are decided anew when they come back
         self.policy = policy
         self._warn_if_idle(groups, stacklevel=4)
 

@@ -77,7 +77,11 @@ class DecisionTable:
         count = sum(map(len, layout))
         # One that was taken out may come back, so it is not forgotten at once.
         if len(self._rows) > 2 * count + 64:
-            self._rows = {id(row.token): row for rows in layout for row in rows}
+            self.forget_absent()
+
+    def forget_absent(self) -> None:
+        """Forget the tensors that stand in no group now."""
+        self._rows = {id(row.token): row for rows in self.layout for row in rows}
 
     def follow(
         self, groups: Sequence[Group], known: Known, default: Policy | None

@@ -15,9 +15,6 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from selective_optim import _torch
 
-WRAPPERS = frozenset(
-    {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-)
 # Iterators that hand on what others yield. What one refers to is what it reads.
 RELAYS: tuple[type, ...] = (filter, map, chain, type(iter([])), type(iter(())))
 Path = tuple[nn.Module, ...]
@@ -34,7 +31,7 @@ def canonical_name(name: str) -> str:
 def without_wrappers(name: str) -> str:
     """Strip what wrappers add to a dotted name, and nothing else."""
     *modules, leaf = name.split(".")
-    return ".".join([*(part for part in modules if part not in WRAPPERS), leaf])
+    return ".".join([*(part for part in modules if part not in _torch.WRAPPERS), leaf])
 
 
 def name_of_its_own(name: str) -> str | None:

@@ -79,6 +79,8 @@ def _by_class(cls: type[torch.optim.Optimizer], entries: Sequence[str]) -> Any:
     ) -> None:
         for name in ("has_complex", "has_sparse_grad"):
             arguments.pop(name, None)
+        # SGD's functional is not told, it traces what autograd follows.
+        arguments.setdefault("differentiable", torch.is_grad_enabled())
         if "beta1" in arguments:
             arguments["betas"] = arguments.pop("beta1"), arguments.pop("beta2")
         optimizer = cls(params, **arguments)
@@ -237,6 +239,13 @@ def not_to_be_patched(step: _F) -> _F:
 
 # Under which ``LRScheduler`` notes that the optimizer stepped; without, it warns.
 STEP_NOTE = "_opt_called"
+
+
+# Under which wrappers (DDP, compiled modules, FSDP1, checkpointing) register what they
+# wrap, so that it stands in the names of parameters.
+WRAPPERS = frozenset(
+    {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+)
 
 
 # Modules. torch's methods copy and deduplicate; these are the dicts behind them.

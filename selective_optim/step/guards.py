@@ -118,7 +118,7 @@ class GroupsGuard:
         """Take over new hyperparameters of the same parameters."""
         values = flat(map(dict.values, groups))
         lists = {id(group["params"]) for group in groups}
-        self._values = [
+        self._contents = [
             # What can be edited in place is compared by what it said.
             v if _is_fixed(v) else self._copy_of(v, id(v) in lists)
             for v in values
@@ -140,19 +140,19 @@ class GroupsGuard:
             self._params = None
             if self._lists_tell:
                 self._lists_tell = False
-                self._values = [
-                    _Unseen() if _holds_tensors(v) else v for v in self._values
+                self._contents = [
+                    _Unseen() if _holds_tensors(v) else v for v in self._contents
                 ]
 
     def holds(self, groups: Groups) -> bool:
         """Tell whether nothing changed, nor is to be multiplied anew."""
         values = flat(map(dict.values, groups))
         return (
-            len(values) == len(self._values)
+            len(values) == len(self._contents)
             # First, so that no tensor is compared with another, which would wait for
             # the device; and -0.0 is not 0.0, nor float32's number the same double.
             and same_objects(self._numbers_of(values), self._numbers)
-            and equal(values, self._values)
+            and equal(values, self._contents)
             and (self._names is None or flat(groups) == self._names)
             and (self._lists_tell or self.holds_params(groups))
             and not self._scales_tensors
