@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from selective_optim.audit import audit
 from selective_optim.policies import as_policy
+from selective_optim.policies.text import is_expression
 
 EXAMPLE = "Write for example torchvision.models:resnet50."
 
@@ -141,7 +142,8 @@ def _policy(text: str | None) -> Any:
     """Read a policy's name, or ``MODULE:NAME`` of one; an unknown one raises."""
     if text is None:
         return None
-    policy = load(text) if ":" in text else text
+    own = ":" in text and not is_expression(text)
+    policy = load(text) if own else text
     as_policy(policy)  # before the model is built, which may take a while
     return policy
 

@@ -258,7 +258,24 @@ CASES = {
         ["bias", "LayerNorm.weight"],
         TypeError,
         "`wd_policy` must be a name, ... not ['bias', 'LayerNorm.weight'] (list). "
-        'Write wd_policy=exclude("*bias*", "*LayerNorm.weight*").',
+        'Write wd_policy="no_bias_norm", which knows norms by their class: a word such '
+        "as 'LayerNorm.weight' misses those that a model calls otherwise.",
+    ),
+    "words beside others as policy": Case(
+        net,
+        ["bias", "ln_", "pos_embed"],
+        TypeError,
+        "`wd_policy` must be a name, ... not ['bias', 'ln_', 'pos_embed'] (list). "
+        'Write wd_policy=named("no_bias_norm") * exclude("*pos_embed*"), which knows '
+        "norms by their class: a word such as 'ln_' misses those that a model calls "
+        "otherwise.",
+    ),
+    "words without norms as policy": Case(
+        net,
+        ["bias", "pos_embed"],
+        TypeError,
+        "`wd_policy` must be a name, ... not ['bias', 'pos_embed'] (list). Write "
+        'wd_policy=exclude("*bias*", "*pos_embed*").',
     ),
     "selectors as policy": Case(
         net,

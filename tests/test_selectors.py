@@ -21,6 +21,10 @@ from selective_optim.policies.selectors import (
 )
 
 
+class OnlyHere(nn.Module):
+    """A class whose name no other bears."""
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -81,7 +85,7 @@ REPRS = {
     "glob": ("*.bias", "'*.bias'"),
     "regex": (re.compile("a.b"), "re.compile('a.b')"),
     "torch class": (nn.LayerNorm, "nn.LayerNorm"),
-    "own class": (Net, "Net"),
+    "own class": (OnlyHere, "OnlyHere"),
     "module": (MODEL.head, "<Linear instance>"),
     "parameter": (MODEL.head.bias, "<parameter of shape (5,)>"),
     "predicate": (is_norm, "is_norm"),
