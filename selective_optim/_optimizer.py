@@ -20,6 +20,7 @@ from selective_optim._loading import (
     warn_of_changes,
 )
 from selective_optim.decay import Decay
+from selective_optim.factories import given
 from selective_optim.policies import Policy
 from selective_optim.report import DecayReport, make_report
 from selective_optim.step.cells import Member, free_choice
@@ -48,7 +49,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         self, params: Any, wd_policy: object, model: Model, kernel: Kernel
     ) -> Iterator[Any]:
         """Give torch's constructor what it takes, then decide for all groups."""
-        self._decider = Decider(wd_policy, model)
+        around = given(model, wd_policy)
+        self._decider = Decider(around.wd_policy, around.model)
         self._stepper = Stepper(kernel)
         self._decider.begin()
         yield self._decider.index.learn(params)

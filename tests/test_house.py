@@ -28,7 +28,7 @@ FLOORS = [
     ("parameters",),
     ("_model_index",),
     ("policies", "step"),
-    ("_decision_table", "_loading", "layers", "report", "_schedule_views"),
+    ("_decision_table", "_loading", "layers", "report", "_schedule_views", "factories"),
     ("_decider", "_named", "audit", "schedules"),
     ("_optimizer", "checkpoint"),
     ("sgd", "adam", "adamw"),

@@ -19,7 +19,11 @@ from selective_optim.policies.callables import UnknownError
 from selective_optim.policies.rules import AnswerError
 from selective_optim.policies.selectors import NamePattern, Need, Selector
 
-WAYS_OUT = 'Pass model=model or model.named_parameters(), or use wd_policy="matrices".'
+WAYS_OUT = (
+    'Pass model=model or model.named_parameters(), or use wd_policy="matrices"; where '
+    "a framework makes the optimizer, write with selective_optim.deciding_for(model): "
+    "around it."
+)
 SHOWN = 3  # names that a message gives
 
 
@@ -164,8 +168,10 @@ def _advice(selector: Selector, names: Sequence[str]) -> tuple[str, str]:
     if isinstance(pattern, str) and holders:
         start = holders[0].lower().index(word.lower())
         meant = holders[0][start : start + len(word)]
-        if fnmatchcase(holders[0], f"*{meant}*"):
-            return told, f'A glob goes over the whole name: write "*{meant}*"'
+        meant = f"*.{meant}" if holders[0].endswith(f".{meant}") else f"*{meant}*"
+        if fnmatchcase(holders[0], meant):
+            why = "Case counts" if pattern[:1] == "*" else "A glob is for whole names"
+            return told, f'{why}: write "{meant}"'
     return told, "Correct it"
 
 
