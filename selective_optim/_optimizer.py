@@ -21,7 +21,7 @@ from selective_optim._loading import (
 )
 from selective_optim.decay import Decay
 from selective_optim.factories import given
-from selective_optim.policies import Policy
+from selective_optim.policies import Policy, WdPolicy
 from selective_optim.report import DecayReport, make_report
 from selective_optim.step.cells import Member, free_choice
 from selective_optim.step.kernel import Kernel, Scaling, States
@@ -175,7 +175,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         return self._decider.policy
 
     @wd_policy.setter
-    def wd_policy(self, wd_policy: Any) -> None:
+    def wd_policy(self, wd_policy: WdPolicy) -> None:
         self._decider.assign(wd_policy, self.param_groups)
         self._stepper.forget()
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from selective_optim._optimizer import Model, SelectiveOptimizer
 from selective_optim._text import require_numbers
+from selective_optim.policies import WdPolicy
 from selective_optim.step.adam_kernel import AdamKernel
 
 
@@ -69,7 +70,7 @@ class AdamW(SelectiveOptimizer, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        wd_policy: Any = None,
+        wd_policy: WdPolicy = None,
         model: Model = None,
     ) -> None:
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}

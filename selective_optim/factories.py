@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import nn
 
 from selective_optim.parameters import as_modules
-from selective_optim.policies import as_policy
+from selective_optim.policies import WdPolicy, as_policy
 
 
 class Given(NamedTuple):
@@ -27,7 +27,7 @@ _given: ContextVar[Given | None] = ContextVar("selective_optim", default=None)
 def deciding_for(
     model: nn.Module | Sequence[nn.Module] | Callable[[], nn.Module],
     *,
-    wd_policy: object = None,
+    wd_policy: WdPolicy = None,
 ) -> Iterator[None]:
     """Give ``model`` to every optimizer of this library that is made inside.
 
@@ -55,11 +55,10 @@ def deciding_for(
         >>> [(row.name, row.weight_decay) for row in optimizer.decay_report().rows]
         [('weight', 0.1), ('bias', 0.0)]
     """
-    if wd_policy is not None:
-        wd_policy = as_policy(wd_policy)
+    policy = None if wd_policy is None else as_policy(wd_policy)
     if isinstance(model, nn.Module) or not callable(model):
         as_modules(model)
-    token = _given.set(Given(model, wd_policy))
+    token = _given.set(Given(model, policy))
     try:
         yield
     finally:

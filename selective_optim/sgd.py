@@ -9,6 +9,7 @@ from torch import Tensor
 
 from selective_optim._optimizer import Model, SelectiveOptimizer
 from selective_optim._text import require_numbers
+from selective_optim.policies import WdPolicy
 from selective_optim.step.sgd_kernel import SGDKernel
 
 
@@ -70,7 +71,7 @@ class SGD(SelectiveOptimizer, torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        wd_policy: Any = None,
+        wd_policy: WdPolicy = None,
         model: Model = None,
     ) -> None:
         numbers = {"lr": lr, "momentum": momentum, "dampening": dampening}

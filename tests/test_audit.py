@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+import selective_optim
 from benchmarks.recipes_page import page
 from selective_optim import policies
-from selective_optim.__main__ import build, main
+from selective_optim.__main__ import main
+from selective_optim._target import build, read_target
 from selective_optim.audit import audit, find_mistakes, model_report
+from selective_optim.policies.named import NAMED
 
 HERE = "tests.test_audit"
 own_policy = policies.exclude("*.bias")
@@ -265,14 +268,100 @@ def test_building_falls_back_to_the_cpu_and_says_so(capsys):
     assert built.note in capsys.readouterr().err
 
 
+TARGETS = {
+    "m:f": ("m", "f", (), None),
+    "a.b:c.f": ("a.b", "c.f", (), None),
+    "a.b.f": ("a.b", "f", (), None),
+    "dir/file.py:f": ("dir/file.py", "f", (), None),
+    "m:f()": ("m", "f", (), {}),
+    "m:f(vit_base, 3, 'a, b')": ("m", "f", ("vit_base", 3, "a, b"), {}),
+    "m:f(hf_hub:timm/resnet50.a1_in1k)": (
+        "m",
+        "f",
+        ("hf_hub:timm/resnet50.a1_in1k",),
+        {},
+    ),
+    "m:f(x, n=[1, 2], flag=False, size=(3, 4))": (
+        *("m", "f", ("x",), {"n": [1, 2], "flag": False, "size": (3, 4)}),
+    ),
+    " m:f( a , b = None ) ": ("m", "f", ("a",), {"b": None}),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), TARGETS.items(), ids=TARGETS)
+def test_target_is_read(text, expected):
+    assert tuple(read_target(text)) == expected
+
+
+BUILT = {
+    "module": f"{HERE}:tiny",
+    "dotted": f"{HERE}.tiny",
+    "file": f"{Path(__file__).parent}/test_audit.py:tiny",
+    "arguments": f"{HERE}:needs_arguments(3)",
+    "keywords": f"{HERE}:needs_arguments(width=3)",
+    "class of torch": "torch.nn:Linear(3, 4, bias=False)",
+}
+
+
+@pytest.mark.parametrize("target", BUILT.values(), ids=BUILT)
+def test_command_builds_what_is_named(target, capsys):
+    assert main(["audit", target, "--policy", "no_bias"]) == 0
+    assert "decayed: " in capsys.readouterr().out
+
+
+def test_file_sees_its_neighbors(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "own_sizes.py").write_text("WIDTH = 3\n")
+    (tmp_path / "own_train.py").write_text(
+        "from torch import nn\nfrom own_sizes import WIDTH\n"
+        "def build(depth):\n    return nn.Linear(WIDTH, depth)\n"
+        "from selective_optim.policies import exclude\npolicy = exclude('bias')\n"
+    )
+    file = tmp_path / "own_train.py"
+    assert main(["audit", f"{file}:build(2)", "--policy", f"{file}:policy"]) == 0
+    assert "exclude('bias') on Linear" in capsys.readouterr().out
+
+
+def test_command_tells_its_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"selective_optim {selective_optim.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["audit", "--help"]], ids=len)
+def test_help_lists_policies_and_exit_codes(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    told = capsys.readouterr().out
+    assert all(name in told for name in NAMED)
+    assert "exclude('*.bias', is_norm) * layerwise(0.75)" in told
+    assert [
+        line for line in told.splitlines() if line.startswith(("  0", "  1", "  2"))
+    ] == [
+        "  0  the audit was printed",
+        "  1  with --strict: something looks wrong, or --against disagrees",
+        "  2  the model or a policy does not work; the reason is on stderr",
+    ]
+    assert max(map(len, told.splitlines())) <= 88
+
+
 ERRORS = {
-    "no colon": ([HERE], "is not of the form MODULE:CALLABLE"),
+    "no colon": (["tiny"], "is not of the form MODULE:CALLABLE"),
     "no module": (["no_such_module:x"], "No module named 'no_such_module'"),
     "no name": ([f"{HERE}:tinny"], "Did you mean 'tiny'?"),
     "number": ([f"{HERE}:no_policy"], "is 3.5 (float), not a callable"),
     "not a model": (["builtins:dict"], "returned {} (dict), not a module"),
     "arguments": ([f"{HERE}:needs_arguments"], "missing 1 required positional"),
-    "raises": ([f"{HERE}:broken"], "RuntimeError: no such weights. Name a callable"),
+    "raises": (
+        [f"{HERE}:broken"],
+        "RuntimeError: no such weights. Give it the arguments that it needs, or name "
+        "another callable. Write for example 'timm:create_model(vit_base_patch16_224)'",
+    ),
+    "open bracket": ([f"{HERE}:tiny("], "is not of the form MODULE:CALLABLE"),
+    "no file": (["no_such.py:tiny"], "there is no file no_such.py"),
+    "file without a name": (["no_such.py"], "is not of the form MODULE:CALLABLE"),
+    "wrong argument": ([f"{HERE}:tiny(3)"], "takes 0 positional arguments but 1 was"),
     "lazy": ([f"{HERE}:lazy"], "uninitialized parameters. Run one batch"),
     "policy": ([f"{HERE}:tiny", "--policy", "no_bais"], 'Did you mean wd_policy="no_b'),
     "against": ([f"{HERE}:tiny", "--against", "x"], "'x' is not the name of a policy"),

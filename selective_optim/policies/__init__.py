@@ -34,6 +34,8 @@ from selective_optim.policies.differences import diff as diff
 from selective_optim.policies.layerwise import layerwise as layerwise
 from selective_optim.policies.markers import exempt_ as exempt_
 from selective_optim.policies.markers import marked as marked
+from selective_optim.policies.named import PolicyName as PolicyName
+from selective_optim.policies.named import WdPolicy as WdPolicy
 from selective_optim.policies.named import as_policy as as_policy
 from selective_optim.policies.named import named as named
 from selective_optim.policies.named import parse as parse
@@ -55,7 +57,9 @@ __all__ = [
     "Differences",
     "Form",
     "Policy",
+    "PolicyName",
     "Selector",
+    "WdPolicy",
     "as_policy",
     "diff",
     "everything",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from types import FunctionType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
 from selective_optim._text import received
+from selective_optim.decay import Decay
+from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
 from selective_optim.policies.layerwise import layerwise
 from selective_optim.policies.markers import marked
@@ -44,6 +46,34 @@ NAMED: dict[str, Policy] = {
     "matrices": exclude(is_vector),
     **RECIPES,
 }
+
+# For type checkers: a misspelt name is an error. A test holds it to ``NAMED``.
+PolicyName: TypeAlias = Literal[
+    "all",
+    "none",
+    "no_bias",
+    "no_norm",
+    "no_bias_norm",
+    "no_bias_norm_embedding",
+    "matrices",
+    "huggingface",
+    "timm",
+    "fastai",
+    "mmengine",
+    "detectron2",
+    "nanogpt",
+    "mingpt",
+    "megatron",
+    "dinov2",
+]
+# A text that is no name is for type checkers a case for :func:`parse`.
+WdPolicy: TypeAlias = (
+    PolicyName
+    | Policy
+    | Mapping[Any, float | Decay]
+    | Callable[[ParameterInfo], float | Decay]
+    | None
+)
 
 GLOB = re.compile(r"[*?[]")
 GLOB_OR_PATH = re.compile(r"[*?[.]")
