@@ -147,8 +147,10 @@ class Decider:
     def _lay_out(self, index: int, rows: list[Row]) -> None:
         self._table.lay_out([*self._table.layout[:index], rows])
 
-    def _ask(self, policy: Policy | None, infos: Infos) -> list[Decision]:
-        return decide(policy and policy.bind(self.index.modules()), infos)
+    def _ask(
+        self, policy: Policy | None, infos: Infos, places: Sequence[int] | None = None
+    ) -> list[Decision]:
+        return decide(policy and policy.bind(self.index.modules()), infos, places)
 
     def _matches(self, selector: Selector) -> bool:
         """Ask whether a selector matches anything in the model."""

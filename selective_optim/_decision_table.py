@@ -37,11 +37,11 @@ class Known(NamedTuple):
     Args:
         describe: Tells what is known of parameters, given their names if any and
             the index of their group.
-        ask: Asks a policy about them.
+        ask: Asks a policy about them, given where in their group they stand.
     """
 
     describe: Callable[[Sequence[Tensor], Sequence[str | None] | None, int], Infos]
-    ask: Callable[[Policy | None, Infos], Sequence[Decision]]
+    ask: Callable[[Policy | None, Infos, Sequence[int]], Sequence[Decision]]
 
 
 class DecisionTable:
@@ -130,12 +130,12 @@ class DecisionTable:
             if row is None and namesake is not None and _may_be(info, namesake):
                 row = self._take_over(info, namesake)
             completed.append(row)
-        new = [info for info, row in zip(infos, completed) if row is None]
-        decisions = known.ask(policy, new) if new else ()
-        decided = iter(
-            [self.record(i.parameter, d, policy) for i, d in zip(new, decisions)]
-        )
-        return [row or next(decided) for row in completed]
+        places = [i for i, row in enumerate(completed) if row is None]
+        new = [infos[i] for i in places]
+        decisions = known.ask(policy, new, places) if new else ()
+        for i, decision in zip(places, decisions):
+            completed[i] = self.record(infos[i].parameter, decision, policy)
+        return [row for row in completed if row is not None]
 
     def inherited(self, infos: Infos, rows: Sequence[Row]) -> list[Row] | None:
         """Give new tensors the rows of their places, unless something contradicts."""

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import selective_optim
+from selective_optim import _torch
 
 FILE = Path(selective_optim.__file__).parent / "_torch.py"
 NAMES = [
@@ -75,7 +76,7 @@ def make_params(differentiable: bool = False) -> list[torch.Tensor]:
     return copies
 
 
-def train(optimizer: Any, params: list[torch.Tensor], unscales: bool) -> list[str]:
+def train(optimizer: Any, params: list[torch.Tensor], unscales: bool) -> list[Any]:
     """Step with changing rates, absent gradients, and a scale in the fourth step."""
     generator = torch.Generator().manual_seed(1)
     for step in range(5):
@@ -84,6 +85,9 @@ def train(optimizer: Any, params: list[torch.Tensor], unscales: bool) -> list[st
             param.grad = None if step == position + 1 else grad
             if step == 3 and not unscales and param.grad is not None:
                 param.grad /= 8
+        if step == 2:  # counters that are not the library's own advance one by one
+            for own in optimizer.state.values():
+                own.update({k: v.clone() for k, v in own.items() if k == "step"})
         scaled = step == 3 and unscales
         optimizer.grad_scale = torch.tensor(8.0) if scaled else None
         optimizer.found_inf = torch.tensor(0.0) if scaled else None
@@ -91,10 +95,27 @@ def train(optimizer: Any, params: list[torch.Tensor], unscales: bool) -> list[st
             group["lr"] *= 0.5
         with torch.no_grad():
             optimizer.step()
-    return [value.hex() for param in params for value in param.flatten().tolist()]
+    return [*map(bits, params), *followed(params)]
 
 
-def train_ours(name: str, hyper: Any, implementation: Any) -> list[str]:
+def bits(tensor: torch.Tensor) -> list[str]:
+    return [value.hex() for value in tensor.detach().flatten().tolist()]
+
+
+def followed(params: list[torch.Tensor]) -> list[str]:
+    """Name what autograd saw last of each parameter that is no leaf."""
+    return [param.grad_fn.name() for param in params if param.grad_fn is not None]
+
+
+def unscaled() -> list[list[str]]:
+    """Unscale what torch's functional will step, sparse gradients among it."""
+    library = importlib.import_module("selective_optim._torch")
+    grads = [torch.arange(5.0), torch.eye(3).to_sparse()]
+    library.unscale_(grads, torch.tensor(3.0))
+    return [bits(grad.to_dense()) for grad in grads]
+
+
+def train_ours(name: str, hyper: Any, implementation: Any) -> list[Any]:
     params = make_params("differentiable" in implementation)
     cls = getattr(selective_optim, name)
     policy = {"weight_decay": WD, "wd_policy": "matrices"}
@@ -102,8 +123,8 @@ def train_ours(name: str, hyper: Any, implementation: Any) -> list[str]:
     return train(optimizer, params, unscales=not implementation)
 
 
-def train_torchs(name: str, hyper: Any, implementation: Any) -> list[str]:
-    """Step torch's class; decoupled decay, which its SGD lacks, by a multiply before."""
+def train_torchs(name: str, hyper: Any, implementation: Any) -> list[Any]:
+    """Step torch's class; what its SGD lacks, decoupled decay, is a multiply before."""
     params = make_params("differentiable" in implementation)
     matrices = [param for param in params if param.ndim > 1]
     hyper = dict(hyper)
@@ -142,6 +163,7 @@ def in_torch_without(lost: str) -> dict[str, Any]:
         globals()["selective_optim"] = imported("selective_optim")
     return {
         "warnings": [str(each.message) for each in caught],
+        "unscaled": unscaled(),
         "trained": [train_ours(*c, i) for c in CASES for i in IMPLEMENTATIONS],
     }
 
@@ -191,6 +213,39 @@ def test_a_lost_name_is_told_once_with_what_it_costs(name, results):
     assert message.startswith(f"torch {torch.__version__} lacks names that")
     assert f"{name.replace(':', '.')} (" in message
     assert message.endswith("Install a newer selective_optim.")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, to import torch once")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lost_name_unscales_as_grad_scaler_does(name, results):
+    scaler = torch.amp.GradScaler("cpu", init_scale=3.0)
+    params = [torch.nn.Parameter(torch.zeros(5)), torch.nn.Parameter(torch.zeros(3, 3))]
+    params[0].grad, params[1].grad = torch.arange(5.0), torch.eye(3)
+    scaler.scale(torch.zeros(()))
+    scaler.unscale_(torch.optim.SGD(params))
+    assert results[name]["unscaled"] == [bits(param.grad) for param in params]
+
+
+PLAIN = torch.zeros(3, 4)
+CHANGED = {
+    "nothing": torch.ones(3, 4),
+    "dtype": PLAIN.double(),
+    "device": PLAIN.to("meta"),
+    "shape": torch.zeros(4, 3),
+    "dimensions": torch.zeros(12),
+    "strides": torch.zeros(4, 3).t(),
+    "type": torch.nn.Parameter(PLAIN),
+    "layout": PLAIN.to_sparse(),
+    "negative bit": torch._neg_view(PLAIN),
+    "absence": None,
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_guards_in_python_notice_what_torchs_notice(what):
+    args = [PLAIN, CHANGED[what]]
+    here = _torch._PythonGuards([PLAIN, PLAIN]).check(*args)
+    assert here == _torch.TensorProof([PLAIN, PLAIN]).holds(args) == (what == "nothing")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,17 @@ WAYS_OUT = (
 SHOWN = 3  # names that a message gives
 
 
-def decide(policy: Policy | None, infos: Sequence[ParameterInfo]) -> list[Decision]:
+def decide(
+    policy: Policy | None,
+    infos: Sequence[ParameterInfo],
+    places: Sequence[int] | None = None,
+) -> list[Decision]:
     """Ask the policy about every parameter.
+
+    Args:
+        policy: Who decides.
+        infos: What is known of each parameter.
+        places: Where each stands in its group, for messages; all in order if left out.
 
     Raises:
         ValueError: The policy needs what is not known of a parameter, or fails.
@@ -38,7 +47,7 @@ def decide(policy: Policy | None, infos: Sequence[ParameterInfo]) -> list[Decisi
         return [_decision(info, Verdict(FULL, "no policy")) for info in infos]
     needs = policy.needs
     verdicts = []
-    for position, info in enumerate(infos):
+    for position, info in zip(places or range(len(infos)), infos):
         _require_knowledge(policy, needs, info, position)
         verdicts.append(_decision(info, _ask(policy, info, position)))
     return verdicts

@@ -69,7 +69,7 @@ class AdamKernel(Kernel):
 
     def structure(self, group: Group) -> tuple[object, ...]:
         names = ("amsgrad", "foreach", "fused", "capturable", "differentiable")
-        return tuple(group[name] for name in names)
+        return (*(group[name] for name in names), self.takes_numbers(group))
 
     def trusted(self, param: Tensor) -> bool:
         return _torch.fused_adam_ is not None and _torch.fused_adamw_ is not None

@@ -157,8 +157,11 @@ def wants_fused(kernel: Kernel, group: Group, param: Tensor) -> bool:
     Where nothing was chosen, fused is taken where it is right: it is exact to
     hand-split torch with ``fused=True``, and the fastest on every device measured.
     """
-    chosen = group["fused"] or (free_choice(group) and kernel.trusted(param))
-    return bool(chosen) and not group["differentiable"]
+    if not group["fused"]:
+        right = kernel.trusted(param) and kernel.takes_numbers(group)
+        if not (free_choice(group) and right):
+            return False
+    return not group["differentiable"]
 
 
 def key_of(
@@ -220,7 +223,7 @@ def make_cells(
         Cells in the order plain fused, sharded fused, functional.
     """
     cells: dict[Key, Cell] = {}
-    new: list[tuple[Member, bool]] = []
+    new: dict[int, tuple[Member, bool]] = {}
     times = Counter(id(_torch.token_of(member.param)) for member in members)
     for position, member in enumerate(members):
         param, group = member.param, groups[member.group]
@@ -231,16 +234,16 @@ def make_cells(
             if not begun or stepping.get(id(token)) is not token:
                 continue
         key = key_of(kernel, group, member, param.grad, own)
-        if not begun and times[id(_torch.token_of(param))] > 1:
-            # Listed twice, it begins twice in torch, which we leave to torch.
+        if not begun and not kernel.counts and times[id(_torch.token_of(param))] > 1:
+            # Listed twice, its momentum begins twice in torch, which is left to torch.
             key = key._replace(fused=False, sharded=False, odd=True)
         if group["fused"] and not key.fused:
             _torch.require_fused_support(param)
         cell = cells.get(key) or cells.setdefault(key, Cell(key, member.label))
         cell.positions.append(position)
         if not begun:
-            new.append((member, key.fused))
-    _begin(kernel, groups, members, new, states, counters)
+            new.setdefault(id(_torch.token_of(param)), (member, key.fused))
+    _begin(kernel, groups, members, [*new.values()], states, counters)
     return sorted(cells.values(), key=lambda c: (not c.key.fused, c.key.sharded))
 
 

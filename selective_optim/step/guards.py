@@ -8,7 +8,8 @@ what can be changed in place, is compared by its traits in one guard call.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -168,9 +169,9 @@ class GroupsGuard:
         return same_objects(params, self._params)
 
 
-def _holds_tensors(value: object) -> bool:
-    several = isinstance(value, Collection) and not isinstance(value, Tensor)
-    return several and any(isinstance(item, Tensor) for item in value)  # type: ignore[attr-defined]
+def _holds_tensors(value: Any) -> bool:
+    several = isinstance(value, (list, tuple, dict, set, deque))
+    return several and any(isinstance(item, Tensor) for item in value)
 
 
 class TensorsGuard:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ Groups = Sequence[Group]
 State = dict[str, Any]
 States = dict[Tensor, State]
 Call = Callable[[], object]
+NUMBERS = (float, int, Tensor, Real)  # the common ones first: asked at every change
 
 
 class Scaling(NamedTuple):
@@ -186,6 +188,11 @@ class Kernel:
     def multiplied(self, setting: Setting, fused: bool) -> float | Tensor:
         """Return by what share parameters shrink in a multiply of its own, or 0."""
         raise NotImplementedError  # pragma: no cover
+
+    def takes_numbers(self, group: Group) -> bool:
+        """Tell whether fused kernels take the hyperparameters: they refuse arrays."""
+        values = (value for _, value in self.hyperparameters(group))
+        return all(isinstance(value, NUMBERS) for value in values)
 
     def hyperparameters(self, group: Group) -> Iterable[tuple[str, Any]]:
         """Name the numbers that an edit may have spoiled."""

@@ -412,12 +412,14 @@ class Plan:
         Python looks for signals between lines: an interrupt comes before the first
         call or after the last, and never between a counter and its parameters.
         """
-        left = iter((*program.before, *program.calls, *program.after))
+        # At the end a call of nothing, which tells whether the one before it failed.
+        left = iter((*program.before, *program.calls, *program.after, tuple))
         try:
             deque(map(_call, left), maxlen=0)
         except BaseException:
-            rest = length_hint(left) - len(program.after)
-            self._take_back(program, len(program.calls) - rest - 1, scalings)
+            if rest := length_hint(left):
+                done = len(program.calls) + len(program.after) - rest
+                self._take_back(program, done, scalings)
             raise
 
     def _take_back(self, program: Program, done: int, scalings: Scalings) -> None:
