@@ -17,7 +17,8 @@ from selective_optim._text import aligned, shape_text
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies import Policy
 from selective_optim.policies.decide import decide_alone
-from selective_optim.report import DecayReport, kind_of, make_row
+from selective_optim.policies.selectors import kind_of
+from selective_optim.report import DecayReport, make_row
 
 HEADINGS = {
     "norm": "norms that decay",

@@ -29,7 +29,7 @@ FLOORS = [
     ("_model_index",),
     ("policies", "step"),
     ("_decision_table", "_loading", "layers", "report", "_schedule_views", "factories"),
-    ("_decider", "_named", "audit", "schedules"),
+    ("_decider", "_named", "_any_optimizer", "audit", "schedules"),
     ("_optimizer", "checkpoint"),
     ("sgd", "adam", "adamw", "_target"),
     ("__init__",),

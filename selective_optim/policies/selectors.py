@@ -380,3 +380,16 @@ is_norm = Predicate("is_norm", _is_norm, frozenset({"modules"}))
 is_embedding = Predicate("is_embedding", _is_embedding, frozenset({"modules"}))
 is_vector = Predicate("is_vector", _is_vector, frozenset({"shapes"}))
 everything = Predicate("everything", _is_anything)
+
+# What a parameter is; the first that matches says so, so a norm's bias is a norm's.
+KINDS = {
+    "norm": is_norm,
+    "bias": is_bias,
+    "embedding": is_embedding,
+    "vector": is_vector,
+}
+
+
+def kind_of(info: ParameterInfo) -> str:
+    """Say what a parameter is: norm, bias, embedding, vector or weight."""
+    return next((k for k, known in KINDS.items() if known.matches(info)), "weight")
