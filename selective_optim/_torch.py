@@ -6,12 +6,14 @@ the same bits and is slower; where one is missing, a warning at import says so.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from importlib import import_module
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -280,6 +282,40 @@ def _entry(registered: Any, key: str) -> Any:
 
 # torch's private bases of all batch and instance norms, which mmengine tests for.
 NORM_BASES = (nn.SyncBatchNorm.__mro__[1], nn.InstanceNorm1d.__mro__[1])
+
+
+# Threads.
+
+
+def _find_thread_setter() -> Callable[[int], object] | None:
+    """Find what sets the number of threads of this Python thread's parallel regions.
+
+    ``torch.set_num_threads`` sets it for the process: threads that begin their first
+    parallel work meanwhile keep it, and oneDNN's caches are cleared. OpenMP's own
+    setting is one per thread. It is looked up through torch's library, so that it is
+    that of the OpenMP which torch runs on, and tried out.
+    """
+    library = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+    before = torch.get_num_threads()
+    try:
+        path = Path(torch.__file__).parent / "lib" / library
+        setter = ctypes.PyDLL(str(path)).omp_set_num_threads
+        setter.argtypes, setter.restype = [ctypes.c_int], None
+        setter(before + 1)
+        obeyed = torch.get_num_threads() == before + 1
+        setter(before)
+    except (OSError, AttributeError):
+        return None
+    return setter if obeyed else None
+
+
+# ``None`` where torch runs on something else: then kernels take all threads.
+set_threads = _find_thread_setter()
+
+
+def thread_count() -> int:
+    """Return how many threads a kernel on the CPU takes, 1 where that cannot be set."""
+    return 1 if set_threads is None else torch.get_num_threads()
 
 
 # Tensors.
