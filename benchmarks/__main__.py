@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import require
+from benchmarks import effect, require
 from benchmarks.digits import Data, differences, load, reproducible
 from benchmarks.digits_arms import ARMS, SELECTIVE, Result, run, selective
 from benchmarks.digits_networks import NETWORKS, build
@@ -95,6 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     print("\n".join(sentence for _, sentence in verdicts))
     print(f"Norm gains, biases and weights over training: {options.picture}")
+    if not options.quick:
+        print("\nWhere exempting norms and biases matters: few images, much decay.")
+        effect.show(effect.DECAYS[:1], effect.SEEDS, effect.EPOCHS)
     return 0 if all(same for same, _ in verdicts) else 1
 
 

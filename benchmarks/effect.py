@@ -21,8 +21,8 @@ from benchmarks.digits import Data, accuracy, held_out_loss, load, reproducible,
 from benchmarks.digits_arms import ALL, ARMS, SELECTIVE
 from benchmarks.digits_networks import NETWORKS, build
 
-IMAGES, EPOCHS = 256, 60
-DECAYS = (0.8, 3.0, 10.0)
+IMAGES, EPOCHS, SEEDS = 256, 60, 3
+DECAYS = (3.0, 10.0)
 HEADERS = ("network", "decay", "norms and biases", "held-out loss", "accuracy")
 SHOWN = {SELECTIVE: "exempt", ALL: "decayed"}
 
@@ -77,10 +77,26 @@ def line(result: dict[str, Any]) -> str:
     return "  ".join(cells)
 
 
+def show(decays: Sequence[float], seeds: int, epochs: int) -> list[dict[str, Any]]:
+    """Print a row per network, decay and arm, as they are done, and return them."""
+    print(
+        f"{IMAGES} images to train on, {epochs} epochs, {seeds} seeds:\n"
+        f"{HEADERS[0]:<12}  {HEADERS[1]}  {HEADERS[2]:<16}  "
+        f"{HEADERS[3]:>15}  {HEADERS[4]:>15}",
+        flush=True,
+    )
+    results = []
+    with reproducible():
+        for result in measure(few(load()), decays, seeds, epochs):
+            results.append(result)
+            print(line(result), flush=True)
+    return results
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.effect", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--decays", type=float, nargs="+", default=DECAYS)
     parser.add_argument("--json", type=Path, help="file to write the results to")
@@ -88,22 +104,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a row per network, decay and arm, as they are done."""
+    """Print the table, and save it if that is asked for."""
     options = parse(arguments)
     require("sklearn")
-    print(
-        f"{IMAGES} images to train on, {options.epochs} epochs, {options.seeds} seeds, "
-        f"torch {torch.__version__}\n"
-        f"{HEADERS[0]:<12}  {HEADERS[1]}  {HEADERS[2]:<16}  "
-        f"{HEADERS[3]:>15}  {HEADERS[4]:>15}",
-        flush=True,
-    )
-    results = []
-    with reproducible():
-        data = few(load())
-        for result in measure(data, options.decays, options.seeds, options.epochs):
-            results.append(result)
-            print(line(result), flush=True)
+    results = show(options.decays, options.seeds, options.epochs)
     if options.json:
         setting = {"images": IMAGES, "epochs": options.epochs, "seeds": options.seeds}
         told = {"torch": torch.__version__, **setting, "results": results}

@@ -15,7 +15,7 @@ def test_decaying_norms_costs_certainty_on_unseen_digits():
     with reproducible():
         data = effect.few(load())
         losses = {
-            arm: effect.one("conv net", 10.0, arm, data, 0, 20)[0]
+            arm: effect.one("conv net", 10.0, arm, data, 0, 15)[0]
             for arm in (SELECTIVE, ALL)
         }
     assert losses[SELECTIVE] < 0.8 * losses[ALL]
@@ -26,7 +26,7 @@ def test_command_prints_and_saves_what_it_measured(capsys, tmp_path):
     arguments = ["--seeds", "2", "--epochs", "1", "--decays", "0.5"]
     assert effect.main([*arguments, "--json", str(file)]) == 0
     first, headers, *lines = capsys.readouterr().out.splitlines()
-    assert first.startswith("256 images to train on, 1 epochs, 2 seeds, torch ")
+    assert first == "256 images to train on, 1 epochs, 2 seeds:"
     assert headers.split("  ")[0] == "network"
     assert len(lines) == 4
     saved = json.loads(file.read_text())

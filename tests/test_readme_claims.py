@@ -1,6 +1,9 @@
 """Sentences of the README that no other test holds."""
 
 import copy
+import json
+from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -11,8 +14,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from benchmarks.effect import spread
 from selective_optim import AdamW
 from tests.framework_cases import hand_split
+
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 def norm_after(cls, dtype, steps=100, **choice):
@@ -74,3 +81,33 @@ def test_flattened_state_of_ours_gives_torchs_exempt_group_the_full_decay():
     saved = copy.deepcopy(get_optimizer_state_dict(models[0], ours, options=form))
     set_optimizer_state_dict(models[1], split, saved, options=form)
     assert [group["weight_decay"] for group in split.param_groups] == [0.1, 0.1]
+
+
+def saved_effect():
+    path = README.parent / "benchmarks/results/digits_effect_torch2.13.0_2026-11-21.json"
+    results = json.loads(path.read_text())["results"]
+    return {
+        (r["network"], r["weight_decay"], r["norms_and_biases"]): r for r in results
+    }
+
+
+def test_figures_of_the_digits_are_those_that_were_saved():
+    text, results = README.read_text("utf-8"), saved_effect()
+    for decay in (3.0, 10.0):
+        exempt, decayed = (
+            results["conv net", decay, kind] for kind in ("exempt", "decayed")
+        )
+        assert spread(exempt["losses"]) in text
+        assert spread(decayed["losses"]) in text
+        assert mean(exempt["losses"]) < 0.8 * mean(decayed["losses"])
+
+
+@pytest.mark.parametrize("decay", [3.0, 10.0])
+@pytest.mark.parametrize("measure", ["losses", "accuracies"])
+def test_transformer_does_not_tell_the_two_apart(decay, measure):
+    exempt, decayed = (
+        saved_effect()["transformer", decay, kind][measure]
+        for kind in ("exempt", "decayed")
+    )
+    apart = abs(mean(exempt) - mean(decayed))
+    assert apart <= stdev(exempt) + stdev(decayed)
