@@ -18,7 +18,6 @@ from benchmarks.effect import spread
 from selective_optim import AdamW
 from tests.framework_cases import hand_split
 
-
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -84,7 +83,9 @@ def test_flattened_state_of_ours_gives_torchs_exempt_group_the_full_decay():
 
 
 def saved_effect():
-    path = README.parent / "benchmarks/results/digits_effect_torch2.13.0_2026-11-21.json"
+    path = (
+        README.parent / "benchmarks/results/digits_effect_torch2.13.0_2026-11-21.json"
+    )
     results = json.loads(path.read_text())["results"]
     return {
         (r["network"], r["weight_decay"], r["norms_and_biases"]): r for r in results
