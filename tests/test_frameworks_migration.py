@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.framework_cases import batches, hand_split
+from selective_optim.checkpoint import group_names, merge_groups
+from tests.framework_cases import assert_same, batches, hand_split
 
 pytestmark = [
     pytest.mark.integration,
@@ -34,8 +35,28 @@ def test_trainer_resuming_from_its_own_two_groups_is_told(tmp_path):
     model = llama()
     optimizer = AdamW(model.parameters(), weight_decay=0.1, wd_policy="huggingface")
     second = trainer(model, tmp_path, optimizers=(optimizer, None))
+    checkpoint = tmp_path / "checkpoint-4"
     with pytest.raises(ValueError, match=MESSAGE):
-        second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        second.train(resume_from_checkpoint=str(checkpoint))
+
+    # As the README says: the Trainer's own groups name the parameters.
+    own = trainer(llama(), tmp_path / "own")
+    own.create_optimizer()
+    names = group_names(own.optimizer.param_groups, own.model)
+    state_dict = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    order = [n for n, _ in model.named_parameters()]
+    merged = merge_groups(state_dict, names, order=order)
+    torch.save(merged, checkpoint / "optimizer.pt")
+    schedule = torch.load(checkpoint / "scheduler.pt", weights_only=True)
+    one = {k: v[:1] if isinstance(v, list) else v for k, v in schedule.items()}
+    torch.save(one, checkpoint / "scheduler.pt")
+    model = llama()
+    optimizer = AdamW(
+        model.parameters(), lr=5e-5, weight_decay=0.1, wd_policy="huggingface"
+    )
+    second = trainer(model, tmp_path, optimizers=(optimizer, None))
+    second.train(resume_from_checkpoint=str(checkpoint))
+    assert_same(model, first.model)
 
 
 def test_lightning_resuming_from_two_groups_is_told(tmp_path):
