@@ -70,9 +70,10 @@ class Decider:
             return self.policy, group  # torch says what is wrong
         _warn_of_misspelt(group, keys)
         require_numbers(group, " of a group")
-        self.index.add(as_modules(group.get("model")))
+        if "model" in group:
+            self.index.add(as_modules(group["model"]))
         group["params"] = self.index.learn(group["params"])
-        if not any(key in group for key in OWN_KEYS):
+        if group.keys().isdisjoint(OWN_KEYS):
             return self.policy, group
         if not isinstance(group["params"], Tensor):
             group["params"] = list(group["params"])
@@ -286,7 +287,7 @@ class Decider:
         policy = next((row.policy for row in rows if row.policy is not None), None)
         if policy is None:
             return
-        if all(is_zero(group["weight_decay"]) for group in groups):
+        if all(map(is_zero, [group["weight_decay"] for group in groups])):
             warnings.warn(
                 f"`weight_decay` is 0 in every group, so `wd_policy` {policy!r} "
                 f"has no effect. Pass weight_decay=0.01, or the value you want.",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from itertools import chain
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -29,6 +30,9 @@ class Row(NamedTuple):
     token: object
     decision: Decision
     policy: Policy | None
+
+
+_token_of_row = attrgetter("token")
 
 
 class Known(NamedTuple):
@@ -64,12 +68,12 @@ class DecisionTable:
 
     def stands(self, groups: Sequence[Group]) -> bool:
         """Tell whether the groups hold what they held when last looked at."""
-        sizes = [len(group["params"]) for group in groups]
-        if sizes != list(map(len, self.layout)):
+        lists = [group["params"] for group in groups]
+        if list(map(len, lists)) != list(map(len, self.layout)):
             return False
-        tokens = map(_torch.token_of, chain.from_iterable(g["params"] for g in groups))
-        rows = chain.from_iterable(self.layout)
-        return all(token is row.token for token, row in zip(tokens, rows))
+        tokens = map(_torch.token_of, chain.from_iterable(lists))
+        known = map(_token_of_row, chain.from_iterable(self.layout))
+        return all(map(is_, tokens, known))
 
     def lay_out(self, layout: list[list[Row]]) -> None:
         """Remember how the groups stand, and forget tensors long gone."""

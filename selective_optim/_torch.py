@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from importlib import import_module
+from itertools import repeat
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -260,8 +261,9 @@ def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def child_of(module: nn.Module, key: str) -> nn.Module | None:
     """Return the module registered under a name."""
-    found: nn.Module | None = _entry(module._modules, key)
-    return found
+    registered = module._modules
+    # Not `get`: scripted modules keep theirs in mappings without it.
+    return registered[key] if key in registered else None  # noqa: SIM401
 
 
 def own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -269,15 +271,8 @@ def own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(k, p) for k, p in module._parameters.items() if p is not None]
 
 
-def own_parameter(module: nn.Module, key: str) -> Tensor | None:
-    """Return the parameter registered under a name."""
-    found: Tensor | None = _entry(module._parameters, key)
-    return found
-
-
-def _entry(registered: Any, key: str) -> Any:
-    # Not `get`: scripted modules keep theirs in mappings without it.
-    return registered[key] if key in registered else None  # noqa: SIM401
+# A module's own parameters by name, ``None`` among them.
+registered = attrgetter("_parameters")
 
 
 # torch's private bases of all batch and instance norms, which mmengine tests for.
@@ -358,7 +353,8 @@ def placement(spec: Any) -> tuple[Any, Any]:
 
 def is_flattened(param: Tensor) -> bool:
     """Tell whether FSDP1 made this parameter a piece of a flat one."""
-    return bool(getattr(param, "_fsdp_flattened", False)) or is_flat_parameter(param)
+    marks = ("_fsdp_flattened", "_is_flat_param")
+    return any(map(getattr, repeat(param), marks, repeat(False)))
 
 
 def is_flat_parameter(param: Tensor) -> bool:

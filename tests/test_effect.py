@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from benchmarks import effect
-from benchmarks.digits import load, reproducible
-from benchmarks.digits_arms import ALL, SELECTIVE
+from benchmarks.digits import effect
+from benchmarks.digits.arms import ALL, SELECTIVE
+from benchmarks.digits.training import load, reproducible
 
 pytest.importorskip("sklearn")
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from selective_optim.checkpoint import group_names, merge_groups
-from tests.framework_cases import assert_same, batches, hand_split
+from tests.support.compare import assert_same
+from tests.support.framework_cases import batches, hand_split
 
 pytestmark = [
     pytest.mark.integration,

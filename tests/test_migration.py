@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import selective_optim
 from selective_optim.checkpoint import group_names, merge_groups, split_groups
-from tests.resuming import assert_same_run
+from tests.support.resuming import assert_same_run
 from tests.test_errors import whole
 
 WD = 0.9

@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from benchmarks.effect import spread
+from benchmarks.digits.effect import spread
 from selective_optim import AdamW
-from tests.framework_cases import hand_split
+from tests.support.framework_cases import hand_split
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -12,15 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from selective_optim import SGD, Adam, AdamW, decay_report
 from selective_optim.policies import exclude, form
 from selective_optim.report import MANY_BARS
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.0))
-        self.empty = nn.Parameter(torch.zeros(0, 3))
-        self.body = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-        self.head = nn.Linear(4, 2)
+from tests.support.nets import Net
 
 
 def report_of(params, **settings):
@@ -159,7 +151,7 @@ def test_html_holds_the_table_with_everything_escaped():
 
 
 def axes():
-    figure = pytest.importorskip("matplotlib.figure")
+    figure = pytest.importorskip("matplotlib.figure", reason="draws with matplotlib")
     return figure.Figure().subplots()
 
 
@@ -215,7 +207,7 @@ def test_plot_draws_the_smallest_of_many_kinds_as_one():
 
 
 def test_plot_makes_a_figure_when_no_axes_are_given():
-    pytest.importorskip("matplotlib").use("Agg")
+    pytest.importorskip("matplotlib", reason="draws with matplotlib").use("Agg")
     pyplot = pytest.importorskip("matplotlib.pyplot")
     ax = report_of(Net()).plot()
     assert ax.figure.number in pyplot.get_fignums()

@@ -90,7 +90,7 @@ def _explained(
 def _require_knowledge(
     policy: Policy, needs: frozenset[Need], info: ParameterInfo, position: int
 ) -> None:
-    if _torch.is_flat_parameter(info.parameter):
+    if info.shape is None and _torch.is_flat_parameter(info.parameter):
         raise ValueError(
             f"{info.describe(position)} is FSDP's flat parameter, of which no single "
             f"decay is right. Wrap with use_orig_params=True."

@@ -22,6 +22,11 @@ from selective_optim.step.kernel import Groups
 
 FEW = 64  # groups of which names of hyperparameters are compared, too
 PROOFS = 4  # dispatch states, such as with and without autocast, that are remembered
+# Compared by identity: a kernel computes otherwise with -0.0 than with 0.0, and reads a
+# tensor when it runs, so that the same tensor is the same argument.
+NUMBERS = (int, float, tuple, Tensor)
+# What identity proves: nobody can edit it in place.
+FIXED = (*NUMBERS, str, type(None))
 _params_of = itemgetter("params")
 _grad_of = attrgetter("grad")
 
@@ -57,18 +62,6 @@ def equal(a: object, b: object) -> bool:
         return bool(a == b)
     except (RuntimeError, ValueError, TypeError):
         return False
-
-
-def _is_fixed(value: object) -> bool:
-    """Tell whether identity proves a value: nobody can edit it in place.
-
-    Kernels read a tensor when they run, so the same tensor is the same argument.
-    """
-    return value is None or isinstance(value, (int, float, str, tuple, Tensor))
-
-
-def _is_number(value: object) -> bool:
-    return _is_fixed(value) and not isinstance(value, (bool, str, type(None)))
 
 
 def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -121,14 +114,16 @@ class GroupsGuard:
         lists = {id(group["params"]) for group in groups}
         self._contents = [
             # What can be edited in place is compared by what it said.
-            v if _is_fixed(v) else self._copy_of(v, id(v) in lists)
+            v if isinstance(v, FIXED) else self._copy_of(v, id(v) in lists)
             for v in values
         ]
-        self._numbers_of = picker([i for i, v in enumerate(values) if _is_number(v)])
+        self._numbers_of = picker(
+            [i for i, v in enumerate(values) if isinstance(v, NUMBERS)]
+        )
         self._numbers = self._numbers_of(values)
         self._names = flat(groups) if len(groups) <= FEW else None
-        decays = [group["weight_decay"] for group in groups]
-        self._scales_tensors = any(isinstance(wd, Tensor) for wd in decays)
+        decays = [isinstance(group["weight_decay"], Tensor) for group in groups]
+        self._scales_tensors = any(decays)
 
     def _copy_of(self, value: Any, holds_params: bool) -> Any:
         unseen = holds_params and not self._lists_tell

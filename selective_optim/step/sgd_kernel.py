@@ -71,7 +71,7 @@ class SGDKernel(Kernel):
 
     def structure(self, group: Group) -> tuple[object, ...]:
         names = ("foreach", "fused", "differentiable")
-        flags = (group[name] for name in names)
+        flags = [group[name] for name in names]
         return (group["momentum"] != 0, *flags, self.takes_numbers(group))
 
     def trusted(self, param: Tensor) -> bool:
