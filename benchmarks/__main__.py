@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import require
+from benchmarks.digits import effect
 from benchmarks.digits.arms import ARMS, SELECTIVE, Result, run, selective
 from benchmarks.digits.networks import NETWORKS, build
 from benchmarks.digits.picture import draw
@@ -95,6 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     print("\n".join(sentence for _, sentence in verdicts))
     print(f"Norm gains, biases and weights over training: {options.picture}")
+    if not options.quick:
+        print("\nWhere exempting norms and biases matters: few images, much decay.")
+        effect.show(effect.DECAYS[:1], effect.SEEDS, effect.EPOCHS)
     return 0 if all(same for same, _ in verdicts) else 1
 
 

@@ -1,9 +1,27 @@
-"""Drop-in SGD, Adam and AdamW that decide per parameter what decays."""
+"""Drop-in SGD, Adam and AdamW that decide per parameter what decays.
 
+Change one import line, and name a policy::
+
+    from selective_optim import AdamW  # was: from torch.optim import AdamW
+
+    optimizer = AdamW(model.parameters(), weight_decay=0.1, wd_policy="no_bias_norm")
+    print(optimizer.decay_report())
+
+Who decays is said with ``policies``; ``audit`` tells what a policy does to a model
+before there is an optimizer, ``decay_report`` what really decays under any; state
+dicts of hand-split groups are converted by ``checkpoint``, and weight decay is
+scheduled with ``schedules``.
+"""
+
+from selective_optim import audit as audit
+from selective_optim import checkpoint as checkpoint
 from selective_optim import policies as policies
+from selective_optim import schedules as schedules
+from selective_optim._any_optimizer import decay_report as decay_report
 from selective_optim.adam import Adam as Adam
 from selective_optim.adamw import AdamW as AdamW
 from selective_optim.decay import Decay as Decay
+from selective_optim.factories import deciding_for as deciding_for
 from selective_optim.layers import layerwise_groups as layerwise_groups
 from selective_optim.parameters import ParameterInfo as ParameterInfo
 from selective_optim.report import DecayReport as DecayReport
@@ -12,3 +30,21 @@ from selective_optim.schedules import proportional_to_lr as proportional_to_lr
 from selective_optim.sgd import SGD as SGD
 
 __version__ = "0.2.0.dev0"
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Decay",
+    "DecayReport",
+    "ParameterInfo",
+    "WeightDecay",
+    "audit",
+    "checkpoint",
+    "decay_report",
+    "deciding_for",
+    "layerwise_groups",
+    "policies",
+    "proportional_to_lr",
+    "schedules",
+]

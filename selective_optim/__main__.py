@@ -1,119 +1,51 @@
-"""The command line: ``python -m selective_optim audit MODULE:CALLABLE``."""
+"""Tell what decays in a model, before it is trained."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
-from difflib import get_close_matches
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from textwrap import fill
+from typing import Any
 
-import torch
-from torch import nn
-from torch.nn.parameter import is_lazy
-
+import selective_optim
+from selective_optim._target import CommandError, build, load
 from selective_optim.audit import audit
 from selective_optim.policies import as_policy
+from selective_optim.policies.named import NAMED
+from selective_optim.policies.text import is_expression
 
-EXAMPLE = "Write for example torchvision.models:resnet50."
-
-
-class CommandError(Exception):
-    """What the user typed, or what stands behind it, does not work."""
-
-
-class Built(NamedTuple):
-    """A model, where it was built, and why there if that is not the meta device."""
-
-    model: nn.Module
-    device: str
-    note: str | None
-
-
-def load(target: str) -> Any:
-    """Import what ``MODULE:NAME`` names; the name may be dotted.
-
-    Raises:
-        CommandError: There is no such thing.
-    """
-    module_name, _, path = target.partition(":")
-    if not (module_name and path):
-        raise CommandError(f"`{target}` is not of the form MODULE:CALLABLE. {EXAMPLE}")
-    try:
-        found: Any = import_module(module_name)
-    except (Exception, SystemExit) as error:
-        raise CommandError(
-            f"`{module_name}` cannot be imported: {told(error)}. "
-            f"Run in the folder that holds it, or correct the name."
-        ) from error
-    for name in path.split("."):
-        if not hasattr(found, name):
-            close = get_close_matches(name, dir(found), n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else EXAMPLE
-            raise CommandError(f"`{target}`: there is no {name!r} in it. {hint}")
-        found = getattr(found, name)
-    return found
-
-
-def told(error: BaseException) -> str:
-    """Put an exception on one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def build(target: str) -> Built:
-    """Call what ``target`` names, without memory for weights where that can be done.
-
-    Raises:
-        CommandError: It cannot be called, or what it returns is not a module.
-    """
-    factory = load(target)
-    if isinstance(factory, nn.Module):
-        return Built(_checked(factory, target), "as found", None)
-    if not callable(factory):
-        raise CommandError(
-            f"`{target}` is {factory!r} ({type(factory).__name__}), not a callable that"
-            f" returns a model. {EXAMPLE}"
-        )
-    try:
-        with torch.device("meta"):
-            return Built(_checked(factory(), target), "meta", None)
-    except CommandError:
-        raise
-    except Exception as error:
-        note = f"not built on the meta device: {told(error)}"
-        return Built(
-            _checked(_build_on_cpu(factory, target, note), target), "cpu", note
-        )
-
-
-def _build_on_cpu(factory: Callable[[], Any], target: str, note: str) -> Any:
-    print(f"note: {note}; building on the cpu", file=sys.stderr)
-    try:
-        return factory()
-    except Exception as error:
-        raise CommandError(
-            f"`{target}` failed: {told(error)}. "
-            f"Name a callable that needs no arguments."
-        ) from error
-
-
-def _checked(model: Any, target: str) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise CommandError(
-            f"`{target}` returned {model!r} ({type(model).__name__}), not a module. "
-            f"{EXAMPLE}"
-        )
-    if any(map(is_lazy, model.parameters())):
-        raise CommandError(
-            f"`{target}` returned a model with uninitialized parameters. "
-            f"Run one batch through the model before returning it."
-        )
-    return model
+ABOUT_POLICIES = f"""\
+policies:
+  a name:
+{fill(", ".join(NAMED), 76, initial_indent="    ", subsequent_indent="    ")}
+  an expression: "exclude('*.bias', is_norm) * layerwise(0.75)"
+  one of your own: MODULE:NAME or FILE.py:NAME
+"""
+ABOUT_AUDIT = """\
+Build a model, without memory for its weights where it allows that, and tell what a
+policy decays in it and what looks wrong.
+"""
+EXAMPLE = """\
+example:
+  selective_optim audit torchvision.models:resnet50 --against huggingface
+"""
+ABOUT_TARGETS = """\
+models:
+  torchvision.models:resnet50                    a callable of a module
+  experiments/train.py:build_model               a callable of a file
+  'timm:create_model(vit_base_patch16_224)'      one that takes arguments: Python
+  'timm:create_model(resnet50, num_classes=10)'    literals, or words without quotes
+"""
+ABOUT_CODES = """\
+exit status:
+  0  the audit was printed
+  1  with --strict: something looks wrong, or --against disagrees
+  2  the model or a policy does not work; the reason is on stderr
+"""
 
 
 def run_audit(options: argparse.Namespace) -> int:
@@ -134,35 +66,52 @@ def run_audit(options: argparse.Namespace) -> int:
         print(json.dumps({**source, **found.as_dict()}))
     else:
         print(f"{options.target}, device: {built.device}\n{found}")
-    return int(options.strict and bool(found.findings))
+    return int(options.strict and not found.agrees)
 
 
 def _policy(text: str | None) -> Any:
-    """Read a policy's name, or ``MODULE:NAME`` of one; an unknown one raises."""
+    """Read a policy's name or expression, or ``MODULE:NAME`` of one."""
     if text is None:
         return None
-    policy = load(text) if ":" in text else text
+    own = ":" in text and not is_expression(text)
+    policy = load(text) if own else text
     as_policy(policy)  # before the model is built, which may take a while
     return policy
 
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    top = argparse.ArgumentParser("selective_optim", description=__doc__)
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-    sub = commands.add_parser("audit", help="tell what a policy decays in a model")
-    sub.add_argument(
-        "target", metavar="MODULE:CALLABLE", help="returns the model, no arguments"
+    layout = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(
+        "selective_optim",
+        description=__doc__,
+        epilog=f"{EXAMPLE}\n{ABOUT_POLICIES}\n{ABOUT_CODES}",
+        formatter_class=layout,
     )
+    version = f"selective_optim {selective_optim.__version__}"
+    top.add_argument("--version", action="version", version=version)
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    sub = commands.add_parser(
+        "audit",
+        help="tell what a policy decays in a model, and what looks wrong",
+        description=ABOUT_AUDIT,
+        epilog=f"{ABOUT_TARGETS}\n{ABOUT_POLICIES}\n{ABOUT_CODES}",
+        formatter_class=layout,
+    )
+    sub.add_argument("target", metavar="MODEL", help="MODULE:CALLABLE, see below")
     sub.add_argument(
         "--policy",
         default="no_bias_norm",
-        help="name of a policy or recipe, or MODULE:NAME of your own (no_bias_norm)",
+        help="whom to ask who decays (default: no_bias_norm)",
     )
-    sub.add_argument("--against", help="another policy, to list disagreements with")
+    sub.add_argument(
+        "--against", metavar="POLICY", help="another one, to list disagreements with"
+    )
     sub.add_argument("--json", action="store_true", help="print one JSON object")
     sub.add_argument(
-        "--strict", action="store_true", help="exit with 1 if something looks wrong"
+        "--strict",
+        action="store_true",
+        help="exit with 1 if something looks wrong or the policies disagree",
     )
     sub.set_defaults(run=run_audit)
     return top

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from selective_optim._decision_table import DecisionTable, Group, Infos, Known, Row
 from selective_optim._model_index import ModelIndex
+from selective_optim._text import require_numbers
 from selective_optim.decay import FULL, Decision, is_zero
 from selective_optim.parameters import as_modules
 from selective_optim.policies import Policy, as_policy
@@ -68,6 +69,7 @@ class Decider:
         if not isinstance(group, dict) or "params" not in group:
             return self.policy, group  # torch says what is wrong
         _warn_of_misspelt(group, keys)
+        require_numbers(group, " of a group")
         if "model" in group:
             self.index.add(as_modules(group["model"]))
         group["params"] = self.index.learn(group["params"])

@@ -1,4 +1,9 @@
-"""Loading a state dict: refused whole if it does not fit, compared if it does."""
+"""Loading a state dict: refused whole if it does not fit, compared if it does.
+
+The state dict that fits least is the one people come with: torch's, whose groups
+were split by hand into decayed and exempt. It is recognized by its layout, and
+answered with the call of ``checkpoint`` that converts it.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,7 @@ from selective_optim.step.kernel import Kernel
 RECORD = "decay"  # the key of a state dict under which decisions are recorded
 Decided = Sequence[Sequence[Decision]]
 Record = list[list[list[Any]]]
+SHOWN = 3  # parameters that a warning names
 SAME_MODEL = "Load a state dict of the same class, made for the same model."
 
 
@@ -42,30 +48,157 @@ def require_loadable(
 ) -> None:
     """Check that a state dict is whole and fits, before anything is changed.
 
-    How many groups and parameters it has is left to torch, which says it well.
+    How many groups and parameters it has is left to torch, which says it well, but
+    where groups were split by hand.
 
     Raises:
         ValueError: A hyperparameter or state entry is missing, or belongs to
-            another class or to a parameter of another shape.
+            another class or to a parameter of another shape; or its groups were
+            split by hand, and are not here.
     """
     if absent := {"state", "param_groups"} - state_dict.keys():
         raise ValueError(
             f"`state_dict` has no {min(absent)!r}, so it is none of an optimizer. "
             f"Pass what optimizer.state_dict() returned."
         )
-    _require_groups(kernel, state_dict["param_groups"])
-    saved = list(chain.from_iterable(g["params"] for g in state_dict["param_groups"]))
+    groups = state_dict["param_groups"]
+    _require_laid_out(groups)
+    _require_groups(kernel, groups)
+    _require_layout(groups, param_groups)
+    saved = list(chain.from_iterable(group["params"] for group in groups))
     params = list(chain.from_iterable(group["params"] for group in param_groups))
     if len(saved) != len(params):
         return
-    owners = chain.from_iterable(
-        [group] * len(group["params"]) for group in state_dict["param_groups"]
+    _require_order(groups, decided)
+    owners = chain.from_iterable([group] * len(group["params"]) for group in groups)
+    own = [state_dict["state"].get(key) or {} for key in saved]
+    way_out = _way_out(groups, param_groups, own, params)
+    for entries, param, group, label in zip(own, params, owners, _labels(decided)):
+        _require_entries(kernel, group, param, label, entries, way_out)
+
+
+# Groups that were split by hand.
+
+
+def _decays(groups: Sequence[dict[str, Any]]) -> list[float]:
+    return [float(group.get("weight_decay", 0)) for group in groups]
+
+
+def _split_by_hand(groups: Sequence[dict[str, Any]]) -> bool:
+    """Tell whether groups are set apart by their decay."""
+    return len(set(_decays(groups))) > 1
+
+
+def _sizes(groups: Sequence[dict[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]
+
+
+def _require_laid_out(saved: Sequence[dict[str, Any]]) -> None:
+    """Check that ``torch.distributed.checkpoint`` had hyperparameters for all groups.
+
+    It lays groups out anew, by name, before they come here, and one that nothing was
+    saved for gets none.
+    """
+    params = [group.get("params", ()) for group in saved]
+    by_name = all(isinstance(key, str) for key in chain.from_iterable(params))
+    if by_name and any(own and "lr" not in g for own, g in zip(params, saved)):
+        raise ValueError(
+            f"torch.distributed.checkpoint found no hyperparameters for one of the "
+            f"{len(saved)} groups here: those of the checkpoint hold other parameters, "
+            f"as when they were split by hand. Before set_optimizer_state_dict, "
+            f"convert the state dict with {_regrouping('')} of "
+            f"selective_optim.checkpoint."
+        )
+
+
+def _require_layout(
+    saved: Sequence[dict[str, Any]], here: Sequence[dict[str, Any]]
+) -> None:
+    """Check that groups split by hand meet groups that are split like them."""
+    if _split_by_hand(saved) and _sizes(saved) != _sizes(here):
+        total, mine = sum(_sizes(saved)), sum(_sizes(here))
+        of = "" if total == mine else f" of {total} parameters"
+        own = "" if total == mine else f" of {mine}"
+        raise ValueError(
+            f"the loaded state dict has {_layout_text(saved)}{of}, and this optimizer "
+            f"has {_groups_text(len(here))}{own}. {_conversion(saved, here)}"
+        )
+
+
+def _groups_text(count: int) -> str:
+    return "1 group" if count == 1 else f"{count} groups"
+
+
+def _layout_text(saved: Sequence[dict[str, Any]]) -> str:
+    decays = [f"{wd:g}" for wd in dict.fromkeys(_decays(saved))]
+    told = f"{', '.join(decays[:-1])} and {decays[-1]}"
+    return f"{_groups_text(len(saved))}, split by hand by weight_decay ({told})"
+
+
+def _conversion(saved: Sequence[dict[str, Any]], here: Sequence[dict[str, Any]]) -> str:
+    """Write the call that converts groups split by hand into those of here."""
+    params = list(chain.from_iterable(group["params"] for group in here))
+    first, total = "", sum(_sizes(saved))
+    if total != len(params):
+        if total != sum(param.requires_grad for param in params):
+            return SAME_MODEL
+        first = (
+            "Make it of filter(lambda p: p.requires_grad, model.parameters()), since "
+            "frozen parameters were left out, and load "
+        )
+    named = all(
+        "param_names" in group or all(isinstance(key, str) for key in group["params"])
+        for group in saved
     )
-    _require_order(state_dict["param_groups"], decided)
-    labels = list(_labels(decided))
-    for key, param, group, label in zip(saved, params, owners, labels):
-        own = state_dict["state"].get(key) or {}
-        _require_entries(kernel, group, param, label, own)
+    several_rates = len({float(group.get("lr", 0)) for group in saved}) > 1
+    if len(here) > 1 and not several_rates:
+        call = _regrouping("" if named else "names=group_names(groups, model)")
+    else:
+        names = "" if named else "group_names(groups, model), "
+        by = ', by="lr"' if several_rates else ""
+        trained = " if p.requires_grad" if first else ""
+        item = "n for n, p in" if first else "n for n, _ in"
+        order = f"[{item} model.named_parameters(){trained}]"
+        call = f"merge_groups(state_dict, {names}order={order}{by})"
+    where = "" if named else ", where groups are those split by hand"
+    return f"{first or 'Load '}{call} of selective_optim.checkpoint instead{where}."
+
+
+def _regrouping(names: str) -> str:
+    """Write the call that gives a state dict the groups of this optimizer."""
+    return (
+        "split_groups(state_dict, [{**g, 'params': own} for g, own in zip("
+        "optimizer.param_groups, group_names(optimizer.param_groups, model))]"
+        f"{names and ', '}{names})"
+    )
+
+
+def _way_out(
+    saved: Sequence[dict[str, Any]],
+    here: Sequence[dict[str, Any]],
+    own: Sequence[Any],
+    params: Sequence[Tensor],
+) -> str:
+    """Tell what to load where shapes do not fit: as a rule their order is another."""
+    if _split_by_hand(saved) and len(set(_decays(here))) == 1:
+        return f"It has {_layout_text(saved)}. {_conversion(saved, here)}"
+    found = [_moment_shape(entries) for entries in own]
+    if None not in found and sorted(found) == sorted(tuple(p.shape) for p in params):  # type: ignore[type-var]
+        return (
+            "Its shapes are those of this model in another order: load merge_groups("
+            "state_dict, names, order=[n for n, _ in model.named_parameters()]) of "
+            "selective_optim.checkpoint, where names are in the order that was saved."
+        )
+    return SAME_MODEL
+
+
+def _moment_shape(entries: Any) -> tuple[int, ...] | None:
+    """Return the shape of what a parameter's state holds; ``None`` if it is empty."""
+    tensors = [v for k, v in entries.items() if isinstance(v, Tensor) and k != "step"]
+    return tuple(tensors[0].shape) if tensors else None
+
+
+# What a state dict must hold.
 
 
 def _labels(decided: Decided) -> Iterator[str]:
@@ -106,7 +239,12 @@ def _require_order(groups: Sequence[dict[str, Any]], decided: Decided) -> None:
 
 
 def _require_entries(
-    kernel: Kernel, group: dict[str, Any], param: Tensor, label: str, own: Any
+    kernel: Kernel,
+    group: dict[str, Any],
+    param: Tensor,
+    label: str,
+    own: Any,
+    way_out: str,
 ) -> None:
     for name in kernel.loaded_entries(group) if own else ():
         if name not in own and not kernel.counts:
@@ -126,7 +264,7 @@ def _require_entries(
             got = "no tensor" if shape is None else f"shape {shape_text(shape)}"
             raise ValueError(
                 f"{name!r} of {label} in the loaded state dict has {got}, and must "
-                f"have shape {shape_text(wanted)}. {SAME_MODEL}"
+                f"have shape {shape_text(wanted)}. {way_out}"
             )
 
 
@@ -148,8 +286,12 @@ def record_of(
     ]
 
 
+# What a state dict changes.
+
+
 def warn_of_changes(
     decided: Decided,
+    before: Sequence[Any],
     param_groups: Sequence[dict[str, Any]],
     saved: Any,
     now: Record,
@@ -158,29 +300,55 @@ def warn_of_changes(
     """Warn once if a checkpoint was made with other decisions than those now taken.
 
     A record that cannot be read, as of another version, is not compared. Without
-    one, a checkpoint that sets every decay to 0 is told: groups split by hand that
-    became one group do.
+    one, a checkpoint that takes the decay from parameters is told: groups split by
+    hand that became merged ones do, where the first of a group was exempt.
+
+    Args:
+        decided: What is decided for every parameter here.
+        before: The ``weight_decay`` of every group before loading.
+        param_groups: The groups after it.
+        saved: What the state dict records of decisions, if anything.
+        now: What one of this optimizer records.
+        stacklevel: As for ``warnings.warn``.
     """
     if changes := _changes(decided, saved, now):
-        more = f", and {len(changes) - 3} more" if len(changes) > 3 else ""
         warnings.warn(
             f"the loaded checkpoint was made with another weight decay policy: "
-            f"{'; '.join(changes[:3])}{more}. The policy of the constructor is kept; "
+            f"{_first_of(changes, '; ')}. The policy of the constructor is kept; "
             f"pass the old one as wd_policy to continue as before.",
             stacklevel=stacklevel,
         )
-    elif saved is None and _stopped(param_groups, now):
+    elif saved is None and (lost := _losers(decided, before, param_groups)):
         warnings.warn(
-            "the loaded checkpoint sets weight_decay to 0 in every group, so nothing "
-            "decays any more. Convert it with selective_optim.checkpoint.merge_groups, "
-            "or set weight_decay in optimizer.param_groups.",
+            f"the loaded checkpoint sets weight_decay to 0 for "
+            f"{_first_of(lost, ', ')}, which the policy decays: a group takes it from "
+            f"one of its parameters, and groups that were split by hand had exempt "
+            f"ones. Convert the state dict (not flattened) with selective_optim."
+            f"checkpoint.merge_groups before loading, or set weight_decay in "
+            f"optimizer.param_groups.",
             stacklevel=stacklevel,
         )
 
 
-def _stopped(param_groups: Sequence[dict[str, Any]], now: Record) -> bool:
-    exempting = any(multiplier == 0 for multiplier, _ in _joined(now))
-    return exempting and all(is_zero(group["weight_decay"]) for group in param_groups)
+def _first_of(items: Sequence[str], separator: str) -> str:
+    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return f"{separator.join(items[:SHOWN])}{more}"
+
+
+def _losers(
+    decided: Decided, before: Sequence[Any], param_groups: Sequence[dict[str, Any]]
+) -> list[str]:
+    """Label the parameters that a policy decays and whose group's decay is now 0."""
+    verdicts = list(chain.from_iterable(decided))
+    if all(verdict.decay.multiplier for verdict in verdicts):
+        return []  # without an exempt parameter there was nothing to split
+    return [
+        decision.label(index, position)
+        for index, (group, decisions) in enumerate(zip(param_groups, decided))
+        if is_zero(group["weight_decay"]) and not is_zero(before[index])
+        for position, decision in enumerate(decisions)
+        if decision.decay.multiplier
+    ]
 
 
 def _changes(decided: Decided, saved: Any, now: Record) -> list[str]:
@@ -192,7 +360,7 @@ def _changes(decided: Decided, saved: Any, now: Record) -> list[str]:
     except (TypeError, ValueError, IndexError, KeyError):
         return []
     return [
-        f"{label} decayed {_text(*old)} and now {_text(*new)}"
+        f"{label} {_text(*old, was=True)} and now {_text(*new, was=False)}"
         for label, old, new in pairs
         if old != new and (old[0] or new[0])
     ]
@@ -202,5 +370,8 @@ def _joined(record: Any) -> list[Any]:
     return [entry for group in record for entry in group]
 
 
-def _text(multiplier: float, form: str) -> str:
-    return f"{multiplier:g} times ({form})" if multiplier else "not at all"
+def _text(multiplier: float, form: str, was: bool) -> str:
+    if not multiplier:
+        return "was exempt" if was else "is exempt"
+    times = "in full" if multiplier == 1 else f"{multiplier:g} times as much"
+    return f"{'decayed' if was else 'decays'} {times} ({form})"

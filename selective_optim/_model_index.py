@@ -97,7 +97,10 @@ class ModuleIndex:
         shape = self._shapes.get(id(param), original_shape(param))
         here = (param, shape, None if shape is None else len(shape), group)
         first, *elsewhere = [
-            ParameterInfo(place.name, names, place.leaf, path[-1], path, *here)
+            ParameterInfo(
+                *(place.name, names, place.leaf, path[-1], path, *here),
+                own_name=place.own_name,
+            )
             for place, path in zip(known, paths)
         ]
         return replace(first, elsewhere=tuple(elsewhere)) if elsewhere else first

@@ -34,6 +34,17 @@ def without_wrappers(name: str) -> str:
     return ".".join([*(part for part in modules if part not in _torch.WRAPPERS), leaf])
 
 
+def name_of_its_own(name: str) -> str | None:
+    """Return what tells a parametrization's several parameters apart, if they are.
+
+    One that made one parameter of one calls it ``original``, without a number.
+    """
+    plain = without_wrappers(name)
+    *_, above, _, leaf = ("", "", *plain.split("."))
+    numbered = above == "parametrizations" and leaf.removeprefix("original").isdigit()
+    return plain if numbered else None
+
+
 class Node:
     """A module at one place of a tree, remembered without keeping it alive.
 
@@ -70,12 +81,14 @@ class Place:
         key: Under which name.
         name: Its canonical dotted name.
         leaf: Last part of that.
+        own_name: What tells it from others with the same canonical name, if need be.
     """
 
     node: Node
     key: str
     name: str
     leaf: str
+    own_name: str | None = None
 
     def path(self, param: Tensor) -> Path | None:
         """Return the modules from the root to the owner if ``param`` stands here.
@@ -102,7 +115,8 @@ def places(root: nn.Module) -> list[tuple[Tensor, Place]]:
     def walk(module: nn.Module, node: Node, prefix: str, inside: Path) -> None:
         for key, param in _torch.own_parameters(module):
             name = canonical_name(prefix + key)
-            found.append((param, Place(node, key, name, name.rpartition(".")[2])))
+            own = name_of_its_own(prefix + key) if key.startswith("original") else None
+            found.append((param, Place(node, key, name, name.rpartition(".")[2], own)))
         for key, child in _torch.children_of(module):
             if child not in inside:  # one that contains itself has endless aliases
                 below = Node(child, node, key)

@@ -20,7 +20,8 @@ from selective_optim._loading import (
     warn_of_changes,
 )
 from selective_optim.decay import Decay
-from selective_optim.policies import Policy
+from selective_optim.factories import given
+from selective_optim.policies import Policy, WdPolicy
 from selective_optim.report import DecayReport, make_report
 from selective_optim.step.cells import Member, free_choice
 from selective_optim.step.kernel import Kernel, Scaling, States
@@ -48,7 +49,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         self, params: Any, wd_policy: object, model: Model, kernel: Kernel
     ) -> Iterator[Any]:
         """Give torch's constructor what it takes, then decide for all groups."""
-        self._decider = Decider(wd_policy, model)
+        around = given(model, wd_policy)
+        self._decider = Decider(around.wd_policy, around.model)
         self._stepper = Stepper(kernel)
         self._decider.begin()
         yield self._decider.index.learn(params)
@@ -173,7 +175,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         return self._decider.policy
 
     @wd_policy.setter
-    def wd_policy(self, wd_policy: Any) -> None:
+    def wd_policy(self, wd_policy: WdPolicy) -> None:
         self._decider.assign(wd_policy, self.param_groups)
         self._stepper.forget()
 
@@ -218,11 +220,12 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             ValueError: It does not fit this optimizer; then nothing is loaded.
 
         Warns:
-            UserWarning: It records other decisions than this policy's, or stops all
-                decay.
+            UserWarning: It records other decisions than this policy's, or takes the
+                decay from parameters that the policy decays.
         """
         require_dict(state_dict)
         decided = self._decider.readable(self.param_groups, self.defaults)
+        before = [group["weight_decay"] for group in self.param_groups]
         saved: list[Any] = []
 
         def adapt(optimizer: Any, adapted: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +240,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         finally:
             handle.remove()
         warn_of_changes(
-            decided, self.param_groups, saved[0], self._record(), stacklevel=3
+            decided, before, self.param_groups, saved[0], self._record(), stacklevel=3
         )
 
     def _left_open(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+NUMBERS = ("lr", "weight_decay", "momentum", "dampening", "eps", "betas")
 WIDTH = 60  # a dict of modules prints as pages
 
 
@@ -28,6 +29,31 @@ def brief(value: object) -> str:
         return f"a {type(value).__name__}"
     text = " ".join(repr(value).split())
     return text if len(text) <= WIDTH else f"{text[:WIDTH]}..."
+
+
+def require_numbers(group: Mapping[str, object], where: str = "") -> None:
+    """Check that hyperparameters are no texts, as YAML makes of ``1e-3``.
+
+    Raises:
+        TypeError: One is.
+    """
+    for name, value in group.items():
+        values = value if name == "betas" and isinstance(value, tuple) else (value,)
+        for each in values if name in NUMBERS else ():
+            if isinstance(each, str):
+                raise TypeError(
+                    f"`{name}`{where} must be a number, not {received(each)}. "
+                    f"{_as_number(name, each)}"
+                )
+
+
+def _as_number(name: str, text: str) -> str:
+    try:
+        value = float(text)
+    except ValueError:
+        return f"Pass for example {name}=0.01."
+    shown = f"{name}={value:g}" if name != "betas" else f"{value:g}"
+    return f"Pass {shown}; YAML reads a number with e and without a dot as a text."
 
 
 def received(value: object) -> str:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from selective_optim._optimizer import Model, SelectiveOptimizer
+from selective_optim._text import require_numbers
+from selective_optim.policies import WdPolicy
 from selective_optim.step.adam_kernel import AdamKernel
 
 
@@ -22,10 +24,28 @@ class Adam(SelectiveOptimizer, torch.optim.Adam):
     Args:
         params: As for torch; also a module or a sequence of modules. A group may
             carry its own ``"wd_policy"``.
-        wd_policy: Who decays: a name, mapping, callable or policy; ``None`` is all.
-        model: The module, or modules, that the parameters live in.
+        lr: Learning rate, >= 0; a number or a tensor of one element.
+        betas: Decay rates of the running averages of gradient and squared gradient.
+        eps: Added to the denominator.
+        weight_decay: Decay of what the policy decays in full, >= 0.
+        amsgrad: Divide by the largest running average of the squared gradient so far.
+        foreach: Step lists of tensors at a time. With ``fused`` it chooses the
+            implementation; by default that is the fastest which is right for all.
+        maximize: Follow the gradient uphill.
+        capturable: Keep step counters on the device, for CUDA graphs.
+        differentiable: Let autograd run through ``step()``.
+        fused: Step in one kernel for many tensors; with a ``GradScaler`` an explicit
+            ``True`` takes its scale itself.
+        decoupled_weight_decay: Decay parameters directly where the policy states no
+            form (AdamW), instead of adding ``wd * param`` to the gradient.
+        wd_policy: Who decays: a name, a text, a mapping from selectors to multipliers,
+            a callable or a policy of ``selective_optim.policies``. Multipliers are
+            factors on ``weight_decay``: 0 exempts. ``None`` decays everything.
+        model: The module, or modules, that the parameters live in; needed only where
+            ``params`` does not lead to them, as a list of tensors does not.
 
     Raises:
+        TypeError: A hyperparameter is a text, or ``wd_policy`` no policy.
         ValueError: The policy needs what is not known, or a glob matches nothing.
 
     Example:
@@ -53,9 +73,11 @@ class Adam(SelectiveOptimizer, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        wd_policy: Any = None,
+        wd_policy: WdPolicy = None,
         model: Model = None,
     ) -> None:
+        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        require_numbers(numbers)
         with self._deciding(params, wd_policy, model, AdamKernel()) as known_params:
             super().__init__(
                 known_params,

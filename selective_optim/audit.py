@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,18 +15,21 @@ from selective_optim import policies
 from selective_optim._model_index import ModelIndex
 from selective_optim._text import aligned, shape_text
 from selective_optim.parameters import ParameterInfo
-from selective_optim.policies import Policy, is_bias, is_norm, is_vector
+from selective_optim.policies import Policy
 from selective_optim.policies.decide import decide_alone
+from selective_optim.policies.selectors import kind_of
 from selective_optim.report import DecayReport, make_row
 
-# The first that matches names the mistake: a norm's bias counts as a norm.
-SUSPECTS = {"norm": is_norm, "bias": is_bias, "vector": is_vector}
 HEADINGS = {
     "norm": "norms that decay",
     "bias": "biases that decay",
     "vector": "tensors of fewer than two dimensions that decay",
+    "marked": "decay, and the model's author marked them as exempt",
     "tied": "tied parameters with two verdicts",
 }
+HINT = "worth a look: decay, and are neither weights of layers, norms nor biases"
+# What the weights of a layer are called: weight, in_proj_weight, gate_up_proj.
+WEIGHT_LEAF = re.compile(r"weight|kernel|proj")
 SHOWN = 10  # lines of each heading that print; all of them are in `findings`
 
 
@@ -34,14 +38,15 @@ class Finding:
     """Something that looks wrong under a policy.
 
     Args:
-        kind: ``"norm"``, ``"bias"``, ``"vector"`` or ``"tied"``.
+        kind: ``"norm"``, ``"bias"``, ``"vector"``, ``"marked"`` or ``"tied"``; of a
+            hint ``"other"``.
         name: Canonical name of the parameter.
         shape: Its shape.
         reason: What made the policy decide so; for ``"tied"``, at each place.
     """
 
     kind: str
-    name: str
+    name: str | None
     shape: torch.Size
     reason: str
 
@@ -73,7 +78,12 @@ def model_report(
     infos = ModelIndex(model).everyone()
     decided = decide_alone(policies.as_policy(wd_policy), [model], infos)
     group = {"lr": math.nan, "weight_decay": weight_decay}
-    return DecayReport(tuple(make_row(0, group, d, d.decay.form) for d in decided))
+    return DecayReport(
+        tuple(
+            make_row(0, group, d, d.decay.form, info.parameter)
+            for d, info in zip(decided, infos)
+        )
+    )
 
 
 def find_mistakes(
@@ -81,6 +91,7 @@ def find_mistakes(
 ) -> list[Finding]:
     """List what looks wrong: norms, biases and vectors that decay, split verdicts.
 
+    So does what the model's author marked as exempt, as ``policies.marked`` reads it.
     A split verdict is that of a tied parameter whose places, each taken alone, the
     policy would treat differently. Frozen parameters never decay and are left out.
 
@@ -94,22 +105,56 @@ def find_mistakes(
     infos = ModelIndex(model).everyone()
     policy = policies.as_policy(wd_policy)
     decide_alone(policy, [model], infos)
-    policy = policy.bind([model])
+    policy, author = policy.bind([model]), policies.marked().bind([model])
     trained = [info for info in infos if info.parameter.requires_grad]
-    return [finding for info in trained for finding in _mistakes(policy, info)]
+    return [finding for info in trained for finding in _mistakes(policy, author, info)]
 
 
-def _mistakes(policy: Policy, info: ParameterInfo) -> Iterator[Finding]:
-    verdict, where = policy.decide(info), (info.name or "", info.parameter.shape)
-    kinds = (kind for kind, selector in SUSPECTS.items() if selector.matches(info))
-    if verdict.decay.multiplier and (kind := next(kinds, None)):
-        yield Finding(kind, *where, verdict.reason)
+def _mistakes(policy: Policy, author: Policy, info: ParameterInfo) -> Iterator[Finding]:
+    verdict, where = policy.decide(info), (info.telling_name, info.parameter.shape)
+    marked = author.decide(info)
+    if verdict.decay.multiplier:
+        if (kind := kind_of(info)) in HEADINGS:
+            yield Finding(kind, *where, verdict.reason)
+        elif not marked.decay.multiplier:
+            yield Finding("marked", *where, marked.reason)
     alone = [replace(p, names=(p.name or "",), elsewhere=()) for p in info.places]
     verdicts = [policy.decide(place) for place in alone]
     if len({verdict.decay for verdict in verdicts}) > 1:
         told = (f"{p.name}: {v.decay.multiplier:g} ({v.reason})"
                 for p, v in zip(alone, verdicts))  # fmt: skip
         yield Finding("tied", *where, "; ".join(told))
+
+
+def find_hints(model: nn.Module, wd_policy: object = "no_bias_norm") -> list[Finding]:
+    """List what decays and is no weight of a layer: tokens, layer scales, gates.
+
+    Few of them are mistakes, but recipes differ on them. What
+    :func:`find_mistakes` lists is left out.
+
+    Args:
+        model: Module to look at.
+        wd_policy: As for the optimizers.
+
+    Raises:
+        ValueError: The policy is not known, or a glob matches nothing.
+    """
+    mistakes = {finding.name for finding in find_mistakes(model, wd_policy)}
+    policy = policies.as_policy(wd_policy).bind([model])
+    return [
+        Finding("other", info.telling_name, info.parameter.shape, verdict.reason)
+        for info in ModelIndex(model).everyone()
+        if info.parameter.requires_grad
+        and info.telling_name not in mistakes
+        and (verdict := policy.decide(info)).decay.multiplier
+        and _is_other(info)
+    ]
+
+
+def _is_other(info: ParameterInfo) -> bool:
+    """Tell whether a parameter is called like no weight, or is a vector in disguise."""
+    long_sides = [size for size in info.parameter.shape if size > 1]
+    return len(long_sides) < 2 or not WEIGHT_LEAF.search(info.leaf or "")
 
 
 @dataclass(frozen=True)
@@ -123,6 +168,7 @@ class Audit:
         findings: What looks wrong.
         against: The other policy, as it was given; ``None`` if there is none.
         difference: Where the two disagree, as of ``policies.diff``.
+        hints: What decays and is no weight of a layer, as a rule rightly.
     """
 
     model: str
@@ -131,15 +177,24 @@ class Audit:
     findings: tuple[Finding, ...]
     against: str | None = None
     difference: Any = None
+    hints: tuple[Finding, ...] = ()
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing looks wrong, and the other policy decides the same."""
+        return not self.findings and not self._disagreements()
 
     def __str__(self) -> str:
         title = f"{self.policy} on {self.model}, per unit of weight_decay"
         parts = [f"{title}\n{self.report}"]
         if self.against is not None:
             parts.append(f"against {self.against}\n{self.difference}")
-        parts += [_listing(kind, self.findings) for kind in HEADINGS]
+        for kind, heading in HEADINGS.items():
+            mine = [finding for finding in self.findings if finding.kind == kind]
+            parts.append(_listing(f"looks wrong: {heading}", mine))
         if not self.findings:
             parts.append("looks wrong: nothing")
+        parts.append(_listing(HINT, self.hints))
         return "\n\n".join(filter(None, parts))
 
     def as_dict(self) -> dict[str, Any]:
@@ -150,6 +205,7 @@ class Audit:
                 "shape": list(row.shape),
                 "numel": row.numel,
                 "multiplier": row.weight_decay,
+                "requires_grad": row.requires_grad,
                 "form": row.form,
                 "reason": row.reason,
             }
@@ -159,30 +215,30 @@ class Audit:
             "model": self.model,
             "policy": self.policy,
             "rows": rows,
-            "decayed": self._totals(decayed=True),
-            "exempt": self._totals(decayed=False),
+            **{fate: self._totals(fate) for fate in ("decayed", "exempt", "frozen")},
             "against": self.against,
             "disagreements": [_plain(row) for row in self._disagreements()],
             "findings": [_plain(finding) for finding in self.findings],
+            "hints": [_plain(finding) for finding in self.hints],
         }
 
-    def _totals(self, decayed: bool) -> dict[str, int]:
-        rows = [r for r in self.report.rows if bool(r.weight_decay) == decayed]
+    def _totals(self, fate: str) -> dict[str, int]:
+        rows = [row for row in self.report.rows if row.fate == fate]
         return {"tensors": len(rows), "elements": sum(row.numel for row in rows)}
 
     def _disagreements(self) -> Sequence[Any]:
         return () if self.against is None else self.difference.rows
 
 
-def _listing(kind: str, findings: Sequence[Finding]) -> str:
-    mine = [finding for finding in findings if finding.kind == kind]
-    if not mine:
+def _listing(heading: str, findings: Sequence[Finding]) -> str:
+    if not findings:
         return ""
-    cells = [(f.name, shape_text(f.shape), f.reason) for f in mine[:SHOWN]]
-    lines = [f"looks wrong: {HEADINGS[kind]}, {len(mine):,}"]
+    shown = findings[:SHOWN]
+    cells = [(str(f.name), shape_text(f.shape), f.reason) for f in shown]
+    lines = [f"{heading}, {len(findings):,}"]
     lines += [f"  {line}" for line in aligned(cells)]
-    if len(mine) > SHOWN:
-        lines.append(f"  and {len(mine) - SHOWN:,} more")
+    if len(findings) > SHOWN:
+        lines.append(f"  and {len(findings) - SHOWN:,} more")
     return "\n".join(lines)
 
 
@@ -218,6 +274,7 @@ def audit(
         findings=tuple(find_mistakes(model, wd_policy)),
         against=None if against is None else _as_given(against),
         difference=difference,
+        hints=tuple(find_hints(model, wd_policy)),
     )
 
 

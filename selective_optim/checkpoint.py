@@ -5,6 +5,11 @@ group of exempt parameters does not fit an optimizer with one group. Here names 
 which state belongs to which parameter: state dicts go in, and new ones come out
 that share the tensors. The form of ``torch.distributed.checkpoint.state_dict``
 (not flattened), which lists parameters by name, is taken too and kept.
+
+A flattened one keeps one ``weight_decay`` per parameter, that of its group. Loaded
+into other groups, torch takes for each group that of one of its parameters: one of
+this library gives torch's hand-split exempt group the full decay. Set
+``group["weight_decay"] = 0.0`` there after loading, or convert the plain form.
 """
 
 from __future__ import annotations

@@ -103,6 +103,8 @@ class Decision(NamedTuple):
         shape: Original shape; the present one where that is lost.
         kinds: Class of the module that holds it, and that class's bases; empty
             where no module is known.
+        own_name: The name that tells it from others that share ``name``: what a
+            parametrization made several of, as weight norm; else ``None``.
     """
 
     decay: Decay
@@ -110,9 +112,14 @@ class Decision(NamedTuple):
     name: str | None
     shape: torch.Size
     kinds: tuple[str, ...]
+    own_name: str | None = None
+
+    @property
+    def telling_name(self) -> str | None:
+        """The name by which reports tell it from every other parameter."""
+        return self.own_name or self.name
 
     def label(self, group: int, position: int) -> str:
         """Name the parameter as a message should: by name if known, else by place."""
-        return (
-            repr(self.name) if self.name else f"parameter {position} of group {group}"
-        )
+        name = self.telling_name
+        return repr(name) if name else f"parameter {position} of group {group}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._module_tree import canonical_name
+from selective_optim._module_tree import canonical_name, name_of_its_own
 from selective_optim._text import received, shape_of
 
 
@@ -31,6 +31,9 @@ class ParameterInfo:
         ndim: Length of ``shape``.
         group: Index of the parameter group.
         elsewhere: The other places of a tied parameter.
+        own_name: Dotted name of its own where a parametrization made several
+            parameters of one, which all keep the ``name`` that one had: weight norm's
+            gain is ``"0.parametrizations.weight.original0"``. Else ``None``.
     """
 
     name: str | None
@@ -43,6 +46,12 @@ class ParameterInfo:
     ndim: int | None
     group: int = 0
     elsewhere: tuple[ParameterInfo, ...] = field(default=(), repr=False)
+    own_name: str | None = None
+
+    @property
+    def telling_name(self) -> str | None:
+        """The name by which reports tell it from every other parameter."""
+        return self.own_name or self.name
 
     @property
     def places(self) -> tuple[ParameterInfo, ...]:
@@ -51,7 +60,7 @@ class ParameterInfo:
 
     def describe(self, position: int) -> str:
         """Name the parameter as a message should: by name if known, else by place."""
-        name = repr(self.name) if self.name else f"parameter {position}"
+        name = repr(self.telling_name) if self.name else f"parameter {position}"
         group = "" if self.name else f" of group {self.group}"
         return f"{name}{group} ({shape_of(self.parameter)})"
 
@@ -77,6 +86,7 @@ def owner_kinds(info: ParameterInfo) -> tuple[str, ...]:
 
 def named_info(param: Tensor, name: str | None, group: int) -> ParameterInfo:
     """Describe a parameter of which at most a name is known."""
+    own_name = name and name_of_its_own(name)
     name = canonical_name(name) if name else None
     shape = original_shape(param)
     return ParameterInfo(
@@ -89,6 +99,7 @@ def named_info(param: Tensor, name: str | None, group: int) -> ParameterInfo:
         shape=shape,
         ndim=None if shape is None else len(shape),
         group=group,
+        own_name=own_name,
     )
 
 

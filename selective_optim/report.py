@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,14 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
+from selective_optim import _torch
 from selective_optim._text import aligned
 from selective_optim.decay import Decision, Form
 
-HEADERS = ("group", "reason", "decay", "form", "tensors", "elements")
-NUMBERS = (0, 2, 4, 5)  # columns that stand to the right
+NUMBERS = ("group", "lr", "decay", "timescale", "tensors", "elements")
 MANY_GROUPS = 8  # more are summed up together: a group per layer would fill pages
 FEW_RUNS = 3  # group numbers are spelled out up to so many ranges
+MANY_BARS = 16  # the rest of the kinds is one bar
+COLORS = {"decayed": "C0", "exempt": "C1", "frozen": "0.8"}
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,20 @@ class Row:
 
     Args:
         group: Index of its parameter group.
-        name: Canonical name, or ``None`` where no name is known.
+        name: Canonical name, or ``None`` where no name is known. What a
+            parametrization made several of, as weight norm its gain and direction,
+            bear their own names: ``"0.parametrizations.weight.original0"``.
         shape: Original shape.
         numel: Number of elements.
         lr: Learning rate of the group now; NaN where there is no optimizer.
-        weight_decay: Effective decay, ``group["weight_decay"] * multiplier``.
-        form: ``"l2"`` or ``"decoupled"``; ``None`` where the optimizer will decide.
-        reason: The selector that decided.
+        weight_decay: Effective decay, ``group["weight_decay"] * multiplier``, of a
+            frozen parameter what it would be.
+        form: ``"l2"`` or ``"decoupled"``; ``None`` where the optimizer will decide,
+            or does not say.
+        reason: The selector that decided; for an optimizer without a policy, what
+            the parameter is.
+        requires_grad: Whether it trains; a frozen parameter does not decay.
+        owner: Class name of the module that holds it; empty where none is known.
     """
 
     group: int
@@ -44,66 +55,104 @@ class Row:
     weight_decay: float
     form: Form | None
     reason: str
+    requires_grad: bool = True
+    owner: str = ""
+
+    @property
+    def fate(self) -> str:
+        """What becomes of the parameter: ``decayed``, ``exempt`` or ``frozen``."""
+        if not self.requires_grad:
+            return "frozen"
+        return "decayed" if self.weight_decay else "exempt"
 
     @property
     def effect(self) -> str:
-        """The form in which the parameter decays, or that it is exempt."""
-        return (self.form or "default") if self.weight_decay else "exempt"
+        """The form in which the parameter decays, or that it does not."""
+        return (self.form or "default") if self.fate == "decayed" else self.fate
 
     @property
-    def module(self) -> str:
-        """Top-level module of the parameter; its group where no name is known."""
-        return self.name.partition(".")[0] if self.name else f"group {self.group}"
+    def timescale(self) -> float | None:
+        """Steps in which decoupled decay alone shrinks to 1/e: ``1 / (lr * wd)``."""
+        if self.effect != "decoupled" or not self.lr > 0:
+            return None
+        return 1 / (self.lr * self.weight_decay)
+
+    @property
+    def kind(self) -> str:
+        """What it is, as ``Linear.weight``; the reason where that is not known."""
+        leaf = self.name.rpartition(".")[2] if self.name else ""
+        return f"{self.owner}.{leaf}" if self.owner and leaf else self.reason
 
 
 @dataclass(frozen=True)
 class DecayReport:
     """One record per parameter in ``rows``; prints as a table by group and reason.
 
+    The rate is that of the group now. The timescale, ``1 / (lr * decay)``, is the
+    number of steps over which decoupled decay forgets: after it 37 % of a weight
+    are left that no gradient renews. Frozen parameters are counted apart.
+
+    Args:
+        rows: The records.
+        remark: What looks wrong, in one line; printed at the end.
+
     Example:
         >>> from selective_optim import AdamW
         >>> model = torch.nn.Linear(3, 2)
         >>> print(AdamW(model, weight_decay=0.1, wd_policy="no_bias").decay_report())
-        group  reason           decay  form       tensors  elements
-            0  no match           0.1  decoupled        1         6
-            0  exclude is_bias      0  exempt           1         2
+        group  reason              lr  decay  form          timescale  tensors  elements
+            0  no match         0.001    0.1  decoupled  10,000 steps        1         6
+            0  exclude is_bias  0.001      0  exempt                         1         2
         decayed: 1 tensor, 6 elements; exempt: 1 tensor, 2 elements
     """
 
     rows: tuple[Row, ...]
+    remark: str = ""
 
     def table(self) -> list[tuple[str, ...]]:
         """Sum the rows up by group, reason, decay and form, in the order of the groups.
 
-        Beyond eight groups, those that share reason and form are one line, with the
-        range of their decay.
+        The first line are the headers. Beyond eight groups, those that share reason
+        and form are one line, with the range of their rates and decays. Columns in
+        which nothing is known are left out.
         """
         many = len({row.group for row in self.rows}) > MANY_GROUPS
-        lines: dict[tuple[Any, ...], list[Row]] = {}
+        sums: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
             group = () if many else (row.group, row.weight_decay)
-            lines.setdefault((row.reason, row.effect, *group), []).append(row)
-        return [_line(rows) for rows in lines.values()]
+            sums.setdefault((row.reason, row.effect, *group), []).append(row)
+        lines = [_line(rows) for rows in sums.values()]
+        known = [key for key in _line(self.rows) if any(line[key] for line in lines)]
+        return [tuple(known), *(tuple(line[key] for key in known) for line in lines)]
 
     def summary(self) -> str:
         """Say in one line how much decays."""
-        decayed = [row for row in self.rows if row.weight_decay]
-        exempt = [row for row in self.rows if not row.weight_decay]
-        return f"decayed: {_amount(decayed)}; exempt: {_amount(exempt)}"
+        parts = {fate: [r for r in self.rows if r.fate == fate] for fate in COLORS}
+        told = [f"{fate}: {_amount(parts[fate])}" for fate in ("decayed", "exempt")]
+        if parts["frozen"]:
+            told.append(f"frozen: {_amount(parts['frozen'])}")
+        return "; ".join(told)
 
     def __str__(self) -> str:
-        return "\n".join([*aligned([HEADERS, *self.table()], NUMBERS), self.summary()])
+        table = self.table() if self.rows else []
+        right = [i for i, key in enumerate(table[0]) if key in NUMBERS] if table else []
+        lines = aligned(table, right) if table else []
+        return "\n".join(filter(None, [*lines, self.summary(), self.remark]))
 
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""
-        head = _html_row("th", HEADERS)
-        body = "\n".join(_html_row("td", line) for line in self.table())
-        caption = f"<caption>{escape(self.summary())}</caption>"
-        parts = f"{caption}\n<thead>\n{head}\n</thead>\n<tbody>\n{body}\n</tbody>"
-        return f"<table>\n{parts}\n</table>"
+        headers, *lines = self.table() if self.rows else [()]
+        head = _html_row("th", headers, headers)
+        body = "\n".join(_html_row("td", headers, line) for line in lines)
+        told = "; ".join(filter(None, [self.summary(), self.remark]))
+        parts = f"<thead>\n{head}\n</thead>\n<tbody>\n{body}\n</tbody>"
+        return f"<table>\n<caption>{escape(told)}</caption>\n{parts}\n</table>"
 
     def plot(self, ax: Any = None) -> Any:
-        """Draw how many elements decay and how many are exempt, by top-level module.
+        """Draw the share of each kind of parameter that decays, counts beside it.
+
+        A kind is the class of the module that holds the parameter and the name there,
+        as ``Linear.weight``; where no module is known, the reason.
 
         Args:
             ax: Axes of matplotlib to draw into; ``None`` makes a figure.
@@ -114,30 +163,52 @@ class DecayReport:
         Raises:
             ImportError: ``ax`` is ``None`` and matplotlib is missing.
         """
-        modules = list(dict.fromkeys(row.module for row in self.rows))
-        ax = _new_axes(len(modules)) if ax is None else ax
-        for offset, color, kind in ((-0.2, "C0", "decayed"), (0.2, "C1", "exempt")):
-            counts = dict.fromkeys(modules, 0)
-            for row in self.rows:
-                if (row.weight_decay == 0) == (kind == "exempt"):
-                    counts[row.module] += row.numel
-            places = [place + offset for place in range(len(modules))]
-            ax.barh(places, list(counts.values()), height=0.4, color=color, label=kind)
-        ax.set_yticks(range(len(modules)), modules)
+        kinds = _by_kind(self.rows)
+        ax = _new_axes(len(kinds)) if ax is None else ax
+        left = [0.0] * len(kinds)
+        for fate in dict.fromkeys(row.fate for row in _in_order(self.rows)):
+            shares = [_share(rows, fate) for rows in kinds.values()]
+            color = COLORS[fate]
+            ax.barh(range(len(kinds)), shares, 0.7, left, color=color, label=fate)
+            left = [a + b for a, b in zip(left, shares)]
+        for place, rows in enumerate(kinds.values()):
+            ax.text(102, place, _amount(rows), va="center", fontsize="small")
+        ax.set_yticks(range(len(kinds)), list(kinds))
         ax.invert_yaxis()
-        # What is exempt is a thousandth of the elements: on a linear axis, nothing.
-        ax.set_xscale("log")
-        ax.set_xlim(left=0.5)
-        ax.set_xlabel("parameters (elements, log scale)")
-        named = any(row.name for row in self.rows)
-        ax.set_ylabel("top-level module" if named else "parameter group")
-        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+        ax.set_xlim(0, 100)
+        ax.set_xlabel("share of the elements of a kind (%)")
+        ax.set_title(self.summary().replace("; ", "\n"), loc="left", fontsize="medium")
+        ax.spines[["top", "right"]].set_visible(False)
+        anchor = {"loc": "upper left", "bbox_to_anchor": (0, -0.5 / (len(kinds) + 1))}
+        ax.legend(**anchor, borderaxespad=2, ncols=3, frameon=False)
         return ax
 
 
-def amount(count: int, noun: str) -> str:
+def _in_order(rows: Sequence[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: list(COLORS).index(row.fate))
+
+
+def _by_kind(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Collect rows by kind, the largest first, and the smallest under one name."""
+    kinds: dict[str, list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(row.kind, []).append(row)
+    ordered = sorted(kinds.items(), key=lambda item: -sum(r.numel for r in item[1]))
+    if len(ordered) <= MANY_BARS:
+        return dict(ordered)
+    rest = [row for _, own in ordered[MANY_BARS - 1 :] for row in own]
+    count = len(ordered) - MANY_BARS + 1
+    return {**dict(ordered[: MANY_BARS - 1]), f"{count} other kinds": rest}
+
+
+def _share(rows: Sequence[Row], fate: str) -> float:
+    total = sum(row.numel for row in rows)
+    return 100 * sum(r.numel for r in rows if r.fate == fate) / total if total else 0.0
+
+
+def amount(count: int, noun: str, plural: str | None = None) -> str:
     """Count a noun: ``1 tensor``, ``1,000 tensors``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def _amount(rows: Sequence[Row]) -> str:
@@ -145,15 +216,18 @@ def _amount(rows: Sequence[Row]) -> str:
     return f"{amount(len(rows), 'tensor')}, {amount(elements, 'element')}"
 
 
-def _line(rows: Sequence[Row]) -> tuple[str, ...]:
-    return (
-        _runs(sorted({row.group for row in rows})),
-        rows[0].reason,
-        _span([row.weight_decay for row in rows]),
-        rows[0].effect,
-        f"{len(rows):,}",
-        f"{sum(row.numel for row in rows):,}",
-    )
+def _line(rows: Sequence[Row]) -> dict[str, str]:
+    frozen = rows[0].effect == "frozen"
+    return {
+        "group": _runs(sorted({row.group for row in rows})),
+        "reason": rows[0].reason,
+        "lr": _span([row.lr for row in rows if not math.isnan(row.lr)]),
+        "decay": "-" if frozen else _span([row.weight_decay for row in rows]),
+        "form": rows[0].effect,
+        "timescale": _steps([row.timescale for row in rows]),
+        "tensors": f"{len(rows):,}",
+        "elements": f"{sum(row.numel for row in rows):,}",
+    }
 
 
 def _runs(groups: Sequence[int]) -> str:
@@ -168,12 +242,22 @@ def _runs(groups: Sequence[int]) -> str:
 
 
 def _span(values: Sequence[float]) -> str:
+    if not values:
+        return ""
     low, high = f"{min(values):g}", f"{max(values):g}"
     return low if low == high else f"{low} to {high}"
 
 
-def _html_row(tag: str, cells: Sequence[str]) -> str:
-    sides = ("right" if i in NUMBERS else "left" for i in range(len(cells)))
+def _steps(timescales: Sequence[float | None]) -> str:
+    known = [value for value in timescales if value is not None]
+    if not known:
+        return ""
+    low, high = f"{min(known):,.0f}", f"{max(known):,.0f}"
+    return f"{low} steps" if low == high else f"{low} to {high} steps"
+
+
+def _html_row(tag: str, headers: Sequence[str], cells: Sequence[str]) -> str:
+    sides = ("right" if key in NUMBERS else "left" for key in headers)
     styled = (
         f'<{tag} style="text-align: {side}">{escape(cell)}</{tag}>'
         for side, cell in zip(sides, cells)
@@ -181,7 +265,7 @@ def _html_row(tag: str, cells: Sequence[str]) -> str:
     return f"<tr>{''.join(styled)}</tr>"
 
 
-def _new_axes(modules: int) -> Any:
+def _new_axes(bars: int) -> Any:
     try:
         pyplot = import_module("matplotlib.pyplot")
     except ImportError as error:
@@ -189,7 +273,7 @@ def _new_axes(modules: int) -> Any:
             "`plot` draws with matplotlib, which is not installed. "
             "Type pip install matplotlib, or pass axes of your own as ax."
         ) from error
-    _, ax = pyplot.subplots(figsize=(7, 1.2 + 0.4 * modules), layout="constrained")
+    _, ax = pyplot.subplots(figsize=(8, 1.8 + 0.35 * bars), layout="constrained")
     return ax
 
 
@@ -198,19 +282,32 @@ def _number(value: float | Tensor) -> float:
 
 
 def make_row(
-    index: int, group: dict[str, Any], decision: Decision, form: Form | None
+    index: int,
+    group: dict[str, Any],
+    decision: Decision,
+    form: Form | None,
+    param: Tensor,
 ) -> Row:
-    """Join one decision with what its group says now."""
+    """Join one decision with what its group and the parameter say now."""
+    shape = _shape(decision.shape, param)
     return Row(
         group=index,
-        name=decision.name,
-        shape=decision.shape,
-        numel=decision.shape.numel(),
+        name=decision.telling_name,
+        shape=shape,
+        numel=shape.numel(),
         lr=_number(group["lr"]),
         weight_decay=_number(group["weight_decay"]) * decision.decay.multiplier,
         form=form,
         reason=decision.reason,
+        requires_grad=param.requires_grad,
+        owner=decision.kinds[0].rpartition(".")[2] if decision.kinds else "",
     )
+
+
+def _shape(decided: torch.Size, param: Tensor) -> torch.Size:
+    """Return the shape that was decided on, or that of a lazy parameter since then."""
+    had_none = decided == (0,) and not is_lazy(param)
+    return param.shape if had_none and not _torch.is_flattened(param) else decided
 
 
 def make_report(
@@ -226,10 +323,11 @@ def make_report(
                 group,
                 decision,
                 "decoupled" if decoupled(group, decision.decay.form) else "l2",
+                param,
             )
             for index, (group, decisions) in enumerate(
                 zip(param_groups, decided, strict=True)
             )
-            for decision in decisions
+            for param, decision in zip(group["params"], decisions)
         )
     )

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from selective_optim._optimizer import Model, SelectiveOptimizer
+from selective_optim._text import require_numbers
+from selective_optim.policies import WdPolicy
 from selective_optim.step.sgd_kernel import SGDKernel
 
 
@@ -22,12 +24,27 @@ class SGD(SelectiveOptimizer, torch.optim.SGD):
     Args:
         params: As for torch; also a module or a sequence of modules. A group may
             carry its own ``"wd_policy"``.
+        lr: Learning rate, >= 0; a number or a tensor of one element.
+        momentum: Factor of the running sum of gradients; 0 keeps none.
+        dampening: ``1 - dampening`` is the factor of a gradient in that sum.
+        weight_decay: Decay of what the policy decays in full, >= 0.
+        nesterov: Step with the sum as it will be; needs momentum and no dampening.
+        foreach: Step lists of tensors at a time. With ``fused`` it chooses the
+            implementation; by default that is the fastest which is right for all.
+        maximize: Follow the gradient uphill.
+        differentiable: Let autograd run through ``step()``.
+        fused: Step in one kernel for many tensors; with a ``GradScaler`` an explicit
+            ``True`` takes its scale itself.
         decoupled_weight_decay: Decay parameters directly where the policy states no
             form (SGDW), instead of adding ``wd * param`` to the gradient.
-        wd_policy: Who decays: a name, mapping, callable or policy; ``None`` is all.
-        model: The module, or modules, that the parameters live in.
+        wd_policy: Who decays: a name, a text, a mapping from selectors to multipliers,
+            a callable or a policy of ``selective_optim.policies``. Multipliers are
+            factors on ``weight_decay``: 0 exempts. ``None`` decays everything.
+        model: The module, or modules, that the parameters live in; needed only where
+            ``params`` does not lead to them, as a list of tensors does not.
 
     Raises:
+        TypeError: A hyperparameter is a text, or ``wd_policy`` no policy.
         ValueError: The policy needs what is not known, or a glob matches nothing.
 
     Example:
@@ -54,9 +71,11 @@ class SGD(SelectiveOptimizer, torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        wd_policy: Any = None,
+        wd_policy: WdPolicy = None,
         model: Model = None,
     ) -> None:
+        numbers = {"lr": lr, "momentum": momentum, "dampening": dampening}
+        require_numbers({**numbers, "weight_decay": weight_decay})
         kernel = SGDKernel(decoupled_weight_decay)
         with self._deciding(params, wd_policy, model, kernel) as known_params:
             super().__init__(

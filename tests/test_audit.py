@@ -14,8 +14,10 @@ from torch import nn
 import selective_optim
 from benchmarks.recipes_page import page
 from selective_optim import policies
-from selective_optim.__main__ import build, main
+from selective_optim.__main__ import main
+from selective_optim._target import build, read_target
 from selective_optim.audit import audit, find_mistakes, model_report
+from selective_optim.policies.named import NAMED
 
 HERE = "tests.test_audit"
 own_policy = policies.exclude("*.bias")
@@ -141,11 +143,13 @@ def test_audit_as_dict_has_the_same_content():
     )
     assert told["decayed"] == {"tensors": 3, "elements": 26}
     assert told["exempt"] == {"tensors": 2, "elements": 8}
+    assert told["frozen"] == {"tensors": 0, "elements": 0}
     assert told["rows"][1] == {
         "name": "embed.weight",
         "shape": [5, 4],
         "numel": 20,
         "multiplier": 1.0,
+        "requires_grad": True,
         "form": None,
         "reason": "no match",
     }
@@ -189,13 +193,67 @@ def test_command_takes_a_policy_of_the_users_own(capsys):
     assert "exclude('*.bias') on Tiny" in capsys.readouterr().out
 
 
-STRICT = {"findings": ("all", 1), "no findings": ("matrices", 0)}
+STRICT = {
+    "findings": (["--policy", "all"], 1),
+    "no findings": (["--policy", "matrices"], 0),
+    "disagreements": (["--policy", "matrices", "--against", "none"], 1),
+    "no disagreements": (["--policy", "matrices", "--against", "nanogpt"], 0),
+}
 
 
-@pytest.mark.parametrize(("policy", "expected"), STRICT.values(), ids=STRICT)
-def test_strict_command_exits_with_1_on_findings(policy, expected, capsys):
-    assert main(["audit", f"{HERE}:tiny", "--strict", "--policy", policy]) == expected
+@pytest.mark.parametrize(("arguments", "expected"), STRICT.values(), ids=STRICT)
+def test_strict_command_exits_with_1_on_findings_and_disagreements(
+    arguments, expected, capsys
+):
+    assert main(["audit", f"{HERE}:tiny", "--strict", *arguments]) == expected
     assert "looks wrong" in capsys.readouterr().out
+
+
+class Vision(nn.Module):
+    """What a ViT has beside layers, with what its author marked."""
+
+    def __init__(self):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 5, 8))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.gamma = nn.Parameter(torch.ones(8, 1, 1))
+        self.gates = nn.Parameter(torch.ones(2, 4))
+        self.down_proj = nn.Parameter(torch.ones(2, 4, 4))
+        self.body = nn.Linear(8, 8)
+
+    def no_weight_decay(self):
+        return {"pos_embed", "cls_token"}
+
+
+def test_audit_tells_what_the_author_marked_and_hints_at_the_rest():
+    assert str(audit(Vision(), "no_bias_norm")).split("\n\n")[1:] == [
+        "looks wrong: decay, and the model's author marked them as exempt, 2\n"
+        "  cls_token  1 x 1 x 8  Vision.no_weight_decay() lists 'cls_token'\n"
+        "  pos_embed  1 x 5 x 8  Vision.no_weight_decay() lists 'pos_embed'",
+        "worth a look: decay, and are neither weights of layers, norms nor biases, 3\n"
+        "  mask_token  1 x 1 x 8  no match\n"
+        "  gamma       8 x 1 x 1  no match\n"
+        "  gates       2 x 4      no match",
+    ]
+
+
+def test_marks_that_the_policy_honors_are_no_mistake():
+    policy = policies.marked() * policies.named("no_bias_norm")
+    told = audit(Vision(), policy).as_dict()
+    assert told["findings"] == []
+    assert [hint["name"] for hint in told["hints"]] == ["mask_token", "gamma", "gates"]
+
+
+def test_audit_counts_frozen_parameters_apart():
+    model = Tiny()
+    model.embed.requires_grad_(False)
+    told = audit(model, "no_bias_norm")
+    assert told.report.summary() == (
+        "decayed: 1 tensor, 1 element; exempt: 3 tensors, 13 elements; "
+        "frozen: 1 tensor, 20 elements"
+    )
+    assert told.as_dict()["frozen"] == {"tensors": 1, "elements": 20}
 
 
 def test_building_takes_no_memory_where_the_model_allows_it():
@@ -211,14 +269,100 @@ def test_building_falls_back_to_the_cpu_and_says_so(capsys):
     assert built.note in capsys.readouterr().err
 
 
+TARGETS = {
+    "m:f": ("m", "f", (), None),
+    "a.b:c.f": ("a.b", "c.f", (), None),
+    "a.b.f": ("a.b", "f", (), None),
+    "dir/file.py:f": ("dir/file.py", "f", (), None),
+    "m:f()": ("m", "f", (), {}),
+    "m:f(vit_base, 3, 'a, b')": ("m", "f", ("vit_base", 3, "a, b"), {}),
+    "m:f(hf_hub:timm/resnet50.a1_in1k)": (
+        "m",
+        "f",
+        ("hf_hub:timm/resnet50.a1_in1k",),
+        {},
+    ),
+    "m:f(x, n=[1, 2], flag=False, size=(3, 4))": (
+        *("m", "f", ("x",), {"n": [1, 2], "flag": False, "size": (3, 4)}),
+    ),
+    " m:f( a , b = None ) ": ("m", "f", ("a",), {"b": None}),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), TARGETS.items(), ids=TARGETS)
+def test_target_is_read(text, expected):
+    assert tuple(read_target(text)) == expected
+
+
+BUILT = {
+    "module": f"{HERE}:tiny",
+    "dotted": f"{HERE}.tiny",
+    "file": f"{Path(__file__).parent}/test_audit.py:tiny",
+    "arguments": f"{HERE}:needs_arguments(3)",
+    "keywords": f"{HERE}:needs_arguments(width=3)",
+    "class of torch": "torch.nn:Linear(3, 4, bias=False)",
+}
+
+
+@pytest.mark.parametrize("target", BUILT.values(), ids=BUILT)
+def test_command_builds_what_is_named(target, capsys):
+    assert main(["audit", target, "--policy", "no_bias"]) == 0
+    assert "decayed: " in capsys.readouterr().out
+
+
+def test_file_sees_its_neighbors(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "own_sizes.py").write_text("WIDTH = 3\n")
+    (tmp_path / "own_train.py").write_text(
+        "from torch import nn\nfrom own_sizes import WIDTH\n"
+        "def build(depth):\n    return nn.Linear(WIDTH, depth)\n"
+        "from selective_optim.policies import exclude\npolicy = exclude('bias')\n"
+    )
+    file = tmp_path / "own_train.py"
+    assert main(["audit", f"{file}:build(2)", "--policy", f"{file}:policy"]) == 0
+    assert "exclude('bias') on Linear" in capsys.readouterr().out
+
+
+def test_command_tells_its_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"selective_optim {selective_optim.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["audit", "--help"]], ids=len)
+def test_help_lists_policies_and_exit_codes(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    told = capsys.readouterr().out
+    assert all(name in told for name in NAMED)
+    assert "exclude('*.bias', is_norm) * layerwise(0.75)" in told
+    assert [
+        line for line in told.splitlines() if line.startswith(("  0", "  1", "  2"))
+    ] == [
+        "  0  the audit was printed",
+        "  1  with --strict: something looks wrong, or --against disagrees",
+        "  2  the model or a policy does not work; the reason is on stderr",
+    ]
+    assert max(map(len, told.splitlines())) <= 88
+
+
 ERRORS = {
-    "no colon": ([HERE], "is not of the form MODULE:CALLABLE"),
+    "no colon": (["tiny"], "is not of the form MODULE:CALLABLE"),
     "no module": (["no_such_module:x"], "No module named 'no_such_module'"),
     "no name": ([f"{HERE}:tinny"], "Did you mean 'tiny'?"),
     "number": ([f"{HERE}:no_policy"], "is 3.5 (float), not a callable"),
     "not a model": (["builtins:dict"], "returned {} (dict), not a module"),
     "arguments": ([f"{HERE}:needs_arguments"], "missing 1 required positional"),
-    "raises": ([f"{HERE}:broken"], "RuntimeError: no such weights. Name a callable"),
+    "raises": (
+        [f"{HERE}:broken"],
+        "RuntimeError: no such weights. Give it the arguments that it needs, or name "
+        "another callable. Write for example 'timm:create_model(vit_base_patch16_224)'",
+    ),
+    "open bracket": ([f"{HERE}:tiny("], "is not of the form MODULE:CALLABLE"),
+    "no file": (["no_such.py:tiny"], "there is no file no_such.py"),
+    "file without a name": (["no_such.py"], "is not of the form MODULE:CALLABLE"),
+    "wrong argument": ([f"{HERE}:tiny(3)"], "takes 0 positional arguments but 1 was"),
     "lazy": ([f"{HERE}:lazy"], "uninitialized parameters. Run one batch"),
     "policy": ([f"{HERE}:tiny", "--policy", "no_bais"], 'Did you mean wd_policy="no_b'),
     "against": ([f"{HERE}:tiny", "--against", "x"], "'x' is not the name of a policy"),

@@ -23,12 +23,22 @@ from selective_optim.policies import (
 )
 
 OPTIMIZERS = [SGD, Adam, AdamW]
-WAYS_OUT = 'Pass model=model or model.named_parameters(), or use wd_policy="matrices".'
+WAYS_OUT = (
+    'Pass model=model or model.named_parameters(), or use wd_policy="matrices"; where '
+    "a framework makes the optimizer, write with selective_optim.deciding_for(model): "
+    "around it."
+)
 MULTIPLIER = "Return 0 to exempt a parameter, 1 to decay it in full."
 
 
 def net():
     return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+
+
+def lora():
+    layers = {name: nn.Linear(2, 2, bias=False) for name in ("lora_A", "lora_B")}
+    head = nn.Linear(2, 2, bias=False)
+    return nn.ModuleDict({"base": nn.ModuleDict(layers), "lm_head": head})
 
 
 def bare():
@@ -258,7 +268,24 @@ CASES = {
         ["bias", "LayerNorm.weight"],
         TypeError,
         "`wd_policy` must be a name, ... not ['bias', 'LayerNorm.weight'] (list). "
-        'Write wd_policy=exclude("*bias*", "*LayerNorm.weight*").',
+        'Write wd_policy="no_bias_norm", which knows norms by their class: a word such '
+        "as 'LayerNorm.weight' misses those that a model calls otherwise.",
+    ),
+    "words beside others as policy": Case(
+        net,
+        ["bias", "ln_", "pos_embed"],
+        TypeError,
+        "`wd_policy` must be a name, ... not ['bias', 'ln_', 'pos_embed'] (list). "
+        'Write wd_policy=named("no_bias_norm") * exclude("*pos_embed*"), which knows '
+        "norms by their class: a word such as 'ln_' misses those that a model calls "
+        "otherwise.",
+    ),
+    "words without norms as policy": Case(
+        net,
+        ["bias", "pos_embed"],
+        TypeError,
+        "`wd_policy` must be a name, ... not ['bias', 'pos_embed'] (list). Write "
+        'wd_policy=exclude("*bias*", "*pos_embed*").',
     ),
     "selectors as policy": Case(
         net,
@@ -315,7 +342,7 @@ CASES = {
         ValueError,
         "`wd_policy` reads_misspelt failed for '0.weight' (shape 4 x 3): "
         "AttributeError: ParameterInfo has no attribute 'nmae'. Read one of name, "
-        "names, leaf, owner, path, parameter, shape, ndim, group, elsewhere.",
+        "names, leaf, owner, path, parameter, shape, ndim, group, elsewhere, own_name.",
     ),
     "searched as a text": Case(
         net,
@@ -331,6 +358,30 @@ CASES = {
         "'0.wieght' in `wd_policy` matches none of 4 parameters; the closest names are "
         "'0.weight', '1.weight', '...'. Correct it, or pass missing_ok=True to its "
         "policy.",
+    ),
+    "last word alone": Case(
+        net,
+        exclude("bias"),
+        ValueError,
+        "'bias' in `wd_policy` matches none of 4 parameters; the closest names are "
+        "'0.bias', '1.bias'. A glob is for whole names: write \"*.bias\", or pass "
+        "missing_ok=True to its policy.",
+    ),
+    "a part of a name in another case": Case(
+        lora,
+        exclude("*lora_a*"),
+        ValueError,
+        "'*lora_a*' in `wd_policy` matches none of 3 parameters; the closest names are "
+        "'base.lora_A.weight'. Case counts: write \"*lora_A*\", or pass "
+        "missing_ok=True to its policy.",
+    ),
+    "a misspelt part of a name": Case(
+        lora,
+        exclude("*.lroa_B.*"),
+        ValueError,
+        "'*.lroa_B.*' in `wd_policy` matches none of 3 parameters; the closest names "
+        "are 'base.lora_B.weight', 'base.lora_A.weight', 'lm_head.weight'. Correct it, "
+        "or pass missing_ok=True to its policy.",
     ),
     "regex matches nothing": Case(
         net,
@@ -579,6 +630,36 @@ MISWRITTEN = {
 def test_miswritten_policy_is_refused_where_it_is_written(make, kind, text):
     with pytest.raises(kind, match=whole(text)):
         make()
+
+
+TEXTS_FOR_NUMBERS = {
+    "rate": ({"lr": "1e-3"}, "`lr` must be a number, not '1e-3' (str). Pass lr=0.001"),
+    "decay": (
+        {"lr": 0.1, "weight_decay": "1e-2"},
+        "`weight_decay` must be a number, not '1e-2' (str). Pass weight_decay=0.01",
+    ),
+}
+YAML = "; YAML reads a number with e and without a dot as a text."
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("given", "text"), TEXTS_FOR_NUMBERS.values(), ids=TEXTS_FOR_NUMBERS
+)
+def test_text_for_a_number_is_told(optimizer, given, text):
+    with pytest.raises(TypeError, match=whole(text + YAML)):
+        optimizer(net().parameters(), **given)
+    group = {"params": list(net().parameters()), **given}
+    text = text.replace("` must", "` of a group must")
+    with pytest.raises(TypeError, match=whole(text + YAML)):
+        optimizer([group], lr=0.1)
+
+
+def test_text_for_a_number_is_told_without_a_guess():
+    with pytest.raises(TypeError, match=r"not 'small' \(str\)\. Pass for example lr="):
+        SGD(net().parameters(), lr="small")
+    with pytest.raises(TypeError, match=r"`betas` must be a number, .* Pass 0\.9;"):
+        AdamW(net().parameters(), betas=("0.9", 0.95))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -28,10 +28,10 @@ FLOORS = [
     ("parameters",),
     ("_model_index",),
     ("policies", "step"),
-    ("_decision_table", "_loading", "layers", "report", "_schedule_views"),
-    ("_decider", "_named", "audit", "schedules"),
+    ("_decision_table", "_loading", "layers", "report", "_schedule_views", "factories"),
+    ("_decider", "_named", "_any_optimizer", "audit", "schedules"),
     ("_optimizer", "checkpoint"),
-    ("sgd", "adam", "adamw"),
+    ("sgd", "adam", "adamw", "_target"),
     ("__init__",),
     ("__main__",),
 ]
@@ -39,7 +39,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def room_of(name: str) -> str:
-    return name.split(".")[0]
+    return name.split(".")[0] or "__init__"
 
 
 def imports_of(path: Path) -> set[str]:

@@ -389,3 +389,16 @@ def test_layerwise_says_what_type_is_wrong(case, call):
 
     with pytest.raises(TypeError, match=words):
         call(**{"rate": 0.5, **arguments})
+
+
+def test_advice_on_layers_is_never_what_was_written():
+    model = nn.ModuleDict({"layer": nn.ModuleList(nn.Linear(2, 2) for _ in range(3))})
+    with pytest.raises(ValueError, match="matches none") as caught:
+        layerwise_groups(model, lr=1.0, rate=0.5, layers="blocks.*")
+    assert str(caught.value).endswith('Write for example layers="layer.*".')
+    plain = nn.ModuleDict({"stem": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="matches none") as caught:
+        layerwise_groups(plain, lr=1.0, rate=0.5, layers="blocks.*")
+    assert str(caught.value).endswith(
+        "Name modules that repeat; this model has none that are numbered."
+    )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from selective_optim.__main__ import parser
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -38,10 +41,34 @@ def test_readme_block_runs(block, tmp_path, monkeypatch):
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
-def test_readme_shows_the_report_that_its_block_prints(capsys):
-    shown = re.search(
-        r"^```text\n(group.*?)^```$", README.read_text("utf-8"), re.M | re.S
-    )
-    block = next(block for block in BLOCKS if "decay_report()" in block)
+SHOWN = re.compile(r"^```python\n([^`]*?)^```\n\n```text\n(.*?)^```$", re.M | re.S)
+
+
+@pytest.mark.parametrize("index", range(2))
+def test_readme_shows_what_its_block_prints(index, capsys):
+    shown = SHOWN.findall(README.read_text("utf-8"))
+    assert len(shown) == 2
+    block, text = shown[index]
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
-    assert capsys.readouterr().out == shown.group(1)
+    assert capsys.readouterr().out == text
+
+
+def test_contents_lead_to_headings():
+    text = README.read_text("utf-8")
+    plain = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    headings = {
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", plain, re.M)
+    }
+    links = set(re.findall(r"\]\(#([\w-]+)\)", text))
+    sections = {h.lower() for h in re.findall(r"^## (.*)$", plain, re.M)}
+    assert links <= headings
+    assert len(links) == len(sections)
+
+
+def test_commands_of_the_readme_work(capsys):
+    text = README.read_text("utf-8")
+    commands = re.findall(r"^selective_optim (audit .*)$", text, re.M)
+    assert len(commands) == 2
+    for command in commands:
+        parser().parse_args(shlex.split(command))

@@ -7,10 +7,11 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from selective_optim import SGD, Adam, AdamW
+from selective_optim import SGD, Adam, AdamW, decay_report
 from selective_optim.policies import exclude, form
-from selective_optim.report import HEADERS
+from selective_optim.report import MANY_BARS
 from tests.support.nets import Net
 
 
@@ -82,15 +83,15 @@ def test_report_prints_an_aligned_table_by_group_and_reason():
     model = Net()
     groups = [
         {"params": list(model.body.parameters())},
-        {"params": list(model.head.parameters()), "weight_decay": 0.25},
+        {"params": list(model.head.parameters()), "weight_decay": 0.25, "lr": 0.02},
     ]
-    assert str(report_of(groups, model=model)).splitlines() == [
-        "group  reason           decay  form       tensors  elements",
-        "    0  no match           0.5  decoupled        1        12",
-        "    0  exclude is_bias      0  exempt           2         8",
-        "    0  exclude is_norm      0  exempt           1         4",
-        "    1  no match          0.25  decoupled        1         8",
-        "    1  exclude is_bias      0  exempt           1         2",
+    assert str(report_of(groups, model=model, lr=0.01)).splitlines() == [
+        "group  reason             lr  decay  form       timescale  tensors  elements",
+        "    0  no match         0.01    0.5  decoupled  200 steps        1        12",
+        "    0  exclude is_bias  0.01      0  exempt                      2         8",
+        "    0  exclude is_norm  0.01      0  exempt                      1         4",
+        "    1  no match         0.02   0.25  decoupled  200 steps        1         8",
+        "    1  exclude is_bias  0.02      0  exempt                      1         2",
         "decayed: 2 tensors, 20 elements; exempt: 4 tensors, 14 elements",
     ]
 
@@ -110,21 +111,32 @@ def test_report_reads_hyperparameters_given_as_tensors():
     assert type(row.lr) is type(row.weight_decay) is float
 
 
+HEADERS = (
+    *("group", "reason", "lr", "decay", "form", "timescale", "tensors", "elements"),
+)
+RATES = "0.25 to 1"
+
+
 def test_many_groups_print_as_one_line_per_reason():
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(13)))
-    groups = group_per_tensor(model, lr=lambda i: 0.5**i)
+    groups = group_per_tensor(model, lr=lambda i: 0.5 ** (i % 3))
+    steps = "2 to 8 steps"
     assert report_of(groups, model=model).table() == [
-        ("13 groups", "no match", "0.5", "decoupled", "13", "208"),
-        ("13 groups", "exclude is_bias", "0", "exempt", "13", "52"),
+        HEADERS,
+        ("13 groups", "no match", RATES, "0.5", "decoupled", steps, "13", "208"),
+        ("13 groups", "exclude is_bias", RATES, "0", "exempt", "", "13", "52"),
     ]
 
 
 def test_many_groups_print_with_the_range_of_their_decay():
     model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(10)))
     groups = group_per_tensor(model, weight_decay=lambda i: i / 2)
-    assert report_of(groups, model=model).table() == [
-        ("0", "no match", "0", "exempt", "1", "16"),
-        ("1-9", "no match", "0.5 to 4.5", "decoupled", "9", "144"),
+    assert report_of(groups, model=model, lr=0.5).table()[1:] == [
+        ("0", "no match", "0.5", "0", "exempt", "", "1", "16"),
+        (
+            *("1-9", "no match", "0.5", "0.5 to 4.5", "decoupled"),
+            *("0 to 4 steps", "9", "144"),
+        ),
     ]
 
 
@@ -133,9 +145,9 @@ def test_html_holds_the_table_with_everything_escaped():
     report = report_of(Net(), wd_policy=policy)
     table = ElementTree.fromstring(report._repr_html_())
     cells = [tuple(cell.text for cell in row) for row in table.iter("tr")]
-    assert cells == [HEADERS, *report.table()]
+    assert cells == [tuple(cell or None for cell in row) for row in report.table()]
     assert table.findtext("caption") == report.summary()
-    assert any("(?<=head.)" in cell for row in cells for cell in row)
+    assert any("(?<=head.)" in row[1] for row in cells)
 
 
 def axes():
@@ -143,24 +155,55 @@ def axes():
     return figure.Figure().subplots()
 
 
-def test_plot_draws_elements_decayed_and_exempt_by_module():
-    ax = report_of(Net()).plot(axes())
-    bars = {b.get_label(): [bar.get_width() for bar in b] for b in ax.containers}
-    assert [label.get_text() for label in ax.get_yticklabels()] == [
-        *("scale", "empty", "body", "head")
+def bars_of(ax):
+    return {b.get_label(): [bar.get_width() for bar in b] for b in ax.containers}
+
+
+def labels_of(ax):
+    return [label.get_text() for label in ax.get_yticklabels()]
+
+
+def test_plot_draws_the_share_of_each_kind_with_counts_beside():
+    model = Net()
+    model.head.requires_grad_(False)
+    ax = report_of(model, wd_policy={"scale": 0, "*.bias": 0, nn.LayerNorm: 0}).plot(
+        axes()
+    )
+    assert labels_of(ax) == [
+        *("Linear.weight", "Linear.bias", "LayerNorm.weight", "LayerNorm.bias"),
+        *("Net.scale", "Net.empty"),
     ]
-    assert bars == {"decayed": [1, 0, 12, 8], "exempt": [0, 0, 12, 2]}
-    assert ax.get_xlabel() == "parameters (elements, log scale)"
-    assert ax.get_ylabel() == "top-level module"
-    ax.figure.canvas.draw()  # nothing on the log axis warns
+    assert bars_of(ax) == {
+        "decayed": [60, 0, 0, 0, 0, 0],
+        "exempt": [0, pytest.approx(200 / 3), 100, 100, 100, 0],
+        "frozen": [40, pytest.approx(100 / 3), 0, 0, 0, 0],
+    }
+    assert [text.get_text() for text in ax.texts][:2] == [
+        "2 tensors, 20 elements",
+        "2 tensors, 6 elements",
+    ]
+    assert ax.get_xlim() == (0, 100)
+    assert ax.get_xlabel() == "share of the elements of a kind (%)"
+    assert ax.get_title(loc="left") == (
+        "decayed: 2 tensors, 12 elements\nexempt: 4 tensors, 13 elements\n"
+        "frozen: 2 tensors, 10 elements"
+    )
+    ax.figure.canvas.draw()  # nothing warns
 
 
-def test_plot_of_tensors_without_names_draws_groups():
-    ax = report_of([{"params": [p]} for p in Net().head.parameters()],
-                   wd_policy="matrices").plot(axes())  # fmt: skip
-    labels = [label.get_text() for label in ax.get_yticklabels()]
-    assert labels == ["group 0", "group 1"]
-    assert ax.get_ylabel() == "parameter group"
+def test_plot_of_tensors_without_names_draws_reasons():
+    ax = report_of(list(Net().parameters()), wd_policy="matrices").plot(axes())
+    assert labels_of(ax) == ["no match", "exclude is_vector"]
+    assert bars_of(ax) == {"decayed": [100, 0], "exempt": [0, 100]}
+
+
+def test_plot_draws_the_smallest_of_many_kinds_as_one():
+    model = nn.Sequential()
+    for i in range(20):
+        setattr(model, f"w{i}", nn.Parameter(torch.ones(2, 20 - i)))
+    ax = report_of(model, wd_policy="all").plot(axes())
+    assert len(labels_of(ax)) == MANY_BARS
+    assert labels_of(ax)[-2:] == ["Sequential.w14", "5 other kinds"]
 
 
 def test_plot_makes_a_figure_when_no_axes_are_given():
@@ -176,3 +219,227 @@ def test_plot_without_matplotlib_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         report_of(Net()).plot()
+
+
+# What trains, and what there is by now.
+
+
+def test_frozen_parameters_are_counted_apart():
+    model = Net()
+    model.body.requires_grad_(False)
+    report = report_of(model, lr=0.01)
+    assert str(report).splitlines() == [
+        "group  reason             lr  decay  form       timescale  tensors  elements",
+        "    0  no match         0.01    0.5  decoupled  200 steps        3         9",
+        "    0  no match         0.01      -  frozen                      1        12",
+        "    0  exclude is_bias  0.01      -  frozen                      2         8",
+        "    0  exclude is_norm  0.01      -  frozen                      1         4",
+        "    0  exclude is_bias  0.01      0  exempt                      1         2",
+        "decayed: 3 tensors, 9 elements; exempt: 1 tensor, 2 elements; "
+        "frozen: 4 tensors, 24 elements",
+    ]
+    rows = {row.name: row for row in report.rows}
+    assert not rows["body.0.weight"].requires_grad
+    assert rows["body.0.weight"].weight_decay == 0.5  # what it would be
+    model.body.requires_grad_(True)
+    assert rows["head.weight"].requires_grad
+
+
+def test_frozen_parameter_counts_again_once_it_trains():
+    model = Net().requires_grad_(False)
+    optimizer = AdamW(model, weight_decay=0.5, wd_policy="no_bias_norm")
+    before = optimizer.decay_report().summary()
+    model.requires_grad_(True)
+    assert before == (
+        "decayed: 0 tensors, 0 elements; exempt: 0 tensors, 0 elements; "
+        "frozen: 8 tensors, 35 elements"
+    )
+    assert "frozen" not in optimizer.decay_report().summary()
+
+
+def test_lazy_module_has_its_shape_once_it_has_one():
+    model = nn.Sequential(nn.LazyLinear(2), nn.LayerNorm(2))
+    optimizer = AdamW(model.parameters(), weight_decay=0.5, wd_policy="no_bias_norm")
+    assert optimizer.decay_report().rows[0].numel == 0
+    model(torch.ones(1, 3))
+    row = optimizer.decay_report().rows[0]
+    assert (row.name, row.shape, row.numel) == ("0.weight", (2, 3), 6)
+
+
+def weight_normed():
+    return nn.Sequential(weight_norm(nn.Linear(3, 2)), nn.LayerNorm(2))
+
+
+def test_gain_and_direction_of_weight_norm_can_be_told_apart():
+    names = [row.name for row in report_of(weight_normed(), wd_policy="no_bias").rows]
+    assert names == [
+        "0.bias",
+        "0.parametrizations.weight.original0",
+        "0.parametrizations.weight.original1",
+        *("1.weight", "1.bias"),
+    ]
+
+
+@pytest.mark.parametrize("read", ["parameters", "named_parameters"])
+@pytest.mark.parametrize("pattern", ["*original0", "*.weight.original0", "0.par*0"])
+def test_glob_reaches_the_gain_of_weight_norm_alone(read, pattern):
+    params = getattr(weight_normed(), read)()
+    rows = report_of(params, wd_policy=exclude(pattern)).rows
+    assert [row.name for row in rows if not row.weight_decay] == [
+        "0.parametrizations.weight.original0"
+    ]
+
+
+def test_glob_on_the_plain_name_still_means_both():
+    rows = report_of(weight_normed(), wd_policy=exclude("0.weight")).rows
+    assert [row.weight_decay for row in rows] == [0.5, 0, 0, 0.5, 0.5]
+
+
+def test_other_parametrizations_keep_the_plain_name():
+    model = nn.Sequential(spectral_norm(nn.Linear(3, 2)))
+    assert {row.name for row in report_of(model).rows} == {"0.weight", "0.bias"}
+
+
+# Rate and timescale.
+
+TIMESCALES = {
+    "decoupled": (AdamW, {}, 1000),
+    "l2": (SGD, {}, None),
+    "no rate": (AdamW, {"lr": 0.0}, None),
+    "no decay": (AdamW, {"weight_decay": 0.0, "wd_policy": None}, None),
+}
+
+
+@pytest.mark.parametrize("case", TIMESCALES.values(), ids=TIMESCALES)
+def test_timescale_is_that_of_decoupled_decay(case):
+    cls, changes, expected = case
+    settings = {"lr": 0.01, "weight_decay": 0.1, "wd_policy": "no_bias_norm", **changes}
+    row = cls(Net().parameters(), **settings).decay_report().rows[0]
+    assert row.timescale == (expected if expected is None else pytest.approx(expected))
+
+
+def test_report_of_l2_leaves_the_timescale_out():
+    optimizer = SGD(Net(), lr=0.01, weight_decay=0.1, wd_policy="no_bias")
+    assert "timescale" not in optimizer.decay_report().table()[0]
+
+
+# Any optimizer.
+
+
+def hand_split(model, *no_decay):
+    named = list(model.named_parameters())
+    exempt = [any(word in name for word in no_decay) for name, _ in named]
+    groups = [
+        {"params": [p for (_, p), e in zip(named, exempt) if e is which],
+         "weight_decay": wd}
+        for which, wd in ((False, 0.5), (True, 0.0))
+    ]  # fmt: skip
+    return [group for group in groups if group["params"]]
+
+
+def test_report_of_hand_split_groups_shows_the_wrong_list():
+    model = Net()
+    groups = hand_split(model, "bias", "LayerNorm.weight")
+    report = decay_report(torch.optim.AdamW(groups, lr=0.01), model)
+    assert str(report).splitlines() == [
+        "group  reason    lr  decay  form       timescale  tensors  elements",
+        "    0  vector  0.01    0.5  decoupled  200 steps        1         1",
+        "    0  weight  0.01    0.5  decoupled  200 steps        3        20",
+        "    0  norm    0.01    0.5  decoupled  200 steps        1         4",
+        "    1  bias    0.01      0  exempt                      2         6",
+        "    1  norm    0.01      0  exempt                      1         4",
+        "decayed: 5 tensors, 25 elements; exempt: 3 tensors, 10 elements",
+        "looks wrong: 1 norm decays ('body.1.weight')",
+    ]
+
+
+def test_report_of_a_right_list_has_no_remark():
+    model = Net()
+    groups = hand_split(model, "bias", "body.1", "scale")
+    assert decay_report(torch.optim.AdamW(groups), model).remark == ""
+
+
+def test_report_tells_exempt_weights_and_parameters_in_no_group():
+    model = Net()
+    groups = hand_split(model, "bias", "body.1", "head")
+    groups[0]["params"].remove(model.scale)
+    remark = decay_report(torch.optim.SGD(groups, lr=0.1), model).remark
+    assert remark == (
+        "looks wrong: 1 weight does not decay ('head.weight'); 1 parameter trains and "
+        "is in no group ('scale')"
+    )
+
+
+def test_report_without_a_split_counts_norms_and_biases():
+    model = Net()
+    assert decay_report(torch.optim.AdamW(model.parameters()), model).remark == (
+        "looks wrong: 2 norms decay ('body.1.weight' and 1 more); 2 biases decay "
+        "('body.0.bias' and 1 more)"
+    )
+
+
+def test_report_of_one_of_ours_tells_its_own_reasons():
+    model = Net()
+    optimizer = AdamW(model, weight_decay=0.5, wd_policy="no_bias_norm")
+    assert decay_report(optimizer, model) == optimizer.decay_report()
+
+
+def test_report_finds_the_optimizer_inside_wrappers():
+    class Wrapper:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    model = Net()
+    inner = torch.optim.AdamW(model.parameters())
+    assert decay_report(Wrapper(inner), model) == decay_report(inner, model)
+
+
+def test_report_without_a_model_tells_shapes_and_names_if_given():
+    model = Net()
+    rows = decay_report(torch.optim.SGD(model.named_parameters())).rows
+    assert [(row.name, row.reason) for row in rows][:4] == [
+        *(("scale", "vector"), ("empty", "weight")),
+        *(("body.0.weight", "weight"), ("body.0.bias", "bias")),
+    ]
+    rows = decay_report(torch.optim.SGD(list(model.parameters()))).rows
+    assert {row.name for row in rows} == {None}
+
+
+class Lion(torch.optim.Optimizer):
+    def __init__(self, params, **defaults):
+        super().__init__(params, defaults)
+
+
+ANY_FORMS = {
+    "sgd": (torch.optim.SGD, {}, "l2"),
+    "adam": (torch.optim.Adam, {}, "l2"),
+    "adamw": (torch.optim.AdamW, {}, "decoupled"),
+    "nadam": (torch.optim.NAdam, {"decoupled_weight_decay": True}, "decoupled"),
+    "rmsprop": (torch.optim.RMSprop, {}, "l2"),
+    "another": (Lion, {"lr": 0.1}, None),
+}
+
+
+@pytest.mark.parametrize("case", ANY_FORMS.values(), ids=ANY_FORMS)
+def test_report_knows_the_form_of_the_classes_of_torch(case):
+    cls, settings, expected = case
+    optimizer = cls(Net().parameters(), weight_decay=0.5, **settings)
+    assert {row.form for row in decay_report(optimizer).rows} == {expected}
+
+
+def test_report_of_what_is_no_optimizer_says_so():
+    with pytest.raises(TypeError) as caught:
+        decay_report(Net(), None)
+    assert str(caught.value) == (
+        "`optimizer` must have param_groups, and a Net has none. Pass the optimizer "
+        "first, then the model: decay_report(optimizer, model)."
+    )
+
+
+def test_report_of_an_optimizer_without_decay_says_so():
+    with pytest.raises(ValueError, match="no weight_decay") as caught:
+        decay_report(torch.optim.Rprop(Net().parameters()))
+    assert str(caught.value) == (
+        "group 0 of `optimizer` (Rprop) has no weight_decay to report. Pass one that "
+        "decays: torch.optim.AdamW(model.parameters())."
+    )

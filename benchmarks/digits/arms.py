@@ -31,35 +31,41 @@ def by_rate(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def hand_split(model: nn.Module) -> torch.optim.Optimizer:
+def hand_split(
+    model: nn.Module, weight_decay: float = WEIGHT_DECAY
+) -> torch.optim.Optimizer:
     """Split each of the two groups by hand, as torch alone requires."""
     decayed = {id(param) for param in kinds(model)[WEIGHT]}
     groups = []
     for group in by_rate(model):
         for decays in (True, False):
             params = [p for p in group["params"] if (id(p) in decayed) is decays]
-            decay = WEIGHT_DECAY if decays else 0.0
+            decay = weight_decay if decays else 0.0
             groups.append({**group, "params": params, "weight_decay": decay})
     return torch.optim.AdamW(groups, fused=True)
 
 
-def selective(model: nn.Module) -> torch.optim.Optimizer:
+def selective(
+    model: nn.Module, weight_decay: float = WEIGHT_DECAY
+) -> torch.optim.Optimizer:
     """Keep one group per learning rate and say who decays."""
     return selective_optim.AdamW(
         by_rate(model),
-        weight_decay=WEIGHT_DECAY,
+        weight_decay=weight_decay,
         fused=True,
         wd_policy="no_bias_norm",
         model=model,
     )
 
 
-def all_decayed(model: nn.Module) -> torch.optim.Optimizer:
+def all_decayed(
+    model: nn.Module, weight_decay: float = WEIGHT_DECAY
+) -> torch.optim.Optimizer:
     """Decay norms and biases too, as torch does when nothing is split."""
-    return torch.optim.AdamW(by_rate(model), weight_decay=WEIGHT_DECAY, fused=True)
+    return torch.optim.AdamW(by_rate(model), weight_decay=weight_decay, fused=True)
 
 
-ARMS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+ARMS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     HAND_SPLIT: hand_split,
     SELECTIVE: selective,
     ALL: all_decayed,

@@ -105,6 +105,14 @@ def accuracy(model: nn.Module, data: Data) -> float:
     return (read == data.held_out_labels).float().mean().item()
 
 
+@torch.no_grad()
+def held_out_loss(model: nn.Module, data: Data) -> float:
+    """Return the mean cross entropy of the held-out images."""
+    model.eval()
+    scores = model(data.held_out_images)
+    return nn.functional.cross_entropy(scores, data.held_out_labels).item()
+
+
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Copy all parameters, buffers and optimizer state, by name."""
     tensors = dict(model.state_dict())

@@ -7,7 +7,8 @@ it as a name, a mapping, a callable, or an expression of :func:`exclude`,
 How a verdict comes about, in the order of time:
 
 1. ``as_policy`` (``named``) makes a policy of what the user wrote: a name is looked
-   up, a mapping becomes ``first_match``, a callable a ``Function``.
+   up, a text that is more is read (``text``), a mapping becomes ``first_match``, a
+   callable a ``Function``.
 2. Selectors (``selectors``) are what a policy asks: globs, classes, modules,
    predicates. The predicates rest on ``recognition``: a bias by the name of the
    attribute, a norm by the class of the module that holds it.
@@ -33,8 +34,11 @@ from selective_optim.policies.differences import diff as diff
 from selective_optim.policies.layerwise import layerwise as layerwise
 from selective_optim.policies.markers import exempt_ as exempt_
 from selective_optim.policies.markers import marked as marked
+from selective_optim.policies.named import PolicyName as PolicyName
+from selective_optim.policies.named import WdPolicy as WdPolicy
 from selective_optim.policies.named import as_policy as as_policy
 from selective_optim.policies.named import named as named
+from selective_optim.policies.named import parse as parse
 from selective_optim.policies.rules import exclude as exclude
 from selective_optim.policies.rules import first_match as first_match
 from selective_optim.policies.rules import form as form
@@ -53,7 +57,9 @@ __all__ = [
     "Differences",
     "Form",
     "Policy",
+    "PolicyName",
     "Selector",
+    "WdPolicy",
     "as_policy",
     "diff",
     "everything",
@@ -69,6 +75,7 @@ __all__ = [
     "marked",
     "named",
     "only",
+    "parse",
     "scale",
 ]
 

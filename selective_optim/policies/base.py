@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from numbers import Real
 
 from torch import nn
 
+from selective_optim._text import received
 from selective_optim.decay import FULL, Decay, Verdict
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.selectors import Need, Selector
@@ -28,7 +31,7 @@ class Policy:
     @property
     def required(self) -> tuple[Selector, ...]:
         """The selectors that must match at least one parameter."""
-        return tuple(selector for selector in self.selectors if selector.by_name)
+        return tuple(chain.from_iterable(s.required for s in self.selectors))
 
     def decide(self, info: ParameterInfo) -> Verdict:
         """Decide for one parameter and say why."""
@@ -42,7 +45,40 @@ class Policy:
         return self.decide(info).decay
 
     def __mul__(self, other: object) -> Policy:
-        return Product(self, other) if isinstance(other, Policy) else NotImplemented
+        if isinstance(other, Policy):
+            return Product(self, other)
+        raise TypeError(_not_joined(self, "*", other))
+
+    def __rmul__(self, other: object) -> Policy:
+        raise TypeError(_not_joined(other, "*", self))
+
+    def __add__(self, other: object) -> Policy:
+        raise TypeError(_not_joined(self, "+", other))
+
+    def __or__(self, other: object) -> Policy:
+        raise TypeError(_not_joined(self, "|", other))
+
+    def __and__(self, other: object) -> Policy:
+        raise TypeError(_not_joined(self, "&", other))
+
+
+def _not_joined(left: object, sign: str, right: object) -> str:
+    """Tell how two things are joined that someone tried to join otherwise."""
+    what = "policies multiply with policies" if sign == "*" else "policies are joined"
+    shown = f"{what}, not {received(left)} {sign} {received(right)}"
+    policy, other = (left, right) if isinstance(left, Policy) else (right, left)
+    if isinstance(other, Real):
+        way_out = f"{policy!r} * scale(everything, by={other})"
+    elif isinstance(other, Policy):
+        shown = f"policies are joined with `*`, not with `{sign}`"
+        way_out = f"{left!r} * {right!r}"
+    elif isinstance(other, str):
+        way_out = f"{policy!r} * named({other!r})"
+    elif isinstance(other, Selector):
+        way_out = f"{policy!r} * exclude({other!r})"
+    else:
+        way_out = f"{policy!r} * as_policy(...)"
+    return f"{shown}. Write {way_out}."
 
 
 def unmatched(policy: Policy, infos: Sequence[ParameterInfo]) -> list[Selector]:

@@ -191,10 +191,19 @@ def _matching(roots: Sequence[nn.Module], layers: str) -> list[nn.Module]:
         return blocks
     names = list(dict.fromkeys(name for name, _ in named))
     close = ", ".join(map(repr, get_close_matches(layers, names, n=3, cutoff=0.0)))
+    globs = [glob for glob in dict.fromkeys(_counting_globs(roots)) if glob != layers]
     raise ValueError(
         f"`layers` {layers!r} matches none of {len(names)} modules with parameters; "
-        f'the closest are {close}. Write for example layers="blocks.*".'
+        f"the closest are {close}. "
+        f"{_example(get_close_matches(layers, globs, n=1, cutoff=0.0))}"
     )
+
+
+def _example(globs: Sequence[str]) -> str:
+    """Write what may have been meant, or what names such blocks by themselves."""
+    if globs:
+        return f'Write for example layers="{globs[0]}".'
+    return "Name modules that repeat; this model has none that are numbered."
 
 
 def _in_single_match(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
+from difflib import SequenceMatcher
+from fnmatch import fnmatchcase
+from functools import cache
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -17,7 +19,12 @@ from selective_optim.policies.callables import UnknownError
 from selective_optim.policies.rules import AnswerError
 from selective_optim.policies.selectors import NamePattern, Need, Selector
 
-WAYS_OUT = 'Pass model=model or model.named_parameters(), or use wd_policy="matrices".'
+WAYS_OUT = (
+    'Pass model=model or model.named_parameters(), or use wd_policy="matrices"; where '
+    "a framework makes the optimizer, write with selective_optim.deciding_for(model): "
+    "around it."
+)
+SHOWN = 3  # names that a message gives
 
 
 def decide(
@@ -48,7 +55,7 @@ def decide(
 
 def _decision(info: ParameterInfo, verdict: Verdict) -> Decision:
     shape = shape_now(info.parameter) if info.shape is None else info.shape
-    return Decision(*verdict, info.name, shape, owner_kinds(info))
+    return Decision(*verdict, info.name, shape, owner_kinds(info), info.own_name)
 
 
 def _ask(policy: Policy, info: ParameterInfo, position: int) -> Verdict:
@@ -138,10 +145,10 @@ def require_matches(
         # A pattern without names to search in: deciding raises and says so.
         if names or not isinstance(selector, NamePattern):
             count = len({id(info.parameter) for info in infos})
+            closest, way_out = _advice(selector, names)
             raise ValueError(
                 f"{selector!r} in `wd_policy` matches none of {count} parameters"
-                f"{_closest(selector, names)}. Correct it, or pass missing_ok=True to "
-                f"its policy."
+                f"{closest}. {way_out}, or pass missing_ok=True to its policy."
             )
 
 
@@ -157,10 +164,41 @@ def decide_alone(
     return decide(policy.bind(roots), infos)
 
 
-def _closest(selector: Selector, names: Sequence[str]) -> str:
+def _advice(selector: Selector, names: Sequence[str]) -> tuple[str, str]:
+    """Tell the names that come closest, and what to write instead."""
     if not isinstance(selector, NamePattern):
-        return ""
+        return "", "Correct it"
     pattern = selector.pattern
     text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-    close = get_close_matches(text, names, n=3, cutoff=0.0)
-    return f"; the closest names are {', '.join(map(repr, close))}"
+    word = text.strip("*.^$\\")
+    holders = [name for name in names if word and word.lower() in name.lower()]
+    close = (holders or _closest(word, names))[:SHOWN]
+    told = f"; the closest names are {', '.join(map(repr, close))}"
+    if isinstance(pattern, str) and holders:
+        start = holders[0].lower().index(word.lower())
+        meant = holders[0][start : start + len(word)]
+        meant = f"*.{meant}" if holders[0].endswith(f".{meant}") else f"*{meant}*"
+        if fnmatchcase(holders[0], meant):
+            why = "Case counts" if pattern[:1] == "*" else "A glob is for whole names"
+            return told, f'{why}: write "{meant}"'
+    return told, "Correct it"
+
+
+def _closest(text: str, names: Sequence[str]) -> list[str]:
+    """Sort names by how much some part of each is like a text, in any case.
+
+    A name is long, as ``base_model.model.layers.0.lora_A.default.weight``, and what
+    was misspelt is as a rule a word of it.
+    """
+    size = text.count(".") + 1
+
+    @cache
+    def likeness(part: str) -> float:
+        return SequenceMatcher(None, text.lower(), part.lower()).ratio()
+
+    def best(name: str) -> float:
+        parts = name.split(".")
+        ends = range(min(size, len(parts)), len(parts) + 1)
+        return max(likeness(".".join(parts[max(0, i - size) : i])) for i in ends)
+
+    return sorted(names, key=best, reverse=True)

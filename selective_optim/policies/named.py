@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from types import FunctionType
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
 from selective_optim._text import received
+from selective_optim.decay import Decay
+from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
 from selective_optim.policies.layerwise import layerwise
 from selective_optim.policies.markers import marked
@@ -31,6 +34,7 @@ from selective_optim.policies.selectors import (
     is_norm,
     is_vector,
 )
+from selective_optim.policies.text import PREDICATES, is_expression, read_policy
 
 NAMED: dict[str, Policy] = {
     "all": only(everything),
@@ -43,9 +47,37 @@ NAMED: dict[str, Policy] = {
     **RECIPES,
 }
 
+# For type checkers: a misspelt name is an error. A test holds it to ``NAMED``.
+PolicyName: TypeAlias = Literal[
+    "all",
+    "none",
+    "no_bias",
+    "no_norm",
+    "no_bias_norm",
+    "no_bias_norm_embedding",
+    "matrices",
+    "huggingface",
+    "timm",
+    "fastai",
+    "mmengine",
+    "detectron2",
+    "nanogpt",
+    "mingpt",
+    "megatron",
+    "dinov2",
+]
+# A text that is no name is for type checkers a case for :func:`parse`.
+WdPolicy: TypeAlias = (
+    PolicyName
+    | Policy
+    | Mapping[Any, float | Decay]
+    | Callable[[ParameterInfo], float | Decay]
+    | None
+)
+
 GLOB = re.compile(r"[*?[]")
 GLOB_OR_PATH = re.compile(r"[*?[.]")
-MAKERS: dict[object, str] = {
+MAKERS: dict[Any, str] = {
     exclude: 'exclude("*.bias")',
     only: 'only("*.weight")',
     scale: 'scale("head.*", by=0.1)',
@@ -53,6 +85,10 @@ MAKERS: dict[object, str] = {
     layerwise: "layerwise(0.75)",
     marked: "marked()",
 }
+WORDS = re.compile(r"[a-z]+|[A-Z][a-z]*")
+NORM_WORDS = frozenset(
+    {"norm", "norms", "layernorm", "batchnorm", "rmsnorm", "ln", "bn"}
+)
 
 
 def named(name: str) -> Policy:
@@ -76,17 +112,57 @@ def named(name: str) -> Policy:
     )
 
 
+def parse(text: str) -> Policy:
+    """Read a policy from text: a name, or what ``repr`` prints of a policy.
+
+    The text is an expression of :func:`exclude`, :func:`only`, :func:`scale`,
+    :func:`form`, :func:`layerwise`, :func:`marked`, :func:`first_match` and
+    :func:`named`, of names of policies, selectors, numbers and ``*``. Selectors are
+    globs in quotes, ``re.compile('...')``, the predicates, module classes that are
+    loaded (``nn.LayerNorm``, ``LlamaRMSNorm``), and these joined with ``|``, ``&`` and
+    ``~``. Nothing is evaluated or imported, so a text may come from anywhere.
+
+    Args:
+        text: As in a configuration file or on a command line; lines may break.
+
+    Returns:
+        The policy. ``parse(repr(policy)) == policy``, but for policies that hold
+        callables, modules or parameters, which no text names.
+
+    Raises:
+        TypeError: ``text`` is no text.
+        ValueError: It cannot be read; the message points at the place.
+
+    Example:
+        >>> parse("no_bias_norm * scale('head.*' & ~is_bias, by=0.1)")
+        exclude(is_bias, is_norm) * scale('head.*' & ~is_bias, by=0.1)
+    """
+    if not isinstance(text, str):
+        raise TypeError(
+            f"`parse` takes a text, not {received(text)}. "
+            f"Write for example parse(\"exclude('*.bias')\")."
+        )
+    functions = {function.__name__: function for function in (*MAKERS, *BY_TEXT)}
+    plain = text.strip()
+    if is_expression(plain) or plain in functions or plain in PREDICATES:
+        return read_policy(plain, functions, NAMED)
+    return named(plain)
+
+
+BY_TEXT: tuple[Any, ...] = (first_match, named)
+
+
 def as_policy(value: object) -> Policy:
-    """Make a policy of a name, a mapping, a callable or a policy object.
+    """Make a policy of a name, a text, a mapping, a callable or a policy object.
 
     Raises:
         TypeError: ``value`` is none of these.
-        ValueError: ``value`` is a name that no policy has.
+        ValueError: ``value`` is a name that no policy has, or cannot be read.
     """
     if isinstance(value, Policy):
         return value
     if isinstance(value, str):
-        return named(value)
+        return parse(value)
     if isinstance(value, Mapping):
         return first_match(value)
     if isinstance(value, FunctionType) and value in MAKERS:
@@ -107,15 +183,46 @@ def _meant(value: object) -> str:
     several = isinstance(value, (list, tuple, set, frozenset))
     items = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
     items = list(items) if several else [items]  # type: ignore[call-overload]
+    if several and items and all(isinstance(i, str) and i in NAMED for i in items):
+        return "wd_policy=" + " * ".join(f'named("{name}")' for name in items)
+    if several and (meant := _meant_by_words(items)):
+        return meant
     try:
         texts = [_selector_text(item) for item in items]
     except TypeError:
         texts = []
-    if several and texts and all(isinstance(i, str) and i in NAMED for i in items):
-        return "wd_policy=" + " * ".join(f'named("{name}")' for name in items)
     if texts and not any(text.startswith("<") for text in texts):
         return f"wd_policy=exclude({', '.join(texts)})"
     return 'for example wd_policy="no_bias_norm"'
+
+
+def _meant_by_words(items: Sequence[object]) -> str | None:
+    """Answer a list of words for biases and norms, which miss what is called otherwise.
+
+    ``["bias", "LayerNorm.weight"]`` stands in many notebooks; in a ResNet it finds
+    no norm.
+    """
+    words = [i for i in items if isinstance(i, str) and not GLOB.search(i)]
+    norms = [word for word in words if _means_norm(word)]
+    if not norms:
+        return None
+    biases = [word for word in words if word.lower().strip(".") == "bias"]
+    name = "no_bias_norm" if biases else "no_norm"
+    rest = [item for item in items if item not in (*norms, *biases)]
+    try:
+        texts = ", ".join(map(_selector_text, rest))
+    except TypeError:
+        return None
+    policy = f'named("{name}") * exclude({texts})' if rest else f'"{name}"'
+    return (
+        f"wd_policy={policy}, which knows norms by their class: a word such as "
+        f"{norms[0]!r} misses those that a model calls otherwise"
+    )
+
+
+def _means_norm(word: str) -> bool:
+    parts = {part.lower() for part in WORDS.findall(word)}
+    return not parts.isdisjoint(NORM_WORDS)
 
 
 def _selector_text(item: object) -> str:

@@ -2,16 +2,19 @@
 
 :func:`as_selector` turns what a user writes into a frozen :class:`Selector` that
 answers ``matches(info)``, says what it must know to answer, and prints as it was
-written. A tied parameter matches when any of its places does.
+written. A tied parameter matches when any of its places does. Selectors join with
+``|`` (any), ``&`` (all) and ``~`` (not).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import translate
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -46,17 +49,46 @@ class Selector:
         """Tell whether one place of the parameter is selected."""
         raise NotImplementedError  # pragma: no cover
 
+    @property
+    def required(self) -> tuple[Selector, ...]:
+        """The selectors in this one that must match at least one parameter."""
+        return (self,) if self.by_name else ()
+
+    def __or__(self, other: object) -> Selector:
+        return _joined(AnyOf, "|", self, other)
+
+    def __ror__(self, other: object) -> Selector:
+        return _joined(AnyOf, "|", other, self)
+
+    def __and__(self, other: object) -> Selector:
+        return _joined(AllOf, "&", self, other)
+
+    def __rand__(self, other: object) -> Selector:
+        return _joined(AllOf, "&", other, self)
+
+    def __invert__(self) -> Selector:
+        return Not(self)
+
 
 @dataclass(frozen=True, repr=False)
 class NamePattern(Selector):
-    """A glob on the whole canonical name, or a regular expression searched in it."""
+    """A glob on the whole canonical name, or a regular expression searched in it.
+
+    The gain and the direction of weight norm share that name, and are also known by
+    their own, which end in ``original0`` and ``original1``.
+    """
 
     pattern: str | re.Pattern[str]
     needs = frozenset({"names"})
     by_name = True
 
     def __repr__(self) -> str:
-        return repr(self.pattern)
+        if isinstance(self.pattern, str):
+            return repr(self.pattern)
+        # Python's own repr of a pattern cuts it after 200 characters.
+        flags = self.pattern.flags & ~re.UNICODE
+        told = f", {re.RegexFlag(flags)!r}" if flags else ""
+        return f"re.compile({self.pattern.pattern!r}{told})"
 
     @cached_property
     def _find(self) -> Callable[[str], object]:
@@ -65,7 +97,7 @@ class NamePattern(Selector):
         return self.pattern.search
 
     def at(self, place: ParameterInfo) -> bool:
-        return bool(self._find(place.name or ""))
+        return any(map(self._find, filter(None, (place.name, place.own_name))))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"pattern": self.pattern}
@@ -79,8 +111,16 @@ class InsideClass(Selector):
     needs = frozenset({"modules"})
 
     def __repr__(self) -> str:
-        public = getattr(nn, self.cls.__name__, None) is self.cls
-        return f"nn.{self.cls.__name__}" if public else self.cls.__name__
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
+        """The shortest name by which a policy's text finds the class."""
+        name = self.cls.__name__
+        if getattr(nn, name, None) is self.cls:
+            return f"nn.{name}"
+        unique = len(_classes_named(name)) == 1
+        return name if unique else _path_of(self.cls)
 
     def at(self, place: ParameterInfo) -> bool:
         return any(
@@ -157,11 +197,139 @@ class Predicate(Selector):
     def __reduce__(self) -> str:
         return self.name
 
-    def __call__(self, info: ParameterInfo) -> bool:
-        return self.matches(info)
+    def __call__(self, *infos: ParameterInfo) -> bool:
+        if len(infos) != 1 or not isinstance(infos[0], ParameterInfo):
+            raise TypeError(
+                f"`{self.name}` is a selector as it stands, and not what makes one. "
+                f"Write for example exclude({self.name})."
+            )
+        return self.matches(infos[0])
 
     def at(self, place: ParameterInfo) -> bool:
         return self.question(place)
+
+
+@dataclass(frozen=True, repr=False)
+class Joined(Selector):
+    """Several selectors that answer together."""
+
+    parts: tuple[Selector, ...]
+
+    @property
+    def needs(self) -> frozenset[Need]:  # type: ignore[override]  # that of the parts
+        return frozenset[Need]().union(*(part.needs for part in self.parts))
+
+    @property
+    def required(self) -> tuple[Selector, ...]:
+        return tuple(chain.from_iterable(part.required for part in self.parts))
+
+
+class AnyOf(Joined):
+    """Selects what any of its parts selects."""
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self.parts))
+
+    def matches(self, info: ParameterInfo) -> bool:
+        return any(part.matches(info) for part in self.parts)
+
+
+class AllOf(Joined):
+    """Selects what all of its parts select."""
+
+    def __repr__(self) -> str:
+        return " & ".join(map(_inner_text, self.parts))
+
+    def matches(self, info: ParameterInfo) -> bool:
+        return all(part.matches(info) for part in self.parts)
+
+
+@dataclass(frozen=True, repr=False)
+class Not(Selector):
+    """Selects what another does not select at any place."""
+
+    part: Selector
+
+    def __repr__(self) -> str:
+        return f"~{_inner_text(self.part)}"
+
+    @property
+    def needs(self) -> frozenset[Need]:  # type: ignore[override]  # that of the part
+        return self.part.needs
+
+    @property
+    def required(self) -> tuple[Selector, ...]:
+        return self.part.required
+
+    def matches(self, info: ParameterInfo) -> bool:
+        return not self.part.matches(info)
+
+
+def _inner_text(part: Selector) -> str:
+    return f"({part!r})" if isinstance(part, Joined) else repr(part)
+
+
+def _joined(kind: type[Joined], sign: str, *items: object) -> Selector:
+    """Join two selectors, and what they are joined of in the same way.
+
+    Raises:
+        TypeError: One of them is no selector.
+    """
+    try:
+        chosen = list(map(as_selector, items))
+    except TypeError as error:
+        raise TypeError(f"`{sign}` joins selectors: {error}") from None
+    parts = (s.parts if type(s) is kind else (s,) for s in chosen)
+    return kind(tuple(chain.from_iterable(parts)))
+
+
+def _classes(cls: type[nn.Module]) -> Iterator[type[nn.Module]]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _classes(child)
+
+
+def _classes_named(name: str) -> list[type[nn.Module]]:
+    """List the module classes of a name, without those that another replaced.
+
+    A notebook's cell that ran twice leaves two classes behind, of which the path
+    leads to the second.
+    """
+    found = list({c: None for c in _classes(nn.Module) if c.__name__ == name})
+    reached = [cls for cls in found if _at_path(_path_of(cls)) is cls]
+    return reached or found
+
+
+def _path_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _at_path(path: str) -> object:
+    """Return what stands at a dotted path in the modules that are loaded."""
+    parts = path.split(".")
+    for size in range(len(parts) - 1, 0, -1):
+        found: object = sys.modules.get(".".join(parts[:size]))
+        if found is not None:
+            for part in parts[size:]:
+                found = getattr(found, part, None)
+            return found
+    return None
+
+
+def loaded_class(name: str) -> type[nn.Module] | None:
+    """Find a module class by name, or by its path, among those that are loaded.
+
+    Raises:
+        ValueError: Several classes bear the name.
+    """
+    at_path = _at_path(f"torch.{name}") or _at_path(name)
+    if isinstance(at_path, type) and issubclass(at_path, nn.Module):
+        return at_path
+    found = [] if "." in name else _classes_named(name)
+    if len(found) > 1:
+        paths = " or ".join(sorted(map(_path_of, found)))
+        raise ValueError(f"{name} is the name of {len(found)} classes. Write {paths}.")
+    return found[0] if found else None
 
 
 def as_selector(item: object) -> Selector:
@@ -212,3 +380,16 @@ is_norm = Predicate("is_norm", _is_norm, frozenset({"modules"}))
 is_embedding = Predicate("is_embedding", _is_embedding, frozenset({"modules"}))
 is_vector = Predicate("is_vector", _is_vector, frozenset({"shapes"}))
 everything = Predicate("everything", _is_anything)
+
+# What a parameter is; the first that matches says so, so a norm's bias is a norm's.
+KINDS = {
+    "norm": is_norm,
+    "bias": is_bias,
+    "embedding": is_embedding,
+    "vector": is_vector,
+}
+
+
+def kind_of(info: ParameterInfo) -> str:
+    """Say what a parameter is: norm, bias, embedding, vector or weight."""
+    return next((k for k, known in KINDS.items() if known.matches(info)), "weight")
