@@ -10,6 +10,7 @@ import os
 import pytest
 
 from selective_optim._model_index import ModuleIndex
+from selective_optim.layers import layerwise_groups
 from selective_optim.policies import named
 from tests import projects, zoo
 from tests.judgement import disagreements
@@ -17,6 +18,12 @@ from tests.judgement import disagreements
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
 SAMPLE = 1 if os.environ.get("EVERY_MODEL") else 30
+
+
+# Models of timm that say nothing of their layers, which timm then groups by the
+# head's name alone, and this library by structure.
+WITHOUT_MATCHER = {"MetaFormer", "PoolingVisionTransformer", "CSATv2"}
+WITHOUT_MATCHER |= {"MobileNetV5Encoder"}
 
 
 def exempt(infos):
@@ -70,3 +77,25 @@ def test_recipes_decay_what_their_projects_decay_on_every_model(library):
     found = {name: differences(model) for name, model in models(library)}
 
     assert {name: recipes for name, recipes in found.items() if recipes} == {}
+
+
+def scales(groups, key):
+    """Map every parameter to the factor on its rate."""
+    return {id(p): group[key] for group in groups for p in group["params"]}
+
+
+def test_layerwise_groups_equal_layer_decay_of_timm_on_every_model():
+    pytest.importorskip("timm")
+    from timm.optim import param_groups_layer_decay
+
+    found, silent = [], set()
+    for name, model in models("timm"):
+        if not hasattr(model, "group_matcher"):
+            silent.add(type(model).__name__)
+            continue
+        theirs = scales(param_groups_layer_decay(model, layer_decay=0.5), "lr_scale")
+        ours = scales(layerwise_groups(model, lr=1.0, rate=0.5), "lr")
+        found += [name] if ours != theirs else []
+
+    assert found == []
+    assert silent <= WITHOUT_MATCHER
