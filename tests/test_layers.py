@@ -594,6 +594,17 @@ def test_layers_are_what_the_model_says(case, wrap):
     assert actual == [sorted(inside(model, prefixes)) for prefixes in expected]
 
 
+def test_layers_are_what_the_model_says_of_a_module_called_module():
+    model = speaking({"stem": r"^stem|token", "blocks": r"^blocks\.module\.(\d+)"})
+    model.blocks = Wrapper(model.blocks)
+
+    rows = layerwise_groups(model, 0.1, 0.5).rows
+
+    found = {row.name: row.layer for row in rows}
+    assert found["blocks.1.norm.weight"] == 1
+    assert found["blocks.0.norm.weight"] == 2
+
+
 def test_layers_are_what_the_model_says_inside_another_module():
     model = speaking(SAYS["expressions"][0])
     outer = nn.ModuleDict({"net": model})
