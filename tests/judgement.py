@@ -39,34 +39,30 @@ BIASES = frozenset(
     )
 )
 
+CONNECTION = "mixes residual streams by weights of the normalized ones"
+SPELLED_OUT = "a norm that spells out the root of its variance"
 # Class and attribute that the judgement gets wrong, and why.
 REASONS = {
-    **dict.fromkeys(
-        [
-            *[("DebertaLayerNorm", leaf) for leaf in ("weight", "bias")],
-            *[("IntLayerNorm", leaf) for leaf in ("weight", "bias")],
-            *[("ImageGPTLayerNorm", leaf) for leaf in ("weight", "bias")],
-        ],
-        "a norm that spells out the root of its variance",
-    ),
+    ("DebertaLayerNorm", "weight"): SPELLED_OUT,
+    ("IntLayerNorm", "weight"): SPELLED_OUT,
+    ("ImageGPTLayerNorm", "weight"): SPELLED_OUT,
     ("MoonshineStreamingLayerNorm", "gamma"): "a norm that hands on to nn.LayerNorm",
     ("NoNorm", "weight"): "scales where MobileBERT calls it its norm",
     ("Affine", "beta"): "the bias of ResMLP's affine, which is no norm",
-    **dict.fromkeys(
-        [
-            *[(f"DeepseekV4Hyper{part}", leaf) for part in ("Connection", "Head")
-              for leaf in ("base", "fn", "scale", "hc_base", "hc_fn", "hc_scale")],
-            *[(f"HYV4Hyper{part}", leaf) for part in ("Connection", "Head")
-              for leaf in ("base", "fn", "scale", "hc_base", "hc_fn", "hc_scale")],
-            *[("Glm5NextTextHyperConnection", leaf)
-              for leaf in ("base", "fn", "scale")],
-        ],
-        "mixes residual streams by weights of the normalized ones",
-    ),
     ("Inkling2BlockAttentionResidual", "query"): "a query for normalized keys",
     ("Inkling2ScaledL2Clip", "scale"): "clips long vectors, and leaves short ones",
     ("NeoMMEExclusiveSelfAttention", "alpha"): "how much of a projection is taken off",
-}  # fmt: skip
+    **{
+        (f"{model}HyperConnection", leaf): CONNECTION
+        for model in ("DeepseekV4", "HYV4", "Glm5NextText")
+        for leaf in ("base", "fn", "scale")
+    },
+    **{
+        (f"{model}HyperHead", f"hc_{leaf}"): CONNECTION
+        for model in ("DeepseekV4", "HYV4")
+        for leaf in ("base", "fn", "scale")
+    },
+}
 
 
 @cache
