@@ -19,11 +19,12 @@ NORMS = (
 
 
 def names_of(model: nn.Module, ids: set[int]) -> set[str]:
-    return {name for name, param in model.named_parameters() if id(param) in ids}
+    """Name the trained parameters among some: projects leave frozen ones out."""
+    return {n for n, p in model.named_parameters() if p.requires_grad and id(p) in ids}
 
 
-def decayed_by(model: nn.Module, recipe: str) -> set[str]:
-    infos = ModuleIndex(model).everyone()
+def decayed_by(model: nn.Module, recipe: str, infos=None) -> set[str]:
+    infos = infos or ModuleIndex(model).everyone()
     policy = named(recipe).bind(infos)
     return names_of(model, {id(i.parameter) for i in infos if policy(i).multiplier})
 
@@ -36,7 +37,7 @@ def by_transformers(model):
     from transformers import Trainer
 
     names = set(Trainer.get_decay_parameter_names(None, model))
-    return {name for name, _ in model.named_parameters() if name in names}
+    return names_of(model, {id(p) for n, p in model.named_parameters() if n in names})
 
 
 def by_timm(model):

@@ -33,10 +33,12 @@ def exempt(infos):
 
 def differences(model):
     """List the recipes that decay otherwise than their project's own code."""
+    infos = ModuleIndex(model).everyone()
     return [
         recipe
         for recipe in projects.installed()
-        if projects.decayed_by(model, recipe) != projects.PROJECTS[recipe][1](model)
+        if projects.decayed_by(model, recipe, infos)
+        != projects.PROJECTS[recipe][1](model)
     ]
 
 
