@@ -7,6 +7,7 @@ from torch import nn
 from selective_optim._model_index import ModuleIndex
 from selective_optim.policies import named
 from selective_optim.policies.decide import decide
+from tests import zoo
 from tests.judgement import disagreements
 
 pytestmark = pytest.mark.integration
@@ -139,3 +140,28 @@ def test_no_bias_norm_tells_these_two_apart(name, pair):
     exempted, decayed = pair
     assert names >= {exempted, decayed}
     assert (exempted in exempt(model), decayed in exempt(model)) == (True, False)
+
+
+# What "layer_weights" exempts of these beside norms and biases, by its last part.
+BESIDE_WEIGHTS = {
+    ("timm", "vit_tiny_patch16_224"): {"cls_token", "pos_embed"},
+    ("timm", "convnext_atto"): {"gamma"},
+    ("timm", "levit_128s"): {"attention_biases"},
+    ("torchvision", "swin_t"): {"relative_position_bias_table"},
+    ("transformers", "mamba"): {"A_log", "D"},
+    ("transformers", "clip"): {"class_embedding", "logit_scale"},
+    ("transformers", "gpt2"): set(),
+}
+
+
+@pytest.mark.parametrize(("library", "name"), BESIDE_WEIGHTS)
+def test_layer_weights_leaves_tokens_tables_scales_and_states(library, name):
+    pytest.importorskip(library)
+    model = zoo.build(library, name)
+    infos = ModuleIndex(model).everyone()
+    weights, rest = (named(policy) for policy in ("layer_weights", "no_bias_norm"))
+
+    found = {info.leaf for info in infos if weights(info) != rest(info)}
+
+    assert found == BESIDE_WEIGHTS[library, name]
+    assert not any(weights(i).multiplier > rest(i).multiplier for i in infos)

@@ -514,6 +514,23 @@ def test_layerwise_policy_takes_several_stacks():
     assert len({policy, layerwise(0.5, layers=tuple(TOWERS))}) == 1
 
 
+def test_layers_of_one_list_may_be_several_stacks():
+    model = vit(4)
+
+    groups = layerwise_groups(
+        model, lr=0.1, rate=0.5, layers=["blocks.[01]", "blocks.[23]"]
+    )
+
+    expected = [
+        ["norm", "head"],
+        ["blocks.1", "blocks.3"],
+        ["blocks.0", "blocks.2"],
+        ["token", "stem"],
+    ]
+    actual = [sorted(names) for names in members(model, groups)]
+    assert actual == [sorted(inside(model, prefixes)) for prefixes in expected]
+
+
 def test_layers_shared_by_encoder_and_decoder_lie_below_both():
     model = Model(
         shared=nn.Linear(9, 4),

@@ -289,6 +289,7 @@ EMBEDDED = {
     "seg_embed": ("XLNetRelativeAttention", True, False),
     "rel_pos_h": ("MultiScaleAttention", True, False),
     "relative_position_bias_table": ("WindowAttention", True, False),
+    "relative_attention_bias": ("CpmAntSegmentPosition", True, False),
     "attention_biases": ("LevitAttention", True, False),
     "position_bias": ("DeepseekV4Indexer", True, False),
     "token_embedding": ("TextTransformer", True, False),

@@ -277,10 +277,13 @@ def tower(modules: Modules, stack: Modules, others: set[nn.Module]) -> Modules:
         others: Blocks of the other stacks.
     """
     for module in modules:
-        inside = list(module.modules())
+        inside = set(module.modules())
         if stack[0] in inside and others.isdisjoint(inside):
-            return [m for m in modules if m in set(inside)]
-    return stack  # the blocks of several stacks stand in one list
+            if inside.issuperset(stack):
+                return [m for m in modules if m in inside]
+            break
+    # The blocks of several stacks stand in one list.
+    return [module for block in stack for module in block.modules()]
 
 
 def distances_in(modules: Modules, blocks: Modules) -> dict[nn.Module, int]:

@@ -25,8 +25,8 @@ WEIGHT_MODULES = (
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
 WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-# GRN is the global response normalization of ConvNeXt V2.
-# It is an acronym that others are glued to: DiTGRN.
+# GRN is the global response normalization of ConvNeXt V2, and an acronym that others
+# are glued to: DiTGRN.
 NORM_WORD = re.compile(r".*norm$|normali[sz]ation$|.*grn$")
 # A class called after a norm and then after one of these is the other thing:
 # LayerNormLinear, NormFreeBlock, NormHead.
@@ -62,7 +62,9 @@ BESIDE = frozenset(
         *("norm", "proj", "projection", "scale", "temperature", "weight", "weights"),
     )
 )
-TABLE = re.compile(r"(?:.*_)?(?:relative|position)_bias(?:_table)?$|attention_biases$")
+TABLE = re.compile(
+    r"(?:.*_)?(?:relative|position)_(?:\w+_)?bias(?:_table)?$|attention_biases$"
+)
 # Biases and gains that neither a name nor a call gives away, by package, class and
 # attribute; `b1` and `beta` are other things elsewhere.
 KNOWN_BIASES = {
