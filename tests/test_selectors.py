@@ -295,7 +295,7 @@ EMBEDDED = {
     "token_embedding": ("TextTransformer", True, False),
     "lora_embedding_A": ("Embedding", True, False),
     "lora_embedding_B": ("Embedding", True, False),
-    "trainable_tokens_delta": ("TrainableTokensLayer", True, True),
+    "trainable_tokens_delta": ("TrainableTokensLayer", True, False),
     "bias": ("MMGroundingDinoContrastiveEmbedding", False, False),
     "pos_bias_u": ("Wav2Vec2ConformerSelfAttention", False, False),
     "pos_emb_alpha": ("SeamlessM4Tv2TextToUnitDecoder", False, False),
@@ -335,6 +335,7 @@ def test_is_embedding_asks_the_list_that_an_adapter_stands_in(leaf):
 WEIGHTS = {
     "expert": ("gate_up_proj", (4, 8, 6), "MixtralExperts", True),
     "mixing": ("fn", (24, 64), "HyperConnection", True),
+    "adapter": ("lora_embedding_A", (8, 10), "Embedding", True),
     "projection": ("text_projection", (4, 4), "CLIP", True),
     "layer scale": ("gamma", (4, 1, 1), "ConvNeXtBlock", False),
     "wide scale": ("scale", (48, 128), "ScaledClip", False),

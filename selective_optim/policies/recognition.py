@@ -54,6 +54,8 @@ TOKEN_LEAVES = frozenset(
         *("pooling_attention_query", "queries", "query", "text_prompt"),
     )
 )
+# What an adapter adds to a lookup table is a part of it: lora_embedding_A of peft.
+ADAPTERS = frozenset({"delta", "lora"})
 SPECIAL = frozenset({"class", "cls", "eoi", "mask", "masked", "no"})
 # What acts on embeddings, or beside them, and is none: pos_emb_alpha.
 BESIDE = frozenset(
@@ -185,7 +187,7 @@ def embedding_leaf(leaf: str | None) -> bool:
     words = _parts(leaf)
     if TABLE.match(leaf or "") or token_leaf(leaf):
         return not bias_leaf(leaf)
-    return bool(words & (EMBEDS | POSITIONS)) and words.isdisjoint(BESIDE)
+    return bool(words & (EMBEDS | POSITIONS | TOKENS)) and words.isdisjoint(BESIDE)
 
 
 @cache
@@ -196,7 +198,7 @@ def token_leaf(leaf: str | None) -> bool:
         return True
     if words & EMBEDS:  # token_embedding is a table, class_embedding a token
         return bool(words & SPECIAL) and words.isdisjoint(POSITIONS | BESIDE)
-    return bool(words & TOKENS) and words.isdisjoint(POSITIONS | BESIDE)
+    return bool(words & TOKENS) and words.isdisjoint(POSITIONS | BESIDE | ADAPTERS)
 
 
 def _parts(leaf: str | None) -> set[str]:
@@ -240,6 +242,7 @@ def layer_weight(
         return True
     if norm_part(module, leaf) is not None or bias_part(module, leaf):
         return False
-    if embedding_leaf(leaf) or (leaf or "").lower() in NO_WEIGHTS:
+    table = embedding_leaf(leaf) and ADAPTERS.isdisjoint(_parts(leaf))
+    if table or (leaf or "").lower() in NO_WEIGHTS:
         return False
     return shape is not None and sum(size != 1 for size in shape) >= 2
