@@ -25,7 +25,7 @@ class LayerRow:
         name: Canonical name.
         shape: Original shape.
         numel: Number of elements.
-        lr: Learning rate of its group.
+        lr: Learning rate of its group, times its ``"lr_scale"``.
     """
 
     layer: int
@@ -85,7 +85,8 @@ def layerwise_groups(
     model: nn.Module | Sequence[nn.Module],
     lr: float | Tensor,
     rate: float,
-    layers: str | None = None,
+    layers: str | Sequence[str] | None = None,
+    lr_scale: bool = False,
 ) -> LayerGroups:
     """Make one parameter group per layer, each with its own learning rate.
 
@@ -100,14 +101,18 @@ def layerwise_groups(
         lr: Learning rate of the top layer.
         rate: Factor from a layer to the one below, finite and >= 0.
         layers: Glob on the module names of the repeated blocks, such as
-            ``"blocks.*"``, or the name of their list, ``"blocks"``; by default
-            they are found.
+            ``"blocks.*"``, or the name of their list, ``"blocks"``; a list of
+            globs for several stacks, such as two towers, each with its own depth.
+            By default the model's ``group_matcher`` is asked, or they are found.
+        lr_scale: Leave every group's rate at ``lr`` and write the factor to its
+            ``"lr_scale"`` instead, for a schedule that multiplies by it: timm's,
+            MAE's and BEiT's do, torch's do not.
 
     Returns:
         The groups; ``print`` shows which parameters share a layer.
 
     Raises:
-        TypeError: ``layers`` is no string, or ``rate`` no number.
+        TypeError: ``layers`` is neither string nor strings, or ``rate`` no number.
         ValueError: No repeated blocks are found, or more than one list of them, or
             ``layers`` matches no module that holds parameters, or only one.
 
@@ -132,11 +137,15 @@ def layerwise_groups(
     layered = [(n, lr * rate**n, held) for n, held in sorted(found.items())]
     return LayerGroups(
         (
-            {"params": [i.parameter for i in held], "lr": own}
-            for _, own, held in layered
+            {"params": [i.parameter for i in held], **_rate(lr, rate**n, lr_scale)}
+            for n, _, held in layered
         ),
         (_row(n, own, info) for n, own, held in layered for info in held),
     )
+
+
+def _rate(lr: float | Tensor, factor: float, lr_scale: bool) -> dict[str, Any]:
+    return {"lr": lr, "lr_scale": factor} if lr_scale else {"lr": lr * factor}
 
 
 def _row(layer: int, lr: float | Tensor, info: ParameterInfo) -> LayerRow:

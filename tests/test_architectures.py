@@ -1,12 +1,4 @@
-"""``"no_bias_norm"`` on real architectures, against what their modules compute.
-
-A norm is told here by the source of its class, a bias by a list of the names
-that real models use: neither knows how the package tells them.
-"""
-
-import inspect
-import re
-from functools import cache
+"""``"no_bias_norm"`` on chosen architectures, against what their modules compute."""
 
 import pytest
 import torch
@@ -15,57 +7,15 @@ from torch import nn
 from selective_optim._model_index import ModuleIndex
 from selective_optim.policies import named
 from selective_optim.policies.decide import decide
+from tests import zoo
+from tests.judgement import disagreements
 
 pytestmark = pytest.mark.integration
-
-NORMS = (
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-    *(nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.RMSNorm),
-)
-WEIGHTS = (
-    *(nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d),
-    nn.ConvTranspose1d,
-    *(nn.Embedding, nn.EmbeddingBag, nn.LSTM, nn.GRU, nn.MultiheadAttention),
-)
-NORMALIZES = re.compile(
-    r"F\.\w+_norm\(|rsqrt\(|\.norm\(|vector_norm\(|_rms\(|_std\(|rms_norm\w*\("
-)
-# Norms whose class delegates, or that only scale where the model calls it a norm.
-DELEGATING = {"NoNorm", "ImageGPTLayerNorm", "MoonshineStreamingLayerNorm"}
-BIASES = {
-    *("bias", "in_proj_bias", "q_bias", "v_bias", "bias_k", "bias_v", "bias_u"),
-    *("dt_bias", "dt_proj_bias", "gate_bias", "expert_bias", "dense_bias"),
-    *("e_score_correction_bias", "logit_bias", "r_r_bias", "r_s_bias", "r_w_bias"),
-    *("pos_bias_u", "pos_bias_v", "gate_up_proj_bias", "down_proj_bias"),
-    *("input_gate_bias", "recurrent_gate_bias", "bias_ih_l0", "bias_hh_l0"),
-    *("bias_ih_l1", "bias_hh_l1", "bias_ih_l0_reverse", "bias_hh_l0_reverse"),
-}
-
-
-def normalizes(module):
-    if isinstance(module, (*NORMS, *WEIGHTS)):
-        return isinstance(module, NORMS)
-    if type(module).__name__ in DELEGATING:
-        return True
-    inner = sum(1 for child in module.children() for _ in child.parameters())
-    return not inner and source_normalizes(type(module))
-
-
-@cache
-def source_normalizes(cls):
-    return bool(NORMALIZES.search(inspect.getsource(cls)))
 
 
 def mistakes(model):
     """List what is exempt and should decay, and what decays and should be exempt."""
-    infos = ModuleIndex(model).everyone()
-    decisions = decide(named("no_bias_norm"), infos)
-    return [
-        (info.name, type(info.owner).__name__, decision.multiplier)
-        for info, decision in zip(infos, decisions, strict=True)
-        if (normalizes(info.owner) or info.leaf in BIASES)
-        != (decision.decay.multiplier == 0)
-    ]
+    return disagreements(ModuleIndex(model).everyone(), exempt(model))
 
 
 def exempt(model):
@@ -96,7 +46,7 @@ def test_no_bias_norm_makes_no_mistake_in_torchvision(name):
     extra = {"weights_backbone": None} if name.startswith(("fcn", "lraspp")) else {}
     with torch.device("meta"):
         model = models.get_model(name, weights=None, **extra)
-    assert mistakes(model) == []
+    assert mistakes(model) == set()
 
 
 TIMM = [
@@ -114,7 +64,7 @@ def test_no_bias_norm_makes_no_mistake_in_timm(name):
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False)
-    assert mistakes(model) == []
+    assert mistakes(model) == set()
 
 
 TRANSFORMERS = [
@@ -140,7 +90,7 @@ def test_no_bias_norm_makes_no_mistake_in_transformers(name):
     config = shallow(transformers.AutoConfig.for_model(name))
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(config)
-    assert mistakes(model) == []
+    assert mistakes(model) == set()
 
 
 class Recurrent(nn.Module):
@@ -190,3 +140,28 @@ def test_no_bias_norm_tells_these_two_apart(name, pair):
     exempted, decayed = pair
     assert names >= {exempted, decayed}
     assert (exempted in exempt(model), decayed in exempt(model)) == (True, False)
+
+
+# What "layer_weights" exempts of these beside norms and biases, by its last part.
+BESIDE_WEIGHTS = {
+    ("timm", "vit_tiny_patch16_224"): {"cls_token", "pos_embed"},
+    ("timm", "convnext_atto"): {"gamma"},
+    ("timm", "levit_128s"): {"attention_biases"},
+    ("torchvision", "swin_t"): {"relative_position_bias_table"},
+    ("transformers", "mamba"): {"A_log", "D"},
+    ("transformers", "clip"): {"class_embedding", "logit_scale"},
+    ("transformers", "gpt2"): set(),
+}
+
+
+@pytest.mark.parametrize(("library", "name"), BESIDE_WEIGHTS)
+def test_layer_weights_leaves_tokens_tables_scales_and_states(library, name):
+    pytest.importorskip(library)
+    model = zoo.build(library, name)
+    infos = ModuleIndex(model).everyone()
+    weights, rest = (named(policy) for policy in ("layer_weights", "no_bias_norm"))
+
+    found = {info.leaf for info in infos if weights(info) != rest(info)}
+
+    assert found == BESIDE_WEIGHTS[library, name]
+    assert not any(weights(i).multiplier > rest(i).multiplier for i in infos)

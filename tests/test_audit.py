@@ -395,24 +395,36 @@ def test_command_runs_as_a_module_from_the_folder_of_the_model(tmp_path: Path):
     assert "decayed: 1 tensor, 6 elements" in done.stdout
 
 
-def counts(tensors, norms=0, biases=0):
-    return {"decayed": {"tensors": tensors}, "norms": norms, "biases": biases}
+def counts(tensors, norms=0, biases=0, others=0, weights=0):
+    mistakes = {"norms": norms, "biases": biases, "others": others}
+    return {"decayed": {"tensors": tensors}, **mistakes, "weights": weights}
 
 
-def test_recipes_page_adds_up_what_each_recipe_decays_by_mistake():
+def test_recipes_page_ranks_recipes_by_their_mistakes():
     models = {
-        "A": {"x": counts(3), "y": counts(9, norms=2, biases=1), "z": counts(4, 1)},
-        "B": {"x": counts(5), "y": counts(8, norms=1), "z": {"refused": "why"}},
+        "A": {
+            "w": counts(9, norms=2, biases=1),
+            "x": counts(4, others=1),
+            "y": counts(3, weights=2),
+            "z": counts(4),
+        },
+        "B": {
+            "w": counts(8, norms=1),
+            "x": counts(5, others=2),
+            "y": counts(5, weights=1),
+            "z": {"refused": "why"},
+        },
     }
-    versions = dict.fromkeys(("torch", "torchvision", "timm", "transformers"), "1.2")
+    versions = dict.fromkeys(("torch", "torchvision", "timm", "transformers"), "1.2+c")
     text, table = page({**versions, "models": models}).split("\n\n")
-    assert text.endswith("torch 1.2, torchvision 1.2, timm 1.2, transformers 1.2.")
+    assert text == "torch 1.2, torchvision 1.2, timm 1.2, transformers 1.2:"
     assert table.splitlines() == [
-        "| model | `x` | `y` | `z` |",
-        "| --- | ---: | ---: | ---: |",
-        "| A | 3 | 9 (2 n, 1 b) | 4 (1 n) |",
-        "| B | 5 | 8 (1 n) | - |",
-        "| **norms + biases decayed** | **0 + 0** | **3 + 1** | **1 + 0** in 1 of 2 |",
+        "| recipe | norms + biases decayed | others decayed | weights exempt | A | B |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| `y` | 0 + 0 | 0 | 3 | 3 | 5 |",
+        "| `x` | 0 + 0 | 3 | 0 | 4 | 5 |",
+        "| `w` | 3 + 1 | 0 | 0 | 9 (2 n, 1 b) | 8 (1 n) |",
+        "| `z` | 0 + 0 in 1 of 2 | 0 | 0 | 4 | - |",
     ]
 
 

@@ -95,7 +95,70 @@ def fc_norm():
     )
 
 
+class OtherBlock(Block):
+    def __init__(self, width=4):
+        super().__init__(width)
+        self.gate = nn.Linear(width, width)
+
+
+class MixedStage(nn.Module):
+    """Blocks of two classes, as EdgeNeXt, Next-ViT and iFormer have."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.down = nn.Linear(width, width)
+        self.blocks = nn.Sequential(Block(width), Block(width), OtherBlock(width))
+
+
+def mixed():
+    stages = nn.Sequential(MixedStage(4), MixedStage(8))
+    return Model(stem=nn.Linear(3, 4), stages=stages, head=nn.Linear(8, 2))
+
+
+def twins():
+    """Lists beside the stages, one item for each, before and after; one fewer."""
+    return Model(
+        embeds=nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 8)]),
+        stages=nn.ModuleList(nn.Sequential(Block(w), Block(w)) for w in (4, 8)),
+        pos=nn.ModuleList([nn.Linear(4, 4), nn.Linear(8, 8)]),
+        between=nn.ModuleList([nn.Linear(4, 8)]),
+        norms=nn.ModuleList([nn.LayerNorm(8)]),
+        head=nn.Linear(8, 2),
+    )
+
+
+class AlikeStage(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block())
+
+
+def alike_stages():
+    return nn.ModuleList(AlikeStage() for _ in range(3))
+
+
 LAYOUTS = {
+    "mixed": (
+        mixed,
+        [
+            ["head"],
+            *(["stages.1.blocks.2"], ["stages.1.blocks.1"]),
+            ["stages.1.down", "stages.1.blocks.0"],
+            *(["stages.0.blocks.2"], ["stages.0.blocks.1"], ["stages.0.blocks.0"]),
+            ["token", "stem", "stages.0.down"],
+        ],
+    ),
+    "lists beside": (
+        twins,
+        [
+            ["norms", "head"],
+            ["stages.1.1", "pos.1"],
+            ["stages.1.0", "embeds.1", "between.0"],
+            ["stages.0.1", "pos.0"],
+            ["stages.0.0", "embeds.0"],
+            ["token"],
+        ],
+    ),
     "vit": (
         vit,
         [["head"], ["blocks.2", "norm"], ["blocks.1"], ["blocks.0"], ["token", "stem"]],
@@ -330,7 +393,9 @@ ERRORS = {
     ),
     "two towers": (
         lambda: layerwise_groups(two_towers(), 0.1, 0.5),
-        r"'image.blocks.\*', 'text.transformer.h.\*' all hold.*layers=\"text\.tr",
+        r"'image.blocks.\*' \(3 modules, 252 elements\), 'text.transformer.h.\*' \(2 "
+        r"modules, 168 elements\) all hold.*as in layers=\"image\.blocks\.\*\", or "
+        r".*layers=\[\"image\.blocks\.\*\", \"text\.transformer\.h\.\*\"\]\.",
     ),
     "policy with two towers": (
         lambda: AdamW(two_towers(), wd_policy=layerwise(0.5)),
@@ -352,6 +417,23 @@ ERRORS = {
         lambda: AdamW(vit(), wd_policy=layerwise(0.5, layers="h*d")),
         r"'h\*d' matches one Linear .* Write for example layers=\"blocks\.\*\"\.",
     ),
+    "globs of one stack": (
+        lambda: layerwise_groups(vit(), 0.1, 0.5, layers=["blocks.*", "blocks.1*"]),
+        r"'blocks\.1\*' matches one Block|'blocks.*' and 'blocks.1.*' match some of",
+    ),
+    "globs of the same blocks": (
+        lambda: layerwise_groups(vit(), 0.1, 0.5, layers=["blocks.*", "bl*s.?"]),
+        r"'blocks\.\*' and 'bl\*s\.\?' match some of the same modules.* Leave one",
+    ),
+    "no globs": (
+        lambda: layerwise_groups(vit(), 0.1, 0.5, layers=[]),
+        r"`layers` is an empty list.* Write for example layers=\[\"text",
+    ),
+    "stages or blocks": (
+        lambda: layerwise_groups(Model(parts=alike_stages()), 0.1, 0.5),
+        r"'parts\.\*' \(3 modules, .*\) are alike, and so are 'parts\.\*\.blocks\.\*' "
+        r"inside\. Write layers=\"parts\.\*\.blocks\.\*\" or layers=\"parts\.\*\"",
+    ),
     "negative rate": (
         lambda: layerwise_groups(vit(), 0.1, -0.5),
         r"`rate` must be finite and >= 0, not -0\.5\. Pass for example rate=0\.75\.",
@@ -371,9 +453,10 @@ def test_layerwise_says_what_is_wrong(case):
 TYPES = {
     "number": (
         {"layers": 3},
-        r"`layers` must be a glob on module names, not 3 \(int\)",
+        r"`layers` must be a glob on module names, or a list of globs, not 3 \(int\)",
     ),
-    "list": ({"layers": ["a", "b"]}, r"not \['a', 'b'\] \(list\)\. Write .*\.\*\"\."),
+    "list": ({"layers": ["a", 2]}, r"not \['a', 2\] \(list\)\. Write .*\.\*\"\."),
+    "set": ({"layers": {"a"}}, r"or a list of globs, not \{'a'\} \(set\)"),
     "module": ({"layers": nn.Linear(2, 2)}, r"not a Linear\."),
     "text": (
         {"rate": ".75"},
@@ -402,3 +485,200 @@ def test_advice_on_layers_is_never_what_was_written():
     assert str(caught.value).endswith(
         "Name modules that repeat; this model has none that are numbered."
     )
+
+
+def clip():
+    """Two towers as in CLIP, with what belongs to neither around them."""
+    model = Model(text=gpt(tied=False).transformer, image=vit(), proj=nn.Linear(4, 4))
+    model.logit_scale = nn.Parameter(torch.ones(()))
+    model.positional_embedding = nn.Parameter(torch.ones(3, 4))
+    return model
+
+
+TOWERS = ["text.h.*", "image.blocks.*"]
+
+
+def test_layers_names_several_stacks_of_their_own_depth():
+    model = clip()
+
+    groups = layerwise_groups(model, lr=0.1, rate=0.5, layers=TOWERS)
+
+    expected = [
+        ["proj", "logit_scale", "image.head"],
+        ["text.h.1", "text.ln_f", "image.blocks.2", "image.norm"],
+        ["text.h.0", "image.blocks.1"],
+        ["text.token", "text.wte", "image.blocks.0"],
+        ["image.token", "image.stem", "token", "positional_embedding"],
+    ]
+    actual = [sorted(names) for names in members(model, groups)]
+    assert actual == [sorted(inside(model, prefixes)) for prefixes in expected]
+
+
+def test_layerwise_policy_takes_several_stacks():
+    policy = layerwise(0.5, layers=TOWERS)
+    optimizer = AdamW(clip().parameters(), weight_decay=1.0, wd_policy=policy)
+
+    strengths = {r.name: r.weight_decay for r in optimizer.decay_report().rows}
+
+    assert strengths["text.h.1.norm.weight"] == 0.5
+    assert strengths["image.blocks.0.norm.weight"] == 0.5**3
+    assert repr(policy) == f"layerwise(0.5, layers={TOWERS!r})"
+    assert eval(repr(policy)) == policy == pickle.loads(pickle.dumps(policy))
+    assert len({policy, layerwise(0.5, layers=tuple(TOWERS))}) == 1
+
+
+def test_layers_of_one_list_may_be_several_stacks():
+    model = vit(4)
+
+    groups = layerwise_groups(
+        model, lr=0.1, rate=0.5, layers=["blocks.[01]", "blocks.[23]"]
+    )
+
+    expected = [
+        ["norm", "head"],
+        ["blocks.1", "blocks.3"],
+        ["blocks.0", "blocks.2"],
+        ["token", "stem"],
+    ]
+    actual = [sorted(names) for names in members(model, groups)]
+    assert actual == [sorted(inside(model, prefixes)) for prefixes in expected]
+
+
+def test_layers_shared_by_encoder_and_decoder_lie_below_both():
+    model = Model(
+        shared=nn.Linear(9, 4),
+        encoder=Model(blocks=nn.ModuleList([Block(), Block(), Block()])),
+        decoder=Model(blocks=nn.ModuleList([Block(), Block()])),
+        head=nn.Linear(4, 9),
+    )
+    layers = ["encoder.blocks", "decoder.blocks"]
+
+    rows = layerwise_groups(model, 0.1, 0.5, layers=layers).rows
+
+    found = {row.name: row.layer for row in rows}
+    assert found["shared.weight"] == found["encoder.token"] == 4
+    assert found["decoder.token"] == 3
+    assert found["encoder.blocks.2.norm.bias"] == found["decoder.blocks.1.norm.bias"]
+    assert found["head.weight"] == 0
+
+
+class Speaking(Model):
+    """A model that tells its layers, against all that its structure tells."""
+
+    said = None
+
+    def group_matcher(self, coarse=False):
+        assert coarse is False
+        return self.said
+
+
+def speaking(said):
+    model = Speaking(
+        blocks=nn.Sequential(Block(), Block()),
+        stem=nn.Linear(3, 4),
+        norm=nn.LayerNorm(4),
+        head=nn.Linear(4, 2),
+    )
+    model.said = said
+    return model
+
+
+SAYS = {
+    "expressions": (
+        {"stem": r"^stem|token", "blocks": r"^blocks\.(\d+)"},
+        [["norm", "head"], ["blocks.1"], ["blocks.0"], ["token", "stem"]],
+    ),
+    "with the one before": (
+        {
+            "stem": r"^stem|token",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        },
+        [["head"], ["blocks.1", "norm"], ["blocks.0"], ["token", "stem"]],
+    ),
+    "nothing of a part": (
+        {"stem": None, "blocks": [(r"^blocks\.(\d+)", (0,)), (r"^stem", (1, 5))]},
+        [["token", "norm", "head"], ["stem"], ["blocks.1"], ["blocks.0"]],
+    ),
+    "function": (
+        lambda name: 0 if name.startswith("head") else 1,
+        [["token", "blocks", "stem", "norm"], ["head"]],
+    ),
+    "function of two": (
+        lambda name: (1, int(name.split(".")[1])) if "blocks" in name else (0,),
+        [["blocks.1"], ["blocks.0"], ["token", "stem", "norm", "head"]],
+    ),
+}
+
+
+# torch says this itself, of itself, when torch.compile is first imported.
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("case", SAYS)
+@pytest.mark.parametrize("wrap", [lambda m: m, Wrapper, torch.compile])
+def test_layers_are_what_the_model_says(case, wrap):
+    said, expected = SAYS[case]
+    model = speaking(said)
+
+    groups = layerwise_groups(wrap(model), lr=0.1, rate=0.5)
+
+    actual = [sorted(names) for names in members(model, groups)]
+    assert actual == [sorted(inside(model, prefixes)) for prefixes in expected]
+
+
+def test_layers_are_what_the_model_says_of_a_module_called_module():
+    model = speaking({"stem": r"^stem|token", "blocks": r"^blocks\.module\.(\d+)"})
+    model.blocks = Wrapper(model.blocks)
+
+    rows = layerwise_groups(model, 0.1, 0.5).rows
+
+    found = {row.name: row.layer for row in rows}
+    assert found["blocks.1.norm.weight"] == 1
+    assert found["blocks.0.norm.weight"] == 2
+
+
+def test_layers_are_what_the_model_says_inside_another_module():
+    model = speaking(SAYS["expressions"][0])
+    outer = nn.ModuleDict({"net": model})
+
+    groups = layerwise_groups(outer, lr=0.1, rate=0.5)
+
+    assert members(model, groups) == members(model, layerwise_groups(model, 0.1, 0.5))
+
+
+def test_layers_that_are_named_go_before_what_the_model_says():
+    model = speaking(SAYS["function"][0])
+
+    assert len(layerwise_groups(model, 0.1, 0.5, layers="blocks.*")) == 4
+
+
+@pytest.mark.parametrize("said", [{}, {"all": r"."}, lambda name: 7])
+def test_layers_are_found_where_the_model_says_only_one(said):
+    assert len(layerwise_groups(speaking(said), 0.1, 0.5)) == 4
+
+
+@pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)])
+def test_lr_scale_leaves_the_rate_to_a_schedule(lr):
+    groups = layerwise_groups(vit(), lr=lr, rate=0.5, lr_scale=True)
+
+    assert [group["lr_scale"] for group in groups] == [1, 0.5, 0.25, 0.125, 0.0625]
+    assert all(group["lr"] is lr for group in groups)
+    assert [float(groups.rows[i].lr) for i in (0, -1)] == [0.5, 0.03125]
+    assert "0.25" in str(groups)
+
+
+def scheduled_by_mae(optimizer, lr):
+    """Write rates as MAE's ``util/lr_sched.py`` does."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def test_lr_scale_keeps_layers_apart_under_a_schedule_that_reads_it():
+    scaled, plain = vit(), vit()
+    groups = layerwise_groups(scaled, lr=0.1, rate=0.5, lr_scale=True)
+    optimizer = SGD(groups, model=scaled, wd_policy="no_bias", weight_decay=0.1)
+    flat = SGD(layerwise_groups(plain, lr=0.1, rate=0.5), weight_decay=0.1)
+
+    scheduled_by_mae(optimizer, 0.2)
+    scheduled_by_mae(flat, 0.2)
+
+    assert [g["lr"] for g in optimizer.param_groups] == [0.2 * 0.5**n for n in range(5)]
+    assert {group["lr"] for group in flat.param_groups} == {0.2}

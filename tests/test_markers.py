@@ -27,6 +27,11 @@ class Inner(nn.Module):
         self.proj = nn.Linear(2, 2)
         self.A_log = nn.Parameter(torch.ones(2, 2))
         self.A_log._no_weight_decay = True
+        self.kernel = nn.Parameter(torch.ones(2, 2))
+        self.kernel._optim = {"weight_decay": 0, "lr": 0.001}
+        self.slow = nn.Parameter(torch.ones(2, 2))
+        self.slow._optim = {"lr": 0.001}
+        self.out = nn.Linear(2, 2)
 
     def no_weight_decay(self):
         return ["table"]
@@ -49,6 +54,9 @@ class Outer(nn.Module):
     def no_weight_decay_keywords(self):
         return {"bias_table"}
 
+    def no_weight_decay_patterns(self):
+        return ["*.out.w?ight"]
+
 
 class Root(nn.Module):
     def __init__(self):
@@ -66,6 +74,8 @@ MARKED = {
     "inner.A_log",
     "inner.table",
     "inner.proj.weight",
+    "inner.kernel",
+    "inner.out.weight",
     "rel_bias_table",
     "head.weight",
 }
@@ -232,3 +242,63 @@ def test_marked_needs_modules():
 
     with pytest.raises(ValueError, match="needs module types"):
         AdamW(named_tensors, wd_policy=marked())
+
+
+def test_marked_asks_for_patterns_at_any_depth():
+    inner = Outer()
+    del inner.inner.out
+    inner.out = nn.Linear(2, 2)
+
+    assert "net.out.weight" not in exempt(nn.ModuleDict({"net": inner}))
+    inner.no_weight_decay_patterns = lambda: ["out.*"]
+    assert "net.out.weight" in exempt(nn.ModuleDict({"net": inner}))
+
+
+def with_own_decay(value):
+    model = nn.Linear(2, 2)
+    model.weight._optim = {"weight_decay": value}
+    return model
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0, 0), (0.05, 0.05), (0.2, 0.2)])
+def test_marked_decays_by_the_settings_of_a_parameter(value, expected):
+    model = with_own_decay(value)
+    policy = marked(weight_decay=0.1)
+    optimizer = AdamW(model.parameters(), weight_decay=0.1, wd_policy=policy)
+
+    weight, bias = optimizer.decay_report().rows
+
+    assert weight.weight_decay == pytest.approx(expected)
+    assert weight.reason == f"_optim has weight_decay {value}"
+    assert (bias.weight_decay, bias.reason) == (0.1, "not marked")
+
+
+def test_marked_refuses_settings_that_it_cannot_scale():
+    words = r"failed for 'weight' .*: its _optim has weight_decay 0.05, .*not known\. W"
+    with pytest.raises(ValueError, match=words):
+        AdamW(with_own_decay(0.05).parameters(), wd_policy=marked())
+
+
+def test_marked_takes_settings_of_another_kind_for_none():
+    model = nn.Linear(2, 2)
+    model.weight._optim = "adam"
+
+    assert exempt(model) == set()
+
+
+@pytest.mark.parametrize("value", [0, -0.1, float("inf"), float("nan")])
+def test_marked_refuses_a_decay_that_cannot_be_scaled(value):
+    with pytest.raises(ValueError, match=r"must be finite and > 0, not .*marked\("):
+        marked(weight_decay=value)
+
+
+def test_marked_refuses_a_decay_that_is_no_number():
+    with pytest.raises(TypeError, match=r"must be a number, not '0.1' \(str\)\. Write"):
+        marked(weight_decay="0.1")
+
+
+def test_marked_with_a_decay_prints_compares_and_pickles():
+    policy = marked(weight_decay=0.1)
+
+    assert repr(policy) == "marked(weight_decay=0.1)"
+    assert pickle.loads(pickle.dumps(policy)) == policy != marked()

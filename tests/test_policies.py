@@ -55,6 +55,7 @@ MULTIPLIERS = {
     "no_bias_norm": ("no_bias_norm", [1, 1, 0, 0, 0, 1, 0]),
     "no_bias_norm_embedding": ("no_bias_norm_embedding", [0, 1, 0, 0, 0, 1, 0]),
     "matrices": ("matrices", [1, 1, 0, 1, 1, 1, 0]),
+    "layer_weights": ("layer_weights", [1, 1, 0, 0, 0, 1, 0]),
     "exclude": (exclude("*.bias", nn.Embedding), [0, 1, 0, 1, 0, 1, 0]),
     "only": (only("head.*"), [0, 0, 0, 0, 0, 1, 1]),
     "scale": (scale("head.*", by=0.25), [1, 1, 1, 1, 1, 0.25, 0.25]),

@@ -35,10 +35,43 @@ class Block(nn.Module):
         self.debias_proj = nn.Linear(4, 4)
 
 
+class Tower(nn.Module):
+    """Names what several projects look for, and lists some of it itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.class_token = nn.Parameter(torch.ones(1, 1, 4))
+        self.relative_position_bias_table = nn.Parameter(torch.ones(9, 2))
+        self.logit_scale = nn.Parameter(torch.ones(1, 2))
+        self.cpb_mlp = nn.Linear(4, 4)
+        self.fourier_w = nn.Parameter(torch.ones(2, 2))
+        self.encoder_norms = nn.Linear(4, 4)
+        self.bn_stem = nn.Conv2d(1, 1, 3)
+        self.own = type("LayerNorm", (nn.LayerNorm,), {})(4)
+        self.local = nn.LayerNorm(4, elementwise_affine=False)
+        self.time_maa_x = nn.Parameter(torch.ones(1, 1, 4))
+        self.time_state = nn.Parameter(torch.ones(2, 2, 2))
+        self.maa_w1 = nn.Parameter(torch.ones(4, 4))
+        self.column = nn.Linear(4, 1, bias=False)
+        self.D = nn.Parameter(torch.ones(2, 2))
+        self.D._no_weight_decay = True
+
+    def no_weight_decay(self):
+        return {"class_token"}
+
+    def no_weight_decay_patterns(self):
+        return ["fourier_?"]
+
+    def no_weight_decay_keywords(self):
+        return {"position_bias_table", "cpb"}
+
+
 class Zoo(nn.Module):
     def __init__(self):
         super().__init__()
         self.pos_embed = nn.Parameter(torch.ones(1, 3, 4))
+        self.embeddings = nn.Embedding(3, 4)
+        self.tower = Tower()
         self.scale = nn.Parameter(torch.ones(()))
         self.embed = nn.Embedding(5, 4)
         self.stem = weight_norm(nn.Conv2d(3, 4, 1))
@@ -55,6 +88,9 @@ class Zoo(nn.Module):
 
     def no_weight_decay(self):
         return {"pos_embed", "blocks.0.debias_proj.weight"}
+
+    def no_weight_decay_keywords(self):
+        return {"relative_position_bias_table", "cpb_mlp"}
 
 
 def exempt(model, recipe):
@@ -77,8 +113,14 @@ def by_owner(rule):
 
 
 TORCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-HUGGINGFACE = ("bias", "layernorm", ".norm.", "norm.weight", "norm.gain", "ln_1")
+HUGGINGFACE = (
+    *("bias", "layernorm", ".norm.", "norm.weight", "norm.gain", "ln_1", "tower.own"),
+)
 FASTAI = (nn.BatchNorm2d, nn.InstanceNorm1d, nn.LayerNorm)
+TORCHVISION = (*TORCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+EMBEDDINGS = ("class_token", "position_embedding", "relative_position_bias_table")
+RWKV = ("time_mix", "time_maa", "time_decay", "time_daaaa", "time_faaaa", "time_first")
+LISTED = tuple(Zoo().no_weight_decay())
 EXPECTED = {
     # transformers 5.23.0, trainer.py: the five patterns, met here by these words;
     # norm1 (a GroupNorm), bn1 and sync decay, but for their biases.
@@ -104,6 +146,89 @@ EXPECTED = {
     "nanogpt": by_name(lambda n, p: p.dim() < 2),
     # Megatron-LM, core/optimizer/__init__.py.
     "megatron": by_name(lambda n, p: len(p.shape) == 1 or n.endswith(".bias")),
+    # torchvision, references/classification/utils.py, with norm_weight_decay 0, and
+    # with its custom keys, each of which is compared with the leaf.
+    "torchvision": by_owner(lambda m, leaf: isinstance(m, TORCHVISION)),
+    "torchvision_swin": by_owner(
+        lambda m, leaf: leaf in ("bias", *EMBEDDINGS) or isinstance(m, TORCHVISION)
+    ),
+    # ultralytics 8.4.190, engine/trainer.py: of torch's norms, as isinstance tells.
+    "ultralytics": by_name(lambda n, p: "bias" in n or "logit_scale" in n)
+    | by_owner(
+        lambda m, leaf: isinstance(m, (*TORCH_NORMS, nn.GroupNorm, nn.LayerNorm))
+    ),
+    # YOLOX, yolox/exp/yolox_base.py; what it never trains is exempt.
+    "yolox": by_name(
+        lambda n, p: not n.endswith((".weight", ".weight.original0", ".original1"))
+    )
+    | by_owner(lambda m, leaf: isinstance(m, nn.BatchNorm2d))
+    | {"tower.bn_stem.weight"},
+    # RT-DETRv2, rtdetrv2_r50vd_6x_coco.yml.
+    "rtdetr": by_name(
+        lambda n, p: ("encoder" in n or "decoder" in n) and ("norm" in n or "bn" in n)
+    ),
+    # SAM 2, sam2.1_hiera_b+_MOSE_finetune.yaml: the class itself, no subclass.
+    "sam2": by_name(lambda n, p: "bias" in n)
+    | by_owner(lambda m, leaf: type(m) is nn.LayerNorm),
+    # Swin-Transformer, optimizer.py.
+    "swin": by_name(
+        lambda n, p: (
+            len(p.shape) == 1
+            or n.endswith(".bias")
+            or n in LISTED
+            or any(word in n for word in Zoo().no_weight_decay_keywords())
+        )
+    ),
+    # ConvNeXt, optim_factory.py.
+    "convnext": by_name(
+        lambda n, p: len(p.shape) == 1 or n.endswith(".bias") or n in LISTED
+    ),
+    # MAE, util/lr_decay.py.
+    "mae": by_name(lambda n, p: p.ndim == 1 or n in LISTED),
+    # DINOv3, dinov3/train/param_groups.py.
+    "dinov3": by_name(
+        lambda n, p: (
+            n.endswith("bias")
+            or any(word in n for word in ("norm", "gamma", "fourier_w"))
+        )
+    ),
+    # open_clip, src/open_clip_train/optim.py: what the tower lists, seen from it;
+    # keywords are ends of names, so cpb_mlp.weight decays.
+    "open_clip": by_name(
+        lambda n, p: (
+            p.ndim <= 1
+            or n in LISTED
+            or n.endswith(("position_bias_table", "tower.fourier_w"))
+            or n == "tower.class_token"
+        )
+    ),
+    # open_clip 3.3.0, src/open_clip_train/main.py.
+    "open_clip_2025": by_name(
+        lambda n, p: (
+            p.ndim < 2 or any(w in n for w in ("bn", "ln", "bias", "logit_scale"))
+        )
+    ),
+    # GPT-NeoX, megatron/model/utils.py; classes by name.
+    "gptneox": by_owner(
+        lambda m, leaf: type(m).__name__ == "LayerNorm" or leaf == "bias"
+    )
+    | {"tower.D"},
+    # RWKV-LM, RWKV-v5/src/model.py, with layerwise_lr 1.
+    "rwkv": by_name(
+        lambda n, p: (
+            "_w1" in n
+            or (
+                "time_sta" not in n
+                and (
+                    any(word in n for word in RWKV)
+                    or len(p.squeeze().shape) < 2
+                    or ".weight" not in n
+                )
+            )
+        )
+    ),
+    # OLMo-core, src/scripts/train/OLMo3.
+    "olmo": {"embeddings.weight"},
     # dinov2, utils/param_groups.py.
     "dinov2": by_name(lambda n, p: n.endswith(".bias") or "norm" in n or "gamma" in n),
 }
@@ -193,6 +318,27 @@ REASONS = {
     ("megatron", "bn1.weight"): "megatron: ndim == 1",
     ("dinov2", "blocks.1.gamma"): "dinov2: name has 'gamma'",
     ("dinov2", "embed.weight"): "dinov2: decays",
+    ("torchvision", "bn1.weight"): "torchvision: held by BatchNorm2d",
+    ("torchvision_swin", "tower.class_token"): "torchvision_swin: called class_token",
+    ("ultralytics", "tower.logit_scale"): "ultralytics: name has 'logit_scale'",
+    ("yolox", "tower.bn_stem.weight"): "yolox: module's name has 'bn'",
+    ("yolox", "scale"): "yolox: neither weight nor bias",
+    ("swin", "tower.cpb_mlp.weight"): (
+        "swin: no_weight_decay_keywords() lists 'cpb_mlp'"
+    ),
+    ("convnext", "pos_embed"): "convnext: no_weight_decay() lists 'pos_embed'",
+    ("open_clip", "tower.class_token"): (
+        "open_clip: no_weight_decay() lists 'class_token'"
+    ),
+    ("open_clip", "tower.fourier_w"): "open_clip: listed as 'fourier_?'",
+    ("dinov3", "tower.fourier_w"): "dinov3: name has 'fourier_w'",
+    ("sam2", "blocks.0.ln_1.weight"): "sam2: held by LayerNorm",
+    ("rtdetr", "tower.encoder_norms.bias"): "rtdetr: norm of encoder or decoder",
+    ("gptneox", "tower.D"): "gptneox: _no_weight_decay",
+    ("rwkv", "tower.maa_w1"): "rwkv: name has '_w1'",
+    ("rwkv", "tower.time_state"): "rwkv: decays",
+    ("rwkv", "tower.column.weight"): "rwkv: no .weight of two dimensions",
+    ("olmo", "embeddings.weight"): "olmo: embeddings.weight",
 }
 
 

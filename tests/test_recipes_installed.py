@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from selective_optim import AdamW
-from selective_optim._model_index import ModuleIndex
 from selective_optim.layers import layerwise_groups
-from selective_optim.policies import named
+from tests.projects import PROJECTS, decayed_by, decayed_in, installed, names_of
 
 for package in ("timm", "torchvision", "transformers", "fastai", "mmengine"):
     pytest.importorskip(package)
@@ -25,11 +24,9 @@ with warnings.catch_warnings():
     from fastai.optimizer import SGD as FastaiSGD
     from fastai.tabular.model import TabularModel
     from fastai.text.models.awdlstm import AWD_LSTM
-    from fastai.torch_core import norm_bias_params
     from fastai.vision.models.unet import DynamicUnet
     from fastai.vision.models.xresnet import xresnet18, xse_resnext18
-    from mmengine.optim import DefaultOptimWrapperConstructor
-    from timm.optim import create_optimizer_v2, param_groups_layer_decay
+    from timm.optim import param_groups_layer_decay
     from transformers import AutoConfig, Trainer, TrainingArguments
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
@@ -98,67 +95,16 @@ def model(request):
         return MODELS[request.param]()
 
 
-def names_of(model: nn.Module, ids: set[int]) -> set[str]:
-    return {name for name, param in model.named_parameters() if id(param) in ids}
-
-
-def decayed_by(model: nn.Module, recipe: str) -> set[str]:
-    infos = ModuleIndex(model).everyone()
-    policy = named(recipe).bind(infos)
-    return names_of(model, {id(i.parameter) for i in infos if policy(i).multiplier})
-
-
-def decayed_in(groups: list[dict]) -> set[int]:
-    return {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-
-
-def by_transformers(model):
-    names = set(Trainer.get_decay_parameter_names(None, model))
-    return {name for name, _ in model.named_parameters() if name in names}
-
-
-def by_timm(model):
-    optimizer = create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=0.1)
-    return names_of(model, decayed_in(optimizer.param_groups))
-
-
-def by_fastai(model):
-    exempt = {id(param) for param in norm_bias_params(model, with_bias=True)}
-    return names_of(model, {id(p) for p in model.parameters()} - exempt)
-
-
-def by_mmengine(model):
-    constructor = DefaultOptimWrapperConstructor(
-        {"optimizer": {"type": "SGD", "lr": 0.1, "weight_decay": 0.1}},
-        {"norm_decay_mult": 0, "bias_decay_mult": 0, "bypass_duplicate": False},
-    )
-    groups: list[dict] = []
-    constructor.add_params(groups, model)
-    decay: dict[int, float] = {}
-    for group in groups:  # of a tied parameter's places the first counts
-        decay.setdefault(id(group["params"][0]), group.get("weight_decay", 0.1))
-    return names_of(model, {param for param, wd in decay.items() if wd})
-
-
-PROJECTS = {
-    "huggingface": by_transformers,
-    "timm": by_timm,
-    "fastai": by_fastai,
-    "mmengine": by_mmengine,
-}
-
-
 def test_models_are_at_least_thirty():
     assert len(MODELS) >= 30
 
 
-@pytest.mark.parametrize("project", PROJECTS)
+@pytest.mark.parametrize("project", installed())
 def test_recipe_decays_what_the_project_decays(model, project, monkeypatch):
     monkeypatch.setattr(logging.Logger, "handle", lambda *args: None)
+    _, project_decays = PROJECTS[project]
 
-    actual, expected = decayed_by(model, project), PROJECTS[project](model)
-
-    assert actual == expected
+    assert decayed_by(model, project) == project_decays(model)
 
 
 def test_huggingface_equals_groups_of_its_trainer(tmp_path):

@@ -16,7 +16,9 @@ from selective_optim.policies.selectors import (
     as_selector,
     is_bias,
     is_embedding,
+    is_layer_weight,
     is_norm,
+    is_token,
     is_vector,
 )
 
@@ -58,6 +60,8 @@ MATCHES = {
     "is_bias": (is_bias, ["block.0.bias", "block.1.bias", "head.bias"]),
     "is_norm": (is_norm, ["block.1.weight", "block.1.bias"]),
     "is_embedding": (is_embedding, ["embed.weight"]),
+    "is_token": (is_token, []),
+    "is_layer_weight": (is_layer_weight, ["embed.weight", "block.0.weight"]),
     "is_vector": (
         is_vector,
         ["scale", "block.0.bias", "block.1.weight", "block.1.bias", "head.bias"],
@@ -200,6 +204,7 @@ OWNERS = {
     "RMS_norm": (norm_class("WanRMS_norm"), True),
     "LayerNormalization": (norm_class("LayerNormalization"), True),
     "GRN": (norm_class("ConvNextV2GRN"), True),
+    "GRN glued to an acronym": (norm_class("AudioDiTGRN"), True),
     "derived": (norm_class("Centered", nn.LayerNorm), True),
     "around a norm without parameters": (
         norm_class("ScaledLayerNorm", child=nn.LayerNorm(3, elementwise_affine=False)),
@@ -253,6 +258,124 @@ EMBEDDINGS = {
 @pytest.mark.parametrize(("owner", "expected"), EMBEDDINGS.values(), ids=EMBEDDINGS)
 def test_is_embedding_goes_by_the_owner(owner, expected):
     assert is_embedding(ModuleIndex(owner).info(owner.weight)) is expected
+
+
+def holding(leaf, shape=(2, 3), name="Model"):
+    module = type(name, (nn.Module,), {})()
+    setattr(module, leaf, nn.Parameter(torch.ones(shape)))
+    return ModuleIndex(module).info(getattr(module, leaf))
+
+
+# Attribute, class that holds it in a real model, whether it is an embedding, a token.
+EMBEDDED = {
+    "cls_token": ("ViTEmbeddings", True, True),
+    "class_token": ("VisionTransformer", True, True),
+    "class_embedding": ("CLIPVisionEmbeddings", True, True),
+    "mask_emb": ("XLNetModel", True, True),
+    "masked_spec_embed": ("HubertModel", True, True),
+    "register_tokens": ("Dinov2WithRegistersEmbeddings", True, True),
+    "query_tokens": ("Blip2Model", True, True),
+    "image_newline": ("LlavaNextModel", True, True),
+    "probe": ("SiglipMultiheadAttentionPoolingHead", True, True),
+    "latents": ("PerceiverEmbeddings", True, True),
+    "pos_embed": ("VisionTransformer", True, False),
+    "pos_embed_1": ("CrossVit", True, False),
+    "embedding": ("MllamaPrecomputedPositionEmbedding", True, False),
+    "position_embedding_table": ("Gemma4PatchEmbed", True, False),
+    "spatial_pos": ("PositionalEncoding", True, False),
+    "temporal_pos": ("PositionalEncoding", True, False),
+    "class_pos": ("PositionalEncoding", True, False),
+    "patch_pos": ("TNT", True, False),
+    "seg_embed": ("XLNetRelativeAttention", True, False),
+    "rel_pos_h": ("MultiScaleAttention", True, False),
+    "relative_position_bias_table": ("WindowAttention", True, False),
+    "relative_attention_bias": ("CpmAntSegmentPosition", True, False),
+    "attention_biases": ("LevitAttention", True, False),
+    "position_bias": ("DeepseekV4Indexer", True, False),
+    "token_embedding": ("TextTransformer", True, False),
+    "lora_embedding_A": ("Embedding", True, False),
+    "lora_embedding_B": ("Embedding", True, False),
+    "trainable_tokens_delta": ("TrainableTokensLayer", True, False),
+    "bias": ("MMGroundingDinoContrastiveEmbedding", False, False),
+    "pos_bias_u": ("Wav2Vec2ConformerSelfAttention", False, False),
+    "pos_emb_alpha": ("SeamlessM4Tv2TextToUnitDecoder", False, False),
+    "gru_rel_pos_const": ("WavLMAttention", False, False),
+    "per_token_scale": ("Attention", False, False),
+    "text_projection": ("CLIP", False, False),
+    "unembedded": ("Model", False, False),
+}
+
+
+@pytest.mark.parametrize("leaf", EMBEDDED)
+def test_is_embedding_and_is_token_hold_on_attributes_of_real_models(leaf):
+    name, embedding, token = EMBEDDED[leaf]
+    info = holding(leaf, name=name)
+    assert (is_embedding(info), is_token(info)) == (embedding, token)
+
+
+def test_gate_of_one_number_inside_an_embedding_is_none():
+    assert not is_embedding(holding("gate", (1,), "MllamaPrecomputedPositionEmbedding"))
+    assert is_embedding(holding("weight", (1, 3), "PrecomputedPositionEmbedding"))
+
+
+def test_embedding_of_one_row_and_one_column_is_one():
+    table = nn.Embedding(1, 1)
+    assert is_embedding(ModuleIndex(table).info(table.weight))
+
+
+@pytest.mark.parametrize("leaf", ["lora_embedding_A", "trainable_tokens_delta"])
+def test_is_embedding_asks_the_list_that_an_adapter_stands_in(leaf):
+    table = nn.ParameterDict({"default": nn.Parameter(torch.ones(2, 3))})
+    model = nn.ModuleDict({leaf: table})
+    (info,) = ModuleIndex(model).everyone()
+    assert (info.leaf, is_embedding(info)) == ("default", True)
+
+
+# Attribute, shape and class of what is, or is not, the weight of a layer.
+WEIGHTS = {
+    "expert": ("gate_up_proj", (4, 8, 6), "MixtralExperts", True),
+    "mixing": ("fn", (24, 64), "HyperConnection", True),
+    "adapter": ("lora_embedding_A", (8, 10), "Embedding", True),
+    "projection": ("text_projection", (4, 4), "CLIP", True),
+    "layer scale": ("gamma", (4, 1, 1), "ConvNeXtBlock", False),
+    "wide scale": ("scale", (48, 128), "ScaledClip", False),
+    "gate": ("cross_attn_attn_gate", (1,), "DecoderLayer", False),
+    "logit scale": ("logit_scale", (), "CLIPModel", False),
+    "state": ("A_log", (16, 8), "MambaMixer", False),
+    "skip": ("D", (16,), "MambaMixer", False),
+    "token": ("cls_token", (1, 1, 8), "VisionTransformer", False),
+    "tokens": ("mask_tokens", (4, 8), "MaskDecoder", False),
+    "positions": ("pos_embed", (1, 5, 8), "VisionTransformer", False),
+    "table": ("relative_position_bias_table", (9, 2), "WindowAttention", False),
+    "bias": ("gate_up_proj_bias", (4, 8), "GptOssExperts", False),
+    "wide norm": ("weight", (4, 8), "RMSNorm", False),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_is_layer_weight_tells_matrices_of_layers_from_others(case):
+    leaf, shape, name, expected = WEIGHTS[case]
+    assert is_layer_weight(holding(leaf, shape, name)) is expected
+
+
+LAYERS = [
+    *(nn.Linear(3, 2), nn.Conv2d(3, 6, 3, groups=3), nn.ConvTranspose1d(2, 2, 1)),
+    *(nn.LSTM(2, 3), nn.MultiheadAttention(4, 2, kdim=3), nn.Embedding(5, 2)),
+    *(nn.EmbeddingBag(5, 2), nn.Linear(1, 1), nn.Bilinear(1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=repr)
+def test_is_layer_weight_takes_of_torchs_layers_all_but_biases(layer):
+    for info in ModuleIndex(layer).everyone():
+        assert is_layer_weight(info) is ("bias" not in info.leaf)
+
+
+def test_is_layer_weight_leaves_the_gain_of_a_standardized_convolution():
+    conv = nn.Conv2d(3, 4, 1)
+    conv.gain = nn.Parameter(torch.ones(4, 1, 1, 1))
+    infos = ModuleIndex(conv).everyone()
+    assert [i.name for i in infos if is_layer_weight(i)] == ["weight"]
 
 
 @pytest.mark.parametrize("leaf", ["pos_embed", "embedding", "pos_embed_1", "embeds"])

@@ -11,7 +11,8 @@ How a verdict comes about, in the order of time:
    callable a ``Function``.
 2. Selectors (``selectors``) are what a policy asks: globs, classes, modules,
    predicates. The predicates rest on ``recognition``: a bias by the name of the
-   attribute, a norm by the class of the module that holds it.
+   attribute, a norm by the class of the module that holds it, or by a functional
+   norm that the module hands it to (``functional_norms``).
 3. ``require_matches`` (``decide``) refuses a glob that matches no parameter.
 4. ``policy.bind`` gives policies that look at the whole model (``layerwise``,
    ``marked``) a look at it, once.
@@ -48,7 +49,9 @@ from selective_optim.policies.selectors import Selector as Selector
 from selective_optim.policies.selectors import everything as everything
 from selective_optim.policies.selectors import is_bias as is_bias
 from selective_optim.policies.selectors import is_embedding as is_embedding
+from selective_optim.policies.selectors import is_layer_weight as is_layer_weight
 from selective_optim.policies.selectors import is_norm as is_norm
+from selective_optim.policies.selectors import is_token as is_token
 from selective_optim.policies.selectors import is_vector as is_vector
 
 __all__ = [
@@ -69,7 +72,9 @@ __all__ = [
     "form",
     "is_bias",
     "is_embedding",
+    "is_layer_weight",
     "is_norm",
+    "is_token",
     "is_vector",
     "layerwise",
     "marked",

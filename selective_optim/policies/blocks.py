@@ -17,8 +17,11 @@ from selective_optim._module_tree import canonical_name
 from selective_optim._text import received
 from selective_optim.policies.recognition import norm_module
 
+Layers = str | Sequence[str] | None
+Modules = list[nn.Module]
 NUMBERED = re.compile(r"(.*?)\d+$")
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+LISTS = (nn.ModuleList, nn.ModuleDict)
+CONTAINERS = (nn.Sequential, *LISTS)
 # A convolution with its norm is a piece of a block, a linear layer not even that.
 PARTS_OF_A_BLOCK = 3
 # Blocks that hold a tenth of what the largest run holds could be meant as well.
@@ -55,6 +58,9 @@ class Run:
     glob: str
     items: tuple[nn.Module, ...]
 
+    def __str__(self) -> str:
+        return f"{self.glob!r} ({len(self.items)} modules, {self.size:,} elements)"
+
     @property
     def size(self) -> int:
         """Number of elements of all parameters inside."""
@@ -65,11 +71,6 @@ class Run:
         """Tell whether most items have the parameter shapes of another."""
         shapes = {tuple(p.shape for p in item.parameters()) for item in self.items}
         return 2 * len(shapes) <= len(self.items)
-
-    @property
-    def of_one_class(self) -> bool:
-        """Tell whether all items are of the same class."""
-        return len(set(map(type, self.items))) == 1
 
 
 def runs_in(module: nn.Module, name: str = "") -> list[Run]:
@@ -91,7 +92,7 @@ def _inside_stage(stage: nn.Module) -> tuple[nn.Module, ...]:
     """Return the blocks that a stage consists of; none if it is a block itself."""
     if type(stage) in CONTAINERS:
         return tuple(filter(_may_be_block, stage.children()))
-    runs = [run for run in runs_in(stage) if run.of_one_class]
+    runs = runs_in(stage)
     largest = max(runs, key=lambda run: run.size, default=None)
     return largest.items if largest and 2 * largest.size >= _size(stage) else ()
 
@@ -105,6 +106,7 @@ def _blocks_in(run: Run) -> list[nn.Module]:
     inner = {item: _inside_stage(item) for item in run.items}
     staged = {type(item) for item, blocks in inner.items() if blocks}
     if not staged or (run.uniform and staged.isdisjoint(CONTAINERS)):
+        _require_blocks(run)
         return list(run.items)
     return [
         block
@@ -113,17 +115,45 @@ def _blocks_in(run: Run) -> list[nn.Module]:
     ]
 
 
+def _require_blocks(run: Run) -> None:
+    """Check that modules which are all alike are blocks, and not stages of blocks.
+
+    Raises:
+        ValueError: Each consists of further modules that are all alike, and these
+            are no experts: then either could be meant.
+    """
+    inner = [run for run in runs_in(run.items[0]) if "expert" not in run.glob]
+    if any(
+        each.uniform and len(set(map(type, each.items))) == 1
+        # The rest of a stage is at most a norm or a projection.
+        and 10 * each.size >= 9 * _size(run.items[0])
+        for each in inner
+    ):  # fmt: skip
+        deeper = f"{run.glob}.{inner[0].glob}"
+        raise ValueError(
+            f"`layers` must say what counts as a block; {run} are alike, and so are "
+            f'{deeper!r} inside. Write layers="{deeper}" or layers="{run.glob}".'
+        )
+
+
 def require_arguments(rate: float, layers: object) -> None:
     """Check what layerwise rates are made of.
 
     Raises:
-        TypeError: ``rate`` is no number, or ``layers`` neither string nor ``None``.
-        ValueError: ``rate`` is negative, infinite or NaN.
+        TypeError: ``rate`` is no number, or ``layers`` neither a string, a list or
+            tuple of strings, nor ``None``.
+        ValueError: ``rate`` is negative, infinite or NaN, or ``layers`` is empty.
     """
-    if layers is not None and not isinstance(layers, str):
+    globs = layers if isinstance(layers, (list, tuple)) else [layers]
+    if layers is not None and not all(isinstance(glob, str) for glob in globs):
         raise TypeError(
-            f"`layers` must be a glob on module names, not {received(layers)}. "
-            f'Write for example layers="blocks.*".'
+            f"`layers` must be a glob on module names, or a list of globs, not "
+            f'{received(layers)}. Write for example layers="blocks.*".'
+        )
+    if not globs:
+        raise ValueError(
+            "`layers` is an empty list, and names no blocks. "
+            'Write for example layers=["text.blocks.*", "image.blocks.*"].'
         )
     if not isinstance(rate, (int, float, Real)):
         raise TypeError(
@@ -136,32 +166,50 @@ def require_arguments(rate: float, layers: object) -> None:
         )
 
 
-def find_blocks(roots: Sequence[nn.Module], layers: str | None) -> list[nn.Module]:
-    """Return the repeated blocks that hold parameters, in the order of the model.
+def find_stacks(roots: Sequence[nn.Module], layers: Layers) -> list[list[nn.Module]]:
+    """Return the stacks of repeated blocks that hold parameters, each in order.
 
     Args:
         roots: Where to look.
         layers: Glob on module names; of nested matches the outer counts, and the
-            name of one container stands for what it contains. ``None`` takes the
-            run of blocks that holds most of the parameters.
+            name of one container stands for what it contains. A list of globs is
+            one stack each. ``None`` takes the run of blocks that holds most of the
+            parameters.
 
     Raises:
-        ValueError: ``layers`` matches none or names a single module, or is ``None``
-            and no run of blocks, or no single one, holds most of the parameters.
+        ValueError: A glob matches none or names a single module, two globs match
+            one module, or ``layers`` is ``None`` and no run of blocks, or no single
+            one, holds most of the parameters.
     """
-    if layers is not None:
-        return _matching(roots, layers)
+    if layers is None:
+        return [_found(roots)]
+    globs = [layers] if isinstance(layers, str) else layers
+    stacks = [_matching(roots, glob) for glob in globs]
+    for i, stack in enumerate(stacks):
+        inside = {module for block in stack for module in block.modules()}
+        for glob, other in zip(globs[:i], stacks):
+            if any(not inside.isdisjoint(block.modules()) for block in other):
+                raise ValueError(
+                    f"`layers` {glob!r} and {globs[i]!r} match some of the same "
+                    f"modules, and a block is in one stack. Leave one of them out."
+                )
+    return stacks
+
+
+def _found(roots: Sequence[nn.Module]) -> list[nn.Module]:
     runs = sorted((r for root in roots for r in runs_in(root)), key=lambda r: -r.size)
     # A tower of text beside one of images is smaller and no stem; it must be named.
-    rivals = [run.glob for run in runs if RIVAL * run.size >= runs[0].size]
+    rivals = [run for run in runs if RIVAL * run.size >= runs[0].size]
     if len(rivals) == 1:
         return _blocks_in(runs[0])
     models = ", ".join(type(root).__name__ for root in roots)
     if rivals:
-        several = ", ".join(map(repr, rivals))
+        several = ", ".join(map(str, rivals))
+        globs = ", ".join(f'"{run.glob}"' for run in rivals[:2])
         raise ValueError(
             f"`layers` must say which blocks of {models} to count by; {several} all "
-            f'hold many parameters. Name one, as in layers="{rivals[-1]}".'
+            f'hold many parameters. Name one, as in layers="{rivals[0].glob}", or '
+            f"several stacks of their own depth, as in layers=[{globs}]."
         )
     lists = list(dict.fromkeys(map(repr, _counting_globs(roots))))[:8] or ["none"]
     raise ValueError(
@@ -228,6 +276,73 @@ def _in_single_match(
 
 def _holds(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
+
+
+def tower(modules: Modules, stack: Modules, others: set[nn.Module]) -> Modules:
+    """Return the outermost module around a stack and none of the others, with its own.
+
+    Args:
+        modules: All modules, parents before children.
+        stack: Blocks of the stack.
+        others: Blocks of the other stacks.
+    """
+    for module in modules:
+        inside = set(module.modules())
+        if stack[0] in inside and others.isdisjoint(inside):
+            if inside.issuperset(stack):
+                return [m for m in modules if m in inside]
+            break
+    # The blocks of several stacks stand in one list.
+    return [module for block in stack for module in block.modules()]
+
+
+def distances_in(modules: Modules, blocks: Modules) -> dict[nn.Module, int]:
+    """Tell how far above each module the top of a stack of blocks lies.
+
+    Args:
+        modules: The modules of a model or a tower, parents before children.
+        blocks: Its blocks, in order.
+    """
+    numbers = {block: i for i, block in enumerate(blocks, start=1)}
+    layer: dict[nn.Module, int] = {}
+    begun = 0
+    for module in modules:
+        if module in numbers:
+            begun = numbers[module]
+            layer.update(dict.fromkeys(module.modules(), begun))
+        layer.setdefault(module, begun + 1 if begun else 0)
+    if norm := final_norm(modules, blocks[-1]):
+        layer.update(dict.fromkeys(norm.modules(), len(blocks)))
+    for parent in modules:
+        if parent not in numbers:
+            layer.update(_beside(parent, numbers))
+    return {module: len(blocks) + 1 - layer[module] for module in modules}
+
+
+def _beside(parent: nn.Module, numbers: dict[nn.Module, int]) -> dict[nn.Module, int]:
+    """Number what stands in lists that count as the list of blocks beside them does.
+
+    Of a list before the blocks an item belongs to the first block of its number, of
+    one after them to the last. Where a list is one shorter, its items stand between.
+    """
+    lists = [m for m in parent.children() if isinstance(m, CONTAINERS)]
+    spans = [[_span(item, numbers) for item in each.children()] for each in lists]
+    counted = next((i for i, span in enumerate(spans) if span and all(span)), None)
+    found: dict[nn.Module, int] = {}
+    for i, each in enumerate(lists if counted is not None else ()):
+        main, fewer = spans[counted or 0], len(spans[counted or 0]) - len(each)
+        if not isinstance(each, LISTS) or any(spans[i]) or fewer not in (0, 1):
+            continue
+        if fewer and all(norm_module(item) for item in each.children()):
+            continue  # norms of what comes out, which no stage follows
+        last = -1 if i > (counted or 0) and not fewer else 0
+        for item, span in zip(each.children(), main[fewer:]):
+            found.update(dict.fromkeys(item.modules(), span[last]))
+    return found
+
+
+def _span(item: nn.Module, numbers: dict[nn.Module, int]) -> list[int]:
+    return [numbers[module] for module in item.modules() if module in numbers]
 
 
 def final_norm(modules: Sequence[nn.Module], last: nn.Module) -> nn.Module | None:

@@ -11,47 +11,67 @@ from selective_optim.decay import Decay, Verdict
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
 from selective_optim.policies.blocks import (
-    final_norm,
-    find_blocks,
+    Layers,
+    Modules,
+    distances_in,
+    find_stacks,
     named_modules,
     require_arguments,
+    tower,
 )
+from selective_optim.policies.own_layers import own_layers
+from selective_optim.policies.recognition import embedding_part
 from selective_optim.policies.selectors import Need
 
 
 class Distances:
     """Distance of every parameter of some modules from their top layer.
 
-    The stem lies one below the first block, what follows the last block is the
-    top, and what lies between two blocks belongs to the one that follows it. A
-    norm right after the last block belongs to that block, as in timm.
+    A model that says what its layers are is believed. Elsewhere the stem lies one
+    below the first block, what follows the last block is the top, and what lies
+    between two blocks belongs to the one that follows it. A norm right after the
+    last block belongs to that block, as in timm; of lists that count as the blocks
+    do, each item belongs to the blocks of its number.
+
+    Of several stacks of blocks each has its own depth, for all that stands in the
+    module around it alone. What is around them all is the top, or if it is an
+    embedding or comes before them, lies below the first blocks of the deepest.
 
     Args:
         roots: The modules.
-        layers: Glob on the names of the repeated blocks; ``None`` finds them.
+        layers: Globs on the names of the repeated blocks, one for each stack;
+            ``None`` asks the model, or finds them.
 
     Raises:
         ValueError: No blocks are found, or more than one list of them.
     """
 
-    def __init__(self, roots: Sequence[nn.Module], layers: str | None) -> None:
-        self._layer: dict[nn.Module, int] = {}
+    def __init__(self, roots: Sequence[nn.Module], layers: Layers) -> None:
+        self._own = own_layers(roots) if layers is None else None
+        if self._own is not None:
+            self._top = max(self._own.values())
+            return
         modules = [module for _, module in named_modules(roots)]
-        self._number(modules, find_blocks(roots, layers))
+        self._measure(modules, find_stacks(roots, layers))
         # Where first names lie: a head tied to the embeddings is no layer of its own.
         first = {id(p): m for m in reversed(modules) for p in m.parameters(False)}
-        self._top = max(self._layer[module] for module in first.values())
+        self._lift = min(self._distance[module] for module in first.values())
 
-    def _number(self, modules: list[nn.Module], blocks: list[nn.Module]) -> None:
-        numbers = {block: i for i, block in enumerate(blocks, start=1)}
-        begun = 0
-        for module in modules:
-            if module in numbers:
-                begun = numbers[module]
-                self._layer.update(dict.fromkeys(module.modules(), begun))
-            self._layer.setdefault(module, begun + 1 if begun else 0)
-        if norm := final_norm(modules, blocks[-1]):
-            self._layer.update(dict.fromkeys(norm.modules(), len(blocks)))
+    def _measure(self, modules: Modules, stacks: list[list[nn.Module]]) -> None:
+        """Note how far each module lies from the top, and which are around stacks."""
+        blocks = {block for stack in stacks for block in stack}
+        self._distance: dict[nn.Module, int] = {}
+        for stack in stacks:
+            others = blocks.difference(stack)
+            inside = tower(modules, stack, others) if others else modules
+            self._distance.update(distances_in(inside, stack))
+        self._below = max(map(len, stacks)) + 1
+        self._around = {m for m in modules if m not in self._distance}
+        first = min(modules.index(block) for block in blocks)
+        for place, module in enumerate(modules):
+            if module in self._around:
+                lowest = place < first and blocks.isdisjoint(module.modules())
+                self._distance[module] = self._below if lowest else 0
 
     def of(self, info: ParameterInfo) -> int:
         """Return how many layers below the top a parameter's first place lies."""
@@ -60,7 +80,12 @@ class Distances:
                 f"`layerwise` needs modules, and of {info.describe(0)} none is known. "
                 f"Pass model=model."
             )
-        return self._top - self._layer[info.owner]
+        if self._own is not None:
+            return self._top - self._own.get(info.name or "", self._top)
+        around = info.owner in self._around
+        if around and embedding_part(info.owner, info.leaf, info.shape):
+            return self._below - self._lift
+        return self._distance[info.owner] - self._lift
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,11 +93,12 @@ class Layerwise(Policy):
     """Multiplies decay by ``rate`` per layer below the top; see :func:`layerwise`."""
 
     rate: float
-    layers: str | None = None
+    layers: Layers = None
     distances: Distances | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
-        layers = "" if self.layers is None else f", layers={self.layers!r}"
+        shown = list(self.layers) if isinstance(self.layers, tuple) else self.layers
+        layers = "" if shown is None else f", layers={shown!r}"
         return f"layerwise({self.rate!r}{layers})"
 
     @property
@@ -88,17 +114,18 @@ class Layerwise(Policy):
         return Verdict(Decay(self.rate**distance), f"{self!r} at {distance}")
 
 
-def layerwise(rate: float, layers: str | None = None) -> Policy:
+def layerwise(rate: float, layers: Layers = None) -> Policy:
     """Multiply the decay of each parameter by ``rate`` ** distance from the top layer.
 
     Args:
         rate: Factor from a layer to the one below, finite and >= 0.
         layers: Glob on the module names of the repeated blocks, such as
-            ``"blocks.*"``, or the name of their list, ``"blocks"``; by default
-            they are found.
+            ``"blocks.*"``, or the name of their list, ``"blocks"``; a list of
+            globs for several stacks, such as two towers, each with its own depth.
+            By default the model's ``group_matcher`` is asked, or they are found.
 
     Raises:
-        TypeError: ``layers`` is no string, or ``rate`` no number.
+        TypeError: ``layers`` is neither string nor strings, or ``rate`` no number.
         ValueError: ``rate`` is out of range. Blocks that are not found are told of
             when an optimizer asks.
 
@@ -107,4 +134,6 @@ def layerwise(rate: float, layers: str | None = None) -> Policy:
         layerwise(0.75) * layerwise(0.5, layers='blocks.*')
     """
     require_arguments(rate, layers)
+    if layers is not None and not isinstance(layers, str):
+        layers = tuple(layers)
     return Layerwise(rate, layers)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from selective_optim import _torch
 from selective_optim._module_tree import canonical_name
-from selective_optim.decay import EXEMPT, FULL, Verdict
+from selective_optim._text import received
+from selective_optim.decay import EXEMPT, FULL, Decay, Verdict, number_text
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
 from selective_optim.policies.selectors import Need
 
 MARK = "_no_weight_decay"
+# S4 and what follows it write a parameter's own settings there.
+SETTINGS = "_optim"
 Target = TypeVar("Target", nn.Module, Tensor)
 
 
@@ -64,7 +69,7 @@ def _key(parent: nn.Module, child: nn.Module) -> str | None:
     return next((k for k, module in parent.named_children() if module is child), None)
 
 
-def _relative_names(place: ParameterInfo) -> Iterator[tuple[nn.Module, str]]:
+def relative_names(place: ParameterInfo) -> Iterator[tuple[nn.Module, str]]:
     """Yield each module above a parameter with the parameter's name as seen from it."""
     parts, size = (place.name or "").split("."), 1
     for i in range(len(place.path) - 1, -1, -1):
@@ -107,10 +112,12 @@ def listing(name: str, patterns: Iterable[str]) -> str | None:
 class Marked(Policy):
     """Exempts what the model's author marked; see :func:`marked`."""
 
+    weight_decay: float | None = None
     lists: Lists | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
-        return "marked()"
+        own = self.weight_decay
+        return "marked()" if own is None else f"marked(weight_decay={own!r})"
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -124,35 +131,75 @@ class Marked(Policy):
             return Verdict(EXEMPT, MARK)
         lists = self.lists or Lists()
         for place in info.places:
-            for module, name in _relative_names(place):
+            for module, name in relative_names(place):
                 if reason := _mark(module, name, lists):
                     return Verdict(EXEMPT, reason)
-        return Verdict(FULL, "not marked")
+        own = _own_decay(info.parameter)
+        return Verdict(FULL, "not marked") if own is None else self._by_own(own)
+
+    def _by_own(self, own: float) -> Verdict:
+        """Decide for a parameter whose settings name a decay of its own."""
+        told = f"{SETTINGS} has weight_decay {number_text(own)}"
+        if own == 0:
+            return Verdict(EXEMPT, told)
+        if not self.weight_decay:
+            raise ValueError(
+                f"its {told}, which scales the optimizer's own, and that is not "
+                f"known. Write marked(weight_decay=...) with the optimizer's."
+            )
+        return Verdict(Decay(own / self.weight_decay), told)
+
+
+def _own_decay(param: Tensor) -> float | None:
+    settings = getattr(param, SETTINGS, None)
+    own = settings.get("weight_decay") if isinstance(settings, Mapping) else None
+    return None if own is None else float(own)
 
 
 def _mark(module: nn.Module, name: str, lists: Lists) -> str | None:
     who = type(module).__name__
     if vars(module).get(MARK) is True:
         return f"{MARK} of {who}"
-    if listed := listing(name, lists.names(module, "no_weight_decay")):
-        return f"{who}.no_weight_decay() lists {listed!r}"
+    for method in ("no_weight_decay", "no_weight_decay_patterns"):
+        if listed := listing(name, lists.names(module, method)):
+            return f"{who}.{method}() lists {listed!r}"
     for keyword in lists.names(module, "no_weight_decay_keywords"):
         if keyword in name:
             return f"{who}.no_weight_decay_keywords() lists {keyword!r}"
     return None
 
 
-def marked() -> Policy:
+def marked(weight_decay: float | None = None) -> Policy:
     """Exempt what the model's author marked, and decay the rest.
 
     A parameter is marked by a true attribute ``_no_weight_decay``, by standing in
-    the list that ``no_weight_decay()`` of any module above it returns (names or
-    globs, as seen from that module), or by a name that contains one of the
-    module's ``no_weight_decay_keywords()``. Modules inside DDP, FSDP and
-    ``torch.compile`` wrappers are asked, too.
+    the list that ``no_weight_decay()`` or ``no_weight_decay_patterns()`` of any
+    module above it returns (names or globs, as seen from that module), or by a name
+    that contains one of the module's ``no_weight_decay_keywords()``. Modules inside
+    DDP, FSDP and ``torch.compile`` wrappers are asked, too. A parameter's own
+    settings, ``_optim = {"weight_decay": 0}``, exempt it, too.
+
+    Args:
+        weight_decay: The optimizer's own, above 0. Settings with another decay than
+            0 scale it: ``_optim = {"weight_decay": 0.05}`` decays half as much
+            where it is 0.1. By default such a parameter is an error.
+
+    Raises:
+        TypeError: ``weight_decay`` is no number.
+        ValueError: ``weight_decay`` is not above 0, infinite or NaN.
 
     Example:
-        >>> marked()
-        marked()
+        >>> marked() * marked(weight_decay=0.1)
+        marked() * marked(weight_decay=0.1)
     """
-    return Marked()
+    if weight_decay is not None and not isinstance(weight_decay, Real):
+        raise TypeError(
+            f"`weight_decay` must be a number, not {received(weight_decay)}. "
+            f"Write for example marked(weight_decay=0.1)."
+        )
+    if weight_decay is not None and not 0 < float(weight_decay) < math.inf:
+        raise ValueError(
+            f"`weight_decay` must be finite and > 0, not {weight_decay}. "
+            f"Write for example marked(weight_decay=0.1)."
+        )
+    return Marked(weight_decay)

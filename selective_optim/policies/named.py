@@ -31,6 +31,7 @@ from selective_optim.policies.selectors import (
     everything,
     is_bias,
     is_embedding,
+    is_layer_weight,
     is_norm,
     is_vector,
 )
@@ -44,6 +45,7 @@ NAMED: dict[str, Policy] = {
     "no_bias_norm": exclude(is_bias, is_norm),
     "no_bias_norm_embedding": exclude(is_bias, is_norm, is_embedding),
     "matrices": exclude(is_vector),
+    "layer_weights": only(is_layer_weight),
     **RECIPES,
 }
 

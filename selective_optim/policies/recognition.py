@@ -1,18 +1,22 @@
-"""How biases, norms and embeddings of real models are recognized.
+"""How biases, norms, embeddings and weights of real models are recognized.
 
 Biases by the name of the attribute, norms by the class of the module that holds
-them, embeddings by either. The rules were read off the models of torchvision, timm
-and transformers.
+them or by what its methods do with them, embeddings by either. The rules were read
+off the models of torchvision, timm and transformers, and are held to all of them.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from types import NoneType
+from typing import Any
 
 import torch
 from torch import nn
+
+from selective_optim.policies.functional_norms import handed_to_norm
 
 # What these hold is a weight, whatever else their class is called after.
 WEIGHT_MODULES = (
@@ -21,8 +25,9 @@ WEIGHT_MODULES = (
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
 WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-# GRN is the global response normalization of ConvNeXt V2.
-NORM_WORD = re.compile(r".*norm$|normali[sz]ation$|grn$")
+# GRN is the global response normalization of ConvNeXt V2, and an acronym that others
+# are glued to: DiTGRN.
+NORM_WORD = re.compile(r".*norm$|normali[sz]ation$|.*grn$")
 # A class called after a norm and then after one of these is the other thing:
 # LayerNormLinear, NormFreeBlock, NormHead.
 OTHER_NOUNS = frozenset(
@@ -37,7 +42,55 @@ NOT_A_NORM = re.compile(r"_*(?:pre|post|add|weight|spectral)_?norm", re.IGNORECA
 BIAS = re.compile(r"(?:.*_)?bias\d*(?:_[ih]h(?:_l\d+(?:_reverse)?)?|_[a-z])?$")
 # A table of biases, to be looked up by position: relative_attention_bias.
 BIAS_TABLE = re.compile(r"(?:.*_)?(?:relative|position)_")
-EMBEDDING = re.compile(r"(?:.*_)?embed(?:s|ding|dings)?(?:_?\d+)?$")
+PARTS_OF_A_NAME = re.compile(r"[a-zA-Z]+")
+EMBEDS = frozenset({"emb", "embed", "embeds", "embedding", "embeddings"})
+POSITIONS = frozenset({"pos", "position", "positional", "rel"})
+TOKENS = frozenset({"newline", "separator", "token", "tokens"})
+# Learned inputs that are called after what they do in their model.
+TOKEN_LEAVES = frozenset(
+    (
+        *("bos_latent", "image_begin", "image_end", "image_sep", "latent", "latents"),
+        *("latent_query", "latents_1d", "latents_2d", "no_object_pointer", "probe"),
+        *("pooling_attention_query", "queries", "query", "text_prompt"),
+    )
+)
+# What an adapter adds to a lookup table is a part of it: lora_embedding_A of peft.
+ADAPTERS = frozenset({"delta", "lora"})
+SPECIAL = frozenset({"class", "cls", "eoi", "mask", "masked", "no"})
+# What acts on embeddings, or beside them, and is none: pos_emb_alpha.
+BESIDE = frozenset(
+    (
+        *("alpha", "bias", "const", "factor", "gain", "gate", "gating"),
+        *("norm", "proj", "projection", "scale", "temperature", "weight", "weights"),
+    )
+)
+TABLE = re.compile(
+    r"(?:.*_)?(?:relative|position)_(?:\w+_)?bias(?:_table)?$|attention_biases$"
+)
+# Biases and gains that neither a name nor a call gives away, by package, class and
+# attribute; `b1` and `beta` are other things elsewhere.
+KNOWN_BIASES = {
+    ("timm", "Affine"): {"beta"},
+    ("transformers", "Phi4MultimodalAudioGluPointWiseConv"): {"b1", "b2"},
+}
+KNOWN_GAINS = {
+    # Global response norms and norms of length one, written out where they are used.
+    ("monai", "MedNeXtBlock"): {"global_resp_gamma", "global_resp_beta"},
+    ("local_attention", "LocalMHA"): {"q_scale", "k_scale"},
+    # Gains of a norm that is called without its own.
+    ("transformers", "Gemma4TextRouter"): {"scale"},
+    ("transformers", "DiffusionGemmaTextRouter"): {"scale"},
+}
+# A number per channel or head, or a state's own matrix, is no weight of a layer.
+NO_WEIGHTS = frozenset(
+    (
+        *("a", "a_log", "alpha", "alphas", "beta", "gain", "gamma", "gate", "gates"),
+        *("lambda", "lambdas", "layer_scale", "mask", "scale", "scales", "scaling"),
+        *("sinks", "temp", "temperature"),
+    )
+)
+
+Known = dict[tuple[str, str], set[str]]
 
 
 @cache
@@ -91,10 +144,65 @@ def bias_leaf(leaf: str | None) -> bool:
     return bool(BIAS.match(leaf or "")) and not BIAS_TABLE.match(leaf or "")
 
 
+def known_part(module: nn.Module | None, leaf: str | None, table: Known) -> bool:
+    """Tell whether a table lists an attribute of a module's class or its bases."""
+    return any(
+        leaf in table.get((cls.__module__.partition(".")[0], cls.__name__), ())
+        for cls in type(module).__mro__
+    )
+
+
+def norm_part(module: nn.Module | None, leaf: str | None) -> str | None:
+    """Tell how an attribute is known to belong to a norm; ``None`` if it does not.
+
+    The class of its module says so ("" then), or the module hands it to a norm in
+    a method of its own, or a table lists it.
+    """
+    if norm_module(module):
+        return ""
+    if module is None or leaf is None or isinstance(module, WEIGHT_MODULES):
+        return None
+    if known_part(module, leaf, KNOWN_GAINS):
+        return f"{type(module).__name__}.{leaf} is known as a gain"
+    kind: Any = type(module)  # mypy holds that classes of modules have no hash
+    return handed_to_norm(kind, leaf)
+
+
+def bias_part(module: nn.Module | None, leaf: str | None) -> bool:
+    """Tell whether an attribute is a bias, by its name or by a table."""
+    return bias_leaf(leaf) or known_part(module, leaf, KNOWN_BIASES)
+
+
+def attribute(name: str | None, path: Sequence[nn.Module]) -> str | None:
+    """Return what a class calls its parameter: of one in a list, the list's name."""
+    parts = (name or "").split(".")
+    lists = (nn.ParameterList, nn.ParameterDict)
+    inside = path and isinstance(path[-1], lists) and len(parts) > 1
+    return parts[-2] if inside else parts[-1] or None
+
+
 @cache
 def embedding_leaf(leaf: str | None) -> bool:
-    """Tell whether an attribute is called as an embedding is."""
-    return bool(EMBEDDING.match(leaf or ""))
+    """Tell whether an attribute is called as an embedding or a token is."""
+    words = _parts(leaf)
+    if TABLE.match(leaf or "") or token_leaf(leaf):
+        return not bias_leaf(leaf)
+    return bool(words & (EMBEDS | POSITIONS | TOKENS)) and words.isdisjoint(BESIDE)
+
+
+@cache
+def token_leaf(leaf: str | None) -> bool:
+    """Tell whether an attribute is called as a learned input without an index is."""
+    words = _parts(leaf)
+    if leaf in TOKEN_LEAVES:
+        return True
+    if words & EMBEDS:  # token_embedding is a table, class_embedding a token
+        return bool(words & SPECIAL) and words.isdisjoint(POSITIONS | BESIDE)
+    return bool(words & TOKENS) and words.isdisjoint(POSITIONS | BESIDE | ADAPTERS)
+
+
+def _parts(leaf: str | None) -> set[str]:
+    return set(PARTS_OF_A_NAME.findall((leaf or "").lower().replace("_", " ")))
 
 
 def embedding_module(module: nn.Module | None) -> bool:
@@ -104,3 +212,37 @@ def embedding_module(module: nn.Module | None) -> bool:
     name = original_class(module) or type(module).__name__
     words = WORDS.findall(name.removesuffix("Bag"))
     return bool(words) and words[-1] in ("Embedding", "Embeddings")
+
+
+def embedding_part(
+    module: nn.Module | None, leaf: str | None, shape: torch.Size | None
+) -> bool:
+    """Tell whether an attribute is an embedding: called so, or held by one.
+
+    What an embedding holds beside its rows, a bias or a gate of one number, is none.
+    """
+    if embedding_leaf(leaf):
+        return True
+    beside = bias_leaf(leaf) or (shape is not None and shape.numel() == 1)
+    return embedding_module(module) and (not beside or isinstance(module, nn.Embedding))
+
+
+def layer_weight(
+    module: nn.Module | None, leaf: str | None, shape: torch.Size | None
+) -> bool:
+    """Tell whether an attribute is the weight of a layer.
+
+    It is where a linear, convolution, attention, recurrent or embedding layer of
+    torch's holds it as one; elsewhere where it is a matrix, dimensions of one left
+    out, and neither norm, bias, embedding, token, gate nor scale.
+    """
+    if isinstance(module, WEIGHT_MODULES):
+        return "weight" in _parts(leaf)
+    if embedding_module(module) and leaf == "weight":
+        return True
+    if norm_part(module, leaf) is not None or bias_part(module, leaf):
+        return False
+    table = embedding_leaf(leaf) and ADAPTERS.isdisjoint(_parts(leaf))
+    if table or (leaf or "").lower() in NO_WEIGHTS:
+        return False
+    return shape is not None and sum(size != 1 for size in shape) >= 2

@@ -53,7 +53,7 @@ class Rule(Policy):
     def decide(self, info: ParameterInfo) -> Verdict:
         for selector in self.chosen:
             if selector.matches(info):
-                return Verdict(self.inside, f"{self.verb} {selector!r}")
+                return Verdict(self.inside, f"{self.verb} {selector.told(info)}")
         if not self.chosen:
             return Verdict(self.inside, repr(self))
         return Verdict(
@@ -84,7 +84,7 @@ class FirstMatch(Policy):
     def decide(self, info: ParameterInfo) -> Verdict:
         for selector, decay in self.cases:
             if selector.matches(info):
-                return Verdict(decay, repr(selector))
+                return Verdict(decay, selector.told(info))
         return Verdict(FULL, "no match")
 
 

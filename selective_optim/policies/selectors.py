@@ -23,11 +23,13 @@ from selective_optim._text import received
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.callables import StrictInfo, callable_text, picklable
 from selective_optim.policies.recognition import (
-    bias_leaf,
-    embedding_leaf,
-    embedding_module,
-    norm_module,
+    attribute,
+    bias_part,
+    embedding_part,
+    layer_weight,
+    norm_part,
     original_class,
+    token_leaf,
 )
 
 Need = Literal["names", "modules", "shapes"]
@@ -68,6 +70,10 @@ class Selector:
 
     def __invert__(self) -> Selector:
         return Not(self)
+
+    def told(self, info: ParameterInfo) -> str:
+        """Write the selector as a reason that it selected a parameter."""
+        return repr(self)
 
 
 @dataclass(frozen=True, repr=False)
@@ -183,6 +189,10 @@ class Question(Selector):
         return Question, (picklable(self.function),)
 
 
+def _plain(place: ParameterInfo) -> str | None:
+    return None
+
+
 @dataclass(frozen=True, repr=False)
 class Predicate(Selector):
     """A ready-made selector that pickles and prints as its name."""
@@ -190,9 +200,15 @@ class Predicate(Selector):
     name: str
     question: Callable[[ParameterInfo], bool]
     needs: frozenset[Need] = frozenset()
+    # Tells how it was found, where that is not plain to see.
+    found: Callable[[ParameterInfo], str | None] = _plain
 
     def __repr__(self) -> str:
         return self.name
+
+    def told(self, info: ParameterInfo) -> str:
+        how = next(filter(None, map(self.found, info.places)), None)
+        return f"{self.name}: {how}" if how else self.name
 
     def __reduce__(self) -> str:
         return self.name
@@ -356,15 +372,29 @@ def as_selector(item: object) -> Selector:
 
 
 def _is_bias(place: ParameterInfo) -> bool:
-    return bias_leaf(place.leaf)
+    return bias_part(place.owner, place.leaf)
+
+
+def _how_norm(place: ParameterInfo) -> str | None:
+    return norm_part(place.owner, place.leaf)
 
 
 def _is_norm(place: ParameterInfo) -> bool:
-    return norm_module(place.owner)
+    return _how_norm(place) is not None
 
 
 def _is_embedding(place: ParameterInfo) -> bool:
-    return embedding_module(place.owner) or embedding_leaf(place.leaf)
+    leaf = attribute(place.name, place.path)
+    return embedding_part(place.owner, leaf, place.shape)
+
+
+def _is_token(place: ParameterInfo) -> bool:
+    return token_leaf(attribute(place.name, place.path))
+
+
+def _is_layer_weight(place: ParameterInfo) -> bool:
+    leaf = attribute(place.name, place.path)
+    return layer_weight(place.owner, leaf, place.shape)
 
 
 def _is_vector(place: ParameterInfo) -> bool:
@@ -375,9 +405,20 @@ def _is_anything(place: ParameterInfo) -> bool:
     return True
 
 
+# A bias is added to what its module computes, whatever its shape.
 is_bias = Predicate("is_bias", _is_bias, frozenset({"names"}))
-is_norm = Predicate("is_norm", _is_norm, frozenset({"modules"}))
+# What belongs to a norm scales or shifts what has just been normalized.
+is_norm = Predicate("is_norm", _is_norm, frozenset({"modules"}), _how_norm)
+# An embedding is a learned row for an index, a position or a special token: lookup
+# tables, tables of positions and of relative ones, and all that is_token selects.
 is_embedding = Predicate("is_embedding", _is_embedding, frozenset({"modules"}))
+# A token is a learned row that stands in the input for no index: class, mask and
+# register tokens, separators, queries.
+is_token = Predicate("is_token", _is_token, frozenset({"names"}))
+# The weight of a linear, convolution, attention, recurrent or embedding layer.
+is_layer_weight = Predicate(
+    "is_layer_weight", _is_layer_weight, frozenset({"modules", "shapes"})
+)
 is_vector = Predicate("is_vector", _is_vector, frozenset({"shapes"}))
 everything = Predicate("everything", _is_anything)
 
