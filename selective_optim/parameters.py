@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +80,13 @@ def owner_kinds(info: ParameterInfo) -> tuple[str, ...]:
     """Name the class of the module that holds a parameter, and that class's bases."""
     if info.owner is None:
         return ()
-    classes = type(info.owner).__mro__
-    own = classes[: classes.index(nn.Module)]
+    own = own_classes(type(info.owner))
     return tuple([f"{cls.__module__}.{cls.__qualname__}" for cls in own])
+
+
+def own_classes(cls: type[nn.Module]) -> list[type]:
+    """List a module class and its bases, up to ``nn.Module``."""
+    return list(takewhile(lambda base: base is not nn.Module, cls.__mro__))
 
 
 def named_info(param: Tensor, name: str | None, group: int) -> ParameterInfo:

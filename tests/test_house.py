@@ -158,9 +158,9 @@ def foreign_private_names(path: Path) -> set[str]:
     return {n for n in found if is_private(n) and n.isidentifier()} - own_names()
 
 
-# Of Python, of authors who write marks on their models, and keys that we write.
+# Of Python, of authors who mark or name parameters, and keys that we write.
 OTHERS = {"_asdict", "_replace", "_no_weight_decay", "_optim", "_repr_html_"}
-KEYS = {"_copied", "_decay_schedule", "_decay_tie", "_lr"}
+KEYS = {"_w1", "_w2", "_copied", "_decay_schedule", "_decay_tie", "_lr"}
 # Overridden where torch.compile looks for it, with torch's through `super()`.
 TRACED = {"_init_group"}
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from textwrap import dedent
 from types import CodeType, FunctionType
 
-from torch import nn
+from selective_optim.parameters import own_classes
 
 CALL = re.compile(r"(?:\w+_)?(?:batch|group|instance|layer|rms)_?norm(?:_fn)?$")
 # What may stand between the attribute and the call without making it another value.
@@ -35,7 +35,7 @@ def handed_to_norm(cls: type, leaf: str) -> str | None:
         ``"layer_norm takes gamma in FeatureMap.forward"``, or ``None`` where no
         such call stands in the source, or there is no source.
     """
-    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+    for base in own_classes(cls):
         for name, method in vars(base).items():
             if _mentions(method, leaf) and (call := _norm_call(method, leaf)):
                 return f"{call} takes {leaf} in {base.__name__}.{name}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, compress, pairwise
+from itertools import accumulate, compress, pairwise, starmap
 
 import torch
 from torch import Tensor
@@ -111,8 +111,11 @@ class FunctionalBucket(Bucket):
         start: int,
     ) -> None:
         super().__init__(kernel, cells, entries, start)
-        ends = [0, *accumulate(len(cell.positions) for cell in cells)]
-        self._cells = [slice(*pair) for pair in pairwise(ends)]
+        sizes: dict[int, int] = {}  # cells come group by group
+        for cell in cells:
+            own = sizes.get(cell.key.group, 0)
+            sizes[cell.key.group] = own + len(cell.positions)
+        self._groups = list(starmap(slice, pairwise([0, *accumulate(sizes.values())])))
 
     def step(
         self,
@@ -124,10 +127,9 @@ class FunctionalBucket(Bucket):
     ) -> None:
         """Step those that have a gradient, or none where infinity was found."""
         owns = [states.get(p) or {} for p in compress(params, there)]
-        # Cells of several groups go in one call; not where momentum begins in one: in
-        # half precision foreach then rounds otherwise, for the group, as torch does.
-        joined = self._have_begun(owns)
-        for part in [slice(None)] if joined else self._cells:
+        # Several groups go in one call; not where momentum begins in one: in half
+        # precision foreach then rounds otherwise, for that group, as in torch.
+        for part in [slice(None)] if self._have_begun(owns) else self._groups:
             own = params[part], grads[part], there[part]
             self._step_present(*own, states, scaling)
 
