@@ -223,3 +223,28 @@ def test_transposed_gradients_are_unscaled_for_a_fused_step(case):
             scaler.update(scale)
         runs.append(frozen(optimizer, [param]))
     assert_same(*runs)
+
+
+@pytest.mark.parametrize("kind", [{}, {"fused": True}])
+def test_dampening_that_comes_after_a_dropped_first_step_is_torchs(kind):
+    """torch has no momentum then: the buffer begins as the gradient, undampened."""
+    left = []
+    for cls, chosen in (
+        (selective_optim.SGD, kind),
+        (torch.optim.SGD, {"fused": True}),
+    ):
+        param = nn.Parameter(torch.arange(4.0))
+        optimizer = cls([param], lr=0.1, momentum=0.9, **chosen)
+        if (
+            cls is selective_optim.SGD
+        ):  # torch's is not told of the step that is dropped
+            param.grad = torch.full((4,), float("inf"))
+            optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.ones(())
+            optimizer.step()
+            optimizer.grad_scale = optimizer.found_inf = None
+        optimizer.param_groups[0]["dampening"] = 0.5
+        for step in range(3):
+            param.grad = torch.full((4,), 1.0 + step)
+            optimizer.step()
+        left.append(param)
+    assert torch.equal(*left)

@@ -39,8 +39,8 @@ def test_seed_draws_the_same_configuration_again():
 
 @pytest.fixture
 def _judge_decays_more(monkeypatch):
-    def step(self, settings, kind, own=Twin.step):
-        own(self, {**settings, "lr": 0.1, "weight_decay": 0.2}, kind)
+    def step(self, settings, kind, company, own=Twin.step):
+        own(self, {**settings, "lr": 0.1, "weight_decay": 0.2}, kind, company)
 
     monkeypatch.setattr(Twin, "step", step)
 

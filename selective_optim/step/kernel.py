@@ -131,6 +131,9 @@ class Kernel:
         """Tell whether a parameter has stepped before."""
         raise NotImplementedError  # pragma: no cover
 
+    def unbegin(self, own: State, group: Group) -> None:
+        """Take back state of a first step that a scaler dropped, if it matters."""
+
     def begin(
         self, own: State, param: Tensor, group: Group, fused: bool, step: Tensor | None
     ) -> None:

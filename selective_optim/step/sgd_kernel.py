@@ -70,9 +70,9 @@ class SGDKernel(Kernel):
         return ("momentum_buffer",) if group["momentum"] else ()
 
     def structure(self, group: Group) -> tuple[object, ...]:
-        names = ("foreach", "fused", "differentiable")
-        flags = [group[name] for name in names]
-        return (group["momentum"] != 0, *flags, self.takes_numbers(group))
+        numbers = (group["momentum"] != 0, group["dampening"] != 0)
+        flags = [group[name] for name in ("foreach", "fused", "differentiable")]
+        return (*numbers, *flags, self.takes_numbers(group))
 
     def trusted(self, param: Tensor) -> bool:
         half = param.dtype in _torch.HALF and param.is_cpu
@@ -97,6 +97,17 @@ class SGDKernel(Kernel):
             own["momentum_buffer"] = torch.full_like(
                 param, -0.0, memory_format=torch.preserve_format
             )
+
+    def unbegin(self, own: State, group: Group) -> None:
+        """Take back a buffer that holds no gradient where dampening would tell.
+
+        It is as `begin` made it. Asking waits for the device, at planning alone.
+        """
+        buffer = own.get("momentum_buffer")
+        if buffer is None or not group["dampening"] or buffer.numel() == 0:
+            return
+        if not buffer.any() and torch.signbit(buffer).all():
+            del own["momentum_buffer"]
 
     def calls(self, setting: Setting, batch: Batch, scaling: Scaling) -> list[Call]:
         own = dict(setting.arguments)

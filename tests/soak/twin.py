@@ -57,8 +57,26 @@ class Twin:
     def state(self) -> dict[str, Any]:
         return self.optimizer.state.get(self.param) or {}
 
-    def step(self, settings: dict[str, Any], kind: str) -> None:
-        """Step with the hyperparameters and implementation of now."""
+    @property
+    def begins(self) -> bool:
+        """Tell whether this step makes the momentum buffer."""
+        begun = self.state.get("momentum_buffer") is not None
+        return self.param.grad is not None and not begun
+
+    def decay(self, settings: dict[str, Any]) -> Any:
+        """Return what parameters must have in common for a user to group them."""
+        wd = settings["weight_decay"] * self.multiplier
+        return wd, self.form if wd != 0 else None
+
+    def step(self, settings: dict[str, Any], kind: str, company: bool) -> None:
+        """Step with the hyperparameters and implementation of now.
+
+        Args:
+            settings: Of the parameter's group.
+            kind: Of the implementation.
+            company: Whether momentum begins for another of the group. In half
+                precision torch's foreach then rounds otherwise for all of it.
+        """
         if kind == "automatic":
             kind = "fused" if self._fused_is_right() else "for-loop"
         group = self.optimizer.param_groups[0]
@@ -68,7 +86,20 @@ class Twin:
             group["weight_decay"] = 0.0
             if self.param.grad is not None and wd != 0:
                 self.param.data.mul_(1 - settings["lr"] * wd)
+        half = self.param.dtype in (torch.bfloat16, torch.float16)
+        if company and half and kind == "foreach":
+            self._step_in_company(group)
+        else:
+            self.optimizer.step()
+
+    def _step_in_company(self, group: dict[str, Any]) -> None:
+        """Step beside a parameter that is new, and not there before or after."""
+        other = nn.Parameter(torch.ones(1, dtype=self.param.dtype))
+        other.grad = torch.ones_like(other)
+        group["params"].append(other)
         self.optimizer.step()
+        group["params"].pop()
+        del self.optimizer.state[other]
 
     def _fused_is_right(self) -> bool:
         param, grad = self.param, self.param.grad

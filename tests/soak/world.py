@@ -64,12 +64,27 @@ class World:
             self._spoil(grads)
         self._step_ours(way, grads, plan.in_place)
         formulas = [None] * len(self.expected)
+        company = {i: self._company(i) for i in self.order}
         for i in self.order if not infinite else ():
             settings = self.settings[self.config.params[i].group]
             formulas[i] = self.twins[i].formula(settings)
-            self.twins[i].step(settings, self.kind(i))
+            self.twins[i].step(settings, self.kind(i), company[i])
         self.steps += 1
         self.compare(formulas)
+
+    def _company(self, i: int) -> bool:
+        """Tell whether momentum begins for another parameter of one call with this."""
+        own = self.config.params[i]
+        settings = self.settings[own.group]
+        if self.config.name != "SGD" or not settings["momentum"]:
+            return False
+        return any(
+            self.twins[j].begins
+            and other.group == own.group
+            and other.dtype == own.dtype
+            and self.twins[j].decay(settings) == self.twins[i].decay(settings)
+            for j, other in ((j, self.config.params[j]) for j in self.order)
+        )
 
     def kind(self, i: int) -> str:
         """Name the implementation that steps a parameter."""
