@@ -103,9 +103,13 @@ class Decider:
 
     def settle(self, groups: Sequence[Group]) -> None:
         """Decide for all groups of a constructor, and warn if nothing decays."""
+        self.decide_pending()
+        self.warn_if_idle(groups, stacklevel=6)
+
+    def decide_pending(self) -> None:
+        """Decide for all groups of a constructor."""
         pending, self._pending = self._pending or [], None
         self._decide_for(pending, [self.policy, *(each.policy for each in pending)])
-        self._warn_if_idle(groups, stacklevel=6)
 
     def _come_again(self, index: int, infos: Infos) -> list[Row] | None:
         """Return the rows of a group that was cleared and now comes again.
@@ -247,9 +251,14 @@ class Decider:
             pending.append(Pending(index, infos, policy))
         self._decide_for(pending, [policy])
         self.policy = policy
-        self._warn_if_idle(groups, stacklevel=4)
+        self.warn_if_idle(groups, stacklevel=4)
 
     # Copies.
+
+    @property
+    def layout(self) -> object:
+        """One object for as long as the groups stand as they do."""
+        return self._table.layout
 
     def snapshot(
         self, groups: Sequence[Group], defaults: Mapping[str, Any]
@@ -275,7 +284,7 @@ class Decider:
 
     # Warnings.
 
-    def _warn_if_idle(self, groups: Sequence[Group], stacklevel: int) -> None:
+    def warn_if_idle(self, groups: Sequence[Group], stacklevel: int) -> None:
         """Warn once if a policy was given and nothing will decay."""
         rows = [row for rows in self._table.layout for row in rows]
         policy = next((row.policy for row in rows if row.policy is not None), None)

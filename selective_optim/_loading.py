@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from selective_optim._module_tree import canonical_name
 from selective_optim._text import shape_text
-from selective_optim.decay import Decision, is_zero
+from selective_optim.decay import Decision, Form, is_zero
 from selective_optim.step.kernel import Kernel
 
 RECORD = "decay"  # the key of a state dict under which decisions are recorded
 Decided = Sequence[Sequence[Decision]]
 Record = list[list[list[Any]]]
+# Tells the form of a group's parameters, given what was decided; None if unknown.
+FormOf = Callable[[dict[str, Any], Form | None], Form | None]
 SAME_MODEL = "Load a state dict of the same class, made for the same model."
 
 
@@ -130,20 +132,17 @@ def _require_entries(
             )
 
 
-def form_name(decoupled: bool) -> str:
+def form_name(decoupled: bool) -> Form:
     """Name a form as reports and state dicts do."""
     return "decoupled" if decoupled else "l2"
 
 
 def record_of(
-    kernel: Kernel, param_groups: Sequence[dict[str, Any]], decided: Decided
+    form_of: FormOf, param_groups: Sequence[dict[str, Any]], decided: Decided
 ) -> Record:
     """Write down the multiplier and form of every parameter, in plain values."""
     return [
-        [
-            [decay.multiplier, form_name(kernel.decoupled(group, decay.form))]
-            for decay, *_ in decisions
-        ]
+        [[decay.multiplier, form_of(group, decay.form)] for decay, *_ in decisions]
         for group, decisions in zip(param_groups, decided)
     ]
 
@@ -186,7 +185,7 @@ def _stopped(param_groups: Sequence[dict[str, Any]], now: Record) -> bool:
 def _changes(decided: Decided, saved: Any, now: Record) -> list[str]:
     try:
         pairs = [
-            (label, (float(old[0]), str(old[1])), (new[0], new[1]))
+            (label, (float(old[0]), old[1]), (new[0], new[1]))
             for label, old, new in zip(_labels(decided), _joined(saved), _joined(now))
         ]
     except (TypeError, ValueError, IndexError, KeyError):
@@ -202,5 +201,6 @@ def _joined(record: Any) -> list[Any]:
     return [entry for group in record for entry in group]
 
 
-def _text(multiplier: float, form: str) -> str:
-    return f"{multiplier:g} times ({form})" if multiplier else "not at all"
+def _text(multiplier: float, form: str | None) -> str:
+    how = f" ({form})" if form else ""
+    return f"{multiplier:g} times{how}" if multiplier else "not at all"

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from operator import attrgetter
@@ -237,6 +239,33 @@ def not_to_be_patched(step: _F) -> _F:
 
 # Under which ``LRScheduler`` notes that the optimizer stepped; without, it warns.
 STEP_NOTE = "_opt_called"
+
+
+# Hooks. torch wraps the step of each class that is instantiated, to run them.
+
+
+def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function of a method, without the wrapper that runs hooks."""
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]  # functools.wraps sets it
+    return getattr(step, "__func__", step)
+
+
+def hooks_of(optimizer: torch.optim.Optimizer, kind: str) -> list[Any]:
+    """List the hooks of a kind: ``"state_dict_pre"``, ``"load_state_dict_post"``."""
+    return list(getattr(optimizer, f"_optimizer_{kind}_hooks", {}).values())
+
+
+@contextmanager
+def without_hooks(optimizer: torch.optim.Optimizer, *kinds: str) -> Iterator[None]:
+    """Keep an optimizer's own hooks of these kinds from running."""
+    names = [f"_optimizer_{kind}_hooks" for kind in kinds]
+    kept = {name: vars(optimizer).get(name, {}) for name in names}
+    vars(optimizer).update({name: OrderedDict() for name in names})
+    try:
+        yield
+    finally:
+        vars(optimizer).update(kept)
 
 
 # Modules. torch's methods copy and deduplicate; these are the dicts behind them.

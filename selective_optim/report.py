@@ -216,7 +216,7 @@ def make_row(
 def make_report(
     param_groups: Sequence[dict[str, Any]],
     decided: Iterable[Sequence[Decision]],
-    decoupled: Callable[[dict[str, Any], Form | None], bool],
+    form_of: Callable[[dict[str, Any], Form | None], Form | None],
 ) -> DecayReport:
     """Join decisions with what the groups say now."""
     return DecayReport(
@@ -225,7 +225,7 @@ def make_report(
                 index,
                 group,
                 decision,
-                "decoupled" if decoupled(group, decision.decay.form) else "l2",
+                form_of(group, decision.decay.form),
             )
             for index, (group, decisions) in enumerate(
                 zip(param_groups, decided, strict=True)
