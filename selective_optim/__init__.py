@@ -3,6 +3,7 @@
 from selective_optim import policies as policies
 from selective_optim.adam import Adam as Adam
 from selective_optim.adamw import AdamW as AdamW
+from selective_optim.any_class import selective as selective
 from selective_optim.decay import Decay as Decay
 from selective_optim.layers import layerwise_groups as layerwise_groups
 from selective_optim.parameters import ParameterInfo as ParameterInfo

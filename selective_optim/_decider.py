@@ -255,11 +255,6 @@ class Decider:
 
     # Copies.
 
-    @property
-    def layout(self) -> object:
-        """One object for as long as the groups stand as they do."""
-        return self._table.layout
-
     def snapshot(
         self, groups: Sequence[Group], defaults: Mapping[str, Any]
     ) -> dict[str, Any]:

@@ -36,6 +36,34 @@ def require_dict(state_dict: object) -> None:
         )
 
 
+def require_groups_like(
+    param_groups: Sequence[dict[str, Any]], decided: Decided, state_dict: Any
+) -> None:
+    """Check that a state dict has the groups of an optimizer, and their order.
+
+    Raises:
+        ValueError: It has other groups, or its names stand in another order.
+    """
+    _require_whole(state_dict)
+    saved = state_dict["param_groups"]
+    sizes = [len(group["params"]) for group in saved]
+    wanted = [len(group["params"]) for group in param_groups]
+    if sizes != wanted:
+        raise ValueError(
+            f"the loaded state dict has groups of {sizes} parameters, and this "
+            f"optimizer of {wanted}. If they were split by hand, type selective_optim."
+            f"checkpoint.merge_groups(state_dict, order=[n for n, _ in "
+            f"model.named_parameters()])."
+        )
+    for index, group in enumerate(saved):
+        if "weight_decay" not in group:
+            raise ValueError(
+                f"group {index} of the loaded state dict has no 'weight_decay', which "
+                f"this optimizer needs. {SAME_MODEL}"
+            )
+    _require_order(saved, decided)
+
+
 def require_loadable(
     kernel: Kernel,
     param_groups: Sequence[dict[str, Any]],
@@ -50,11 +78,7 @@ def require_loadable(
         ValueError: A hyperparameter or state entry is missing, or belongs to
             another class or to a parameter of another shape.
     """
-    if absent := {"state", "param_groups"} - state_dict.keys():
-        raise ValueError(
-            f"`state_dict` has no {min(absent)!r}, so it is none of an optimizer. "
-            f"Pass what optimizer.state_dict() returned."
-        )
+    _require_whole(state_dict)
     _require_groups(kernel, state_dict["param_groups"])
     saved = list(chain.from_iterable(g["params"] for g in state_dict["param_groups"]))
     params = list(chain.from_iterable(group["params"] for group in param_groups))
@@ -68,6 +92,14 @@ def require_loadable(
     for key, param, group, label in zip(saved, params, owners, labels):
         own = state_dict["state"].get(key) or {}
         _require_entries(kernel, group, param, label, own)
+
+
+def _require_whole(state_dict: Any) -> None:
+    if absent := {"state", "param_groups"} - state_dict.keys():
+        raise ValueError(
+            f"`state_dict` has no {min(absent)!r}, so it is none of an optimizer. "
+            f"Pass what optimizer.state_dict() returned."
+        )
 
 
 def _labels(decided: Decided) -> Iterator[str]:

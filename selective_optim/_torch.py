@@ -114,6 +114,11 @@ disable_dynamo: Callable[[_F], _F] = _find(
 )
 
 
+def run_as_is(step: _F) -> _F:
+    """Keep a function from being compiled, though not what it calls."""
+    return disable_dynamo(step, recursive=False)  # type: ignore[call-arg]  # torch's
+
+
 def _check_fused(param: Tensor, cuda_unsupported: bool = False) -> None:
     if param.device.type not in FUSED_DEVICES or not torch.is_floating_point(param):
         raise RuntimeError(
