@@ -140,12 +140,26 @@ class Split:
                 for part in self.parts:
                     part.group[key] = computed(group, part.decay, key)
             elif key not in MEMBERS and not same(value, shown.get(key, _ABSENT)):
+                self._require_common(key)
                 for part in self.parts:
                     part.group[key] = value if key in keys else apart(value)
         for key in shown.keys() - group.keys():
             for part in self.parts:
                 part.group.pop(key, None)
         self.shown = dict(group)
+
+    def _require_common(self, key: str) -> None:
+        """Check that a value is not one that the class sets for each part apart.
+
+        A schedule that goes on from the group's would go on from none of theirs.
+        """
+        first, *others = [part.group.get(key, _ABSENT) for part in self.parts]
+        if not all(alike(first, other) for other in others):
+            raise ValueError(
+                f"{key!r} was set in a group, and the class itself has set it for each "
+                f"decay in that group apart. Split the groups by hand: "
+                f"selective_optim.param_groups(model, ...)."
+            )
 
     def show(self) -> None:
         """Write what the class wrote into all parts alike into the group.
