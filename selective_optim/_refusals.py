@@ -44,8 +44,8 @@ def require_class(cls: object) -> None:
         )
     if taken := [name for name in names if name in OURS]:
         raise TypeError(
-            f"{cls.__name__} has an argument {taken[0]!r} of its own, which is needed "
-            f"for the policy. {WAY_OUT.format(cls.__name__)}"
+            f"{cls.__name__} takes {taken[0]!r} itself and makes groups of its own, "
+            f"where nothing can be split. Use a class that takes parameters."
         )
 
 

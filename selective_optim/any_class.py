@@ -48,11 +48,13 @@ def selective(optimizer_class: OptimizerClass) -> Any:
         >>> [(row.name, row.weight_decay) for row in optimizer.decay_report().rows]
         [('weight', 0.1), ('bias', 0.0)]
     """
-    require_class(optimizer_class)
-    if issubclass(optimizer_class, PolicyOptimizer):
-        return optimizer_class
     if optimizer_class in OURS:
         return OURS[optimizer_class]
+    if isinstance(optimizer_class, type) and issubclass(
+        optimizer_class, PolicyOptimizer
+    ):
+        return optimizer_class
+    require_class(optimizer_class)
     # Found again, and not kept: classes refer to their subclasses weakly.
     for subclass in optimizer_class.__subclasses__():
         if issubclass(subclass, SplitOptimizer) and subclass.__bases__ == (

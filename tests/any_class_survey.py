@@ -310,6 +310,8 @@ def needed(cls: Any) -> dict[str, Any]:
         ("SGD", "LARS")
     ):
         chosen["momentum"] = 0.9  # without, they are not implemented
+    if "nesterov" in parameters and "momentum" in parameters:
+        chosen["momentum"] = 0.9
     return chosen | {k: v for k, v in CHOSEN.items() if k in parameters}
 
 
@@ -327,9 +329,9 @@ def pytorch_optimizer_classes() -> Iterator[Survey]:
     module = import_module("pytorch_optimizer")
     for name in module.get_supported_optimizers():
         cls = module.load_optimizer(name)
-        muon = name in MUONS
-        group = {"use_muon": True} if muon else {}
-        yield Survey("pytorch_optimizer", name, cls, needed(cls), muon, group)
+        group = {"use_muon": True} if name in MUONS else {}
+        matrices = name in (*MUONS, "spectralsphere")
+        yield Survey("pytorch_optimizer", name, cls, needed(cls), matrices, group)
 
 
 LIBRARIES: dict[str, Callable[[], Iterator[Survey]]] = {
