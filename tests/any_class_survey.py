@@ -265,10 +265,13 @@ def _brief(error: Exception) -> str:
 # The classes, library by library.
 
 
+NO_DECAY = ("Optimizer", "LBFGS", "Rprop", "SparseAdam")
+
+
 def torch_classes() -> Iterator[Survey]:
     for name in torch.optim.__all__:
         cls = getattr(torch.optim, name, None)
-        if isinstance(cls, type) and name not in ("Optimizer", "LBFGS", "Rprop"):
+        if isinstance(cls, type) and name not in NO_DECAY:
             yield Survey("torch", name, cls, needed(cls), matrices=name == "Muon")
 
 
@@ -317,7 +320,8 @@ def needed(cls: Any) -> dict[str, Any]:
 
 def classes_in(library: str, module: str, **settings: Any) -> Iterator[Survey]:
     found = import_module(module)
-    for name, cls in vars(found).items():
+    for name in sorted(name for name in vars(found) if not name.startswith("_")):
+        cls = getattr(found, name)
         if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer):
             yield Survey(library, name, cls, needed(cls), **settings)
 
