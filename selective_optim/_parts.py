@@ -67,7 +67,7 @@ def same(a: object, b: object) -> bool:
         return False
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(same, a, b))
-    return type(a) in PLAIN and a == b
+    return type(a) in PLAIN and (a == b or (a != a and b != b))  # two NaNs
 
 
 def alike(a: object, b: object) -> bool:

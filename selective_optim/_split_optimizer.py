@@ -371,6 +371,3 @@ class SplitOptimizer(PolicyOptimizer):
         self._decider = Decider.restored(copied["decider"], self.param_groups)
         self._splits = copied["splits"]
         self._groups = [p.group for split in self._splits for p in split.parts]
-        for split in self._splits:
-            # Values were copied, and those that nobody changed must still look so.
-            split.shown = {k: split.group[k] for k in split.shown if k in split.group}

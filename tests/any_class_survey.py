@@ -12,7 +12,7 @@ import io
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
@@ -22,6 +22,8 @@ import torch
 from torch import nn
 
 from selective_optim import selective
+from selective_optim._parts import flag_of
+from selective_optim.policies import form
 
 STEPS = 8
 RESUMED_AT = 4
@@ -123,6 +125,35 @@ def by_policy(case: Survey, net: Net) -> Any:
     for group in groups:
         group["weight_decay"] = 0.1
     return selective(case.cls)(groups, **case.arguments, wd_policy=policy, model=net)
+
+
+def flag_in(case: Survey) -> str | None:
+    """Find the key by which a group of the class chooses its form."""
+    with suppress(Exception), redirect_stdout(io.StringIO()):
+        return flag_of(by_hand(case, make_net()).param_groups[0])
+    return None
+
+
+def forms_by_hand(case: Survey, net: Net) -> Any:
+    """Let the first group decay one way and the second the other."""
+    first, second = user_groups(case, net)
+    flag = flag_in(case)
+    groups = [{**first, flag: True}, {**second, flag: False}]
+    return case.cls([{**g, "weight_decay": 0.1} for g in groups], **case.arguments)
+
+
+def forms_by_policy(case: Survey, net: Net) -> Any:
+    groups = [{**g, "weight_decay": 0.1} for g in user_groups(case, net)]
+    forms = form("l2", "head.*") * form("decoupled", "[!h]*")
+    arguments = {**case.arguments, "wd_policy": forms, "model": net}
+    return selective(case.cls)(groups, **arguments)
+
+
+def forms_are_computed(case: Survey) -> bool:
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        arms = [train(case, make, False) for make in (forms_by_policy, forms_by_hand)]
+        return equal(*arms)
 
 
 class Training:

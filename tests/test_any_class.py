@@ -84,6 +84,14 @@ class Rating(Counting):
             group["lr"] /= 1 + sum((float(p.grad.norm()) for p in used), 0.0)
 
 
+class Converting(Counting):
+    """Makes a tensor of the rate of each group, as torchao's Adam does."""
+
+    def add_param_group(self, group: Any) -> None:
+        super().add_param_group(group)
+        self.param_groups[-1]["lr"] = torch.tensor(self.param_groups[-1]["lr"])
+
+
 class Alone(torch.optim.NAdam):
     """Passes its step on to its base class."""
 
@@ -405,6 +413,37 @@ def test_tensor_rate_is_followed_by_all_parts():
         optimizer.step()
         oracle.step()
     assert_same(params, expected)
+
+
+def test_rate_that_the_class_turned_into_tensors_is_written_once_for_all_parts():
+    actual, expected = make_params(), make_params()
+    optimizer, oracle = ours(Converting, actual), by_hand(Converting, expected)
+    for step in range(STEPS):
+        for params, each in ((actual, optimizer), (expected, oracle)):
+            set_grads(params, step)
+            for group in each.param_groups:
+                group["lr"].mul_(0.9)  # as schedulers do
+            each.step()
+    assert_same(actual, expected)
+
+
+def test_counter_that_a_user_sets_back_is_counted_once_per_step():
+    params = make_params()
+    optimizer = train(ours(Counting, params), params)
+    optimizer.param_groups[0]["step"] = torch.zeros(())
+    train(optimizer, params, range(3))
+    assert [float(part["step"]) for part in optimizer._groups[:4]] == [3.0] * 4
+
+
+def test_counter_of_a_checkpoint_of_the_class_is_counted_once_per_step():
+    params = make_params()
+    groups = [{"params": params[:5]}, {"params": params[5:]}]
+    plain = Counting(groups, lr=0.01, weight_decay=0.1)
+    train(plain, params, range(3))
+    optimizer = ours(Counting, params)
+    optimizer.load_state_dict(reload(plain))
+    train(optimizer, params, range(3, 5))
+    assert {float(part["step"]) for part in optimizer._groups} == {5.0}
 
 
 def test_modes_of_the_class_are_kept():
