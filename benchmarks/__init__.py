@@ -1,8 +1,8 @@
 """Runs on real data and measurements, each a command.
 
 ``python -m benchmarks`` trains two networks on handwritten digits in three arms;
-``python -m benchmarks.resume`` kills and resumes that training. What they need
-beside torch stands in the ``bench`` extra.
+``python -m benchmarks.step`` times a step; ``python -m benchmarks.recipes_page``
+makes the table of recipes. What they need beside torch stands in the ``bench`` extra.
 """
 
 from __future__ import annotations

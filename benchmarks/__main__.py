@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import require
-from benchmarks.digits import Data, differences, load, reproducible
-from benchmarks.digits_arms import ARMS, SELECTIVE, Result, run, selective
-from benchmarks.digits_networks import NETWORKS, build
-from benchmarks.digits_picture import draw
+from benchmarks.digits.arms import ARMS, SELECTIVE, Result, run, selective
+from benchmarks.digits.networks import NETWORKS, build
+from benchmarks.digits.picture import draw
+from benchmarks.digits.training import Data, differences, load, reproducible
 
 EPOCHS, QUICK_EPOCHS = 20, 3
 HEADERS = ("network", "arm", "groups", "held-out accuracy", "seconds")

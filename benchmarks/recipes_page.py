@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.step_results import FOLDER, describe_run, load, save
+from benchmarks.step.results import FOLDER, describe_run, load, save
 from selective_optim.audit import find_mistakes, model_report
 from selective_optim.policies.recipes import RECIPES
 

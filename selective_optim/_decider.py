@@ -68,9 +68,10 @@ class Decider:
         if not isinstance(group, dict) or "params" not in group:
             return self.policy, group  # torch says what is wrong
         _warn_of_misspelt(group, keys)
-        self.index.add(as_modules(group.get("model")))
+        if "model" in group:
+            self.index.add(as_modules(group["model"]))
         group["params"] = self.index.learn(group["params"])
-        if not any(key in group for key in OWN_KEYS):
+        if group.keys().isdisjoint(OWN_KEYS):
             return self.policy, group
         if not isinstance(group["params"], Tensor):
             group["params"] = list(group["params"])
@@ -149,8 +150,10 @@ class Decider:
     def _lay_out(self, index: int, rows: list[Row]) -> None:
         self._table.lay_out([*self._table.layout[:index], rows])
 
-    def _ask(self, policy: Policy | None, infos: Infos) -> list[Decision]:
-        return decide(policy and policy.bind(self.index.modules()), infos)
+    def _ask(
+        self, policy: Policy | None, infos: Infos, places: Sequence[int] | None = None
+    ) -> list[Decision]:
+        return decide(policy and policy.bind(self.index.modules()), infos, places)
 
     def _matches(self, selector: Selector) -> bool:
         """Ask whether a selector matches anything in the model."""
@@ -250,6 +253,7 @@ class Decider:
             infos = self.index.infos(list(group["params"]), names, index)
             pending.append(Pending(index, infos, policy))
         self._decide_for(pending, [policy])
+        self._table.forget_absent()  # they are decided anew when they come back
         self.policy = policy
         self.warn_if_idle(groups, stacklevel=4)
 
@@ -285,7 +289,7 @@ class Decider:
         policy = next((row.policy for row in rows if row.policy is not None), None)
         if policy is None:
             return
-        if all(is_zero(group["weight_decay"]) for group in groups):
+        if all(map(is_zero, [group["weight_decay"] for group in groups])):
             warnings.warn(
                 f"`weight_decay` is 0 in every group, so `wd_policy` {policy!r} "
                 f"has no effect. Pass weight_decay=0.01, or the value you want.",

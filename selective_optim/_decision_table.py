@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from itertools import chain
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -31,17 +32,20 @@ class Row(NamedTuple):
     policy: Policy | None
 
 
+_token_of_row = attrgetter("token")
+
+
 class Known(NamedTuple):
     """How the table learns what it does not know.
 
     Args:
         describe: Tells what is known of parameters, given their names if any and
             the index of their group.
-        ask: Asks a policy about them.
+        ask: Asks a policy about them, given where in their group they stand.
     """
 
     describe: Callable[[Sequence[Tensor], Sequence[str | None] | None, int], Infos]
-    ask: Callable[[Policy | None, Infos], Sequence[Decision]]
+    ask: Callable[[Policy | None, Infos, Sequence[int]], Sequence[Decision]]
 
 
 class DecisionTable:
@@ -64,12 +68,12 @@ class DecisionTable:
 
     def stands(self, groups: Sequence[Group]) -> bool:
         """Tell whether the groups hold what they held when last looked at."""
-        sizes = [len(group["params"]) for group in groups]
-        if sizes != list(map(len, self.layout)):
+        lists = [group["params"] for group in groups]
+        if list(map(len, lists)) != list(map(len, self.layout)):
             return False
-        tokens = map(_torch.token_of, chain.from_iterable(g["params"] for g in groups))
-        rows = chain.from_iterable(self.layout)
-        return all(token is row.token for token, row in zip(tokens, rows))
+        tokens = map(_torch.token_of, chain.from_iterable(lists))
+        known = map(_token_of_row, chain.from_iterable(self.layout))
+        return all(map(is_, tokens, known))
 
     def lay_out(self, layout: list[list[Row]]) -> None:
         """Remember how the groups stand, and forget tensors long gone."""
@@ -77,7 +81,11 @@ class DecisionTable:
         count = sum(map(len, layout))
         # One that was taken out may come back, so it is not forgotten at once.
         if len(self._rows) > 2 * count + 64:
-            self._rows = {id(row.token): row for rows in layout for row in rows}
+            self.forget_absent()
+
+    def forget_absent(self) -> None:
+        """Forget the tensors that stand in no group now."""
+        self._rows = {id(row.token): row for rows in self.layout for row in rows}
 
     def follow(
         self, groups: Sequence[Group], known: Known, default: Policy | None
@@ -126,12 +134,12 @@ class DecisionTable:
             if row is None and namesake is not None and _may_be(info, namesake):
                 row = self._take_over(info, namesake)
             completed.append(row)
-        new = [info for info, row in zip(infos, completed) if row is None]
-        decisions = known.ask(policy, new) if new else ()
-        decided = iter(
-            [self.record(i.parameter, d, policy) for i, d in zip(new, decisions)]
-        )
-        return [row or next(decided) for row in completed]
+        places = [i for i, row in enumerate(completed) if row is None]
+        new = [infos[i] for i in places]
+        decisions = known.ask(policy, new, places) if new else ()
+        for i, decision in zip(places, decisions):
+            completed[i] = self.record(infos[i].parameter, decision, policy)
+        return [row for row in completed if row is not None]
 
     def inherited(self, infos: Infos, rows: Sequence[Row]) -> list[Row] | None:
         """Give new tensors the rows of their places, unless something contradicts."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from itertools import repeat
+from dataclasses import replace
+from itertools import chain, repeat
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.nn.modules.module import (
 )
 
 from selective_optim import _torch
-from selective_optim._module_tree import Place, is_modules, modules_behind, places
+from selective_optim._module_tree import Place, modules_behind, places
 from selective_optim.parameters import (
     ParameterInfo,
     as_modules,
@@ -89,18 +90,17 @@ class ModuleIndex:
 
     def _look_up(self, param: Tensor, group: int) -> ParameterInfo | None:
         known = self._places.get(id(param), ())
-        paths = [place.path(param) for place in known]
-        if not known or None in paths:
+        paths = [path for place in known if (path := place.path(param)) is not None]
+        if not known or len(paths) < len(known):
             return None
-        names = tuple(dict.fromkeys(place.name for place in known))
+        names = tuple(dict.fromkeys([place.name for place in known]))
         shape = self._shapes.get(id(param), original_shape(param))
-        ndim = None if shape is None else len(shape)
-
-        def at(place: Place, path: Any, *elsewhere: ParameterInfo) -> ParameterInfo:
-            where = (place.name, names, place.leaf, path[-1], path)
-            return ParameterInfo(*where, param, shape, ndim, group, elsewhere)
-
-        return at(known[0], paths[0], *map(at, known[1:], paths[1:]))
+        here = (param, shape, None if shape is None else len(shape), group)
+        first, *elsewhere = [
+            ParameterInfo(place.name, names, place.leaf, path[-1], path, *here)
+            for place, path in zip(known, paths)
+        ]
+        return replace(first, elsewhere=tuple(elsewhere)) if elsewhere else first
 
     def everyone(self) -> list[ParameterInfo]:
         """Describe every parameter of the module, each once."""
@@ -159,10 +159,9 @@ class ModelIndex:
         modules = modules_behind(params)
         if not self.explicit:
             self.add(modules)
-        if isinstance(params, nn.Module) or is_modules(params):
-            return list(
-                {id(p): p for module in modules for p in module.parameters()}.values()
-            )
+        if modules and isinstance(params, (nn.Module, Sequence)):
+            params = chain(*[module.parameters() for module in modules])
+            return list({id(param): param for param in params}.values())
         return params
 
     def infos(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TypeGuard
@@ -15,9 +15,6 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from selective_optim import _torch
 
-WRAPPERS = frozenset(
-    {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-)
 # Iterators that hand on what others yield. What one refers to is what it reads.
 RELAYS: tuple[type, ...] = (filter, map, chain, type(iter([])), type(iter(())))
 Path = tuple[nn.Module, ...]
@@ -34,7 +31,7 @@ def canonical_name(name: str) -> str:
 def without_wrappers(name: str) -> str:
     """Strip what wrappers add to a dotted name, and nothing else."""
     *modules, leaf = name.split(".")
-    return ".".join([*(part for part in modules if part not in WRAPPERS), leaf])
+    return ".".join([*(part for part in modules if part not in _torch.WRAPPERS), leaf])
 
 
 class Node:
@@ -63,14 +60,6 @@ class Node:
             return None
         return (*above, module)
 
-    def dotted(self, leaf: str) -> str:
-        """Write the name of what the module registered as ``leaf``."""
-        parts, node = [leaf], self
-        while node.parent is not None:
-            parts.append(node.key)
-            node = node.parent
-        return ".".join(reversed(parts))
-
 
 @dataclass(frozen=True)
 class Place:
@@ -80,16 +69,13 @@ class Place:
         node: The module that registered it.
         key: Under which name.
         name: Its canonical dotted name.
+        leaf: Last part of that.
     """
 
     node: Node
     key: str
     name: str
-
-    @property
-    def leaf(self) -> str:
-        """Last part of the canonical name."""
-        return self.name.rpartition(".")[2]
+    leaf: str
 
     def path(self, param: Tensor) -> Path | None:
         """Return the modules from the root to the owner if ``param`` stands here.
@@ -98,7 +84,10 @@ class Place:
         registered on.
         """
         path = self.node.path()
-        if path is None or _torch.own_parameter(path[-1], self.key) is not param:
+        if path is None:
+            return None
+        here = _torch.registered(path[-1])
+        if self.key not in here or here[self.key] is not param:
             return None
         made = isinstance(path[-1], ParametrizationList) and self.key.startswith(
             "original"
@@ -106,21 +95,21 @@ class Place:
         return path[:-2] if made else path
 
 
-def _walk(module: nn.Module, above: Node | None, key: str, inside: Path) -> Iterator[
-    tuple[nn.Module, Node]
-]:  # fmt: skip
-    node = Node(module, above, key)
-    yield module, node
-    for name, child in _torch.children_of(module):
-        if child not in inside:  # a module that contains itself has endless aliases
-            yield from _walk(child, node, name, (*inside, child))
+def places(root: nn.Module) -> list[tuple[Tensor, Place]]:
+    """List every place of every parameter, aliases of tied ones included."""
+    found: list[tuple[Tensor, Place]] = []
 
-
-def places(root: nn.Module) -> Iterator[tuple[Tensor, Place]]:
-    """Walk over every place of every parameter, aliases of tied ones included."""
-    for module, node in _walk(root, None, "", (root,)):
+    def walk(module: nn.Module, node: Node, prefix: str, inside: Path) -> None:
         for key, param in _torch.own_parameters(module):
-            yield param, Place(node, key, canonical_name(node.dotted(key)))
+            name = canonical_name(prefix + key)
+            found.append((param, Place(node, key, name, name.rpartition(".")[2])))
+        for key, child in _torch.children_of(module):
+            if child not in inside:  # one that contains itself has endless aliases
+                below = Node(child, node, key)
+                walk(child, below, f"{prefix}{key}.", (*inside, child))
+
+    walk(root, Node(root, None, ""), "", (root,))
+    return found
 
 
 def modules_behind(params: object) -> list[nn.Module]:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from selective_optim import _torch
-from selective_optim._base import Model as Model
-from selective_optim._base import PolicyOptimizer
+from selective_optim._base import Model, PolicyOptimizer
 from selective_optim._decider import Decider
 from selective_optim._loading import (
     RECORD,

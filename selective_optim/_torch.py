@@ -6,6 +6,7 @@ the same bits and is slower; where one is missing, a warning at import says so.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import warnings
 from collections import OrderedDict
@@ -13,7 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
+from itertools import repeat
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -81,6 +84,8 @@ def _by_class(cls: type[torch.optim.Optimizer], entries: Sequence[str]) -> Any:
     ) -> None:
         for name in ("has_complex", "has_sparse_grad"):
             arguments.pop(name, None)
+        # SGD's functional is not told, it traces what autograd follows.
+        arguments.setdefault("differentiable", torch.is_grad_enabled())
         if "beta1" in arguments:
             arguments["betas"] = arguments.pop("beta1"), arguments.pop("beta2")
         optimizer = cls(params, **arguments)
@@ -273,6 +278,13 @@ def without_hooks(optimizer: torch.optim.Optimizer, *kinds: str) -> Iterator[Non
         vars(optimizer).update(kept)
 
 
+# Under which wrappers (DDP, compiled modules, FSDP1, checkpointing) register what they
+# wrap, so that it stands in the names of parameters.
+WRAPPERS = frozenset(
+    {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+)
+
+
 # Modules. torch's methods copy and deduplicate; these are the dicts behind them.
 
 
@@ -283,8 +295,9 @@ def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def child_of(module: nn.Module, key: str) -> nn.Module | None:
     """Return the module registered under a name."""
-    found: nn.Module | None = _entry(module._modules, key)
-    return found
+    registered = module._modules
+    # Not `get`: scripted modules keep theirs in mappings without it.
+    return registered[key] if key in registered else None  # noqa: SIM401
 
 
 def own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -292,19 +305,46 @@ def own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(k, p) for k, p in module._parameters.items() if p is not None]
 
 
-def own_parameter(module: nn.Module, key: str) -> Tensor | None:
-    """Return the parameter registered under a name."""
-    found: Tensor | None = _entry(module._parameters, key)
-    return found
-
-
-def _entry(registered: Any, key: str) -> Any:
-    # Not `get`: scripted modules keep theirs in mappings without it.
-    return registered[key] if key in registered else None  # noqa: SIM401
+# A module's own parameters by name, ``None`` among them.
+registered = attrgetter("_parameters")
 
 
 # torch's private bases of all batch and instance norms, which mmengine tests for.
 NORM_BASES = (nn.SyncBatchNorm.__mro__[1], nn.InstanceNorm1d.__mro__[1])
+
+
+# Threads.
+
+
+def _find_thread_setter() -> Callable[[int], object] | None:
+    """Find what sets the number of threads of this Python thread's parallel regions.
+
+    ``torch.set_num_threads`` sets it for the process: threads that begin their first
+    parallel work meanwhile keep it, and oneDNN's caches are cleared. OpenMP's own
+    setting is one per thread. It is looked up through torch's library, so that it is
+    that of the OpenMP which torch runs on, and tried out.
+    """
+    library = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+    before = torch.get_num_threads()
+    try:
+        path = Path(torch.__file__).parent / "lib" / library
+        setter = ctypes.PyDLL(str(path)).omp_set_num_threads
+        setter.argtypes, setter.restype = [ctypes.c_int], None
+        setter(before + 1)
+        obeyed = torch.get_num_threads() == before + 1
+        setter(before)
+    except (OSError, AttributeError):
+        return None
+    return setter if obeyed else None
+
+
+# ``None`` where torch runs on something else: then kernels take all threads.
+set_threads = _find_thread_setter()
+
+
+def thread_count() -> int:
+    """Return how many threads a kernel on the CPU takes, 1 where that cannot be set."""
+    return 1 if set_threads is None else torch.get_num_threads()
 
 
 # Tensors.
@@ -347,7 +387,8 @@ def placement(spec: Any) -> tuple[Any, Any]:
 
 def is_flattened(param: Tensor) -> bool:
     """Tell whether FSDP1 made this parameter a piece of a flat one."""
-    return bool(getattr(param, "_fsdp_flattened", False)) or is_flat_parameter(param)
+    marks = ("_fsdp_flattened", "_is_flat_param")
+    return any(map(getattr, repeat(param), marks, repeat(False)))
 
 
 def is_flat_parameter(param: Tensor) -> bool:

@@ -72,7 +72,7 @@ def owner_kinds(info: ParameterInfo) -> tuple[str, ...]:
         return ()
     classes = type(info.owner).__mro__
     own = classes[: classes.index(nn.Module)]
-    return tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in own)
+    return tuple([f"{cls.__module__}.{cls.__qualname__}" for cls in own])
 
 
 def named_info(param: Tensor, name: str | None, group: int) -> ParameterInfo:

@@ -90,11 +90,6 @@ class WeightDecay(torch.optim.Optimizer):
         defaults = self.optimizer.defaults
         return {**defaults, "lr": defaults["weight_decay"]}
 
-    @property
-    def _opt_called(self) -> bool:
-        """Tell whether the optimizer stepped; a scheduler that comes first warns."""
-        return self._record.stepped
-
     @_torch.not_to_be_patched
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the optimizer."""
@@ -119,6 +114,8 @@ class WeightDecay(torch.optim.Optimizer):
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":  # asked for while a copy is being made
             raise AttributeError(name)
+        if name == _torch.STEP_NOTE:  # a scheduler that steps first warns
+            return self._record.stepped
         return getattr(self.optimizer, name)
 
     # Frameworks look for a scheduler's optimizer among those that they train

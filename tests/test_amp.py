@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import warnings
 from typing import Any
@@ -12,84 +11,82 @@ import torch
 from torch import nn
 
 import selective_optim
-from selective_optim import Decay
-from tests.problems import (
+from tests.support.compare import assert_same
+from tests.support.problems import (
     CASES,
+    CHOSEN,
+    HYPER,
     IMPLEMENTATIONS,
     VERDICTS,
-    Case,
     HandSplit,
-    assert_same,
-    assert_same_state,
+    assert_same_training,
+    each_kind,
+    explicit,
+    frozen,
     make_params,
     ours,
     set_grads,
 )
 
-HYPER = {"lr": 0.05, "weight_decay": 0.1}
 VERDICT = VERDICTS["scale"]
 # A power of two: multiplying by its inverse, as the scaler does, and dividing by it,
 # as the fused kernel does, give the same bits.
 SCALE = 1024.0
-DECOUPLED_SGD = Case(
-    "decoupled", "SGD", {"momentum": 0.9, "decoupled_weight_decay": True}
-)
+# Parameters that make_params makes.
+COUNT = 8
+each_case = pytest.mark.parametrize("case", [*CASES, CHOSEN[2]], ids=lambda c: c.id)
 
 
-def scaler() -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=1000)
+def make_scaler(device: str) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler(device, init_scale=SCALE, growth_interval=1000)
 
 
 def scaled_step(
-    grad_scaler: torch.amp.GradScaler, optimizer: Any, params: Any, step: int, bad: bool
+    scaler: torch.amp.GradScaler, optimizer: Any, params: Any, step: int, bad: bool
 ) -> None:
     set_grads(params, step)
     for param in params:
         if param.grad is not None:
             param.grad.mul_(SCALE)
-    if bad:
-        params[0].grad.view(-1)[1] = float("inf")
-    grad_scaler.scale(torch.ones(()))  # a scaler is initialized by its first scale
-    grad_scaler.step(optimizer)
-    grad_scaler.update(SCALE)  # the same scale, whatever was found
+    for position in (0, -COUNT) * bad:  # with two devices, one on each
+        params[position].grad.view(-1)[1] = float("inf")
+    # A scaler is initialized by its first scale.
+    scaler.scale(torch.ones((), device=params[0].device))
+    scaler.step(optimizer)
+    scaler.update(SCALE)  # the same scale, whatever was found
 
 
-def frozen_copy(optimizer: Any, params: Any) -> Any:
-    state = [copy.deepcopy(dict(optimizer.state.get(p, {}))) for p in params]
-    return [p.detach().clone() for p in params], state
-
-
-@pytest.mark.parametrize("kind", [*IMPLEMENTATIONS, "automatic"])
-@pytest.mark.parametrize("case", [*CASES, DECOUPLED_SGD], ids=lambda case: case.id)
-def test_dropped_step_changes_nothing(case, kind):
-    params = make_params()
-    optimizer = ours(case, params, VERDICT, **HYPER, **IMPLEMENTATIONS.get(kind, {}))
-    grad_scaler = scaler()
+@pytest.mark.parametrize("others", [[], ["cpu"]], ids=["alone", "and the cpu"])
+@each_kind
+@each_case
+def test_dropped_step_changes_nothing(case, kind, others, device):
+    params = [p for place in (device, *others) for p in make_params(device=place)]
+    verdicts = VERDICT * (1 + len(others))
+    optimizer = ours(case, params, verdicts, **HYPER, **kind)
+    scaler = make_scaler(device)
     for step in range(3):
-        scaled_step(grad_scaler, optimizer, params, step, bad=False)
-    before, state = frozen_copy(optimizer, params)
-    scaled_step(grad_scaler, optimizer, params, 4, bad=True)
-    assert_same(params, before)
-    for param, own in zip(params, state):
-        assert_same_state(dict(optimizer.state.get(param, {})), own)
+        scaled_step(scaler, optimizer, params, step, bad=False)
+    before = frozen(optimizer, params)
+    scaled_step(scaler, optimizer, params, 4, bad=True)
+    assert_same(frozen(optimizer, params), before)
 
 
-@pytest.mark.parametrize("kind", [*IMPLEMENTATIONS, "automatic"])
-@pytest.mark.parametrize("case", [*CASES, DECOUPLED_SGD], ids=lambda case: case.id)
+@each_kind
+@each_case
 @pytest.mark.parametrize("seed", range(3))
 def test_scaled_training_with_infinities_equals_the_clean_steps_alone(case, kind, seed):
     rng = random.Random(seed)
     bad = [rng.random() < 0.4 for _ in range(10)]
     actual, expected = make_params(), make_params()
-    arguments = {**HYPER, **IMPLEMENTATIONS.get(kind, {"fused": True})}
-    optimizer = ours(case, actual, VERDICT, **HYPER, **IMPLEMENTATIONS.get(kind, {}))
+    optimizer = ours(case, actual, VERDICT, **HYPER, **kind)
     # One optimizer each: torch's fused SGD cannot start parameters one by one.
+    arguments = {**HYPER, **explicit(kind)}
     oracles = [
         HandSplit(case, [p], [v], **arguments) for p, v in zip(expected, VERDICT)
     ]
-    grad_scaler = scaler()
+    scaler = make_scaler("cpu")
     for step, dropped in enumerate(bad):
-        scaled_step(grad_scaler, optimizer, actual, step, dropped)
+        scaled_step(scaler, optimizer, actual, step, dropped)
         set_grads(expected, step)
         for oracle in oracles * (not dropped):
             oracle.step()
@@ -101,44 +98,44 @@ def test_scaled_training_with_infinities_equals_the_clean_steps_alone(case, kind
 def assert_state_follows(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     """Compare state, where a parameter that never stepped may have zeros or nothing."""
     if expected:
-        assert_same_state(actual, expected)
+        assert_same(actual, expected)
     assert all(not value.any() for value in actual.values() if not expected)
 
 
+BAD = [False, False, True, False, True, True, False]
+
+
+@pytest.mark.parametrize("kind", [{}, {"fused": True}], ids=["automatic", "fused"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_scaled_fused_step_equals_torch_under_the_same_scaler(case):
-    actual, expected = make_params(), make_params()
-    optimizer = ours(case, actual, [Decay()] * 8, **HYPER, fused=True)
-    default = case.arguments.get("decoupled_weight_decay", case.name == "AdamW")
-    oracle = HandSplit(case, expected, [Decay()] * 8, **HYPER, fused=True)
-    assert len(oracle.optimizers) == 1, default
-    ours_scaler, torch_scaler = scaler(), scaler()
-    for step in (0, 1, 2, 4, 5):
-        scaled_step(ours_scaler, optimizer, actual, step, bad=step == 4)
-        scaled_step(torch_scaler, oracle.optimizers[0], expected, step, bad=step == 4)
-    assert_same(actual, expected)
-    for p, q in zip(actual, expected):
-        assert_same_state(dict(optimizer.state.get(p, {})), oracle.state(q))
+def test_scaled_training_equals_torch_under_the_same_scaler(case, kind, device):
+    actual, expected = make_params(device=device), make_params(device=device)
+    optimizer = ours(case, actual, VERDICT, **HYPER, **kind)
+    oracle = HandSplit(case, expected, VERDICT, **HYPER, fused=True)
+    (torchs,) = oracle.optimizers
+    own, other = make_scaler(device), make_scaler(device)
+    for step, bad in enumerate(BAD):
+        scaled_step(own, optimizer, actual, step, bad)
+        scaled_step(other, torchs, expected, step, bad)
+    assert_same_training(actual, optimizer, expected, oracle)
 
 
-@pytest.mark.parametrize("kind", [*IMPLEMENTATIONS, "automatic"])
-def test_gradients_unscaled_by_hand_are_not_unscaled_again(kind):
-    case = CASES[-3]
-    actual, expected = make_params(), make_params()
-    optimizer = ours(case, actual, VERDICT, **HYPER, **IMPLEMENTATIONS.get(kind, {}))
-    arguments = IMPLEMENTATIONS.get(kind, {"fused": True})
-    oracle = HandSplit(case, expected, VERDICT, **HYPER, **arguments)
-    grad_scaler = scaler()
+@each_kind
+def test_gradients_unscaled_by_hand_are_not_unscaled_again(kind, device):
+    case = CHOSEN[-1]
+    actual, expected = make_params(device=device), make_params(device=device)
+    optimizer = ours(case, actual, VERDICT, **HYPER, **kind)
+    oracle = HandSplit(case, expected, VERDICT, **HYPER, **explicit(kind))
+    scaler = make_scaler(device)
     for step in range(4):
         set_grads(actual, step)
         set_grads(expected, step)
-        grad_scaler.scale(torch.ones(()))
+        scaler.scale(torch.ones((), device=device))
         for param in actual:
             if param.grad is not None:
                 param.grad.mul_(SCALE)
-        grad_scaler.unscale_(optimizer)
-        grad_scaler.step(optimizer)
-        grad_scaler.update(SCALE)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update(SCALE)
         oracle.step()
     assert_same(actual, expected)
 
@@ -150,7 +147,7 @@ def test_mixed_paths_under_a_scaler_drop_the_step_together():
     optimizer = selective_optim.SGD(
         params, lr=0.1, weight_decay=0.1, wd_policy={"sparse": 0}
     )
-    grad_scaler = scaler()
+    grad_scaler = make_scaler("cpu")
     grad_scaler.scale(torch.ones(()))
     dense.grad = torch.full((4, 3), float("inf"))
     sparse.grad = torch.ones(4, 3).mul(SCALE).to_sparse()
@@ -207,3 +204,22 @@ def test_fused_decay_in_half_precision_does_not_warn():
     optimizer = selective_optim.AdamW([param], lr=1e-3, weight_decay=0.1)
     set_grads([param], 0)
     optimizer.step()
+
+
+@each_case
+def test_transposed_gradients_are_unscaled_for_a_fused_step(case):
+    runs = []
+    # A disabled scaler, and one that leaves the division to the step.
+    for scale in (1.0, SCALE):
+        param = nn.Parameter(torch.ones(3, 5))
+        optimizer = ours(case, [param], VERDICT[1:], **HYPER, fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+        for step in range(4):
+            set_grads([param], step)
+            # In another order than the parameter, which fused kernels misread.
+            param.grad = param.grad.mul_(scale).t().contiguous().t()
+            scaler.scale(torch.ones(()))
+            scaler.step(optimizer)
+            scaler.update(scale)
+        runs.append(frozen(optimizer, [param]))
+    assert_same(*runs)

@@ -18,7 +18,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import selective_optim
 from selective_optim import WeightDecay, policies, selective
-from tests.problems import assert_same, make_params, set_grads
+from tests.support.compare import assert_same
+from tests.support.problems import make_params, set_grads
 
 STEPS = 8
 NAdam, RAdam, RMSprop = torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop

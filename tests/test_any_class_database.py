@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from selective_optim import selective
-from tests.problems import STEPS, assert_same, assert_same_state, make_params, set_grads
+from tests.support.compare import assert_same
+from tests.support.problems import STEPS, make_params, set_grads
 from tests.test_torch_database import database
 
 OURS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # see there
@@ -105,4 +106,4 @@ def test_input_of_torch_equals_hand_split_and_resumes(cls, arguments, dtype):
         step(oracle, expected, number)
     assert_same(actual, expected)
     for p, q in zip(actual, expected):
-        assert_same_state(optimizer.state.get(p, {}), oracle.state.get(q, {}))
+        assert_same(optimizer.state.get(p, {}), oracle.state.get(q, {}))

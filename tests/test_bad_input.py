@@ -13,6 +13,7 @@ from torch import nn
 import selective_optim
 from selective_optim import SGD, Adam, AdamW
 from selective_optim.policies import exclude, is_bias
+from tests.support.compare import assert_same
 
 CLASSES = {
     "SGD": (SGD, {"momentum": 0.9}),
@@ -76,20 +77,6 @@ def everything(model, optimizer):
     return values(model, optimizer), ids
 
 
-def assert_identical(actual, expected):
-    if isinstance(expected, torch.Tensor):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-    elif isinstance(expected, dict):
-        assert actual.keys() == expected.keys()
-        assert_identical([actual[key] for key in expected], list(expected.values()))
-    elif isinstance(expected, (list, tuple)) and not hasattr(expected, "_fields"):
-        assert len(actual) == len(expected)
-        for a, b in zip(actual, expected):
-            assert_identical(a, b)
-    else:
-        assert actual == expected or (actual != actual and expected != expected)
-
-
 def assert_refused_and_mended(run, expected, match, act, kind=ValueError):
     """Check that the act fails with everything as it was, then that a step is right."""
     model, optimizer = run
@@ -97,10 +84,10 @@ def assert_refused_and_mended(run, expected, match, act, kind=ValueError):
     for _ in range(2):  # a second try fails alike
         with pytest.raises(kind, match=match):
             act()
-        assert_identical(everything(model, optimizer), before)
+        assert_same(everything(model, optimizer), before)
     optimizer.step()
     expected[1].step()
-    assert_identical(values(*run), values(*expected))
+    assert_same(values(*run), values(*expected))
 
 
 # Hyperparameters set later through a group
@@ -124,10 +111,10 @@ def test_nan_set_through_a_group_is_refused_at_the_step(name, key):
     ):
         optimizer.step()
     group[key] = good
-    assert_identical(everything(*run), before)
+    assert_same(everything(*run), before)
     optimizer.step()
     twin[1].step()
-    assert_identical(values(*run), values(*twin))
+    assert_same(values(*run), values(*twin))
 
 
 # torch's constructors refuse these; its steps take them, as OneCycleLR makes some.
@@ -184,7 +171,7 @@ def test_bad_value_in_the_second_group_moves_nothing_in_the_first(name, key):
     with pytest.raises(ValueError, match=f"`{key}` of group 1 is nan"):
         optimizer.step()
     optimizer.param_groups[1][key] = good
-    assert_identical(everything(model, optimizer), before)
+    assert_same(everything(model, optimizer), before)
 
 
 class Moody:
@@ -207,7 +194,7 @@ def test_policy_that_raises_builds_nothing_and_can_be_tried_again(name):
         match=r"`wd_policy` .*Moody.* failed for '0\.bias'.*: KeyError: 'gain'",
     ):
         build(name, model, wd_policy=moody)
-    assert_identical([param.detach() for param in model.parameters()], before)
+    assert_same([param.detach() for param in model.parameters()], before)
     moody.failing = False
     optimizer = build(name, model, wd_policy=moody)
     assert {row.weight_decay for row in optimizer.decay_report().rows} == {0.1}
@@ -260,7 +247,7 @@ def test_parameter_listed_twice_steps_as_in_torch(name, kind):
                 param.grad = torch.randn_like(param)
             optimizer.step()
         runs.append([params, [dict(optimizer.state[p]) for p in params]])
-    assert_identical(*runs)
+    assert_same(*runs)
 
 
 @each_class
@@ -336,7 +323,7 @@ def test_state_dict_of_something_else_is_refused(name, change):
     text = "state dict|state_dict|different number of parameter groups"
     assert_refused_and_mended(run, twin, text, lambda: run[1].load_state_dict(bad))
     run[1].load_state_dict(twin[1].state_dict())
-    assert_identical(values(*run), values(*twin))
+    assert_same(values(*run), values(*twin))
 
 
 @each_class
@@ -354,7 +341,7 @@ def test_truncated_file_is_refused_while_it_is_read(name, part, tmp_path):
     kind = (RuntimeError, EOFError, OSError)  # torch.load's own
     assert_refused_and_mended(run, twin, None, lambda: load(cut), kind)
     load(whole)
-    assert_identical(run[1].state_dict(), torch.load(whole, weights_only=True))
+    assert_same(run[1].state_dict(), torch.load(whole, weights_only=True))
 
 
 def with_later_layer(name):

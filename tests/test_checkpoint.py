@@ -5,18 +5,16 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from selective_optim import policies
 from selective_optim.checkpoint import group_names, merge_groups, split_groups
-from tests.resuming import (
+from tests.support.compare import assert_same
+from tests.support.problems import IMPLEMENTATIONS
+from tests.support.resuming import (
     CLASSES,
-    IMPLEMENTATIONS,
     OPTIMIZERS,
-    assert_same,
     assert_same_run,
     hand_split,
     make_net,
@@ -129,33 +127,6 @@ def test_merged_and_split_again_is_the_same(optimizer, order, named):
     again = split_groups(merged, layout_of(model), names=None if named else [ordered])
     assert_same(again, original)
     assert again["state"].keys() == original["state"].keys()
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_any_split_comes_back_from_any_order(data):
-    names = data.draw(st.lists(st.text("abc.", min_size=1), unique=True, min_size=1))
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(names)), max_size=3)))
-    parts = [names[i:j] for i, j in zip([0, *cuts], [*cuts, len(names)]) if i < j]
-    model = [nn.Parameter(torch.zeros(2)) for _ in names]
-    params = dict(zip(names, model))
-    wds = data.draw(st.lists(st.sampled_from([0.0, 0.1, 0.3]), min_size=4, max_size=4))
-    groups = [
-        {"params": [(n, params[n]) for n in part], "weight_decay": wd, "tag": part[0]}
-        for part, wd in zip(parts, wds)
-    ]
-    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-    for number, param in enumerate(data.draw(st.permutations(model))):
-        param.grad = torch.full((2,), float(number)) if number % 3 else None
-    optimizer.step()
-    order = data.draw(st.permutations(names))
-    original = optimizer.state_dict()
-    for group in original["param_groups"]:
-        del group["tag"]
-    merged = merge_groups(original, order=order)
-    assert merged["param_groups"][0]["param_names"] == order
-    layout = [{"params": part, "weight_decay": wd} for part, wd in zip(parts, wds)]
-    assert_same(split_groups(merged, layout), original)
 
 
 def test_conversion_leaves_its_input():

@@ -6,7 +6,12 @@ from torch import nn
 
 from selective_optim import AdamW
 from selective_optim.checkpoint import group_names, merge_groups, split_groups
-from tests.resuming import IMPLEMENTATIONS, assert_same, assert_same_run, through_file
+from tests.support.compare import assert_same
+from tests.support.problems import IMPLEMENTATIONS
+from tests.support.resuming import (
+    assert_same_run,
+    through_file,
+)
 
 pytestmark = pytest.mark.integration
 FIRST, SECOND = range(3), range(3, 6)

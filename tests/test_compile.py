@@ -16,11 +16,12 @@ from torch._dynamo.utils import counters
 
 import selective_optim
 from selective_optim import Decay
-from tests.problems import (
+from tests.support.compare import assert_same
+from tests.support.devices import MARKS
+from tests.support.problems import (
     Case,
     HandSplit,
-    assert_same,
-    assert_same_state,
+    assert_same_training,
     ours,
 )
 
@@ -56,11 +57,12 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def make_params(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+def make_params(
+    dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    params = [
-        nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in SHAPES
-    ]
+    values = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    params = [nn.Parameter(value.to(device, dtype)) for value in values]
     for param in params:  # kept: compiled code is made for these very tensors
         param.grad = torch.zeros_like(param)
     return params
@@ -96,9 +98,9 @@ def train(step: Any, params: Sequence[Tensor], steps: Sequence[int]) -> None:
 
 
 def pair(
-    case: Case, verdicts: Sequence[Decay], **arguments: Any
+    case: Case, verdicts: Sequence[Decay], device: str = "cpu", **arguments: Any
 ) -> tuple[tuple[list[nn.Parameter], Any], tuple[list[nn.Parameter], HandSplit]]:
-    actual, expected = make_params(), make_params()
+    actual, expected = make_params(device=device), make_params(device=device)
     arguments = {**HYPER, **arguments}
     optimizer = ours(case, actual, verdicts, **arguments)
     return (actual, optimizer), (
@@ -109,18 +111,23 @@ def pair(
 
 @each_case
 @each_kind
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_step_equals_hand_split_torch_compiled(case, kind, backend):
-    (actual, optimizer), (expected, oracle) = pair(case, VERDICTS, **kind)
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [
+        ("cpu", "eager"),
+        ("cpu", "aot_eager"),
+        pytest.param("cuda", "eager", marks=MARKS["cuda"]),
+    ],
+)
+def test_compiled_step_equals_hand_split_torch_compiled(case, kind, device, backend):
+    (actual, optimizer), (expected, oracle) = pair(case, VERDICTS, device, **kind)
     (torchs,) = oracle.optimizers
     compiled = Compiled(optimizer, backend)
     train(compiled.step, actual, range(STEPS))
     graphs, reasons = compiled.graphs, compiled.break_reasons
     reference = Compiled(torchs, backend)
     train(reference.step, expected, range(STEPS))
-    assert_same(actual, expected)
-    for p, q in zip(actual, expected):
-        assert_same_state(dict(optimizer.state.get(p, {})), oracle.state(q))
+    assert_same_training(actual, optimizer, expected, oracle)
     assert graphs == reference.graphs
     assert reasons <= reference.break_reasons
 

@@ -20,12 +20,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from selective_optim.checkpoint import merge_groups, split_groups
-from tests.distributed import Ranks
-from tests.resuming import (
+from tests.support.compare import assert_same
+from tests.support.distributed import Ranks, gathers_objects
+from tests.support.problems import IMPLEMENTATIONS
+from tests.support.resuming import (
     CLASSES,
-    IMPLEMENTATIONS,
     OPTIMIZERS,
-    assert_same,
     assert_same_run,
     state_by_name,
 )
@@ -281,6 +281,7 @@ ACROSS = [("ours", "ours", POLICY), ("ours", "torch", {}), ("torch", "ours", {})
 
 
 @pytest.mark.distributed
+@gathers_objects
 @each_form
 @pytest.mark.parametrize(("saver", "loader", "arguments"), ACROSS)
 def test_saved_on_two_processes_and_loaded_on_one(

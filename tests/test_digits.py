@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from benchmarks import __main__ as main_job
-from benchmarks.digits import (
+from benchmarks.digits.arms import ALL, ARMS, HAND_SPLIT, SELECTIVE, all_decayed, run
+from benchmarks.digits.networks import BIAS, GAIN, NETWORKS, WEIGHT, build, kinds
+from benchmarks.digits.training import (
     Data,
     batch,
     differences,
@@ -14,8 +16,6 @@ from benchmarks.digits import (
     snapshot,
     train,
 )
-from benchmarks.digits_arms import ALL, ARMS, HAND_SPLIT, SELECTIVE, all_decayed, run
-from benchmarks.digits_networks import BIAS, GAIN, NETWORKS, WEIGHT, build, kinds
 
 EPOCHS = 2
 STEPS_PER_EPOCH = 3
@@ -153,9 +153,9 @@ def test_require_names_what_is_missing(monkeypatch):
 
 @pytest.fixture
 def main_on_noise(data, monkeypatch, tmp_path):
-    pytest.importorskip("sklearn")
-    pytest.importorskip("tqdm")
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn", reason="scikit-learn has the digits")
+    pytest.importorskip("tqdm", reason="the main job shows a bar")
+    pytest.importorskip("matplotlib", reason="the main job draws")
     monkeypatch.setattr(main_job, "load", lambda device: data)
     monkeypatch.setattr(main_job, "QUICK_EPOCHS", EPOCHS)
     arguments = ["--quick", "--device", "cpu", "--picture", str(tmp_path / "a.png")]
@@ -180,7 +180,7 @@ def test_main_prints_report_accuracy_and_verdict(main_on_noise, capsys, tmp_path
 
 
 def test_networks_learn_the_digits():
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="scikit-learn has the digits")
     data = load()
     with reproducible():
         result = run("conv net", SELECTIVE, data, 3, 0, lambda step: None)

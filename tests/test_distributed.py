@@ -25,11 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 import selective_optim
 from selective_optim import AdamW
 from selective_optim.policies import exclude, is_norm
-from tests.data_parallel import (
+from tests.support.compare import assert_same
+from tests.support.data_parallel import (
     DECAYED,
     FSDP2_DIVISOR,
     SETUPS,
-    assert_same,
     loss_of,
     make_net,
     names_that_decay,
@@ -39,7 +39,7 @@ from tests.data_parallel import (
     train_alone,
     values_of,
 )
-from tests.distributed import RankError, Ranks
+from tests.support.distributed import RankError, Ranks, gathers_objects
 
 pytestmark = pytest.mark.distributed
 each_setup = pytest.mark.parametrize("setup", SETUPS, ids=lambda s: s.id)
@@ -175,6 +175,7 @@ def look_into_zero(rank, make):
     return keys, [set(group) for group in torchs.state_dict()["param_groups"]][:1]
 
 
+@gathers_objects
 @pytest.mark.parametrize("make", [make_zero_with_partial, make_zero_with_keywords])
 def test_zero_local_state_dict_has_torchs_keys(ranks, make):
     for keys, expected in ranks(look_into_zero, make):
@@ -261,7 +262,9 @@ def save_ddp(rank, setup, path):
         torch.save((model.module.state_dict(), optimizer.state_dict()), path)
 
 
-@pytest.mark.parametrize("save", [save_ddp, save_zero])
+@pytest.mark.parametrize(
+    "save", [save_ddp, pytest.param(save_zero, marks=gathers_objects)]
+)
 @each_setup
 def test_resume_on_one_process_from_a_file_of_two(ranks, setup, save, tmp_path):
     ranks(save, setup, tmp_path / "two.pt")
@@ -285,6 +288,7 @@ def save_fsdp2(rank, setup, path, options):
     dcp.save({"model": values, "optimizer": state}, checkpoint_id=path)
 
 
+@gathers_objects
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("flatten", [False, True])
 @each_setup

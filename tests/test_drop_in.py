@@ -17,25 +17,21 @@ from torch.optim.optimizer import (
 
 import selective_optim
 from selective_optim import policies
-from tests.problems import assert_same, assert_same_state, set_grads
+from tests.support.compare import assert_same
+from tests.support.problems import (
+    HYPER,
+    KINDS,
+    assert_same_training,
+    each_kind,
+    explicit,
+    frozen,
+    set_grads,
+)
 
 NAMES = ["SGD", "Adam", "AdamW"]
 each_name = pytest.mark.parametrize("name", NAMES)
-KINDS = {
-    "automatic": {},
-    "for-loop": {"fused": False, "foreach": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-}
-each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 LOOP = KINDS["for-loop"]
-HYPER = {"lr": 0.05, "weight_decay": 0.1}
 MOMENTUM = {"SGD": {"momentum": 0.9}, "Adam": {}, "AdamW": {}}
-# Tensors may serve as the rate of these: torch's Adam refuses foreach with them.
-TENSOR_RATES = [
-    *(("SGD", kind) for kind in KINDS.values()),
-    *((n, KINDS[k]) for n in NAMES[1:] for k in ("automatic", "for-loop", "fused")),
-]
 
 
 def ours(name: str, params: Any, **arguments: Any) -> Any:
@@ -44,11 +40,6 @@ def ours(name: str, params: Any, **arguments: Any) -> Any:
 
 def torchs(name: str, params: Any, **arguments: Any) -> Any:
     return getattr(torch.optim, name)(params, **arguments)
-
-
-def explicit(kind: dict[str, Any]) -> dict[str, Any]:
-    """Say what the automatic choice takes for plain parameters on the CPU."""
-    return kind or KINDS["fused"]
 
 
 def tensors(*shapes: tuple[int, ...], dtype: Any = torch.float32) -> list[nn.Parameter]:
@@ -74,9 +65,7 @@ def train_alike(
     oracle = torchs(name, expected, **HYPER, **MOMENTUM[name], **torchs_kind)
     train(optimizer, actual)
     train(oracle, expected)
-    assert_same(actual, expected)
-    for p, q in zip(actual, expected):
-        assert_same_state(dict(optimizer.state[p]), dict(oracle.state[q]))
+    assert_same_training(actual, optimizer, expected, oracle)
 
 
 # The class itself
@@ -418,83 +407,7 @@ def test_explicit_fused_refuses_complex_with_torchs_words(name):
     assert message(ours) == message(torchs)
 
 
-MIXED = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-def mixed_params() -> list[nn.Parameter]:
-    return [p for dtype in MIXED for p in tensors((3, 4), (4,), dtype=dtype)]
-
-
-@each_name
-@pytest.mark.parametrize("kind", [LOOP, {"foreach": True}], ids=["for-loop", "foreach"])
-def test_mixed_dtypes_in_one_group_step_as_in_torch(name, kind):
-    actual, expected = mixed_params(), mixed_params()
-    optimizer = ours(
-        name, actual, lr=0.5, weight_decay=0.1, **kind, wd_policy="matrices"
-    )
-    split = [
-        {"params": expected[0::2]},
-        {"params": expected[1::2], "weight_decay": 0.0},
-    ]
-    oracle = torchs(name, split, lr=0.5, weight_decay=0.1, **kind)
-    train(optimizer, actual)
-    train(oracle, expected)
-    assert_same(actual, expected)
-    assert [p.dtype for p in actual] == [d for d in MIXED for _ in range(2)]
-
-
-@pytest.mark.parametrize("name", ["Adam", "AdamW"])
-@pytest.mark.parametrize("kind", [{}, {"fused": True}], ids=["automatic", "fused"])
-def test_mixed_dtypes_in_one_group_step_fused(name, kind):
-    actual, expected = mixed_params(), mixed_params()
-    optimizer = ours(name, actual, **HYPER, **kind, wd_policy="matrices")
-    split = [
-        {"params": expected[0::2]},
-        {"params": expected[1::2], "weight_decay": 0.0},
-    ]
-    oracle = torchs(name, split, **HYPER, fused=True)
-    train(optimizer, actual)
-    train(oracle, expected)
-    assert_same(actual, expected)
-
-
-def test_half_precision_sgd_keeps_near_the_double_one():
-    lists = [tensors((33, 64), (64,), dtype=d) for d in (torch.bfloat16, torch.float64)]
-    for params in lists:
-        train(
-            selective_optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=0.1),
-            params,
-            5,
-        )
-    low, double = lists
-    # bfloat16 has 8 bits: five steps of a few roundings each.
-    torch.testing.assert_close(
-        [p.double() for p in low], [p.detach() for p in double], rtol=0.03, atol=0.03
-    )
-
-
 # Hyperparameters
-
-
-# torch 2.7 takes a rate of one element, not of none, in its fused kernels alone.
-RATES = [(*rate, ()) for rate in TENSOR_RATES] + [
-    (name, KINDS[kind], (1,)) for name in NAMES for kind in ("automatic", "fused")
-]
-
-
-@pytest.mark.parametrize(("name", "kind", "shape"), RATES, ids=str)
-def test_tensor_lr_steps_as_in_torch(name, kind, shape):
-    actual, expected = tensors((3, 4), (4,)), tensors((3, 4), (4,))
-    lrs = torch.full(shape, 0.05), torch.full(shape, 0.05)
-    optimizer = ours(name, actual, lr=lrs[0], weight_decay=0.1, **kind)
-    oracle = torchs(name, expected, lr=lrs[1], weight_decay=0.1, **explicit(kind))
-    for step in range(4):
-        for params, own in ((actual, optimizer), (expected, oracle)):
-            set_grads(params, step)
-            own.step()
-            own.param_groups[0]["lr"].mul_(0.5)  # as a scheduler does
-    assert_same(actual, expected)
-    assert isinstance(optimizer.param_groups[0]["lr"], Tensor)
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
@@ -651,51 +564,14 @@ def test_gradient_may_turn_dense_and_sparse_again():
 
 @each_name
 @each_kind
-def test_module_that_changes_its_dtype_before_the_first_step_steps(name, kind):
-    runs = []
-    for make, choice in ((ours, kind), (torchs, explicit(kind))):
-        torch.manual_seed(0)
-        model = nn.Linear(3, 2)
-        optimizer = make(name, model.parameters(), **HYPER, **choice)
-        model.to(torch.float64)
-        train(optimizer, [*model.parameters()])
-        runs.append([*model.parameters()])
-    assert_same(*runs)
-    assert runs[0][0].dtype == torch.float64
-
-
-@each_name
-@each_kind
-def test_module_that_changes_its_dtype_takes_its_state_along(name, kind):
-    model = nn.Linear(3, 2)
-    params = [*model.parameters()]
-    optimizer = ours(name, params, **HYPER, **MOMENTUM[name], **kind)
-    train(optimizer, params)
-    model.to(torch.float64)
-    twins = [nn.Parameter(p.detach().clone()) for p in params]
-    oracle = torchs(name, twins, **HYPER, **MOMENTUM[name], **explicit(kind))
-    for param, twin in zip(params, twins):
-        for key, value in optimizer.state[param].items():
-            moved = {"step": value}.get(key, value.double())
-            oracle.state[twin][key] = moved.clone()
-    train(optimizer, params)
-    train(oracle, twins)
-    assert_same(params, twins)
-
-
-@each_name
-@each_kind
 def test_found_inf_of_several_devices_drops_the_step(name, kind):
     # GradScaler adds up what it found on each device: two infinities make 2.0.
     params = tensors((3, 4), (4,))
     optimizer = ours(name, params, **HYPER, **MOMENTUM[name], **kind)
     train(optimizer, params)
-    before = copy.deepcopy([p.detach() for p in params])
-    state = [copy.deepcopy(dict(optimizer.state[p])) for p in params]
+    before = frozen(optimizer, params)
     optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(2.0)
     for param in params:
         param.grad = torch.full_like(param, float("inf"))
     optimizer.step()
-    assert_same(params, before)
-    for param, own in zip(params, state):
-        assert_same_state(dict(optimizer.state[param]), own)
+    assert_same(frozen(optimizer, params), before)

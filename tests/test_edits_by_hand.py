@@ -10,7 +10,7 @@ from torch import nn
 
 import selective_optim
 from selective_optim import SGD, AdamW
-from tests.problems import assert_same
+from tests.support.compare import assert_same
 
 
 def pair() -> list[nn.Parameter]:

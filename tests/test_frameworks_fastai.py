@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import selective_optim
-from tests.framework_cases import batches, exempt_names, snapshot, unmoved
+from tests.support.framework_cases import (
+    batches,
+    exempt_names,
+    snapshot,
+    unmoved,
+)
 
 fastai = pytest.importorskip("fastai")
 pytest.importorskip("fastai.callback.schedule")  # gives Learner its fit_one_cycle

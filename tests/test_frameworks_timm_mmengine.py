@@ -8,8 +8,8 @@ from torch import nn
 
 import selective_optim
 from selective_optim.schedules import WeightDecay
-from tests.framework_cases import (
-    assert_same,
+from tests.support.compare import assert_same
+from tests.support.framework_cases import (
     batches,
     exempt_names,
     hand_split,

@@ -11,18 +11,18 @@ from torch.distributed.tensor import DTensor
 
 from selective_optim import AdamW
 from selective_optim.policies import exclude, is_norm, is_vector, only
-from tests.data_parallel import (
+from tests.support.compare import assert_same
+from tests.support.data_parallel import (
     DECAYED,
     FSDP2_DIVISOR,
     SETUPS,
-    assert_same,
     make_net,
     names_that_decay,
     reference,
     train,
     values_of,
 )
-from tests.distributed import Ranks
+from tests.support.distributed import Ranks
 
 pytestmark = pytest.mark.distributed
 each_setup = pytest.mark.parametrize("setup", SETUPS, ids=lambda s: s.id)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from selective_optim import AdamW, layerwise_groups, param_groups, policies, selective
-from tests.problems import assert_same, set_grads
+from tests.support.compare import assert_same
+from tests.support.problems import set_grads
 
 
 def make_model() -> nn.Sequential:

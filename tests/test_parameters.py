@@ -19,11 +19,9 @@ from selective_optim._module_tree import canonical_name
 from selective_optim._text import shape_text
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-        self.head = nn.Linear(4, 2, bias=False)
+def make_net():
+    body = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    return nn.ModuleDict({"body": body, "head": nn.Linear(4, 2, bias=False)})
 
 
 NAMES = [
@@ -73,7 +71,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 def test_every_source_that_leads_to_a_module_gives_names_owners_and_paths(source):
-    model = Net()
+    model = make_net()
     params, arguments = source(model)
     infos = seen_by(params, **arguments)
     assert [info.name for info in infos] == NAMES
@@ -97,7 +95,7 @@ NAMED = {
 
 @pytest.mark.parametrize("source", NAMED.values(), ids=NAMED)
 def test_names_alone_give_names_and_no_module(source):
-    infos = seen_by(source(Net()))
+    infos = seen_by(source(make_net()))
     assert [info.name for info in infos] == NAMES
     assert infos[0].names == ("body.0.weight",)
     assert infos[0].leaf == "weight"
@@ -105,20 +103,20 @@ def test_names_alone_give_names_and_no_module(source):
 
 
 def test_bare_tensors_give_shapes_alone():
-    (info, _, _, _, _) = seen_by(list(Net().parameters()))
+    (info, _, _, _, _) = seen_by(list(make_net().parameters()))
     assert (info.name, info.names, info.leaf) == (None, (), None)
     assert (info.owner, info.path) == (None, ())
     assert (info.shape, info.ndim) == (torch.Size((4, 3)), 2)
 
 
 def test_model_goes_before_the_generator():
-    model = Net()
+    model = make_net()
     infos = seen_by(chain(model.head.parameters(), [model.body[0].bias]), model=model)
     assert [info.name for info in infos] == ["head.weight", "body.0.bias"]
 
 
 def test_module_known_first_names_a_part_that_comes_later():
-    model = Net()
+    model = make_net()
     head = model.head.weight
     optimizer = AdamW(
         (p for p in model.parameters() if p is not head), wd_policy="no_bias_norm"
@@ -128,7 +126,7 @@ def test_module_known_first_names_a_part_that_comes_later():
 
 
 def test_group_generators_each_give_their_own_module():
-    model = Net()
+    model = make_net()
     groups = [{"params": model.body.parameters()}, {"params": model.head.parameters()}]
     infos = seen_by(groups)
     assert [info.name for info in infos][-2:] == ["1.bias", "weight"]
@@ -177,7 +175,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 @pytest.mark.parametrize("read", ["parameters", "named_parameters"])
 def test_wrapped_model_gives_the_names_of_the_bare_one(wrap, read):
-    infos = seen_by(getattr(wrap(Net()), read)())
+    infos = seen_by(getattr(wrap(make_net()), read)())
     assert [info.name for info in infos] == NAMES
     assert isinstance(infos[0].owner, nn.Linear)
 
@@ -210,7 +208,7 @@ def test_module_registered_twice_gives_both_names():
 
 
 def test_model_that_contains_itself_is_read():
-    model = Net()
+    model = make_net()
     model.head.back = model
     assert [info.name for info in seen_by(model)] == NAMES
 
@@ -244,7 +242,7 @@ def test_lazy_parameters_are_taken_as_torch_takes_them():
 
 
 def test_optimizer_keeps_no_module_alive():
-    model = Net()
+    model = make_net()
     params = list(model.parameters())
     optimizer = AdamW(params, model=model, wd_policy="no_bias_norm")
     del model
@@ -256,7 +254,7 @@ def test_optimizer_keeps_no_module_alive():
 
 
 def test_knowledge_survives_deepcopy_of_model_and_optimizer():
-    model = Net()
+    model = make_net()
     pair = (model, AdamW(model.parameters(), wd_policy="no_bias_norm"))
     copied_model, copied = copy.deepcopy(pair)
     assert copied.param_groups[0]["params"][0] is copied_model.body[0].weight

@@ -26,15 +26,13 @@ from selective_optim.policies import (
 from selective_optim.policies.named import NAMED
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(5, 4)
-        self.body = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm((2, 4)))
-        self.head = nn.Linear(4, 2)
+def make_net():
+    body = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm((2, 4)))
+    parts = {"embed": nn.Embedding(5, 4), "body": body, "head": nn.Linear(4, 2)}
+    return nn.ModuleDict(parts)
 
 
-MODEL = Net()
+MODEL = make_net()
 INFOS = ModuleIndex(MODEL).everyone()
 NAMES = [info.name for info in INFOS]
 # embed.weight, body.0.weight, body.0.bias, body.1.weight, body.1.bias, head.*
@@ -223,7 +221,7 @@ GROUP_POLICIES = {
     ("policy", "expected"), GROUP_POLICIES.values(), ids=GROUP_POLICIES
 )
 def test_policy_of_a_group_overrides_the_constructors(optimizer, policy, expected):
-    groups = own(Net(), policy)
+    groups = own(make_net(), policy)
     made = optimizer(groups, lr=0.1, weight_decay=1.0, wd_policy="no_bias_norm")
     assert [row.weight_decay for row in made.decay_report().rows] == expected
     assert all("wd_policy" not in group for group in made.param_groups)
@@ -231,7 +229,7 @@ def test_policy_of_a_group_overrides_the_constructors(optimizer, policy, expecte
 
 
 def test_policy_of_an_added_group_overrides_the_constructors():
-    model = Net()
+    model = make_net()
     optimizer = SGD(
         model.body.parameters(), lr=0.1, weight_decay=1.0, wd_policy="no_bias_norm"
     )
@@ -252,11 +250,11 @@ MISSING = {
 
 @pytest.mark.parametrize("policy", MISSING.values(), ids=MISSING)
 def test_missing_ok_accepts_what_matches_nothing(policy):
-    AdamW(Net(), wd_policy=policy)
+    AdamW(make_net(), wd_policy=policy)
 
 
 def test_glob_may_match_a_frozen_part_of_the_model():
-    model = Net()
+    model = make_net()
     model.embed.requires_grad_(False)
     trained = filter(lambda p: p.requires_grad, model.parameters())
     AdamW(trained, wd_policy=exclude("embed.*", "*.bias"))
@@ -282,7 +280,7 @@ def test_shapes_alone_suffice_for_matrices():
 
 
 def test_multiplier_follows_the_group_and_never_undoes_an_exemption():
-    optimizer = SGD(Net(), lr=0.1, weight_decay=1.0, wd_policy=exclude(is_bias))
+    optimizer = SGD(make_net(), lr=0.1, weight_decay=1.0, wd_policy=exclude(is_bias))
     optimizer.param_groups[0]["weight_decay"] = 0.5
     rows = optimizer.decay_report().rows
     assert {row.weight_decay for row in rows if row.name.endswith("bias")} == {0}

@@ -8,17 +8,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
+import selective_optim
+from selective_optim.checkpoint import merge_groups, split_groups
+from tests.soak import config as drawn
+from tests.soak.__main__ import run
+from tests.soak.config import Config, Event, Group, Param, Round, settled
+from tests.soak.draw import NAMES
+from tests.soak.events import EVENTS
+from tests.soak.ours import Table, decay_of
+from tests.soak.tensors import make_param, require_same
+
+pytest.importorskip("hypothesis", reason="hypothesis draws these cases")
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-import selective_optim
-from benchmarks import soak_config as drawn
-from benchmarks.soak import run
-from benchmarks.soak_config import Config, Event, Group, Param, Round, settled
-from benchmarks.soak_draw import NAMES
-from benchmarks.soak_events import EVENTS
-from benchmarks.soak_tensors import make_param, require_same
-from benchmarks.soak_world import Table
+from tests.support.compare import assert_same
 
 # No deadline: the machine may be busy. No database: a failure prints its example.
 bounded = settings(
@@ -149,7 +155,7 @@ def train(
     params = [make_param(spec, generator) for spec in specs]
     optimizer = getattr(selective_optim, name)(
         [{"params": [(f"p{i}", params[i]) for i in part]} for part in split],
-        wd_policy=Table(tuple(spec.decay for spec in specs)),
+        wd_policy=Table(tuple(decay_of(spec) for spec in specs)),
         **arguments,
         **drawn.KINDS[kind],
     )
@@ -192,3 +198,30 @@ def test_multiplier_on_everything_is_that_weight_decay(problem, by):
     everyone = [list(range(len(specs)))]
     for i, (a, b) in enumerate(zip(train(scaled, everyone), train(full, everyone))):
         require_same(a, b, f"parameter {i}")
+
+
+@settings(bounded, max_examples=60)
+@given(st.data())
+def test_any_split_of_a_checkpoint_comes_back_from_any_order(data):
+    names = data.draw(st.lists(st.text("abc.", min_size=1), unique=True, min_size=1))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(names)), max_size=3)))
+    parts = [names[i:j] for i, j in zip([0, *cuts], [*cuts, len(names)]) if i < j]
+    model = [nn.Parameter(torch.zeros(2)) for _ in names]
+    params = dict(zip(names, model))
+    wds = data.draw(st.lists(st.sampled_from([0.0, 0.1, 0.3]), min_size=4, max_size=4))
+    groups = [
+        {"params": [(n, params[n]) for n in part], "weight_decay": wd, "tag": part[0]}
+        for part, wd in zip(parts, wds)
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    for number, param in enumerate(data.draw(st.permutations(model))):
+        param.grad = torch.full((2,), float(number)) if number % 3 else None
+    optimizer.step()
+    order = data.draw(st.permutations(names))
+    original = optimizer.state_dict()
+    for group in original["param_groups"]:
+        del group["tag"]
+    merged = merge_groups(original, order=order)
+    assert merged["param_groups"][0]["param_names"] == order
+    layout = [{"params": part, "weight_decay": wd} for part, wd in zip(parts, wds)]
+    assert_same(split_groups(merged, layout), original)

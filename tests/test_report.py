@@ -11,15 +11,7 @@ from torch import nn
 from selective_optim import SGD, Adam, AdamW
 from selective_optim.policies import exclude, form
 from selective_optim.report import HEADERS
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.0))
-        self.empty = nn.Parameter(torch.zeros(0, 3))
-        self.body = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-        self.head = nn.Linear(4, 2)
+from tests.support.nets import Net
 
 
 def report_of(params, **settings):
@@ -147,7 +139,7 @@ def test_html_holds_the_table_with_everything_escaped():
 
 
 def axes():
-    figure = pytest.importorskip("matplotlib.figure")
+    figure = pytest.importorskip("matplotlib.figure", reason="draws with matplotlib")
     return figure.Figure().subplots()
 
 
@@ -172,7 +164,7 @@ def test_plot_of_tensors_without_names_draws_groups():
 
 
 def test_plot_makes_a_figure_when_no_axes_are_given():
-    pytest.importorskip("matplotlib").use("Agg")
+    pytest.importorskip("matplotlib", reason="draws with matplotlib").use("Agg")
     pyplot = pytest.importorskip("matplotlib.pyplot")
     ax = report_of(Net()).plot()
     assert ax.figure.number in pyplot.get_fignums()

@@ -4,7 +4,7 @@ from signal import SIGKILL
 import pytest
 import torch
 
-from benchmarks import resume
+from tests import resume
 
 ARGUMENTS = ["--network", "conv net", "--epochs", "1", "--every", "3"]
 
@@ -27,7 +27,7 @@ def children(monkeypatch):
 def test_killed_and_resumed_training_ends_with_the_same_bits(
     children, monkeypatch, capsys
 ):
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="scikit-learn has the digits")
     monkeypatch.setattr(resume, "KILLS", 1)
 
     status = resume.main([*ARGUMENTS, "--times", "1"])
@@ -40,7 +40,7 @@ def test_killed_and_resumed_training_ends_with_the_same_bits(
 
 
 def test_other_bits_are_an_error(monkeypatch, capsys):
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="scikit-learn has the digits")
     runs = [("first run", []), ("second run", ["head.bias"])]
     monkeypatch.setattr(resume, "compare", lambda options, base: iter(runs))
 

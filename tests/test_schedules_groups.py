@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import lr_scheduler as torch_schedulers
 
 from selective_optim.schedules import WeightDecay, proportional_to_lr
-from tests.schedule_cases import (
+from tests.support.schedule_cases import (
     OPTIMIZERS,
     one_cycle,
     optimizers,

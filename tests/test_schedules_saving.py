@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler as torch_schedulers
 
 import selective_optim
 from selective_optim.schedules import WeightDecay
-from tests.schedule_cases import (
+from tests.support.schedule_cases import (
     OPTIMIZERS,
     SCHEDULES,
     one_cycle,

@@ -9,7 +9,7 @@ from torch.optim import lr_scheduler as torch_schedulers
 
 import selective_optim
 from selective_optim.schedules import WeightDecay, proportional_to_lr
-from tests.schedule_cases import optimizers, run, schedules, two_groups, values
+from tests.support.schedule_cases import optimizers, run, schedules, two_groups, values
 
 # SequentialLR of torch 2.7 calls the step of its parts in a deprecated way.
 pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")

@@ -21,7 +21,7 @@ from selective_optim.policies.selectors import (
 )
 
 
-class Net(nn.Module):
+class TiedNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(5, 4)
@@ -31,7 +31,7 @@ class Net(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
 
 
-MODEL = Net()
+MODEL = TiedNet()
 INFOS = {info.name: info for info in ModuleIndex(MODEL).everyone()}
 
 
@@ -81,7 +81,7 @@ REPRS = {
     "glob": ("*.bias", "'*.bias'"),
     "regex": (re.compile("a.b"), "re.compile('a.b')"),
     "torch class": (nn.LayerNorm, "nn.LayerNorm"),
-    "own class": (Net, "Net"),
+    "own class": (TiedNet, "TiedNet"),
     "module": (MODEL.head, "<Linear instance>"),
     "parameter": (MODEL.head.bias, "<parameter of shape (5,)>"),
     "predicate": (is_norm, "is_norm"),

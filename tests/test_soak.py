@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 
-from benchmarks import soak
-from benchmarks.soak_draw import draw
-from benchmarks.soak_tensors import Mismatch, require_same
-from benchmarks.soak_twin import Twin
+from tests.soak import __main__ as soak
+from tests.soak.draw import draw
+from tests.soak.tensors import Mismatch, require_same
+from tests.soak.twin import Twin
 
 
 @pytest.fixture(autouse=True)

@@ -12,27 +12,35 @@ import torch
 from torch import nn
 
 from selective_optim import Decay
-from tests.problems import (
+from tests.support.compare import assert_same
+from tests.support.devices import MARKS
+from tests.support.problems import (
     CASES,
+    HYPER,
     HandSplit,
-    assert_same,
-    assert_same_state,
+    assert_same_training,
+    assert_trains_alike,
+    clone_params,
+    each_chosen,
+    each_kind,
+    explicit,
     make_params,
     ours,
     set_grads,
+    train,
 )
 
-HYPER = {"lr": 0.05, "weight_decay": 0.1}
 VERDICTS = [Decay(m) for m in (1, 0, 0.5, 1, 1, 0, 1, 1)]
-CHOSEN = [case for case in CASES if case.id in ("momentum", "adam-amsgrad", "adamw")]
+EACH = [case for case in CASES if case.id in ("momentum", "adam-amsgrad", "adamw")]
 
 
 class Pair:
     """Ours and hand-split torch over like parameters, stepped together."""
 
-    def __init__(self, case: Any, kind: dict[str, Any], lrs: Any = None) -> None:
-        self.actual, self.expected = make_params(), make_params()
-        self.ours = ours(case, self.actual, VERDICTS, lrs, **HYPER, **kind)
+    def __init__(self, case: Any, lrs: Any = None, make: Any = make_params) -> None:
+        self.actual, self.expected = make(), make()
+        lrs = lrs and lrs[: len(self.actual)]
+        self.ours = ours(case, self.actual, VERDICTS, lrs, **HYPER)
         # One optimizer per parameter: torch's fused SGD cannot start some parameters
         # of a group later than others.
         self.oracles = [
@@ -59,9 +67,8 @@ class Pair:
             change(self.expected, optimizer.state)
 
     def check(self) -> None:
-        assert_same(self.actual, self.expected)
-        for p, q, oracle in zip(self.actual, self.expected, self.oracles):
-            assert_same_state(dict(self.ours.state.get(p, {})), oracle.state(q))
+        for p, q, oracle in zip(self.actual, self.expected, self.oracles, strict=True):
+            assert_same_training([p], self.ours, [q], oracle)
 
 
 def gradients_vanish(pair: Pair) -> None:
@@ -184,6 +191,19 @@ def parameters_are_replaced(pair: Pair) -> None:
     pair.actual = fresh
 
 
+def parameter_is_replaced_and_begins_anew(pair: Pair) -> None:
+    """As by hand: the old one keeps its state, and nobody gives it a gradient."""
+    for params, optimizer in ((pair.actual, pair.ours), (pair.expected, pair.torch[0])):
+        params[0].grad = None
+        params[0] = nn.Parameter(params[0].detach().clone())
+        optimizer.param_groups[0]["params"][0] = params[0]
+
+
+def parameters_change_places(pair: Pair) -> None:
+    for group in pair.ours.param_groups:
+        group["params"].reverse()
+
+
 def all_groups(pair: Pair) -> list[list[dict[str, Any]]]:
     return [o.param_groups for o in (pair.ours, *pair.torch)]
 
@@ -208,16 +228,29 @@ EVENTS = [
     unpickled_takes_over,
     step_is_wrapped,
     parameters_are_replaced,
+    parameter_is_replaced_and_begins_anew,
+    parameters_change_places,
 ]
+
+
+def make_arrays() -> list[nn.Parameter]:
+    """Make parameters that all step, and none of one element.
+
+    All are in the state then, and lists of them are compared as they are.
+    """
+    params = make_params()[:6]
+    params[2] = nn.Parameter(torch.ones(2))
+    return params
 
 
 @pytest.mark.parametrize(
     "lrs", [None, [0.05] * 8, [0.01 * i for i in range(8)]], ids=str
 )
+@pytest.mark.parametrize("make", [make_params, make_arrays])
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
-@pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.id)
-def test_step_is_right_after(case, event, lrs):
-    pair = Pair(case, {}, lrs)
+@pytest.mark.parametrize("case", EACH, ids=lambda case: case.id)
+def test_step_is_right_after(case, event, make, lrs):
+    pair = Pair(case, lrs, make)
     for _ in range(3):  # planned, proved, replayed
         pair.step()
     event(pair)
@@ -226,9 +259,9 @@ def test_step_is_right_after(case, event, lrs):
     pair.check()
 
 
-@pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", EACH, ids=lambda case: case.id)
 def test_merged_groups_part_when_one_changes(case):
-    pair = Pair(case, {}, [0.05] * 8)
+    pair = Pair(case, [0.05] * 8)
     for _ in range(3):
         pair.step()
     pair.ours.param_groups[4]["lr"] = 0.5
@@ -238,9 +271,9 @@ def test_merged_groups_part_when_one_changes(case):
     pair.check()
 
 
-@pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", EACH, ids=lambda case: case.id)
 def test_added_group_steps_with_its_own_decay(case):
-    pair = Pair(case, {})
+    pair = Pair(case)
     pair.step()
     pair.step()
     extra = [nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
@@ -258,33 +291,39 @@ def test_added_group_steps_with_its_own_decay(case):
     pair.check()
 
 
-@pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.id)
-def test_module_moved_to_another_dtype_takes_its_state_along(case):
-    param = nn.Parameter(torch.ones(4, 3))
-    module = nn.Module()
-    module.weight = param
-    optimizer = ours(case, [param], [Decay()], **HYPER)
-    for step in range(3):
-        set_grads([param], step)
-        optimizer.step()
-    module.to(torch.float64)
-    set_grads([param], 3)
-    optimizer.step()
-    assert param.dtype == torch.float64
-    assert {v.dtype for k, v in optimizer.state[param].items() if k != "step"} == {
-        torch.float64
-    }
-    # From here on it is the optimizer of a float64 parameter with that state.
-    twin = nn.Parameter(param.detach().clone())
-    oracle = HandSplit(case, [twin], [Decay()], **HYPER, fused=True).optimizers[0]
-    oracle.state[twin] = {k: v.clone() for k, v in optimizer.state[param].items()}
-    for p, o in ((param, optimizer), (twin, oracle)):
-        set_grads([p], 4)
-        o.step()
-    assert_same([param], [twin])
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param({"dtype": torch.float64}, id="to-float64"),
+        pytest.param({"device": "cuda"}, marks=MARKS["cuda"], id="to-cuda"),
+    ],
+)
+@pytest.mark.parametrize("steps_before", [0, 3])
+@each_kind
+@each_chosen
+def test_moved_module_takes_its_state_along(case, kind, steps_before, target):
+    module = nn.ParameterList(make_params())
+    params = [*module]
+    optimizer = ours(case, params, VERDICTS, **HYPER, **kind)
+    train(optimizer, params, range(steps_before))
+    module.to(**target)
+    assert [*module] == params
+    twins = clone_params(params)
+    oracle = HandSplit(case, twins, VERDICTS, **HYPER, **explicit(kind))
+    fused = explicit(kind).get("fused")
+    for param, twin in zip(params, twins):
+        own = dict(optimizer.state.get(param, {}))
+        for key, value in own.items():
+            # Counters keep their dtype, and wait on the CPU unless a fused kernel
+            # reads them.
+            counter = {"device": target.get("device", "cpu") if fused else "cpu"}
+            own[key] = value.to(**{"step": counter}.get(key, target), copy=True)
+        oracle.adopt(twin, own)
+    # Not step three, where one has no gradient: torch's fused SGD starts all at once.
+    assert_trains_alike(params, optimizer, twins, oracle, range(4, 7))
 
 
-@pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", EACH, ids=lambda case: case.id)
 def test_memory_format_change_is_stepped_element_by_element(case):
     actual, expected = make_params(), make_params()
     optimizer = ours(case, actual, VERDICTS, **HYPER)
@@ -304,9 +343,7 @@ def test_memory_format_change_is_stepped_element_by_element(case):
 def test_sparse_gradient_after_a_dense_one_is_refused_before_anything_moves():
     weight, other = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(2))
     optimizer = ours(CASES[0], [other, weight], [Decay()] * 2, **HYPER)
-    for step in range(3):
-        set_grads([other, weight], step)
-        optimizer.step()
+    train(optimizer, [other, weight], range(3))
     before = [other.detach().clone(), weight.detach().clone()]
     weight.grad = weight.grad.to_sparse()
     with pytest.raises(
@@ -319,9 +356,7 @@ def test_sparse_gradient_after_a_dense_one_is_refused_before_anything_moves():
 def test_nan_hyperparameter_is_refused_before_anything_moves():
     params = make_params()
     optimizer = ours(CASES[-1], params, VERDICTS, **HYPER)
-    for step in range(3):
-        set_grads(params, step)
-        optimizer.step()
+    train(optimizer, params, range(3))
     before = copy.deepcopy([p.detach() for p in params])
     for name in ("lr", "weight_decay"):
         good = optimizer.param_groups[0][name]
@@ -339,9 +374,7 @@ def test_gradients_are_not_kept_alive_between_steps():
 
     params = make_params()
     optimizer = ours(CASES[-1], params, VERDICTS, **HYPER)
-    for step in range(3):
-        set_grads(params, step)
-        optimizer.step()
+    train(optimizer, params, range(3))
     gone = weakref.ref(params[0].grad)
     for param in params:
         param.grad = None
@@ -351,9 +384,7 @@ def test_gradients_are_not_kept_alive_between_steps():
 def test_state_is_not_searched_for_edits_until_someone_has_looked():
     params = make_params()
     optimizer = ours(CASES[-1], params, VERDICTS, **HYPER)
-    for step in range(3):
-        set_grads(params, step)
-        optimizer.step()
+    train(optimizer, params, range(3))
     optimizer.decay_report()
     assert not optimizer._stepper._lent
     assert optimizer.state

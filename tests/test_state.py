@@ -11,11 +11,11 @@ from torch import nn
 
 from selective_optim import policies
 from selective_optim.checkpoint import group_names, merge_groups
-from tests.resuming import (
+from tests.support.compare import assert_same
+from tests.support.problems import IMPLEMENTATIONS
+from tests.support.resuming import (
     CLASSES,
-    IMPLEMENTATIONS,
     OPTIMIZERS,
-    assert_same,
     assert_same_run,
     hand_split,
     make_net,
@@ -42,8 +42,10 @@ def make(whose, optimizer, implementation, layout):
     return model, CLASSES[name][whose](params, weight_decay=0.1, **arguments, **choice)
 
 
-def make_selective(optimizer="adamw", wd_policy="no_bias_norm", **arguments):
-    model = make_net()
+def make_selective(
+    optimizer="adamw", wd_policy="no_bias_norm", device="cpu", **arguments
+):
+    model = make_net(device)
     name, own = OPTIMIZERS[optimizer]
     arguments = {"weight_decay": 0.1, "wd_policy": wd_policy, **own, **arguments}
     return model, CLASSES[name]["ours"](model.parameters(), **arguments)
@@ -117,8 +119,8 @@ POLICIES = {
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("wd_policy", POLICIES.values(), ids=POLICIES)
 @each_optimizer
-def test_copy_continues_like_the_original(copied, wd_policy, optimizer):
-    original = make_selective(optimizer, wd_policy)
+def test_copy_continues_like_the_original(copied, wd_policy, optimizer, device):
+    original = make_selective(optimizer, wd_policy, device)
     train(*original, FIRST)
     twin = copied(original)
     train(*original, SECOND)

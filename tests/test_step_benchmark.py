@@ -7,10 +7,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import step, step_arms, step_cases, step_goals, step_memory, step_tables
-from benchmarks.step_bare import BareKernel
-from benchmarks.step_cases import CASES, Case, case_named
-from benchmarks.step_results import (
+from benchmarks.step import __main__ as command
+from benchmarks.step import arms as step_arms
+from benchmarks.step import cases as step_cases
+from benchmarks.step import goals as step_goals
+from benchmarks.step import measure, once
+from benchmarks.step import tables as step_tables
+from benchmarks.step.bare import BareKernel
+from benchmarks.step.cases import CASES, Case, case_named
+from benchmarks.step.measure import (
+    EventClock,
+    HostClock,
+    clock_for,
+    interleave,
+    ratio,
+    spread,
+    warm_up,
+)
+from benchmarks.step.results import (
     QUICK,
     default_path,
     describe_run,
@@ -18,9 +32,7 @@ from benchmarks.step_results import (
     run_case,
     save,
 )
-from benchmarks.step_stats import ratio, spread
-from benchmarks.step_timing import EventClock, HostClock, clock_for, interleave, warm_up
-from benchmarks.step_workload import Workload
+from benchmarks.step.workload import Workload
 
 CPU = torch.device("cpu")
 SMALL = ((4, 4), (4,), (3, 2), (5,))
@@ -169,7 +181,7 @@ def test_event_clock_times_between_synchronizations():
 
 def test_peak_on_accelerator_counts_from_what_was_there():
     device = Accelerator()
-    assert step_memory.peak_on_accelerator(device, device.work) == 24
+    assert measure.peak_on_accelerator(device, device.work) == 24
     assert device.log == ["synchronize", "reset", "work", "synchronize"]
 
 
@@ -179,7 +191,7 @@ def test_clock_follows_the_device():
 
 
 def test_peak_on_cpu_sees_memory_that_is_given_back():
-    extra = step_memory.peak_extra(CPU, lambda: torch.ones(1000).add(1).sum().item())
+    extra = measure.peak_extra(CPU, lambda: torch.ones(1000).add(1).sum().item())
     assert extra >= 8000
 
 
@@ -228,9 +240,11 @@ def test_case_too_large_for_the_memory_is_left_out(monkeypatch, capsys):
     def run_case(*args):
         raise torch.OutOfMemoryError("needs 80 GB")
 
-    monkeypatch.setattr(step.step_results, "run_case", run_case)
-    monkeypatch.setattr(step.step_results, "run_once", lambda *args: {})
-    results = step.measure(step.parse(["--case", "decoder", "--optimizer", "sgd"]))
+    monkeypatch.setattr(command.runs, "run_case", run_case)
+    monkeypatch.setattr(command.runs, "run_once", lambda *args: {})
+    results = command.measure(
+        command.parse(["--case", "decoder", "--optimizer", "sgd"])
+    )
     assert results["cases"] == []
     assert "left out, needs 80 GB" in capsys.readouterr().out
 
@@ -339,42 +353,41 @@ def test_tables_show_arms_and_goals(results):
 
 
 def test_large_cases_run_on_a_cpu_only_when_asked_for():
-    by_default = step.chosen_cases(None, CPU)
+    by_default = command.chosen_cases(None, CPU)
     assert not any(case.large for case in by_default)
-    assert step.chosen_cases(None, torch.device("cuda")) == list(CASES)
-    assert step.chosen_cases(["decoder"], CPU) == [case_named("decoder")]
+    assert command.chosen_cases(None, torch.device("cuda")) == list(CASES)
+    assert command.chosen_cases(["decoder"], CPU) == [case_named("decoder")]
 
 
 def test_command_saves_a_run(monkeypatch, tmp_path, capsys):
     threads = torch.get_num_threads()
-    monkeypatch.setattr(step, "CASES", (PLAIN,))
-    monkeypatch.setattr(step.step_results, "QUICK", EFFORT)
-    monkeypatch.setattr(step.step_results, "import_time", lambda _: spread([1.0]))
+    monkeypatch.setattr(command, "CASES", (PLAIN,))
+    monkeypatch.setattr(command.runs, "QUICK", EFFORT)
+    monkeypatch.setattr(command.runs, "import_time", lambda _: spread([1.0]))
     path = tmp_path / "run.json"
-    step.main(["--quick", "--optimizer", "sgd", "--json", str(path)])
+    command.main(["--quick", "--optimizer", "sgd", "--json", str(path)])
     torch.set_num_threads(threads)
     assert [record["case"] for record in load(path)["cases"]] == ["tiny"]
     assert f"saved as {path}" in capsys.readouterr().out
 
 
 def test_picture_is_drawn_beside_the_saved_run(results, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="draws with matplotlib")
     path = tmp_path / "run.json"
     save(results, path)
-    step.main(["--picture", str(path)])
+    command.main(["--picture", str(path)])
     assert capsys.readouterr().out == f"{tmp_path / 'run.png'}\n"
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_picture_leaves_out_what_did_not_run():
-    pytest.importorskip("matplotlib")
-    picture = importlib.import_module("benchmarks.step_picture")
+    pytest.importorskip("matplotlib", reason="draws with matplotlib")
+    picture = importlib.import_module("benchmarks.step.picture")
     record = made_up("cpu", {"ours": 3.0, "bare kernel": 2.0})["cases"][0]
     assert picture.over_bare(record) == {"ours": (1.5, 1.5, 1.5)}
 
 
 def test_construction_is_timed_on_1000_parameters():
-    once = importlib.import_module("benchmarks.step_once")
     model = once.model_of_1000()
     assert len(list(model.parameters())) == 1000
     assert [len(g["params"]) for g in once.split_by_hand(model)] == [250, 750]

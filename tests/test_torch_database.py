@@ -12,15 +12,15 @@ import pytest
 import torch
 
 import selective_optim
-from tests.problems import (
+from tests.support.compare import assert_same
+from tests.support.kernels import kernel_is_right
+from tests.support.problems import (
     IMPLEMENTATIONS,
     STEPS,
     VERDICTS,
     Case,
     HandSplit,
-    assert_same,
-    assert_same_state,
-    kernel_is_right,
+    assert_trains_alike,
     make_params,
     ours,
     set_grads,
@@ -29,7 +29,7 @@ from tests.problems import (
 
 def torch_database() -> Any:
     """Import torch's table without what the import does to the whole process."""
-    pytest.importorskip("expecttest")  # torch's test helpers import it
+    pytest.importorskip("expecttest", reason="torch's test helpers import expecttest")
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
         patch.setattr(torch.backends, "disable_global_flags", lambda: None)
         patch.setattr(sys, "argv", ["pytest"])
@@ -55,7 +55,7 @@ REAL = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def fused_is_right(case: Case, dtype: torch.dtype) -> bool:
-    return kernel_is_right(case, "fused", dtype) and not dtype.is_complex
+    return kernel_is_right(case.name, "fused", dtype) and not dtype.is_complex
 
 
 def rival_of(case: Case, kind: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -92,15 +92,6 @@ def params_for(kind: str, dtype: torch.dtype) -> list[Any]:
     return [p.requires_grad_(kind != "differentiable") for p in params]
 
 
-def compare(optimizer: Any, rival: Any, actual: list[Any], expected: list[Any]) -> None:
-    for step in range(STEPS):
-        set_grads(actual, step)
-        set_grads(expected, step)
-        optimizer.step()
-        rival.step()
-    assert_same(actual, expected)
-
-
 @rounding
 @pytest.mark.parametrize(("case", "kind", "dtype"), inputs())
 def test_input_of_torch_gives_the_bits_of_torch(case, kind, dtype):
@@ -109,9 +100,7 @@ def test_input_of_torch_gives_the_bits_of_torch(case, kind, dtype):
     optimizer = getattr(selective_optim, case.name)(actual, **arguments)
     arguments = {**copy.deepcopy(case.arguments), **rival_of(case, kind, dtype)}
     rival = getattr(torch.optim, case.name)(expected, **arguments)
-    compare(optimizer, rival, actual, expected)
-    for p, q in zip(actual, expected):
-        assert_same_state(optimizer.state.get(p, {}), rival.state.get(q, {}))
+    assert_trains_alike(actual, optimizer, expected, rival)
 
 
 @rounding
@@ -127,9 +116,7 @@ def test_input_of_torch_with_a_policy_equals_hand_split(case, kind, dtype, verdi
     optimizer = ours(case, actual, verdicts, **hyper, **KINDS[kind])
     rival = rival_of(case, kind, dtype)
     oracle = HandSplit(case, expected, verdicts, **hyper, **rival)
-    compare(optimizer, oracle, actual, expected)
-    for p, q in zip(actual, expected):
-        assert_same_state(optimizer.state.get(p, {}), oracle.state(q))
+    assert_trains_alike(actual, optimizer, expected, oracle)
 
 
 def advance(schedulers: list[Any]) -> None:

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import selective_optim
-from tests.framework_cases import assert_same, batches, hand_split, snapshot, unmoved
+from tests.support.compare import assert_same
+from tests.support.framework_cases import (
+    batches,
+    hand_split,
+    snapshot,
+    unmoved,
+)
 
 CASES = {
     "SGD": {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9},

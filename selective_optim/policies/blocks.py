@@ -12,7 +12,8 @@ from numbers import Real
 
 from torch import nn
 
-from selective_optim._module_tree import WRAPPERS, canonical_name
+from selective_optim import _torch
+from selective_optim._module_tree import canonical_name
 from selective_optim._text import received
 from selective_optim.policies.recognition import norm_module
 
@@ -76,7 +77,7 @@ def runs_in(module: nn.Module, name: str = "") -> list[Run]:
     runs: dict[str, list[nn.Module]] = {}
     paths: dict[nn.Module, str] = {}
     for key, child in module.named_children():
-        paths[child] = name if key in WRAPPERS else f"{name}.{key}".lstrip(".")
+        paths[child] = name if key in _torch.WRAPPERS else f"{name}.{key}".lstrip(".")
         if (numbered := NUMBERED.match(key)) and _may_be_block(child):
             glob = f"{name}.{numbered[1]}*".lstrip(".")
             runs.setdefault(glob, []).append(child)
@@ -236,4 +237,4 @@ def final_norm(modules: Sequence[nn.Module], last: nn.Module) -> nn.Module | Non
 
 
 def _is_wrapper(module: nn.Module) -> bool:
-    return any(name in WRAPPERS for name, _ in module.named_children())
+    return any(name in _torch.WRAPPERS for name, _ in module.named_children())

@@ -20,8 +20,17 @@ from selective_optim.policies.selectors import NamePattern, Need, Selector
 WAYS_OUT = 'Pass model=model or model.named_parameters(), or use wd_policy="matrices".'
 
 
-def decide(policy: Policy | None, infos: Sequence[ParameterInfo]) -> list[Decision]:
+def decide(
+    policy: Policy | None,
+    infos: Sequence[ParameterInfo],
+    places: Sequence[int] | None = None,
+) -> list[Decision]:
     """Ask the policy about every parameter.
+
+    Args:
+        policy: Who decides.
+        infos: What is known of each parameter.
+        places: Where each stands in its group, for messages; all in order if left out.
 
     Raises:
         ValueError: The policy needs what is not known of a parameter, or fails.
@@ -31,7 +40,7 @@ def decide(policy: Policy | None, infos: Sequence[ParameterInfo]) -> list[Decisi
         return [_decision(info, Verdict(FULL, "no policy")) for info in infos]
     needs = policy.needs
     verdicts = []
-    for position, info in enumerate(infos):
+    for position, info in zip(places or range(len(infos)), infos):
         _require_knowledge(policy, needs, info, position)
         verdicts.append(_decision(info, _ask(policy, info, position)))
     return verdicts
@@ -74,7 +83,7 @@ def _explained(
 def _require_knowledge(
     policy: Policy, needs: frozenset[Need], info: ParameterInfo, position: int
 ) -> None:
-    if _torch.is_flat_parameter(info.parameter):
+    if info.shape is None and _torch.is_flat_parameter(info.parameter):
         raise ValueError(
             f"{info.describe(position)} is FSDP's flat parameter, of which no single "
             f"decay is right. Wrap with use_orig_params=True."

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from selective_optim._module_tree import WRAPPERS, canonical_name
+from selective_optim import _torch
+from selective_optim._module_tree import canonical_name
 from selective_optim.decay import EXEMPT, FULL, Verdict
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
@@ -54,7 +55,7 @@ def exempt_(target: Target) -> Target:
 
 def unwrapped(path: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
     """Drop the wrappers at the beginning of a path, so that it starts at the model."""
-    while len(path) > 1 and _key(path[0], path[1]) in WRAPPERS:
+    while len(path) > 1 and _key(path[0], path[1]) in _torch.WRAPPERS:
         path = path[1:]
     return path
 
@@ -68,7 +69,7 @@ def _relative_names(place: ParameterInfo) -> Iterator[tuple[nn.Module, str]]:
     parts, size = (place.name or "").split("."), 1
     for i in range(len(place.path) - 1, -1, -1):
         yield place.path[i], ".".join(parts[-size:])
-        if i and _key(place.path[i - 1], place.path[i]) not in WRAPPERS:
+        if i and _key(place.path[i - 1], place.path[i]) not in _torch.WRAPPERS:
             size += 1
 
 

@@ -40,7 +40,7 @@ class Selector:
 
     def matches(self, info: ParameterInfo) -> bool:
         """Tell whether the parameter is selected at any of its places."""
-        return any(self.at(place) for place in info.places)
+        return self.at(info) or any(map(self.at, info.elsewhere))
 
     def at(self, place: ParameterInfo) -> bool:
         """Tell whether one place of the parameter is selected."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class AdamKernel(Kernel):
 
     def structure(self, group: Group) -> tuple[object, ...]:
         names = ("amsgrad", "foreach", "fused", "capturable", "differentiable")
-        return tuple(group[name] for name in names)
+        return (*[group[name] for name in names], self.takes_numbers(group))
 
     def trusted(self, param: Tensor) -> bool:
         return _torch.fused_adam_ is not None and _torch.fused_adamw_ is not None
@@ -138,10 +139,11 @@ class AdamKernel(Kernel):
         return own["lr"] * own["weight_decay"] if outside else 0.0
 
     def hyperparameters(self, group: Group) -> Iterable[tuple[str, Any]]:
-        names = ("lr", "eps", "weight_decay")
         return [
-            *((name, group[name]) for name in names),
-            *(("betas", beta) for beta in group["betas"]),
+            ("lr", group["lr"]),
+            ("eps", group["eps"]),
+            ("weight_decay", group["weight_decay"]),
+            *zip(repeat("betas"), group["betas"]),
         ]
 
     def refuse_sparse(self, group: Group, decay: Decay, label: str) -> None:

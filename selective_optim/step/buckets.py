@@ -42,9 +42,9 @@ class Bucket:
         self.part = slice(start, start + len(self.positions))
         self.entries = ("step", *entries) if kernel.counts else entries
 
-    def take(self, setting: Setting) -> None:
-        """Take over the hyperparameters of the steps to come."""
-        self.setting = setting
+    def take(self, setting: Setting, alone: bool) -> None:
+        """Take over hyperparameters, and whether one thread is to run the call."""
+        self.setting, self.alone = setting, alone
 
 
 EMPTY = Batch([], [], [])

@@ -21,6 +21,13 @@ from selective_optim.step.counters import Counters
 from selective_optim.step.kernel import Group, Groups, Kernel, State, States
 
 PLAIN = (Tensor, torch.nn.Parameter)
+# torch's fused kernels on the CPU open a parallel region for every tensor, however
+# small (grain size 0 in aten/src/ATen/native/cpu/Fused*Kernel.cpp, 2.7 to 2.15). A
+# tensor of this many elements or fewer takes one thread less time than two: on two
+# cores AdamW and SGD met at 4,096. With more threads a region costs more, and saves
+# at most twice as much, so that the cut does not fall. Where other processes hold the
+# cores, every region waits for a thread that is not scheduled.
+ALONE = 4096
 
 
 class Member(NamedTuple):
@@ -35,14 +42,16 @@ class Member(NamedTuple):
 class Key(NamedTuple):
     """What the parameters of a cell have in common.
 
-    ``fused`` and ``sharded`` name the path: torch's fused kernel on the tensors or
-    on the local shards of ``DTensor``s, else torch's functional. ``first`` marks
+    ``alone`` says that one thread is enough, see ``ALONE``. ``fused`` and ``sharded``
+    name the path: torch's fused kernel on the tensors or on the local shards of
+    ``DTensor``s, else torch's functional. ``first`` marks
     parameters whose momentum begins with this step, in a way of its own; ``odd``
     those that only the gradient they have now keeps from the fused path.
     """
 
     group: int
     decay: Decay
+    alone: bool
     fused: bool
     sharded: bool
     first: bool
@@ -157,8 +166,11 @@ def wants_fused(kernel: Kernel, group: Group, param: Tensor) -> bool:
     Where nothing was chosen, fused is taken where it is right: it is exact to
     hand-split torch with ``fused=True``, and the fastest on every device measured.
     """
-    chosen = group["fused"] or (free_choice(group) and kernel.trusted(param))
-    return bool(chosen) and not group["differentiable"]
+    if not group["fused"]:
+        right = kernel.trusted(param) and kernel.takes_numbers(group)
+        if not (free_choice(group) and right):
+            return False
+    return not group["differentiable"]
 
 
 def key_of(
@@ -179,12 +191,14 @@ def key_of(
         and fusable(kernel, local[0], local[1:])
         and ("step" not in own or counts_beside(local[0], own["step"]))
     )
+    alone = fused and param.is_cpu and _numel(local or ()) <= ALONE
     odd = fused and grad is not None and not _joins(param, grad, sharded)
     layout = param.layout if grad is None else grad.layout
     first = not kernel.has_state(own, group) and not kernel.counts
     return Key(
         group=member.group,
         decay=member.decay,
+        alone=alone and not odd,
         fused=fused and not odd,
         sharded=fused and not odd and sharded,
         # Fused buffers that are not dampened begin like any other step.
@@ -194,6 +208,10 @@ def key_of(
         device=param.device,
         dtype=param.dtype,
     )
+
+
+def _numel(tensors: Sequence[Tensor]) -> int:
+    return max((tensor.numel() for tensor in tensors), default=0)
 
 
 def _joins(param: Tensor, grad: Tensor, sharded: bool) -> bool:
@@ -217,10 +235,11 @@ def make_cells(
     that gradients which come and go need no other plan.
 
     Returns:
-        Cells in the order plain fused, sharded fused, functional.
+        Cells in the order plain fused, sharded fused, functional; in the fused ones
+        those that take all threads first.
     """
     cells: dict[Key, Cell] = {}
-    new: list[tuple[Member, bool]] = []
+    new: dict[int, tuple[Member, bool]] = {}
     times = Counter(id(_torch.token_of(member.param)) for member in members)
     for position, member in enumerate(members):
         param, group = member.param, groups[member.group]
@@ -231,17 +250,20 @@ def make_cells(
             if not begun or stepping.get(id(token)) is not token:
                 continue
         key = key_of(kernel, group, member, param.grad, own)
-        if not begun and times[id(_torch.token_of(param))] > 1:
-            # Listed twice, it begins twice in torch, which we leave to torch.
+        if not begun and not kernel.counts and times[id(_torch.token_of(param))] > 1:
+            # Listed twice, its momentum begins twice in torch, which is left to torch.
             key = key._replace(fused=False, sharded=False, odd=True)
         if group["fused"] and not key.fused:
             _torch.require_fused_support(param)
         cell = cells.get(key) or cells.setdefault(key, Cell(key, member.label))
         cell.positions.append(position)
         if not begun:
-            new.append((member, key.fused))
-    _begin(kernel, groups, members, new, states, counters)
-    return sorted(cells.values(), key=lambda c: (not c.key.fused, c.key.sharded))
+            new.setdefault(id(_torch.token_of(param)), (member, key.fused))
+    _begin(kernel, groups, members, [*new.values()], states, counters)
+    return sorted(
+        cells.values(),
+        key=lambda cell: (not cell.key.fused, cell.key.sharded, cell.key.alone),
+    )
 
 
 def _begin(

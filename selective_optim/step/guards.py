@@ -8,7 +8,8 @@ what can be changed in place, is compared by its traits in one guard call.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -21,6 +22,11 @@ from selective_optim.step.kernel import Groups
 
 FEW = 64  # groups of which names of hyperparameters are compared, too
 PROOFS = 4  # dispatch states, such as with and without autocast, that are remembered
+# Compared by identity: a kernel computes otherwise with -0.0 than with 0.0, and reads a
+# tensor when it runs, so that the same tensor is the same argument.
+NUMBERS = (int, float, tuple, Tensor)
+# What identity proves: nobody can edit it in place.
+FIXED = (*NUMBERS, str, type(None))
 _params_of = itemgetter("params")
 _grad_of = attrgetter("grad")
 
@@ -56,18 +62,6 @@ def equal(a: object, b: object) -> bool:
         return bool(a == b)
     except (RuntimeError, ValueError, TypeError):
         return False
-
-
-def _is_fixed(value: object) -> bool:
-    """Tell whether identity proves a value: nobody can edit it in place.
-
-    Kernels read a tensor when they run, so the same tensor is the same argument.
-    """
-    return value is None or isinstance(value, (int, float, str, tuple, Tensor))
-
-
-def _is_number(value: object) -> bool:
-    return _is_fixed(value) and not isinstance(value, (bool, str, type(None)))
 
 
 def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -118,16 +112,18 @@ class GroupsGuard:
         """Take over new hyperparameters of the same parameters."""
         values = flat(map(dict.values, groups))
         lists = {id(group["params"]) for group in groups}
-        self._values = [
+        self._contents = [
             # What can be edited in place is compared by what it said.
-            v if _is_fixed(v) else self._copy_of(v, id(v) in lists)
+            v if isinstance(v, FIXED) else self._copy_of(v, id(v) in lists)
             for v in values
         ]
-        self._numbers_of = picker([i for i, v in enumerate(values) if _is_number(v)])
+        self._numbers_of = picker(
+            [i for i, v in enumerate(values) if isinstance(v, NUMBERS)]
+        )
         self._numbers = self._numbers_of(values)
         self._names = flat(groups) if len(groups) <= FEW else None
-        decays = [group["weight_decay"] for group in groups]
-        self._scales_tensors = any(isinstance(wd, Tensor) for wd in decays)
+        decays = [isinstance(group["weight_decay"], Tensor) for group in groups]
+        self._scales_tensors = any(decays)
 
     def _copy_of(self, value: Any, holds_params: bool) -> Any:
         unseen = holds_params and not self._lists_tell
@@ -140,19 +136,19 @@ class GroupsGuard:
             self._params = None
             if self._lists_tell:
                 self._lists_tell = False
-                self._values = [
-                    _Unseen() if _holds_tensors(v) else v for v in self._values
+                self._contents = [
+                    _Unseen() if _holds_tensors(v) else v for v in self._contents
                 ]
 
     def holds(self, groups: Groups) -> bool:
         """Tell whether nothing changed, nor is to be multiplied anew."""
         values = flat(map(dict.values, groups))
         return (
-            len(values) == len(self._values)
+            len(values) == len(self._contents)
             # First, so that no tensor is compared with another, which would wait for
             # the device; and -0.0 is not 0.0, nor float32's number the same double.
             and same_objects(self._numbers_of(values), self._numbers)
-            and equal(values, self._values)
+            and equal(values, self._contents)
             and (self._names is None or flat(groups) == self._names)
             and (self._lists_tell or self.holds_params(groups))
             and not self._scales_tensors
@@ -168,9 +164,9 @@ class GroupsGuard:
         return same_objects(params, self._params)
 
 
-def _holds_tensors(value: object) -> bool:
-    several = isinstance(value, Collection) and not isinstance(value, Tensor)
-    return several and any(isinstance(item, Tensor) for item in value)  # type: ignore[attr-defined]
+def _holds_tensors(value: Any) -> bool:
+    several = isinstance(value, (list, tuple, dict, set, deque))
+    return several and any(isinstance(item, Tensor) for item in value)
 
 
 class TensorsGuard:

@@ -7,8 +7,10 @@ calls: of torch's fused kernel, or of torch's functional.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ Groups = Sequence[Group]
 State = dict[str, Any]
 States = dict[Tensor, State]
 Call = Callable[[], object]
+NUMBERS = (float, int, Tensor, Real)  # the common ones first: asked at every change
 
 
 class Scaling(NamedTuple):
@@ -57,8 +60,11 @@ class Setting(NamedTuple):
     def key(self) -> tuple[Any, ...]:
         """What must be equal for parameters to share a call."""
         values = (*self.arguments.values(), self.shrink)
-        # What cannot be hashed, an array as a rate, is itself alone.
-        return tuple(v if isinstance(v, Hashable) else id(v) for v in values)
+        try:
+            hash(values)
+        except TypeError:  # an array as a rate, which is itself alone
+            return tuple(map(id, values))
+        return values
 
 
 @dataclass
@@ -186,6 +192,11 @@ class Kernel:
     def multiplied(self, setting: Setting, fused: bool) -> float | Tensor:
         """Return by what share parameters shrink in a multiply of its own, or 0."""
         raise NotImplementedError  # pragma: no cover
+
+    def takes_numbers(self, group: Group) -> bool:
+        """Tell whether fused kernels take the hyperparameters: they refuse arrays."""
+        values = [value for _, value in self.hyperparameters(group)]
+        return all(map(isinstance, values, repeat(NUMBERS)))
 
     def hyperparameters(self, group: Group) -> Iterable[tuple[str, Any]]:
         """Name the numbers that an edit may have spoiled."""

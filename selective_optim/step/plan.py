@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import compress
 from operator import attrgetter, length_hint, methodcaller
 from types import SimpleNamespace
@@ -70,12 +71,14 @@ class Program(NamedTuple):
         calls: Step the buckets.
         ends: For each bucket, how many of ``calls`` have run when it is done.
         after: Take the counters back where a scaler drops the step.
+        threads: How many the caller has, where some calls run on one; else 0.
     """
 
     before: list[Call]
     calls: list[Call]
     ends: list[int]
     after: list[Call]
+    threads: int
 
 
 class Plan:
@@ -128,6 +131,7 @@ class Plan:
         # Momentum goes on otherwise than it begins, and a gradient that does not fit
         # may be followed by one that does: then plan anew.
         self.once = any(cell.key.first or cell.key.odd for cell in self._cells)
+        self._some_alone = any(cell.key.alone for cell in self._cells)
         self._any_half = any(cell.key.dtype in _torch.HALF for cell in self._cells)
         self._merged: list[list[Cell]] | None = None
         self._settle(groups)
@@ -138,19 +142,22 @@ class Plan:
 
     def _settle(self, groups: Groups) -> None:
         """Read the hyperparameters and merge the cells that share them into buckets."""
-        together: dict[Any, tuple[Setting, list[Cell]]] = {}
+        self._threads = _torch.thread_count()
+        together: dict[Any, tuple[Setting, bool, list[Cell]]] = {}
         for cell in self._cells:
-            index, decay, *path = cell.key
+            index, decay, alone, *path = cell.key
             setting = self._kernel.setting(
                 groups[index], decay, first=cell.key.first and cell.key.fused
             )
-            together.setdefault((setting.key, *path), (setting, []))[1].append(cell)
-        merged = [cells for _, cells in together.values()]
+            alone &= self._threads > 1
+            key = (setting.key, alone, *path)
+            together.setdefault(key, (setting, alone, []))[2].append(cell)
+        merged = [cells for *_, cells in together.values()]
         if merged != self._merged:
             self._arrange(groups, merged)
             self._merged = merged
-        for bucket, (setting, _) in zip(self._buckets, together.values()):
-            bucket.take(setting)
+        for bucket, (setting, alone, _) in zip(self._buckets, together.values()):
+            bucket.take(setting, alone)
         self._program: Program | None = None
         self._live = any(bucket.setting.live for bucket in self._buckets)
         self.vanishing = self._find_vanishing() if self._any_half else None
@@ -237,6 +244,8 @@ class Plan:
         """
         if not self._guard.holds(groups) and not self._reread(groups):
             return None
+        if self._some_alone and _torch.thread_count() != self._threads:
+            self._settle(groups)
         if self._any_idle and not without_gradients(self._idle(params_of(groups))):
             return None
         if self._active is None:
@@ -386,18 +395,30 @@ class Plan:
         advance = self._advance if there is None else self._advance_of(there)
         calls: list[Call] = []
         ends = []
+        alone = False
         for bucket in self._fused:
             batch = bucket.present(there)
             if batch.params:
+                if bucket.alone != alone:
+                    alone = bucket.alone
+                    calls.append(self._on(1 if alone else self._threads))
                 own = scalings.on(bucket.key.device)
                 calls += self._kernel.calls(bucket.setting, batch, own)
             ends.append(len(calls))
+        if alone:
+            calls.append(self._on(self._threads))
         return Program(
             before=advance.by(lambda device: 1.0),
             calls=calls,
             ends=ends,
             after=advance.by(scalings.backward) if scalings.dropping else [],
+            threads=self._threads if any(b.alone for b in self._fused) else 0,
         )
+
+    @staticmethod
+    def _on(threads: int) -> Call:
+        assert _torch.set_threads is not None  # or nothing would be alone
+        return partial(_torch.set_threads, threads)
 
     def _advance_of(self, there: list[bool]) -> Advance:
         """Find out how the counters advance of those that have a gradient."""
@@ -412,12 +433,16 @@ class Plan:
         Python looks for signals between lines: an interrupt comes before the first
         call or after the last, and never between a counter and its parameters.
         """
-        left = iter((*program.before, *program.calls, *program.after))
+        # At the end a call of nothing, which tells whether the one before it failed.
+        left = iter((*program.before, *program.calls, *program.after, tuple))
         try:
             deque(map(_call, left), maxlen=0)
         except BaseException:
-            rest = length_hint(left) - len(program.after)
-            self._take_back(program, len(program.calls) - rest - 1, scalings)
+            if program.threads:
+                self._on(program.threads)()
+            if rest := length_hint(left):
+                done = len(program.calls) + len(program.after) - rest
+                self._take_back(program, done, scalings)
             raise
 
     def _take_back(self, program: Program, done: int, scalings: Scalings) -> None:

@@ -70,8 +70,9 @@ class SGDKernel(Kernel):
         return ("momentum_buffer",) if group["momentum"] else ()
 
     def structure(self, group: Group) -> tuple[object, ...]:
-        momentum = group["momentum"] != 0
-        return (momentum, group["foreach"], group["fused"], group["differentiable"])
+        names = ("foreach", "fused", "differentiable")
+        flags = [group[name] for name in names]
+        return (group["momentum"] != 0, *flags, self.takes_numbers(group))
 
     def trusted(self, param: Tensor) -> bool:
         half = param.dtype in _torch.HALF and param.is_cpu

@@ -1,0 +1,1 @@
+"""Training two networks on handwritten digits in three arms; see ``benchmarks``."""

@@ -1,0 +1,7 @@
+"""How long a step takes; ``python -m benchmarks.step`` measures it.
+
+``cases`` has the networks as shapes and ``workload`` their tensors; ``arms`` is what
+is compared, with ``bare`` as the floor. ``measure`` has clocks and statistics,
+``once`` what is paid once, ``results`` a run as a record to save. ``tables``,
+``picture`` and ``goals`` show it and judge it.
+"""

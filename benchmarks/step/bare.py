@@ -1,0 +1,102 @@
+"""The floor: torch's fused kernels on lists that were prepared before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.step.workload import local
+
+
+class Call(NamedTuple):
+    """The tensors and numbers of one kernel call."""
+
+    owners: list[Tensor]
+    params: list[Tensor]
+    moments: list[list[Tensor]]
+    steps: list[Tensor]
+    lr: float
+    wd: float
+
+
+class BareKernel:
+    """One kernel call per learning rate and decay, and no other work.
+
+    Step counters stay at one: advancing them is the optimizer's work and not part
+    of the floor. On shards the kernel runs on what this process holds.
+
+    Args:
+        groups: Parameter groups split by decay.
+        optimizer: ``"adamw"``, ``"adam"`` or ``"sgd"``.
+        settings: The optimizer's arguments, ``"weight_decay"`` for groups without.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], optimizer: str, settings: dict[str, float]
+    ) -> None:
+        self._momentum = settings.get("momentum", 0.0)
+        self._kernel = self._sgd if optimizer == "sgd" else _adam(optimizer)
+        merged: dict[tuple[float, float], list[Tensor]] = {}
+        for group in groups:
+            wd = group.get("weight_decay", settings["weight_decay"])
+            merged.setdefault((group["lr"], wd), []).extend(group["params"])
+        moments = 1 if optimizer == "sgd" else 2
+        self.calls = [_call(p, moments, lr, wd) for (lr, wd), p in merged.items()]
+        self._grads: list[list[Tensor]] = []
+
+    def fetch(self) -> None:
+        """Prepare the lists of this step's gradients."""
+        self._grads = [
+            [local(owner.grad) for owner in call.owners] for call in self.calls
+        ]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for call, grads in zip(self.calls, self._grads, strict=True):
+            self._kernel(call, grads)
+
+    def _sgd(self, call: Call, grads: list[Tensor]) -> None:
+        torch._fused_sgd_(
+            call.params,
+            grads,
+            call.moments[0],
+            weight_decay=call.wd,
+            momentum=self._momentum,
+            lr=call.lr,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+        )
+
+
+def _call(owners: list[Tensor], moments: int, lr: float, wd: float) -> Call:
+    params = [local(owner.detach()) for owner in owners]
+    zeros = [[torch.zeros_like(param) for param in params] for _ in range(moments)]
+    steps = [torch.ones((), device=param.device) for param in params]
+    return Call(owners, params, zeros, steps, lr, wd)
+
+
+def _adam(optimizer: str) -> Callable[[Call, list[Tensor]], None]:
+    kernel = torch._fused_adamw_ if optimizer == "adamw" else torch._fused_adam_
+
+    def step(call: Call, grads: list[Tensor]) -> None:
+        kernel(
+            call.params,
+            grads,
+            *call.moments,
+            [],
+            call.steps,
+            lr=call.lr,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=call.wd,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    return step

@@ -1,0 +1,141 @@
+"""The goals: which ratio must be how small, and whether a saved run shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from benchmarks.step.arms import (
+    BARE,
+    DEFAULT,
+    FOREACH,
+    FUSED,
+    ONE_GROUP,
+    OURS,
+    PLAIN,
+)
+from benchmarks.step.measure import ratio
+
+Record = dict[str, Any]
+BEST_OF_TORCH = (FUSED, FOREACH, DEFAULT)
+
+
+class Goal(NamedTuple):
+    """Ours is to take at most ``limit`` times the fastest of some other arms."""
+
+    case: str
+    optimizers: tuple[str, ...]
+    others: tuple[str, ...]
+    limit: float
+
+
+class Verdict(NamedTuple):
+    """A goal, what was measured, and whether it is met."""
+
+    goal: str
+    measured: str
+    met: bool
+
+
+BOTH = ("adamw", "sgd")
+CPU_GOALS = (
+    Goal("tiny", ("adamw",), (BARE,), 1.5),
+    Goal("tiny", ("adamw",), (FUSED,), 0.2),
+    Goal("tiny", ("sgd",), (BARE,), 2.0),
+    Goal("tiny", ("sgd",), (FUSED,), 0.3),
+    Goal("resnet50", BOTH, (BARE,), 1.03),
+    Goal("resnet50", BOTH, (DEFAULT,), 0.6),
+    Goal("vit_s", BOTH, (BARE,), 1.03),
+    Goal("vit_s", BOTH, (DEFAULT,), 0.6),
+    Goal("tiny_groups", BOTH, (ONE_GROUP,), 1.3),
+    Goal("tiny_groups", BOTH, (FUSED,), 0.08),
+    Goal("tiny_groups_lr", BOTH, (FUSED,), 0.5),
+    Goal("tiny_layers", BOTH, (ONE_GROUP,), 1.3),
+    Goal("vit_s_layers", BOTH, (ONE_GROUP,), 1.05),
+    Goal("dtensor", BOTH, (PLAIN,), 1.5),
+    Goal("dtensor", BOTH, BEST_OF_TORCH, 0.1),
+)
+GPU_GOALS = (
+    Goal("resnet50", ("adamw",), (FUSED,), 0.5),
+    Goal("vit_l_layers", ("adamw",), (FUSED,), 0.5),
+)
+BARE_ON_GPU = 1.05
+COPY_SHARE = 0.85
+BUILD_MS, IMPORT_MS = 20, 30
+EXTRA_SHARE = 0.001  # of the parameters' bytes, where these are many
+
+
+def verdicts(results: Record) -> Iterator[Verdict]:
+    """Hold a saved run against the goals of its device, as far as it was run."""
+    on_cpu = results["run"]["device"] == "cpu"
+    for goal in CPU_GOALS if on_cpu else GPU_GOALS:
+        for record in results["cases"]:
+            if (record["case"], record["optimizer"]) in _asked(goal):
+                yield from _of_arms(record, goal.others, goal.limit)
+    if on_cpu:
+        yield from _of_once(results["once"])
+    else:
+        yield from _of_gpu(results)
+    for record in results["cases"]:
+        if record["elements"] > 1_000_000:
+            yield _of_memory(record)
+
+
+def _asked(goal: Goal) -> list[tuple[str, str]]:
+    return [(goal.case, optimizer) for optimizer in goal.optimizers]
+
+
+def _title(record: Record) -> str:
+    return f"{record['case']}, {record['optimizer']}"
+
+
+def _of_arms(
+    record: Record, others: tuple[str, ...], limit: float
+) -> Iterator[Verdict]:
+    arms = record["arms"]
+    present = [name for name in others if name in arms]
+    if OURS not in arms or not present:
+        return
+    best = min(present, key=lambda name: arms[name]["ms"]["median"])
+    value = ratio(arms[OURS]["round_ms"], arms[best]["round_ms"])
+    yield Verdict(
+        f"{_title(record)}: at most {limit} x {best}",
+        f"{value.median:.3f} ({value.p10:.3f} to {value.p90:.3f})",
+        value.median <= limit,
+    )
+
+
+def _of_once(once: Record) -> Iterator[Verdict]:
+    for what, limit, ms in (
+        ("build from 1,000 parameters", BUILD_MS, once["build_ms"][OURS]["median"]),
+        ("import after torch", IMPORT_MS, once["import_ms"]["median"]),
+    ):
+        yield Verdict(f"{what}: at most {limit} ms", f"{ms:.1f} ms", ms <= limit)
+
+
+def _of_gpu(results: Record) -> Iterator[Verdict]:
+    for record in results["cases"]:
+        yield from _of_arms(record, (BARE,), BARE_ON_GPU)
+        if record["case"] == "decoder" and record["optimizer"] == "adamw":
+            share = copy_share(results, record, OURS)
+            yield Verdict(
+                f"{_title(record)}: at least {COPY_SHARE} of the copy bandwidth",
+                f"{share:.3f}",
+                share >= COPY_SHARE,
+            )
+
+
+def _of_memory(record: Record) -> Verdict:
+    extra = record["arms"][OURS]["peak_extra_bytes"]
+    share = extra / (4 * record["elements"])
+    return Verdict(
+        f"{_title(record)}: no extra memory that grows with the model",
+        f"{extra:,} bytes",
+        share <= EXTRA_SHARE,
+    )
+
+
+def copy_share(results: Record, record: Record, arm: str) -> float:
+    """Return the bandwidth of a step as a part of that of a copy."""
+    ms = record["arms"][arm]["ms"]["median"]
+    return float(record["step_bytes"] / ms / 1e6 / results["once"]["copy_gb_per_s"])

@@ -1,0 +1,378 @@
+"""A decision follows its parameter through every edit, and never a position alone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+import warnings
+from collections import deque
+
+import pytest
+import torch
+from torch import nn
+
+import selective_optim
+from selective_optim import SGD, AdamW
+from tests import twins
+
+COPIES = {
+    "none": lambda things: things,
+    "deepcopy": copy.deepcopy,
+    "copy": lambda things: (things[0], copy.copy(things[1])),
+    "pickle": lambda things: pickle.loads(pickle.dumps(things)),
+}
+each_copy = pytest.mark.parametrize("copied", COPIES)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 4)
+
+
+def reverse(groups):
+    groups[0]["params"].reverse()
+
+
+def replace_by_permutation(groups):
+    groups[0]["params"] = groups[0]["params"][::-1]
+
+
+def pop(groups):
+    groups[0]["params"].pop(1)
+
+
+def move_to_another_group(groups):
+    groups[1]["params"].append(groups[0]["params"].pop(0))
+
+
+def merge_groups(groups):
+    groups[0]["params"].extend(groups[1]["params"])
+    del groups[1]
+
+
+def exchange_groups(groups):
+    groups[0]["params"], groups[1]["params"] = groups[1]["params"], groups[0]["params"]
+
+
+def split_a_group(groups):
+    half = groups[0]["params"][2:]
+    del groups[0]["params"][2:]
+    groups.append({**groups[0], "params": half})
+
+
+def rebuild(groups):
+    groups[:] = [dict(group) for group in reversed(groups)]
+
+
+def as_deque(groups):
+    groups[0]["params"] = deque(groups[0]["params"])
+
+
+EDITS = [
+    reverse,
+    replace_by_permutation,
+    pop,
+    move_to_another_group,
+    merge_groups,
+    exchange_groups,
+    split_a_group,
+    rebuild,
+    as_deque,
+]
+HOW = {
+    "typed": lambda net: {"wd_policy": "no_bias_norm", "model": net},
+    "shapes": lambda net: {"wd_policy": "matrices"},
+}
+
+
+def decaying(optimizer):
+    """Find out what decays: with a gradient of 0, that alone moves a parameter."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    before = [param.detach().clone() for param in params]
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    return [
+        param
+        for param, old in zip(params, before, strict=True)
+        if not torch.equal(param, old)
+    ]
+
+
+@each_copy
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("stepped", [False, True])
+def test_decision_goes_where_its_parameter_goes(copied, edit, how, stepped):
+    net = Net()
+    with torch.no_grad():
+        for param in net.parameters():
+            param.fill_(1.0)
+    params = list(net.parameters())
+    groups = [{"params": params[:3]}, {"params": params[3:], "lr": 0.2}]
+    optimizer = SGD(groups, lr=0.1, weight_decay=0.5, **HOW[how](net))
+    if stepped:
+        decaying(optimizer)
+    edit(optimizer.param_groups)
+    net, optimizer = COPIES[copied]((net, optimizer))
+    standing = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    expected = [p for p in net.parameters() if p.ndim > 1 and id(p) in standing]
+    for _ in range(2):
+        assert {id(p) for p in decaying(optimizer)} == {id(p) for p in expected}
+
+
+@each_copy
+def test_new_tensor_beside_known_ones_leaves_theirs_alone(copied):
+    params = twins.make_params()
+    optimizer = SGD(params, lr=0.1, weight_decay=0.5, wd_policy="matrices")
+    group = optimizer.param_groups[0]["params"]
+    group.pop(0)
+    group.append(nn.Parameter(torch.ones(3)))
+    _, optimizer = COPIES[copied]((params, optimizer))
+    kept = optimizer.param_groups[0]["params"]
+    assert [p.ndim for p in kept] == [1, 2, 1, 1]
+    assert [id(p) for p in decaying(optimizer)] == [id(kept[1])]
+
+
+def test_norm_in_the_place_of_a_linear_is_decided_as_the_norm_it_is():
+    net = Net()
+    optimizer = SGD(
+        [{"params": net.embed.parameters()}, {"params": net.head.parameters()}],
+        lr=0.1,
+        weight_decay=0.5,
+        wd_policy="no_bias_norm",
+        model=net,
+    )
+    optimizer.param_groups[0]["params"] = list(net.norm.parameters())
+    assert [id(p) for p in decaying(optimizer)] == [id(net.head.weight)]
+
+
+def replace_by_linear(net):
+    net.norm = nn.Linear(4, 4)
+
+
+def replace_by_another_size(net):
+    net.head = nn.Linear(4, 7)
+
+
+def replace_by_norm(net):
+    net.head = nn.LayerNorm(4)
+
+
+@pytest.mark.parametrize(
+    ("replace", "decay"),
+    [
+        (replace_by_linear, ["embed.weight", "norm.weight", "head.weight"]),
+        (replace_by_another_size, ["embed.weight", "head.weight"]),
+        (replace_by_norm, ["embed.weight"]),
+    ],
+)
+@pytest.mark.parametrize("stepped", [False, True])
+def test_module_replaced_under_its_name_is_decided_anew(replace, decay, stepped):
+    net = Net()
+    optimizer = SGD(
+        net.parameters(), lr=0.1, weight_decay=0.5, wd_policy="no_bias_norm"
+    )
+    if stepped:
+        decaying(optimizer)
+    replace(net)
+    optimizer.param_groups[0]["params"] = list(net.parameters())
+    with torch.no_grad():
+        for param in net.parameters():
+            param.fill_(1.0)
+    moved = {id(p) for p in decaying(optimizer)}
+    assert [n for n, p in net.named_parameters() if id(p) in moved] == decay
+    rows = {row.name: row for row in optimizer.decay_report().rows}
+    for name, param in net.named_parameters():
+        assert tuple(rows[name].shape) == tuple(param.shape)
+        assert (rows[name].weight_decay > 0) == (name in decay)
+
+
+# Frameworks that rebuild groups.
+
+
+def rebuild_like_lightning(optimizer, saved):
+    """Assign groups of the optimizer that was saved, then load."""
+    groups = saved["param_groups"]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.param_groups = [
+        {**group, "params": [params[i] for i in group["params"]]} for group in groups
+    ]
+    optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("policy", [None, "no_bias_norm", "matrices"])
+@pytest.mark.parametrize("kind", twins.KINDS)
+def test_rebuilt_groups_resume_as_in_torch(policy, kind):
+    left = []
+    for cls in (AdamW, torch.optim.AdamW):
+        net, again = Net(), Net()
+        net.load_state_dict(
+            {k: torch.ones_like(v) for k, v in net.state_dict().items()}
+        )
+        chosen = twins.KINDS[kind] or ({} if cls is AdamW else {"fused": True})
+        hyper = {"lr": 0.1, "weight_decay": 0.0 if policy else 0.5, **chosen}
+        ours = {"wd_policy": policy, "model": net} if cls is AdamW else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a policy and no decay
+            optimizer = cls(net.embed.parameters(), **hyper, **ours)
+        optimizer.add_param_group({"params": list(net.head.parameters()), "lr": 0.2})
+        twins.step(list(net.parameters()), optimizer, 0)
+        saved = copy.deepcopy(optimizer.state_dict())
+        again.load_state_dict(net.state_dict())
+        ours = {"wd_policy": policy, "model": again} if cls is AdamW else {}
+        params = [*again.embed.parameters(), *again.head.parameters()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            resumed = cls(params, **hyper, **ours)
+            rebuild_like_lightning(resumed, saved)
+        for number in range(3):
+            twins.step(list(again.parameters()), resumed, number)
+        left.append((list(again.parameters()), resumed))
+    (mine, ours), (theirs, judge) = left
+    twins.assert_same(mine, theirs, ours, judge)
+
+
+def append_a_group(optimizer, params):
+    like = optimizer.param_groups[0]
+    optimizer.param_groups.append({**like, "params": params})
+
+
+def extend_a_group(optimizer, params):
+    optimizer.param_groups[0]["params"].extend(params)
+
+
+@pytest.mark.parametrize("add", [append_a_group, extend_a_group])
+@pytest.mark.parametrize("policy", [None, "matrices", "no_bias_norm"])
+def test_parameters_added_by_hand_are_decided_on_the_spot(add, policy):
+    net = Net()
+    ours = {"wd_policy": policy, "model": net}
+    optimizer = SGD(net.embed.parameters(), lr=0.1, weight_decay=0.5, **ours)
+    add(optimizer, list(net.head.parameters()))
+    with torch.no_grad():
+        for param in net.parameters():
+            param.fill_(1.0)
+    own = [*net.embed.parameters(), *net.head.parameters()]
+    expected = [p for p in own if policy is None or p.ndim > 1]
+    assert [id(p) for p in decaying(optimizer)] == [id(p) for p in expected]
+
+
+def test_tensor_that_cannot_be_decided_is_named_and_nothing_moves():
+    net = Net()
+    optimizer = SGD(
+        net.parameters(), lr=0.1, weight_decay=0.5, wd_policy="no_bias_norm"
+    )
+    decaying(optimizer)
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(2, 2)))
+    before = [param.detach().clone() for param in net.parameters()]
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match=r"parameter 6 of group 0 \(shape 2 x 2\)"):
+        optimizer.step()
+    assert all(map(torch.equal, before, net.parameters()))
+
+
+# Copies of model and optimizer.
+
+
+def test_copied_optimizer_finds_the_modules_of_the_copied_model():
+    net = Net()
+    optimizer = SGD(
+        net.embed.parameters(),
+        lr=0.1,
+        weight_decay=0.5,
+        wd_policy="no_bias_norm",
+        model=net,
+    )
+    net, optimizer = copy.deepcopy((net, optimizer))
+    net.late = nn.LayerNorm(4)
+    optimizer.add_param_group({"params": net.late.parameters()})
+    optimizer.add_param_group({"params": list(net.head.parameters())})
+    reasons = {row.name: row.reason for row in optimizer.decay_report().rows}
+    assert reasons["late.weight"] == "exclude is_norm"
+    assert reasons["head.weight"] == "no match"
+
+
+@each_copy
+def test_model_of_a_group_is_read(copied):
+    net = Net()
+    optimizer = SGD(
+        net.parameters(), lr=0.1, weight_decay=0.5, wd_policy="no_bias_norm"
+    )
+    net, optimizer = COPIES[copied]((net, optimizer))
+    late = nn.ModuleDict({"late": nn.LayerNorm(4)})
+    group = {"params": list(late.parameters()), "model": late}
+    optimizer.add_param_group(group)
+    rows = {row.name: row.reason for row in optimizer.decay_report().rows}
+    assert rows["late.weight"] == "exclude is_norm"
+    assert "model" not in optimizer.param_groups[-1]
+
+
+# Many small optimizers.
+
+
+def calls_of(build):
+    """Count the calls, Python's and C's, that a construction makes."""
+    count = 0
+
+    def note(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        build()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def deep(layers):
+    return nn.Sequential(*(nn.Linear(2, 2) for _ in range(layers)))
+
+
+def cost_of_an_optimizer(net, params, ours):
+    kept = [SGD([param], **ours) for param in params[:10]]
+    return calls_of(lambda: kept.append(SGD([params[20]], **ours)))
+
+
+def cost_of_a_group(net, params, ours):
+    optimizer = SGD(params[:1], **ours)
+    for param in params[1:10]:
+        optimizer.add_param_group({"params": [param]})
+    return calls_of(lambda: optimizer.add_param_group({"params": [params[20]]}))
+
+
+@pytest.mark.parametrize("cost", [cost_of_an_optimizer, cost_of_a_group])
+def test_one_more_costs_the_same_in_a_large_model(cost):
+    costs = []
+    for layers in (20, 200):
+        net = deep(layers)
+        ours = {"lr": 0.1, "weight_decay": 0.5, "wd_policy": "no_bias", "model": net}
+        costs.append(cost(net, list(net.parameters()), ours))
+    assert costs[1] < costs[0] * 1.2
+
+
+def test_one_exempt_parameter_does_not_warn_that_nothing_decays():
+    net = Net()
+    for param in net.parameters():
+        SGD([param], lr=0.1, weight_decay=0.5, wd_policy="no_bias_norm", model=net)
+
+
+def test_optimizers_per_parameter_decay_what_one_would():
+    net = Net()
+    with torch.no_grad():
+        for param in net.parameters():
+            param.fill_(1.0)
+    for name, param in net.named_parameters():
+        own = selective_optim.AdamW(
+            [param], weight_decay=0.5, wd_policy="no_bias_norm", model=net
+        )
+        moved = [id(p) for p in decaying(own)]
+        assert moved == (
+            [id(param)] if name.endswith("d.weight") and param.ndim > 1 else []
+        )

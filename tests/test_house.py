@@ -1,0 +1,184 @@
+"""Who may import whom, and that private names of torch stand in one file."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import selective_optim
+
+ROOT = Path(selective_optim.__file__).parent
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(
+        ".__init__"
+    ): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+# From the ground up; a room imports from lower floors, and from its own wing.
+FLOORS = [
+    ("_torch", "_text"),
+    ("decay",),
+    ("_module_tree",),
+    ("parameters",),
+    ("_model_index",),
+    ("policies", "step"),
+    ("_decision_table", "_loading", "layers", "report", "_schedule_views"),
+    ("_decider", "_named", "audit", "schedules"),
+    ("_base", "_parts", "checkpoint"),
+    ("_optimizer", "_refusals", "_split_state"),
+    ("sgd", "adam", "adamw", "_split_optimizer"),
+    ("any_class", "groups"),
+    ("__init__",),
+    ("__main__",),
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def room_of(name: str) -> str:
+    return name.split(".")[0]
+
+
+def imports_of(path: Path) -> set[str]:
+    """List the modules of this package that a file imports, relative to its root."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            package, _, rest = node.module.partition(".")
+            names = [f"{rest}.{alias.name}".lstrip(".") for alias in node.names]
+            if package == "selective_optim":
+                found |= {name if name in FILES else rest for name in names}
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                package, _, rest = alias.name.partition(".")
+                found |= {rest} if package == "selective_optim" else set()
+    return found
+
+
+def test_every_file_has_a_floor():
+    assert {room_of(name) for name in FILES} == set(FLOOR)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_down_and_never_between_the_wings(name):
+    room = room_of(name)
+    for other in map(room_of, imports_of(FILES[name])):
+        below = FLOOR[other] < FLOOR[room]
+        assert below or other == room in ("policies", "step"), f"{name}: {other}"
+
+
+@pytest.mark.parametrize("wing", ["policies", "step"])
+def test_a_wing_knows_only_the_vocabulary_that_both_share(wing):
+    about_parameters = {"parameters", "_module_tree", "_model_index", "_text"}
+    known = {"policies": about_parameters, "step": set()}[wing]
+    own = [path for name, path in FILES.items() if room_of(name) == wing]
+    imported = {room_of(other) for path in own for other in imports_of(path)}
+    assert imported - {wing} <= {"decay", "_torch"} | known
+
+
+def names_bound(path: Path) -> set[str]:
+    """List what a file defines itself, with classes, functions and assignments."""
+    bound = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            bound |= {n.id for t in targets for n in ast.walk(t) if hasattr(n, "id")}
+        elif isinstance(node, ast.With | ast.If):
+            bound |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return bound
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_names_are_imported_from_where_they_live(name):
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if not isinstance(node, ast.ImportFrom) or not node.module:
+            continue
+        package, _, home = node.module.partition(".")
+        if package != "selective_optim" or home not in FILES:
+            continue
+        if FILES[home].name == "__init__.py":
+            continue  # a page that gives users their names
+        modules = {n.rpartition(".")[2] for n in FILES if n.startswith(f"{home}.")}
+        wanted = {alias.name for alias in node.names} - modules
+        assert wanted <= names_bound(FILES[home]), f"{name} <- {home}: {wanted}"
+
+
+# Private names of torch.
+
+PRIVATE = re.compile(r"_[^_]")
+
+
+def is_private(name: str) -> bool:
+    return any(PRIVATE.match(part) for part in name.split("."))
+
+
+def names_in_torch() -> set[str]:
+    """List the private names in torch's files that the package has to do with."""
+    root = Path(torch.__file__).parent
+    files = [*(root / "optim").glob("*.py"), root / "amp" / "grad_scaler.py"]
+    files += [root / "nn" / "modules" / "module.py", root / "_tensor.py"]
+    return {n for path in files for n in re.findall(r"\b_[a-z]\w+", path.read_text())}
+
+
+# Words that torch happens to use in those files for something else.
+HOMONYMS = {"_functional", "_indices", "_modules", "_params"}
+
+
+@functools.cache
+def own_names() -> set[str]:
+    """List what the package defines under a name that is none of torch's."""
+    own = {part for name in FILES for part in name.split(".")}
+    for path in FILES.values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                own.add(node.attr)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                own.add(node.id)
+    return own - (names_in_torch() - HOMONYMS)
+
+
+def foreign_private_names(path: Path) -> set[str]:
+    """List private attributes and names that are not the package's own."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            found |= set((node.module or "").split("."))
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant):
+            found.add(str(node.value))  # as in getattr(torch, "_foreach_add_")
+    return {n for n in found if is_private(n) and n.isidentifier()} - own_names()
+
+
+# Of Python, of authors who write marks on their models, and keys that we write.
+OTHERS = {"_asdict", "_replace", "_no_weight_decay", "_optim", "_repr_html_"}
+KEYS = {"_copied", "_decay_schedule", "_decay_tie", "_lr"}
+# Overridden where torch.compile looks for it, with torch's through `super()`.
+TRACED = {"_init_group"}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "_torch"])
+def test_private_names_of_torch_stand_in_one_file(name):
+    assert foreign_private_names(FILES[name]) <= OTHERS | KEYS | TRACED
+    assert not re.search(r"__mro__\s*\[", FILES[name].read_text())
+
+
+def test_the_finder_of_private_names_finds_them(tmp_path):
+    path = tmp_path / "file.py"
+    path.write_text("torch._C.f()\ngetattr(x, '_opt_called')\nfrom torch._six import a")
+    assert foreign_private_names(path) == {"_C", "_opt_called", "_six"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_module_can_be_imported_by_itself(name):
+    importlib.import_module(f"selective_optim.{name}".removesuffix(".__init__"))

@@ -1,0 +1,487 @@
+"""What frameworks ask an optimizer and do to it: answered as torch's class answers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+
+import numpy
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import selective_optim
+from selective_optim.step.buckets import FusedBucket
+from selective_optim.step.plan import Plan
+from tests import twins
+from tests.twins import CLASSES, KINDS, assert_same, both, make_params, ours, torchs
+
+each_name = pytest.mark.parametrize("name", CLASSES)
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+# GradScaler.
+
+
+@each_name
+@each_kind
+def test_scaling_is_supported_where_torchs_class_says_so(name, kind):
+    """Left open, as it is by most, GradScaler, Lightning and Accelerate do it."""
+    mine = ours(name, kind, make_params())
+    cls = getattr(torch.optim, name)
+    theirs = cls(make_params(), **CLASSES[name], **KINDS[kind])
+    flag = "_step_supports_amp_scaling"
+    assert getattr(mine, flag, False) == getattr(theirs, flag, False)
+    assert getattr(mine, flag, False) == (kind == "fused")
+
+
+class Calls(TorchDispatchMode):
+    """Counts what is called while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("name", CLASSES)
+def test_scaled_step_clamps_once_whatever_the_groups(name, decoupled):
+    params = make_params([(3, 3)] * 50)
+    groups = [{"params": [p], "lr": 0.001 * i} for i, p in enumerate(params)]
+    extra = {"decoupled_weight_decay": decoupled} if name != "AdamW" else {}
+    optimizer = ours(name, "fused", groups, **extra)
+    twins.step(params, optimizer, 0)
+    twins.set_grads(params, 1)
+    optimizer.grad_scale = torch.tensor(2.0)
+    optimizer.found_inf = torch.tensor(0.0)
+    with Calls() as calls:
+        optimizer.step()
+    assert calls.counts["clamp"] == 1
+    # Waiting for the device, once it is one, is what reading a number on the host is.
+    assert calls.counts["_local_scalar_dense"] == 0
+
+
+@pytest.mark.parametrize("momentum", [0, 0.9])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_first_scaled_step_of_sgd_reads_nothing_on_the_host(momentum, decoupled):
+    params = make_params()
+    arguments = {"momentum": momentum, "decoupled_weight_decay": decoupled}
+    optimizer = ours("SGD", "fused", params, **arguments)
+    twins.set_grads(params, 0)
+    optimizer.grad_scale = torch.tensor(2.0)
+    optimizer.found_inf = torch.tensor(0.0)
+    with Calls() as calls:
+        optimizer.step()
+    assert calls.counts["_local_scalar_dense"] == 0
+
+
+@each_name
+@each_kind
+@pytest.mark.parametrize("infinite", [(), (0,), (2,), (0, 1), (0, 3)])
+def test_scaler_trains_as_with_torchs_class(name, kind, infinite):
+    left = []
+    for make in (ours, torchs):
+        params = make_params()
+        optimizer = make(name, kind, params)
+        if make is torchs and name == "SGD" and 0 in infinite:
+            # Its fused kernel, told to drop a first step, leaves whatever was in
+            # memory as momentum; so the scaler skips the step, and is the judge.
+            optimizer._step_supports_amp_scaling = False
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for number in range(5):
+            loss = scaler.scale(sum((p * p).sum() for p in params))
+            optimizer.zero_grad()
+            loss.backward()
+            if number in infinite:
+                params[0].grad[0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+        left.append((params, optimizer, scaler.get_scale()))
+    (mine, own, scale), (theirs, judge, expected) = left
+    assert scale == expected
+    # A step that is dropped begins no state in the one and zeros in the other.
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.equal(a, b)
+    if 0 not in infinite:
+        assert_same(mine, theirs, own, judge)
+
+
+# Where torch works.
+
+
+def default_torchs(name, kind, params, **arguments):
+    """Make torch's with nothing chosen, where that is the judge of ours left open."""
+    return torchs(
+        name, "for-loop" if kind == "automatic" else kind, params, **arguments
+    )
+
+
+def run_both(name, kind, prepare, steps=4, judge=torchs, **arguments):
+    """Step both under something, and compare; errors must be the same."""
+    left = []
+    for make in (ours, judge):
+        params = make_params()
+        optimizer = make(name, kind, params, **arguments)
+        error = None
+        for number in range(steps):
+            twins.set_grads(params, number)
+            try:
+                with prepare(optimizer, params, number) or contextlib.nullcontext():
+                    optimizer.step()
+            except (RuntimeError, ValueError, TypeError, ZeroDivisionError) as raised:
+                # Of torch's fused kernels, without the arguments that follow.
+                error = type(raised), str(raised).partition(" - got ")[0]
+                break
+        left.append((params, optimizer, error))
+    (mine, own, error), (theirs, judge, expected) = left
+    assert error == expected
+    if error is None:
+        assert_same(mine, theirs, own, judge)
+
+
+@each_name
+@each_kind
+def test_first_step_under_a_default_device(name, kind):
+    run_both(name, kind, lambda *_: torch.device("meta"))
+
+
+@each_name
+@each_kind
+def test_steps_under_inference_mode(name, kind):
+    run_both(name, kind, lambda o, p, n: torch.inference_mode() if n == 0 else None)
+
+
+@each_name
+@each_kind
+def test_steps_under_no_grad_and_autocast(name, kind):
+    def under(optimizer, params, number):
+        return torch.autocast("cpu") if number % 2 else torch.no_grad()
+
+    run_both(name, kind, under)
+
+
+@each_name
+@each_kind
+@pytest.mark.parametrize(
+    "lr",
+    [numpy.array(0.03), numpy.float64(0.03), numpy.float32(0.03), -0.01, 0, True],
+    ids=repr,
+)
+def test_odd_rates_set_later(name, kind, lr):
+    # torch's fused kernels refuse an array: left open, ours takes another path.
+    array = isinstance(lr, numpy.ndarray)
+
+    def set_rate(optimizer, params, number):
+        if number == (0 if array else 1):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+    run_both(name, kind, set_rate, judge=default_torchs if array else torchs)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_rate_that_is_an_array_from_the_start(name):
+    rate = numpy.array(0.03)
+    run_both(name, "automatic", lambda *_: None, judge=default_torchs, lr=rate)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@each_kind
+@pytest.mark.parametrize("betas", [(1.0, 0.9), (1.5, 0.9), (0.9, 1.0), (0.9, 1.2)])
+def test_betas_of_one_and_more(name, kind, betas):
+    def set_betas(optimizer, params, number):
+        if number == 1:
+            for group in optimizer.param_groups:
+                group["betas"] = betas
+
+    left = []
+    for make in (ours, torchs):
+        params = make_params()
+        optimizer = make(name, kind, params)
+        error = None
+        for number in range(3):
+            set_betas(optimizer, params, number)
+            twins.set_grads(params, number)
+            try:
+                optimizer.step()
+            except (RuntimeError, ValueError, ZeroDivisionError) as raised:
+                error = type(raised), str(raised)
+                break
+        left.append((params, error))
+    (mine, error), (theirs, expected) = left
+    assert error == expected
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+        assert torch.equal(a.isnan(), b.isnan())
+
+
+@each_name
+@each_kind
+def test_betas_edited_in_place(name, kind):
+    key = "momentum" if name == "SGD" else "betas"
+    value = numpy.array(0.5) if name == "SGD" else numpy.array([0.5, 0.6])
+
+    def edit(optimizer, params, number):
+        for group in optimizer.param_groups:
+            if number == 0:
+                group[key] = value.copy()
+            if number == 2:
+                group[key] *= 0.5
+
+    # Of two betas each is a number; a momentum that is an array no fused kernel takes.
+    run_both(name, kind, edit, judge=default_torchs if name == "SGD" else torchs)
+
+
+@each_name
+@pytest.mark.parametrize("kind", ["foreach", "for-loop"])
+def test_gradient_with_the_negative_bit(name, kind):
+    def negate(optimizer, params, number):
+        for param in params[:2]:
+            param.grad = torch._neg_view(param.grad)
+
+    run_both(name, kind, negate)
+
+
+@each_name
+def test_gradient_with_the_negative_bit_left_open(name):
+    """The fused kernel would read its memory unnegated, so foreach is the judge."""
+    params, expected = make_params(), make_params()
+    optimizer = ours(name, "automatic", params)
+    judge = torchs(name, "for-loop", expected)
+    for number in range(3):
+        for each in (params, expected):
+            twins.set_grads(each, number)
+            for param in each:
+                param.grad = torch._neg_view(param.grad)
+        optimizer.step()
+        judge.step()
+    assert_same(params, expected, optimizer, judge)
+
+
+@each_name
+@each_kind
+def test_set_state_with_groups_alone(name, kind):
+    """As torch's own ``load_state_dict`` of old, and some wrappers, do."""
+
+    def edit(optimizer, params):
+        groups = [dict(group) for group in optimizer.param_groups]
+        for group in groups:
+            group["lr"] = 0.02
+        optimizer.__setstate__({"param_groups": groups})
+
+    both(name, kind, edit)
+
+
+@each_name
+@pytest.mark.parametrize("groups", [1, 100])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(0.0, -0.0), (0.5, numpy.float32(0.5)), (1, True), (0.1, numpy.float32(0.1))],
+    ids=repr,
+)
+def test_values_that_compare_equal_and_are_not_the_same_are_noticed(
+    name, groups, old, new
+):
+    """Kernels compute otherwise with ``-0.0``, and with numbers of less precision."""
+    left = []
+    for module in (selective_optim, torch.optim):
+        params = make_params([(3, 2)] * groups)
+        listed = [{"params": [param]} for param in params]
+        chosen = {"weight_decay": old, "fused": True, **CLASSES[name]}
+        optimizer = getattr(module, name)(listed, **chosen)
+        for number in range(4):
+            if number == 2:
+                for group in optimizer.param_groups:
+                    group["weight_decay"] = new
+                    group["lr"] = new if new else 0.0
+            twins.step(params, optimizer, number)
+        left.append((params, optimizer))
+    assert_same(left[0][0], left[1][0], left[0][1], left[1][1])
+
+
+# Plans are counted, and not timed.
+
+
+def plans(optimizer):
+    return optimizer._stepper.plans
+
+
+STEADY = {
+    "nothing": lambda optimizer, params, number: None,
+    "rate": lambda optimizer, params, number: [
+        group.update(lr=0.001 * number) for group in optimizer.param_groups
+    ],
+    "decay": lambda optimizer, params, number: [
+        group.update(weight_decay=0.001 * number) for group in optimizer.param_groups
+    ],
+    "state is read": lambda optimizer, params, number: repr(optimizer.state),
+    "state dict": lambda optimizer, params, number: optimizer.state_dict(),
+    "gradients come and go": lambda optimizer, params, number: setattr(
+        params[number % 4], "grad", None
+    ),
+    "all gradients go": lambda optimizer, params, number: [
+        setattr(param, "grad", None) for param in params if number % 3 == 0
+    ],
+    "zeroed in place": lambda optimizer, params, number: optimizer.zero_grad(False),
+    "report": lambda optimizer, params, number: optimizer.decay_report(),
+    "replaced dict": lambda optimizer, params, number: (
+        optimizer.param_groups.__setitem__(0, dict(optimizer.param_groups[0]))
+    ),
+    "same list anew": lambda optimizer, params, number: optimizer.param_groups[
+        0
+    ].update(params=list(optimizer.param_groups[0]["params"])),
+}
+
+
+@each_name
+@each_kind
+@pytest.mark.parametrize("what", STEADY)
+@pytest.mark.parametrize("groups", [1, 4])
+def test_steady_steps_make_no_new_plan(name, kind, what, groups):
+    params = make_params()
+    listed = [{"params": params}] if groups == 1 else [{"params": [p]} for p in params]
+    optimizer = ours(name, kind, listed)
+    for number in range(3):  # momentum begins, and goes on
+        twins.step(params, optimizer, number)
+    STEADY[what](optimizer, params, 1)
+    twins.step(params, optimizer, 3)  # taking note that the state is read, if it is
+    before = plans(optimizer)
+    for number in range(4, 12):
+        twins.set_grads(params, number)
+        STEADY[what](optimizer, params, number)
+        optimizer.step()
+    assert plans(optimizer) == before
+
+
+# What a step may do again, by what changes: look at every tensor, read the numbers,
+# put cells together anew.
+AGAIN = {
+    "nothing": set(),
+    "state is read": set(),
+    "zeroed in place": set(),
+    "report": set(),
+    "rate": {"_settle"},
+    "decay": {"_settle"},
+    "rate, until now": set(),
+    "autocast": set(),
+}
+
+
+@each_name
+@pytest.mark.parametrize("what", AGAIN)
+def test_steady_steps_do_nothing_again(name, what, monkeypatch):
+    params = make_params()
+    optimizer = ours(name, "automatic", [{"params": [param]} for param in params])
+
+    def change(number):
+        twins.set_grads(params, number)
+        if what == "autocast":
+            return torch.autocast("cpu", enabled=number % 2 == 0)
+        kind, _, until_now = what.partition(", ")
+        if not until_now or number < 5:
+            STEADY[kind](optimizer, params, number)
+        return contextlib.nullcontext()
+
+    for number in range(6):
+        with change(number):
+            optimizer.step()
+    done = []
+    for cls, method in [(Plan, "_settle"), (Plan, "_arrange"), (FusedBucket, "fits")]:
+        original = getattr(cls, method)
+
+        def noted(*args, _original=original, _method=method):
+            done.append(_method)
+            return _original(*args)
+
+        monkeypatch.setattr(cls, method, noted)
+    for number in range(6, 12):
+        with change(number):
+            optimizer.step()
+    assert set(done) == AGAIN[what]
+
+
+@each_name
+def test_first_steps_make_one_plan(name):
+    params = make_params()
+    optimizer = ours(name, "automatic", params)
+    for number in range(5):
+        twins.step(params, optimizer, number)
+    assert plans(optimizer) == 1
+
+
+@each_name
+@each_kind
+def test_autocast_around_a_step_makes_no_new_plan(name, kind):
+    params = make_params()
+    optimizer = ours(name, kind, params)
+    contexts = [
+        contextlib.nullcontext(),
+        torch.autocast("cpu"),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+    ]
+    for context in contexts * 2:
+        with context:
+            twins.step(params, optimizer, 0)
+    before = plans(optimizer)
+    for number, context in enumerate(contexts * 3):
+        with context:
+            twins.step(params, optimizer, number)
+    assert plans(optimizer) == before
+
+
+@each_name
+def test_an_edit_makes_one_plan(name):
+    params = make_params()
+    optimizer = ours(name, "automatic", params)
+    for number in range(3):
+        twins.step(params, optimizer, number)
+    before = plans(optimizer)
+    new = nn.Parameter(torch.ones(2, 2))
+    optimizer.param_groups[0]["params"].append(new)
+    for number in range(3, 8):
+        twins.step([*params, new], optimizer, number)
+    assert plans(optimizer) == before + 1
+
+
+# Compiled.
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("steps", [3])
+def test_unwrapped_step_compiles_whole(name, steps):
+    """As torch documents it: ``optimizer.step`` without its profiling wrappers.
+
+    Without momentum, whose first step torch's SGD does not trace either.
+    """
+    hyper = {"momentum": 0} if name == "SGD" else {}
+    left = []
+    for make in (ours, torchs):
+        torch._dynamo.reset()
+        params = make_params()
+        optimizer = make(name, "for-loop", params, **hyper)
+        step = torch.compile(whole_step(optimizer), backend="eager", fullgraph=True)
+        twins.step(params, optimizer, 0)
+        for number in range(1, 1 + steps):
+            twins.set_grads(params, number)
+            step()
+        left.append((params, optimizer))
+    assert_same(left[0][0], left[1][0], left[0][1], left[1][1])
+
+
+def whole_step(optimizer):
+    unwrapped = type(optimizer).step
+    while hasattr(unwrapped, "__wrapped__"):
+        unwrapped = unwrapped.__wrapped__
+
+    @torch.no_grad()
+    def step():
+        unwrapped(optimizer)
+
+    return step

@@ -1,0 +1,103 @@
+"""Ours and torch's class split by hand, to which the same is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import selective_optim
+
+SHAPES = [(4, 3), (3,), (2, 5), (5,)]
+CLASSES = {
+    "SGD": {"lr": 0.1, "momentum": 0.9},
+    "Adam": {"lr": 0.01, "amsgrad": True},
+    "AdamW": {"lr": 0.01},
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "automatic": {},
+    "fused": {"fused": True},
+    "foreach": {"foreach": True},
+    "for-loop": {"foreach": False, "fused": False},
+}
+WD = 0.3
+
+
+def make_params(shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[nn.Parameter]:
+    """Make the same parameters at every call."""
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def set_grads(params: Sequence[torch.Tensor], step: int) -> None:
+    """Give the same gradients to every list of like parameters."""
+    generator = torch.Generator().manual_seed(100 + step)
+    for param in params:
+        drawn = torch.randn(param.shape, generator=generator)
+        param.grad = drawn.to(param.dtype)
+
+
+def ours(name: str, kind: str, params: Sequence[Any], **arguments: Any) -> Any:
+    """Make our optimizer: one group, of which the matrices decay."""
+    chosen = {"weight_decay": WD, "wd_policy": "matrices", **KINDS[kind]}
+    cls = getattr(selective_optim, name)
+    return cls(params, **{**CLASSES[name], **chosen, **arguments})
+
+
+def torchs(name: str, kind: str, params: Sequence[Any], **arguments: Any) -> Any:
+    """Make torch's: two groups; fused where we choose fused."""
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": WD},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    chosen = KINDS[kind] or {"fused": True}
+    cls = getattr(torch.optim, name)
+    return cls(groups, **{**CLASSES[name], **chosen, **arguments})
+
+
+def step(params: Sequence[torch.Tensor], optimizer: Any, number: int) -> None:
+    """Set gradients and step."""
+    set_grads(params, number)
+    optimizer.step()
+
+
+Edit = Callable[[Any, list[Any]], Any]
+
+
+def both(name: str, kind: str, edit: Edit, steps: int = 3, **arguments: Any) -> None:
+    """Step both, do the same to both, step on, and compare what is left."""
+    left = []
+    for make in (ours, torchs):
+        params = make_params()
+        optimizer = make(name, kind, params, **arguments)
+        for number in range(2):
+            step(params, optimizer, number)
+        answer = edit(optimizer, params)
+        for number in range(2, 2 + steps):
+            step(params, optimizer, number)
+        left.append((params, optimizer, answer))
+    (mine, our_optimizer, here), (theirs, optimizer, there) = left
+    assert here == there
+    assert_same(mine, theirs, our_optimizer, optimizer)
+
+
+def assert_same(mine: Any, theirs: Any, ours: Any, torchs: Any) -> None:
+    """Compare parameters and state, bit for bit and in dtype."""
+    for position, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+        assert_equal(a.detach(), b.detach(), f"parameter {position}")
+        own, other = ours.state.get(a, {}), torchs.state.get(b, {})
+        assert own.keys() == other.keys()
+        for entry, value in other.items():
+            assert_equal(own[entry], value, f"{entry} of {position}")
+
+
+def assert_equal(a: Any, b: Any, label: str) -> None:
+    """Compare two tensors, or what stands in their place."""
+    if not isinstance(b, torch.Tensor):
+        assert a == b, label
+    else:
+        assert a.dtype == b.dtype, label
+        assert torch.equal(a, b), label
