@@ -14,7 +14,7 @@ from torch import nn
 
 import selective_optim
 from selective_optim import SGD, AdamW
-from tests import twins
+from tests.support import twins
 
 COPIES = {
     "none": lambda things: things,
@@ -234,7 +234,7 @@ def test_rebuilt_groups_resume_as_in_torch(policy, kind):
             twins.step(list(again.parameters()), resumed, number)
         left.append((list(again.parameters()), resumed))
     (mine, ours), (theirs, judge) = left
-    twins.assert_same(mine, theirs, ours, judge)
+    twins.assert_twins(mine, theirs, ours, judge)
 
 
 def append_a_group(optimizer, params):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 
-import numpy
 import pytest
 import torch
 from torch import nn
@@ -14,9 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import selective_optim
 from selective_optim.step.buckets import FusedBucket
 from selective_optim.step.plan import Plan
-from tests import twins
-from tests.twins import CLASSES, KINDS, assert_same, both, make_params, ours, torchs
+from tests.support import twins
+from tests.support.twins import (
+    CLASSES,
+    KINDS,
+    assert_twins,
+    both,
+    make_params,
+    ours,
+    torchs,
+)
 
+numpy = pytest.importorskip("numpy", reason="odd numbers are numpy's")
 each_name = pytest.mark.parametrize("name", CLASSES)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -108,7 +116,7 @@ def test_scaler_trains_as_with_torchs_class(name, kind, infinite):
     for a, b in zip(mine, theirs, strict=True):
         assert torch.equal(a, b)
     if 0 not in infinite:
-        assert_same(mine, theirs, own, judge)
+        assert_twins(mine, theirs, own, judge)
 
 
 # Where torch works.
@@ -141,7 +149,7 @@ def run_both(name, kind, prepare, steps=4, judge=torchs, **arguments):
     (mine, own, error), (theirs, judge, expected) = left
     assert error == expected
     if error is None:
-        assert_same(mine, theirs, own, judge)
+        assert_twins(mine, theirs, own, judge)
 
 
 @each_name
@@ -260,7 +268,7 @@ def test_gradient_with_the_negative_bit_left_open(name):
                 param.grad = torch._neg_view(param.grad)
         optimizer.step()
         judge.step()
-    assert_same(params, expected, optimizer, judge)
+    assert_twins(params, expected, optimizer, judge)
 
 
 @each_name
@@ -301,7 +309,7 @@ def test_values_that_compare_equal_and_are_not_the_same_are_noticed(
                     group["lr"] = new if new else 0.0
             twins.step(params, optimizer, number)
         left.append((params, optimizer))
-    assert_same(left[0][0], left[1][0], left[0][1], left[1][1])
+    assert_twins(left[0][0], left[1][0], left[0][1], left[1][1])
 
 
 # Plans are counted, and not timed.
@@ -472,7 +480,7 @@ def test_unwrapped_step_compiles_whole(name, steps):
             twins.set_grads(params, number)
             step()
         left.append((params, optimizer))
-    assert_same(left[0][0], left[1][0], left[0][1], left[1][1])
+    assert_twins(left[0][0], left[1][0], left[0][1], left[1][1])
 
 
 def whole_step(optimizer):

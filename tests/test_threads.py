@@ -10,8 +10,8 @@ from torch import nn
 
 from selective_optim import _torch
 from selective_optim.step.cells import ALONE
-from tests import twins
-from tests.twins import CLASSES, assert_same, ours, torchs
+from tests.support import twins
+from tests.support.twins import CLASSES, assert_twins, ours, torchs
 
 each_name = pytest.mark.parametrize("name", CLASSES)
 KERNELS = {"SGD": "fused_sgd_", "Adam": "fused_adam_", "AdamW": "fused_adamw_"}
@@ -181,4 +181,4 @@ def test_bits_are_those_of_torch_on_all_threads(name, dtype, scaled):
         for number in range(4):
             twins.step(params, optimizer, number)
         left.append((params, optimizer))
-    assert_same(left[0][0], left[1][0], left[0][1], left[1][1])
+    assert_twins(left[0][0], left[1][0], left[0][1], left[1][1])

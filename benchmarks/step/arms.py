@@ -11,12 +11,13 @@ import selective_optim
 from benchmarks.step.bare import BareKernel
 from benchmarks.step.workload import Workload
 
-BARE = "bare kernel"
+BARE, ALONE = "bare kernel", "bare, small on one"
+SMALL = 4096  # elements that a thread steps before a second one has come
 FUSED, FOREACH, DEFAULT = "torch fused", "torch foreach", "torch default"
 COMPILED = "torch compiled"
 OURS, ONE_GROUP, PLAIN = "ours", "ours, one group", "ours, plain tensors"
 TORCH = (FUSED, FOREACH, DEFAULT, COMPILED)
-ARMS = (BARE, *TORCH, OURS, ONE_GROUP, PLAIN)
+ARMS = (BARE, ALONE, *TORCH, OURS, ONE_GROUP, PLAIN)
 
 CLASSES = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD"}
 SETTINGS: dict[str, dict[str, float]] = {
@@ -76,14 +77,15 @@ def _arm(name: str, load: Workload, step: Callable[[], object]) -> Arm:
     return Arm(name, step, load.refresh)
 
 
-def _bare_arm(load: Workload, optimizer: str) -> Arm:
-    kernel = BareKernel(hand_split(load, optimizer), optimizer, SETTINGS[optimizer])
+def _bare_arm(name: str, load: Workload, optimizer: str, alone: int = 0) -> Arm:
+    groups = hand_split(load, optimizer)
+    kernel = BareKernel(groups, optimizer, SETTINGS[optimizer], alone)
 
     def prepare() -> None:
         load.refresh()
         kernel.fetch()
 
-    return Arm(BARE, kernel.step, prepare)
+    return Arm(name, kernel.step, prepare)
 
 
 def make_arms(
@@ -97,7 +99,9 @@ def make_arms(
         optimizer: A key of ``CLASSES``.
         compiled: Whether to compile torch's step, which takes minutes.
     """
-    arms = [_bare_arm(load, optimizer)]
+    arms = [_bare_arm(BARE, load, optimizer)]
+    if load.params[0].is_cpu:
+        arms.append(_bare_arm(ALONE, load, optimizer, SMALL))
     for name, choice in CHOICES.items():
         arms.append(_arm(name, load, build_torch(load, optimizer, **choice).step))
     if compiled and load.case.compiles:

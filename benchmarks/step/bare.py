@@ -20,6 +20,7 @@ class Call(NamedTuple):
     steps: list[Tensor]
     lr: float
     wd: float
+    alone: bool
 
 
 class BareKernel:
@@ -32,19 +33,30 @@ class BareKernel:
         groups: Parameter groups split by decay.
         optimizer: ``"adamw"``, ``"adam"`` or ``"sgd"``.
         settings: The optimizer's arguments, ``"weight_decay"`` for groups without.
+        alone: Elements up to which a tensor is stepped on one thread, in a call of
+            its own with others like it.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], optimizer: str, settings: dict[str, float]
+        self,
+        groups: list[dict[str, Any]],
+        optimizer: str,
+        settings: dict[str, float],
+        alone: int = 0,
     ) -> None:
         self._momentum = settings.get("momentum", 0.0)
         self._kernel = self._sgd if optimizer == "sgd" else _adam(optimizer)
-        merged: dict[tuple[float, float], list[Tensor]] = {}
+        merged: dict[tuple[bool, float, float], list[Tensor]] = {}
         for group in groups:
             wd = group.get("weight_decay", settings["weight_decay"])
-            merged.setdefault((group["lr"], wd), []).extend(group["params"])
+            for param in group["params"]:
+                key = (local(param).numel() <= alone, group["lr"], wd)
+                merged.setdefault(key, []).append(param)
         moments = 1 if optimizer == "sgd" else 2
-        self.calls = [_call(p, moments, lr, wd) for (lr, wd), p in merged.items()]
+        self.calls = [
+            _call(merged[key], moments, *key)
+            for key in sorted(merged, key=lambda key: key[0])
+        ]
         self._grads: list[list[Tensor]] = []
 
     def fetch(self) -> None:
@@ -55,8 +67,13 @@ class BareKernel:
 
     @torch.no_grad()
     def step(self) -> None:
+        threads = torch.get_num_threads()
         for call, grads in zip(self.calls, self._grads, strict=True):
+            if call.alone and torch.get_num_threads() > 1:
+                torch.set_num_threads(1)
             self._kernel(call, grads)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
     def _sgd(self, call: Call, grads: list[Tensor]) -> None:
         torch._fused_sgd_(
@@ -73,11 +90,13 @@ class BareKernel:
         )
 
 
-def _call(owners: list[Tensor], moments: int, lr: float, wd: float) -> Call:
+def _call(
+    owners: list[Tensor], moments: int, alone: bool, lr: float, wd: float
+) -> Call:
     params = [local(owner.detach()) for owner in owners]
     zeros = [[torch.zeros_like(param) for param in params] for _ in range(moments)]
     steps = [torch.ones((), device=param.device) for param in params]
-    return Call(owners, params, zeros, steps, lr, wd)
+    return Call(owners, params, zeros, steps, lr, wd, alone)
 
 
 def _adam(optimizer: str) -> Callable[[Call, list[Tensor]], None]:

@@ -19,7 +19,8 @@ class Case:
 
     ``groups`` are the user's parameter groups, before anybody splits them by decay.
     ``own_lr`` gives each its own learning rate. ``large`` cases run on a CPU only
-    when they are asked for.
+    when they are asked for. ``busy`` ones run on a CPU alone, beside as many busy
+    processes as there are cores, as where data is loaded or another training runs.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Case:
     own_lr: bool = False
     sharded: bool = False
     large: bool = False
+    busy: bool = False
 
     @property
     def shapes(self) -> list[Shape]:
@@ -40,7 +42,7 @@ class Case:
     @property
     def compiles(self) -> bool:
         """Tell whether torch.compile is done with torch's step within minutes."""
-        return not self.sharded and len(self.groups) <= LAYERS
+        return not self.sharded and not self.busy and len(self.groups) <= LAYERS
 
     def lr_of(self, group: int, base: float) -> float:
         return base * (1 - group / (2 * len(self.groups))) if self.own_lr else base
@@ -48,6 +50,11 @@ class Case:
 
 def tiny(count: int = 1000) -> Layer:
     return tuple((4,) if index % 2 else (4, 4) for index in range(count))
+
+
+def small(count: int = 1000) -> Layer:
+    """Return tensors of 64 elements, the fewest that torch parts among threads."""
+    return tuple((64,) if index % 2 else (8, 8) for index in range(count))
 
 
 def _norm(width: int) -> Layer:
@@ -125,6 +132,8 @@ VIT_S, VIT_L = vit(384, 12), vit(1024, 24)
 
 CASES = (
     Case("tiny", "1,000 tiny tensors", (tiny(),)),
+    Case("small", "1,000 small tensors", (small(),)),
+    Case("small_busy", "1,000 small, busy machine", (small(),), busy=True),
     Case("resnet50", "ResNet-50", (resnet50(),)),
     Case("vit_s", "ViT-S/16", (_joined(VIT_S),)),
     # Twelve blocks make 14 layers; their halves make the 26 of the large model.

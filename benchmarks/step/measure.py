@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -46,6 +49,19 @@ def spread(values: Sequence[float]) -> Spread:
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
     """Compare two arms round by round: what disturbs one round disturbs both."""
     return spread([n / d for n, d in zip(numerator, denominator, strict=True)])
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Keep cores busy; nothing is left behind, also where the body raises."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 class Clock(Protocol):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from benchmarks.step.arms import Arm, make_arms
 from benchmarks.step.cases import Case
 from benchmarks.step.measure import (
     Clock,
+    busy_processes,
     clock_for,
     copy_rate,
     interleave,
@@ -43,6 +45,8 @@ class Effort(NamedTuple):
     copied: int  # elements
 
 
+# On a busy machine a step of the slowest arm takes seconds.
+BUSY_ROUNDS = 12
 FULL = Effort(rounds=30, seconds=0.15, repeats=20, copied=1 << 28)
 QUICK = Effort(rounds=4, seconds=0.03, repeats=3, copied=1 << 24)
 
@@ -65,7 +69,9 @@ def run_case(
     clock = clock_for(device)
     with arms_of(case, optimizer, device, compiled) as (load, arms):
         able, errors = warm_up(arms, clock)
-        times = interleave(able, clock, effort.rounds, effort.seconds)
+        with busy_processes(os.cpu_count() or 1) if case.busy else nullcontext():
+            rounds = min(BUSY_ROUNDS, effort.rounds) if case.busy else effort.rounds
+            times = interleave(able, clock, rounds, effort.seconds)
         extra = {arm.name: _extra(arm, device) for arm in able}
         first = first_steps(load, optimizer, clock, max(2, effort.repeats // 4))
     return {
@@ -77,6 +83,7 @@ def run_case(
         "arms": {
             name: {
                 "ms": spread([ms for visit in rounds for ms in visit])._asdict(),
+                "mean_ms": round(fmean(ms for visit in rounds for ms in visit), 5),
                 "steps": sum(map(len, rounds)),
                 "round_ms": [round(median(visit), 5) for visit in rounds],
                 "peak_extra_bytes": extra[name],

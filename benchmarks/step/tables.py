@@ -28,7 +28,8 @@ def case_lines(record: Record) -> Iterator[str]:
         over = ratio(arm["round_ms"], bare["round_ms"]).median if bare else 0.0
         extra = arm["peak_extra_bytes"] / 1e6
         ms = _spread(arm["ms"])
-        yield f"  {name:20s}{ms:34s} ms {over:8.2f} x bare {extra:9.2f} MB"
+        mean = f"mean {arm['mean_ms']:9.3f} ms"
+        yield f"  {name:20s}{ms:34s} ms {mean} {over:8.2f} x bare {extra:9.2f} MB"
     for name, error in record["errors"].items():
         yield f"  {name:20s} cannot: {error[:100]}"
     for name, first in record["first_step_ms"].items():

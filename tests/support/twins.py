@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import selective_optim
+from tests.support.compare import assert_same
 
 SHAPES = [(4, 3), (3,), (2, 5), (5,)]
 CLASSES = {
@@ -81,23 +82,11 @@ def both(name: str, kind: str, edit: Edit, steps: int = 3, **arguments: Any) -> 
         left.append((params, optimizer, answer))
     (mine, our_optimizer, here), (theirs, optimizer, there) = left
     assert here == there
-    assert_same(mine, theirs, our_optimizer, optimizer)
+    assert_twins(mine, theirs, our_optimizer, optimizer)
 
 
-def assert_same(mine: Any, theirs: Any, ours: Any, torchs: Any) -> None:
-    """Compare parameters and state, bit for bit and in dtype."""
-    for position, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-        assert_equal(a.detach(), b.detach(), f"parameter {position}")
-        own, other = ours.state.get(a, {}), torchs.state.get(b, {})
-        assert own.keys() == other.keys()
-        for entry, value in other.items():
-            assert_equal(own[entry], value, f"{entry} of {position}")
-
-
-def assert_equal(a: Any, b: Any, label: str) -> None:
-    """Compare two tensors, or what stands in their place."""
-    if not isinstance(b, torch.Tensor):
-        assert a == b, label
-    else:
-        assert a.dtype == b.dtype, label
-        assert torch.equal(a, b), label
+def assert_twins(mine: Any, theirs: Any, ours: Any, torchs: Any) -> None:
+    """Compare the parameters, and the state of each."""
+    assert_same(mine, theirs)
+    states = [ours.state.get(param, {}) for param in mine]
+    assert_same(states, [torchs.state.get(param, {}) for param in theirs])
