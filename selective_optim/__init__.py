@@ -20,8 +20,10 @@ from selective_optim import schedules as schedules
 from selective_optim._any_optimizer import decay_report as decay_report
 from selective_optim.adam import Adam as Adam
 from selective_optim.adamw import AdamW as AdamW
+from selective_optim.any_class import selective as selective
 from selective_optim.decay import Decay as Decay
 from selective_optim.factories import deciding_for as deciding_for
+from selective_optim.groups import param_groups as param_groups
 from selective_optim.layers import layerwise_groups as layerwise_groups
 from selective_optim.parameters import ParameterInfo as ParameterInfo
 from selective_optim.report import DecayReport as DecayReport

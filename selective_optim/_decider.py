@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from difflib import SequenceMatcher
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from selective_optim._decision_table import DecisionTable, Group, Infos, Known, Row
 from selective_optim._model_index import ModelIndex
-from selective_optim._text import require_numbers
+from selective_optim._text import require_numbers, warn
 from selective_optim.decay import FULL, Decision, is_zero
 from selective_optim.parameters import as_modules
 from selective_optim.policies import Policy, as_policy
@@ -106,9 +105,13 @@ class Decider:
 
     def settle(self, groups: Sequence[Group]) -> None:
         """Decide for all groups of a constructor, and warn if nothing decays."""
+        self.decide_pending()
+        self.warn_if_idle(groups)
+
+    def decide_pending(self) -> None:
+        """Decide for all groups of a constructor."""
         pending, self._pending = self._pending or [], None
         self._decide_for(pending, [self.policy, *(each.policy for each in pending)])
-        self._warn_if_idle(groups, stacklevel=6)
 
     def _come_again(self, index: int, infos: Infos) -> list[Row] | None:
         """Return the rows of a group that was cleared and now comes again.
@@ -253,7 +256,7 @@ class Decider:
         self._decide_for(pending, [policy])
         self._table.forget_absent()  # they are decided anew when they come back
         self.policy = policy
-        self._warn_if_idle(groups, stacklevel=4)
+        self.warn_if_idle(groups)
 
     # Copies.
 
@@ -281,24 +284,22 @@ class Decider:
 
     # Warnings.
 
-    def _warn_if_idle(self, groups: Sequence[Group], stacklevel: int) -> None:
+    def warn_if_idle(self, groups: Sequence[Group]) -> None:
         """Warn once if a policy was given and nothing will decay."""
         rows = [row for rows in self._table.layout for row in rows]
         policy = next((row.policy for row in rows if row.policy is not None), None)
         if policy is None:
             return
         if all(map(is_zero, [group["weight_decay"] for group in groups])):
-            warnings.warn(
+            warn(
                 f"`weight_decay` is 0 in every group, so `wd_policy` {policy!r} "
-                f"has no effect. Pass weight_decay=0.01, or the value you want.",
-                stacklevel=stacklevel,
+                f"has no effect. Pass weight_decay=0.01, or the value you want."
             )
         # One optimizer per parameter is common, and most of them have an exempt one.
         elif len(rows) > 1 and not self._decays_anywhere(rows, policy):
-            warnings.warn(
+            warn(
                 f"`wd_policy` {policy!r} exempts all {len(rows)} parameters. "
-                f"Pass weight_decay=0 instead if nothing is to decay.",
-                stacklevel=stacklevel,
+                f"Pass weight_decay=0 instead if nothing is to decay."
             )
 
     def _decays_anywhere(self, rows: Sequence[Row], policy: Policy) -> bool:
@@ -329,8 +330,7 @@ def _warn_of_misspelt(group: Mapping[str, Any], keys: Iterable[str]) -> None:
         # "initial_lr" and "weight_decay_mult" are somebody's own, not misspelt.
         own = any(key.startswith(f"{k}_") or key.endswith(f"_{k}") for k in known)
         if not own and SequenceMatcher(None, nearest, key).ratio() >= RESEMBLANCE:
-            warnings.warn(
+            warn(
                 f"{key!r} in a parameter group is read by nobody. "
-                f"Did you mean {nearest!r}?",
-                stacklevel=5,
+                f"Did you mean {nearest!r}?"
             )

@@ -7,8 +7,7 @@ answered with the call of ``checkpoint`` that converts it.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -16,14 +15,16 @@ import torch
 from torch import Tensor
 
 from selective_optim._module_tree import canonical_name
-from selective_optim._text import shape_text
-from selective_optim.decay import Decision, is_zero
+from selective_optim._text import shape_text, warn
+from selective_optim.decay import Decision, Form, is_zero
 from selective_optim.step.kernel import Kernel
 
 RECORD = "decay"  # the key of a state dict under which decisions are recorded
 Decided = Sequence[Sequence[Decision]]
 Record = list[list[list[Any]]]
 SHOWN = 3  # parameters that a warning names
+# Tells the form of a group's parameters, given what was decided; None if unknown.
+FormOf = Callable[[dict[str, Any], Form | None], Form | None]
 SAME_MODEL = "Load a state dict of the same class, made for the same model."
 
 
@@ -38,6 +39,34 @@ def require_dict(state_dict: object) -> None:
             f"`state_dict` must be a dict, not {type(state_dict).__name__}. "
             f"Pass what optimizer.state_dict() returned."
         )
+
+
+def require_groups_like(
+    param_groups: Sequence[dict[str, Any]], decided: Decided, state_dict: Any
+) -> None:
+    """Check that a state dict has the groups of an optimizer, and their order.
+
+    Raises:
+        ValueError: It has other groups, or its names stand in another order.
+    """
+    _require_whole(state_dict)
+    saved = state_dict["param_groups"]
+    sizes = [len(group["params"]) for group in saved]
+    wanted = [len(group["params"]) for group in param_groups]
+    if sizes != wanted:
+        raise ValueError(
+            f"the loaded state dict has groups of {sizes} parameters, and this "
+            f"optimizer of {wanted}. If they were split by hand, type selective_optim."
+            f"checkpoint.merge_groups(state_dict, order=[n for n, _ in "
+            f"model.named_parameters()])."
+        )
+    for index, group in enumerate(saved):
+        if "weight_decay" not in group:
+            raise ValueError(
+                f"group {index} of the loaded state dict has no 'weight_decay', which "
+                f"this optimizer needs. {SAME_MODEL}"
+            )
+    _require_order(saved, decided)
 
 
 def require_loadable(
@@ -56,11 +85,7 @@ def require_loadable(
             another class or to a parameter of another shape; or its groups were
             split by hand, and are not here.
     """
-    if absent := {"state", "param_groups"} - state_dict.keys():
-        raise ValueError(
-            f"`state_dict` has no {min(absent)!r}, so it is none of an optimizer. "
-            f"Pass what optimizer.state_dict() returned."
-        )
+    _require_whole(state_dict)
     groups = state_dict["param_groups"]
     _require_laid_out(groups)
     _require_groups(kernel, groups)
@@ -201,6 +226,14 @@ def _moment_shape(entries: Any) -> tuple[int, ...] | None:
 # What a state dict must hold.
 
 
+def _require_whole(state_dict: Any) -> None:
+    if absent := {"state", "param_groups"} - state_dict.keys():
+        raise ValueError(
+            f"`state_dict` has no {min(absent)!r}, so it is none of an optimizer. "
+            f"Pass what optimizer.state_dict() returned."
+        )
+
+
 def _labels(decided: Decided) -> Iterator[str]:
     for index, decisions in enumerate(decided):
         for position, decision in enumerate(decisions):
@@ -268,20 +301,17 @@ def _require_entries(
             )
 
 
-def form_name(decoupled: bool) -> str:
+def form_name(decoupled: bool) -> Form:
     """Name a form as reports and state dicts do."""
     return "decoupled" if decoupled else "l2"
 
 
 def record_of(
-    kernel: Kernel, param_groups: Sequence[dict[str, Any]], decided: Decided
+    form_of: FormOf, param_groups: Sequence[dict[str, Any]], decided: Decided
 ) -> Record:
     """Write down the multiplier and form of every parameter, in plain values."""
     return [
-        [
-            [decay.multiplier, form_name(kernel.decoupled(group, decay.form))]
-            for decay, *_ in decisions
-        ]
+        [[decay.multiplier, form_of(group, decay.form)] for decay, *_ in decisions]
         for group, decisions in zip(param_groups, decided)
     ]
 
@@ -295,7 +325,6 @@ def warn_of_changes(
     param_groups: Sequence[dict[str, Any]],
     saved: Any,
     now: Record,
-    stacklevel: int,
 ) -> None:
     """Warn once if a checkpoint was made with other decisions than those now taken.
 
@@ -309,24 +338,21 @@ def warn_of_changes(
         param_groups: The groups after it.
         saved: What the state dict records of decisions, if anything.
         now: What one of this optimizer records.
-        stacklevel: As for ``warnings.warn``.
     """
     if changes := _changes(decided, saved, now):
-        warnings.warn(
+        warn(
             f"the loaded checkpoint was made with another weight decay policy: "
             f"{_first_of(changes, '; ')}. The policy of the constructor is kept; "
-            f"pass the old one as wd_policy to continue as before.",
-            stacklevel=stacklevel,
+            f"pass the old one as wd_policy to continue as before."
         )
     elif saved is None and (lost := _losers(decided, before, param_groups)):
-        warnings.warn(
+        warn(
             f"the loaded checkpoint sets weight_decay to 0 for "
             f"{_first_of(lost, ', ')}, which the policy decays: a group takes it from "
             f"one of its parameters, and groups that were split by hand had exempt "
             f"ones. Convert the state dict (not flattened) with selective_optim."
             f"checkpoint.merge_groups before loading, or set weight_decay in "
-            f"optimizer.param_groups.",
-            stacklevel=stacklevel,
+            f"optimizer.param_groups."
         )
 
 
@@ -354,7 +380,7 @@ def _losers(
 def _changes(decided: Decided, saved: Any, now: Record) -> list[str]:
     try:
         pairs = [
-            (label, (float(old[0]), str(old[1])), (new[0], new[1]))
+            (label, (float(old[0]), old[1]), (new[0], new[1]))
             for label, old, new in zip(_labels(decided), _joined(saved), _joined(now))
         ]
     except (TypeError, ValueError, IndexError, KeyError):
@@ -370,8 +396,9 @@ def _joined(record: Any) -> list[Any]:
     return [entry for group in record for entry in group]
 
 
-def _text(multiplier: float, form: str, was: bool) -> str:
+def _text(multiplier: float, form: str | None, was: bool) -> str:
     if not multiplier:
         return "was exempt" if was else "is exempt"
     times = "in full" if multiplier == 1 else f"{multiplier:g} times as much"
-    return f"{'decayed' if was else 'decays'} {times} ({form})"
+    how = f" ({form})" if form else ""
+    return f"{'decayed' if was else 'decays'} {times}{how}"

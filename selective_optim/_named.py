@@ -18,6 +18,7 @@ Names = Sequence[Sequence[str]]
 Record = list[Any]  # a multiplier and a form
 
 MEMBERS = ("params", "param_names")
+PARTS = "parts"  # the key of a state dict for what split groups keep for themselves
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,8 @@ def write(
         }
         for hyper, mine in groups
     ]
-    others = {key: value for key, value in state_dict.items() if key != RECORD}
+    # What parts of other groups kept for themselves fits no group of these.
+    left = (RECORD, PARTS)
+    others = {key: value for key, value in state_dict.items() if key not in left}
     record = {} if records is None else {RECORD: records}
     return {**others, "state": state, "param_groups": packed, **record}

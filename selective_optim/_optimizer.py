@@ -1,36 +1,32 @@
-"""What the optimizers share: a decider and a stepper; here state, copies, report."""
+"""What SGD, Adam and AdamW share: a stepper beside the decider; state and copies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, repeat
 from typing import Any
 
 import torch
-from torch import nn
 
 from selective_optim import _torch
-from selective_optim._decider import OWN_KEYS, Decider
+from selective_optim._base import Model, PolicyOptimizer
+from selective_optim._decider import Decider
 from selective_optim._loading import (
     RECORD,
-    record_of,
+    form_name,
     require_dict,
     require_loadable,
     warn_of_changes,
 )
-from selective_optim.decay import Decay
+from selective_optim.decay import Decay, Form
 from selective_optim.factories import given
-from selective_optim.policies import Policy, WdPolicy
-from selective_optim.report import DecayReport, make_report
 from selective_optim.step.cells import Member, free_choice
 from selective_optim.step.kernel import Kernel, Scaling, States
 from selective_optim.step.stepper import Stepper
 
-Model = nn.Module | Sequence[nn.Module] | None
 
-
-class SelectiveOptimizer(torch.optim.Optimizer):
+class SelectiveOptimizer(PolicyOptimizer):
     """Decides once for every parameter and applies the decisions in ``step()``.
 
     Stands before a class of ``torch.optim`` whose constructor, groups and state
@@ -39,7 +35,6 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     # Not ``state``: __dict__["state"] cannot be read inside a compiled step of 2.7.
     _states: States
-    _decider: Decider
     _stepper: Stepper
 
     # Construction.
@@ -49,36 +44,13 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         self, params: Any, wd_policy: object, model: Model, kernel: Kernel
     ) -> Iterator[Any]:
         """Give torch's constructor what it takes, then decide for all groups."""
-        around = given(model, wd_policy)
-        self._decider = Decider(around.wd_policy, around.model)
+        self._decider = Decider(*given(model, wd_policy))
         self._stepper = Stepper(kernel)
         self._decider.begin()
         yield self._decider.index.learn(params)
         self._decider.settle(self.param_groups)
         self._decider.index.let_go()
         self._stepper = Stepper(kernel)  # torch has let go of the state it made
-
-    @_torch.disable_dynamo
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, as torch does, and decide for its parameters.
-
-        Args:
-            param_group: As for ``torch.optim``; ``"params"`` may also be a module or
-                a sequence of modules, ``"wd_policy"`` overrides the constructor's,
-                and ``"model"`` adds to the modules that are known.
-
-        Raises:
-            ValueError: The policy cannot be decided; then nothing is added.
-        """
-        policy, group = self._decider.open(param_group, self.defaults)
-        super().add_param_group(group)
-        try:
-            self._decider.arrive(self.param_groups, policy, group is not param_group)
-        except BaseException:
-            self.param_groups.pop()
-            raise
-        finally:
-            self._decider.index.let_go()
 
     # Stepping.
 
@@ -169,26 +141,11 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     # The policy.
 
-    @property
-    def wd_policy(self) -> Policy | None:
-        """Who decays. Assigning decides anew for every parameter, or raises."""
-        return self._decider.policy
+    def _form_of(self, group: dict[str, Any], form: Form | None) -> Form:
+        return form_name(self._stepper.kernel.decoupled(group, form))
 
-    @wd_policy.setter
-    def wd_policy(self, wd_policy: WdPolicy) -> None:
-        self._decider.assign(wd_policy, self.param_groups)
+    def _decided_anew(self) -> None:
         self._stepper.forget()
-
-    def decay_report(self) -> DecayReport:
-        """Tell what decays: in sum when printed, per parameter in ``rows``."""
-        decided = self._decider.readable(self.param_groups, self.defaults)
-        return make_report(self.param_groups, decided, self._stepper.kernel.decoupled)
-
-    def __repr__(self) -> str:
-        text = super().__repr__()
-        if self.wd_policy is None:
-            return text
-        return f"{text.removesuffix(')')}wd_policy: {self.wd_policy!r}\n)"
 
     # State dicts and copies.
 
@@ -198,16 +155,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
         ``"decay"`` holds, group by group, a ``[multiplier, form]`` per parameter.
         """
-        state_dict = super().state_dict()
-        for group in state_dict["param_groups"]:
-            for name in OWN_KEYS:
-                group.pop(name, None)
-        state_dict[RECORD] = self._record()
-        return state_dict
-
-    def _record(self) -> Any:
-        decided = self._decider.readable(self.param_groups, self.defaults)
-        return record_of(self._stepper.kernel, self.param_groups, decided)
+        return self._recorded(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of torch's class of the same name.
@@ -239,9 +187,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        warn_of_changes(
-            decided, before, self.param_groups, saved[0], self._record(), stacklevel=3
-        )
+        warn_of_changes(decided, before, self.param_groups, saved[0], self._record())
 
     def _left_open(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """Leave the implementation open where it is open now, whoever saved."""

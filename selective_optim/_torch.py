@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from itertools import repeat
@@ -115,6 +117,11 @@ sgd = _find("torch.optim.sgd:sgd", SLOW_FUNCTIONAL) or _by_class(
 disable_dynamo: Callable[[_F], _F] = _find(
     "torch:_disable_dynamo", "nothing is slower", torch.compiler.disable
 )
+
+
+def run_as_is(step: _F) -> _F:
+    """Keep a function from being compiled, though not what it calls."""
+    return disable_dynamo(step, recursive=False)  # type: ignore[call-arg]  # torch's
 
 
 def _check_fused(param: Tensor, cuda_unsupported: bool = False) -> None:
@@ -242,6 +249,33 @@ def not_to_be_patched(step: _F) -> _F:
 
 # Under which ``LRScheduler`` notes that the optimizer stepped; without, it warns.
 STEP_NOTE = "_opt_called"
+
+
+# Hooks. torch wraps the step of each class that is instantiated, to run them.
+
+
+def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function of a method, without the wrapper that runs hooks."""
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]  # functools.wraps sets it
+    return getattr(step, "__func__", step)
+
+
+def hooks_of(optimizer: torch.optim.Optimizer, kind: str) -> list[Any]:
+    """List the hooks of a kind: ``"state_dict_pre"``, ``"load_state_dict_post"``."""
+    return list(getattr(optimizer, f"_optimizer_{kind}_hooks", {}).values())
+
+
+@contextmanager
+def without_hooks(optimizer: torch.optim.Optimizer, *kinds: str) -> Iterator[None]:
+    """Keep an optimizer's own hooks of these kinds from running."""
+    names = [f"_optimizer_{kind}_hooks" for kind in kinds]
+    kept = {name: vars(optimizer).get(name, {}) for name in names}
+    vars(optimizer).update({name: OrderedDict() for name in names})
+    try:
+        yield
+    finally:
+        vars(optimizer).update(kept)
 
 
 # Under which wrappers (DDP, compiled modules, FSDP1, checkpointing) register what they

@@ -16,8 +16,8 @@ from selective_optim.policies import WdPolicy, as_policy
 class Given(NamedTuple):
     """What a block of :func:`deciding_for` gives the optimizers made inside."""
 
-    model: object = None
     wd_policy: object = None
+    model: object = None
 
 
 _given: ContextVar[Given | None] = ContextVar("selective_optim", default=None)
@@ -58,7 +58,7 @@ def deciding_for(
     policy = None if wd_policy is None else as_policy(wd_policy)
     if isinstance(model, nn.Module) or not callable(model):
         as_modules(model)
-    token = _given.set(Given(model, policy))
+    token = _given.set(Given(policy, model))
     try:
         yield
     finally:
@@ -76,4 +76,4 @@ def given(model: object, wd_policy: object) -> Given:
         model = around.model
         if callable(model) and not isinstance(model, nn.Module):
             model = model()
-    return Given(model, wd_policy)
+    return Given(wd_policy, model)

@@ -313,7 +313,7 @@ def _shape(decided: torch.Size, param: Tensor) -> torch.Size:
 def make_report(
     param_groups: Sequence[dict[str, Any]],
     decided: Iterable[Sequence[Decision]],
-    decoupled: Callable[[dict[str, Any], Form | None], bool],
+    form_of: Callable[[dict[str, Any], Form | None], Form | None],
 ) -> DecayReport:
     """Join decisions with what the groups say now."""
     return DecayReport(
@@ -322,7 +322,7 @@ def make_report(
                 index,
                 group,
                 decision,
-                "decoupled" if decoupled(group, decision.decay.form) else "l2",
+                form_of(group, decision.decay.form),
                 param,
             )
             for index, (group, decisions) in enumerate(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from selective_optim import _torch
+from selective_optim._text import warn
 from selective_optim.step.buckets import Bucket
 from selective_optim.step.cells import Member, wants_fused
 from selective_optim.step.counters import Counters
@@ -137,11 +137,10 @@ class Stepper:
     def _warn_of_vanishing(self, bucket: Bucket) -> None:
         self._warned = True
         dtype = str(bucket.key.dtype).removeprefix("torch.")
-        warnings.warn(
+        warn(
             f"1 - lr * weight_decay rounds to 1 or to its neighbor in {dtype}, so "
             f"{bucket.label} hardly decays. Keep the parameters in float32, or use "
-            f"fused Adam or AdamW, which decay in float32.",
-            stacklevel=7,
+            f"fused Adam or AdamW, which decay in float32."
         )
 
     def _follow_moved(

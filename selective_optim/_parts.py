@@ -1,0 +1,291 @@
+"""Parameter groups as a class sees them inside its step: one part per decay.
+
+A user's group is split by what was decided into parts, which are groups in their
+own right and live as long as the optimizer. What a user writes into the group goes
+down into its parts before the class runs; what the class wrote into all of them
+alike shows in the group afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selective_optim._named import MEMBERS
+from selective_optim.decay import FULL, Decay, Decision
+
+Group = dict[str, Any]
+WD = "weight_decay"
+# Keys by which classes let a group choose its form: of torch, timm, Prodigy and
+# D-Adaptation, pytorch_optimizer, optimi. True is decoupled.
+FLAGS = (
+    *("decoupled_weight_decay", "decoupled_decay", "decouple"),
+    *("weight_decouple", "decouple_wd"),
+)
+# What is computed for each part from the group and the decay of the part.
+COMPUTED = (WD, *FLAGS)
+# Not written from a group into its parts, nor back, as they stand.
+APART = (*MEMBERS, *COMPUTED)
+PLAIN = (int, float, bool, str)
+_ABSENT = object()
+
+
+def wd_of(group: Group, decay: Decay) -> Any:
+    """Compute the decay of a part: a number that the class takes as its own.
+
+    A form that is nothing but another number belongs here.
+    """
+    if decay.multiplier == 1:
+        return group[WD]
+    return group[WD] * decay.multiplier if decay.multiplier else 0.0
+
+
+def flag_of(group: Group) -> str | None:
+    """Find the key by which the class lets a group choose its form."""
+    return next((key for key in FLAGS if key in group), None)
+
+
+def computed(group: Group, decay: Decay, key: str) -> Any:
+    """Compute what a part has under one of the keys in ``COMPUTED``."""
+    if key == WD:
+        return wd_of(group, decay)
+    return group[key] if decay.form is None else decay.form == "decoupled"
+
+
+def same(a: object, b: object) -> bool:
+    """Tell whether two values are one object or, if plain, equal.
+
+    Tensors are not compared: that would wait for their device.
+    """
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) in PLAIN and (a == b or (a != a and b != b))  # two NaNs
+
+
+def alike(a: object, b: object) -> bool:
+    """Tell whether two values are equal, tensors too."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return same(a, b)
+
+
+@dataclass(eq=False)
+class Part:
+    """Parameters of one group with one decay, and the group that the class sees.
+
+    Args:
+        decay: What was decided for them.
+        group: What the class sees and writes to.
+        held: The parameters and their names.
+    """
+
+    decay: Decay
+    group: Group
+    held: Group
+
+    @property
+    def own(self) -> Group:
+        """What the part holds besides its parameters and their decay."""
+        return without_apart(self.group)
+
+
+@dataclass(eq=False)
+class Split:
+    """A user's group and its parts.
+
+    Args:
+        group: The user's.
+        parts: At least one, which has no parameters where the group has none.
+        shown: What stood in the group when it was last looked at.
+    """
+
+    group: Group
+    parts: list[Part]
+    shown: Group = field(default_factory=dict)
+
+    def settle(self) -> None:
+        """Give the parts their parameters, with the decay yet to be handed down."""
+        for part in self.parts:
+            part.group.update(part.held)
+
+    def adopt(self, made: Sequence[Group], keys: Collection[str]) -> None:
+        """Take over the groups that the class made of the parts, and show them."""
+        for part, group in zip(self.parts, made, strict=True):
+            part.group = group
+        first = self.parts[0].group
+        self.group.update({k: v for k, v in first.items() if k not in MEMBERS})
+        self.share(keys)
+        self.shown = without_computed(self.group)
+
+    def hand_down(self, keys: Collection[str]) -> None:
+        """Write what has changed in the group into its parts.
+
+        Args:
+            keys: Hyperparameters; their tensors serve all parts at once. Another
+                tensor is one that each part keeps for itself.
+        """
+        group, shown = self.group, self.shown
+        for key, value in group.items():
+            if value is shown.get(key, _ABSENT) and not isinstance(value, Tensor):
+                continue
+            if key in COMPUTED:
+                for part in self.parts:
+                    part.group[key] = computed(group, part.decay, key)
+            elif key not in MEMBERS and not same(value, shown.get(key, _ABSENT)):
+                self._require_common(key)
+                for part in self.parts:
+                    part.group[key] = value if key in keys else apart(value)
+        for key in shown.keys() - group.keys():
+            for part in self.parts:
+                part.group.pop(key, None)
+        self.shown = dict(group)
+
+    def _require_common(self, key: str) -> None:
+        """Check that a value is not one that the class sets for each part apart.
+
+        A schedule that goes on from the group's would go on from none of theirs.
+        """
+        first, *others = [part.group.get(key, _ABSENT) for part in self.parts]
+        if not all(alike(first, other) for other in others):
+            raise ValueError(
+                f"{key!r} was set in a group, and the class itself has set it for each "
+                f"decay in that group apart. Split the groups by hand: "
+                f"selective_optim.param_groups(model, ...)."
+            )
+
+    def show(self) -> None:
+        """Write what the class wrote into all parts alike into the group.
+
+        Of tensors the first part's shows. What differs between parts does not: there
+        the group keeps what it said before.
+        """
+        first, *others = [part.group for part in self.parts]
+        for key, value in first.items():
+            if key in APART or value is self.group.get(key, _ABSENT):
+                continue
+            tensor = isinstance(value, Tensor)
+            if tensor or all(same(value, o.get(key, _ABSENT)) for o in others):
+                self.group[key] = value
+        for key in self.group.keys() - first.keys():
+            if key not in APART and not any(key in other for other in others):
+                del self.group[key]
+        self.shown = dict(self.group)
+
+    def share(self, keys: Collection[str]) -> None:
+        """Let all parts read one tensor for each hyperparameter.
+
+        Some classes turn a rate into a tensor of each group; schedulers write into
+        the one that they see.
+        """
+        first, *others = [part.group for part in self.parts]
+        for key in keys:
+            if key not in APART and isinstance(first.get(key), Tensor):
+                for other in others:
+                    other[key] = first[key]
+
+
+def without_computed(group: Group) -> Group:
+    """Take what a group has shown; the rest is yet to be handed down."""
+    return {key: value for key, value in group.items() if key not in COMPUTED}
+
+
+def without_apart(group: Group) -> Group:
+    """Take what is neither parameters nor their decay."""
+    return {key: value for key, value in group.items() if key not in APART}
+
+
+def apart(value: Any) -> Any:
+    """Copy a tensor that each part counts in by itself."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def members(group: Group, chosen: Sequence[int]) -> Group:
+    """Take some parameters of a group, with their names if it has any."""
+    return {key: [group[key][i] for i in chosen] for key in MEMBERS if key in group}
+
+
+def by_decay(decisions: Sequence[Decision]) -> dict[Decay, list[int]]:
+    """List the positions of a group by decay, in the order of first appearance."""
+    found: dict[Decay, list[int]] = {}
+    for position, decision in enumerate(decisions):
+        found.setdefault(decision.decay, []).append(position)
+    return found or {FULL: []}
+
+
+def split_group(group: Group, decisions: Sequence[Decision]) -> Split:
+    """Split a group that no class has seen yet; decay is still that of the group."""
+    return Split(
+        group,
+        [
+            Part(decay, {**group, **held}, held)
+            for decay, chosen in by_decay(decisions).items()
+            for held in [members(group, chosen)]
+        ],
+    )
+
+
+def split_again(
+    group: Group,
+    decisions: Sequence[Decision],
+    before: Sequence[Split],
+    keys: Collection[str],
+) -> Split:
+    """Split a group whose parameters or decisions have changed; see :meth:`settle`.
+
+    The part with the same decay goes on. A new one takes over what the parts that its
+    parameters come from keep for themselves.
+
+    Raises:
+        ValueError: They come from parts that keep different values.
+    """
+    mine = [split for split in before if split.group is group]
+    shown = mine[0].shown if mine else None
+    parts = []
+    for decay, chosen in by_decay(decisions).items():
+        held = members(group, chosen)
+        known = _holders(held["params"], mine or before)
+        going_on = [p for split in mine for p in split.parts if p.decay == decay]
+        _require_agreement([*going_on, *(part for _, part in known)], decisions)
+        if known and shown is None:
+            shown = known[0][0].shown
+        if going_on:
+            parts.append(Part(decay, going_on[0].group, held))
+        else:
+            own = known[0][1].own if known else without_apart(group)
+            taken = {k: v if k in keys else apart(v) for k, v in own.items()}
+            parts.append(Part(decay, taken, held))
+    return Split(group, parts, without_computed(shown or {}))
+
+
+def _holders(
+    params: Sequence[Tensor], splits: Sequence[Split]
+) -> list[tuple[Split, Part]]:
+    wanted = set(map(id, params))
+    return [
+        (split, part)
+        for split in splits
+        for part in split.parts
+        if not wanted.isdisjoint(map(id, part.group["params"]))
+    ]
+
+
+def _require_agreement(parts: Sequence[Part], decisions: Sequence[Decision]) -> None:
+    """Check that parts that become one keep the same of their own."""
+    for part in parts[1:]:
+        for key, value in parts[0].own.items():
+            other = part.own.get(key, _ABSENT)
+            if not alike(value, other):
+                name = next((repr(d.name) for d in decisions if d.name), "a parameter")
+                raise ValueError(
+                    f"{name} would come together with parameters whose {key!r} differs "
+                    f"by now, which this class keeps for each group. Make a new "
+                    f"optimizer with the new policy or groups."
+                )

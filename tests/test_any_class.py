@@ -1,0 +1,744 @@
+"""`selective(cls)` does what `cls` does with groups split by hand, and works as it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import selective_optim
+from selective_optim import WeightDecay, policies, selective
+from tests.support.compare import assert_same
+from tests.support.problems import make_params, set_grads
+
+STEPS = 8
+NAdam, RAdam, RMSprop = torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop
+MULTIPLIERS = [1, 0, 0.5, 1, 2, 0, 1, 0.5]
+
+
+class Counting(torch.optim.Optimizer):
+    """SGD that keeps in its groups what published classes keep there."""
+
+    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.0) -> None:
+        defaults = {"lr": lr, "weight_decay": weight_decay, "k": 0, "train_mode": False}
+        super().__init__(params, defaults)
+
+    def train(self) -> None:
+        for group in self.param_groups:
+            group["train_mode"] = True
+
+    def eval(self) -> None:
+        for group in self.param_groups:
+            group["train_mode"] = False
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            group["k"] += 1  # schedule-free
+            group.setdefault("step", torch.zeros(()))
+            group["step"] += 1  # timm's Lamb, in place
+            used = [p for p in group["params"] if p.grad is not None]
+            norm = sum((float(p.grad.norm()) for p in used), 0.0)
+            group["gamma"] = group.get("gamma", 1.0) + norm  # AvaGrad
+            rate = group["lr"] / (group["gamma"] + group["k"] + float(group["step"]))
+            for p in used:
+                p.add_(p.grad + group["weight_decay"] * p, alpha=-rate)
+        return loss
+
+
+class Listing(Counting):
+    """Makes a list at construction, with one item per group, as AdaBound does."""
+
+    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.0) -> None:
+        super().__init__(params, lr, weight_decay)
+        self.base_lrs = [group["lr"] for group in self.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group, base in zip(self.param_groups, self.base_lrs):
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad + group["weight_decay"] * p, alpha=-base)
+
+
+class Rating(Counting):
+    """Sets a rate for each group by what is in it, as pytorch_optimizer's ASGD does."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            used = [p for p in group["params"] if p.grad is not None]
+            group["lr"] /= 1 + sum((float(p.grad.norm()) for p in used), 0.0)
+
+
+class Converting(Counting):
+    """Makes a tensor of the rate of each group, as torchao's Adam does."""
+
+    def add_param_group(self, group: Any) -> None:
+        super().add_param_group(group)
+        self.param_groups[-1]["lr"] = torch.tensor(self.param_groups[-1]["lr"])
+
+
+class Alone(torch.optim.NAdam):
+    """Passes its step on to its base class."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class Wrapping(torch.optim.Optimizer):
+    """Steps another optimizer, as SAM does."""
+
+    def __init__(self, params: Any, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"weight_decay": weight_decay})
+        self.base = torch.optim.SGD(self.param_groups, lr=0.1)
+
+
+class Regrouping(torch.optim.Optimizer):
+    """Makes groups by size, as some implementations of Muon do."""
+
+    def __init__(self, params: Any, weight_decay: float = 0.0) -> None:
+        listed = [p for group in params for p in group["params"]]
+        super().__init__([{"params": listed}], {"weight_decay": weight_decay})
+
+
+class Lookahead(torch.optim.Optimizer):
+    def __init__(self, optimizer: Any) -> None:
+        raise NotImplementedError
+
+
+def verdict(info: Any) -> float:
+    return MULTIPLIERS[int(info.name[1:])]
+
+
+def named(params: Any) -> list[tuple[str, Any]]:
+    return [(f"p{i}", param) for i, param in enumerate(params)]
+
+
+def ours(cls: Any, params: Any, **arguments: Any) -> Any:
+    """Make one with two groups and a rate each."""
+    pairs = named(params)
+    groups = [{"params": pairs[:5]}, {"params": pairs[5:], "lr": 0.02}]
+    arguments = {"lr": 0.05, "weight_decay": 0.1, "wd_policy": verdict, **arguments}
+    return selective(cls)(groups, **arguments)
+
+
+def by_hand(cls: Any, params: Any, **arguments: Any) -> Any:
+    groups = []
+    for start, stop, lr in ((0, 5, 0.05), (5, 8, 0.02)):
+        split: dict[float, list[Any]] = {}
+        for multiplier, param in zip(MULTIPLIERS[start:stop], params[start:stop]):
+            split.setdefault(multiplier, []).append(param)
+        groups += [
+            {"params": held, "lr": lr, "weight_decay": 0.1 * multiplier}
+            for multiplier, held in split.items()
+        ]
+    return cls(groups, **arguments)
+
+
+def train(optimizer: Any, params: Any, steps: Any = range(STEPS)) -> Any:
+    for step in steps:
+        set_grads(params, step)
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.5 if step % 2 else 1.5
+        optimizer.step()
+    return optimizer
+
+
+def assert_trains_as_by_hand(cls: Any, between: Any = None, **arguments: Any) -> Any:
+    """Train for eight steps, with something in the middle, and compare bits."""
+    actual, expected = make_params(), make_params()
+    optimizer = train(ours(cls, actual, **arguments), actual, range(4))
+    if between is not None:
+        optimizer, actual = between(optimizer, actual)
+    train(optimizer, actual, range(4, STEPS))
+    train(by_hand(cls, expected, **arguments), expected)
+    assert_same(actual, expected)
+    return optimizer
+
+
+def reload(optimizer: Any) -> dict[str, Any]:
+    saved = io.BytesIO()
+    torch.save(optimizer.state_dict(), saved)
+    saved.seek(0)
+    return torch.load(saved, weights_only=True)
+
+
+CLASSES = [Counting, Listing, Alone, NAdam, RMSprop, torch.optim.Adadelta]
+each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+
+
+# Bits.
+
+
+@each_class
+def test_step_equals_groups_split_by_hand(cls):
+    assert_trains_as_by_hand(cls)
+
+
+@each_class
+def test_resumed_run_continues_bit_for_bit(cls):
+    def resume(optimizer, params):
+        again = ours(cls, params)
+        again.load_state_dict(reload(optimizer))
+        return again, params
+
+    assert_trains_as_by_hand(cls, resume)
+
+
+@each_class
+def test_deep_copy_continues_bit_for_bit(cls):
+    if cls is Listing:
+        pytest.skip("torch's copies lose attributes, base_lrs among them")
+
+    def copied(optimizer, params):
+        params, optimizer = copy.deepcopy((params, optimizer))
+        return optimizer, params
+
+    assert_trains_as_by_hand(cls, copied)
+
+
+@each_class
+def test_pickled_optimizer_continues_bit_for_bit(cls):
+    if cls is Listing:
+        pytest.skip("torch's copies lose attributes, base_lrs among them")
+
+    def pickled(optimizer, params):
+        optimizer.wd_policy = {"p0": 1, "*": 1}  # a function of tests is not found
+        return optimizer, params
+
+    actual = make_params()
+    optimizer = ours(cls, actual, wd_policy={"p[15]": 0, "p[27]": 0.5, "p4": 2})
+    train(optimizer, actual, range(4))
+    actual, again = pickle.loads(pickle.dumps((actual, optimizer)))
+    train(again, actual, range(4, STEPS))
+    expected = make_params()
+    train(by_hand(cls, expected), expected)
+    assert_same(actual, expected)
+    assert type(again) is type(optimizer)
+    assert again.wd_policy == optimizer.wd_policy
+
+
+def test_closure_sees_the_groups_of_the_user_and_its_edits_hold():
+    actual, expected = make_params(), make_params()
+    optimizer, oracle = ours(Counting, actual), by_hand(Counting, expected)
+    counts = []
+
+    def closing(each, params, step):
+        def closure():
+            set_grads(params, step)
+            counts.append(len(each.param_groups))
+            for group in each.param_groups:
+                group["lr"] *= 0.9
+            return 3.0
+
+        return closure
+
+    for step in range(STEPS):
+        assert optimizer.step(closing(optimizer, actual, step)) == 3.0
+        oracle.step(closure=closing(oracle, expected, step))
+    assert set(counts[::2]) == {2}
+    assert_same(actual, expected)
+
+
+FORMS = [
+    (NAdam, "decoupled_weight_decay", {}),
+    (RAdam, "decoupled_weight_decay", {}),
+]
+
+
+@pytest.mark.parametrize(("cls", "flag", "arguments"), FORMS)
+def test_form_that_a_group_may_choose_is_computed_by_the_class(cls, flag, arguments):
+    actual, expected = make_params()[:3], make_params()[:3]
+    optimizer = selective(cls)(
+        named(actual),
+        lr=0.05,
+        weight_decay=0.1,
+        wd_policy=policies.form("decoupled", "p1") * policies.scale("p2", by=0.5),
+    )
+    hand = [(0.1, False), (0.1, True), (0.05, False)]
+    oracle = cls(
+        [
+            {"params": [p], "weight_decay": wd, flag: decoupled}
+            for p, (wd, decoupled) in zip(expected, hand)
+        ],
+        lr=0.05,
+    )
+    train(optimizer, actual)
+    train(oracle, expected)
+    assert_same(actual, expected)
+    forms = [row.form for row in optimizer.decay_report().rows]
+    assert forms == ["l2", "decoupled", "l2"]
+    assert optimizer.param_groups[0][flag] is False
+
+
+# The class.
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_the_three_are_ours(name):
+    assert selective(getattr(torch.optim, name)) is getattr(selective_optim, name)
+    assert selective(getattr(selective_optim, name)) is getattr(selective_optim, name)
+
+
+def test_class_is_a_subclass_made_once_that_bears_the_same_name():
+    cls = selective(NAdam)
+    assert selective(NAdam) is cls
+    assert selective(cls) is cls
+    assert issubclass(cls, NAdam)
+    assert cls.__name__ == "NAdam"
+    assert repr(cls) == "selective(<class 'torch.optim.nadam.NAdam'>)"
+
+
+@each_class
+def test_signature_is_the_class_s_with_ours_at_its_end(cls):
+    actual = inspect.signature(selective(cls)).parameters
+    expected = inspect.signature(cls).parameters
+    assert list(actual) == [*expected, "wd_policy", "model"]
+
+
+def test_class_made_anew_can_be_collected():
+    class Passing(Counting):
+        pass
+
+    before = len(Counting.__subclasses__())
+    selective(Passing)
+    assert selective(Passing) is selective(Passing)
+    assert len(Counting.__subclasses__()) == before
+
+
+def test_class_is_pickled_as_the_call_that_makes_it():
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        assert pickle.loads(pickle.dumps(selective(NAdam), protocol)) is selective(
+            NAdam
+        )
+    assert copy.deepcopy(selective(NAdam)) is selective(NAdam)
+
+
+class Named(selective(NAdam)):
+    """A subclass that a module has under a name."""
+
+
+def test_named_subclass_of_one_is_pickled_by_its_name():
+    assert pickle.loads(pickle.dumps(Named)) is Named
+    optimizer = Named(make_params()[:2], wd_policy="matrices", weight_decay=0.1)
+    again = pickle.loads(pickle.dumps(optimizer))
+    assert type(again) is Named
+    assert again.wd_policy == optimizer.wd_policy
+
+
+OTHER_PROCESS = """
+import pickle, sys, torch
+params, optimizer = pickle.load(open(sys.argv[1], "rb"))
+for param in params:
+    param.grad = torch.ones_like(param)
+optimizer.step()
+pickle.dump([type(optimizer), *params], open(sys.argv[1], "wb"))
+"""
+
+
+def test_optimizer_steps_alike_in_another_process(tmp_path):
+    params = make_params()[:2]
+    optimizer = selective(NAdam)(params, weight_decay=0.1, wd_policy="matrices")
+    train(optimizer, params, range(2))
+    file = tmp_path / "optimizer"
+    file.write_bytes(pickle.dumps((params, optimizer)))
+    subprocess.run([sys.executable, "-c", OTHER_PROCESS, str(file)], check=True)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    cls, *there = pickle.loads(file.read_bytes())
+    assert cls is selective(NAdam)
+    assert_same(there, params)
+
+
+# The groups.
+
+
+def test_groups_stay_the_users_with_the_keys_of_the_class():
+    params = make_params()
+    optimizer = train(ours(NAdam, params), params)
+    oracle = NAdam(params, weight_decay=0.1)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [5, 3]
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.1]
+    keys = {*oracle.param_groups[0], "param_names"}
+    assert set(optimizer.param_groups[0]) == keys
+    assert optimizer.defaults.keys() == oracle.defaults.keys()
+    assert isinstance(optimizer, NAdam)
+
+
+def test_group_dict_of_the_caller_is_the_live_one():
+    param = nn.Parameter(torch.ones(2))
+    group = {"params": [param], "lr": 0.5}
+    optimizer = selective(Counting)([group], weight_decay=0.1)
+    assert optimizer.param_groups[0] is group
+    assert group["weight_decay"] == 0.1
+
+
+def test_what_is_the_same_in_all_parts_shows_in_the_group():
+    params = make_params()
+    optimizer = train(ours(Counting, params), params)
+    for group in optimizer.param_groups:
+        assert group["k"] == STEPS
+        assert group["step"] == STEPS
+        assert "gamma" not in group  # each part has its own
+
+
+def test_tensor_rate_is_followed_by_all_parts():
+    params, expected = make_params(), make_params()
+    rate = torch.tensor(0.05)
+    optimizer = selective(RMSprop)(
+        named(params), rate, weight_decay=0.1, wd_policy=verdict
+    )
+    oracle = by_hand(RMSprop, expected)
+    for step in range(STEPS):
+        set_grads(params, step)
+        set_grads(expected, step)
+        optimizer.param_groups[0]["lr"].fill_(0.05 / (step + 1))
+        for group in oracle.param_groups:
+            group["lr"] = torch.tensor(0.05 / (step + 1))
+        optimizer.step()
+        oracle.step()
+    assert_same(params, expected)
+
+
+def test_rate_that_the_class_turned_into_tensors_is_written_once_for_all_parts():
+    actual, expected = make_params(), make_params()
+    optimizer, oracle = ours(Converting, actual), by_hand(Converting, expected)
+    for step in range(STEPS):
+        for params, each in ((actual, optimizer), (expected, oracle)):
+            set_grads(params, step)
+            for group in each.param_groups:
+                group["lr"].mul_(0.9)  # as schedulers do
+            each.step()
+    assert_same(actual, expected)
+
+
+def test_counter_that_a_user_sets_back_is_counted_once_per_step():
+    params = make_params()
+    optimizer = train(ours(Counting, params), params)
+    optimizer.param_groups[0]["step"] = torch.zeros(())
+    train(optimizer, params, range(3))
+    assert [float(part["step"]) for part in optimizer._groups[:4]] == [3.0] * 4
+
+
+def test_counter_of_a_checkpoint_of_the_class_is_counted_once_per_step():
+    params = make_params()
+    groups = [{"params": params[:5]}, {"params": params[5:]}]
+    plain = Counting(groups, lr=0.01, weight_decay=0.1)
+    train(plain, params, range(3))
+    optimizer = ours(Counting, params)
+    optimizer.load_state_dict(reload(plain))
+    train(optimizer, params, range(3, 5))
+    assert {float(part["step"]) for part in optimizer._groups} == {5.0}
+
+
+def test_modes_of_the_class_are_kept():
+    params = make_params()
+    optimizer = ours(Counting, params)
+    optimizer.train()
+    assert all(group["train_mode"] for group in optimizer.param_groups)
+    train(optimizer, params)
+    assert all(part["train_mode"] for part in optimizer._groups)
+    optimizer.eval()
+    assert not any(group["train_mode"] for group in optimizer.param_groups)
+    assert not hasattr(ours(NAdam, make_params()), "train")
+
+
+def test_group_that_is_added_later_is_split():
+    actual, expected = make_params(), make_params()
+    pairs = named(actual)
+    optimizer = selective(Counting)(
+        pairs[:5], lr=0.05, weight_decay=0.1, wd_policy=verdict
+    )
+    optimizer.add_param_group({"params": pairs[5:], "lr": 0.02})
+    train(optimizer, actual)
+    train(by_hand(Counting, expected), expected)
+    assert_same(actual, expected)
+
+
+def test_group_that_cannot_be_added_changes_nothing():
+    params = make_params()
+    optimizer = ours(Counting, params)
+    train(optimizer, params, range(1))
+    extra = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [("p1", extra), ("p2", params[0])]})
+    with pytest.raises(ValueError, match="with/without names"):
+        optimizer.add_param_group({"params": [extra]})
+    assert len(optimizer.param_groups) == 2
+    train(optimizer, params, range(1, 3))
+
+
+def test_groups_that_are_cleared_may_come_again():
+    params = make_params()[:4]
+    optimizer = selective(Counting)(params, weight_decay=0.1, wd_policy="matrices")
+    train(optimizer, params, range(2))
+    [group] = copy.copy(optimizer.param_groups)
+    optimizer.param_groups.clear()
+    optimizer.add_param_group(group)
+    train(optimizer, params, range(2, 4))
+    assert [row.weight_decay for row in optimizer.decay_report().rows] == [
+        *(0.1, 0.0, 0.0, 0.1)
+    ]
+
+
+def test_policy_that_is_assigned_splits_anew():
+    params, expected = make_params()[:4], make_params()[:4]
+    optimizer = selective(NAdam)(params, weight_decay=0.1, wd_policy="matrices")
+    oracle = NAdam([{"params": [p]} for p in expected], weight_decay=0.1)
+    for step, exempt in ((0, (1, 2)), (1, (1, 2)), (2, ()), (3, ()), (4, (1, 2))):
+        optimizer.wd_policy = "matrices" if exempt else "all"
+        for i, group in enumerate(oracle.param_groups):
+            group["weight_decay"] = 0.0 if i in exempt else 0.1
+        train(optimizer, params, [step])
+        train(oracle, expected, [step])
+    assert_same(params, expected)
+
+
+# What drives an optimizer.
+
+
+def test_schedulers_of_rate_and_decay_drive_the_parts():
+    actual, expected = make_params(), make_params()
+    optimizer, oracle = ours(NAdam, actual), by_hand(NAdam, expected)
+    schedulers = [
+        [ExponentialLR(each, 0.9), CosineAnnealingLR(WeightDecay(each), 8, eta_min=0)]
+        for each in (optimizer, oracle)
+    ]
+    for step in range(STEPS):
+        for params, each, own in zip(
+            (actual, expected), (optimizer, oracle), schedulers
+        ):
+            set_grads(params, step)
+            each.step()
+            for scheduler in own:
+                scheduler.step()
+    # Multiples of a scheduled number round otherwise than the schedule of a multiple.
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+    assert optimizer.param_groups[0]["lr"] == oracle.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("cls", [NAdam, Alone])
+def test_hooks_run_once_each_and_see_the_groups_of_the_user(cls):
+    NAdam(make_params()[:1])  # torch has wrapped its step from here on
+    params = make_params()
+    optimizer = ours(cls, params)
+    seen = []
+    note = lambda *_: seen.append(len(optimizer.param_groups))  # noqa: E731
+    optimizer.register_step_pre_hook(note)
+    optimizer.register_step_post_hook(note)
+    optimizer.register_state_dict_pre_hook(note)
+    optimizer.register_state_dict_post_hook(note)
+    optimizer.register_load_state_dict_pre_hook(note)
+    optimizer.register_load_state_dict_post_hook(note)
+    train(optimizer, params, range(1))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == [2] * 6
+
+
+def test_global_hooks_run_once():
+    NAdam(make_params()[:1])
+    params = make_params()
+    optimizer = ours(NAdam, params)
+    seen = []
+    hook = register_optimizer_step_post_hook(lambda *_: seen.append(1))
+    train(optimizer, params, range(1))
+    hook.remove()
+    assert seen == [1]
+
+
+def test_hooks_of_saving_and_loading_may_replace_the_state_dict():
+    params = make_params()
+    optimizer = ours(Counting, params)
+    optimizer.register_state_dict_post_hook(lambda o, s: {**s, "note": 1})
+    saved = train(optimizer, params, range(2)).state_dict()
+    assert saved["note"] == 1
+
+    def faster(_, state_dict):
+        groups = [{**g, "lr": 9.0} for g in state_dict["param_groups"]]
+        return {**state_dict, "param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(faster)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 9.0
+
+
+def test_scaler_unscales_and_skips():
+    actual, expected = make_params()[:2], make_params()[:2]
+    optimizer = selective(RMSprop)(actual, weight_decay=0.1, wd_policy="all")
+    oracle = RMSprop(expected, weight_decay=0.1)
+    for each, params in ((optimizer, actual), (oracle, expected)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for step in range(4):
+            loss = sum((p * (step + 1)).square().sum() for p in params)
+            scaler.scale(loss).backward()
+            if step == 2:
+                params[0].grad[0, 0] = torch.inf
+            scaler.step(each)
+            scaler.update()
+            each.zero_grad()
+    assert_same(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_step_is_as_close_as_that_of_the_class():
+    actual, expected = make_params()[:3], make_params()[:3]
+    optimizer = selective(NAdam)(actual, weight_decay=0.1, wd_policy="matrices")
+    oracle = NAdam(
+        [{"params": [p], "weight_decay": wd} for p, wd in zip(expected, (0.1, 0, 0))]
+    )
+    for each, params in ((optimizer, actual), (oracle, expected)):
+        torch._dynamo.reset()
+        step = torch.compile(each.step, backend="eager")
+        for number in range(3):
+            set_grads(params, number)
+            step()
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_report_tells_what_decays():
+    optimizer = ours(Counting, make_params())
+    rows = optimizer.decay_report().rows
+    assert [row.weight_decay for row in rows] == [0.1 * m for m in MULTIPLIERS]
+    assert {row.form for row in rows} == {None}
+    assert "default" in str(optimizer.decay_report())
+    assert "wd_policy" in repr(optimizer)
+
+
+# State dicts.
+
+
+def test_state_dict_goes_to_the_class_and_back():
+    params, others = make_params()[:3], make_params()[:3]
+    optimizer = selective(NAdam)(params, weight_decay=0.1, wd_policy="all")
+    train(optimizer, params, range(3))
+    plain = NAdam(others, weight_decay=0.1)
+    plain.load_state_dict(reload(optimizer))
+    with torch.no_grad():
+        for p, q in zip(others, params):
+            p.copy_(q)
+    train(plain, others, range(3, 5))
+    train(optimizer, params, range(3, 5))
+    assert_same(params, others)
+    optimizer.load_state_dict(reload(plain))
+    train(plain, others, range(5, STEPS))
+    train(optimizer, params, range(5, STEPS))
+    assert_same(params, others)
+
+
+def test_loading_another_policy_warns_and_keeps_the_constructors():
+    params = make_params()[:3]
+    first = selective(NAdam)(named(params), weight_decay=0.1, wd_policy="matrices")
+    saved = train(first, params, range(2)).state_dict()
+    second = selective(NAdam)(named(params), weight_decay=0.1, wd_policy="all")
+    with pytest.warns(UserWarning, match="'p1' decayed not at all and now 1 times"):
+        second.load_state_dict(saved)
+    assert [row.weight_decay for row in second.decay_report().rows] == [0.1] * 3
+
+
+# Refusals.
+
+
+def two_params(cls: Any) -> None:
+    params = make_params()[:2]
+    selective(cls)(params, weight_decay=0.1, wd_policy="matrices")
+
+
+def assigned_after_training(cls: Any) -> None:
+    params = make_params()
+    train(ours(cls, params), params, range(2)).wd_policy = "all"
+
+
+def scheduled(cls: Any) -> None:
+    params = make_params()
+    train(ours(cls, params), params, range(3))
+
+
+def stated_form(cls: Any) -> None:
+    params = make_params()[:2]
+    selective(cls)(params, weight_decay=0.1, wd_policy=policies.form("l2"))
+
+
+def given_list(cls: Any) -> None:
+    ours(cls, make_params()).step(None, [1, 2])
+
+
+def loaded_by_hand(cls: Any) -> None:
+    params = make_params()
+    ours(cls, params).load_state_dict(by_hand(cls, params).state_dict())
+
+
+REFUSALS = [
+    (selective, 3, TypeError, "must be a subclass of torch.optim.Optimizer, not 3"),
+    (selective, nn.Linear, TypeError, r"Write selective\(torch.optim.NAdam\)"),
+    (selective, Lookahead, TypeError, r"Lookahead\(selective\(...\)\(...\)\)"),
+    (two_params, Wrapping, ValueError, "keeps another optimizer in 'base'"),
+    (two_params, Regrouping, ValueError, "makes groups of its own"),
+    (
+        lambda cls: selective(cls)([nn.Parameter(torch.ones(2))]),
+        torch.optim.Rprop,
+        ValueError,
+        "no 'weight_decay' in its groups",
+    ),
+    (assigned_after_training, Counting, ValueError, "'gamma' differs by now"),
+    (assigned_after_training, Listing, ValueError, "made 'base_lrs' at construction"),
+    (scheduled, Rating, ValueError, r"selective_optim.param_groups\(model"),
+    (stated_form, Counting, ValueError, "states the form 'l2', and Counting has one"),
+    (given_list, Counting, ValueError, "a list of 2 items"),
+    (loaded_by_hand, Counting, ValueError, "checkpoint.merge_groups"),
+]
+
+
+@pytest.mark.parametrize(("act", "cls", "kind", "message"), REFUSALS)
+def test_what_cannot_be_served_is_refused_with_the_way_out(act, cls, kind, message):
+    with pytest.raises(kind, match=message):
+        act(cls)
+
+
+def test_refused_policy_changes_nothing():
+    actual, expected = make_params(), make_params()
+    optimizer = train(ours(Counting, actual), actual, range(4))
+    with pytest.raises(ValueError, match="gamma"):
+        optimizer.wd_policy = "all"
+    train(optimizer, actual, range(4, STEPS))
+    train(by_hand(Counting, expected), expected)
+    assert_same(actual, expected)
+
+
+def test_refused_form_changes_nothing():
+    params = make_params()[:2]
+    optimizer = selective(Counting)(params, weight_decay=0.1, wd_policy="matrices")
+    with pytest.raises(ValueError, match="form"):
+        optimizer.wd_policy = policies.form("l2", policies.is_vector)
+    assert optimizer.wd_policy == policies.as_policy("matrices")
+    assert [row.weight_decay for row in optimizer.decay_report().rows] == [0.1, 0.0]
+
+
+def test_overrides_by_index_are_refused_before_the_first_step():
+    class Managed(Counting):
+        def __init__(self, params: Any, **arguments: Any) -> None:
+            super().__init__(params, **arguments)
+            self.initialized = False
+            self.mng = type("Manager", (), {"index2config": {(0, 1): {}}})()
+
+    params = make_params()
+    optimizer = selective(Managed)(named(params), wd_policy=verdict, weight_decay=0.1)
+    set_grads(params, 0)
+    with pytest.raises(ValueError, match="register_module_override"):
+        optimizer.step()
+    assert_same(params, make_params())
