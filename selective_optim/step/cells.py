@@ -245,7 +245,6 @@ def make_cells(
     for position, member in enumerate(members):
         param, group = member.param, groups[member.group]
         own = states.get(param) or {}
-        kernel.unbegin(own, group)
         begun = kernel.has_state(own, group)
         if param.grad is None:
             token = _torch.token_of(param)

@@ -101,7 +101,8 @@ class SGDKernel(Kernel):
     def unbegin(self, own: State, group: Group) -> None:
         """Take back a buffer that holds no gradient where dampening would tell.
 
-        It is as `begin` made it. Asking waits for the device, at planning alone.
+        It is as `begin` made it. Asking waits for the device, which it does when
+        dampening is switched on, and never again.
         """
         buffer = own.get("momentum_buffer")
         if buffer is None or not group["dampening"] or buffer.numel() == 0:

@@ -123,6 +123,8 @@ class Stepper:
     def _new_plan(
         self, groups: Groups, members: Sequence[Member], states: States
     ) -> Plan:
+        if self._plan is not None:
+            self._plan.unbegin_changed(groups, states)
         self.forget()
         self.plans += 1
         self._follow_moved(groups, members, states)
