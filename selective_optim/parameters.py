@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,14 +115,13 @@ def as_modules(model: object) -> list[nn.Module]:
     Raises:
         TypeError: It is something else.
     """
-    modules = (
-        [] if model is None else [model] if isinstance(model, nn.Module) else model
-    )
-    if not isinstance(modules, Iterable) or not all(
-        isinstance(m, nn.Module) for m in modules
-    ):
+    if model is None or isinstance(model, nn.Module):
+        return [] if model is None else [model]
+    # A generator is read once; a text is a sequence of texts, and refused.
+    items: list[Any] = list(model) if isinstance(model, Iterable) else [model]
+    if not all(isinstance(item, nn.Module) for item in items):
         raise TypeError(
             f"`model` must be a module or a sequence of modules, not "
             f"{received(model)}. Pass model=model."
         )
-    return list(modules)
+    return items

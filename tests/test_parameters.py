@@ -266,3 +266,11 @@ def test_knowledge_survives_deepcopy_of_model_and_optimizer():
 )
 def test_shape_text_reads_as_a_product(shape, expected):
     assert shape_text(shape) == expected
+
+
+def test_model_may_be_given_by_a_generator_of_modules():
+    net = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    listed = {"wd_policy": "no_bias_norm", "model": (module for module in net)}
+    optimizer = AdamW(list(net.parameters()), weight_decay=0.1, **listed)
+    decays = [row.weight_decay > 0 for row in optimizer.decay_report().rows]
+    assert decays == [True, False, False, False]
