@@ -155,7 +155,13 @@ def run_both(name, kind, prepare, steps=4, judge=torchs, **arguments):
 @each_name
 @each_kind
 def test_first_step_under_a_default_device(name, kind):
-    run_both(name, kind, lambda *_: torch.device("meta"))
+    """The judge steps without one: torch 2.7 itself makes its counters there."""
+    mine = getattr(selective_optim, name)
+
+    def under(optimizer, params, number):
+        return torch.device("meta") if isinstance(optimizer, mine) else None
+
+    run_both(name, kind, under)
 
 
 @each_name
