@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, repeat
+from itertools import compress, count, repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
@@ -33,7 +33,9 @@ _grad_of = attrgetter("grad")
 
 def flat(lists: Iterable[Iterable[Any]]) -> list[Any]:
     """Join lists into one."""
-    return list(chain.from_iterable(lists))
+    joined: list[Any] = []
+    deque(map(joined.extend, lists), maxlen=0)  # faster than a chain of short lists
+    return joined
 
 
 def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -71,6 +73,19 @@ def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...
     if len(positions) == 1:
         return lambda items: (items[positions[0]],)
     return itemgetter(*positions)
+
+
+def columns_picker(
+    positions: Sequence[int], rows: int
+) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Return what picks these out of like rows that are joined, column by column."""
+    width, many = divmod(len(positions), max(rows, 1))
+    columns = positions[:width]
+    step = positions[width] - positions[0] if rows > 1 and width else 0
+    wanted = [start + row * step for row in range(rows) for start in columns]
+    if many or not width or rows < 2 or wanted != list(positions):
+        return picker(positions)
+    return lambda items: flat([items[start::step] for start in columns])
 
 
 def _is_array(param: Tensor) -> bool:
@@ -117,9 +132,8 @@ class GroupsGuard:
             v if isinstance(v, FIXED) else self._copy_of(v, id(v) in lists)
             for v in values
         ]
-        self._numbers_of = picker(
-            [i for i, v in enumerate(values) if isinstance(v, NUMBERS)]
-        )
+        numbers = [isinstance(v, NUMBERS) and type(v) is not bool for v in values]
+        self._numbers_of = columns_picker(list(compress(count(), numbers)), len(groups))
         self._numbers = self._numbers_of(values)
         self._names = flat(groups) if len(groups) <= FEW else None
         decays = [isinstance(group["weight_decay"], Tensor) for group in groups]
