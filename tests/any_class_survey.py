@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from selective_optim import selective
-from selective_optim._parts import flag_of
 from selective_optim.policies import form
+from selective_optim.split.parts import flag_of
 
 STEPS = 8
 RESUMED_AT = 4

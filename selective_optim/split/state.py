@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from selective_optim._named import MEMBERS, PARTS
-from selective_optim._parts import (
+from selective_optim.split.parts import (
     COMPUTED,
     WD,
     Group,

@@ -9,7 +9,7 @@ from contextlib import suppress
 from operator import is_
 from typing import Any
 
-from selective_optim import _refusals, _torch
+from selective_optim import _torch
 from selective_optim._base import Model, PolicyOptimizer
 from selective_optim._decider import Decider
 from selective_optim._loading import (
@@ -19,7 +19,10 @@ from selective_optim._loading import (
     warn_of_changes,
 )
 from selective_optim._named import MEMBERS
-from selective_optim._parts import (
+from selective_optim.decay import Form
+from selective_optim.factories import given
+from selective_optim.split import refusals
+from selective_optim.split.parts import (
     COMPUTED,
     Group,
     Split,
@@ -27,9 +30,7 @@ from selective_optim._parts import (
     split_again,
     split_group,
 )
-from selective_optim._split_state import joined, taken_apart
-from selective_optim.decay import Form
-from selective_optim.factories import given
+from selective_optim.split.state import joined, taken_apart
 
 STEP_HOOKS = ("step_pre", "step_post")
 SAVE_HOOKS = ("state_dict_pre", "state_dict_post")
@@ -107,11 +108,11 @@ class SplitOptimizer(PolicyOptimizer):
         parts = [part.group for split in self._splits for part in split.parts]
         super().__init__(parts, *args, **kwargs)
         self._inside = False
-        _refusals.require_parts(self, self._splits)
-        _refusals.require_no_inner_optimizer(self)
+        refusals.require_parts(self, self._splits)
+        refusals.require_no_inner_optimizer(self)
         self._groups, self.param_groups = self.param_groups, groups
         self._adopt(self._splits, self._groups)
-        _refusals.require_forms(self, self._splits)
+        refusals.require_forms(self, self._splits)
         self._decider.warn_if_idle(groups)
         self._decider.index.let_go()
 
@@ -135,7 +136,7 @@ class SplitOptimizer(PolicyOptimizer):
         groups = arrivals.param_groups
         decided = self._decider.decisions(groups, self.defaults)
         split = split_group(groups[-1], decided[-1])
-        _refusals.require_forms(self, [split])
+        refusals.require_forms(self, [split])
         self._add_parts(split)
         self._splits.append(split)
         self.param_groups.append(groups[-1])
@@ -178,7 +179,7 @@ class SplitOptimizer(PolicyOptimizer):
         self._arrange()
         for split in self._splits:
             split.hand_down(self.defaults)
-        _refusals.require_no_index_overrides(self, self._groups)
+        refusals.require_no_index_overrides(self, self._groups)
         self._show_parts()
 
     @_torch.disable_dynamo
@@ -200,10 +201,10 @@ class SplitOptimizer(PolicyOptimizer):
             split_again(group, decisions, self._splits, self.defaults)
             for group, decisions in zip(self.param_groups, decided)
         ]
-        _refusals.require_forms(self, splits)
+        refusals.require_forms(self, splits)
         parts = [part.group for split in splits for part in split.parts]
         if list(map(id, parts)) != list(map(id, self._groups)):
-            _refusals.require_no_lists(self, len(self._groups))
+            refusals.require_no_lists(self, len(self._groups))
         for split in splits:
             split.settle()
         self._splits, self._layout = splits, layout
@@ -238,7 +239,7 @@ class SplitOptimizer(PolicyOptimizer):
             ValueError: A new parameter cannot be decided, or the class cannot be
                 served; then nothing is stepped.
         """
-        _refusals.require_plain_arguments(self, (*args, *kwargs.values()))
+        refusals.require_plain_arguments(self, (*args, *kwargs.values()))
         if closure is not None or args:
             args = (closure and self._outside(closure), *args)
         step = _torch.unhooked(super().step)

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from selective_optim._base import Model
 from selective_optim._decider import Decider
-from selective_optim._parts import WD, Group, by_decay, members, wd_of
-from selective_optim._split_optimizer import Arrivals
 from selective_optim._text import aligned
 from selective_optim.decay import FULL, Decision
 from selective_optim.factories import given
 from selective_optim.report import DecayReport, Row, make_row
+from selective_optim.split.optimizer import Arrivals
+from selective_optim.split.parts import WD, Group, by_decay, members, wd_of
 
 HEADERS = ("group", "lr", "decay", "tensors", "elements", "reason")
 

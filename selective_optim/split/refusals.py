@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from selective_optim._parts import WD, Group, Split, flag_of
 from selective_optim._text import received
+from selective_optim.split.parts import WD, Group, Split, flag_of
 
 # Arguments by which a class takes something else than parameters.
 INNER = ("optimizer", "base_optimizer")

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from selective_optim._base import PolicyOptimizer
-from selective_optim._refusals import require_class
-from selective_optim._split_optimizer import SplitOptimizer
 from selective_optim.adam import Adam
 from selective_optim.adamw import AdamW
 from selective_optim.sgd import SGD
+from selective_optim.split.optimizer import SplitOptimizer
+from selective_optim.split.refusals import require_class
 
 OptimizerClass = type[torch.optim.Optimizer]
 OURS = {torch.optim.SGD: SGD, torch.optim.Adam: Adam, torch.optim.AdamW: AdamW}
