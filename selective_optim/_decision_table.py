@@ -78,10 +78,14 @@ class DecisionTable:
     def lay_out(self, layout: list[list[Row]]) -> None:
         """Remember how the groups stand, and forget tensors long gone."""
         self.layout = layout
-        count = sum(map(len, layout))
-        # One that was taken out may come back, so it is not forgotten at once.
-        if len(self._rows) > 2 * count + 64:
-            self.forget_absent()
+        standing = {id(row.token): row for rows in layout for row in rows}
+        if len(self._rows) > 2 * len(standing) + 64:
+            self._rows = standing
+        elif len(self._rows) > len(standing):
+            # One that was taken out may come back, so it is not forgotten at once;
+            # unless its own dict, which is the token, keeps things alive.
+            gone = {k: row for k, row in self._rows.items() if not row.token}
+            self._rows = {**gone, **standing}
 
     def forget_absent(self) -> None:
         """Forget the tensors that stand in no group now."""

@@ -220,8 +220,10 @@ class ModelIndex:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelIndex:
         """Follow the modules that were copied along with the optimizer."""
-        twin = ModelIndex([memo.get(id(module), module) for module in self.modules()])
-        twin._given = self._given
+        modules = self.modules()
+        twin = ModelIndex([memo.get(id(module), module) for module in modules])
+        # Copied before its model, it cannot insist that tensors live in that.
+        twin._given = self._given and all(id(module) in memo for module in modules)
         twin.let_go()
         return twin
 

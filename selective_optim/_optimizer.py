@@ -155,7 +155,17 @@ class SelectiveOptimizer(PolicyOptimizer):
 
         ``"decay"`` holds, group by group, a ``[multiplier, form]`` per parameter.
         """
-        return self._recorded(super().state_dict())
+
+        def record(_: object, state_dict: dict[str, Any]) -> dict[str, Any]:
+            return self._recorded(state_dict)
+
+        # Before hooks of the user's, which may put the state dict into another.
+        handle = self.register_state_dict_post_hook(record, prepend=True)
+        try:
+            saved: dict[str, Any] = super().state_dict()
+        finally:
+            handle.remove()
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of torch's class of the same name.

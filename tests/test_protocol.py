@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import gc
+import threading
+import weakref
 from collections import Counter
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import selective_optim
@@ -26,6 +31,7 @@ from tests.support.twins import (
 
 numpy = pytest.importorskip("numpy", reason="odd numbers are numpy's")
 each_name = pytest.mark.parametrize("name", CLASSES)
+each_counting = pytest.mark.parametrize("name", ["Adam", "AdamW"])
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -499,3 +505,147 @@ def whole_step(optimizer):
         unwrapped(optimizer)
 
     return step
+
+
+# What a second attack found.
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("AdamW", {"amsgrad": 0}),
+        ("Adam", {"amsgrad": 1}),
+        ("AdamW", {"maximize": None}),
+        ("SGD", {"momentum": 0.9, "nesterov": 1}),
+        ("SGD", {"maximize": numpy.bool_(True)}),
+    ],
+    ids=repr,
+)
+def test_flags_that_are_not_bool_step_as_torchs_default(name, flag):
+    run_both(name, "automatic", lambda *_: None, judge=default_torchs, **flag)
+
+
+def test_decay_in_one_element_steps_as_torchs_default():
+    def set_decay(optimizer, params, number):
+        for group in optimizer.param_groups:
+            if group["weight_decay"]:
+                group["weight_decay"] = torch.tensor([0.3])
+
+    for name in CLASSES:
+        run_both(name, "automatic", set_decay, judge=default_torchs)
+
+
+@each_name
+def test_fake_tensors_step_as_in_torch(name):
+    """As memory is estimated before a run."""
+    for module in (torch.optim, selective_optim):
+        with FakeTensorMode():
+            net = nn.Linear(4, 3)
+            optimizer = getattr(module, name)(net.parameters(), **CLASSES[name])
+            for _ in range(2):
+                net(torch.ones(2, 4)).sum().backward()
+                optimizer.step()
+
+
+@each_name
+@pytest.mark.parametrize(
+    "value",
+    [threading.Lock(), (i for i in "a"), gc, object()],
+    ids=lambda v: str(type(v)),
+)
+def test_values_of_others_in_a_group_are_left_alone(name, value):
+    run_both(name, "automatic", lambda o, p, n: o.param_groups[0].update(mine=value))
+
+
+def test_values_of_others_in_a_group_are_not_kept():
+    param = nn.Parameter(torch.ones(3))
+    big = torch.zeros(99)
+    optimizer = selective_optim.AdamW([{"params": [param], "mine": [big]}])
+    for _ in range(3):
+        param.grad = torch.ones(3)
+        optimizer.step()
+    alive = weakref.ref(big)
+    del big
+    optimizer.param_groups[0]["mine"].clear()
+    assert alive() is None
+
+
+def test_what_hangs_on_a_parameter_that_left_is_freed_by_the_next_step():
+    """Megatron puts a gradient there, vLLM a method of the module."""
+    body, head = nn.Linear(2, 2), nn.Linear(3, 3)
+    head.weight.main_grad = torch.zeros(9)
+    head.bias.weight_loader = head.extra_repr
+    optimizer = selective_optim.AdamW([*body.parameters(), *head.parameters()])
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    alive = [weakref.ref(head.weight.main_grad), weakref.ref(head.weight)]
+    optimizer.param_groups[0]["params"] = list(body.parameters())
+    for param in head.parameters():
+        optimizer.state.pop(param)
+    del head, param
+    optimizer.step()
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
+
+
+@each_name
+def test_hook_may_wrap_the_state_dict(name):
+    params = make_params()
+    optimizer = ours(name, "automatic", params)
+    twins.step(params, optimizer, 0)
+    optimizer.register_state_dict_post_hook(lambda _, saved: {"optimizer": saved})
+    optimizer.register_load_state_dict_pre_hook(lambda _, saved: saved["optimizer"])
+    saved = optimizer.state_dict()
+    assert set(saved) == {"optimizer"}
+    assert "decay" in saved["optimizer"]
+    optimizer.load_state_dict(saved)
+
+
+def test_copy_made_before_its_model_does_not_insist_on_it():
+    net = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    known = {"wd_policy": "no_bias_norm", "model": net}
+    optimizer = selective_optim.AdamW(net.parameters(), **known)
+    optimizer, net = copy.deepcopy((optimizer, net))
+    net.append(nn.Linear(2, 2))
+    group = {"params": list(net[2].parameters())}
+    with pytest.raises(ValueError, match="Pass model=model"):
+        optimizer.add_param_group(dict(group))
+    optimizer.add_param_group({**group, "model": net})
+    assert optimizer.decay_report().rows[-1].name == "2.bias"
+
+
+@each_counting
+@each_kind
+@pytest.mark.parametrize("read", [False, True])
+def test_number_as_a_counter_is_refused_as_in_torch(name, kind, read):
+    errors = []
+    for make in (ours, default_torchs):
+        params = make_params()
+        optimizer = make(name, kind, params)
+        twins.step(params, optimizer, 0)
+        if read:
+            twins.step(params, optimizer, 1)
+        optimizer.state[params[0]]["step"] = 1000
+        with pytest.raises((RuntimeError, TypeError, AttributeError)) as caught:
+            twins.step(params, optimizer, 2)
+        errors.append((caught.type, str(caught.value)))
+    assert errors[0] == errors[1]
+
+
+@each_name
+@pytest.mark.parametrize("kind", ["for-loop", "foreach", "fused"])
+def test_equal_rates_of_other_types_keep_their_bits(name, kind):
+    single = numpy.float32(0.1)
+    left = []
+    for module in (selective_optim, torch.optim):
+        params = make_params([(50,)] * 2)
+        groups = [
+            {"params": params[:1], "lr": float(single)},
+            {"params": params[1:], "lr": single},
+        ]
+        optimizer = getattr(module, name)(groups, **{**CLASSES[name], **KINDS[kind]})
+        for number in range(4):
+            twins.step(params, optimizer, number)
+        left.append((params, optimizer))
+    assert_twins(left[0][0], left[1][0], left[0][1], left[1][1])

@@ -33,6 +33,7 @@ class AdamKernel(Kernel):
 
     counts = True
     required = ("lr", "betas", "eps", "weight_decay", "params")
+    flags = ("amsgrad", "maximize")
     traced_lists = (
         *("params", "grads", "exp_avg", "exp_avg_sq"),
         *("max_exp_avg_sq", "step"),
@@ -91,8 +92,9 @@ class AdamKernel(Kernel):
         if step is None:
             on_device = group["capturable"] or group["fused"]
             double = torch.get_default_dtype() == torch.float64 and not group["fused"]
-            step = torch.zeros(
-                (),
+            # As torch makes it: a fake tensor remembers the value of `tensor` alone.
+            step = torch.tensor(
+                0.0,
                 dtype=torch.float64 if double else torch.float32,
                 device=param.device if on_device else "cpu",
             )

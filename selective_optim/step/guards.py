@@ -20,6 +20,14 @@ from selective_optim import _torch
 from selective_optim.step.cells import PLAIN
 from selective_optim.step.kernel import Groups
 
+# What kernels read in a group; what else is there is somebody's own.
+READ = frozenset(
+    {
+        *("params", "lr", "weight_decay", "decoupled_weight_decay", "maximize"),
+        *("betas", "eps", "amsgrad", "capturable"),
+        *("momentum", "dampening", "nesterov", "differentiable", "foreach", "fused"),
+    }
+)
 FEW = 64  # groups of which names of hyperparameters are compared, too
 PROOFS = 4  # dispatch states, such as with and without autocast, that are remembered
 # Compared by identity: a kernel computes otherwise with -0.0 than with 0.0, and reads a
@@ -125,17 +133,23 @@ class GroupsGuard:
 
     def take(self, groups: Groups) -> None:
         """Take over new hyperparameters of the same parameters."""
-        values = flat(map(dict.values, groups))
+        names, values = flat(groups), flat(map(dict.values, groups))
         lists = {id(group["params"]) for group in groups}
+        read = [name in READ for name in names]
         self._contents = [
+            _Unseen()
+            if not mine
             # What can be edited in place is compared by what it said.
-            v if isinstance(v, FIXED) else self._copy_of(v, id(v) in lists)
-            for v in values
+            else (v if isinstance(v, FIXED) else self._copy_of(v, id(v) in lists))
+            for mine, v in zip(read, values)
         ]
-        numbers = [isinstance(v, NUMBERS) and type(v) is not bool for v in values]
+        numbers = [
+            mine and isinstance(v, NUMBERS) and type(v) is not bool
+            for mine, v in zip(read, values)
+        ]
         self._numbers_of = columns_picker(list(compress(count(), numbers)), len(groups))
         self._numbers = self._numbers_of(values)
-        self._names = flat(groups) if len(groups) <= FEW else None
+        self._names = names if len(groups) <= FEW else None
         decays = [isinstance(group["weight_decay"], Tensor) for group in groups]
         self._scales_tensors = any(decays)
 

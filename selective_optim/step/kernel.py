@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
+from math import copysign
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -64,7 +65,9 @@ class Setting(NamedTuple):
             hash(values)
         except TypeError:  # an array as a rate, which is itself alone
             return tuple(map(id, values))
-        return values
+        # Equal numbers of other types, and zeros of other signs, compute otherwise.
+        signs = [copysign(1, v) for v in values if isinstance(v, float) and v == 0]
+        return (*values, *map(type, values), *signs)
 
 
 @dataclass
@@ -89,6 +92,7 @@ class Kernel:
 
     counts: bool  # whether state holds a step counter
     required: tuple[str, ...]  # keys that a loaded group must have
+    flags: tuple[str, ...]  # keys that fused kernels take as bool alone
     # What torch's `_init_group` fills for a step that is traced: state entries after
     # the parameters and their gradients.
     traced_lists: tuple[str, ...]
@@ -197,9 +201,18 @@ class Kernel:
         raise NotImplementedError  # pragma: no cover
 
     def takes_numbers(self, group: Group) -> bool:
-        """Tell whether fused kernels take the hyperparameters: they refuse arrays."""
+        """Tell whether fused kernels take the hyperparameters.
+
+        They refuse arrays, flags that are not ``bool``, and a decay in one element.
+        """
         values = [value for _, value in self.hyperparameters(group)]
-        return all(map(isinstance, values, repeat(NUMBERS)))
+        flags = [group[flag] for flag in self.flags]
+        decay = group["weight_decay"]
+        return (
+            all(map(isinstance, values, repeat(NUMBERS)))
+            and all(map(isinstance, flags, repeat(bool)))
+            and not (isinstance(decay, Tensor) and decay.ndim)
+        )
 
     def hyperparameters(self, group: Group) -> Iterable[tuple[str, Any]]:
         """Name the numbers that an edit may have spoiled."""

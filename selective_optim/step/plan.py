@@ -251,8 +251,8 @@ class Plan:
         if self._active is None:
             try:
                 self._gather(groups, states)
-            except (KeyError, AttributeError):
-                return None  # an entry is gone; the new plan says it in torch's words
+            except (KeyError, AttributeError, TypeError):
+                return None  # an entry is gone, or no tensor: torch's words say it
         if self._lent and not self._functional_begun(states):
             return None
         whole = grads_of(self._active or [])

@@ -39,6 +39,7 @@ class SGDKernel(Kernel):
         *("weight_decay", "nesterov", "params"),
     )
 
+    flags = ("nesterov", "maximize")
     traced_lists = ("params", "grads", "momentum_buffer")
 
     def __init__(self, decoupled: bool = False) -> None:
