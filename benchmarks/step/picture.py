@@ -83,7 +83,8 @@ def _row(axes: Axes, row: int, ratios: dict[str, Spread]) -> None:
     if not ratios:
         return
     medians = [value.median for value in ratios.values()]
-    axes.plot([1, max(medians)], [row, row], color="#cfd4dc", linewidth=1.4, zorder=2)
+    ends = [min(1, *medians), max(medians)]
+    axes.plot(ends, [row, row], color="#cfd4dc", linewidth=1.4, zorder=2)
     for name, value in ratios.items():
         color, marker = LOOKS[name]
         ours = name == OURS
