@@ -289,12 +289,13 @@ class Plan:
         self._guard.take(groups)
         return True
 
-    def unbegin_changed(self, groups: Groups, states: States) -> None:
-        """Look at state that was begun under other flags than those of now."""
-        for group, flags in zip(groups, self._structure):
-            if not equal(self._kernel.structure(group), flags):
-                for param in group["params"]:
-                    self._kernel.unbegin(states.get(param) or {}, group)
+    def changed(self, groups: Groups) -> Groups:
+        """List the groups whose flags are others than those that were planned."""
+        return [
+            group
+            for group, flags in zip(groups, self._structure)
+            if not equal(self._kernel.structure(group), flags)
+        ]
 
     def _stand_in(self, position: int) -> Any:
         """Make what passes for an absent gradient: the parameter itself, detached."""

@@ -106,9 +106,11 @@ class SGDKernel(Kernel):
         dampening is switched on, and never again.
         """
         buffer = own.get("momentum_buffer")
-        if buffer is None or not group["dampening"] or buffer.numel() == 0:
+        if buffer is None or not group["dampening"]:
             return
-        if not buffer.any() and torch.signbit(buffer).all():
+        if type(buffer) is _torch.dtensor_class():
+            buffer = _torch.local_tensor(buffer)
+        if buffer.numel() and not buffer.any() and torch.signbit(buffer).all():
             del own["momentum_buffer"]
 
     def calls(self, setting: Setting, batch: Batch, scaling: Scaling) -> list[Call]:

@@ -33,6 +33,7 @@ class Stepper:
         self._counters = Counters()
         self._stepping: Mapping[int, object] = {}
         self._lent = False
+        self._sure = True  # whether state began under the flags of now
         self._warned = False
         # Where each parameter was when its state was last known to fit it.
         self._places: dict[int, tuple[object, Place]] = {}
@@ -49,8 +50,8 @@ class Stepper:
                 self._plan.lend()
 
     def forget(self) -> None:
-        """Plan anew at the next step."""
-        self._plan = None
+        """Plan anew at the next step, sure of nothing."""
+        self._plan, self._sure = None, False
 
     def settle(self, groups: Groups, states: States) -> None:
         """Take over a state that was loaded or copied: nobody holds its counters yet.
@@ -118,14 +119,16 @@ class Stepper:
             self.forget()
             raise
         if plan.once:
-            self.forget()
+            self._plan = None
 
     def _new_plan(
         self, groups: Groups, members: Sequence[Member], states: States
     ) -> Plan:
-        if self._plan is not None:
-            self._plan.unbegin_changed(groups, states)
-        self.forget()
+        if not self._sure:
+            self._unbegin(groups, states)
+        elif self._plan is not None:
+            self._unbegin(self._plan.changed(groups), states)
+        self._plan, self._sure = None, True
         self.plans += 1
         self._follow_moved(groups, members, states)
         plan = Plan(
@@ -135,6 +138,12 @@ class Stepper:
         self.note_places([member.param for member in members])
         self._stepping, self._plan = plan.stepping, plan
         return plan
+
+    def _unbegin(self, groups: Groups, states: States) -> None:
+        """Take back state that was begun under other flags, if that matters."""
+        for group in groups:
+            for param in group["params"]:
+                self.kernel.unbegin(states.get(param) or {}, group)
 
     def _warn_of_vanishing(self, bucket: Bucket) -> None:
         self._warned = True
