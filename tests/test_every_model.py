@@ -76,7 +76,11 @@ def test_no_bias_norm_agrees_with_the_judgement_on_every_model(library):
 @pytest.mark.parametrize("library", zoo.LIBRARIES)
 def test_recipes_decay_what_their_projects_decay_on_every_model(library):
     pytest.importorskip(library)
-    found = {name: differences(model) for name, model in models(library)}
+    found = {
+        name: differences(model)
+        for name, model in models(library)
+        if any(True for _ in model.parameters())  # torch refuses to optimize nothing
+    }
 
     assert {name: recipes for name, recipes in found.items() if recipes} == {}
 
