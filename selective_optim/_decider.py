@@ -94,7 +94,7 @@ class Decider:
         index, group = len(groups) - 1, groups[-1]
         infos = self.index.infos(group["params"], group.get("param_names"), index)
         if not own and (rows := self._come_again(index, infos)) is not None:
-            self._lay_out(index, rows)
+            self._table.append(index, rows)
             return
         self.index.require_members(infos)
         pending = Pending(index, infos, policy)
@@ -119,8 +119,7 @@ class Decider:
         Some frameworks clear the groups to shard the model, and add them anew.
         """
         if index == 0 and self._table.layout:
-            self._cleared = self._table.layout
-            self._table.lay_out([])
+            self._cleared, self._table.layout = self._table.layout, []
         if index >= len(self._cleared):
             self._cleared = []
             return None
@@ -146,10 +145,7 @@ class Decider:
         for each, decisions in zip(arriving, decided):
             pairs = zip(each.infos, decisions, strict=True)
             rows = [self._table.record(i.parameter, d, each.policy) for i, d in pairs]
-            self._lay_out(each.group, rows)
-
-    def _lay_out(self, index: int, rows: list[Row]) -> None:
-        self._table.lay_out([*self._table.layout[:index], rows])
+            self._table.append(each.group, rows)
 
     def _ask(
         self, policy: Policy | None, infos: Infos, places: Sequence[int] | None = None

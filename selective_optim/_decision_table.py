@@ -75,10 +75,16 @@ class DecisionTable:
         known = map(_token_of_row, chain.from_iterable(self.layout))
         return all(map(is_, tokens, known))
 
+    def append(self, index: int, rows: list[Row]) -> None:
+        """Remember a group that arrived at this index, at the end."""
+        self.layout[index:] = [rows]
+
     def lay_out(self, layout: list[list[Row]]) -> None:
         """Remember how the groups stand, and forget tensors long gone."""
         self.layout = layout
-        standing = {id(row.token): row for rows in layout for row in rows}
+        if len(self._rows) <= sum(map(len, layout)):
+            return
+        standing = self._standing()
         if len(self._rows) > 2 * len(standing) + 64:
             self._rows = standing
         elif len(self._rows) > len(standing):
@@ -89,7 +95,10 @@ class DecisionTable:
 
     def forget_absent(self) -> None:
         """Forget the tensors that stand in no group now."""
-        self._rows = {id(row.token): row for rows in self.layout for row in rows}
+        self._rows = self._standing()
+
+    def _standing(self) -> dict[int, Row]:
+        return {id(row.token): row for rows in self.layout for row in rows}
 
     def follow(
         self, groups: Sequence[Group], known: Known, default: Policy | None

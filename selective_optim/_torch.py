@@ -372,6 +372,12 @@ def local_tensor(tensor: Any) -> Tensor:
     return shard
 
 
+def shard_of(tensor: Any) -> Tensor:
+    """Return a ``DTensor``'s shard on this rank, and any other tensor as it is."""
+    sharded = type(tensor) is dtensor_class()
+    return local_tensor(tensor) if sharded else tensor
+
+
 def spec_of(tensor: Any) -> Any:
     """Return what says where a ``DTensor`` lives; one object as long as it stays."""
     try:

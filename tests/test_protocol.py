@@ -24,6 +24,7 @@ from tests.support.twins import (
     KINDS,
     assert_twins,
     both,
+    default_torchs,
     make_params,
     ours,
     torchs,
@@ -126,13 +127,6 @@ def test_scaler_trains_as_with_torchs_class(name, kind, infinite):
 
 
 # Where torch works.
-
-
-def default_torchs(name, kind, params, **arguments):
-    """Make torch's with nothing chosen, where that is the judge of ours left open."""
-    return torchs(
-        name, "for-loop" if kind == "automatic" else kind, params, **arguments
-    )
 
 
 def run_both(name, kind, prepare, steps=4, judge=torchs, **arguments):

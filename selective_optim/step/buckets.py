@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate, compress, pairwise, starmap
 
 import torch
@@ -35,7 +37,7 @@ class Bucket:
         entries: tuple[str, ...],
         start: int,
     ) -> None:
-        self._kernel = kernel
+        self._kernel, self._cells = kernel, cells
         self.key: Key = cells[0].key
         self.label = cells[0].label
         self.positions: list[int] = flat(cell.positions for cell in cells)
@@ -103,19 +105,13 @@ class FusedBucket(Bucket):
 class FunctionalBucket(Bucket):
     """Parameters that go through torch's functional: for-loop, foreach, or fused."""
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        cells: Sequence[Cell],
-        entries: tuple[str, ...],
-        start: int,
-    ) -> None:
-        super().__init__(kernel, cells, entries, start)
-        sizes: dict[int, int] = {}  # cells come group by group
-        for cell in cells:
-            own = sizes.get(cell.key.group, 0)
-            sizes[cell.key.group] = own + len(cell.positions)
-        self._groups = list(starmap(slice, pairwise([0, *accumulate(sizes.values())])))
+    @cached_property
+    def _groups(self) -> list[slice]:
+        """Which of its parameters are of one parameter group; cells come so sorted."""
+        sizes: Counter[int] = Counter()
+        for cell in self._cells:
+            sizes[cell.key.group] += len(cell.positions)
+        return list(starmap(slice, pairwise([0, *accumulate(sizes.values())])))
 
     def step(
         self,
@@ -126,10 +122,12 @@ class FunctionalBucket(Bucket):
         scaling: Scaling,
     ) -> None:
         """Step those that have a gradient, or none where infinity was found."""
-        owns = [states.get(p) or {} for p in compress(params, there)]
         # Several groups go in one call; not where momentum begins in one: in half
         # precision foreach then rounds otherwise, for that group, as in torch.
-        for part in [slice(None)] if self._have_begun(owns) else self._groups:
+        beginning = not self._kernel.counts and not self._have_begun(
+            [states.get(param) or {} for param in compress(params, there)]
+        )
+        for part in self._groups if beginning else [slice(None)]:
             own = params[part], grads[part], there[part]
             self._step_present(*own, states, scaling)
 
@@ -170,16 +168,8 @@ class FunctionalBucket(Bucket):
                 self._kernel.functional(self.setting, params, grads, owns)
             return
         touched = [*params, *(own[entry] for own in owns for entry in self.entries)]
-        shards = [_local(tensor) for tensor in touched]
+        shards = list(map(_torch.shard_of, touched))
         before = [shard.clone() for shard in shards]
         self._kernel.functional(self.setting, params, grads, owns)
         for shard, old in zip(shards, before, strict=True):
             shard.copy_(torch.where(found_inf.to(shard.device).bool(), old, shard))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return (
-        _torch.local_tensor(tensor)
-        if type(tensor) is _torch.dtensor_class()
-        else tensor
-    )

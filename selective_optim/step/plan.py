@@ -282,7 +282,7 @@ class Plan:
         sparse = any(cell.key.layout != torch.strided for cell in self._cells)
         if sparse or not self._guard.holds_params(groups):
             return False
-        if not equal(list(map(self._kernel.structure, groups)), self._structure):
+        if self.changed(groups):
             return False
         require_numbers(self._kernel, groups)
         self._settle(groups)

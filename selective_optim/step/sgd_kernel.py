@@ -108,8 +108,7 @@ class SGDKernel(Kernel):
         buffer = own.get("momentum_buffer")
         if buffer is None or not group["dampening"]:
             return
-        if type(buffer) is _torch.dtensor_class():
-            buffer = _torch.local_tensor(buffer)
+        buffer = _torch.shard_of(buffer)
         if buffer.numel() and not buffer.any() and torch.signbit(buffer).all():
             del own["momentum_buffer"]
 

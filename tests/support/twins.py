@@ -59,6 +59,12 @@ def torchs(name: str, kind: str, params: Sequence[Any], **arguments: Any) -> Any
     return cls(groups, **{**CLASSES[name], **chosen, **arguments})
 
 
+def default_torchs(name: str, kind: str, params: Any, **arguments: Any) -> Any:
+    """Make torch's; its default, the for-loop on a CPU, where ours is left open."""
+    chosen = "for-loop" if kind == "automatic" else kind
+    return torchs(name, chosen, params, **arguments)
+
+
 def step(params: Sequence[torch.Tensor], optimizer: Any, number: int) -> None:
     """Set gradients and step."""
     set_grads(params, number)
