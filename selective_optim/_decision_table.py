@@ -77,7 +77,9 @@ class DecisionTable:
 
     def append(self, index: int, rows: list[Row]) -> None:
         """Remember a group that arrived at this index, at the end."""
-        self.layout[index:] = [rows]
+        if index < len(self.layout):  # decided anew: another list tells those who look
+            self.layout = self.layout[:index]
+        self.layout.append(rows)
 
     def lay_out(self, layout: list[list[Row]]) -> None:
         """Remember how the groups stand, and forget tensors long gone."""
