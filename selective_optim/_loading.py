@@ -301,11 +301,6 @@ def _require_entries(
             )
 
 
-def form_name(decoupled: bool) -> Form:
-    """Name a form as reports and state dicts do."""
-    return "decoupled" if decoupled else "l2"
-
-
 def record_of(
     form_of: FormOf, param_groups: Sequence[dict[str, Any]], decided: Decided
 ) -> Record:

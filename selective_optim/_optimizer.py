@@ -14,7 +14,6 @@ from selective_optim._base import Model, PolicyOptimizer
 from selective_optim._decider import Decider
 from selective_optim._loading import (
     RECORD,
-    form_name,
     require_dict,
     require_loadable,
     warn_of_changes,
@@ -100,7 +99,10 @@ class SelectiveOptimizer(PolicyOptimizer):
     def _members(self) -> list[Member]:
         decided = self._decider.decisions(self.param_groups, self.defaults)
         return [
-            Member(param, index, decision.decay, decision.label(index, position))
+            Member(
+                *(param, index, decision.decay, decision.label(index, position)),
+                *(decision.needed_lr0, decision.init),
+            )
             for index, (group, decisions) in enumerate(zip(self.param_groups, decided))
             for position, (param, decision) in enumerate(
                 zip(group["params"], decisions)
@@ -110,21 +112,22 @@ class SelectiveOptimizer(PolicyOptimizer):
     def _step_traced(self, group: dict[str, Any]) -> None:
         """Step a group as torch does, for compilation and autograd to trace."""
         kernel = self._stepper.kernel
-        lists: list[list[Any]] = [[] for _ in kernel.traced_lists]
+        lists: list[list[Any]] = [[] for _ in (*kernel.traced_lists, "inits")]
         flag, parts = self._init_group(group, *lists)
-        for multiplier, form, chosen in parts:
-            setting = kernel.setting(group, Decay(multiplier, form))
-            mine = [[each[i] for i in chosen] if each else [] for each in lists]
-            kernel.traced(setting, mine, flag)
+        for multiplier, form, target, lr0, chosen in parts:
+            setting = kernel.setting(group, Decay(multiplier, form, target), lr0)
+            *mine, inits = ([each[i] for i in chosen] if each else [] for each in lists)
+            kernel.traced(setting, mine, flag, inits)
             kernel.keep(self.state, mine)
 
     @_torch.disable_dynamo
-    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> Any:
+    def _init_group(self, group: dict[str, Any], *filled: list[Any]) -> Any:
         """Fill the lists as torch does; also return which of them were decided alike.
 
         ``torch.compile`` runs a method of this name as it is, and compiles what is
         done with the lists.
         """
+        *lists, inits = filled
         fill = getattr(super(), "_init_group", None)
         if fill is None:
             flag = self._stepper.kernel.fill(group, self.state, lists)
@@ -134,15 +137,18 @@ class SelectiveOptimizer(PolicyOptimizer):
         decided = self._decider.decisions(self.param_groups, self.defaults)[index]
         parts: dict[tuple[Any, ...], list[int]] = {}
         present = [d for p, d in zip(group["params"], decided) if p.grad is not None]
+        if any(decision.init is not None for decision in present):
+            inits.extend(decision.init for decision in present)
         for position, decision in enumerate(present):
             decay = decision.decay
-            parts.setdefault((decay.multiplier, decay.form), []).append(position)
+            key = (decay.multiplier, decay.form, decay.target, decision.needed_lr0)
+            parts.setdefault(key, []).append(position)
         return flag, tuple((*key, tuple(chosen)) for key, chosen in parts.items())
 
     # The policy.
 
     def _form_of(self, group: dict[str, Any], form: Form | None) -> Form:
-        return form_name(self._stepper.kernel.decoupled(group, form))
+        return form or self._stepper.kernel.default_form(group)
 
     def _decided_anew(self) -> None:
         self._stepper.forget()

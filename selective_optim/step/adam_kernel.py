@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import Decay, Form, is_zero
+from selective_optim.decay import Decay, Form
+from selective_optim.step.ahead import ahead_calls, decay_ahead_
 from selective_optim.step.kernel import (
     Batch,
     Call,
@@ -21,7 +22,6 @@ from selective_optim.step.kernel import (
     Setting,
     State,
     lr_on_device,
-    wd_of,
 )
 
 # What torch's functional is told and its fused kernel is not.
@@ -39,11 +39,19 @@ class AdamKernel(Kernel):
         *("max_exp_avg_sq", "step"),
     )
 
-    def decoupled(self, group: Group, form: Form | None) -> bool:
-        return form == "decoupled" if form else bool(group["decoupled_weight_decay"])
+    own_forms = ("l2", "decoupled")
 
-    def setting(self, group: Group, decay: Decay, first: bool = False) -> Setting:
-        wd = wd_of(group, decay)
+    def default_form(self, group: Group) -> Form:
+        return "decoupled" if group["decoupled_weight_decay"] else "l2"
+
+    def setting(
+        self,
+        group: Group,
+        decay: Decay,
+        lr0: float | None = None,
+        first: bool = False,
+    ) -> Setting:
+        form, wd, ahead, fleeting = self.share(group, decay, lr0)
         beta1, beta2 = group["betas"]
         return Setting(
             {
@@ -52,17 +60,16 @@ class AdamKernel(Kernel):
                 "beta2": beta2,
                 "eps": group["eps"],
                 "weight_decay": wd,
-                # Without decay both forms give the same bits: one call for both.
-                "decoupled_weight_decay": self.decoupled(
-                    group, None if is_zero(wd) else decay.form
-                ),
+                "decoupled_weight_decay": form == "decoupled",
                 "amsgrad": group["amsgrad"],
                 "maximize": group["maximize"],
                 "capturable": group["capturable"],
                 "differentiable": group["differentiable"],
                 "foreach": group["foreach"],
                 "fused": group["fused"],
-            }
+            },
+            ahead,
+            fleeting,
         )
 
     def entries(self, group: Group) -> tuple[str, ...]:
@@ -111,7 +118,19 @@ class AdamKernel(Kernel):
         kernel = _torch.fused_adamw_ if decoupled else _torch.fused_adam_
         largest = batch.moments[2] if own["amsgrad"] else []
         lists = (*(batch.params, batch.grads), *batch.moments[:2], largest, batch.steps)
-        return [partial(kernel, *lists, **own, **scaling._asdict())]
+        before, scaling = ahead_calls(setting, batch, self.direction, scaling)
+        return [*before, partial(kernel, *lists, **own, **scaling._asdict())]
+
+    @staticmethod
+    def direction(
+        setting: Setting, grad: Tensor, moments: Sequence[Tensor | None]
+    ) -> Tensor:
+        """Return the new first moment: the update has its sign, with any ``eps``."""
+        beta1, first = setting.arguments["beta1"], moments[0]
+        assert first is not None  # begun with the counter
+        grad = -grad if setting.arguments["maximize"] else grad
+        moment: Tensor = beta1 * first + (1 - beta1) * grad
+        return moment
 
     def functional(
         self,
@@ -119,25 +138,32 @@ class AdamKernel(Kernel):
         params: list[Tensor],
         grads: list[Tensor],
         owns: Sequence[State],
+        targets: list[Tensor],
     ) -> None:
         amsgrad = setting.arguments["amsgrad"]
-        _torch.adam(
+        lists = [
             params,
             grads,
             [own["exp_avg"] for own in owns],
             [own["exp_avg_sq"] for own in owns],
             [own["max_exp_avg_sq"] for own in owns] if amsgrad else [],
             [own["step"] for own in owns],
-            has_complex=any(map(torch.is_complex, params)),
-            **setting.arguments,
-        )
+        ]
+        self.traced(setting, lists, any(map(torch.is_complex, params)), targets)
 
-    def traced(self, setting: Setting, lists: list[list[Any]], flag: bool) -> None:
+    def traced(
+        self, setting: Setting, lists: list[list[Any]], flag: bool, targets: list[Any]
+    ) -> None:
+        params, grads, first = lists[:3]
+        batch = Batch(params, [first], [], targets, grads)
+        decay_ahead_(setting, batch, self.direction)
         _torch.adam(*lists, has_complex=flag, **setting.arguments)
 
     def multiplied(self, setting: Setting, fused: bool) -> float | Tensor:
         own = setting.arguments
         outside = own["decoupled_weight_decay"] and not fused
+        if setting.ahead is not None:
+            return setting.shrinks
         return own["lr"] * own["weight_decay"] if outside else 0.0
 
     def hyperparameters(self, group: Group) -> Iterable[tuple[str, Any]]:

@@ -18,9 +18,15 @@ from torch import Tensor
 from selective_optim import _torch
 from selective_optim.decay import Decay
 from selective_optim.step.counters import Counters
-from selective_optim.step.kernel import Group, Groups, Kernel, State, States
+from selective_optim.step.kernel import (
+    PLAIN,
+    Group,
+    Groups,
+    Kernel,
+    State,
+    States,
+)
 
-PLAIN = (Tensor, torch.nn.Parameter)
 # torch's fused kernels on the CPU open a parallel region for every tensor, however
 # small (grain size 0 in aten/src/ATen/native/cpu/Fused*Kernel.cpp, 2.7 to 2.15). A
 # tensor of this many elements or fewer takes one thread less time than two: on two
@@ -31,12 +37,23 @@ ALONE = 4096
 
 
 class Member(NamedTuple):
-    """One parameter with what was decided for it; ``label`` is for messages."""
+    """One parameter with what was decided for it.
+
+    Args:
+        param: The parameter.
+        group: Index of its group.
+        decay: How it decays.
+        label: Names it in messages.
+        lr0: The rate that its training began with, if its form needs that.
+        init: What it decays towards, if that is a tensor; lies as the parameter does.
+    """
 
     param: Tensor
     group: int
     decay: Decay
     label: str
+    lr0: float | None = None
+    init: Tensor | None = None
 
 
 class Key(NamedTuple):
@@ -51,6 +68,7 @@ class Key(NamedTuple):
 
     group: int
     decay: Decay
+    lr0: float | None
     alone: bool
     fused: bool
     sharded: bool
@@ -66,12 +84,13 @@ class Cell:
     """Parameters that always go through a kernel together.
 
     ``positions`` number them among all parameters of all groups; ``label`` names one
-    of them for messages.
+    of them for messages; ``inits`` are what they decay towards, where that is a tensor.
     """
 
     key: Key
     label: str
     positions: list[int] = field(default_factory=list)
+    inits: list[Tensor] = field(default_factory=list)
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -198,6 +217,7 @@ def key_of(
     return Key(
         group=member.group,
         decay=member.decay,
+        lr0=member.lr0,
         alone=alone and not odd,
         fused=fused and not odd,
         sharded=fused and not odd and sharded,
@@ -258,6 +278,8 @@ def make_cells(
             _torch.require_fused_support(param)
         cell = cells.get(key) or cells.setdefault(key, Cell(key, member.label))
         cell.positions.append(position)
+        if member.init is not None:
+            cell.inits.append(member.init)
         if not begun:
             new.setdefault(id(_torch.token_of(param)), (member, key.fused))
     _begin(kernel, groups, members, [*new.values()], states, counters)

@@ -17,8 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.step.cells import PLAIN
-from selective_optim.step.kernel import Groups
+from selective_optim.step.kernel import PLAIN, Groups
 
 # What kernels read in a group; what else is there is somebody's own.
 READ = frozenset(

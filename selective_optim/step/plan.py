@@ -111,9 +111,10 @@ class Plan:
         stepping: Mapping[int, object],
     ) -> None:
         require_numbers(kernel, groups)
-        for param, group, decay, label in members:
-            if param.grad is not None and param.grad.is_sparse:
-                kernel.refuse_sparse(groups[group], decay, label)
+        for member in members:
+            grad = member.param.grad
+            if grad is not None and grad.is_sparse:
+                kernel.refuse_sparse(groups[member.group], member.decay, member.label)
         self._kernel = kernel
         self._counters = counters
         self._lent = lent
@@ -145,10 +146,9 @@ class Plan:
         self._threads = _torch.thread_count()
         together: dict[Any, tuple[Setting, bool, list[Cell]]] = {}
         for cell in self._cells:
-            index, decay, alone, *path = cell.key
-            setting = self._kernel.setting(
-                groups[index], decay, first=cell.key.first and cell.key.fused
-            )
+            index, decay, lr0, alone, *path = cell.key
+            first = cell.key.first and cell.key.fused
+            setting = self._kernel.setting(groups[index], decay, lr0, first)
             alone &= self._threads > 1
             key = (setting.key, alone, *path)
             together.setdefault(key, (setting, alone, []))[2].append(cell)
@@ -160,6 +160,7 @@ class Plan:
             bucket.take(setting, alone)
         self._program: Program | None = None
         self._live = any(bucket.setting.live for bucket in self._buckets)
+        self._fleeting = any(bucket.setting.fleeting for bucket in self._buckets)
         self.vanishing = self._find_vanishing() if self._any_half else None
 
     def _arrange(self, groups: Groups, merged: list[list[Cell]]) -> None:
@@ -242,7 +243,8 @@ class Plan:
         Raises:
             ValueError: A hyperparameter is NaN.
         """
-        if not self._guard.holds(groups) and not self._reread(groups):
+        known = not self._fleeting and self._guard.holds(groups)
+        if not known and not self._reread(groups):
             return None
         if self._some_alone and _torch.thread_count() != self._threads:
             self._settle(groups)

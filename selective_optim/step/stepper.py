@@ -162,7 +162,7 @@ class Stepper:
         What never fitted its parameter was put there on purpose, as moments of less
         precision are, and stays.
         """
-        for param, group, _, _ in members:
+        for param, group, *_ in members:
             token, was = self._places.get(id(_torch.token_of(param)), (None, None))
             now = (param.dtype, param.device)
             if was is None or token is not _torch.token_of(param) or was == now:
