@@ -1,22 +1,214 @@
-"""Deciding: at construction, for every group that is added, and when groups change."""
+"""Who decays: decided at construction, for groups that are added, and when they change.
+
+A decision follows its tensor wherever that is moved, copied or reordered to. The
+table of decisions holds no tensor, or an unsharded model would stay in memory; it
+holds what is the tensor's own and nothing else's, see ``_torch.token_of``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from difflib import SequenceMatcher
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from selective_optim._decision_table import DecisionTable, Group, Infos, Known, Row
-from selective_optim._model_index import ModelIndex
+from selective_optim import _torch
 from selective_optim._text import require_numbers, warn
 from selective_optim.decay import FULL, Decision, is_zero
-from selective_optim.parameters import as_modules
+from selective_optim.parameters import (
+    ModelIndex,
+    ParameterInfo,
+    as_modules,
+    owner_kinds,
+)
 from selective_optim.policies import Policy, as_policy
 from selective_optim.policies.decide import decide, require_matches
 from selective_optim.policies.selectors import Selector
+
+Group = dict[str, Any]
+Infos = Sequence[ParameterInfo]
+
+
+class Row(NamedTuple):
+    """What was decided for one tensor, and by which policy."""
+
+    token: object
+    decision: Decision
+    policy: Policy | None
+
+
+_token_of_row = attrgetter("token")
+
+
+class Known(NamedTuple):
+    """How the table learns what it does not know.
+
+    Args:
+        describe: Tells what is known of parameters, given their names if any and
+            the index of their group.
+        ask: Asks a policy about them, given where in their group they stand.
+    """
+
+    describe: Callable[[Sequence[Tensor], Sequence[str | None] | None, int], Infos]
+    ask: Callable[[Policy | None, Infos, Sequence[int]], Sequence[Decision]]
+
+
+class DecisionTable:
+    """What was decided, by tensor, and how the groups stood when last looked at."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, Row] = {}
+        self.layout: list[list[Row]] = []
+
+    def record(self, param: Tensor, decision: Decision, policy: Policy | None) -> Row:
+        """Write down what was decided for a tensor."""
+        token = _torch.token_of(param)
+        row = self._rows[id(token)] = Row(token, decision, policy)
+        return row
+
+    def row_of(self, param: Tensor) -> Row | None:
+        """Return what was decided for a tensor."""
+        # A token that is held cannot be another's: its id does not come again.
+        return self._rows.get(id(_torch.token_of(param)))
+
+    def stands(self, groups: Sequence[Group]) -> bool:
+        """Tell whether the groups hold what they held when last looked at."""
+        lists = [group["params"] for group in groups]
+        if list(map(len, lists)) != list(map(len, self.layout)):
+            return False
+        tokens = map(_torch.token_of, chain.from_iterable(lists))
+        known = map(_token_of_row, chain.from_iterable(self.layout))
+        return all(map(is_, tokens, known))
+
+    def append(self, index: int, rows: list[Row]) -> None:
+        """Remember a group that arrived at this index, at the end."""
+        if index < len(self.layout):  # decided anew: another list tells those who look
+            self.layout = self.layout[:index]
+        self.layout.append(rows)
+
+    def lay_out(self, layout: list[list[Row]]) -> None:
+        """Remember how the groups stand, and forget tensors long gone."""
+        self.layout = layout
+        if len(self._rows) <= sum(map(len, layout)):
+            return
+        standing = self._standing()
+        if len(self._rows) > 2 * len(standing) + 64:
+            self._rows = standing
+        elif len(self._rows) > len(standing):
+            # One that was taken out may come back, so it is not forgotten at once;
+            # unless its own dict, which is the token, keeps things alive.
+            gone = {k: row for k, row in self._rows.items() if not row.token}
+            self._rows = {**gone, **standing}
+
+    def forget_absent(self) -> None:
+        """Forget the tensors that stand in no group now."""
+        self._rows = self._standing()
+
+    def _standing(self) -> dict[int, Row]:
+        return {id(row.token): row for rows in self.layout for row in rows}
+
+    def follow(
+        self, groups: Sequence[Group], known: Known, default: Policy | None
+    ) -> None:
+        """Find, take over or decide a row for every parameter of the groups.
+
+        A tensor keeps its own row wherever it stands. One that is new takes over
+        that of its name, or, where all tensors of a group are new, those of their
+        positions, unless what is known of it contradicts. Else a policy is asked:
+        that of the tensors around it, or ``default``.
+
+        Raises:
+            ValueError: The policy cannot decide; then the layout stays as it was.
+        """
+        found = [[self.row_of(p) for p in group["params"]] for group in groups]
+        borne = {row.decision.name for rows in found for row in rows if row}
+        aligned = len(groups) == len(self.layout)
+        layout = []
+        for index, (group, rows) in enumerate(zip(groups, found)):
+            if any(row is None for row in rows):
+                params = list(group["params"])
+                names = _trusted_names(group, rows, borne)
+                infos = known.describe(params, names, index)
+                before = self.layout[index] if aligned else []
+                layout.append(self._complete(infos, rows, before, known, default))
+            else:
+                layout.append([row for row in rows if row is not None])
+        self.lay_out(layout)
+
+    def _complete(
+        self,
+        infos: Infos,
+        rows: Sequence[Row | None],
+        before: Sequence[Row],
+        known: Known,
+        default: Policy | None,
+    ) -> list[Row]:
+        mine = [row for row in rows if row is not None]
+        if not mine and (inherited := self.inherited(infos, before)) is not None:
+            return inherited
+        policy = next((row.policy for row in (*mine, *before)), default)
+        named = self._by_name()
+        completed = []
+        for info, row in zip(infos, rows):
+            namesake = named.get(info.name or "")
+            if row is None and namesake is not None and _may_be(info, namesake):
+                row = self._take_over(info, namesake)
+            completed.append(row)
+        places = [i for i, row in enumerate(completed) if row is None]
+        new = [infos[i] for i in places]
+        decisions = known.ask(policy, new, places) if new else ()
+        for i, decision in zip(places, decisions):
+            completed[i] = self.record(infos[i].parameter, decision, policy)
+        return [row for row in completed if row is not None]
+
+    def inherited(self, infos: Infos, rows: Sequence[Row]) -> list[Row] | None:
+        """Give new tensors the rows of their places, unless something contradicts."""
+        if len(infos) != len(rows) or not all(map(_may_be, infos, rows)):
+            return None
+        return [self._take_over(*pair) for pair in zip(infos, rows)]
+
+    def _take_over(self, info: ParameterInfo, row: Row) -> Row:
+        return self.record(info.parameter, row.decision, row.policy)
+
+    def _by_name(self) -> dict[str, Row]:
+        """Look up rows by a name that only one of them bears."""
+        rows = list(chain.from_iterable(self.layout))
+        bearers = Counter(row.decision.name for row in rows)
+        return {
+            name: row
+            for row in rows
+            if (name := row.decision.name) and bearers[name] == 1
+        }
+
+
+def _may_be(info: ParameterInfo, row: Row) -> bool:
+    """Tell whether nothing known of a parameter contradicts what was decided on."""
+    decided, kinds = row.decision, owner_kinds(info)
+    # A wrapper or a parametrization makes a subclass of the module's class.
+    related = not kinds or not decided.kinds or kinds[0] in decided.kinds
+    same_kind = related or decided.kinds[0] in kinds
+    same_name = info.name in (None, decided.name) or decided.name is None
+    return same_kind and same_name and info.shape in (None, decided.shape)
+
+
+def _trusted_names(
+    group: Group, rows: Sequence[Row | None], borne: Container[str | None]
+) -> Sequence[str | None] | None:
+    """Return the names in a group, without those that tensors elsewhere bear.
+
+    Whoever edits the list of parameters by hand leaves the list of names alone.
+    """
+    names = group.get("param_names")
+    if names is None or len(names) != len(rows):
+        return None
+    pairs = zip(names, rows)
+    return [name if row or name not in borne else None for name, row in pairs]
+
 
 # What a group may bring and does not keep; ZeroRedundancyOptimizer writes them back.
 OWN_KEYS = ("wd_policy", "model")

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from selective_optim import policies
-from selective_optim._model_index import ModelIndex
 from selective_optim._text import aligned, shape_text
-from selective_optim.parameters import ParameterInfo
+from selective_optim.parameters import ModelIndex, ParameterInfo
 from selective_optim.policies import Policy
 from selective_optim.policies.decide import decide_alone
 from selective_optim.policies.selectors import kind_of

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selective_optim._model_index import ModelIndex
 from selective_optim._text import aligned
-from selective_optim.parameters import ParameterInfo, as_modules
+from selective_optim.parameters import ModelIndex, ParameterInfo, as_modules
 from selective_optim.policies.blocks import require_arguments
 from selective_optim.policies.layerwise import Distances
 

@@ -1,18 +1,31 @@
-"""What is known of a parameter: its names, its modules, its shape."""
+"""What is known of parameters: names, shapes, and the modules around them.
+
+A model is walked once and not for every optimizer or group that asks: one
+optimizer per parameter, stepped in a hook, is how people save memory. What was
+read is checked where it is used, place by place, and costs nothing to keep:
+modules are referred to weakly, and parameters by identity alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from itertools import takewhile
-from typing import Any
+import gc
+import inspect
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, repeat, takewhile
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from selective_optim import _torch
-from selective_optim._module_tree import canonical_name, name_of_its_own
 from selective_optim._text import received, shape_of
 
 
@@ -125,3 +138,345 @@ def as_modules(model: object) -> list[nn.Module]:
             f"{received(model)}. Pass model=model."
         )
     return items
+
+
+# Iterators that hand on what others yield. What one refers to is what it reads.
+RELAYS: tuple[type, ...] = (filter, map, chain, type(iter([])), type(iter(())))
+Path = tuple[nn.Module, ...]
+
+
+def canonical_name(name: str) -> str:
+    """Strip what wrappers and parametrizations add to a dotted name."""
+    *modules, leaf = without_wrappers(name).split(".")
+    if modules[-2:-1] == ["parametrizations"] and leaf.startswith("original"):
+        *modules, _, leaf = modules
+    return ".".join([*modules, leaf])
+
+
+def without_wrappers(name: str) -> str:
+    """Strip what wrappers add to a dotted name, and nothing else."""
+    *modules, leaf = name.split(".")
+    return ".".join([*(part for part in modules if part not in _torch.WRAPPERS), leaf])
+
+
+def name_of_its_own(name: str) -> str | None:
+    """Return what tells a parametrization's several parameters apart, if they are.
+
+    One that made one parameter of one calls it ``original``, without a number.
+    """
+    plain = without_wrappers(name)
+    *_, above, _, leaf = ("", "", *plain.split("."))
+    numbered = above == "parametrizations" and leaf.removeprefix("original").isdigit()
+    return plain if numbered else None
+
+
+class Node:
+    """A module at one place of a tree, remembered without keeping it alive.
+
+    Args:
+        module: The module.
+        parent: The node above; ``None`` for the root.
+        key: Name under which the parent registered it.
+    """
+
+    __slots__ = ("key", "module", "parent")
+
+    def __init__(self, module: nn.Module, parent: Node | None, key: str) -> None:
+        self.module = weakref.ref(module)
+        self.parent = parent
+        self.key = key
+
+    def path(self) -> Path | None:
+        """Return the modules from the root to this one if it still stands here."""
+        module = self.module()
+        if module is None or self.parent is None:
+            return None if module is None else (module,)
+        above = self.parent.path()
+        if above is None or _torch.child_of(above[-1], self.key) is not module:
+            return None
+        return (*above, module)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One spot in a tree at which a parameter is registered.
+
+    Args:
+        node: The module that registered it.
+        key: Under which name.
+        name: Its canonical dotted name.
+        leaf: Last part of that.
+        own_name: What tells it from others with the same canonical name, if need be.
+    """
+
+    node: Node
+    key: str
+    name: str
+    leaf: str
+    own_name: str | None = None
+
+    def path(self, param: Tensor) -> Path | None:
+        """Return the modules from the root to the owner if ``param`` stands here.
+
+        What a parametrization was made of belongs to the module that it was
+        registered on.
+        """
+        path = self.node.path()
+        if path is None:
+            return None
+        here = _torch.registered(path[-1])
+        if self.key not in here or here[self.key] is not param:
+            return None
+        made = isinstance(path[-1], ParametrizationList) and self.key.startswith(
+            "original"
+        )
+        return path[:-2] if made else path
+
+
+def places(root: nn.Module) -> list[tuple[Tensor, Place]]:
+    """List every place of every parameter, aliases of tied ones included."""
+    found: list[tuple[Tensor, Place]] = []
+
+    def walk(module: nn.Module, node: Node, prefix: str, inside: Path) -> None:
+        for key, param in _torch.own_parameters(module):
+            name = canonical_name(prefix + key)
+            own = name_of_its_own(prefix + key) if key.startswith("original") else None
+            found.append((param, Place(node, key, name, name.rpartition(".")[2], own)))
+        for key, child in _torch.children_of(module):
+            if child not in inside:  # one that contains itself has endless aliases
+                below = Node(child, node, key)
+                walk(child, below, f"{prefix}{key}.", (*inside, child))
+
+    walk(root, Node(root, None, ""), "", (root,))
+    return found
+
+
+def modules_behind(params: object) -> list[nn.Module]:
+    """Find the modules that ``params`` is, lists, or is being generated from.
+
+    ``model.parameters()`` and ``model.named_parameters()`` are generators whose
+    frame holds the module until they have run; a generator expression, ``filter``,
+    ``map`` or ``itertools.chain`` over such generators leads to them.
+    """
+    if isinstance(params, nn.Module):
+        return [params]
+    if isinstance(params, RELAYS):
+        sources = gc.get_referents(params)
+        sources += chain(*(s for s in sources if isinstance(s, (list, tuple))))
+        return [module for source in sources for module in modules_behind(source)]
+    if inspect.isgenerator(params):
+        frame = inspect.getgeneratorlocals(params)
+        return modules_behind(frame.get("self", frame.get(".0")))
+    return list(params) if is_modules(params) else []
+
+
+def is_modules(params: object) -> TypeGuard[Sequence[nn.Module]]:
+    """Tell whether ``params`` is a list or tuple of nothing but modules."""
+    return (
+        isinstance(params, Sequence)
+        and bool(params)
+        and all(isinstance(item, nn.Module) for item in params)
+    )
+
+
+_T = TypeVar("_T")
+# Weak on both sides: an index holds neither its module nor any parameter.
+_indices: weakref.WeakKeyDictionary[nn.Module, ModuleIndex] = (
+    weakref.WeakKeyDictionary()
+)
+_watching: list[Any] = []
+
+
+def _forget_all(*_: object) -> None:
+    """Forget every index: somewhere a parameter or module was registered.
+
+    A place that is gone shows when it is looked up; one that is new, as when two
+    weights are tied, would not.
+    """
+    _indices.clear()
+
+
+def index_of(module: nn.Module) -> ModuleIndex:
+    """Return what is known of a module, walked now or since nothing was registered."""
+    if not _watching:
+        _watching.append(register_module_parameter_registration_hook(_forget_all))
+        _watching.append(register_module_module_registration_hook(_forget_all))
+    index = _indices.get(module)
+    if index is None:
+        index = _indices[module] = ModuleIndex(module)
+    return index
+
+
+class ModuleIndex:
+    """Every place of every parameter of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        self._answers: dict[Hashable, Any] = {}
+        self._read(module)
+
+    def _read(self, module: nn.Module) -> None:
+        self._places: dict[int, list[Place]] = {}
+        self._answers.clear()
+        self._shapes = _torch.original_shapes(module)
+        for param, place in places(module):
+            self._places.setdefault(id(param), []).append(place)
+
+    def info(self, param: Tensor) -> ParameterInfo | None:
+        """Describe a parameter; ``None`` if the module does not hold it."""
+        [info] = self.infos([param])
+        return info
+
+    def infos(
+        self, params: Sequence[Tensor], group: int = 0
+    ) -> list[ParameterInfo | None]:
+        """Describe parameters; ``None`` for those that the module does not hold."""
+        found = [self._look_up(param, group) for param in params]
+        module = self._module()
+        if None in found and module is not None:
+            self._read(module)  # they may have come, or moved, since the last reading
+            found = [self._look_up(param, group) for param in params]
+        return found
+
+    def _look_up(self, param: Tensor, group: int) -> ParameterInfo | None:
+        known = self._places.get(id(param), ())
+        paths = [path for place in known if (path := place.path(param)) is not None]
+        if not known or len(paths) < len(known):
+            return None
+        names = tuple(dict.fromkeys([place.name for place in known]))
+        shape = self._shapes.get(id(param), original_shape(param))
+        here = (param, shape, None if shape is None else len(shape), group)
+        first, *elsewhere = [
+            ParameterInfo(
+                *(place.name, names, place.leaf, path[-1], path, *here),
+                own_name=place.own_name,
+            )
+            for place, path in zip(known, paths)
+        ]
+        return replace(first, elsewhere=tuple(elsewhere)) if elsewhere else first
+
+    def everyone(self) -> list[ParameterInfo]:
+        """Describe every parameter of the module, each once."""
+        module = self._module()
+        params = {} if module is None else {id(p): p for p, _ in places(module)}
+        found = self.infos(list(params.values()))
+        return [info for info in found if info is not None]
+
+    def remember(self, question: Hashable, ask: Callable[[], _T]) -> _T:
+        """Answer a question about the whole module once, until it changes."""
+        if question not in self._answers:
+            self._answers[question] = ask()
+        answer: _T = self._answers[question]
+        return answer
+
+
+class ModelIndex:
+    """What is known of an optimizer's parameters, from the best source at hand.
+
+    In this order: ``model=``; a module, or the generator of one, given as
+    parameters; names; else shapes alone.
+
+    Args:
+        model: A module, modules, or ``None``.
+    """
+
+    def __init__(self, model: object = None) -> None:
+        modules = as_modules(model)
+        self._given = bool(modules)
+        self._modules = list(map(weakref.ref, modules))
+        # Until it is decided for, a module may live through a generator alone.
+        self._held = modules
+
+    @property
+    def explicit(self) -> bool:
+        """Tell whether ``model=`` was given, and is still alive to be asked."""
+        return self._given and all(ref() is not None for ref in self._modules)
+
+    def modules(self) -> list[nn.Module]:
+        """Return the known modules that are still alive."""
+        return [module for ref in self._modules if (module := ref()) is not None]
+
+    def add(self, modules: Iterable[nn.Module]) -> None:
+        """Learn of further modules."""
+        for module in modules:
+            self._held.append(module)
+            if module not in self.modules():
+                self._modules.append(weakref.ref(module))
+
+    def let_go(self) -> None:
+        """Keep no module alive from now on."""
+        self._held.clear()
+
+    def learn(self, params: Any) -> Any:
+        """Note the modules behind ``params`` and return what torch takes instead."""
+        modules = modules_behind(params)
+        if not self.explicit:
+            self.add(modules)
+        if modules and isinstance(params, (nn.Module, Sequence)):
+            params = chain(*[module.parameters() for module in modules])
+            return list({id(param): param for param in params}.values())
+        return params
+
+    def infos(
+        self,
+        params: Sequence[Tensor],
+        names: Sequence[str | None] | None,
+        group: int,
+    ) -> list[ParameterInfo]:
+        """Describe the parameters of a group, each as well as it is known.
+
+        Args:
+            params: The parameters.
+            names: Their names, which serve where no module holds them.
+            group: Index of the group.
+        """
+        found: list[ParameterInfo | None] = [None] * len(params)
+        for module in self.modules():
+            here = index_of(module).infos(params, group)
+            found = [a or b for a, b in zip(found, here)]
+        return [
+            info or named_info(param, name, group)
+            for info, param, name in zip(found, params, names or repeat(None))
+        ]
+
+    def remember(self, question: Hashable, ask: Callable[[], _T]) -> _T:
+        """Answer a question about the whole model once, until the model changes."""
+        modules = self.modules()
+        try:
+            hash(question)
+        except TypeError:
+            return ask()
+        return (
+            index_of(modules[0]).remember(question, ask) if len(modules) == 1 else ask()
+        )
+
+    def everyone(self) -> list[ParameterInfo]:
+        """Describe every parameter of the known modules, in the optimizer or not."""
+        return [info for m in self.modules() for info in index_of(m).everyone()]
+
+    def require_members(self, infos: Iterable[ParameterInfo]) -> None:
+        """Check that every parameter lives in ``model=``, if that was given.
+
+        Raises:
+            ValueError: One does not; the message gives its shape and position.
+        """
+        for position, info in enumerate(infos) if self.explicit else ():
+            if info.owner is None:
+                raise ValueError(
+                    f"{info.describe(position)}, at position {position} of group "
+                    f"{info.group}, is in none of the modules given as `model`. "
+                    f"Pass every module that holds parameters: model=[model, ...]."
+                )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelIndex:
+        """Follow the modules that were copied along with the optimizer."""
+        modules = self.modules()
+        twin = ModelIndex([memo.get(id(module), module) for module in modules])
+        # Copied before its model, it cannot insist that tensors live in that.
+        twin._given = self._given and all(id(module) in memo for module in modules)
+        twin.let_go()
+        return twin
+
+    def __reduce__(self) -> tuple[type[ModelIndex], tuple[()]]:
+        # To pickle the modules would be to pickle the model with the optimizer.
+        return ModelIndex, ()

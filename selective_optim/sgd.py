@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective_optim._base import Model
-from selective_optim._optimizer import SelectiveOptimizer
+from selective_optim._optimizer import Model, SelectiveOptimizer
 from selective_optim._text import require_numbers
 from selective_optim.policies import WdPolicy
 from selective_optim.step.sgd_kernel import SGDKernel

@@ -14,8 +14,7 @@ from torch import nn
 import selective_optim
 from benchmarks.recipes_page import page
 from selective_optim import policies
-from selective_optim.__main__ import main
-from selective_optim._target import build, read_target
+from selective_optim.__main__ import build, main, read_target
 from selective_optim.audit import audit, find_mistakes, model_report
 from selective_optim.policies.named import NAMED
 

@@ -14,9 +14,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from selective_optim import SGD, AdamW, ParameterInfo
-from selective_optim._model_index import ModuleIndex
-from selective_optim._module_tree import canonical_name
 from selective_optim._text import shape_text
+from selective_optim.parameters import ModuleIndex, canonical_name
 
 
 def make_net():

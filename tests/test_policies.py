@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from selective_optim import SGD, AdamW, Decay
-from selective_optim._model_index import ModuleIndex
 from selective_optim.decay import Verdict
+from selective_optim.parameters import ModuleIndex
 from selective_optim.policies import (
     as_policy,
     exclude,

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from selective_optim._model_index import ModuleIndex
-from selective_optim.parameters import named_info
+from selective_optim.parameters import ModuleIndex, named_info
 from selective_optim.policies.selectors import (
     Selector,
     as_selector,

@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from selective_optim import _torch
-from selective_optim._module_tree import canonical_name
 from selective_optim._text import received
 from selective_optim.decay import EXEMPT, FULL, Decay, Verdict, number_text
-from selective_optim.parameters import ParameterInfo
+from selective_optim.parameters import ParameterInfo, canonical_name
 from selective_optim.policies.base import Policy
 from selective_optim.policies.selectors import Need
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from selective_optim._base import PolicyOptimizer
+from selective_optim._optimizer import PolicyOptimizer
 from selective_optim.adam import Adam
 from selective_optim.adamw import AdamW
 from selective_optim.sgd import SGD

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from selective_optim._base import Model
 from selective_optim._decider import Decider
+from selective_optim._optimizer import Model
 from selective_optim._text import aligned
 from selective_optim.decay import FULL, Decision
 from selective_optim.factories import given

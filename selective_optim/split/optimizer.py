@@ -10,15 +10,15 @@ from operator import is_
 from typing import Any
 
 from selective_optim import _torch
-from selective_optim._base import Model, PolicyOptimizer
 from selective_optim._decider import Decider
-from selective_optim._loading import (
+from selective_optim._optimizer import Model, PolicyOptimizer
+from selective_optim._state_dict import (
     RECORD,
     require_dict,
     require_groups_like,
     warn_of_changes,
 )
-from selective_optim._named import MEMBERS
+from selective_optim.checkpoint import MEMBERS
 from selective_optim.decay import Form
 from selective_optim.factories import given
 from selective_optim.split import refusals
@@ -27,10 +27,11 @@ from selective_optim.split.parts import (
     Group,
     Split,
     flag_of,
+    joined,
     split_again,
     split_group,
+    taken_apart,
 )
-from selective_optim.split.state import joined, taken_apart
 
 STEP_HOOKS = ("step_pre", "step_post")
 SAVE_HOOKS = ("state_dict_pre", "state_dict_post")

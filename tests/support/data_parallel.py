@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import selective_optim
-from selective_optim._module_tree import canonical_name
+from selective_optim.parameters import canonical_name
 from tests.support.nets import TokenNet
 
 # Measured: under gloo the FSDP2 of torch 2.7 adds gradients up and does not average.

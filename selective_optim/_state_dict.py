@@ -1,8 +1,11 @@
-"""Loading a state dict: refused whole if it does not fit, compared if it does.
+"""What a state dict must hold to be loaded, and what it records of decisions.
 
-The state dict that fits least is the one people come with: torch's, whose groups
-were split by hand into decayed and exempt. It is recognized by its layout, and
-answered with the call of ``checkpoint`` that converts it.
+Under ``"decay"`` stands, group by group, a multiplier and a form per parameter. A
+state dict is refused whole if it does not fit, and compared by this record if it does.
+
+The one that fits least is the one people come with: torch's, whose groups were split
+by hand into decayed and exempt. It is recognized by its layout, and answered with the
+call of ``checkpoint`` that converts it.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective_optim._module_tree import canonical_name
 from selective_optim._text import shape_text, warn
 from selective_optim.decay import Decision, Form, is_zero
+from selective_optim.parameters import canonical_name
 from selective_optim.step.kernel import Kernel
 
 RECORD = "decay"  # the key of a state dict under which decisions are recorded
