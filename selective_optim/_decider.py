@@ -7,18 +7,20 @@ holds what is the tensor's own and nothing else's, see ``_torch.token_of``.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from difflib import SequenceMatcher
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._text import require_numbers, warn
+from selective_optim._text import require_numbers, shape_text, warn
 from selective_optim.decay import FULL, Decision, is_zero
 from selective_optim.parameters import (
     ModelIndex,
@@ -135,7 +137,10 @@ class DecisionTable:
                 names = _trusted_names(group, rows, borne)
                 infos = known.describe(params, names, index)
                 before = self.layout[index] if aligned else []
-                layout.append(self._complete(infos, rows, before, known, default))
+                own = self._complete(
+                    infos, rows, before, known, default, base_rate(group)
+                )
+                layout.append(own)
             else:
                 layout.append([row for row in rows if row is not None])
         self.lay_out(layout)
@@ -147,6 +152,7 @@ class DecisionTable:
         before: Sequence[Row],
         known: Known,
         default: Policy | None,
+        lr0: float | None,
     ) -> list[Row]:
         mine = [row for row in rows if row is not None]
         if not mine and (inherited := self.inherited(infos, before)) is not None:
@@ -162,7 +168,7 @@ class DecisionTable:
         places = [i for i, row in enumerate(completed) if row is None]
         new = [infos[i] for i in places]
         decisions = known.ask(policy, new, places) if new else ()
-        for i, decision in zip(places, decisions):
+        for i, decision in zip(places, begun(decisions, new, repeat(lr0))):
             completed[i] = self.record(infos[i].parameter, decision, policy)
         return [row for row in completed if row is not None]
 
@@ -210,6 +216,66 @@ def _trusted_names(
     return [name if row or name not in borne else None for name, row in pairs]
 
 
+# What training begins with.
+
+
+def base_rate(group: Group) -> float | None:
+    """Return the rate that schedules of a group start from, if that is a number."""
+    try:
+        return float(group.get("initial_lr", group.get("lr")))  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):  # None, or a tensor without a value
+        return None
+
+
+def begun(
+    decisions: Iterable[Decision], infos: Infos, lr0s: Iterable[float | None]
+) -> list[Decision]:
+    """Add to decisions what the training of their parameters begins with.
+
+    Raises:
+        ValueError: A form needs the rate or the values, and there are none.
+    """
+    return [
+        decision._replace(lr0=lr0, init=_init(info, decision, lr0))
+        for decision, info, lr0 in zip(decisions, infos, lr0s)
+    ]
+
+
+def _init(info: ParameterInfo, decision: Decision, lr0: float | None) -> Tensor | None:
+    """Copy what a parameter is now, if that is what it decays towards."""
+    decay, param = decision.decay, info.parameter
+    name = decision.telling_name or f"a parameter of group {info.group}"
+    if decay.needs_lr0 and not (lr0 and math.isfinite(lr0)):
+        raise ValueError(
+            f"{name!r} decays in form {decay.form!r}, which divides by the rate that "
+            f"training begins with, and that is {lr0}. Give its group that rate: "
+            f"dict(params=..., lr=0.0, initial_lr=3e-4)."
+        )
+    if not decay.needs_init:
+        return None
+    if param.is_meta or is_lazy(param):
+        raise ValueError(
+            f"{name!r} decays towards what it is now, and it has no values yet. Make "
+            f"the optimizer, or assign optimizer.wd_policy, when the weights are there."
+        )
+    return param.detach().clone()
+
+
+def beside(init: Tensor, param: Tensor, name: str | None) -> Tensor:
+    """Bring what a parameter decays towards to where that lies now, and shard it.
+
+    Raises:
+        ValueError: Their shapes are others.
+    """
+    if init.shape != param.shape:
+        raise ValueError(
+            f"{name or 'a parameter'} decays towards what it was in shape "
+            f"{shape_text(init.shape)}, and has shape {shape_text(param.shape)} now. "
+            f"Assign optimizer.wd_policy to decide anew."
+        )
+    return _torch.placed_as(init.to(param.device, param.dtype), param)
+
+
 # What a group may bring and does not keep; ZeroRedundancyOptimizer writes them back.
 OWN_KEYS = ("wd_policy", "model")
 # How alike a key must be to one that is read to be taken for it: "wd_polcy" is 0.94
@@ -223,6 +289,7 @@ class Pending(NamedTuple):
     group: int
     infos: Infos
     policy: Policy | None
+    lr0s: Iterable[float | None]
 
 
 class Decider:
@@ -289,7 +356,7 @@ class Decider:
             self._table.append(index, rows)
             return
         self.index.require_members(infos)
-        pending = Pending(index, infos, policy)
+        pending = Pending(index, infos, policy, repeat(base_rate(group)))
         if self._pending is not None:
             self._pending.append(pending)
         else:
@@ -333,7 +400,10 @@ class Decider:
         for policy in {id(p): p for p in strict if p is not None}.values():
             mine = [i for each in arriving if each.policy is policy for i in each.infos]
             require_matches(policy, mine, self._matches, self.index.everyone)
-        decided = [self._ask(each.policy, each.infos) for each in arriving]
+        decided = [
+            begun(self._ask(each.policy, each.infos), each.infos, each.lr0s)
+            for each in arriving
+        ]
         for each, decisions in zip(arriving, decided):
             pairs = zip(each.infos, decisions, strict=True)
             rows = [self._table.record(i.parameter, d, each.policy) for i, d in pairs]
@@ -376,6 +446,55 @@ class Decider:
     ) -> list[list[Decision]]:
         """Return the decisions alone; see :meth:`rows`."""
         return [[row.decision for row in rows] for rows in self.rows(groups, defaults)]
+
+    def fitting(
+        self, groups: Sequence[Group], defaults: Mapping[str, Any]
+    ) -> list[list[Decision]]:
+        """Return the decisions, of which ``init`` lies as its parameter does now.
+
+        Raises:
+            ValueError: As :meth:`rows`; or a parameter has another shape now.
+        """
+        for group, rows in zip(groups, self.rows(groups, defaults)):
+            for place, (param, row) in enumerate(zip(group["params"], rows)):
+                init = row.decision.init
+                if init is not None and not _torch.lies_as(init, param):
+                    fitted = beside(init, param, row.decision.telling_name)
+                    rows[place] = self._renewed(param, row, init=fitted)
+        return [[row.decision for row in rows] for rows in self._table.layout]
+
+    def resume(
+        self, groups: Sequence[Group], begins: Iterable[Mapping[str, Any]]
+    ) -> list[str]:
+        """Take over what training began with, as a state dict records it.
+
+        Args:
+            groups: The optimizer's groups.
+            begins: ``"lr0"`` and ``"init"`` of every parameter in order, where known.
+
+        Returns:
+            Names of the parameters whose ``init`` is not recorded.
+        """
+        lost, told = [], iter(begins)
+        # Another list tells those who look.
+        self._table.layout = list(map(list, self._table.layout))
+        for index, (group, rows) in enumerate(zip(groups, self._table.layout)):
+            pairs = zip(group["params"], rows, told)
+            for place, (param, row, begin) in enumerate(pairs):
+                decay = row.decision.decay
+                if decay.needs_lr0 and begin.get("lr0"):
+                    row = self._renewed(param, row, lr0=float(begin["lr0"]))
+                init = begin.get("init")
+                if decay.needs_init and getattr(init, "shape", None) == param.shape:
+                    row = self._renewed(param, row, init=init)
+                elif decay.needs_init:
+                    lost.append(row.decision.label(index, place))
+                rows[place] = row
+        return lost
+
+    def _renewed(self, param: Tensor, row: Row, **begin: Any) -> Row:
+        decision = row.decision._replace(**begin)
+        return self._table.record(param, decision, row.policy)
 
     def readable(
         self, groups: Sequence[Group], defaults: Mapping[str, Any]
@@ -440,7 +559,8 @@ class Decider:
             rows = [self._table.row_of(param) for param in group["params"]]
             names = [row and row.decision.name for row in rows]
             infos = self.index.infos(list(group["params"]), names, index)
-            pending.append(Pending(index, infos, policy))
+            lr0s = [row.decision.lr0 if row else base_rate(group) for row in rows]
+            pending.append(Pending(index, infos, policy, lr0s))
         self._decide_for(pending, [policy])
         self._table.forget_absent()  # they are decided anew when they come back
         self.policy = policy

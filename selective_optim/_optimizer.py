@@ -15,12 +15,14 @@ from selective_optim._decider import OWN_KEYS, Decider
 from selective_optim._state_dict import (
     RECORD,
     Record,
+    begins_of,
     record_of,
     require_dict,
     require_loadable,
     warn_of_changes,
+    warn_of_lost_inits,
 )
-from selective_optim.decay import Decay, Form
+from selective_optim.decay import Decay, Form, Terms
 from selective_optim.factories import given
 from selective_optim.policies import Policy, WdPolicy
 from selective_optim.report import DecayReport, make_report
@@ -99,6 +101,12 @@ class PolicyOptimizer(torch.optim.Optimizer):
         """Write down how every parameter decays, as a state dict holds it."""
         decided = self._decider.readable(self.param_groups, self.defaults)
         return record_of(self._form_of, self.param_groups, decided)
+
+    def _resume(self, saved: Any) -> None:
+        """Go on from where training began, if a state dict records that."""
+        begins = begins_of(saved, self.param_groups)
+        if lost := self._decider.resume(self.param_groups, begins):
+            warn_of_lost_inits(lost)
 
     def _recorded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Add the record to torch's state dict, and take out what torch lacks."""
@@ -181,11 +189,11 @@ class SelectiveOptimizer(PolicyOptimizer):
         return loss
 
     def _members(self) -> list[Member]:
-        decided = self._decider.decisions(self.param_groups, self.defaults)
+        decided = self._decider.fitting(self.param_groups, self.defaults)
         return [
             Member(
-                *(param, index, decision.decay, decision.label(index, position)),
-                *(decision.needed_lr0, decision.init),
+                *(param, index, decision.terms, decision.label(index, position)),
+                decision.init,
             )
             for index, (group, decisions) in enumerate(zip(self.param_groups, decided))
             for position, (param, decision) in enumerate(
@@ -199,7 +207,8 @@ class SelectiveOptimizer(PolicyOptimizer):
         lists: list[list[Any]] = [[] for _ in (*kernel.traced_lists, "inits")]
         flag, parts = self._init_group(group, *lists)
         for multiplier, form, target, lr0, chosen in parts:
-            setting = kernel.setting(group, Decay(multiplier, form, target), lr0)
+            terms = Terms(Decay(multiplier, form, target), lr0)
+            setting = kernel.setting(group, terms)
             *mine, inits = ([each[i] for i in chosen] if each else [] for each in lists)
             kernel.traced(setting, mine, flag, inits)
             kernel.keep(self.state, mine)
@@ -218,14 +227,14 @@ class SelectiveOptimizer(PolicyOptimizer):
         else:
             flag = fill(group, *lists)
         index = next(i for i, own in enumerate(self.param_groups) if own is group)
-        decided = self._decider.decisions(self.param_groups, self.defaults)[index]
+        decided = self._decider.fitting(self.param_groups, self.defaults)[index]
         parts: dict[tuple[Any, ...], list[int]] = {}
         present = [d for p, d in zip(group["params"], decided) if p.grad is not None]
         if any(decision.init is not None for decision in present):
             inits.extend(decision.init for decision in present)
         for position, decision in enumerate(present):
-            decay = decision.decay
-            key = (decay.multiplier, decay.form, decay.target, decision.needed_lr0)
+            decay, lr0 = decision.terms
+            key = (decay.multiplier, decay.form, decay.target, lr0)
             parts.setdefault(key, []).append(position)
         return flag, tuple((*key, tuple(chosen)) for key, chosen in parts.items())
 
@@ -243,7 +252,8 @@ class SelectiveOptimizer(PolicyOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict and, under ``"decay"``, what decays how.
 
-        ``"decay"`` holds, group by group, a ``[multiplier, form]`` per parameter.
+        ``"decay"`` holds, group by group, a ``[multiplier, form]`` per parameter, and
+        in a third place what training began with, where the form or target needs it.
         """
 
         def record(_: object, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -288,6 +298,7 @@ class SelectiveOptimizer(PolicyOptimizer):
         finally:
             handle.remove()
         warn_of_changes(decided, before, self.param_groups, saved[0], self._record())
+        self._resume(saved[0])
 
     def _left_open(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """Leave the implementation open where it is open now, whoever saved."""

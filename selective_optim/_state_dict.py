@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from selective_optim._text import shape_text, warn
-from selective_optim.decay import Decision, Form, is_zero
+from selective_optim.decay import Decision, Form, is_zero, target_text
 from selective_optim.parameters import canonical_name
 from selective_optim.step.kernel import Kernel
 
@@ -307,11 +307,55 @@ def _require_entries(
 def record_of(
     form_of: FormOf, param_groups: Sequence[dict[str, Any]], decided: Decided
 ) -> Record:
-    """Write down the multiplier and form of every parameter, in plain values."""
+    """Write down the multiplier and form of every parameter, in plain values.
+
+    In a third place comes what else its decay depends on, if anything: ``"target"``,
+    and with which ``"lr0"`` and ``"init"`` training began.
+    """
     return [
-        [[decay.multiplier, form_of(group, decay.form)] for decay, *_ in decisions]
+        [
+            [
+                *(decision.decay.multiplier, form_of(group, decision.decay.form)),
+                *([begin] if (begin := _begin_of(decision)) else []),
+            ]
+            for decision in decisions
+        ]
         for group, decisions in zip(param_groups, decided)
     ]
+
+
+def _begin_of(decision: Decision) -> dict[str, Any]:
+    known = {
+        "target": decision.decay.target if decision.decay.multiplier else None,
+        "lr0": decision.terms.lr0,
+        "init": decision.init,
+    }
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def begins_of(
+    saved: Any, param_groups: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Read the third place of a record, for every parameter; empty where there is none.
+
+    A record that cannot be read, as of another version, tells nothing.
+    """
+    try:
+        begins = [entry[2] if len(entry) > 2 else {} for entry in _joined(saved)]
+    except (TypeError, ValueError, IndexError, KeyError):
+        begins = []
+    total = sum(_sizes(param_groups))
+    return begins if len(begins) == total else [{}] * total
+
+
+def warn_of_lost_inits(names: Sequence[str]) -> None:
+    """Warn once that a checkpoint does not tell where parameters began."""
+    warn(
+        f"the loaded checkpoint does not record what {_first_of(names, ', ')} decay "
+        f"towards, so that is what they were when they were decided here. Load a "
+        f"state dict that optimizer.state_dict() returned under the same policy, or "
+        f"decide while the parameters are what they shall decay towards."
+    )
 
 
 # What a state dict changes.
@@ -378,7 +422,7 @@ def _losers(
 def _changes(decided: Decided, saved: Any, now: Record) -> list[str]:
     try:
         pairs = [
-            (label, (float(old[0]), old[1]), (new[0], new[1]))
+            (label, _terms(old), _terms(new))
             for label, old, new in zip(_labels(decided), _joined(saved), _joined(now))
         ]
     except (TypeError, ValueError, IndexError, KeyError):
@@ -390,13 +434,20 @@ def _changes(decided: Decided, saved: Any, now: Record) -> list[str]:
     ]
 
 
+def _terms(entry: Any) -> tuple[float, Any, Any]:
+    """Read what makes two decisions different ones out of an entry of a record."""
+    begin = entry[2] if len(entry) > 2 else {}
+    return float(entry[0]), entry[1], begin.get("target")
+
+
 def _joined(record: Any) -> list[Any]:
     return [entry for group in record for entry in group]
 
 
-def _text(multiplier: float, form: str | None, was: bool) -> str:
+def _text(multiplier: float, form: str | None, target: Any, was: bool) -> str:
     if not multiplier:
         return "was exempt" if was else "is exempt"
     times = "in full" if multiplier == 1 else f"{multiplier:g} times as much"
     how = f" ({form})" if form else ""
+    how += "" if target is None else f" towards {target_text(target)}"
     return f"{'decayed' if was else 'decays'} {times}{how}"

@@ -378,6 +378,39 @@ def shard_of(tensor: Any) -> Tensor:
     return local_tensor(tensor) if sharded else tensor
 
 
+def lies_as(tensor: Any, param: Any) -> bool:
+    """Tell whether a tensor has a parameter's dtype and shape, and lies as it does."""
+    same = (tensor.dtype, tensor.device) == (param.dtype, param.device)
+    if not same or tensor.shape != param.shape:
+        return False
+    sharded = type(param) is dtensor_class()
+    if (type(tensor) is dtensor_class()) != sharded:
+        return False
+    return not sharded or placement(spec_of(tensor)) == placement(spec_of(param))
+
+
+def placed_as(tensor: Any, param: Any) -> Tensor:
+    """Shard a tensor as a parameter is sharded.
+
+    A whole one is the same on every rank, so that nothing need be sent.
+    """
+    cls = dtensor_class()
+    sharded = type(tensor) is cls
+    placed = tensor
+    if type(param) is cls:
+        mesh, places = placement(spec_of(param))
+        share = import_module("torch.distributed.tensor").distribute_tensor
+        placed = (
+            tensor.redistribute(mesh, places)
+            if sharded
+            else share(tensor, mesh, places, src_data_rank=None)
+        )
+    elif sharded:
+        placed = tensor.full_tensor()
+    whole: Tensor = placed
+    return whole
+
+
 def spec_of(tensor: Any) -> Any:
     """Return what says where a ``DTensor`` lives; one object as long as it stays."""
     try:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,6 +122,18 @@ class Decay:
         target = "" if self.target is None else f", target={target_text(self.target)}"
         return f"Decay({number_text(self.multiplier)}{form}{target})"
 
+    def of(self, wd: Any) -> Any:
+        """Return the effective decay, of that of a group: its product, or 0."""
+        multiplier = self.multiplier
+        return wd if multiplier == 1 else 0.0 if multiplier == 0 else wd * multiplier
+
+    @property
+    def stated(self) -> str:
+        """What it says besides a multiplier, for messages; empty if nothing."""
+        form = f"the form {self.form!r}" if self.form else ""
+        target = f"the target {target_text(self.target)}" if self.target else ""
+        return " and ".join(filter(None, [form, target]))
+
     @property
     def needs_lr0(self) -> bool:
         """Whether its strength depends on the rate that training began with."""
@@ -175,6 +187,21 @@ def as_decay(value: object) -> Decay:
     return Decay(value)  # type: ignore[arg-type]  # Decay checks it
 
 
+class Terms(NamedTuple):
+    """All of a decision that a number depends on: parameters of like terms decay alike.
+
+    Args:
+        decay: What was decided.
+        lr0: The rate that training began with, where the form needs it; else ``None``.
+    """
+
+    decay: Decay
+    lr0: float | None = None
+
+
+FULLY = Terms(FULL)
+
+
 class Verdict(NamedTuple):
     """A decay and the reason for it, in the words of the policy that decided."""
 
@@ -209,9 +236,9 @@ class Decision(NamedTuple):
     init: Tensor | None = None
 
     @property
-    def needed_lr0(self) -> float | None:
-        """The rate that training began with, if the form needs it."""
-        return self.lr0 if self.decay.needs_lr0 else None
+    def terms(self) -> Terms:
+        """What it comes to in numbers."""
+        return Terms(self.decay, self.lr0 if self.decay.needs_lr0 else None)
 
     @property
     def telling_name(self) -> str | None:

@@ -302,6 +302,17 @@ def _refuse_schedules(optimizer: Optimizer) -> None:
                 )
 
 
+def _refuse_corrected(optimizer: Optimizer) -> None:
+    report = getattr(optimizer, "decay_report", None)
+    rows = [row for row in report().rows if row.form == "corrected"] if report else []
+    if rows:
+        name = rows[0].name or f"a parameter of group {rows[0].group}"
+        raise ValueError(
+            f"{name!r} decays in form 'corrected', which follows the rate already. "
+            f"Leave out proportional_to_lr(optimizer), or that form."
+        )
+
+
 def proportional_to_lr(optimizer: Optimizer) -> RemovableHandle:
     """Tie weight decay to the learning rate, from now on and at every step.
 
@@ -324,7 +335,8 @@ def proportional_to_lr(optimizer: Optimizer) -> RemovableHandle:
     Raises:
         TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``.
         ValueError: It has no weight decay, its rate is 0 or was moved by a scheduler
-            already, or something else sets its decay.
+            already, something else sets its decay, or a parameter decays in form
+            ``"corrected"``, which would be corrected twice.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -341,6 +353,7 @@ def proportional_to_lr(optimizer: Optimizer) -> RemovableHandle:
     optimizer = stepping_optimizer(optimizer)
     _refuse_tie(optimizer)
     _refuse_schedules(optimizer)
+    _refuse_corrected(optimizer)
     tie = Tie()
     tie.follow(optimizer.param_groups)
     setattr(optimizer, TIE, weakref.ref(tie))

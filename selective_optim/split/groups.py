@@ -14,7 +14,7 @@ from selective_optim.decay import FULL, Decision
 from selective_optim.factories import given
 from selective_optim.report import DecayReport, Row, make_row
 from selective_optim.split.optimizer import Arrivals
-from selective_optim.split.parts import WD, Group, by_decay, members, wd_of
+from selective_optim.split.parts import WD, Group, by_terms, members, wd_of
 
 HEADERS = ("group", "lr", "decay", "tensors", "elements", "reason")
 
@@ -138,13 +138,13 @@ def _parts(
         )
     if named:
         group = {**group, "param_names": [decision.name for decision in decisions]}
-    for decay, chosen in by_decay(decisions).items():
-        if decay.form is not None:
+    for terms, chosen in by_terms(decisions).items():
+        if stated := terms.decay.stated:
             raise ValueError(
-                f"`wd_policy` states the form {decay.form!r}, and a group holds "
-                f"numbers alone. Leave out form(...), or use selective_optim.AdamW."
+                f"`wd_policy` states {stated}, and a group holds numbers alone. Leave "
+                f"that out, or use selective_optim.AdamW."
             )
-        yield {**group, **members(group, chosen), WD: wd_of(group, decay)}, chosen
+        yield {**group, **members(group, chosen), WD: wd_of(group, terms)}, chosen
 
 
 def _row(index: int, group: Group, decision: Decision, param: Tensor) -> Row:

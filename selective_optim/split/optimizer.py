@@ -324,8 +324,9 @@ class SplitOptimizer(PolicyOptimizer):
         decided = self._decider.readable(self.param_groups, self.defaults)
         decays = [group["weight_decay"] for group in self.param_groups]
         require_groups_like(self.param_groups, decided, state_dict)
-        self._load_parts(state_dict, *args, **kwargs)
         saved = state_dict.get(RECORD)
+        self._resume(saved)
+        self._load_parts(state_dict, *args, **kwargs)
         warn_of_changes(decided, decays, self.param_groups, saved, self._record())
         for hook in after:
             hook(self)

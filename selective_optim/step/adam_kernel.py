@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import Decay, Form
+from selective_optim.decay import Decay, Form, Terms
 from selective_optim.step.ahead import ahead_calls, decay_ahead_
 from selective_optim.step.kernel import (
     Batch,
@@ -44,14 +44,8 @@ class AdamKernel(Kernel):
     def default_form(self, group: Group) -> Form:
         return "decoupled" if group["decoupled_weight_decay"] else "l2"
 
-    def setting(
-        self,
-        group: Group,
-        decay: Decay,
-        lr0: float | None = None,
-        first: bool = False,
-    ) -> Setting:
-        form, wd, ahead, fleeting = self.share(group, decay, lr0)
+    def setting(self, group: Group, terms: Terms, first: bool = False) -> Setting:
+        form, wd, ahead, fleeting = self.share(group, terms)
         beta1, beta2 = group["betas"]
         return Setting(
             {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import Decay
+from selective_optim.decay import Terms
 from selective_optim.step.counters import Counters
 from selective_optim.step.kernel import (
     PLAIN,
@@ -42,17 +42,15 @@ class Member(NamedTuple):
     Args:
         param: The parameter.
         group: Index of its group.
-        decay: How it decays.
+        terms: How it decays.
         label: Names it in messages.
-        lr0: The rate that its training began with, if its form needs that.
         init: What it decays towards, if that is a tensor; lies as the parameter does.
     """
 
     param: Tensor
     group: int
-    decay: Decay
+    terms: Terms
     label: str
-    lr0: float | None = None
     init: Tensor | None = None
 
 
@@ -67,8 +65,7 @@ class Key(NamedTuple):
     """
 
     group: int
-    decay: Decay
-    lr0: float | None
+    terms: Terms
     alone: bool
     fused: bool
     sharded: bool
@@ -216,8 +213,7 @@ def key_of(
     first = not kernel.has_state(own, group) and not kernel.counts
     return Key(
         group=member.group,
-        decay=member.decay,
-        lr0=member.lr0,
+        terms=member.terms,
         alone=alone and not odd,
         fused=fused and not odd,
         sharded=fused and not odd and sharded,

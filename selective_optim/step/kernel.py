@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import FORMS, Decay, Form, Target, is_zero
+from selective_optim.decay import FORMS, Decay, Form, Target, Terms, is_zero
 
 Group = dict[str, Any]
 Groups = Sequence[Group]
@@ -149,26 +149,20 @@ class Kernel:
         """Return the form of parameters for which no other was decided."""
         raise NotImplementedError  # pragma: no cover
 
-    def setting(
-        self,
-        group: Group,
-        decay: Decay,
-        lr0: float | None = None,
-        first: bool = False,
-    ) -> Setting:
+    def setting(self, group: Group, terms: Terms, first: bool = False) -> Setting:
         """Read what the kernel is given from the group as it is now.
 
         Args:
             group: A parameter group.
-            decay: What was decided for the parameters.
-            lr0: The rate that their training began with, if their form needs it.
+            terms: What was decided for the parameters.
             first: Whether their momentum buffers are yet to begin.
         """
         raise NotImplementedError  # pragma: no cover
 
-    def share(self, group: Group, decay: Decay, lr0: float | None) -> Share:
+    def share(self, group: Group, terms: Terms) -> Share:
         """Part the decay: what torch's kernel does by itself, and what goes ahead."""
-        wd, default = wd_of(group, decay), self.default_form(group)
+        (decay, lr0), default = terms, self.default_form(group)
+        wd = decay.of(group["weight_decay"])
         if is_zero(wd):
             return Share(default, 0.0)
         form = FORMS[decay.form or default]
@@ -309,13 +303,6 @@ class Kernel:
     def refuse_sparse(self, group: Group, decay: Decay, label: str) -> None:
         """Raise if a parameter with a sparse gradient cannot be stepped."""
         raise NotImplementedError  # pragma: no cover
-
-
-def wd_of(group: Group, decay: Decay) -> float | Tensor:
-    """Effective decay: the group's, read now, times the parameter's multiplier."""
-    wd: float | Tensor = group["weight_decay"]
-    multiplier = decay.multiplier
-    return wd if multiplier == 1 else 0.0 if multiplier == 0 else wd * multiplier
 
 
 def _rate(lr: Tensor) -> float | Tensor:

@@ -114,7 +114,8 @@ class Plan:
         for member in members:
             grad = member.param.grad
             if grad is not None and grad.is_sparse:
-                kernel.refuse_sparse(groups[member.group], member.decay, member.label)
+                decay = member.terms.decay
+                kernel.refuse_sparse(groups[member.group], decay, member.label)
         self._kernel = kernel
         self._counters = counters
         self._lent = lent
@@ -146,9 +147,9 @@ class Plan:
         self._threads = _torch.thread_count()
         together: dict[Any, tuple[Setting, bool, list[Cell]]] = {}
         for cell in self._cells:
-            index, decay, lr0, alone, *path = cell.key
+            index, terms, alone, *path = cell.key
             first = cell.key.first and cell.key.fused
-            setting = self._kernel.setting(groups[index], decay, lr0, first)
+            setting = self._kernel.setting(groups[index], terms, first)
             alone &= self._threads > 1
             key = (setting.key, alone, *path)
             together.setdefault(key, (setting, alone, []))[2].append(cell)

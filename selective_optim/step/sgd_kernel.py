@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import Decay, Form, is_zero
+from selective_optim.decay import Decay, Form, Terms, is_zero
 from selective_optim.step.ahead import ahead_calls, decay_ahead_
 from selective_optim.step.kernel import (
     Batch,
@@ -22,7 +22,6 @@ from selective_optim.step.kernel import (
     State,
     States,
     lr_on_device,
-    wd_of,
 )
 
 
@@ -52,14 +51,8 @@ class SGDKernel(Kernel):
         decoupled = group.get("decoupled_weight_decay", self._decoupled)
         return "decoupled" if decoupled else "l2"
 
-    def setting(
-        self,
-        group: Group,
-        decay: Decay,
-        lr0: float | None = None,
-        first: bool = False,
-    ) -> Setting:
-        _, wd, ahead, fleeting = self.share(group, decay, lr0)
+    def setting(self, group: Group, terms: Terms, first: bool = False) -> Setting:
+        _, wd, ahead, fleeting = self.share(group, terms)
         return Setting(
             {
                 "lr": group["lr"],
@@ -182,7 +175,7 @@ class SGDKernel(Kernel):
         return [(name, group[name]) for name in names]
 
     def refuse_sparse(self, group: Group, decay: Decay, label: str) -> None:
-        if not is_zero(wd_of(group, decay)):
+        if not is_zero(decay.of(group["weight_decay"])):
             raise RuntimeError(
                 f"{label} has a sparse gradient and decays, which would make the "
                 f"gradient dense. Exempt it: wd_policy=exclude(nn.Embedding)."
