@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat
 from typing import Any
@@ -15,15 +15,16 @@ from selective_optim._decider import OWN_KEYS, Decider
 from selective_optim._state_dict import (
     RECORD,
     Record,
-    form_name,
     record_of,
     require_dict,
     require_loadable,
-    warn_of_changes,
 )
+from selective_optim._text import require_numbers
+from selective_optim._warnings import warn_of_changes
 from selective_optim.decay import Decay, Form
 from selective_optim.factories import given
-from selective_optim.policies import Policy, WdPolicy
+from selective_optim.policies.base import Policy
+from selective_optim.policies.named import WdPolicy
 from selective_optim.report import DecayReport, make_report
 from selective_optim.step.cells import Member, free_choice
 from selective_optim.step.kernel import Kernel, Scaling, States
@@ -37,8 +38,8 @@ class PolicyOptimizer(torch.optim.Optimizer):
 
     _decider: Decider
 
-    def _form_of(self, group: dict[str, Any], form: Form | None) -> Form | None:
-        """Tell in which form a parameter of a group decays; ``None`` if unknown."""
+    def _default_form(self, group: dict[str, Any]) -> Form | None:
+        """Tell in which form a group decays by itself; ``None`` if unknown."""
         raise NotImplementedError  # pragma: no cover
 
     def _decided_anew(self) -> None:
@@ -67,8 +68,6 @@ class PolicyOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
-        finally:
-            self._decider.index.let_go()
 
     @property
     def wd_policy(self) -> Policy | None:
@@ -88,7 +87,7 @@ class PolicyOptimizer(torch.optim.Optimizer):
     def decay_report(self) -> DecayReport:
         """Tell what decays: in sum when printed, per parameter in ``rows``."""
         decided = self._decider.readable(self.param_groups, self.defaults)
-        return make_report(self.param_groups, decided, self._form_of)
+        return make_report(self.param_groups, decided, self._default_form)
 
     def __repr__(self) -> str:
         text = super().__repr__()
@@ -99,7 +98,7 @@ class PolicyOptimizer(torch.optim.Optimizer):
     def _record(self) -> Record:
         """Write down how every parameter decays, as a state dict holds it."""
         decided = self._decider.readable(self.param_groups, self.defaults)
-        return record_of(self._form_of, self.param_groups, decided)
+        return record_of(self._default_form, self.param_groups, decided)
 
     def _recorded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Add the record to torch's state dict, and take out what torch lacks."""
@@ -119,22 +118,27 @@ class SelectiveOptimizer(PolicyOptimizer):
 
     # Not ``state``: __dict__["state"] cannot be read inside a compiled step of 2.7.
     _states: States
+    _kernel: Kernel
     _stepper: Stepper
 
     # Construction.
 
     @contextmanager
     def _deciding(
-        self, params: Any, wd_policy: object, model: Model, kernel: Kernel
+        self,
+        params: Any,
+        wd_policy: object,
+        model: Model,
+        kernel: Kernel,
+        numbers: Mapping[str, object],
     ) -> Iterator[Any]:
         """Give torch's constructor what it takes, then decide for all groups."""
+        require_numbers(numbers)
         self._decider = Decider(*given(model, wd_policy))
-        self._stepper = Stepper(kernel)
-        self._decider.begin()
-        yield self._decider.index.learn(params)
+        self._kernel = kernel
+        yield self._decider.begin(params)
         self._decider.settle(self.param_groups)
         self._decider.index.let_go()
-        self._stepper = Stepper(kernel)  # torch has let go of the state it made
 
     # Stepping.
 
@@ -147,8 +151,11 @@ class SelectiveOptimizer(PolicyOptimizer):
 
     @state.setter
     def state(self, value: Any) -> None:
-        self._stepper.lend()
         self._states = value
+        if "_stepper" in vars(self):
+            self._stepper.lend()
+        else:  # torch's constructor, which does not keep the dict that it makes
+            self._stepper = Stepper(self._kernel)
 
     @_torch.use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -164,7 +171,7 @@ class SelectiveOptimizer(PolicyOptimizer):
             ValueError: A hyperparameter is NaN, or a new parameter cannot be decided.
             RuntimeError: A parameter with a sparse gradient decays.
         """
-        kernel = self._stepper.kernel
+        kernel = self._kernel
         if kernel.counts:
             _torch.check_graph_capture(self)
         loss = None
@@ -193,7 +200,7 @@ class SelectiveOptimizer(PolicyOptimizer):
 
     def _step_traced(self, group: dict[str, Any]) -> None:
         """Step a group as torch does, for compilation and autograd to trace."""
-        kernel = self._stepper.kernel
+        kernel = self._kernel
         lists: list[list[Any]] = [[] for _ in kernel.traced_lists]
         flag, parts = self._init_group(group, *lists)
         for multiplier, form, chosen in parts:
@@ -211,7 +218,7 @@ class SelectiveOptimizer(PolicyOptimizer):
         """
         fill = getattr(super(), "_init_group", None)
         if fill is None:
-            flag = self._stepper.kernel.fill(group, self.state, lists)
+            flag = self._kernel.fill(group, self.state, lists)
         else:
             flag = fill(group, *lists)
         index = next(i for i, own in enumerate(self.param_groups) if own is group)
@@ -225,8 +232,8 @@ class SelectiveOptimizer(PolicyOptimizer):
 
     # The policy.
 
-    def _form_of(self, group: dict[str, Any], form: Form | None) -> Form:
-        return form_name(self._stepper.kernel.decoupled(group, form))
+    def _default_form(self, group: dict[str, Any]) -> Form:
+        return "decoupled" if self._kernel.decoupled(group, None) else "l2"
 
     def _decided_anew(self) -> None:
         self._stepper.forget()
@@ -271,7 +278,7 @@ class SelectiveOptimizer(PolicyOptimizer):
         saved: list[Any] = []
 
         def adapt(optimizer: Any, adapted: dict[str, Any]) -> dict[str, Any]:
-            require_loadable(self._stepper.kernel, self.param_groups, decided, adapted)
+            require_loadable(self._kernel, self.param_groups, decided, adapted)
             saved.append(adapted.get(RECORD))
             return {**adapted, "param_groups": self._left_open(adapted)}
 
@@ -281,7 +288,8 @@ class SelectiveOptimizer(PolicyOptimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        warn_of_changes(decided, before, self.param_groups, saved[0], self._record())
+        now = record_of(self._default_form, self.param_groups, decided)
+        warn_of_changes(decided, before, self.param_groups, saved[0], now)
 
     def _left_open(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """Leave the implementation open where it is open now, whoever saved."""
@@ -296,7 +304,7 @@ class SelectiveOptimizer(PolicyOptimizer):
         return {
             **super().__getstate__(),
             "_copied": {
-                "kernel": self._stepper.kernel,
+                "kernel": self._kernel,
                 "decider": self._decider.snapshot(self.param_groups, self.defaults),
                 "states": id(self._states),
             },
@@ -306,7 +314,8 @@ class SelectiveOptimizer(PolicyOptimizer):
         rest = dict(state)
         copied = rest.pop("_copied", None)
         if copied is not None:
-            self._stepper = Stepper(copied["kernel"])
+            self._kernel = copied["kernel"]
+            self._stepper = Stepper(self._kernel)
         if "state" in rest:  # torch would write it into __dict__, past the property
             self.state = rest.pop("state")
         super().__setstate__(rest)
