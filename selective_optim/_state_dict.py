@@ -22,7 +22,9 @@ from selective_optim.decay import Decision, Form
 from selective_optim.parameters import canonical_name
 from selective_optim.step.kernel import Kernel
 
-RECORD = "decay"  # the key of a state dict under which decisions are recorded
+# Keys of a state dict: for what was decided, and for what split groups keep apart.
+RECORD, PARTS = "decay", "parts"
+MEMBERS = ("params", "param_names")  # what a group lists per parameter
 Decided = Sequence[Sequence[Decision]]
 Record = list[list[list[Any]]]
 # Tells in which form a group decays where a policy states none; None if unknown.

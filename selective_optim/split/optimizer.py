@@ -13,13 +13,13 @@ from selective_optim import _torch
 from selective_optim._decider import Decider
 from selective_optim._optimizer import Model, PolicyOptimizer
 from selective_optim._state_dict import (
+    MEMBERS,
     RECORD,
     record_of,
     require_dict,
     require_groups_like,
 )
 from selective_optim._warnings import warn_of_changes
-from selective_optim.checkpoint import MEMBERS
 from selective_optim.decay import Form
 from selective_optim.factories import given
 from selective_optim.split import refusals
