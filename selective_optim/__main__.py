@@ -23,8 +23,7 @@ from torch.nn.parameter import is_lazy
 
 import selective_optim
 from selective_optim.audit import audit
-from selective_optim.policies import as_policy
-from selective_optim.policies.named import NAMED
+from selective_optim.policies.named import NAMED, as_policy
 from selective_optim.policies.text import is_expression
 
 EXAMPLE = "Write for example torchvision.models:resnet50."

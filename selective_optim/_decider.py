@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
-from difflib import SequenceMatcher
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
@@ -20,17 +19,21 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._text import require_numbers, shape_text, warn
-from selective_optim.decay import FULL, Decision, is_zero
+from selective_optim._text import require_numbers, shape_text
+from selective_optim._warnings import warn_if_idle, warn_of_misspelt
+from selective_optim.decay import FULL, Decision
 from selective_optim.parameters import (
     ModelIndex,
     ParameterInfo,
     as_modules,
     owner_kinds,
+    wanted,
 )
-from selective_optim.policies import Policy, as_policy
-from selective_optim.policies.decide import decide, require_matches
+from selective_optim.policies.base import Policy
+from selective_optim.policies.decide import decide
+from selective_optim.policies.named import as_policy
 from selective_optim.policies.selectors import Selector
+from selective_optim.policies.unmatched import require_matches
 
 Group = dict[str, Any]
 Infos = Sequence[ParameterInfo]
@@ -45,19 +48,6 @@ class Row(NamedTuple):
 
 
 _token_of_row = attrgetter("token")
-
-
-class Known(NamedTuple):
-    """How the table learns what it does not know.
-
-    Args:
-        describe: Tells what is known of parameters, given their names if any and
-            the index of their group.
-        ask: Asks a policy about them, given where in their group they stand.
-    """
-
-    describe: Callable[[Sequence[Tensor], Sequence[str | None] | None, int], Infos]
-    ask: Callable[[Policy | None, Infos, Sequence[int]], Sequence[Decision]]
 
 
 class DecisionTable:
@@ -114,74 +104,17 @@ class DecisionTable:
     def _standing(self) -> dict[int, Row]:
         return {id(row.token): row for rows in self.layout for row in rows}
 
-    def follow(
-        self, groups: Sequence[Group], known: Known, default: Policy | None
-    ) -> None:
-        """Find, take over or decide a row for every parameter of the groups.
-
-        A tensor keeps its own row wherever it stands. One that is new takes over
-        that of its name, or, where all tensors of a group are new, those of their
-        positions, unless what is known of it contradicts. Else a policy is asked:
-        that of the tensors around it, or ``default``.
-
-        Raises:
-            ValueError: The policy cannot decide; then the layout stays as it was.
-        """
-        found = [[self.row_of(p) for p in group["params"]] for group in groups]
-        borne = {row.decision.name for rows in found for row in rows if row}
-        aligned = len(groups) == len(self.layout)
-        layout = []
-        for index, (group, rows) in enumerate(zip(groups, found)):
-            if any(row is None for row in rows):
-                params = list(group["params"])
-                names = _trusted_names(group, rows, borne)
-                infos = known.describe(params, names, index)
-                before = self.layout[index] if aligned else []
-                own = self._complete(
-                    infos, rows, before, known, default, base_rate(group)
-                )
-                layout.append(own)
-            else:
-                layout.append([row for row in rows if row is not None])
-        self.lay_out(layout)
-
-    def _complete(
-        self,
-        infos: Infos,
-        rows: Sequence[Row | None],
-        before: Sequence[Row],
-        known: Known,
-        default: Policy | None,
-        lr0: float | None,
-    ) -> list[Row]:
-        mine = [row for row in rows if row is not None]
-        if not mine and (inherited := self.inherited(infos, before)) is not None:
-            return inherited
-        policy = next((row.policy for row in (*mine, *before)), default)
-        named = self._by_name()
-        completed = []
-        for info, row in zip(infos, rows):
-            namesake = named.get(info.name or "")
-            if row is None and namesake is not None and _may_be(info, namesake):
-                row = self._take_over(info, namesake)
-            completed.append(row)
-        places = [i for i, row in enumerate(completed) if row is None]
-        new = [infos[i] for i in places]
-        decisions = known.ask(policy, new, places) if new else ()
-        for i, decision in zip(places, begun(decisions, new, repeat(lr0))):
-            completed[i] = self.record(infos[i].parameter, decision, policy)
-        return [row for row in completed if row is not None]
-
     def inherited(self, infos: Infos, rows: Sequence[Row]) -> list[Row] | None:
         """Give new tensors the rows of their places, unless something contradicts."""
         if len(infos) != len(rows) or not all(map(_may_be, infos, rows)):
             return None
-        return [self._take_over(*pair) for pair in zip(infos, rows)]
+        return [self.take_over(*pair) for pair in zip(infos, rows)]
 
-    def _take_over(self, info: ParameterInfo, row: Row) -> Row:
+    def take_over(self, info: ParameterInfo, row: Row) -> Row:
+        """Let what was decided for one tensor hold for another."""
         return self.record(info.parameter, row.decision, row.policy)
 
-    def _by_name(self) -> dict[str, Row]:
+    def by_name(self) -> dict[str, Row]:
         """Look up rows by a name that only one of them bears."""
         rows = list(chain.from_iterable(self.layout))
         bearers = Counter(row.decision.name for row in rows)
@@ -204,14 +137,14 @@ def _may_be(info: ParameterInfo, row: Row) -> bool:
 
 def _trusted_names(
     group: Group, rows: Sequence[Row | None], borne: Container[str | None]
-) -> Sequence[str | None] | None:
+) -> Sequence[str | None]:
     """Return the names in a group, without those that tensors elsewhere bear.
 
     Whoever edits the list of parameters by hand leaves the list of names alone.
     """
     names = group.get("param_names")
     if names is None or len(names) != len(rows):
-        return None
+        return ()
     pairs = zip(names, rows)
     return [name if row or name not in borne else None for name, row in pairs]
 
@@ -278,18 +211,25 @@ def beside(init: Tensor, param: Tensor, name: str | None) -> Tensor:
 
 # What a group may bring and does not keep; ZeroRedundancyOptimizer writes them back.
 OWN_KEYS = ("wd_policy", "model")
-# How alike a key must be to one that is read to be taken for it: "wd_polcy" is 0.94
-# and "weight_decays" 0.96. Keys that others put there are less: "lr_scale" is 0.4.
-RESEMBLANCE = 0.85
+TORCH_KEYS = ("params", "param_names")
 
 
 class Pending(NamedTuple):
-    """A group on its way in: what is known of its parameters, and who decides."""
+    """A group on its way in, and who decides for it."""
 
     group: int
-    infos: Infos
+    params: Sequence[Tensor]
+    names: Sequence[str | None]
     policy: Policy | None
-    lr0s: Iterable[float | None]
+    lr0s: Iterable[float | None] = ()
+
+
+def _pending(groups: Sequence[Group], policy: Policy | None) -> Pending:
+    """Take the last group, with the names that it brings."""
+    group = groups[-1]
+    names = group.get("param_names", ())
+    lr0s = repeat(base_rate(group))
+    return Pending(len(groups) - 1, group["params"], names, policy, lr0s)
 
 
 class Decider:
@@ -309,9 +249,14 @@ class Decider:
 
     # Groups that arrive.
 
-    def begin(self) -> None:
-        """Collect the groups of a constructor, to decide for them together."""
+    def begin(self, params: Any) -> Any:
+        """Collect the groups of a constructor, to decide for them together.
+
+        Returns:
+            What torch's constructor takes instead of ``params``.
+        """
         self._pending = []
+        return self.index.learn(params)
 
     def open(self, group: Any, keys: Iterable[str]) -> tuple[Policy | None, Any]:
         """Take out what a group brings for us, and learn from its parameters.
@@ -326,7 +271,7 @@ class Decider:
         """
         if not isinstance(group, dict) or "params" not in group:
             return self.policy, group  # torch says what is wrong
-        _warn_of_misspelt(group, keys)
+        warn_of_misspelt(group, [*keys, *TORCH_KEYS, *OWN_KEYS])
         require_numbers(group, " of a group")
         if "model" in group:
             self.index.add(as_modules(group["model"]))
@@ -350,17 +295,17 @@ class Decider:
         Raises:
             ValueError: The policy cannot decide; nothing is recorded.
         """
-        index, group = len(groups) - 1, groups[-1]
-        infos = self.index.infos(group["params"], group.get("param_names"), index)
-        if not own and (rows := self._come_again(index, infos)) is not None:
-            self._table.append(index, rows)
-            return
-        self.index.require_members(infos)
-        pending = Pending(index, infos, policy, repeat(base_rate(group)))
+        pending = _pending(groups, policy)
         if self._pending is not None:
             self._pending.append(pending)
-        else:
-            self._decide_for([pending], [policy] if own else [])
+            return
+        try:
+            infos = self._infos([pending])
+            if own or not self._comes_again(pending.group, *infos):
+                self.index.require_members(infos)
+                self._decide_for([pending], infos, [policy] if own else [])
+        finally:
+            self.index.let_go()
 
     def settle(self, groups: Sequence[Group]) -> None:
         """Decide for all groups of a constructor, and warn if nothing decays."""
@@ -370,10 +315,19 @@ class Decider:
     def decide_pending(self) -> None:
         """Decide for all groups of a constructor."""
         pending, self._pending = self._pending or [], None
-        self._decide_for(pending, [self.policy, *(each.policy for each in pending)])
+        infos = self._infos(pending)
+        self.index.require_members(infos)
+        strict = [self.policy, *(each.policy for each in pending)]
+        self._decide_for(pending, infos, strict)
 
-    def _come_again(self, index: int, infos: Infos) -> list[Row] | None:
-        """Return the rows of a group that was cleared and now comes again.
+    def _infos(self, arriving: Sequence[Pending]) -> list[list[ParameterInfo]]:
+        """Describe the parameters of all groups in one go."""
+        asked = [wanted(each.params, each.names, each.group) for each in arriving]
+        infos = iter(self.index.infos(list(chain.from_iterable(asked))))
+        return [list(islice(infos, len(own))) for own in asked]
+
+    def _comes_again(self, index: int, infos: Infos) -> bool:
+        """Take over the rows of a group that was cleared and now comes again.
 
         Some frameworks clear the groups to shard the model, and add them anew.
         """
@@ -381,31 +335,37 @@ class Decider:
             self._cleared, self._table.layout = self._table.layout, []
         if index >= len(self._cleared):
             self._cleared = []
-            return None
-        rows = [self._table.row_of(info.parameter) for info in infos]
-        known = [row for row in rows if row is not None]
-        if len(known) == len(rows):
-            return known
-        return self._table.inherited(infos, self._cleared[index])
+            return False
+        found = [self._table.row_of(info.parameter) for info in infos]
+        rows: list[Row] | None = [row for row in found if row is not None]
+        if len(rows or ()) < len(found):
+            rows = self._table.inherited(infos, self._cleared[index])
+        if rows is not None:
+            self._table.append(index, rows)
+        return rows is not None
 
     def _decide_for(
-        self, arriving: Sequence[Pending], strict: Iterable[Policy | None]
+        self,
+        arriving: Sequence[Pending],
+        infos: Sequence[Infos],
+        strict: Iterable[Policy | None],
     ) -> None:
         """Decide for groups that arrive together, or raise with nothing recorded.
 
         Args:
             arriving: The groups.
+            infos: What is known of their parameters.
             strict: Policies whose globs must each match something.
         """
+        together = list(zip(arriving, infos, strict=True))
         for policy in {id(p): p for p in strict if p is not None}.values():
-            mine = [i for each in arriving if each.policy is policy for i in each.infos]
+            mine = [i for each, own in together if each.policy is policy for i in own]
             require_matches(policy, mine, self._matches, self.index.everyone)
         decided = [
-            begun(self._ask(each.policy, each.infos), each.infos, each.lr0s)
-            for each in arriving
+            begun(self._ask(each.policy, own), own, each.lr0s) for each, own in together
         ]
-        for each, decisions in zip(arriving, decided):
-            pairs = zip(each.infos, decisions, strict=True)
+        for (each, own), decisions in zip(together, decided):
+            pairs = zip(own, decisions, strict=True)
             rows = [self._table.record(i.parameter, d, each.policy) for i, d in pairs]
             self._table.append(each.group, rows)
 
@@ -437,9 +397,64 @@ class Decider:
         """
         self._refuse_written(groups, defaults)
         if not self._table.stands(groups):
-            known = Known(self.index.infos, self._ask)
-            self._table.follow(groups, known, self.policy)
+            self._follow(groups)
         return self._table.layout
+
+    def _follow(self, groups: Sequence[Group]) -> None:
+        """Find, take over or decide a row for every parameter of the groups.
+
+        A tensor keeps its own row wherever it stands. One that is new takes over
+        that of its name, or, where all tensors of a group are new, those of their
+        positions, unless what is known of it contradicts. Else a policy is asked:
+        that of the tensors around it, or the constructor's.
+
+        Raises:
+            ValueError: The policy cannot decide; then the layout stays as it was.
+        """
+        found = [[self._table.row_of(p) for p in group["params"]] for group in groups]
+        borne = {row.decision.name for rows in found for row in rows if row}
+        lacking = [
+            Pending(index, list(group["params"]), names, None)
+            for index, (group, rows) in enumerate(zip(groups, found))
+            if not all(rows)
+            for names in [_trusted_names(group, rows, borne)]
+        ]
+        infos = iter(self._infos(lacking))
+        layout = self._table.layout if len(groups) == len(self._table.layout) else []
+        self._table.lay_out(
+            [
+                [row for row in rows if row]
+                if all(rows)
+                else self._complete(next(infos), rows, before, base_rate(group))
+                for group, rows, before in zip(groups, found, layout or repeat([]))
+            ]
+        )
+
+    def _complete(
+        self,
+        infos: Infos,
+        rows: Sequence[Row | None],
+        before: Sequence[Row],
+        lr0: float | None,
+    ) -> list[Row]:
+        """Give every parameter of a group a row, where ``None`` stands for none yet."""
+        mine = [row for row in rows if row is not None]
+        if not mine and (inherited := self._table.inherited(infos, before)) is not None:
+            return inherited
+        policy = next((row.policy for row in (*mine, *before)), self.policy)
+        named = self._table.by_name()
+        completed = []
+        for info, row in zip(infos, rows):
+            namesake = named.get(info.name or "")
+            if row is None and namesake is not None and _may_be(info, namesake):
+                row = self._table.take_over(info, namesake)
+            completed.append(row)
+        places = [i for i, row in enumerate(completed) if row is None]
+        new = [infos[i] for i in places]
+        decisions = self._ask(policy, new, places) if new else ()
+        for i, decision in zip(places, begun(decisions, new, repeat(lr0))):
+            completed[i] = self._table.record(infos[i].parameter, decision, policy)
+        return [row for row in completed if row is not None]
 
     def decisions(
         self, groups: Sequence[Group], defaults: Mapping[str, Any]
@@ -558,10 +573,10 @@ class Decider:
         for index, group in enumerate(groups):
             rows = [self._table.row_of(param) for param in group["params"]]
             names = [row and row.decision.name for row in rows]
-            infos = self.index.infos(list(group["params"]), names, index)
             lr0s = [row.decision.lr0 if row else base_rate(group) for row in rows]
-            pending.append(Pending(index, infos, policy, lr0s))
-        self._decide_for(pending, [policy])
+            params = list(group["params"])
+            pending.append(Pending(index, params, names, policy, lr0s))
+        self._decide_for(pending, self._infos(pending), [policy])
         self._table.forget_absent()  # they are decided anew when they come back
         self.policy = policy
         self.warn_if_idle(groups)
@@ -596,22 +611,13 @@ class Decider:
         """Warn once if a policy was given and nothing will decay."""
         rows = [row for rows in self._table.layout for row in rows]
         policy = next((row.policy for row in rows if row.policy is not None), None)
-        if policy is None:
-            return
-        if all(map(is_zero, [group["weight_decay"] for group in groups])):
-            warn(
-                f"`weight_decay` is 0 in every group, so `wd_policy` {policy!r} "
-                f"has no effect. Pass weight_decay=0.01, or the value you want."
-            )
-        # One optimizer per parameter is common, and most of them have an exempt one.
-        elif len(rows) > 1 and not self._decays_anywhere(rows, policy):
-            warn(
-                f"`wd_policy` {policy!r} exempts all {len(rows)} parameters. "
-                f"Pass weight_decay=0 instead if nothing is to decay."
-            )
+        if policy is not None:
+            decays = [group["weight_decay"] for group in groups]
+            multipliers = [row.decision.decay.multiplier for row in rows]
+            warn_if_idle(policy, decays, multipliers, self._decays_elsewhere)
 
-    def _decays_anywhere(self, rows: Sequence[Row], policy: Policy) -> bool:
-        """Ask here, then about the whole model, of which ranks may hold parts."""
+    def _decays_elsewhere(self, policy: Policy) -> bool:
+        """Ask about the whole model, of which other ranks may hold parts."""
 
         def ask() -> bool:
             try:
@@ -620,25 +626,8 @@ class Decider:
                 return False
             return any(decision.decay.multiplier for decision in decisions)
 
-        here = any(row.decision.decay.multiplier for row in rows)
-        return here or self.index.remember(("decays", policy), ask)
+        return self.index.remember(("decays", policy), ask)
 
 
 def _as_policy(value: object) -> Policy | None:
     return None if value is None else as_policy(value)
-
-
-def _warn_of_misspelt(group: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Tell of keys that nobody reads and that look like one that is read."""
-    known = [*keys, "params", "param_names", *OWN_KEYS]
-    for key in group:
-        if key in known or not isinstance(key, str):
-            continue
-        nearest = max(known, key=lambda k: SequenceMatcher(None, k, key).ratio())
-        # "initial_lr" and "weight_decay_mult" are somebody's own, not misspelt.
-        own = any(key.startswith(f"{k}_") or key.endswith(f"_{k}") for k in known)
-        if not own and SequenceMatcher(None, nearest, key).ratio() >= RESEMBLANCE:
-            warn(
-                f"{key!r} in a parameter group is read by nobody. "
-                f"Did you mean {nearest!r}?"
-            )

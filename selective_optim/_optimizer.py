@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat
 from typing import Any
@@ -19,12 +19,13 @@ from selective_optim._state_dict import (
     record_of,
     require_dict,
     require_loadable,
-    warn_of_changes,
-    warn_of_lost_inits,
 )
+from selective_optim._text import require_numbers
+from selective_optim._warnings import warn_of_changes, warn_of_lost_inits
 from selective_optim.decay import Decay, Form, Terms
 from selective_optim.factories import given
-from selective_optim.policies import Policy, WdPolicy
+from selective_optim.policies.base import Policy
+from selective_optim.policies.named import WdPolicy
 from selective_optim.report import DecayReport, make_report
 from selective_optim.step.cells import Member, free_choice
 from selective_optim.step.kernel import Kernel, Scaling, States
@@ -38,8 +39,8 @@ class PolicyOptimizer(torch.optim.Optimizer):
 
     _decider: Decider
 
-    def _form_of(self, group: dict[str, Any], form: Form | None) -> Form | None:
-        """Tell in which form a parameter of a group decays; ``None`` if unknown."""
+    def _default_form(self, group: dict[str, Any]) -> Form | None:
+        """Tell in which form a group decays by itself; ``None`` if unknown."""
         raise NotImplementedError  # pragma: no cover
 
     def _decided_anew(self) -> None:
@@ -68,8 +69,6 @@ class PolicyOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
-        finally:
-            self._decider.index.let_go()
 
     @property
     def wd_policy(self) -> Policy | None:
@@ -89,7 +88,7 @@ class PolicyOptimizer(torch.optim.Optimizer):
     def decay_report(self) -> DecayReport:
         """Tell what decays: in sum when printed, per parameter in ``rows``."""
         decided = self._decider.readable(self.param_groups, self.defaults)
-        return make_report(self.param_groups, decided, self._form_of)
+        return make_report(self.param_groups, decided, self._default_form)
 
     def __repr__(self) -> str:
         text = super().__repr__()
@@ -100,7 +99,7 @@ class PolicyOptimizer(torch.optim.Optimizer):
     def _record(self) -> Record:
         """Write down how every parameter decays, as a state dict holds it."""
         decided = self._decider.readable(self.param_groups, self.defaults)
-        return record_of(self._form_of, self.param_groups, decided)
+        return record_of(self._default_form, self.param_groups, decided)
 
     def _resume(self, saved: Any) -> None:
         """Go on from where training began, if a state dict records that."""
@@ -126,22 +125,27 @@ class SelectiveOptimizer(PolicyOptimizer):
 
     # Not ``state``: __dict__["state"] cannot be read inside a compiled step of 2.7.
     _states: States
+    _kernel: Kernel
     _stepper: Stepper
 
     # Construction.
 
     @contextmanager
     def _deciding(
-        self, params: Any, wd_policy: object, model: Model, kernel: Kernel
+        self,
+        params: Any,
+        wd_policy: object,
+        model: Model,
+        kernel: Kernel,
+        numbers: Mapping[str, object],
     ) -> Iterator[Any]:
         """Give torch's constructor what it takes, then decide for all groups."""
+        require_numbers(numbers)
         self._decider = Decider(*given(model, wd_policy))
-        self._stepper = Stepper(kernel)
-        self._decider.begin()
-        yield self._decider.index.learn(params)
+        self._kernel = kernel
+        yield self._decider.begin(params)
         self._decider.settle(self.param_groups)
         self._decider.index.let_go()
-        self._stepper = Stepper(kernel)  # torch has let go of the state it made
 
     # Stepping.
 
@@ -154,8 +158,11 @@ class SelectiveOptimizer(PolicyOptimizer):
 
     @state.setter
     def state(self, value: Any) -> None:
-        self._stepper.lend()
         self._states = value
+        if "_stepper" in vars(self):
+            self._stepper.lend()
+        else:  # torch's constructor, which does not keep the dict that it makes
+            self._stepper = Stepper(self._kernel)
 
     @_torch.use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -171,7 +178,7 @@ class SelectiveOptimizer(PolicyOptimizer):
             ValueError: A hyperparameter is NaN, or a new parameter cannot be decided.
             RuntimeError: A parameter with a sparse gradient decays.
         """
-        kernel = self._stepper.kernel
+        kernel = self._kernel
         if kernel.counts:
             _torch.check_graph_capture(self)
         loss = None
@@ -203,7 +210,7 @@ class SelectiveOptimizer(PolicyOptimizer):
 
     def _step_traced(self, group: dict[str, Any]) -> None:
         """Step a group as torch does, for compilation and autograd to trace."""
-        kernel = self._stepper.kernel
+        kernel = self._kernel
         lists: list[list[Any]] = [[] for _ in (*kernel.traced_lists, "inits")]
         flag, parts = self._init_group(group, *lists)
         for multiplier, form, target, lr0, chosen in parts:
@@ -223,7 +230,7 @@ class SelectiveOptimizer(PolicyOptimizer):
         *lists, inits = filled
         fill = getattr(super(), "_init_group", None)
         if fill is None:
-            flag = self._stepper.kernel.fill(group, self.state, lists)
+            flag = self._kernel.fill(group, self.state, lists)
         else:
             flag = fill(group, *lists)
         index = next(i for i, own in enumerate(self.param_groups) if own is group)
@@ -240,8 +247,8 @@ class SelectiveOptimizer(PolicyOptimizer):
 
     # The policy.
 
-    def _form_of(self, group: dict[str, Any], form: Form | None) -> Form:
-        return form or self._stepper.kernel.default_form(group)
+    def _default_form(self, group: dict[str, Any]) -> Form:
+        return self._kernel.default_form(group)
 
     def _decided_anew(self) -> None:
         self._stepper.forget()
@@ -287,7 +294,7 @@ class SelectiveOptimizer(PolicyOptimizer):
         saved: list[Any] = []
 
         def adapt(optimizer: Any, adapted: dict[str, Any]) -> dict[str, Any]:
-            require_loadable(self._stepper.kernel, self.param_groups, decided, adapted)
+            require_loadable(self._kernel, self.param_groups, decided, adapted)
             saved.append(adapted.get(RECORD))
             return {**adapted, "param_groups": self._left_open(adapted)}
 
@@ -297,7 +304,8 @@ class SelectiveOptimizer(PolicyOptimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        warn_of_changes(decided, before, self.param_groups, saved[0], self._record())
+        now = record_of(self._default_form, self.param_groups, decided)
+        warn_of_changes(decided, before, self.param_groups, saved[0], now)
         self._resume(saved[0])
 
     def _left_open(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
@@ -313,7 +321,7 @@ class SelectiveOptimizer(PolicyOptimizer):
         return {
             **super().__getstate__(),
             "_copied": {
-                "kernel": self._stepper.kernel,
+                "kernel": self._kernel,
                 "decider": self._decider.snapshot(self.param_groups, self.defaults),
                 "states": id(self._states),
             },
@@ -323,7 +331,8 @@ class SelectiveOptimizer(PolicyOptimizer):
         rest = dict(state)
         copied = rest.pop("_copied", None)
         if copied is not None:
-            self._stepper = Stepper(copied["kernel"])
+            self._kernel = copied["kernel"]
+            self._stepper = Stepper(self._kernel)
         if "state" in rest:  # torch would write it into __dict__, past the property
             self.state = rest.pop("state")
         super().__setstate__(rest)

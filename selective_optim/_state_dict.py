@@ -10,24 +10,25 @@ call of ``checkpoint`` that converts it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selective_optim._text import shape_text, warn
-from selective_optim.decay import Decision, Form, is_zero, target_text
+from selective_optim._text import shape_text
+from selective_optim.decay import Decision, Form
 from selective_optim.parameters import canonical_name
 from selective_optim.step.kernel import Kernel
 
-RECORD = "decay"  # the key of a state dict under which decisions are recorded
+# Keys of a state dict: for what was decided, and for what split groups keep apart.
+RECORD, PARTS = "decay", "parts"
+MEMBERS = ("params", "param_names")  # what a group lists per parameter
 Decided = Sequence[Sequence[Decision]]
 Record = list[list[list[Any]]]
-SHOWN = 3  # parameters that a warning names
-# Tells the form of a group's parameters, given what was decided; None if unknown.
-FormOf = Callable[[dict[str, Any], Form | None], Form | None]
+# Tells in which form a group decays where a policy states none; None if unknown.
+DefaultForm = Callable[[dict[str, Any]], Form | None]
 SAME_MODEL = "Load a state dict of the same class, made for the same model."
 
 
@@ -98,11 +99,14 @@ def require_loadable(
     if len(saved) != len(params):
         return
     _require_order(groups, decided)
-    owners = chain.from_iterable([group] * len(group["params"]) for group in groups)
     own = [state_dict["state"].get(key) or {} for key in saved]
-    way_out = _way_out(groups, param_groups, own, params)
-    for entries, param, group, label in zip(own, params, owners, _labels(decided)):
-        _require_entries(kernel, group, param, label, entries, way_out)
+    names = chain.from_iterable(
+        [kernel.loaded_entries(group)] * len(group["params"]) for group in groups
+    )
+    for number, misfit in enumerate(map(_misfit, repeat(kernel), names, own, params)):
+        if misfit is not None:
+            way_out = _way_out(groups, param_groups, own, params)
+            raise ValueError(misfit.format(label=_label(decided, number), out=way_out))
 
 
 # Groups that were split by hand.
@@ -237,10 +241,13 @@ def _require_whole(state_dict: Any) -> None:
         )
 
 
-def _labels(decided: Decided) -> Iterator[str]:
+def _label(decided: Decided, number: int) -> str:
+    """Name a parameter by its number among all."""
     for index, decisions in enumerate(decided):
-        for position, decision in enumerate(decisions):
-            yield decision.label(index, position)
+        if number < len(decisions):
+            return decisions[number].label(index, number)
+        number -= len(decisions)
+    return f"parameter {number}"
 
 
 def _require_groups(kernel: Kernel, groups: Sequence[dict[str, Any]]) -> None:
@@ -274,38 +281,31 @@ def _require_order(groups: Sequence[dict[str, Any]], decided: Decided) -> None:
     )
 
 
-def _require_entries(
-    kernel: Kernel,
-    group: dict[str, Any],
-    param: Tensor,
-    label: str,
-    own: Any,
-    way_out: str,
-) -> None:
-    for name in kernel.loaded_entries(group) if own else ():
-        if name not in own and not kernel.counts:
-            continue  # entries of the user's own, before the first gradient
-        if name not in own:
-            raise ValueError(
-                f"{label} has no {name!r} in the loaded state dict. {SAME_MODEL}"
-            )
-        value = own[name]
+def _misfit(
+    kernel: Kernel, names: Iterable[str], own: Any, param: Tensor
+) -> str | None:
+    """Say what is wrong with a parameter's state, with room for its label."""
+    for name in names if own else ():
+        if name not in own and kernel.counts:
+            return f"{{label}} has no {name!r} in the loaded state dict. {SAME_MODEL}"
+        value = own.get(name)
         if value is None and not kernel.counts:
-            continue  # SGD's buffer before the first gradient
+            continue  # SGD's buffer before the first gradient, or entries of a user's
         shape = getattr(value, "shape", None)
         wanted = torch.Size() if name == "step" else param.shape
         if name == "step" and isinstance(shape, torch.Size) and shape.numel() == 1:
             continue  # some keep it in one element
         if shape != wanted and not (name == "step" and isinstance(value, (int, float))):
             got = "no tensor" if shape is None else f"shape {shape_text(shape)}"
-            raise ValueError(
-                f"{name!r} of {label} in the loaded state dict has {got}, and must "
-                f"have shape {shape_text(wanted)}. {way_out}"
+            return (
+                f"{name!r} of {{label}} in the loaded state dict has {got}, and must "
+                f"have shape {shape_text(wanted)}. {{out}}"
             )
+    return None
 
 
 def record_of(
-    form_of: FormOf, param_groups: Sequence[dict[str, Any]], decided: Decided
+    default_form: DefaultForm, param_groups: Sequence[dict[str, Any]], decided: Decided
 ) -> Record:
     """Write down the multiplier and form of every parameter, in plain values.
 
@@ -315,12 +315,13 @@ def record_of(
     return [
         [
             [
-                *(decision.decay.multiplier, form_of(group, decision.decay.form)),
+                *(decision.decay.multiplier, decision.decay.form or default),
                 *([begin] if (begin := _begin_of(decision)) else []),
             ]
             for decision in decisions
         ]
         for group, decisions in zip(param_groups, decided)
+        for default in [default_form(group)]
     ]
 
 
@@ -341,113 +342,10 @@ def begins_of(
     A record that cannot be read, as of another version, tells nothing.
     """
     try:
-        begins = [entry[2] if len(entry) > 2 else {} for entry in _joined(saved)]
+        begins = [
+            entry[2] if len(entry) > 2 else {} for entry in chain.from_iterable(saved)
+        ]
     except (TypeError, ValueError, IndexError, KeyError):
         begins = []
     total = sum(_sizes(param_groups))
     return begins if len(begins) == total else [{}] * total
-
-
-def warn_of_lost_inits(names: Sequence[str]) -> None:
-    """Warn once that a checkpoint does not tell where parameters began."""
-    warn(
-        f"the loaded checkpoint does not record what {_first_of(names, ', ')} decay "
-        f"towards, so that is what they were when they were decided here. Load a "
-        f"state dict that optimizer.state_dict() returned under the same policy, or "
-        f"decide while the parameters are what they shall decay towards."
-    )
-
-
-# What a state dict changes.
-
-
-def warn_of_changes(
-    decided: Decided,
-    before: Sequence[Any],
-    param_groups: Sequence[dict[str, Any]],
-    saved: Any,
-    now: Record,
-) -> None:
-    """Warn once if a checkpoint was made with other decisions than those now taken.
-
-    A record that cannot be read, as of another version, is not compared. Without
-    one, a checkpoint that takes the decay from parameters is told: groups split by
-    hand that became merged ones do, where the first of a group was exempt.
-
-    Args:
-        decided: What is decided for every parameter here.
-        before: The ``weight_decay`` of every group before loading.
-        param_groups: The groups after it.
-        saved: What the state dict records of decisions, if anything.
-        now: What one of this optimizer records.
-    """
-    if changes := _changes(decided, saved, now):
-        warn(
-            f"the loaded checkpoint was made with another weight decay policy: "
-            f"{_first_of(changes, '; ')}. The policy of the constructor is kept; "
-            f"pass the old one as wd_policy to continue as before."
-        )
-    elif saved is None and (lost := _losers(decided, before, param_groups)):
-        warn(
-            f"the loaded checkpoint sets weight_decay to 0 for "
-            f"{_first_of(lost, ', ')}, which the policy decays: a group takes it from "
-            f"one of its parameters, and groups that were split by hand had exempt "
-            f"ones. Convert the state dict (not flattened) with selective_optim."
-            f"checkpoint.merge_groups before loading, or set weight_decay in "
-            f"optimizer.param_groups."
-        )
-
-
-def _first_of(items: Sequence[str], separator: str) -> str:
-    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return f"{separator.join(items[:SHOWN])}{more}"
-
-
-def _losers(
-    decided: Decided, before: Sequence[Any], param_groups: Sequence[dict[str, Any]]
-) -> list[str]:
-    """Label the parameters that a policy decays and whose group's decay is now 0."""
-    verdicts = list(chain.from_iterable(decided))
-    if all(verdict.decay.multiplier for verdict in verdicts):
-        return []  # without an exempt parameter there was nothing to split
-    return [
-        decision.label(index, position)
-        for index, (group, decisions) in enumerate(zip(param_groups, decided))
-        if is_zero(group["weight_decay"]) and not is_zero(before[index])
-        for position, decision in enumerate(decisions)
-        if decision.decay.multiplier
-    ]
-
-
-def _changes(decided: Decided, saved: Any, now: Record) -> list[str]:
-    try:
-        pairs = [
-            (label, _terms(old), _terms(new))
-            for label, old, new in zip(_labels(decided), _joined(saved), _joined(now))
-        ]
-    except (TypeError, ValueError, IndexError, KeyError):
-        return []
-    return [
-        f"{label} {_text(*old, was=True)} and now {_text(*new, was=False)}"
-        for label, old, new in pairs
-        if old != new and (old[0] or new[0])
-    ]
-
-
-def _terms(entry: Any) -> tuple[float, Any, Any]:
-    """Read what makes two decisions different ones out of an entry of a record."""
-    begin = entry[2] if len(entry) > 2 else {}
-    return float(entry[0]), entry[1], begin.get("target")
-
-
-def _joined(record: Any) -> list[Any]:
-    return [entry for group in record for entry in group]
-
-
-def _text(multiplier: float, form: str | None, target: Any, was: bool) -> str:
-    if not multiplier:
-        return "was exempt" if was else "is exempt"
-    times = "in full" if multiplier == 1 else f"{multiplier:g} times as much"
-    how = f" ({form})" if form else ""
-    how += "" if target is None else f" towards {target_text(target)}"
-    return f"{'decayed' if was else 'decays'} {times}{how}"

@@ -285,28 +285,10 @@ WRAPPERS = frozenset(
 )
 
 
-# Modules. torch's methods copy and deduplicate; these are the dicts behind them.
-
-
-def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """List the modules registered on a module, each under every name it has."""
-    return [(k, m) for k, m in module._modules.items() if m is not None]
-
-
-def child_of(module: nn.Module, key: str) -> nn.Module | None:
-    """Return the module registered under a name."""
-    registered = module._modules
-    # Not `get`: scripted modules keep theirs in mappings without it.
-    return registered[key] if key in registered else None  # noqa: SIM401
-
-
-def own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """List the parameters registered on a module itself."""
-    return [(k, p) for k, p in module._parameters.items() if p is not None]
-
-
-# A module's own parameters by name, ``None`` among them.
+# A module's own parameters and modules by name, ``None`` among them. torch's methods
+# copy and deduplicate; these are the dicts behind them.
 registered = attrgetter("_parameters")
+children = attrgetter("_modules")
 
 
 # torch's private bases of all batch and instance norms, which mmengine tests for.
@@ -424,10 +406,10 @@ def placement(spec: Any) -> tuple[Any, Any]:
     return spec if isinstance(spec, tuple) else (spec.mesh, spec.placements)
 
 
-def is_flattened(param: Tensor) -> bool:
-    """Tell whether FSDP1 made this parameter a piece of a flat one."""
+def flattened(params: Iterable[Tensor]) -> set[int]:
+    """Return the ids of parameters that FSDP1 flattened."""
     marks = ("_fsdp_flattened", "_is_flat_param")
-    return any(map(getattr, repeat(param), marks, repeat(False)))
+    return {id(p) for p in params if any(map(getattr, repeat(p), marks, repeat(False)))}
 
 
 def is_flat_parameter(param: Tensor) -> bool:

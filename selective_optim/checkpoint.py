@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import nn
 
-from selective_optim._state_dict import RECORD, require_dict
+from selective_optim._state_dict import MEMBERS, PARTS, RECORD, require_dict
 from selective_optim._text import received, shape_text
 from selective_optim.parameters import as_modules, canonical_name, without_wrappers
 
@@ -30,9 +30,6 @@ StateDict = dict[str, Any]
 Hyper = dict[str, Any]  # of a group: all but its parameters and their names
 Names = Sequence[Sequence[str]]
 Record = list[Any]  # a multiplier, a form, and where needed what training began with
-
-MEMBERS = ("params", "param_names")
-PARTS = "parts"  # the key of a state dict for what split groups keep for themselves
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import nn
 
 from selective_optim.parameters import as_modules
-from selective_optim.policies import WdPolicy, as_policy
+from selective_optim.policies.named import WdPolicy, as_policy
 
 
 class Given(NamedTuple):

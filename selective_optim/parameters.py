@@ -13,8 +13,8 @@ import inspect
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, repeat, takewhile
-from typing import Any, TypeGuard, TypeVar
+from itertools import chain, repeat, starmap, takewhile
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -85,9 +85,27 @@ def shape_now(param: Tensor) -> torch.Size:
     return torch.Size((0,)) if is_lazy(param) else param.shape
 
 
-def original_shape(param: Tensor) -> torch.Size | None:
-    """Return the shape a user knows, or ``None`` where it is lost or not there yet."""
-    return None if is_lazy(param) or _torch.is_flattened(param) else param.shape
+class Wanted(NamedTuple):
+    """A parameter that is asked about: its group, its shape and its name, if known."""
+
+    param: Tensor
+    group: int
+    shape: torch.Size | None
+    name: str | None = None
+
+
+def wanted(
+    params: Sequence[Tensor], names: Iterable[str | None] = (), group: int = 0
+) -> list[Wanted]:
+    """Ask about parameters, with the shapes that a user knows.
+
+    A shape that is lost or not there yet is ``None``.
+    """
+    pieces = _torch.flattened(params)
+    return [
+        Wanted(p, group, None if is_lazy(p) or id(p) in pieces else p.shape, name)
+        for p, name in zip(params, chain(names, repeat(None)))
+    ]
 
 
 def owner_kinds(info: ParameterInfo) -> tuple[str, ...]:
@@ -103,11 +121,12 @@ def own_classes(cls: type[nn.Module]) -> list[type]:
     return list(takewhile(lambda base: base is not nn.Module, cls.__mro__))
 
 
-def named_info(param: Tensor, name: str | None, group: int) -> ParameterInfo:
+def _named_info(
+    param: Tensor, group: int, shape: torch.Size | None, name: str | None
+) -> ParameterInfo:
     """Describe a parameter of which at most a name is known."""
     own_name = name and name_of_its_own(name)
     name = canonical_name(name) if name else None
-    shape = original_shape(param)
     return ParameterInfo(
         name=name,
         names=(name,) if name else (),
@@ -192,7 +211,9 @@ class Node:
         if module is None or self.parent is None:
             return None if module is None else (module,)
         above = self.parent.path()
-        if above is None or _torch.child_of(above[-1], self.key) is not module:
+        here = {} if above is None else _torch.children(above[-1])
+        # Not `get`: scripted modules keep theirs in mappings without it.
+        if above is None or self.key not in here or here[self.key] is not module:
             return None
         return (*above, module)
 
@@ -238,12 +259,15 @@ def places(root: nn.Module) -> list[tuple[Tensor, Place]]:
     found: list[tuple[Tensor, Place]] = []
 
     def walk(module: nn.Module, node: Node, prefix: str, inside: Path) -> None:
-        for key, param in _torch.own_parameters(module):
+        for key, param in _torch.registered(module).items():
+            if param is None:
+                continue
             name = canonical_name(prefix + key)
             own = name_of_its_own(prefix + key) if key.startswith("original") else None
             found.append((param, Place(node, key, name, name.rpartition(".")[2], own)))
-        for key, child in _torch.children_of(module):
-            if child not in inside:  # one that contains itself has endless aliases
+        for key, child in _torch.children(module).items():
+            # One that contains itself has endless aliases.
+            if child is not None and child not in inside:
                 below = Node(child, node, key)
                 walk(child, below, f"{prefix}{key}.", (*inside, child))
 
@@ -322,29 +346,24 @@ class ModuleIndex:
         for param, place in places(module):
             self._places.setdefault(id(param), []).append(place)
 
-    def info(self, param: Tensor) -> ParameterInfo | None:
-        """Describe a parameter; ``None`` if the module does not hold it."""
-        [info] = self.infos([param])
-        return info
-
-    def infos(
-        self, params: Sequence[Tensor], group: int = 0
-    ) -> list[ParameterInfo | None]:
+    def infos(self, params: Sequence[Wanted]) -> list[ParameterInfo | None]:
         """Describe parameters; ``None`` for those that the module does not hold."""
-        found = [self._look_up(param, group) for param in params]
+        found = list(starmap(self._look_up, params))
         module = self._module()
         if None in found and module is not None:
             self._read(module)  # they may have come, or moved, since the last reading
-            found = [self._look_up(param, group) for param in params]
+            found = list(starmap(self._look_up, params))
         return found
 
-    def _look_up(self, param: Tensor, group: int) -> ParameterInfo | None:
+    def _look_up(
+        self, param: Tensor, group: int, shape: torch.Size | None, _: object
+    ) -> ParameterInfo | None:
         known = self._places.get(id(param), ())
         paths = [path for place in known if (path := place.path(param)) is not None]
         if not known or len(paths) < len(known):
             return None
         names = tuple(dict.fromkeys([place.name for place in known]))
-        shape = self._shapes.get(id(param), original_shape(param))
+        shape = self._shapes.get(id(param), shape)
         here = (param, shape, None if shape is None else len(shape), group)
         first, *elsewhere = [
             ParameterInfo(
@@ -359,7 +378,7 @@ class ModuleIndex:
         """Describe every parameter of the module, each once."""
         module = self._module()
         params = {} if module is None else {id(p): p for p, _ in places(module)}
-        found = self.infos(list(params.values()))
+        found = self.infos(wanted(list(params.values())))
         return [info for info in found if info is not None]
 
     def remember(self, question: Hashable, ask: Callable[[], _T]) -> _T:
@@ -417,27 +436,16 @@ class ModelIndex:
             return list({id(param): param for param in params}.values())
         return params
 
-    def infos(
-        self,
-        params: Sequence[Tensor],
-        names: Sequence[str | None] | None,
-        group: int,
-    ) -> list[ParameterInfo]:
-        """Describe the parameters of a group, each as well as it is known.
+    def infos(self, params: Sequence[Wanted]) -> list[ParameterInfo]:
+        """Describe parameters, each as well as it is known.
 
-        Args:
-            params: The parameters.
-            names: Their names, which serve where no module holds them.
-            group: Index of the group.
+        Names serve where no module holds them.
         """
         found: list[ParameterInfo | None] = [None] * len(params)
         for module in self.modules():
-            here = index_of(module).infos(params, group)
+            here = index_of(module).infos(params)
             found = [a or b for a, b in zip(found, here)]
-        return [
-            info or named_info(param, name, group)
-            for info, param, name in zip(found, params, names or repeat(None))
-        ]
+        return [info or _named_info(*each) for info, each in zip(found, params)]
 
     def remember(self, question: Hashable, ask: Callable[[], _T]) -> _T:
         """Answer a question about the whole model once, until the model changes."""
@@ -454,13 +462,14 @@ class ModelIndex:
         """Describe every parameter of the known modules, in the optimizer or not."""
         return [info for m in self.modules() for info in index_of(m).everyone()]
 
-    def require_members(self, infos: Iterable[ParameterInfo]) -> None:
+    def require_members(self, groups: Sequence[Sequence[ParameterInfo]]) -> None:
         """Check that every parameter lives in ``model=``, if that was given.
 
         Raises:
             ValueError: One does not; the message gives its shape and position.
         """
-        for position, info in enumerate(infos) if self.explicit else ():
+        infos = chain.from_iterable(map(enumerate, groups if self.explicit else ()))
+        for position, info in infos:
             if info.owner is None:
                 raise ValueError(
                     f"{info.describe(position)}, at position {position} of group "

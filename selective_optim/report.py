@@ -17,7 +17,13 @@ from torch.nn.parameter import is_lazy
 from selective_optim import _torch
 from selective_optim._text import aligned, received
 from selective_optim.decay import FORMS, FULL, Decision, Form, Target, target_text
-from selective_optim.parameters import ModelIndex, ParameterInfo, owner_kinds, shape_now
+from selective_optim.parameters import (
+    ModelIndex,
+    ParameterInfo,
+    owner_kinds,
+    shape_now,
+    wanted,
+)
 from selective_optim.policies.selectors import kind_of
 
 NUMBERS = ("group", "lr", "decay", "timescale", "tensors", "elements")
@@ -320,30 +326,24 @@ def make_row(
 def _shape(decided: torch.Size, param: Tensor) -> torch.Size:
     """Return the shape that was decided on, or that of a lazy parameter since then."""
     had_none = decided == (0,) and not is_lazy(param)
-    return param.shape if had_none and not _torch.is_flattened(param) else decided
+    return param.shape if had_none and not _torch.flattened([param]) else decided
 
 
 def make_report(
     param_groups: Sequence[dict[str, Any]],
     decided: Iterable[Sequence[Decision]],
-    form_of: Callable[[dict[str, Any], Form | None], Form | None],
+    default_form: Callable[[dict[str, Any]], Form | None],
 ) -> DecayReport:
     """Join decisions with what the groups say now."""
-    return DecayReport(
-        tuple(
-            make_row(
-                index,
-                group,
-                decision,
-                form_of(group, decision.decay.form),
-                param,
-            )
-            for index, (group, decisions) in enumerate(
-                zip(param_groups, decided, strict=True)
-            )
-            for param, decision in zip(group["params"], decisions)
+    rows = [
+        make_row(index, group, decision, decision.decay.form or default, param)
+        for index, (group, decisions) in enumerate(
+            zip(param_groups, decided, strict=True)
         )
-    )
+        for default in [default_form(group)]
+        for param, decision in zip(group["params"], decisions)
+    ]
+    return DecayReport(tuple(rows))
 
 
 PLURALS = {"norm": "norms", "bias": "biases", "weight": "weights"}
@@ -407,13 +407,18 @@ def decay_report(
         report: DecayReport = own()
         return report
     index = ModelIndex(model)
-    rows: list[Row] = []
-    known: set[int] = set()
-    for number, group in enumerate(optimizer.param_groups):
-        form = form_of_class(optimizer, group)
-        infos = index.infos(group["params"], group.get("param_names"), number)
-        known.update(id(info.parameter) for info in infos)
-        rows += [_row_without_policy(number, group, form, info) for info in infos]
+    groups = list(optimizer.param_groups)
+    asked = [
+        each
+        for number, group in enumerate(groups)
+        for each in wanted(group["params"], group.get("param_names", ()), number)
+    ]
+    forms = [form_of_class(optimizer, group) for group in groups]
+    rows = [
+        _row_without_policy(groups[info.group], forms[info.group], info)
+        for info in index.infos(asked)
+    ]
+    known = {id(each.param) for each in asked}
     trained = [i for i in index.everyone() if i.parameter.requires_grad]
     left_out = [
         info.telling_name for info in trained if id(info.parameter) not in known
@@ -456,12 +461,12 @@ def form_of_class(optimizer: Any, group: dict[str, Any]) -> Form | None:
 
 
 def _row_without_policy(
-    index: int, group: dict[str, Any], form: Form | None, info: ParameterInfo
+    group: dict[str, Any], form: Form | None, info: ParameterInfo
 ) -> Row:
     shape = shape_now(info.parameter) if info.shape is None else info.shape
     kinds, name = owner_kinds(info), info.telling_name
     decision = Decision(FULL, kind_of(info), name, shape, kinds)
-    return make_row(index, group, decision, form, info.parameter)
+    return make_row(info.group, group, decision, form, info.parameter)
 
 
 def _remark(rows: Sequence[Row], left_out: Sequence[str | None]) -> str:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from selective_optim._optimizer import Model, SelectiveOptimizer
-from selective_optim._text import require_numbers
-from selective_optim.policies import WdPolicy
+from selective_optim.policies.named import WdPolicy
 from selective_optim.step.sgd_kernel import SGDKernel
 
 
@@ -75,11 +74,11 @@ class SGD(SelectiveOptimizer, torch.optim.SGD):
         model: Model = None,
     ) -> None:
         numbers = {"lr": lr, "momentum": momentum, "dampening": dampening}
-        require_numbers({**numbers, "weight_decay": weight_decay})
+        numbers["weight_decay"] = weight_decay
         kernel = SGDKernel(decoupled_weight_decay)
-        with self._deciding(params, wd_policy, model, kernel) as known_params:
+        with self._deciding(params, wd_policy, model, kernel, numbers) as known:
             super().__init__(
-                known_params,
+                known,
                 lr,
                 momentum,
                 dampening,

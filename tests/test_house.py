@@ -24,7 +24,7 @@ FILES = {
 FLOORS = [
     ("_torch", "_text", "decay"),
     ("parameters", "step", "schedules"),
-    ("policies", "_state_dict"),
+    ("policies", "_state_dict", "_warnings"),
     ("checkpoint", "factories", "layers", "report"),
     ("_decider", "audit"),
     ("_optimizer",),

@@ -13,7 +13,7 @@ How a verdict comes about, in the order of time:
    predicates. The predicates rest on ``recognition``: a bias by the name of the
    attribute, a norm by the class of the module that holds it, or by a functional
    norm that the module hands it to.
-3. ``require_matches`` (``decide``) refuses a glob that matches no parameter.
+3. ``require_matches`` (``unmatched``) refuses a glob that matches no parameter.
 4. ``policy.bind`` gives policies that look at the whole model (``layerwise``,
    ``marked``) a look at it, once.
 5. ``decide`` (``decide``) asks about each parameter. It first checks that what the

@@ -107,6 +107,40 @@ def listing(name: str, patterns: Iterable[str]) -> str | None:
     return next((p for p in patterns if fnmatchcase(name, p)), None)
 
 
+def of_root(info: ParameterInfo, lists: Lists) -> str | None:
+    """Tell what the root's ``no_weight_decay()`` lists, as names or globs."""
+    root = unwrapped(info.path)[0]
+    listed = listing(info.name or "", lists.names(root, "no_weight_decay"))
+    return f"no_weight_decay() lists {listed!r}" if listed else None
+
+
+def of_root_by_name(info: ParameterInfo, lists: Lists) -> str | None:
+    """Tell what the root's ``no_weight_decay()`` lists, name for name."""
+    listed = lists.names(unwrapped(info.path)[0], "no_weight_decay")
+    return f"no_weight_decay() lists {info.name!r}" if info.name in listed else None
+
+
+def of_root_or_keyword(info: ParameterInfo, lists: Lists) -> str | None:
+    """Tell what the root lists name for name, or by a keyword in the name."""
+    words = lists.names(unwrapped(info.path)[0], "no_weight_decay_keywords")
+    word = next((word for word in words if word in (info.name or "")), None)
+    by_word = f"no_weight_decay_keywords() lists {word!r}" if word else None
+    return of_root_by_name(info, lists) or by_word
+
+
+def of_any_module(info: ParameterInfo, lists: Lists) -> str | None:
+    """Tell what any module lists: names, globs, and keywords at the end of a name."""
+    for module, name in relative_names(info):
+        if name in lists.names(module, "no_weight_decay"):
+            return f"no_weight_decay() lists {name!r}"
+        globs = lists.names(module, "no_weight_decay_patterns")
+        words = lists.names(module, "no_weight_decay_keywords")
+        globs = (*globs, *(f"*{word}" for word in words))
+        if found := next((glob for glob in globs if fnmatchcase(name, glob)), None):
+            return f"listed as {found!r}"
+    return None
+
+
 @dataclass(frozen=True, repr=False)
 class Marked(Policy):
     """Exempts what the model's author marked; see :func:`marked`."""

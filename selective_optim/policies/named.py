@@ -163,8 +163,10 @@ def parse(text: str) -> Policy:
             f"`parse` takes a text, not {received(text)}. "
             f"Write for example parse(\"exclude('*.bias')\")."
         )
-    functions = {function.__name__: function for function in (*MAKERS, *BY_TEXT)}
     plain = text.strip()
+    if plain in NAMED:
+        return NAMED[plain]
+    functions = {function.__name__: function for function in (*MAKERS, *BY_TEXT)}
     if is_expression(plain) or plain in functions or plain in PREDICATES:
         return read_policy(plain, functions, NAMED)
     return named(plain)

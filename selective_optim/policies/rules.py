@@ -31,13 +31,13 @@ class Rule(Policy):
     """One decay for the parameters that the selectors match, another for the rest."""
 
     verb: str  # as it is printed, and before what its selectors match
-    chosen: tuple[Selector, ...]
+    selectors: tuple[Selector, ...]
     inside: Decay = FULL
     outside: Decay = FULL
     missing_ok: bool = False
 
     def __repr__(self) -> str:
-        arguments = [repr(selector) for selector in self.chosen]
+        arguments = [repr(selector) for selector in self.selectors]
         if self.verb == "scale":
             arguments.append(f"by={number_text(self.inside.multiplier)}")
         if self.verb == "form":
@@ -48,19 +48,11 @@ class Rule(Policy):
             arguments.append("missing_ok=True")
         return f"{self.verb}({', '.join(arguments)})"
 
-    @property
-    def selectors(self) -> tuple[Selector, ...]:
-        return self.chosen
-
-    @property
-    def required(self) -> tuple[Selector, ...]:
-        return () if self.missing_ok else super().required
-
     def decide(self, info: ParameterInfo) -> Verdict:
-        for selector in self.chosen:
+        for selector in self.selectors:
             if selector.matches(info):
                 return Verdict(self.inside, f"{self.verb} {selector.told(info)}")
-        if not self.chosen:
+        if not self.selectors:
             return Verdict(self.inside, repr(self))
         return Verdict(
             self.outside, f"not in {self!r}" if self.verb == "only" else "no match"
@@ -71,24 +63,18 @@ class Rule(Policy):
 class FirstMatch(Policy):
     """The decay of the first selector that matches; full decay where none does."""
 
-    cases: tuple[tuple[Selector, Decay], ...]
+    selectors: tuple[Selector, ...]
+    decays: tuple[Decay, ...] = ()
     missing_ok: bool = False
 
     def __repr__(self) -> str:
-        cases = ", ".join(f"{s!r}: {_decay_text(d)}" for s, d in self.cases)
+        pairs = zip(self.selectors, self.decays)
+        cases = ", ".join(f"{s!r}: {_decay_text(d)}" for s, d in pairs)
         missing = ", missing_ok=True" if self.missing_ok else ""
         return f"first_match({{{cases}}}{missing})"
 
-    @property
-    def selectors(self) -> tuple[Selector, ...]:
-        return tuple(selector for selector, _ in self.cases)
-
-    @property
-    def required(self) -> tuple[Selector, ...]:
-        return () if self.missing_ok else super().required
-
     def decide(self, info: ParameterInfo) -> Verdict:
-        for selector, decay in self.cases:
+        for selector, decay in zip(self.selectors, self.decays):
             if selector.matches(info):
                 return Verdict(decay, selector.told(info))
         return Verdict(FULL, "no match")
@@ -255,7 +241,9 @@ def first_match(cases: Mapping[Any, Any], *, missing_ok: bool = False) -> Policy
         cases: From selector to number, bool or :class:`Decay`, in order.
         missing_ok: Accept a glob or regular expression that matches nothing.
     """
-    return FirstMatch(tuple(_cases(cases)), missing_ok)
+    read = list(_cases(cases))
+    selectors, decays = tuple([s for s, _ in read]), tuple([d for _, d in read])
+    return FirstMatch(selectors, decays, missing_ok)
 
 
 def _cases(cases: Mapping[Any, Any]) -> Iterator[tuple[Selector, Decay]]:

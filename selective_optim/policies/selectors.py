@@ -207,7 +207,8 @@ class Predicate(Selector):
         return self.name
 
     def told(self, info: ParameterInfo) -> str:
-        how = next(filter(None, map(self.found, info.places)), None)
+        places = (info, *info.elsewhere)
+        how = next(filter(None, map(self.found, places)), None)
         return f"{self.name}: {how}" if how else self.name
 
     def __reduce__(self) -> str:

@@ -13,12 +13,13 @@ from selective_optim import _torch
 from selective_optim._decider import Decider
 from selective_optim._optimizer import Model, PolicyOptimizer
 from selective_optim._state_dict import (
+    MEMBERS,
     RECORD,
+    record_of,
     require_dict,
     require_groups_like,
-    warn_of_changes,
 )
-from selective_optim.checkpoint import MEMBERS
+from selective_optim._warnings import warn_of_changes
 from selective_optim.decay import Form
 from selective_optim.factories import given
 from selective_optim.split import refusals
@@ -53,9 +54,8 @@ class Arrivals(PolicyOptimizer):
     def __init__(self, params: Any, decider: Decider, keys: Iterable[str]) -> None:
         self._decider = decider
         self._keys = tuple(keys)
-        decider.begin()
         # With it torch leaves it to the class to refuse tensors that are no leaves.
-        super().__init__(decider.index.learn(params), {"differentiable": True})
+        super().__init__(decider.begin(params), {"differentiable": True})
         decider.decide_pending()
 
     @classmethod
@@ -214,11 +214,9 @@ class SplitOptimizer(PolicyOptimizer):
     def _decided_anew(self) -> None:
         self._arrange()
 
-    def _form_of(self, group: Group, form: Form | None) -> Form | None:
+    def _default_form(self, group: Group) -> Form | None:
         flag = flag_of(group)
-        if form is not None or flag is None:
-            return form
-        return "decoupled" if group[flag] else "l2"
+        return None if flag is None else "decoupled" if group[flag] else "l2"
 
     # Stepping.
 
@@ -327,7 +325,8 @@ class SplitOptimizer(PolicyOptimizer):
         saved = state_dict.get(RECORD)
         self._resume(saved)
         self._load_parts(state_dict, *args, **kwargs)
-        warn_of_changes(decided, decays, self.param_groups, saved, self._record())
+        now = record_of(self._default_form, self.param_groups, decided)
+        warn_of_changes(decided, decays, self.param_groups, saved, now)
         for hook in after:
             hook(self)
 

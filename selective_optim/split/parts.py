@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective_optim.checkpoint import MEMBERS, PARTS
+from selective_optim._state_dict import MEMBERS, PARTS
 from selective_optim.decay import FORMS, FULLY, Decision, Terms
 
 Group = dict[str, Any]
