@@ -177,10 +177,11 @@ def begun(
 def _init(info: ParameterInfo, decision: Decision, lr0: float | None) -> Tensor | None:
     """Copy what a parameter is now, if that is what it decays towards."""
     decay, param = decision.decay, info.parameter
-    name = decision.telling_name or f"a parameter of group {info.group}"
+    known = decision.telling_name
+    name = repr(known) if known else f"a parameter of group {info.group}"
     if decay.needs_lr0 and not (lr0 and math.isfinite(lr0)):
         raise ValueError(
-            f"{name!r} decays in form {decay.form!r}, which divides by the rate that "
+            f"{name} decays in form {decay.form!r}, which divides by the rate that "
             f"training begins with, and that is {lr0}. Give its group that rate: "
             f"dict(params=..., lr=0.0, initial_lr=3e-4)."
         )
@@ -188,7 +189,7 @@ def _init(info: ParameterInfo, decision: Decision, lr0: float | None) -> Tensor 
         return None
     if param.is_meta or is_lazy(param):
         raise ValueError(
-            f"{name!r} decays towards what it is now, and it has no values yet. Make "
+            f"{name} decays towards what it is now, and it has no values yet. Make "
             f"the optimizer, or assign optimizer.wd_policy, when the weights are there."
         )
     return param.detach().clone()
@@ -202,9 +203,9 @@ def beside(init: Tensor, param: Tensor, name: str | None) -> Tensor:
     """
     if init.shape != param.shape:
         raise ValueError(
-            f"{name or 'a parameter'} decays towards what it was in shape "
-            f"{shape_text(init.shape)}, and has shape {shape_text(param.shape)} now. "
-            f"Assign optimizer.wd_policy to decide anew."
+            f"{repr(name) if name else 'a parameter'} decays towards what it was in "
+            f"shape {shape_text(init.shape)}, and has shape {shape_text(param.shape)} "
+            f"now. Assign optimizer.wd_policy to decide anew."
         )
     return _torch.placed_as(init.to(param.device, param.dtype), param)
 

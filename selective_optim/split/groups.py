@@ -101,7 +101,10 @@ def param_groups(
     common = {WD: weight_decay, "lr": lr}
     defaults = {k: v for k, v in common.items() if v is not None} | hyper
     decider = Decider(*given(model, wd_policy))
-    groups = Arrivals(_copied(params), decider, [WD, "lr", *hyper]).param_groups
+    # Forms, of which some need a rate, are refused below whatever it is.
+    rate = 1.0 if lr is None else lr
+    keys = [WD, "lr", *hyper]
+    groups = Arrivals(_copied(params), decider, keys, rate).param_groups
     decided = decider.decisions(groups, {})
     named = all(decision.name for decisions in decided for decision in decisions)
     split = [
