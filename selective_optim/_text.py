@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -56,6 +57,21 @@ def _as_number(name: str, text: str) -> str:
         return f"Pass for example {name}=0.01."
     shown = f"{name}={value:g}" if name != "betas" else f"{value:g}"
     return f"Pass {shown}; YAML reads a number with e and without a dot as a text."
+
+
+def require_decay(optimizer: Any, purpose: str) -> None:
+    """Check that every group of an optimizer has a weight decay.
+
+    Raises:
+        ValueError: One has none.
+    """
+    for index, group in enumerate(optimizer.param_groups):
+        if "weight_decay" not in group:
+            raise ValueError(
+                f"group {index} of `optimizer` ({type(optimizer).__name__}) has no "
+                f"weight_decay to {purpose}. Use one that decays: "
+                f"selective_optim.AdamW."
+            )
 
 
 def received(value: object) -> str:

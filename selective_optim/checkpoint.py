@@ -22,7 +22,13 @@ from typing import Any
 
 from torch import nn
 
-from selective_optim._state_dict import MEMBERS, PARTS, RECORD, require_dict
+from selective_optim._state_dict import (
+    MEMBERS,
+    PARTS,
+    RECORD,
+    require_dict,
+    require_whole,
+)
 from selective_optim._text import received, shape_text
 from selective_optim.parameters import as_modules, canonical_name, without_wrappers
 
@@ -89,11 +95,7 @@ def read(state_dict: StateDict, names: Names | None) -> dict[str, Entry]:
     """
     require_dict(state_dict)
     _require_lists(names)
-    if not {"state", "param_groups"} <= set(state_dict):
-        raise ValueError(
-            f"`state_dict` must hold 'state' and 'param_groups', not "
-            f"{sorted(state_dict)[:3]}. Pass optimizer.state_dict()."
-        )
+    require_whole(state_dict)
     listed = [
         entry
         for index, group in enumerate(state_dict["param_groups"])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._text import aligned, received
+from selective_optim._text import aligned, received, require_decay
 from selective_optim.decay import FULL, Decision, Form
 from selective_optim.parameters import (
     ModelIndex,
@@ -427,13 +427,7 @@ def _with_groups(optimizer: Any) -> Any:
             f"`optimizer` must have param_groups, and {received(optimizer)} has none. "
             f"Pass the optimizer first, then the model: decay_report(optimizer, model)."
         )
-    for index, group in enumerate(optimizer.param_groups):
-        if "weight_decay" not in group:
-            raise ValueError(
-                f"group {index} of `optimizer` ({type(optimizer).__name__}) has no "
-                f"weight_decay to report. Pass one that decays: "
-                f"torch.optim.AdamW(model.parameters())."
-            )
+    require_decay(optimizer, "report")
     return optimizer
 
 
