@@ -100,6 +100,7 @@ def aligned(lines: Sequence[Sequence[str]], right: Collection[int] = ()) -> list
 
 def warn(message: str) -> None:
     """Warn at the line, outside this library and torch, that led here."""
+    # From Python 3.12 on, `skip_file_prefixes` of warnings.warn does this.
     level, frame = 1, inspect.currentframe()
     while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back

@@ -127,6 +127,7 @@ def _mistakes(
             yield Finding(kind, *where, decision.reason)
         elif not marked.decay.multiplier:
             yield Finding("marked", *where, marked.reason)
+    # Each place by itself: asked as one parameter, all would answer alike.
     alone = [replace(p, names=(p.name or "",), elsewhere=()) for p in info.places]
     verdicts = [policy.decide(place) for place in alone]
     if len({verdict.decay for verdict in verdicts}) > 1:

@@ -157,6 +157,7 @@ def choose(
     chosen: dict[str, Entry] = {}
     for name in names:
         key = canonical_name(name)
+        # What a parametrization made several of goes by names of its own.
         key = key if key in entries else without_wrappers(name)
         if key not in entries:
             raise ValueError(
@@ -368,6 +369,7 @@ def split_groups(
     entries = read(state_dict, names)
     chosen = iter(choose(entries, chain.from_iterable(listed), "groups"))
     parts = [list(islice(chosen, len(part))) for part in listed]
+    # A group without parameters takes its hyperparameters from any.
     anyone = list(entries.values())[:1]
     return write(
         state_dict,

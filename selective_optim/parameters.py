@@ -219,6 +219,7 @@ class Place:
         if len(path) < len(self.modules):
             return None
         held = [*map(_torch.children, path[:-1]), _torch.registered(path[-1])]
+        # From the root down: a module that was replaced, or moved elsewhere, shows.
         for entries, key, value in zip(held, self.keys, [*path[1:], param]):
             # Not `get`: scripted modules keep theirs in mappings without it.
             if key not in entries or entries[key] is not value:
@@ -297,6 +298,7 @@ def _forget_all(*_: object) -> None:
 
 def index_of(module: nn.Module) -> ModuleIndex:
     """Return what is known of a module, walked now or since nothing was registered."""
+    # Not at import: torch calls these at every registration in the process.
     if not _watching:
         _watching.append(register_module_parameter_registration_hook(_forget_all))
         _watching.append(register_module_module_registration_hook(_forget_all))
@@ -408,6 +410,7 @@ class ModelIndex:
             self.add(modules)
         if modules and isinstance(params, (nn.Module, Sequence)):
             params = chain(*[module.parameters() for module in modules])
+            # Modules may share parameters, which torch refuses to take twice.
             return list({id(param): param for param in params}.values())
         return params
 
@@ -416,6 +419,7 @@ class ModelIndex:
 
         Names serve where no module holds them.
         """
+        # One pass per module over all parameters: an optimizer may have 1,000 groups.
         found: list[ParameterInfo | None] = [None] * len(params)
         for module in self.modules():
             here = index_of(module).infos(params)
@@ -425,6 +429,7 @@ class ModelIndex:
     def remember(self, question: Hashable, ask: Callable[[], _T]) -> _T:
         """Answer a question about the whole model once, until the model changes."""
         modules = self.modules()
+        # A user's policy may hold what has no hash, such as a list.
         try:
             hash(question)
         except TypeError:

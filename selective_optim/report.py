@@ -81,6 +81,7 @@ class Row:
     @property
     def timescale(self) -> float | None:
         """Steps in which decoupled decay alone shrinks to 1/e: ``1 / (lr * wd)``."""
+        # Not `lr <= 0`: without an optimizer the rate is NaN.
         if self.effect != "decoupled" or not self.lr > 0:
             return None
         return 1 / (self.lr * self.weight_decay)
@@ -286,6 +287,7 @@ def _new_axes(bars: int) -> Any:
 
 
 def _number(value: float | Tensor) -> float:
+    # Waits for the device, which a report may and a step may not.
     return value.item() if isinstance(value, Tensor) else value
 
 
@@ -314,6 +316,7 @@ def make_row(
 
 def _shape(decided: torch.Size, param: Tensor) -> torch.Size:
     """Return the shape that was decided on, or that of a lazy parameter since then."""
+    # Shapes of lazy parameters come with the first batch, after the decision.
     had_none = decided == (0,) and not is_lazy(param)
     return param.shape if had_none and not _torch.flattened([param]) else decided
 

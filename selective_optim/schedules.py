@@ -59,6 +59,8 @@ class GroupView(MutableMapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         if key == "lr":
             return self._group["weight_decay"]
+        # A scheduler that finds an "initial_lr" goes on from it, and would go on from
+        # that of the learning rate (torch/optim/lr_scheduler.py, 2.7 to 2.15).
         if key in self._written or _is_rate(key):
             return self._written[key]
         return self._group[key]
@@ -164,6 +166,8 @@ class WeightDecay(torch.optim.Optimizer):
 
     def _attach(self, record: Record) -> None:
         if RECORD not in vars(self.optimizer):
+            # torch copies neither attributes nor hooks of an optimizer (__getstate__,
+            # 2.7 to 2.15): both are here or neither.
             self.optimizer.register_step_post_hook(_note_step)
         setattr(self.optimizer, RECORD, record)
         record.views(self.optimizer.param_groups)

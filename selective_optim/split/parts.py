@@ -137,6 +137,7 @@ class Split:
         """
         group, shown = self.group, self.shown
         for key, value in group.items():
+            # A tensor that is the same object may have been written to.
             if value is shown.get(key, _ABSENT) and not isinstance(value, Tensor):
                 continue
             if key in COMPUTED:
@@ -175,6 +176,7 @@ class Split:
             if key in APART or value is self.group.get(key, _ABSENT):
                 continue
             tensor = isinstance(value, Tensor)
+            # Compared, tensors of a device would make every step wait for it.
             if tensor or all(same(value, o.get(key, _ABSENT)) for o in others):
                 self.group[key] = value
         for key in self.group.keys() - first.keys():
