@@ -175,6 +175,7 @@ def build(text: str) -> Built:
         return factory(*target.arguments, **(target.keywords or {}))
 
     try:
+        # There parameters have shapes and no memory: a model of any size is built.
         with torch.device("meta"):
             return Built(_checked(make(), text), "meta", None)
     except CommandError:

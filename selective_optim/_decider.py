@@ -86,9 +86,11 @@ class DecisionTable:
     def lay_out(self, layout: list[list[Row]]) -> None:
         """Remember how the groups stand, and forget tensors long gone."""
         self.layout = layout
+        # As a rule no tensor has left, and there is nothing to count.
         if len(self._rows) <= sum(map(len, layout)):
             return
         standing = self._standing()
+        # Whoever rebuilds parameters again and again would fill the table otherwise.
         if len(self._rows) > 2 * len(standing) + 64:
             self._rows = standing
         elif len(self._rows) > len(standing):
@@ -117,6 +119,7 @@ class DecisionTable:
     def by_name(self) -> dict[str, Row]:
         """Look up rows by a name that only one of them bears."""
         rows = list(chain.from_iterable(self.layout))
+        # Parameters of two models may bear one name, which then tells nothing.
         bearers = Counter(row.decision.name for row in rows)
         return {
             name: row
@@ -280,6 +283,7 @@ class Decider:
         if group.keys().isdisjoint(OWN_KEYS):
             return self.policy, group
         if not isinstance(group["params"], Tensor):
+            # torch fills a copy; a generator in the caller's dict would be used up.
             group["params"] = list(group["params"])
         policy = group.get("wd_policy", self.policy)
         rest = {key: value for key, value in group.items() if key not in OWN_KEYS}
@@ -303,6 +307,8 @@ class Decider:
         try:
             infos = self._infos([pending])
             if own or not self._comes_again(pending.group, *infos):
+                # Before the policy is asked: of a stranger no module is known either,
+                # and a message about that would lead astray.
                 self.index.require_members(infos)
                 self._decide_for([pending], infos, [policy] if own else [])
         finally:
@@ -362,6 +368,7 @@ class Decider:
         for policy in {id(p): p for p in strict if p is not None}.values():
             mine = [i for each, own in together if each.policy is policy for i in own]
             require_matches(policy, mine, self._matches, self.index.everyone)
+        # All are asked before anything is recorded, so that an error leaves nothing.
         decided = [
             begun(self._ask(each.policy, own), own, each.lr0s) for each, own in together
         ]
@@ -421,6 +428,7 @@ class Decider:
             for names in [_trusted_names(group, rows, borne)]
         ]
         infos = iter(self._infos(lacking))
+        # After groups were added or removed by hand, positions say nothing.
         layout = self._table.layout if len(groups) == len(self._table.layout) else []
         self._table.lay_out(
             [
@@ -573,6 +581,7 @@ class Decider:
         pending = []
         for index, group in enumerate(groups):
             rows = [self._table.row_of(param) for param in group["params"]]
+            # The model may be gone by now; what was known of names is not.
             names = [row and row.decision.name for row in rows]
             lr0s = [row.decision.lr0 if row else base_rate(group) for row in rows]
             params = list(group["params"])

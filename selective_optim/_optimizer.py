@@ -67,6 +67,7 @@ class PolicyOptimizer(torch.optim.Optimizer):
         try:
             self._decider.arrive(self.param_groups, policy, group is not param_group)
         except BaseException:
+            # torch appended it already, and would refuse its parameters the next time.
             self.param_groups.pop()
             raise
 
@@ -82,11 +83,13 @@ class PolicyOptimizer(torch.optim.Optimizer):
         try:
             self._decided_anew()
         except BaseException:
+            # A split optimizer may find parts that cannot come together.
             self._decider = Decider.restored(before, self.param_groups)
             raise
 
     def decay_report(self) -> DecayReport:
         """Tell what decays: in sum when printed, per parameter in ``rows``."""
+        # Not `decisions`: who looks is told later, by the step, what is wrong.
         decided = self._decider.readable(self.param_groups, self.defaults)
         return make_report(self.param_groups, decided, self._default_form)
 
@@ -189,6 +192,8 @@ class SelectiveOptimizer(PolicyOptimizer):
             for group in self.param_groups:
                 self._step_traced(group)
         else:
+            # GradScaler lays its tensors here for the time of a step if the optimizer
+            # says that it takes them (torch/amp/grad_scaler.py, 2.7 to 2.15).
             scaling = Scaling(
                 getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
             )
@@ -310,6 +315,7 @@ class SelectiveOptimizer(PolicyOptimizer):
 
     def _left_open(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """Leave the implementation open where it is open now, whoever saved."""
+        # More groups than there are here are torch's to refuse.
         now = chain(self.param_groups, repeat(None))
         open_choice = {"foreach": None, "fused": None}
         return [

@@ -53,7 +53,7 @@ def require_groups_like(
     Raises:
         ValueError: It has other groups, or its names stand in another order.
     """
-    _require_whole(state_dict)
+    require_whole(state_dict)
     saved = state_dict["param_groups"]
     sizes = [len(group["params"]) for group in saved]
     wanted = [len(group["params"]) for group in param_groups]
@@ -64,12 +64,7 @@ def require_groups_like(
             f"checkpoint.merge_groups(state_dict, order=[n for n, _ in "
             f"model.named_parameters()])."
         )
-    for index, group in enumerate(saved):
-        if "weight_decay" not in group:
-            raise ValueError(
-                f"group {index} of the loaded state dict has no 'weight_decay', which "
-                f"this optimizer needs. {SAME_MODEL}"
-            )
+    _require_keys(saved, ["weight_decay"])
     _require_order(saved, decided)
 
 
@@ -89,10 +84,10 @@ def require_loadable(
             another class or to a parameter of another shape; or its groups were
             split by hand, and are not here.
     """
-    _require_whole(state_dict)
+    require_whole(state_dict)
     groups = state_dict["param_groups"]
     _require_laid_out(groups)
-    _require_groups(kernel, groups)
+    _require_keys(groups, kernel.required)
     _require_layout(groups, param_groups)
     saved = list(chain.from_iterable(group["params"] for group in groups))
     params = list(chain.from_iterable(group["params"] for group in param_groups))
@@ -233,7 +228,12 @@ def _moment_shape(entries: Any) -> tuple[int, ...] | None:
 # What a state dict must hold.
 
 
-def _require_whole(state_dict: Any) -> None:
+def require_whole(state_dict: Any) -> None:
+    """Check that a dict holds what a state dict of an optimizer does.
+
+    Raises:
+        ValueError: It does not.
+    """
     if absent := {"state", "param_groups"} - state_dict.keys():
         raise ValueError(
             f"`state_dict` has no {min(absent)!r}, so it is none of an optimizer. "
@@ -250,13 +250,15 @@ def _label(decided: Decided, number: int) -> str:
     return f"parameter {number}"
 
 
-def _require_groups(kernel: Kernel, groups: Sequence[dict[str, Any]]) -> None:
+def _require_keys(groups: Sequence[dict[str, Any]], names: Iterable[str]) -> None:
+    """Check that groups have hyperparameters, and list no parameter twice."""
     for index, group in enumerate(groups):
-        if absent := [name for name in kernel.required if name not in group]:
-            raise ValueError(
-                f"group {index} of the loaded state dict has no {absent[0]!r}, which "
-                f"this optimizer needs. {SAME_MODEL}"
-            )
+        for name in names:
+            if name not in group:
+                raise ValueError(
+                    f"group {index} of the loaded state dict has no {name!r}, which "
+                    f"this optimizer needs. {SAME_MODEL}"
+                )
         if len(set(group["params"])) < len(group["params"]):
             raise ValueError(
                 f"group {index} of the loaded state dict lists a parameter twice. "

@@ -22,7 +22,13 @@ from typing import Any
 
 from torch import nn
 
-from selective_optim._state_dict import MEMBERS, PARTS, RECORD, require_dict
+from selective_optim._state_dict import (
+    MEMBERS,
+    PARTS,
+    RECORD,
+    require_dict,
+    require_whole,
+)
 from selective_optim._text import received, shape_text
 from selective_optim.parameters import as_modules, canonical_name, without_wrappers
 
@@ -90,11 +96,7 @@ def read(state_dict: StateDict, names: Names | None) -> dict[str, Entry]:
     """
     require_dict(state_dict)
     _require_lists(names)
-    if not {"state", "param_groups"} <= set(state_dict):
-        raise ValueError(
-            f"`state_dict` must hold 'state' and 'param_groups', not "
-            f"{sorted(state_dict)[:3]}. Pass optimizer.state_dict()."
-        )
+    require_whole(state_dict)
     listed = [
         entry
         for index, group in enumerate(state_dict["param_groups"])
@@ -156,6 +158,7 @@ def choose(
     chosen: dict[str, Entry] = {}
     for name in names:
         key = canonical_name(name)
+        # What a parametrization made several of goes by names of its own.
         key = key if key in entries else without_wrappers(name)
         if key not in entries:
             raise ValueError(
@@ -368,6 +371,7 @@ def split_groups(
     entries = read(state_dict, names)
     chosen = iter(choose(entries, chain.from_iterable(listed), "groups"))
     parts = [list(islice(chosen, len(part))) for part in listed]
+    # A group without parameters takes its hyperparameters from any.
     anyone = list(entries.values())[:1]
     return write(
         state_dict,

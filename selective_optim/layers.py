@@ -130,6 +130,7 @@ def layerwise_groups(
     roots = as_modules(model)
     distances = Distances(roots, layers)
     found: dict[int, list[ParameterInfo]] = {}
+    # Modules may share parameters, and torch takes each in one group.
     infos = {id(i.parameter): i for i in ModelIndex(roots).everyone()}
     for info in infos.values():
         found.setdefault(distances.of(info), []).append(info)

@@ -189,49 +189,22 @@ def name_of_its_own(name: str) -> str | None:
     return plain if numbered else None
 
 
-class Node:
-    """A module at one place of a tree, remembered without keeping it alive.
-
-    Args:
-        module: The module.
-        parent: The node above; ``None`` for the root.
-        key: Name under which the parent registered it.
-    """
-
-    __slots__ = ("key", "module", "parent")
-
-    def __init__(self, module: nn.Module, parent: Node | None, key: str) -> None:
-        self.module = weakref.ref(module)
-        self.parent = parent
-        self.key = key
-
-    def path(self) -> Path | None:
-        """Return the modules from the root to this one if it still stands here."""
-        module = self.module()
-        if module is None or self.parent is None:
-            return None if module is None else (module,)
-        above = self.parent.path()
-        here = {} if above is None else _torch.children(above[-1])
-        # Not `get`: scripted modules keep theirs in mappings without it.
-        if above is None or self.key not in here or here[self.key] is not module:
-            return None
-        return (*above, module)
-
-
 @dataclass(frozen=True)
 class Place:
     """One spot in a tree at which a parameter is registered.
 
+    Modules are remembered without keeping them alive.
+
     Args:
-        node: The module that registered it.
-        key: Under which name.
+        modules: The modules from the root to the one that registered it.
+        keys: Under which name each registered the next, and the last the parameter.
         name: Its canonical dotted name.
         leaf: Last part of that.
         own_name: What tells it from others with the same canonical name, if need be.
     """
 
-    node: Node
-    key: str
+    modules: tuple[weakref.ref[nn.Module], ...]
+    keys: tuple[str, ...]
     name: str
     leaf: str
     own_name: str | None = None
@@ -242,36 +215,39 @@ class Place:
         What a parametrization was made of belongs to the module that it was
         registered on.
         """
-        path = self.node.path()
-        if path is None:
+        path = [module for ref in self.modules if (module := ref()) is not None]
+        if len(path) < len(self.modules):
             return None
-        here = _torch.registered(path[-1])
-        if self.key not in here or here[self.key] is not param:
-            return None
-        made = isinstance(path[-1], ParametrizationList) and self.key.startswith(
-            "original"
-        )
-        return path[:-2] if made else path
+        held = [*map(_torch.children, path[:-1]), _torch.registered(path[-1])]
+        # From the root down: a module that was replaced, or moved elsewhere, shows.
+        for entries, key, value in zip(held, self.keys, [*path[1:], param]):
+            # Not `get`: scripted modules keep theirs in mappings without it.
+            if key not in entries or entries[key] is not value:
+                return None
+        made = isinstance(path[-1], ParametrizationList)
+        own = made and self.keys[-1].startswith("original")
+        return tuple(path[:-2] if own else path)
 
 
 def places(root: nn.Module) -> list[tuple[Tensor, Place]]:
     """List every place of every parameter, aliases of tied ones included."""
     found: list[tuple[Tensor, Place]] = []
 
-    def walk(module: nn.Module, node: Node, prefix: str, inside: Path) -> None:
-        for key, param in _torch.registered(module).items():
-            if param is None:
-                continue
-            name = canonical_name(prefix + key)
-            own = name_of_its_own(prefix + key) if key.startswith("original") else None
-            found.append((param, Place(node, key, name, name.rpartition(".")[2], own)))
-        for key, child in _torch.children(module).items():
+    def walk(inside: Path, keys: tuple[str, ...]) -> None:
+        modules = tuple(map(weakref.ref, inside))
+        for key, param in _torch.registered(inside[-1]).items():
+            if param is not None:
+                full = ".".join([*keys, key])
+                name = canonical_name(full)
+                own = name_of_its_own(full) if key.startswith("original") else None
+                place = Place(modules, (*keys, key), name, name.rpartition(".")[2], own)
+                found.append((param, place))
+        for key, child in _torch.children(inside[-1]).items():
             # One that contains itself has endless aliases.
             if child is not None and child not in inside:
-                below = Node(child, node, key)
-                walk(child, below, f"{prefix}{key}.", (*inside, child))
+                walk((*inside, child), (*keys, key))
 
-    walk(root, Node(root, None, ""), "", (root,))
+    walk((root,), ())
     return found
 
 
@@ -322,6 +298,7 @@ def _forget_all(*_: object) -> None:
 
 def index_of(module: nn.Module) -> ModuleIndex:
     """Return what is known of a module, walked now or since nothing was registered."""
+    # Not at import: torch calls these at every registration in the process.
     if not _watching:
         _watching.append(register_module_parameter_registration_hook(_forget_all))
         _watching.append(register_module_module_registration_hook(_forget_all))
@@ -433,6 +410,7 @@ class ModelIndex:
             self.add(modules)
         if modules and isinstance(params, (nn.Module, Sequence)):
             params = chain(*[module.parameters() for module in modules])
+            # Modules may share parameters, which torch refuses to take twice.
             return list({id(param): param for param in params}.values())
         return params
 
@@ -441,6 +419,7 @@ class ModelIndex:
 
         Names serve where no module holds them.
         """
+        # One pass per module over all parameters: an optimizer may have 1,000 groups.
         found: list[ParameterInfo | None] = [None] * len(params)
         for module in self.modules():
             here = index_of(module).infos(params)
@@ -450,6 +429,7 @@ class ModelIndex:
     def remember(self, question: Hashable, ask: Callable[[], _T]) -> _T:
         """Answer a question about the whole model once, until the model changes."""
         modules = self.modules()
+        # A user's policy may hold what has no hash, such as a list.
         try:
             hash(question)
         except TypeError:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._text import aligned, received
+from selective_optim._text import aligned, received, require_decay
 from selective_optim.decay import FORMS, FULL, Decision, Form, Target, target_text
 from selective_optim.parameters import (
     ModelIndex,
@@ -89,6 +89,7 @@ class Row:
     def timescale(self) -> float | None:
         """Steps in which decoupled decay alone shrinks to 1/e: ``1 / (lr * wd)``."""
         form = FORMS[self.form or "l2"]
+        # Not `lr <= 0`: without an optimizer the rate is NaN.
         if self.fate != "decayed" or form.applied != "decoupled" or not self.lr > 0:
             return None
         lr0 = self.lr if self.lr0 is None else self.lr0
@@ -295,6 +296,7 @@ def _new_axes(bars: int) -> Any:
 
 
 def _number(value: float | Tensor) -> float:
+    # Waits for the device, which a report may and a step may not.
     return value.item() if isinstance(value, Tensor) else value
 
 
@@ -325,6 +327,7 @@ def make_row(
 
 def _shape(decided: torch.Size, param: Tensor) -> torch.Size:
     """Return the shape that was decided on, or that of a lazy parameter since then."""
+    # Shapes of lazy parameters come with the first batch, after the decision.
     had_none = decided == (0,) and not is_lazy(param)
     return param.shape if had_none and not _torch.flattened([param]) else decided
 
@@ -438,13 +441,7 @@ def _with_groups(optimizer: Any) -> Any:
             f"`optimizer` must have param_groups, and {received(optimizer)} has none. "
             f"Pass the optimizer first, then the model: decay_report(optimizer, model)."
         )
-    for index, group in enumerate(optimizer.param_groups):
-        if "weight_decay" not in group:
-            raise ValueError(
-                f"group {index} of `optimizer` ({type(optimizer).__name__}) has no "
-                f"weight_decay to report. Pass one that decays: "
-                f"torch.optim.AdamW(model.parameters())."
-            )
+    require_decay(optimizer, "report")
     return optimizer
 
 

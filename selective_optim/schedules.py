@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from selective_optim import _torch
+from selective_optim._text import require_decay
+from selective_optim.decay import is_zero
 
 Group = dict[str, Any]
 
@@ -36,10 +37,10 @@ class Record:
 
     def views(self, groups: list[Group]) -> list[GroupView]:
         """View every group, with room for those that were added."""
-        any_decays = not all(_is_zero(group["weight_decay"]) for group in groups)
+        any_decays = not all(is_zero(group["weight_decay"]) for group in groups)
         for group in groups[len(self.written) :]:
             self.written.append({})
-            self.held.append(any_decays and _is_zero(group["weight_decay"]))
+            self.held.append(any_decays and is_zero(group["weight_decay"]))
         return list(map(GroupView, groups, self.written, self.held))
 
 
@@ -58,6 +59,8 @@ class GroupView(MutableMapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         if key == "lr":
             return self._group["weight_decay"]
+        # A scheduler that finds an "initial_lr" goes on from it, and would go on from
+        # that of the learning rate (torch/optim/lr_scheduler.py, 2.7 to 2.15).
         if key in self._written or _is_rate(key):
             return self._written[key]
         return self._group[key]
@@ -90,10 +93,6 @@ def _is_rate(key: str) -> bool:
     return key.endswith("_lr")
 
 
-def _is_zero(value: float | Tensor) -> bool:
-    return not isinstance(value, Tensor) and value == 0
-
-
 def stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
     """Find the optimizer inside wrappers such as Accelerate's, whose hooks fire.
 
@@ -110,12 +109,7 @@ def stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
             f"`optimizer` must be a torch.optim.Optimizer, not {optimizer!r:.80} "
             f"({type(optimizer).__name__}). Write WeightDecay(optimizer)."
         )
-    for index, group in enumerate(optimizer.param_groups):
-        if "weight_decay" not in group:
-            raise ValueError(
-                f"group {index} of `optimizer` ({type(optimizer).__name__}) has no "
-                f"weight_decay to schedule. Use one that decays: selective_optim.AdamW."
-            )
+    require_decay(optimizer, "schedule")
     return optimizer
 
 
@@ -172,6 +166,8 @@ class WeightDecay(torch.optim.Optimizer):
 
     def _attach(self, record: Record) -> None:
         if RECORD not in vars(self.optimizer):
+            # torch copies neither attributes nor hooks of an optimizer (__getstate__,
+            # 2.7 to 2.15): both are here or neither.
             self.optimizer.register_step_post_hook(_note_step)
         setattr(self.optimizer, RECORD, record)
         record.views(self.optimizer.param_groups)

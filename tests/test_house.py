@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,10 @@ FILES = {
 # From the ground up; a room imports from lower floors, and from its own wing.
 FLOORS = [
     ("_torch", "_text", "decay"),
-    ("parameters", "step", "schedules"),
-    ("policies", "_state_dict", "_warnings"),
-    ("checkpoint", "factories", "layers", "report"),
-    ("_decider", "audit"),
-    ("_optimizer",),
+    ("parameters", "step", "schedules", "_warnings"),
+    ("policies", "_state_dict"),
+    ("checkpoint", "factories", "layers", "report", "_decider"),
+    ("_optimizer", "audit"),
     ("sgd", "adam", "adamw"),
     ("split",),
     ("__init__",),
@@ -68,6 +68,37 @@ def test_imports_go_down_and_never_between_the_wings(name):
         assert below or other == room in ("policies", "step", "split"), (
             f"{name}: {other}"
         )
+
+
+@functools.cache
+def height(name: str) -> int:
+    """Count the floors below a file and its own, by what it imports."""
+    return 1 + max(map(height, imports_of(FILES[name]) & FILES.keys()), default=0)
+
+
+def test_the_house_stays_low():
+    assert max(map(height, FILES)) <= 13
+
+
+def function_lengths() -> dict[str, int]:
+    """Measure every function, without its docstring."""
+    lengths = {}
+    for name, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                first = node.body[0]
+                told = first.end_lineno - first.lineno + 1
+                whole = node.end_lineno - node.lineno + 1
+                lengths[f"{name}.{node.name}:{node.lineno}"] = whole - (
+                    told if ast.get_docstring(node) else 0
+                )
+    return lengths
+
+
+def test_functions_stay_short():
+    lengths = function_lengths()
+    assert {name: n for name, n in lengths.items() if n > 40} == {}
+    assert statistics.median(lengths.values()) <= 6
 
 
 @pytest.mark.parametrize("wing", ["policies", "step"])

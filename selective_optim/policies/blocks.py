@@ -15,7 +15,7 @@ from torch import nn
 from selective_optim import _torch
 from selective_optim._text import received
 from selective_optim.parameters import canonical_name
-from selective_optim.policies.recognition import norm_module
+from selective_optim.policies.recognition import has_parameters, norm_module
 
 Layers = str | Sequence[str] | None
 Modules = list[nn.Module]
@@ -221,12 +221,12 @@ def _found(roots: Sequence[nn.Module]) -> list[nn.Module]:
 
 def _counting_globs(roots: Sequence[nn.Module]) -> Iterator[str]:
     for name, module in named_modules(roots):
-        if (numbered := NUMBERED.match(name)) and _holds(module):
+        if (numbered := NUMBERED.match(name)) and has_parameters(module):
             yield f"{numbered[1]}*"
 
 
 def _matching(roots: Sequence[nn.Module], layers: str) -> list[nn.Module]:
-    named = [(n, m) for n, m in named_modules(roots) if n and _holds(m)]
+    named = [(n, m) for n, m in named_modules(roots) if n and has_parameters(m)]
     inside: set[nn.Module] = set()
     blocks = []
     for name, module in named:
@@ -263,7 +263,7 @@ def _in_single_match(
         return [block]  # a model of one block, and a glob on its number
     unwrapped = next(m for n, m in reversed(named) if n == name)
     if isinstance(unwrapped, CONTAINERS):
-        return list(filter(_holds, unwrapped.children()))
+        return list(filter(has_parameters, unwrapped.children()))
     runs = sorted(runs_in(unwrapped, name), key=lambda run: -run.size)
     numbered = NUMBERED.match(name)
     stem = numbered[1] if numbered else "blocks."
@@ -272,10 +272,6 @@ def _in_single_match(
         f"blocks, so there is nothing to count. Write for example "
         f'layers="{runs[0].glob if runs else f"{stem}*"}".'
     )
-
-
-def _holds(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
 
 
 def tower(modules: Modules, stack: Modules, others: set[nn.Module]) -> Modules:

@@ -58,6 +58,7 @@ def _verdicts(
     for info, place in zip(infos, places):
         try:
             verdicts.append(policy.decide(info))
+        # Whatever a user's callable raises is told with the parameter's name.
         except Exception as error:
             raise _explained(error, policy, info, place) from error
     return verdicts

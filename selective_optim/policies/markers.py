@@ -191,6 +191,7 @@ def _own_decay(param: Tensor) -> float | None:
 
 def _mark(module: nn.Module, name: str, lists: Lists) -> str | None:
     who = type(module).__name__
+    # Not getattr: wrappers answer for the module inside, which is asked itself.
     if vars(module).get(MARK) is True:
         return f"{MARK} of {who}"
     for method in ("no_weight_decay", "no_weight_decay_patterns"):

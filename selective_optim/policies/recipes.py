@@ -30,6 +30,7 @@ from selective_optim.policies.selectors import Need
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+# Collected as ultralytics collects them.
 TORCH_NORMS = tuple(item for name, item in sorted(vars(nn).items()) if "Norm" in name)
 HUGGINGFACE_NAMES = tuple(
     map(
@@ -178,6 +179,7 @@ def mmengine(info: ParameterInfo) -> str | None:
 
 
 def _is_dcn(module: nn.Module) -> bool:
+    # By name, since mmcv may be missing where its models are used.
     return any(
         cls.__name__ in DCN and cls.__module__.startswith("mmcv.")
         for cls in type(module).__mro__

@@ -218,10 +218,11 @@ def norm_module(module: nn.Module | None) -> bool:
         return False
     if not says_norm(type(module)) and not _name_says_norm(original_class(module)):
         return False
-    return not any(norm_module(m) and _has_parameters(m) for m in module.children())
+    return not any(norm_module(m) and has_parameters(m) for m in module.children())
 
 
-def _has_parameters(module: nn.Module) -> bool:
+def has_parameters(module: nn.Module) -> bool:
+    """Tell whether a module or any inside it holds a parameter."""
     return next(module.parameters(), None) is not None
 
 

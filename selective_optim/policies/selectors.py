@@ -125,6 +125,7 @@ class InsideClass(Selector):
         name = self.cls.__name__
         if getattr(nn, name, None) is self.cls:
             return f"nn.{name}"
+        # This walks all classes of modules that are loaded, hence once.
         unique = len(_classes_named(name)) == 1
         return name if unique else _path_of(self.cls)
 

@@ -160,6 +160,7 @@ class SplitOptimizer(PolicyOptimizer):
         count = len(self._groups)
         self._show_parts()
         try:
+            # Past the method that decides: parts were decided for as a group.
             for part in split.parts:
                 super(PolicyOptimizer, self).add_param_group(part.group)
         except BaseException:
@@ -209,6 +210,7 @@ class SplitOptimizer(PolicyOptimizer):
         layout = self._decider.rows(self.param_groups, self.defaults)
         known = [split.group for split in self._splits]
         same = len(known) == len(self.param_groups)
+        # The decider lays out anew whenever anything moved, so identity suffices.
         if layout is self._layout and same and all(map(is_, known, self.param_groups)):
             return
         decided = self._decider.decisions(self.param_groups, self.defaults)
@@ -368,6 +370,7 @@ class SplitOptimizer(PolicyOptimizer):
             split.group.update(copy.deepcopy(computed))
 
     def __getstate__(self) -> dict[str, Any]:
+        # What was written into a group since the last step is not in its parts yet.
         with suppress(ValueError):  # what cannot be decided is told at the next step
             self._enter()
             self._leave()

@@ -141,6 +141,7 @@ class Split:
         for key, value in group.items():
             same_as_shown = value is shown.get(key, _ABSENT)
             followed = moved and key == WD
+            # A tensor that is the same object may have been written to.
             if same_as_shown and not followed and not isinstance(value, Tensor):
                 continue
             if key in COMPUTED:
@@ -184,6 +185,7 @@ class Split:
             if key in APART or value is self.group.get(key, _ABSENT):
                 continue
             tensor = isinstance(value, Tensor)
+            # Compared, tensors of a device would make every step wait for it.
             if tensor or all(same(value, o.get(key, _ABSENT)) for o in others):
                 self.group[key] = value
         for key in self.group.keys() - first.keys():
