@@ -58,12 +58,12 @@ class SelectiveOptimizer(PolicyOptimizer):
     def state(self) -> Any:
         """State tensors by parameter, as in torch."""
         if not torch.compiler.is_compiling():  # which cannot set attributes in 2.7
-            self._stepper.lend()
+            self._stepper.lend(self._states)
         return self._states
 
     @state.setter
     def state(self, value: Any) -> None:
-        self._stepper.lend()
+        self._stepper.lend({})  # what was there goes, and was seen by nobody
         self._states = value
 
     @_torch.use_grad_for_differentiable

@@ -90,19 +90,22 @@ class AdamKernel(Kernel):
         self, own: State, param: Tensor, group: Group, fused: bool, step: Tensor | None
     ) -> None:
         if step is None:
-            on_device = group["capturable"] or group["fused"]
-            double = torch.get_default_dtype() == torch.float64 and not group["fused"]
-            # As torch makes it: a fake tensor remembers the value of `tensor` alone.
-            step = torch.tensor(
-                0.0,
-                dtype=torch.float64 if double else torch.float32,
-                device=param.device if on_device else "cpu",
-            )
+            step = self._counter(param, group, fused or bool(group["fused"]))
         moments = {
             entry: torch.zeros_like(param, memory_format=torch.preserve_format)
             for entry in self.entries(group)
         }
         own.update(step=step, **moments)  # at once: an interrupt leaves all or nothing
+
+    def _counter(self, param: Tensor, group: Group, fused: bool) -> Tensor:
+        """Make a counter as torch does, where it will be read."""
+        double = torch.get_default_dtype() == torch.float64 and not fused
+        dtype = torch.float64 if double else torch.float32
+        if fused or group["capturable"]:
+            # Filled on the device: nothing is copied there, also during a capture.
+            return torch.zeros((), dtype=dtype, device=param.device)
+        # A fake tensor remembers the value of `tensor` alone, which a for-loop reads.
+        return torch.tensor(0.0, dtype=dtype, device="cpu")
 
     def calls(self, setting: Setting, batch: Batch, scaling: Scaling) -> list[Call]:
         own = {k: v for k, v in setting.arguments.items() if k not in CHOICES}
