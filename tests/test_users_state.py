@@ -243,7 +243,8 @@ def test_state_read_in_inference_mode_steps_on(name):
     for number in range(5):
         if number == 2:
             with torch.inference_mode():
-                optimizer.state_dict()
+                state = optimizer.state_dict()["state"]
+            assert not any(own["step"].is_inference() for own in state.values())
         twins.step(params, optimizer, number)
         twins.step(expected, judge, number)
     assert_twins(params, expected, optimizer, judge)
