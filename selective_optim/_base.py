@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -11,11 +12,18 @@ from torch import nn
 from selective_optim import _torch
 from selective_optim._decider import OWN_KEYS, Decider
 from selective_optim._loading import RECORD, Record, record_of
+from selective_optim._text import warn
 from selective_optim.decay import Form
 from selective_optim.policies import Policy, WdPolicy
 from selective_optim.report import DecayReport, make_report
 
 Model = nn.Module | Sequence[nn.Module] | None
+
+
+# Whoever writes a group by hand names a few keys; an optimizer fills in these.
+FILLED = {"lr", "weight_decay", "maximize", "foreach", "differentiable"}
+# Every optimizer that decided, while it lives.
+alive: WeakSet[PolicyOptimizer] = WeakSet()
 
 
 class PolicyOptimizer(torch.optim.Optimizer):
@@ -46,6 +54,7 @@ class PolicyOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: The policy cannot be decided; then nothing is added.
         """
+        filled = isinstance(param_group, dict) and param_group.keys() >= FILLED
         policy, group = self._decider.open(param_group, self._group_keys())
         super().add_param_group(group)
         try:
@@ -55,6 +64,23 @@ class PolicyOptimizer(torch.optim.Optimizer):
             raise
         finally:
             self._decider.index.let_go()
+        if filled and policy is None and group["weight_decay"]:
+            self._warn_of_lost_policy(group)
+
+    def _warn_of_lost_policy(self, group: dict[str, Any]) -> None:
+        """Warn if a group was another optimizer's: it does not bring the policy along.
+
+        Nor can the policy be taken along: a dict that was given to two optimizers,
+        one with a policy and one without, looks the same.
+        """
+        for other in [each for each in alive if each is not self]:
+            if policy := other._decider.decided_by(group["params"]):
+                warn(
+                    f"a group comes from an optimizer whose `wd_policy` is {policy!r}, "
+                    f"and decays in full here. Pass wd_policy={policy!r}, or 'all' if "
+                    f"that is meant."
+                )
+                return
 
     @property
     def wd_policy(self) -> Policy | None:

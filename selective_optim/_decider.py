@@ -161,6 +161,12 @@ class Decider:
 
     # Groups as they stand.
 
+    def decided_by(self, params: Iterable[Tensor]) -> Policy | None:
+        """Return the policy by which one of these decays otherwise than in full."""
+        rows = [row for row in map(self._table.row_of, params) if row is not None]
+        departing = (row.policy for row in rows if row.decision.decay != FULL)
+        return next(departing, None)
+
     def rows(
         self, groups: Sequence[Group], defaults: Mapping[str, Any]
     ) -> list[list[Row]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, eq, is_
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -25,14 +25,19 @@ Infos = Sequence[ParameterInfo]
 
 
 class Row(NamedTuple):
-    """What was decided for one tensor, and by which policy."""
+    """What was decided for one tensor, and by which policy.
+
+    ``owner`` is the ``id`` of the tensor that had the token.
+    """
 
     token: object
+    owner: int
     decision: Decision
     policy: Policy | None
 
 
 _token_of_row = attrgetter("token")
+_owner_of_row = attrgetter("owner")
 
 
 class Known(NamedTuple):
@@ -58,7 +63,7 @@ class DecisionTable:
     def record(self, param: Tensor, decision: Decision, policy: Policy | None) -> Row:
         """Write down what was decided for a tensor."""
         token = _torch.token_of(param)
-        row = self._rows[id(token)] = Row(token, decision, policy)
+        row = self._rows[id(token)] = Row(token, id(param), decision, policy)
         return row
 
     def row_of(self, param: Tensor) -> Row | None:
@@ -71,9 +76,10 @@ class DecisionTable:
         lists = [group["params"] for group in groups]
         if list(map(len, lists)) != list(map(len, self.layout)):
             return False
-        tokens = map(_torch.token_of, chain.from_iterable(lists))
-        known = map(_token_of_row, chain.from_iterable(self.layout))
-        return all(map(is_, tokens, known))
+        params, rows = list(chain.from_iterable(lists)), [*chain(*self.layout)]
+        tokens = map(_torch.token_of, params)
+        same_tokens = all(map(is_, tokens, map(_token_of_row, rows)))
+        return same_tokens and all(map(eq, map(id, params), map(_owner_of_row, rows)))
 
     def append(self, index: int, rows: list[Row]) -> None:
         """Remember a group that arrived at this index, at the end."""
@@ -116,6 +122,7 @@ class DecisionTable:
             ValueError: The policy cannot decide; then the layout stays as it was.
         """
         found = [[self.row_of(p) for p in group["params"]] for group in groups]
+        self._undo_swaps(groups, found)
         borne = {row.decision.name for rows in found for row in rows if row}
         aligned = len(groups) == len(self.layout)
         layout = []
@@ -129,6 +136,22 @@ class DecisionTable:
             else:
                 layout.append([row for row in rows if row is not None])
         self.lay_out(layout)
+
+    def _undo_swaps(
+        self, groups: Sequence[Group], found: Sequence[list[Row | None]]
+    ) -> None:
+        """Give objects the rows back whose tokens ``swap_tensors`` exchanged.
+
+        It exchanges all but the objects, by which torch knows state and groups. A
+        token on another object than before was swapped there, for nobody else can
+        give one away; so the row of an object is the one that names it as owner.
+        """
+        owned = {row.owner: row for row in chain(*found) if row is not None}
+        for group, rows in zip(groups, found):
+            for position, (param, row) in enumerate(zip(group["params"], rows)):
+                if row is not None and row.owner != id(param):
+                    own = owned.get(id(param), row)
+                    rows[position] = self.record(param, own.decision, own.policy)
 
     def _complete(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from selective_optim import _torch
-from selective_optim._base import Model, PolicyOptimizer
+from selective_optim._base import Model, PolicyOptimizer, alive
 from selective_optim._decider import Decider
 from selective_optim._loading import (
     RECORD,
@@ -50,6 +50,7 @@ class SelectiveOptimizer(PolicyOptimizer):
         yield self._decider.index.learn(params)
         self._decider.settle(self.param_groups)
         self._decider.index.let_go()
+        alive.add(self)
         self._stepper = Stepper(kernel)  # torch has let go of the state it made
 
     # Stepping.
@@ -228,6 +229,7 @@ class SelectiveOptimizer(PolicyOptimizer):
         super().__setstate__(rest)
         if copied is not None:
             self._decider = Decider.restored(copied["decider"], self.param_groups)
+            alive.add(self)
         # `copy.copy` shares the state, whose counters the original has in hand.
         shared = copied is not None and copied["states"] == id(self._states)
         if "state" in state and not shared:

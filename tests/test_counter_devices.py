@@ -82,8 +82,8 @@ def test_no_step_copies_from_the_host(fake_cuda, kind, lent):
 
 
 def test_counters_from_the_host_are_copied_together(fake_cuda):
-    """As a checkpoint of torch's default has them, where ours takes the fused kernel."""
-    params, optimizer = make("automatic")
+    """As a checkpoint of torch's default has them, where ours is fused."""
+    _, optimizer = make("automatic")
     optimizer.step()
     saved = optimizer.state_dict()
     for own in saved["state"].values():
