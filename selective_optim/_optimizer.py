@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim._base import Model, PolicyOptimizer, alive
@@ -22,7 +23,7 @@ from selective_optim._loading import (
 from selective_optim.decay import Decay, Form
 from selective_optim.factories import given
 from selective_optim.step.cells import Member, free_choice
-from selective_optim.step.kernel import Kernel, Scaling, States
+from selective_optim.step.kernel import NO_SCALING, Kernel, Scaling, States
 from selective_optim.step.stepper import Stepper
 
 
@@ -91,11 +92,14 @@ class SelectiveOptimizer(PolicyOptimizer):
         if torch.compiler.is_compiling() or self.defaults["differentiable"]:
             for group in self.param_groups:
                 self._step_traced(group)
-        else:
-            scaling = Scaling(
-                getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-            )
+            return loss
+        scaling = Scaling(
+            getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        )
+        if type(self)._init_group is SelectiveOptimizer._init_group:
             self._stepper.step(self.param_groups, self._members, self._states, scaling)
+        else:
+            self._step_begun_elsewhere(scaling)
         return loss
 
     def _members(self) -> list[Member]:
@@ -110,35 +114,87 @@ class SelectiveOptimizer(PolicyOptimizer):
 
     def _step_traced(self, group: dict[str, Any]) -> None:
         """Step a group as torch does, for compilation and autograd to trace."""
+        lists: list[list[Any]] = [[] for _ in self._stepper.kernel.traced_lists]
+        flag, parts = self._init_group(group, *lists, split=True)
+        self._step_lists(group, lists, flag, parts, NO_SCALING)
+
+    def _step_begun_elsewhere(self, scaling: Scaling) -> None:
+        """Step as torch does where a subclass has its own ``_init_group``.
+
+        It may make state, and choose or change the gradients, at every step.
+        """
+        for group in self.param_groups:
+            lists: list[list[Any]] = [[] for _ in self._stepper.kernel.traced_lists]
+            self._filling = True
+            try:
+                flag = self._init_group(group, *lists)
+            finally:
+                del self._filling
+            parts = self._parts(group, lists[0])
+            self._step_lists(group, lists, flag, parts, scaling)
+
+    def _step_lists(
+        self,
+        group: dict[str, Any],
+        lists: list[list[Any]],
+        flag: bool,
+        parts: Sequence[Any],
+        scaling: Scaling,
+    ) -> None:
+        """Step lists that were filled as torch fills them, by torch's functional."""
         kernel = self._stepper.kernel
-        lists: list[list[Any]] = [[] for _ in kernel.traced_lists]
-        flag, parts = self._init_group(group, *lists)
         for multiplier, form, chosen in parts:
             setting = kernel.setting(group, Decay(multiplier, form))
             mine = [[each[i] for i in chosen] if each else [] for each in lists]
-            kernel.traced(setting, mine, flag)
+            kernel.traced(setting, mine, flag, scaling)
             kernel.keep(self.state, mine)
 
     @_torch.disable_dynamo
-    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> Any:
+    def _init_group(
+        self, group: dict[str, Any], *lists: list[Any], split: bool = False
+    ) -> Any:
         """Fill the lists as torch does; also return which of them were decided alike.
 
         ``torch.compile`` runs a method of this name as it is, and compiles what is
         done with the lists.
+
+        Args:
+            group: A parameter group.
+            lists: What to fill.
+            split: Whether to return the parts, too. torch's own step does not ask.
+
+        Raises:
+            RuntimeError: torch's own step asks, which knows no policy.
         """
+        if not split and not hasattr(self, "_filling"):
+            self._refuse_foreign_step(group)
         fill = getattr(super(), "_init_group", None)
         if fill is None:
             flag = self._stepper.kernel.fill(group, self.state, lists)
         else:
             flag = fill(group, *lists)
+        return (flag, self._parts(group, lists[0])) if split else flag
+
+    def _parts(self, group: dict[str, Any], params: Sequence[Tensor]) -> Sequence[Any]:
+        """Tell which parameters of a group were decided alike."""
         index = next(i for i, own in enumerate(self.param_groups) if own is group)
         decided = self._decider.decisions(self.param_groups, self.defaults)[index]
+        decays = {id(p): d.decay for p, d in zip(group["params"], decided)}
         parts: dict[tuple[Any, ...], list[int]] = {}
-        present = [d for p, d in zip(group["params"], decided) if p.grad is not None]
-        for position, decision in enumerate(present):
-            decay = decision.decay
+        for position, param in enumerate(params):
+            decay = decays[id(param)]
             parts.setdefault((decay.multiplier, decay.form), []).append(position)
-        return flag, tuple((*key, tuple(chosen)) for key, chosen in parts.items())
+        return tuple((*key, tuple(chosen)) for key, chosen in parts.items())
+
+    def _refuse_foreign_step(self, group: dict[str, Any]) -> None:
+        policy = self._decider.decided_by(group["params"])
+        if policy is not None and group["weight_decay"]:
+            name = type(self).__name__
+            raise RuntimeError(
+                f"the step of a class of torch.optim was called on this {name}: it "
+                f"would decay parameters that {policy!r} exempts. "
+                f"Type optimizer.step()."
+            )
 
     # The policy.
 

@@ -618,6 +618,22 @@ def test_tied_weights_listed_twice_are_as_in_torch(name, kind, policy):
     assert_twins([mine], [theirs], own, judge)
 
 
+@each_name
+@each_kind
+def test_parameter_listed_twice_is_saved_and_loaded_as_in_torch(name, kind):
+    left = []
+    for make in (ours, torchs):
+        params = make_params([(3, 3), (3, 2)])
+        with pytest.warns(UserWarning, match="duplicate parameters"):
+            optimizer = make(name, kind, [*params, params[0]])
+        for number in range(4):
+            twins.step(params, optimizer, number)
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        left.append((params, optimizer))
+    (mine, own), (theirs, judge) = left
+    assert_twins(mine, theirs, own, judge)
+
+
 # Hogwild.
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from selective_optim import _torch
 from selective_optim.decay import Decay, Form, is_zero
 from selective_optim.step.kernel import (
+    NO_SCALING,
     Batch,
     Call,
     Group,
@@ -135,8 +136,15 @@ class AdamKernel(Kernel):
             **setting.arguments,
         )
 
-    def traced(self, setting: Setting, lists: list[list[Any]], flag: bool) -> None:
-        _torch.adam(*lists, has_complex=flag, **setting.arguments)
+    def traced(
+        self,
+        setting: Setting,
+        lists: list[list[Any]],
+        flag: bool,
+        scaling: Scaling = NO_SCALING,
+    ) -> None:
+        given = {} if scaling == NO_SCALING else scaling._asdict()
+        _torch.adam(*lists, has_complex=flag, **setting.arguments, **given)
 
     def multiplied(self, setting: Setting, fused: bool) -> float | Tensor:
         own = setting.arguments

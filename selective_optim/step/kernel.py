@@ -189,7 +189,13 @@ class Kernel:
                         each.append(item)
         return flag
 
-    def traced(self, setting: Setting, lists: list[list[Any]], flag: bool) -> None:
+    def traced(
+        self,
+        setting: Setting,
+        lists: list[list[Any]],
+        flag: bool,
+        scaling: Scaling = NO_SCALING,
+    ) -> None:
         """Step the lists that torch's ``_init_group`` filled."""
         raise NotImplementedError  # pragma: no cover
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from selective_optim import _torch
 from selective_optim.decay import Decay, Form, is_zero
 from selective_optim.step.kernel import (
+    NO_SCALING,
     Batch,
     Call,
     Group,
@@ -151,10 +152,17 @@ class SGDKernel(Kernel):
             for own, buffer in zip(owns, buffers):
                 own["momentum_buffer"] = buffer
 
-    def traced(self, setting: Setting, lists: list[list[Any]], flag: bool) -> None:
-        for call in self._shrinking(setting, lists[0]):
+    def traced(
+        self,
+        setting: Setting,
+        lists: list[list[Any]],
+        flag: bool,
+        scaling: Scaling = NO_SCALING,
+    ) -> None:
+        for call in self._shrinking(setting, lists[0], scaling.found_inf):
             call()
-        _torch.sgd(*lists, has_sparse_grad=flag, **setting.arguments)
+        given = {} if scaling == NO_SCALING else scaling._asdict()
+        _torch.sgd(*lists, has_sparse_grad=flag, **setting.arguments, **given)
 
     def keep(self, states: States, lists: list[list[Any]]) -> None:
         params, _, buffers = lists
