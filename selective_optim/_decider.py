@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, islice, repeat
-from operator import attrgetter, is_
+from operator import attrgetter, eq, is_
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -40,14 +40,19 @@ Infos = Sequence[ParameterInfo]
 
 
 class Row(NamedTuple):
-    """What was decided for one tensor, and by which policy."""
+    """What was decided for one tensor, and by which policy.
+
+    ``owner`` is the ``id`` of the tensor that had the token.
+    """
 
     token: object
+    owner: int
     decision: Decision
     policy: Policy | None
 
 
 _token_of_row = attrgetter("token")
+_owner_of_row = attrgetter("owner")
 
 
 class DecisionTable:
@@ -60,7 +65,7 @@ class DecisionTable:
     def record(self, param: Tensor, decision: Decision, policy: Policy | None) -> Row:
         """Write down what was decided for a tensor."""
         token = _torch.token_of(param)
-        row = self._rows[id(token)] = Row(token, decision, policy)
+        row = self._rows[id(token)] = Row(token, id(param), decision, policy)
         return row
 
     def row_of(self, param: Tensor) -> Row | None:
@@ -73,9 +78,10 @@ class DecisionTable:
         lists = [group["params"] for group in groups]
         if list(map(len, lists)) != list(map(len, self.layout)):
             return False
-        tokens = map(_torch.token_of, chain.from_iterable(lists))
-        known = map(_token_of_row, chain.from_iterable(self.layout))
-        return all(map(is_, tokens, known))
+        params, rows = list(chain.from_iterable(lists)), [*chain(*self.layout)]
+        tokens = map(_torch.token_of, params)
+        same_tokens = all(map(is_, tokens, map(_token_of_row, rows)))
+        return same_tokens and all(map(eq, map(id, params), map(_owner_of_row, rows)))
 
     def append(self, index: int, rows: list[Row]) -> None:
         """Remember a group that arrived at this index, at the end."""
@@ -105,6 +111,22 @@ class DecisionTable:
 
     def _standing(self) -> dict[int, Row]:
         return {id(row.token): row for rows in self.layout for row in rows}
+
+    def undo_swaps(
+        self, groups: Sequence[Group], found: Sequence[list[Row | None]]
+    ) -> None:
+        """Give objects the rows back whose tokens ``swap_tensors`` exchanged.
+
+        It exchanges all but the objects, by which torch knows state and groups. A
+        token on another object than before was swapped there, for nobody else can
+        give one away; so the row of an object is the one that names it as owner.
+        """
+        owned = {row.owner: row for row in chain(*found) if row is not None}
+        for group, rows in zip(groups, found):
+            for position, (param, row) in enumerate(zip(group["params"], rows)):
+                if row is not None and row.owner != id(param):
+                    own = owned.get(id(param), row)
+                    rows[position] = self.record(param, own.decision, own.policy)
 
     def inherited(self, infos: Infos, rows: Sequence[Row]) -> list[Row] | None:
         """Give new tensors the rows of their places, unless something contradicts."""
@@ -157,8 +179,9 @@ def _trusted_names(
 
 def base_rate(group: Group) -> float | None:
     """Return the rate that schedules of a group start from, if that is a number."""
+    rate: Any = group.get("initial_lr", group.get("lr"))
     try:
-        return float(group.get("initial_lr", group.get("lr")))  # type: ignore[arg-type]
+        return float(rate.detach() if isinstance(rate, Tensor) else rate)
     except (TypeError, ValueError, RuntimeError):  # None, or a tensor without a value
         return None
 
@@ -391,6 +414,12 @@ class Decider:
 
     # Groups as they stand.
 
+    def decided_by(self, params: Iterable[Tensor]) -> Policy | None:
+        """Return the policy by which one of these decays otherwise than in full."""
+        rows = [row for row in map(self._table.row_of, params) if row is not None]
+        departing = (row.policy for row in rows if row.decision.decay != FULL)
+        return next(departing, None)
+
     def rows(
         self, groups: Sequence[Group], defaults: Mapping[str, Any]
     ) -> list[list[Row]]:
@@ -420,6 +449,7 @@ class Decider:
             ValueError: The policy cannot decide; then the layout stays as it was.
         """
         found = [[self._table.row_of(p) for p in group["params"]] for group in groups]
+        self._table.undo_swaps(groups, found)
         borne = {row.decision.name for rows in found for row in rows if row}
         lacking = [
             Pending(index, list(group["params"]), names, None)

@@ -12,7 +12,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from itertools import repeat
 from operator import attrgetter
@@ -74,6 +74,21 @@ def _add_each_(tensors: Sequence[Tensor], amount: float) -> None:
 EACH = "tensor by tensor"
 foreach_mul_ = _find("torch:_foreach_mul_", f"decoupled SGD {EACH}", _mul_each_)
 foreach_add_ = _find("torch:_foreach_add_", f"counters advance {EACH}", _add_each_)
+
+
+def adding(counters: list[Tensor], amount: float | Tensor) -> Callable[[], object]:
+    """Return a call that adds an amount to counters in float32 of one device.
+
+    On the CPU foreach takes 1.3 ms for 1,000 of them. A step of fused SGD with rate
+    -1 and gradient 1, the same sum to the bit, takes 0.1 ms.
+    """
+    one = isinstance(amount, float) and amount == 1.0
+    if not one or fused_sgd_ is None or not counters[0].is_cpu:
+        return partial(foreach_add_, counters, amount)
+    ones = [torch.ones((), dtype=torch.float32, device="cpu")] * len(counters)
+    flags = dict.fromkeys(("nesterov", "maximize", "is_first_step"), False)
+    rest = dict.fromkeys(("momentum", "dampening", "weight_decay"), 0.0)
+    return partial(fused_sgd_, counters, ones, [], lr=-1.0, **rest, **flags)
 
 
 def _by_class(cls: type[torch.optim.Optimizer], entries: Sequence[str]) -> Any:

@@ -14,6 +14,7 @@ from selective_optim import _torch
 from selective_optim.decay import Decay, Form, Terms
 from selective_optim.step.ahead import ahead_calls, decay_ahead_
 from selective_optim.step.kernel import (
+    NO_SCALING,
     Batch,
     Call,
     Group,
@@ -91,19 +92,22 @@ class AdamKernel(Kernel):
         self, own: State, param: Tensor, group: Group, fused: bool, step: Tensor | None
     ) -> None:
         if step is None:
-            on_device = group["capturable"] or group["fused"]
-            double = torch.get_default_dtype() == torch.float64 and not group["fused"]
-            # As torch makes it: a fake tensor remembers the value of `tensor` alone.
-            step = torch.tensor(
-                0.0,
-                dtype=torch.float64 if double else torch.float32,
-                device=param.device if on_device else "cpu",
-            )
+            step = self._counter(param, group, fused or bool(group["fused"]))
         moments = {
             entry: torch.zeros_like(param, memory_format=torch.preserve_format)
             for entry in self.entries(group)
         }
         own.update(step=step, **moments)  # at once: an interrupt leaves all or nothing
+
+    def _counter(self, param: Tensor, group: Group, fused: bool) -> Tensor:
+        """Make a counter as torch does, where it will be read."""
+        double = torch.get_default_dtype() == torch.float64 and not fused
+        dtype = torch.float64 if double else torch.float32
+        if fused or group["capturable"]:
+            # Filled on the device: nothing is copied there, also during a capture.
+            return torch.zeros((), dtype=dtype, device=param.device)
+        # A fake tensor remembers the value of `tensor` alone, which a for-loop reads.
+        return torch.tensor(0.0, dtype=dtype, device="cpu")
 
     def calls(self, setting: Setting, batch: Batch, scaling: Scaling) -> list[Call]:
         own = {k: v for k, v in setting.arguments.items() if k not in CHOICES}
@@ -146,12 +150,18 @@ class AdamKernel(Kernel):
         self.traced(setting, lists, any(map(torch.is_complex, params)), targets)
 
     def traced(
-        self, setting: Setting, lists: list[list[Any]], flag: bool, targets: list[Any]
+        self,
+        setting: Setting,
+        lists: list[list[Any]],
+        flag: bool,
+        targets: list[Any],
+        scaling: Scaling = NO_SCALING,
     ) -> None:
         params, grads, first = lists[:3]
         batch = Batch(params, [first], [], targets, grads)
-        decay_ahead_(setting, batch, self.direction)
-        _torch.adam(*lists, has_complex=flag, **setting.arguments)
+        scaling = decay_ahead_(setting, batch, self.direction, scaling)
+        given = {} if scaling == NO_SCALING else scaling._asdict()
+        _torch.adam(*lists, has_complex=flag, **setting.arguments, **given)
 
     def multiplied(self, setting: Setting, fused: bool) -> float | Tensor:
         own = setting.arguments

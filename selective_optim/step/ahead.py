@@ -19,7 +19,6 @@ from torch import Tensor
 from selective_optim import _torch
 from selective_optim.decay import is_zero
 from selective_optim.step.kernel import (
-    NO_SCALING,
     PLAIN,
     Ahead,
     Batch,
@@ -35,10 +34,14 @@ from selective_optim.step.kernel import (
 CHUNK, CHUNK_ON_DEVICE = 2**16, 2**24
 
 
-def decay_ahead_(setting: Setting, batch: Batch, direction: Direction) -> None:
-    """Run the pass at once."""
-    for call in ahead_calls(setting, batch, direction, NO_SCALING)[0]:
+def decay_ahead_(
+    setting: Setting, batch: Batch, direction: Direction, scaling: Scaling
+) -> Scaling:
+    """Run the pass at once, and return what of the scale is left for the kernel."""
+    calls, scaling = ahead_calls(setting, batch, direction, scaling)
+    for call in calls:
         call()
+    return scaling
 
 
 def ahead_calls(

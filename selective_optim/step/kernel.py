@@ -270,7 +270,12 @@ class Kernel:
         return flag
 
     def traced(
-        self, setting: Setting, lists: list[list[Any]], flag: bool, targets: list[Any]
+        self,
+        setting: Setting,
+        lists: list[list[Any]],
+        flag: bool,
+        targets: list[Any],
+        scaling: Scaling = NO_SCALING,
     ) -> None:
         """Step the lists that torch's ``_init_group`` filled."""
         raise NotImplementedError  # pragma: no cover

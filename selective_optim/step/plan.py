@@ -19,7 +19,7 @@ from torch import Tensor
 from selective_optim import _torch
 from selective_optim.step.buckets import Bucket, FunctionalBucket, FusedBucket
 from selective_optim.step.cells import Cell, Member, make_cells
-from selective_optim.step.counters import Advance, Counters, addresses_of
+from selective_optim.step.counters import Advance, Counters
 from selective_optim.step.guards import (
     GroupsGuard,
     TensorsGuard,
@@ -189,7 +189,6 @@ class Plan:
         self._specs: list[Any] = []
         self._some_absent = False
         self._tensors = TensorsGuard()
-        self._addresses: list[int] | None = None
         self._release()
 
     def _find_vanishing(self) -> Bucket | None:
@@ -211,10 +210,7 @@ class Plan:
         self._local = flat(batch.params for batch in batches)
         self._moments = flat(moment for batch in batches for moment in batch.moments)
         self._steps = flat(batch.steps for batch in batches)
-        addresses = addresses_of(self._steps) if self._lent else None
-        if addresses is None or addresses != self._addresses:
-            self._advance = self._counters.advance(self._steps)
-            self._addresses = addresses
+        self._advance = self._counters.advance(self._steps)
         self._present: tuple[list[bool], Advance] | None = None
         self._program = None
         self._active: list[Tensor] | None = active

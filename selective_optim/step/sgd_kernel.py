@@ -13,6 +13,7 @@ from selective_optim import _torch
 from selective_optim.decay import Decay, Form, Terms, is_zero
 from selective_optim.step.ahead import ahead_calls, decay_ahead_
 from selective_optim.step.kernel import (
+    NO_SCALING,
     Batch,
     Call,
     Group,
@@ -155,12 +156,18 @@ class SGDKernel(Kernel):
                 own["momentum_buffer"] = buffer
 
     def traced(
-        self, setting: Setting, lists: list[list[Any]], flag: bool, targets: list[Any]
+        self,
+        setting: Setting,
+        lists: list[list[Any]],
+        flag: bool,
+        targets: list[Any],
+        scaling: Scaling = NO_SCALING,
     ) -> None:
         params, grads, buffers = lists
         batch = Batch(params, [buffers] if buffers else [], [], targets, grads)
-        decay_ahead_(setting, batch, self.direction)
-        _torch.sgd(*lists, has_sparse_grad=flag, **setting.arguments)
+        scaling = decay_ahead_(setting, batch, self.direction, scaling)
+        given = {} if scaling == NO_SCALING else scaling._asdict()
+        _torch.sgd(*lists, has_sparse_grad=flag, **setting.arguments, **given)
 
     def keep(self, states: States, lists: list[list[Any]]) -> None:
         params, _, buffers = lists
