@@ -192,7 +192,9 @@ def peak_on_accelerator(accelerator: Any, call: Callable[[], object]) -> int:
 
 def _peak_on_cpu(call: Callable[[], object]) -> int:
     """Add up what torch's allocator reports; it sees inside kernels too."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    own = [ProfilerActivity.CPU]
+    # Events accumulate, though there is one cycle: 2.11 warns where they do not.
+    with profile(activities=own, profile_memory=True, acc_events=True) as profiler:
         call()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

@@ -31,7 +31,9 @@ class Block:
 
     def take(self, count: int) -> list[Tensor]:
         """Hand out counters that stand at 0, as many as are left at most."""
-        part = self.flat[self.taken : self.taken + count]
+        count = min(count, len(self.flat) - self.taken)
+        # Not a slice: indexing asks for the device itself, which fake tensors lack.
+        part = self.flat.narrow(0, self.taken, count)
         self.taken += len(part)
         return list(part.zero_().unbind())  # they advanced with the others
 
@@ -82,7 +84,7 @@ class Advance:
                 amounts[place] += 1
             self._partial.append((block.flat, amounts))
         else:  # amounts would have to be copied to the device, also during a capture
-            self._single += [block.flat[place] for place in places]
+            self._single += [block.flat.select(0, place) for place in places]
 
     def by(self, amount: Amount) -> list[Call]:
         """Return the calls that add an amount, asked for by device, to each counter."""
