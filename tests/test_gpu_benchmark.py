@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks.step import __main__ as command
+from benchmarks.step import on_gpu
 from benchmarks.step.arms import BARE, DEFAULT, FUSED, OURS, Arm
 from benchmarks.step.cases import CASES, Case
 from benchmarks.step.gpu import clock, goals, training
@@ -17,8 +22,9 @@ from benchmarks.step.gpu.run import CASES as CHOSEN
 from benchmarks.step.gpu.run import FUSED_GRAPH, OURS_GRAPH, run_case
 from benchmarks.step.gpu.tables import case_lines, goal_lines, training_lines
 from benchmarks.step.measure import spread
-from benchmarks.step.results import QUICK, load
+from benchmarks.step.results import QUICK, load, save
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 EFFORT = QUICK._replace(rounds=2, seconds=0.0, repeats=2, copied=1 << 10)
 SMALL = ((4, 4), (4,), (3, 2), (5,))
@@ -219,3 +225,96 @@ def test_case_that_fails_does_not_cost_the_others(monkeypatch, tmp_path):
     words = ["--rehearse", "--case", "tiny", "--json", str(path)]
     command.measure(command.parse(words))
     assert [left["case"] for left in load(path)["left_out"]] == ["tiny", "tiny"]
+
+
+WORK = """
+import sys, time
+from pathlib import Path
+Path(sys.argv[1]).write_text("{}")
+print("begun", flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+STUBBORN = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + WORK
+
+
+@pytest.fixture
+def work(monkeypatch, tmp_path):
+    """Have a piece run a script, and return where the script is to be."""
+    path = tmp_path / "work.py"
+    path.write_text(WORK)
+    words = [sys.executable, str(path), str(tmp_path / "steps.json")]
+    monkeypatch.setattr(on_gpu, "command", lambda *args: words)
+    return path
+
+
+STEPS = on_gpu.PIECES[1]
+
+
+def test_piece_is_interrupted_at_its_limit_and_what_it_did_is_saved(work, tmp_path):
+    assert on_gpu.run(STEPS, "cpu", tmp_path, seconds=2) == 0
+    lines = (tmp_path / "steps.log").read_text().splitlines()
+    assert lines[:2] == ["begun", "interrupted"]
+    assert (tmp_path / "steps.json").read_text() == "{}"
+
+
+def test_piece_that_ignores_an_interrupt_is_killed(work, monkeypatch, tmp_path):
+    monkeypatch.setattr(on_gpu, "GRACE", 1)
+    work.write_text(STUBBORN)
+    assert on_gpu.run(STEPS, "cpu", tmp_path, seconds=2) == -signal.SIGKILL
+    assert "begun" in (tmp_path / "steps.log").read_text()
+
+
+PROGRAM = """
+import sys
+from benchmarks.step import on_gpu
+_, script, out = sys.argv
+on_gpu.command = lambda *args: [sys.executable, script, f"{out}/steps.json"]
+on_gpu.main(["--piece", "steps", "--out", out])
+"""
+
+
+def test_signal_ends_the_command_and_its_piece(tmp_path):
+    (tmp_path / "work.py").write_text(WORK)
+    words = [sys.executable, "-c", PROGRAM, tmp_path / "work.py", tmp_path]
+    with subprocess.Popen(words, cwd=ROOT, stdout=-1, stderr=-1, text=True) as started:
+        assert started.stdout.readline() == "begun\n"
+        started.terminate()
+        _, errors = started.communicate(timeout=30)
+    assert errors.endswith("KeyboardInterrupt\n")
+    assert (tmp_path / "steps.json").exists()
+    assert "begun" in (tmp_path / "steps.log").read_text()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("piece", on_gpu.PIECES[1:], ids=lambda piece: piece.name)
+def test_pieces_are_commands_of_the_benchmark(piece, device, tmp_path):
+    words = on_gpu.command(piece, device, tmp_path)
+    assert words[1:4] == ["-u", "-m", "benchmarks.step"]
+    args = command.parse(words[4:])
+    assert (args.on_gpu, args.device.type) == (True, device)
+    assert args.json == str(tmp_path / f"{piece.name}.json")
+
+
+def test_pieces_are_short_and_measure_every_case():
+    assert all(piece.seconds + on_gpu.GRACE < 600 for piece in on_gpu.PIECES)
+    assert sum(piece.seconds for piece in on_gpu.PIECES) <= 25 * 60
+    words = {word for piece in on_gpu.PIECES for word in piece.words}
+    assert {*CHOSEN, *training.TRAININGS} <= words
+
+
+def test_joined_pieces_are_one_run(tmp_path, capsys):
+    run = {"device": "cuda", "device_name": "H100", "torch": "2.11", "date": "2026-1-1"}
+    record = {"case": "tiny", "optimizer": "sgd", "elements": 10}
+    arms = {OURS: arm(1.0), FUSED: arm(1.0)}
+    for name in ("steps", "models"):
+        save(
+            {"run": run, "cases": [{**record, "arms": arms}]}, tmp_path / f"{name}.json"
+        )
+    joined = load(on_gpu.join(tmp_path))
+    assert len(joined["cases"]) == 2
+    assert "met      tiny, sgd: device" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def run_case(
     with workloads(case, device) as (load, plain):
         arms = make_arms(load, plain, optimizer, compiled)
         able, errors = warm_up([arm for arm in arms if _makes_sense(arm, case)], clock)
-        for name, build in _GRAPHS.items() if not case.sharded else ():
+        for name, build in _graphs_of(case).items():
             try:
                 able.append(_replaying(name, build(load, optimizer), load, gpu))
             except Exception as error:  # of a capture; the other arms can still run
@@ -89,6 +90,15 @@ def _capturable(optimizer: str) -> dict[str, bool]:
 
 
 _GRAPHS = {FUSED_GRAPH: _build_fused, OURS_GRAPH: _build_ours}
+
+
+# Elements of parameters beside whose gradients the moments of six optimizers fit.
+MOST_FOR_GRAPHS = 1_000_000_000
+
+
+def _graphs_of(case: Case) -> dict[str, Callable[[Workload, str], Any]]:
+    fits = case.elements < MOST_FOR_GRAPHS
+    return _GRAPHS if fits and not case.sharded else {}
 
 
 def _replaying(name: str, optimizer: Any, load: Workload, gpu: Device) -> Arm:

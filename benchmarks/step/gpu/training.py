@@ -18,7 +18,7 @@ from benchmarks.step.measure import spread
 
 CLASS_COUNT = 1000
 NO_STEP = "no step"
-STEPS = 4  # between two events
+STEPS, QUICK_STEPS = 4, 1  # between two events
 
 
 class Training(NamedTuple):
@@ -63,8 +63,8 @@ def _resnet50() -> nn.Module:
 
 
 TRAININGS = {
-    "train_vit_s": Training("train_vit_s", ViT, batch=128, small=2),
-    "train_resnet50": Training("train_resnet50", _resnet50, batch=128, small=2),
+    "train_vit_s": Training("train_vit_s", ViT, batch=128, small=1),
+    "train_resnet50": Training("train_resnet50", _resnet50, batch=128, small=1),
 }
 
 
@@ -98,7 +98,9 @@ class _Loop:
         self.model = training.build().to(device, memory_format=torch.channels_last)
         self._images = torch.randn(batch, 3, 224, 224, **where)
         self._labels = torch.randint(CLASS_COUNT, (batch,), **where)
-        self._autocast = torch.autocast(device.type, torch.bfloat16)
+        # Not on a CPU, where it takes minutes.
+        on_gpu = device.type != "cpu"
+        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=on_gpu)
 
     def train(self, step: Callable[[], object]) -> None:
         with self._autocast:
@@ -109,17 +111,17 @@ class _Loop:
         self.model.zero_grad()
 
 
-def _time(gpu: Device, train: Callable[[], object]) -> float:
+def _time(gpu: Device, train: Callable[[], object], steps: int) -> float:
     """Time steps back to back, as they come in training."""
     train()  # of others' caches
     start, end = gpu.event(), gpu.event()
     gpu.synchronize()
     start.record()
-    for _ in range(STEPS):
+    for _ in range(steps):
         train()
     end.record()
     gpu.synchronize()
-    return float(start.elapsed_time(end)) / STEPS
+    return float(start.elapsed_time(end)) / steps
 
 
 def run_training(
@@ -133,14 +135,16 @@ def run_training(
 ) -> dict[str, Any]:
     """Time training steps in turns, for about ``limit`` seconds."""
     deadline = time.monotonic() + limit
-    batch = training.small if quick else training.batch
+    batch, steps = training.batch, STEPS
+    if quick:
+        batch, steps = training.small, QUICK_STEPS
     loop = _Loop(training, device, batch)
     arms = {n: o.step for n, o in _optimizers(loop.model, optimizer).items()}
     arms[NO_STEP] = lambda: None
     times: dict[str, list[float]] = {name: [] for name in arms}
     for turn in _rounds(rounds, deadline):
         for name in _turned([*arms], turn):
-            times[name].append(_time(gpu, partial(loop.train, arms[name])))
+            times[name].append(_time(gpu, partial(loop.train, arms[name]), steps))
     return {
         "case": training.name,
         "optimizer": optimizer,
