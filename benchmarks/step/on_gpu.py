@@ -169,7 +169,9 @@ def main(words: Sequence[str] | None = None) -> int:
     args = parse(words)
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt
+    # Also where this began in the background, with interrupts ignored.
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.default_int_handler)
     codes = []
     for piece in PIECES:
         if piece.name not in args.piece:
