@@ -66,14 +66,28 @@ def _mul_each_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
         tensor.mul_(factor)
 
 
-def _add_each_(tensors: Sequence[Tensor], amount: float) -> None:
+def _add_each_(tensors: Sequence[Tensor], amount: float | Tensor) -> None:
     for tensor in tensors:
         tensor.add_(amount)
 
 
 EACH = "tensor by tensor"
 foreach_mul_ = _find("torch:_foreach_mul_", f"decoupled SGD {EACH}", _mul_each_)
-foreach_add_ = _find("torch:_foreach_add_", f"counters advance {EACH}", _add_each_)
+_foreach_add_ = _find("torch:_foreach_add_", f"counters advance {EACH}")
+
+
+def foreach_add_(tensors: Sequence[Tensor], amount: float | Tensor) -> None:
+    """Add one amount to every tensor, without waiting where it is on a device.
+
+    torch's binding takes a tensor for a number, which the host must read, unless it
+    is given what goes with tensors alone (2.7 to 2.15).
+    """
+    if _foreach_add_ is None:
+        _add_each_(tensors, amount)
+    elif isinstance(amount, Tensor):
+        _foreach_add_(tensors, amount, alpha=1)
+    else:
+        _foreach_add_(tensors, amount)
 
 
 def adding(counters: list[Tensor], amount: float | Tensor) -> Callable[[], object]:

@@ -34,6 +34,7 @@ class Block:
     def take(self, count: int) -> list[Tensor]:
         """Hand out counters that stand at 0, as many as are left at most."""
         count = min(count, len(self.flat) - self.taken)
+        # Not a slice: indexing asks for the device itself, which fake tensors lack.
         part = self.flat.narrow(0, self.taken, count)
         self.taken += count
         return list(part.zero_().unbind())  # they advanced with the others
