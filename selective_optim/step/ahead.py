@@ -122,8 +122,7 @@ def _move_(
         moved = joined - rate * offset
         if found_inf is not None:
             moved = torch.where(found_inf.bool(), joined, moved)
-        for param, new in zip(params, _parted(moved, params)):
-            param.copy_(new)
+        _write_(params, moved)
 
 
 def _pull_gradients_(ahead: Ahead, wd: float | Tensor, batch: Batch) -> None:
@@ -171,12 +170,8 @@ def _chunks(batch: Batch) -> Iterator[slice]:
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     """Join tensors into one, wide enough to compute in; a single one as it is."""
-    flat = tensors[0] if len(tensors) == 1 else _concatenated(tensors)
+    flat = tensors[0] if len(tensors) == 1 else _torch.flatten(tensors)
     return flat.float() if flat.dtype in _torch.HALF else flat
-
-
-def _concatenated(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def _joined_moments(moments: Sequence[Tensor | None]) -> Tensor | None:
@@ -184,9 +179,15 @@ def _joined_moments(moments: Sequence[Tensor | None]) -> Tensor | None:
     return _joined(known) if known else None
 
 
-def _parted(joined: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+def _parted(joined: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
     """Take apart again what was joined."""
-    if len(like) == 1:
-        return [joined]
-    parts = torch.split(joined, [tensor.numel() for tensor in like])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like)]
+    return [joined] if len(like) == 1 else _torch.unflatten(joined, like)
+
+
+def _write_(params: Sequence[Tensor], joined: Tensor) -> None:
+    """Give parameters the values that were computed for them together."""
+    if len(params) == 1 or torch.is_grad_enabled():  # where autograd follows
+        for param, new in zip(params, _parted(joined, params)):
+            param.copy_(new)
+    else:
+        _torch.foreach_copy_(params, _parted(joined, params))
