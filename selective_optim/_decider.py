@@ -33,6 +33,8 @@ from selective_optim.policies.named import as_policy
 from selective_optim.policies.selectors import Selector
 from selective_optim.policies.unmatched import require_matches
 
+# What a group may bring and does not keep; ZeroRedundancyOptimizer writes them back.
+OWN_KEYS = ("wd_policy", "model")
 Group = dict[str, Any]
 Infos = Sequence[ParameterInfo]
 
@@ -150,11 +152,6 @@ def _trusted_names(
     return [name if row or name not in borne else None for name, row in pairs]
 
 
-# What a group may bring and does not keep; ZeroRedundancyOptimizer writes them back.
-OWN_KEYS = ("wd_policy", "model")
-TORCH_KEYS = ("params", "param_names")
-
-
 class Pending(NamedTuple):
     """A group on its way in, and who decides for it."""
 
@@ -162,13 +159,6 @@ class Pending(NamedTuple):
     params: Sequence[Tensor]
     names: Sequence[str | None]
     policy: Policy | None
-
-
-def _pending(groups: Sequence[Group], policy: Policy | None) -> Pending:
-    """Take the last group, with the names that it brings."""
-    group = groups[-1]
-    names = group.get("param_names", ())
-    return Pending(len(groups) - 1, group["params"], names, policy)
 
 
 class Decider:
@@ -210,7 +200,7 @@ class Decider:
         """
         if not isinstance(group, dict) or "params" not in group:
             return self.policy, group  # torch says what is wrong
-        warn_of_misspelt(group, [*keys, *TORCH_KEYS, *OWN_KEYS])
+        warn_of_misspelt(group, [*keys, "params", "param_names", *OWN_KEYS])
         require_numbers(group, " of a group")
         if "model" in group:
             self.index.add(as_modules(group["model"]))
@@ -235,13 +225,15 @@ class Decider:
         Raises:
             ValueError: The policy cannot decide; nothing is recorded.
         """
-        pending = _pending(groups, policy)
+        index, group = len(groups) - 1, groups[-1]
+        names = group.get("param_names", ())
+        pending = Pending(index, group["params"], names, policy)
         if self._pending is not None:
             self._pending.append(pending)
             return
         try:
             infos = self._infos([pending])
-            if own or not self._comes_again(pending.group, *infos):
+            if own or not self._comes_again(index, *infos):
                 # Before the policy is asked: of a stranger no module is known either,
                 # and a message about that would lead astray.
                 self.index.require_members(infos)
