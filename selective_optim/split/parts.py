@@ -70,6 +70,7 @@ def same(a: object, b: object) -> bool:
         return False
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(same, a, b))
+    # Not `==` for all: what an array or a user's object answers may be anything.
     return type(a) in PLAIN and (a == b or (a != a and b != b))  # two NaNs
 
 
@@ -222,6 +223,7 @@ def by_decay(decisions: Sequence[Decision]) -> dict[Decay, list[int]]:
     found: dict[Decay, list[int]] = {}
     for position, decision in enumerate(decisions):
         found.setdefault(decision.decay, []).append(position)
+    # An empty group still needs a part: torch's classes iterate over groups.
     return found or {FULL: []}
 
 
@@ -264,6 +266,7 @@ def split_again(
         if going_on:
             parts.append(Part(decay, going_on[0].group, held))
         else:
+            # A counter that the class keeps in a group goes where its parameters go.
             own = known[0][1].own if known else without_apart(group)
             taken = {k: v if k in keys else apart(v) for k, v in own.items()}
             parts.append(Part(decay, taken, held))
