@@ -48,17 +48,13 @@ class Built(NamedTuple):
 class Target(NamedTuple):
     """Where a thing is, what it is called there, and what it is to be called with.
 
-    ``given`` tells whether arguments, or empty parentheses, were.
+    ``keywords`` is ``None`` where neither arguments nor empty parentheses were given.
     """
 
     module: str
     path: str
     arguments: tuple[Any, ...] = ()
     keywords: dict[str, Any] | None = None
-
-    @property
-    def given(self) -> bool:
-        return self.keywords is not None
 
 
 def read_target(text: str) -> Target:
@@ -163,7 +159,7 @@ def build(text: str) -> Built:
     """
     target = read_target(text)
     factory = _find(target, text)
-    if isinstance(factory, nn.Module) and not target.given:
+    if isinstance(factory, nn.Module) and target.keywords is None:
         return Built(_checked(factory, text), "as found", None)
     if not callable(factory):
         raise CommandError(

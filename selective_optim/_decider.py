@@ -35,6 +35,8 @@ from selective_optim.policies.named import as_policy
 from selective_optim.policies.selectors import Selector
 from selective_optim.policies.unmatched import require_matches
 
+# What a group may bring and does not keep; ZeroRedundancyOptimizer writes them back.
+OWN_KEYS = ("wd_policy", "model")
 Group = dict[str, Any]
 Infos = Sequence[ParameterInfo]
 
@@ -236,11 +238,6 @@ def beside(init: Tensor, param: Tensor, name: str | None) -> Tensor:
     return _torch.placed_as(init.to(param.device, param.dtype), param)
 
 
-# What a group may bring and does not keep; ZeroRedundancyOptimizer writes them back.
-OWN_KEYS = ("wd_policy", "model")
-TORCH_KEYS = ("params", "param_names")
-
-
 class Pending(NamedTuple):
     """A group on its way in, and who decides for it."""
 
@@ -249,14 +246,6 @@ class Pending(NamedTuple):
     names: Sequence[str | None]
     policy: Policy | None
     lr0s: Iterable[float | None] = ()
-
-
-def _pending(groups: Sequence[Group], policy: Policy | None) -> Pending:
-    """Take the last group, with the names that it brings."""
-    group = groups[-1]
-    names = group.get("param_names", ())
-    lr0s = repeat(base_rate(group))
-    return Pending(len(groups) - 1, group["params"], names, policy, lr0s)
 
 
 class Decider:
@@ -298,7 +287,7 @@ class Decider:
         """
         if not isinstance(group, dict) or "params" not in group:
             return self.policy, group  # torch says what is wrong
-        warn_of_misspelt(group, [*keys, *TORCH_KEYS, *OWN_KEYS])
+        warn_of_misspelt(group, [*keys, "params", "param_names", *OWN_KEYS])
         require_numbers(group, " of a group")
         if "model" in group:
             self.index.add(as_modules(group["model"]))
@@ -323,13 +312,16 @@ class Decider:
         Raises:
             ValueError: The policy cannot decide; nothing is recorded.
         """
-        pending = _pending(groups, policy)
+        index, group = len(groups) - 1, groups[-1]
+        names = group.get("param_names", ())
+        lr0s = repeat(base_rate(group))
+        pending = Pending(index, group["params"], names, policy, lr0s)
         if self._pending is not None:
             self._pending.append(pending)
             return
         try:
             infos = self._infos([pending])
-            if own or not self._comes_again(pending.group, *infos):
+            if own or not self._comes_again(index, *infos):
                 # Before the policy is asked: of a stranger no module is known either,
                 # and a message about that would lead astray.
                 self.index.require_members(infos)

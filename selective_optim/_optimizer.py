@@ -209,6 +209,8 @@ class SelectiveOptimizer(PolicyOptimizer):
         """
         kernel = self._kernel
         if kernel.counts:
+            # As torch does: Adam asks, whose counters must then live on the device, and
+            # SGD does not.
             _torch.check_graph_capture(self)
         loss = None
         if closure is not None:

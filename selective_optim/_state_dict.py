@@ -243,11 +243,9 @@ def require_whole(state_dict: Any) -> None:
 
 def _label(decided: Decided, number: int) -> str:
     """Name a parameter by its number among all."""
-    for index, decisions in enumerate(decided):
-        if number < len(decisions):
-            return decisions[number].label(index, number)
-        number -= len(decisions)
-    return f"parameter {number}"
+    places = [(i, p) for i, own in enumerate(decided) for p in range(len(own))]
+    index, position = places[number]
+    return decided[index][position].label(index, position)
 
 
 def _require_keys(

@@ -162,6 +162,7 @@ def find_hints(model: nn.Module, wd_policy: object = "no_bias_norm") -> list[Fin
 
 def _is_other(info: ParameterInfo) -> bool:
     """Tell whether a parameter is called like no weight, or is a vector in disguise."""
+    # A vector in disguise: 1 x 64 x 1 x 1 scales channels.
     long_sides = [size for size in info.parameter.shape if size > 1]
     return len(long_sides) < 2 or not WEIGHT_LEAF.search(info.leaf or "")
 

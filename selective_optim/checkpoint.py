@@ -213,6 +213,7 @@ def write(
     """
     entries = list(chain.from_iterable(mine for _, mine in groups))
     numbers = count()
+    # torch numbers parameters through all groups; DCP's names stay.
     keys = {e.key: e.key if isinstance(e.key, str) else next(numbers) for e in entries}
     state = {
         keys.get(key, key): dict(own) if isinstance(own, dict) else own

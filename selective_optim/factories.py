@@ -20,6 +20,7 @@ class Given(NamedTuple):
     model: object = None
 
 
+# Not a global: two threads, or two async tasks, may build two models.
 _given: ContextVar[Given | None] = ContextVar("selective_optim", default=None)
 
 

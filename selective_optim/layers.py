@@ -68,6 +68,7 @@ def _places(named: Sequence[tuple[str, int]]) -> dict[int, list[str]]:
             layers.setdefault(prefix, set()).add(layer)
     places: dict[int, list[str]] = {}
     for name, layer in named:
+        # `blocks.0`, and not each of its parameters.
         prefix = next((p for p in _prefixes(name) if len(layers[p]) == 1), name)
         held = places.setdefault(layer, [])
         if prefix not in held:

@@ -134,6 +134,7 @@ class DecayReport:
         and form are one line, with the range of their rates and decays. Columns in
         which nothing is known are left out.
         """
+        # Layerwise groups differ in rate alone, and would fill a page.
         many = len({row.group for row in self.rows}) > MANY_GROUPS
         sums: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
@@ -431,6 +432,7 @@ def decay_report(
 
 def _with_groups(optimizer: Any) -> Any:
     """Find the optimizer inside wrappers such as Accelerate's."""
+    # Accelerate and Lightning call it `optimizer`, fastai `opt`.
     while not hasattr(optimizer, "decay_report"):
         inner = getattr(optimizer, "optimizer", getattr(optimizer, "opt", None))
         if inner is None:

@@ -791,3 +791,38 @@ def test_overrides_by_index_are_refused_before_the_first_step():
     with pytest.raises(ValueError, match="register_module_override"):
         optimizer.step()
     assert_same(params, make_params())
+
+
+class Warming(torch.optim.Optimizer):
+    """Keeps a key in its groups until it is warm, and lists the keys that it saw."""
+
+    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "cold": 2})
+        self.seen: list[set[str]] = []
+
+    def step(self, closure: Any = None) -> None:
+        self.seen = [set(group) for group in self.param_groups]
+        for group in self.param_groups:
+            group["cold"] = group.get("cold", 0) - 1
+            if group["cold"] <= 0:
+                del group["cold"]
+
+
+def test_key_that_the_class_takes_out_of_its_groups_is_gone_from_the_users():
+    model = nn.Linear(2, 2)
+    optimizer = selective(Warming)(model, weight_decay=0.1, wd_policy="no_bias")
+    optimizer.step()
+    assert optimizer.param_groups[0]["cold"] == 1
+    optimizer.step()
+    assert "cold" not in optimizer.param_groups[0]
+
+
+def test_key_that_the_user_takes_out_is_gone_from_what_the_class_sees():
+    model = nn.Linear(2, 2)
+    optimizer = selective(Warming)(model, weight_decay=0.1, wd_policy="no_bias")
+    optimizer.param_groups[0]["mine"] = 1
+    optimizer.step()
+    assert ["mine" in keys for keys in optimizer.seen] == [True, True]
+    del optimizer.param_groups[0]["mine"]
+    optimizer.step()
+    assert ["mine" in keys for keys in optimizer.seen] == [False, False]

@@ -42,6 +42,7 @@ def _size(module: nn.Module) -> int:
 
 
 def _may_be_block(module: nn.Module) -> bool:
+    # Modules that hold parameters themselves; containers and activations do not count.
     parts = [m for m in module.modules() if any(True for _ in m.parameters(False))]
     return len(parts) >= PARTS_OF_A_BLOCK
 
@@ -105,6 +106,7 @@ def _blocks_in(run: Run) -> list[nn.Module]:
     """
     inner = {item: _inside_stage(item) for item in run.items}
     staged = {type(item) for item, blocks in inner.items() if blocks}
+    # A plain container never is a block itself, however alike its neighbors are.
     if not staged or (run.uniform and staged.isdisjoint(CONTAINERS)):
         _require_blocks(run)
         return list(run.items)
@@ -211,6 +213,7 @@ def _found(roots: Sequence[nn.Module]) -> list[nn.Module]:
             f'hold many parameters. Name one, as in layers="{rivals[0].glob}", or '
             f"several stacks of their own depth, as in layers=[{globs}]."
         )
+    # A message of 1,000 globs helps nobody.
     lists = list(dict.fromkeys(map(repr, _counting_globs(roots))))[:8] or ["none"]
     raise ValueError(
         f"`layers` must name the repeated blocks of {models}, where none were found; "
@@ -282,6 +285,7 @@ def tower(modules: Modules, stack: Modules, others: set[nn.Module]) -> Modules:
         stack: Blocks of the stack.
         others: Blocks of the other stacks.
     """
+    # Parents come first, so the first that fits is the outermost.
     for module in modules:
         inside = set(module.modules())
         if stack[0] in inside and others.isdisjoint(inside):

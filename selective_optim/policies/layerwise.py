@@ -51,6 +51,7 @@ def own_layers(roots: Sequence[nn.Module]) -> dict[str, int] | None:
     if not callable(matcher):
         return None
     place = _placing(matcher(coarse=False))
+    # Matchers are written for the names that the model itself gives.
     places = {name: place(_plain(name)) for name, _ in model.named_parameters()}
     numbers = _numbers(set(places.values()))
     if len(set(numbers.values())) < 2:
@@ -98,6 +99,7 @@ def _by_rules(rules: Sequence[tuple[int, re.Pattern[str], Any]], name: str) -> O
     for part, expression, suffix in rules:
         if found := expression.match(name):
             numbers = (number for number in found.groups() if number is not None)
+            # As timm orders them (models/_manipulate.py): by part, then by number.
             return (part, *map(float, numbers), *map(float, suffix or ()))
     return (math.inf,)  # what no expression matches is the head
 
@@ -193,6 +195,7 @@ class Layerwise(Policy):
         return frozenset({"names", "modules"})
 
     def bind(self, roots: Sequence[nn.Module]) -> Policy:
+        # Measured once for all parameters: it walks the model several times.
         return replace(self, distances=Distances(roots, self.layers) if roots else None)
 
     def decide(self, info: ParameterInfo) -> Verdict:

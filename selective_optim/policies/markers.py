@@ -73,6 +73,7 @@ def relative_names(place: ParameterInfo) -> Iterator[tuple[nn.Module, str]]:
     parts, size = (place.name or "").split("."), 1
     for i in range(len(place.path) - 1, -1, -1):
         yield place.path[i], ".".join(parts[-size:])
+        # A wrapper's own name is no part of the canonical one.
         if i and _key(place.path[i - 1], place.path[i]) not in _torch.WRAPPERS:
             size += 1
 

@@ -164,6 +164,7 @@ def parse(text: str) -> Policy:
             f"Write for example parse(\"exclude('*.bias')\")."
         )
     plain = text.strip()
+    # Before the reader of expressions, which most optimizers never need.
     if plain in NAMED:
         return NAMED[plain]
     functions = {function.__name__: function for function in (*MAKERS, *BY_TEXT)}

@@ -32,6 +32,7 @@ CASTS = frozenset({"contiguous", "float", "to", "type", "type_as"})
 NORM_INPUTS = frozenset({"input", "x"})
 
 
+# Asked again for every layer of a class, and for every policy.
 @lru_cache(4096)
 def handed_to_norm(cls: type, leaf: str) -> str | None:
     """Tell which call takes an attribute of a class as a norm's gain or shift.
@@ -44,6 +45,7 @@ def handed_to_norm(cls: type, leaf: str) -> str | None:
         ``"layer_norm takes gamma in FeatureMap.forward"``, or ``None`` where no
         such call stands in the source, or there is no source.
     """
+    # `vars` of a class holds its own methods alone, so bases are walked.
     for base in own_classes(cls):
         for name, method in vars(base).items():
             if _mentions(method, leaf) and (call := _norm_call(method, leaf)):

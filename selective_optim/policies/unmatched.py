@@ -37,6 +37,7 @@ def require_matches(
     for selector in missing:
         if elsewhere(selector):
             continue
+        # Who trains a part of a model may have written for all of it.
         infos = [*infos, *everyone()]
         names = list(dict.fromkeys(name for info in infos for name in info.names))
         # A pattern without names to search in: deciding raises and says so.

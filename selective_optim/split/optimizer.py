@@ -120,6 +120,7 @@ class SplitOptimizer(PolicyOptimizer):
         parts = [part.group for split in self._splits for part in split.parts]
         super().__init__(parts, *args, **kwargs)
         self._inside = False
+        # Only now is there something to look at: what the constructor made.
         refusals.require_parts(self, self._splits)
         refusals.require_no_inner_optimizer(self)
         self._groups, self.param_groups = self.param_groups, groups
@@ -355,6 +356,7 @@ class SplitOptimizer(PolicyOptimizer):
             with _torch.without_hooks(self, *LOAD_HOOKS):
                 super().load_state_dict(parts, *args, **kw)
             self._adopt_loaded(state_dict["param_groups"])
+            # torch makes new dicts on loading, and hands those to the user.
             self._outer = [split.group for split in self._splits]
         finally:
             self._show_groups()

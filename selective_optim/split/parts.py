@@ -71,6 +71,7 @@ def same(a: object, b: object) -> bool:
         return False
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(same, a, b))
+    # Not `==` for all: what an array or a user's object answers may be anything.
     return type(a) in PLAIN and (a == b or (a != a and b != b))  # two NaNs
 
 
@@ -231,6 +232,7 @@ def by_terms(decisions: Sequence[Decision]) -> dict[Terms, list[int]]:
     found: dict[Terms, list[int]] = {}
     for position, decision in enumerate(decisions):
         found.setdefault(decision.terms, []).append(position)
+    # An empty group still needs a part: torch's classes iterate over groups.
     return found or {FULLY: []}
 
 
@@ -273,6 +275,7 @@ def split_again(
         if going_on:
             parts.append(Part(terms, going_on[0].group, held))
         else:
+            # A counter that the class keeps in a group goes where its parameters go.
             own = known[0][1].own if known else without_apart(group)
             taken = {k: v if k in keys else apart(v) for k, v in own.items()}
             parts.append(Part(terms, taken, held))
