@@ -42,7 +42,8 @@ class Bucket:
         self.label = cells[0].label
         self.positions: list[int] = flat(cell.positions for cell in cells)
         self.part = slice(start, start + len(self.positions))
-        self.entries = ("step", *entries) if kernel.counts else entries
+        # In the order in which torch asks for them, and misses one that is gone.
+        self.entries = (*entries, "step") if kernel.counts else entries
 
     def take(self, setting: Setting, alone: bool) -> None:
         """Take over hyperparameters, and whether one thread is to run the call."""
@@ -65,7 +66,7 @@ class FusedBucket(Bucket):
         """
         owns = [states.get(p) or {} for p in params] if self.entries else []
         lists = [[own[entry] for own in owns] for entry in self.entries]
-        steps = lists.pop(0) if self._kernel.counts else []
+        steps = lists.pop() if self._kernel.counts else []
         if self.key.sharded:
             params, *lists = (
                 list(map(_torch.local_tensor, each)) for each in (params, *lists)
