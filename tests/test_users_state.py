@@ -280,6 +280,7 @@ class Reading(TorchDispatchMode):
     def __init__(self, optimizer):
         super().__init__()
         self.optimizer = optimizer
+        self.held = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(name in str(func) for name in ("lerp", "add", "mul")):

@@ -68,9 +68,7 @@ class FusedBucket(Bucket):
         lists = [[own[entry] for own in owns] for entry in self.entries]
         steps = lists.pop() if self._kernel.counts else []
         if self.key.sharded:
-            params, *lists = (
-                list(map(_torch.local_tensor, each)) for each in (params, *lists)
-            )
+            params, *lists = (_torch.local_tensors(each) for each in (params, *lists))
         self.batch = Batch(params, lists, steps)
 
     def unload(self) -> None:
