@@ -399,6 +399,17 @@ def local_tensor(tensor: Any) -> Tensor:
     return shard
 
 
+_local, _spec = attrgetter("_local_tensor"), attrgetter("_spec")
+
+
+def local_tensors(tensors: Sequence[Any]) -> list[Tensor]:
+    """List the shards of many ``DTensor``s, in C where torch lets us."""
+    try:
+        return list(map(_local, tensors))
+    except AttributeError:
+        return list(map(local_tensor, tensors))
+
+
 def shard_of(tensor: Any) -> Tensor:
     """Return a ``DTensor``'s shard on this rank, and any other tensor as it is."""
     sharded = type(tensor) is dtensor_class()
@@ -444,6 +455,14 @@ def spec_of(tensor: Any) -> Any:
         return tensor._spec
     except AttributeError:
         return tensor.device_mesh, tensor.placements
+
+
+def specs_of(tensors: Sequence[Any]) -> list[Any]:
+    """List what says where many ``DTensor``s live, in C where torch lets us."""
+    try:
+        return list(map(_spec, tensors))
+    except AttributeError:
+        return list(map(spec_of, tensors))
 
 
 def placement(spec: Any) -> tuple[Any, Any]:

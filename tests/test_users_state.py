@@ -8,14 +8,18 @@ import io
 import pickle
 import signal
 import weakref
+from contextlib import nullcontext
 from itertools import chain
+from operator import is_
 
 import pytest
 import torch
 from torch import multiprocessing, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import selective_optim
 from tests.support import twins
+from tests.support.compare import assert_same
 from tests.support.twins import (
     CLASSES,
     KINDS,
@@ -268,6 +272,57 @@ def test_states_swapped_between_paths_share_no_counter(name):
     assert state[params[1]]["step"] == 4
     pointers = {own["step"].data_ptr() for own in state.values()}
     assert len(pointers) == 2
+
+
+class Reading(TorchDispatchMode):
+    """Reads the state at operations that compute, as memory trackers may."""
+
+    def __init__(self, optimizer):
+        super().__init__()
+        self.optimizer = optimizer
+        self.held = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(name in str(func) for name in ("lerp", "add", "mul")):
+            self.held = [list(own.values()) for own in self.optimizer.state.values()]
+        return func(*args, **(kwargs or {}))
+
+
+@each_name
+@pytest.mark.parametrize("odd", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_state_that_is_first_read_within_a_step_is_right(name, odd, scaled):
+    """One of the parameters has a gradient that only torch's functional takes."""
+    left = []
+    for make in (ours, torchs):
+        params = make_params()
+        optimizer = make(name, "foreach" if odd else "fused", params)
+        if odd and make is ours:
+            for group in optimizer.param_groups:
+                group["foreach"] = None
+        for number in range(6):
+            twins.set_grads(params, number)
+            if scaled and not odd:
+                optimizer.grad_scale = torch.tensor(2.0)
+                optimizer.found_inf = torch.tensor(0.0)
+            if odd:
+                params[0].grad = params[0].grad.t().contiguous().t()
+            reading = Reading(optimizer)
+            with reading if number == 3 else nullcontext():
+                optimizer.step()
+            if number == 3:
+                held = reading.held
+        left.append((params, optimizer))
+        now = [value for own in optimizer.state.values() for value in own.values()]
+        assert all(map(is_, chain(*held), now))
+    (mine, own), (theirs, judge) = left
+    if not odd:
+        assert_twins(mine, theirs, own, judge)
+    else:  # fused beside functional: the first is foreach's to the bit, all moved
+        assert_same(mine[0], theirs[0])
+        assert_same(mine, theirs, rtol=1e-5, atol=1e-6)
+    counters = [own.state[p]["step"] for p in mine if "step" in own.state[p]]
+    assert all(counter == 6 for counter in counters)
 
 
 # Moments.

@@ -43,7 +43,8 @@ class Bucket:
         self.positions: list[int] = flat(cell.positions for cell in cells)
         self.inits: list[Tensor] = flat(cell.inits for cell in cells)
         self.part = slice(start, start + len(self.positions))
-        self.entries = ("step", *entries) if kernel.counts else entries
+        # In the order in which torch asks for them, and misses one that is gone.
+        self.entries = (*entries, "step") if kernel.counts else entries
 
     def take(self, setting: Setting, alone: bool) -> None:
         """Take over hyperparameters, and whether one thread is to run the call."""
@@ -66,11 +67,11 @@ class FusedBucket(Bucket):
         """
         owns = [states.get(p) or {} for p in params] if self.entries else []
         lists = [[own[entry] for own in owns] for entry in self.entries]
-        steps = lists.pop(0) if self._kernel.counts else []
+        steps = lists.pop() if self._kernel.counts else []
         inits = self.inits
         if self.key.sharded:
             params, inits, *lists = (
-                list(map(_torch.local_tensor, each)) for each in (params, inits, *lists)
+                _torch.local_tensors(each) for each in (params, inits, *lists)
             )
         self.batch = Batch(params, lists, steps, inits)
 

@@ -130,14 +130,21 @@ class Counters:
             made += self._blocks[-1].take(missing)
         return made
 
-    def part(self, states: States) -> None:
-        """Make each counter a tensor of its own, and none that is not, from now on."""
+    def part(self, states: States, seen: bool = False) -> None:
+        """Make each counter a tensor of its own, and none that is not, from now on.
+
+        Args:
+            states: The state by parameter.
+            seen: Whether someone may hold the counters that are in it.
+        """
         if self._viewed:
             # Or the new ones could not be written to outside of it.
             with torch.inference_mode(False):
                 for own in states.values():
                     step = own.get("step")
-                    if isinstance(step, Tensor):
+                    if isinstance(step, Tensor) and seen:
+                        step.data = step.clone()
+                    elif isinstance(step, Tensor):
                         own["step"] = step.clone()
         self._blocks, self._viewed, self.joining = [], False, False
 

@@ -315,7 +315,7 @@ class Plan:
                 if not self._shards_still(whole):
                     return None
                 shards = whole[self._plain : self._count]
-                local = [*whole[: self._plain], *map(_torch.local_tensor, shards)]
+                local = [*whole[: self._plain], *_torch.local_tensors(shards)]
             elif self._count < len(whole):
                 local = whole[: self._count]
         except AttributeError:  # a gradient is None, or not sharded where it was
@@ -346,9 +346,9 @@ class Plan:
         assert self._active is not None  # gathered
         part = slice(self._plain, self._count)
         params, grads = self._active[part], whole[part]
-        if not same_objects(list(map(_torch.local_tensor, params)), self._local[part]):
+        if not same_objects(_torch.local_tensors(params), self._local[part]):
             return False
-        specs = list(map(_torch.spec_of, grads))
+        specs = _torch.specs_of(grads)
         if same_objects(specs, self._specs):
             return True
         where = map(_torch.placement, map(_torch.spec_of, params))

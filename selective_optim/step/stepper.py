@@ -33,6 +33,7 @@ class Stepper:
         self._counters = Counters()
         self._stepping: Mapping[int, object] = {}
         self._lent = False
+        self._busy, self._seen = False, False  # in a step; state was seen in it
         self._sure = True  # whether state began under the flags of now
         self._warned = False
         # Where each parameter was when its state was last known to fit it.
@@ -47,12 +48,14 @@ class Stepper:
         Args:
             states: The state that is about to be seen.
         """
-        if self._lent:
-            return
-        if self._plan is not None:
-            self._plan.lend()
-        self._counters.part(states)
-        self._lent = True  # last: what an interrupt leaves undone is done the next time
+        if self._busy:  # a mode around the step reads it, between operations
+            self._seen = True
+        elif not self._lent:
+            if self._plan is not None:
+                self._plan.lend()
+            self._counters.part(states, self._seen)
+            # Last: what an interrupt leaves undone is done the next time.
+            self._lent, self._seen = True, False
 
     def forget(self) -> None:
         """Plan anew at the next step, sure of nothing."""
@@ -116,6 +119,21 @@ class Stepper:
             ValueError: A hyperparameter is NaN.
             RuntimeError: A gradient is sparse where that cannot be stepped.
         """
+        self._busy = True
+        try:
+            self._step(groups, members, states, scaling)
+        finally:
+            self._busy = False
+            if self._seen:
+                self.lend(states)
+
+    def _step(
+        self,
+        groups: Groups,
+        members: Callable[[], Sequence[Member]],
+        states: States,
+        scaling: Scaling,
+    ) -> None:
         plan = self._plan
         grads = None if plan is None else plan.current_grads(groups, states)
         if plan is None or grads is None:
