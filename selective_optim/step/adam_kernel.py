@@ -127,8 +127,10 @@ class AdamKernel(Kernel):
         beta1, first = setting.arguments["beta1"], moments[0]
         assert first is not None  # begun with the counter
         grad = -grad if setting.arguments["maximize"] else grad
-        moment: Tensor = beta1 * first + (1 - beta1) * grad
-        return moment
+        if isinstance(beta1, Tensor) or first.dtype != grad.dtype:
+            moment: Tensor = beta1 * first + (1 - beta1) * grad
+            return moment
+        return torch.lerp(first, grad, 1 - beta1)  # as torch's own is computed
 
     def functional(
         self,

@@ -62,6 +62,7 @@ def ahead_calls(
     maximize = setting.arguments["maximize"]
     if ahead.applied == "decoupled" and ahead.target == 0.0:
         return _shrinking(lr * ahead.wd, batch.params, scaling.found_inf), scaling
+    parts = list(_chunks(batch))
     calls: list[Call] = []
     if ahead.applied != "decoupled" and scaling.grad_scale is not None:
         # The pass reads gradients, or writes to them, as they are without the scale.
@@ -69,10 +70,10 @@ def ahead_calls(
         scaling = scaling._replace(grad_scale=None)
     if ahead.applied == "l2":
         wd = -ahead.wd if maximize else ahead.wd
-        return [*calls, partial(_pull_gradients_, ahead, wd, batch)], scaling
+        return [*calls, partial(_pull_gradients_, ahead, wd, batch, parts)], scaling
     towards = partial(direction, setting)
-    move = partial(_move_, ahead, lr * ahead.wd, batch, towards, scaling.found_inf)
-    return [*calls, move], scaling
+    move = partial(_move_, ahead, lr * ahead.wd, batch, parts, towards)
+    return [*calls, partial(move, scaling.found_inf)], scaling
 
 
 def _shrinking(
@@ -105,13 +106,14 @@ def _move_(
     ahead: Ahead,
     rate: float | Tensor,
     batch: Batch,
+    parts: Sequence[slice],
     direction: Callable[[Tensor, Sequence[Tensor | None]], Tensor],
     found_inf: Tensor | None,
 ) -> None:
     """Move parameters towards their targets: ``param -= rate * (param - target)``."""
     if is_zero(rate):  # which would still turn -0.0 into 0.0
         return
-    for part in _chunks(batch):
+    for part in parts:
         params = batch.params[part]
         joined = _joined(params)
         offset = joined - _target(ahead, batch, part)
@@ -119,19 +121,28 @@ def _move_(
             moments = [_joined_moments(moment[part]) for moment in batch.moments]
             update = direction(_joined(batch.grads[part]), moments)
             offset = _agreeing(offset, update)
-        moved = joined - rate * offset
+        moved = _less(joined, offset, rate)
         if found_inf is not None:
             moved = torch.where(found_inf.bool(), joined, moved)
         _write_(params, moved)
 
 
-def _pull_gradients_(ahead: Ahead, wd: float | Tensor, batch: Batch) -> None:
+def _pull_gradients_(
+    ahead: Ahead, wd: float | Tensor, batch: Batch, parts: Sequence[slice]
+) -> None:
     """Add ``wd * (param - target)`` to gradients; those of the parameters stay."""
-    for part in _chunks(batch):
+    for part in parts:
         grads = batch.grads[part]
         offset = _joined(batch.params[part]) - _target(ahead, batch, part)
-        pulled = _parted(_joined(grads) + wd * offset, grads)
+        pulled = _parted(_less(_joined(grads), offset, -wd), grads)
         batch.grads[part] = [new.to(g.dtype) for new, g in zip(pulled, grads)]
+
+
+def _less(joined: Tensor, offset: Tensor, rate: float | Tensor) -> Tensor:
+    """Return ``joined - rate * offset``, in one walk over memory where it can be."""
+    if isinstance(rate, Tensor):
+        return joined - rate * offset
+    return torch.sub(joined, offset, alpha=rate)
 
 
 def _agreeing(offset: Tensor, update: Tensor) -> Tensor:
@@ -144,7 +155,7 @@ def _agreeing(offset: Tensor, update: Tensor) -> Tensor:
     if offset.is_complex():  # its parts are parameters of their own, as in torch
         pairs = torch.view_as_real(offset), torch.view_as_real(update)
         return torch.view_as_complex(_agreeing(*pairs))
-    return torch.where(update.sign() * offset >= 0, offset, 0.0)
+    return torch.where(update.sign().mul_(offset) >= 0, offset, 0.0)
 
 
 def _target(ahead: Ahead, batch: Batch, part: slice) -> Tensor | float:
@@ -181,7 +192,11 @@ def _joined_moments(moments: Sequence[Tensor | None]) -> Tensor | None:
 
 def _parted(joined: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
     """Take apart again what was joined."""
-    return [joined] if len(like) == 1 else _torch.unflatten(joined, like)
+    if len(like) == 1:
+        return [joined]
+    # torch 2.7 gives what has no elements another shape.
+    parts = zip(_torch.unflatten(joined, like), like, strict=True)
+    return [part if tensor.numel() else tensor for part, tensor in parts]
 
 
 def _write_(params: Sequence[Tensor], joined: Tensor) -> None:
