@@ -384,18 +384,26 @@ class Decider:
             mine = [i for each, own in together if each.policy is policy for i in own]
             require_matches(policy, mine, self._matches, self.index.everyone)
         # All are asked before anything is recorded, so that an error leaves nothing.
+        bound = self._bound(each.policy for each in arriving)
         decided = [
-            begun(self._ask(each.policy, own), own, each.lr0s) for each, own in together
+            begun(decide(bound[id(each.policy)], own), own, each.lr0s)
+            for each, own in together
         ]
         for (each, own), decisions in zip(together, decided):
             pairs = zip(own, decisions, strict=True)
             rows = [self._table.record(i.parameter, d, each.policy) for i, d in pairs]
             self._table.append(each.group, rows)
 
+    def _bound(self, policies: Iterable[Policy | None]) -> dict[int, Policy | None]:
+        """Give each policy a look at the model, once for all groups; by id."""
+        modules = self.index.modules()
+        each = {id(policy): policy for policy in policies}
+        return {key: policy and policy.bind(modules) for key, policy in each.items()}
+
     def _ask(
         self, policy: Policy | None, infos: Infos, places: Sequence[int] | None = None
     ) -> list[Decision]:
-        return decide(policy and policy.bind(self.index.modules()), infos, places)
+        return decide(self._bound([policy])[id(policy)], infos, places)
 
     def _matches(self, selector: Selector) -> bool:
         """Ask whether a selector matches anything in the model."""
