@@ -139,9 +139,9 @@ def run(piece: Piece, device: str, out: Path, seconds: int | None) -> int:
     ):
         assert child.stdout is not None  # a pipe
         for line in child.stdout:
-            print(line, end="", flush=True)
             log.write(line)
             log.flush()
+            print(line, end="", flush=True)
         code = child.wait()
         last = f"{piece.name}: exit code {code} after {time.monotonic() - began:.0f} s"
         print(last, flush=True)

@@ -18,6 +18,7 @@ How a step works, in the order of time:
    of one kernel. A thousand groups with one setting are two calls. Small tensors are
    called on one thread, see ``cells.ALONE``. ``kernel`` and its two kinds,
    ``adam_kernel`` and ``sgd_kernel``, turn a setting and lists of tensors into calls.
+   ``many_rates`` makes many calls of AdamW one, where that is asked for.
 4. What must still hold at the next step is written down in ``guards``. Numbers, lists
    of parameters and parameters are compared by identity: only someone outside can
    replace them, and nobody can make two objects one. What can be edited in place (a
