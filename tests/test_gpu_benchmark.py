@@ -178,7 +178,7 @@ def test_goal_without_device_times_is_not_judged():
     record = {"case": "tiny_groups", "optimizer": "sgd", "elements": 10}
     arms = {OURS: arm(1.0, 0.04), FUSED: host_alone}
     (verdict,) = goals.verdicts({"cases": [{**record, "arms": arms}]})
-    assert verdict.goal.endswith("host at most 0.05 x torch fused")
+    assert verdict.goal.endswith("host of ours at most 0.05 x torch fused")
 
 
 class Tiny(nn.Module):
@@ -202,7 +202,7 @@ def test_training_is_rehearsed(monkeypatch, tmp_path):
     assert load(path) == json.loads(json.dumps(results))
     assert "Training train_vit_s" in next(iter(training_lines(record)))
     assert [verdict.goal for verdict in goals.verdicts(results)] == [
-        "train_vit_s, sgd: device at most 1.01 x torch fused"
+        "train_vit_s, sgd: device of ours at most 1.01 x torch fused"
     ]
 
 
@@ -317,4 +317,4 @@ def test_joined_pieces_are_one_run(tmp_path, capsys):
         )
     joined = load(on_gpu.join(tmp_path))
     assert len(joined["cases"]) == 2
-    assert "met      tiny, sgd: device" in capsys.readouterr().out
+    assert "met      tiny, sgd: device of ours" in capsys.readouterr().out

@@ -143,7 +143,7 @@ class OneLaunch:
 
     def __init__(self, calls: Sequence[partial[Any]]) -> None:
         self._calls = calls
-        self._device = calls[0].args[0][0].device
+        self._place = calls[0].args[0][0].device
         self._maximize = calls[0].keywords["maximize"]
         self._pointers: list[int] = []
         sizes = [param.numel() for param in self._all(PARAMS)]
@@ -167,9 +167,9 @@ class OneLaunch:
     def _on_device(self, values: list[Any], dtype: torch.dtype) -> Tensor:
         """Copy without waiting, from memory that is not given out again before."""
         made = torch.tensor(values, dtype=dtype)
-        if self._device.type == "cpu":
+        if self._place.type == "cpu":
             return made
-        return made.pin_memory().to(self._device, non_blocking=True)
+        return made.pin_memory().to(self._place, non_blocking=True)
 
     def _point(self) -> None:
         """Make the table of addresses, unless all tensors lie where they lay."""
@@ -183,19 +183,19 @@ class OneLaunch:
             self._aligned = self._even and not apart
 
     def __call__(self) -> None:
-        if _torch.is_capturing(self._device):
+        if _torch.is_capturing(self._place):
             for call in self._calls:  # a graph would read a table that changes
                 call()
         elif self._grid[0]:
             self._point()
-            on_cuda = self._device.type == "cuda"
-            with torch.cuda.device(self._device) if on_cuda else nullcontext():
+            on_cuda = self._place.type == "cuda"
+            with torch.cuda.device(self._place) if on_cuda else nullcontext():
                 self._launch()
 
     def _launch(self) -> None:
         collect, step = kernels()
         count = self._count
-        counters = torch.empty(count, dtype=torch.float32, device=self._device)
+        counters = torch.empty(count, dtype=torch.float32, device=self._place)
         programs = (-(-count // SIZE),)
         collect[programs](self._table[-count:], counters, count, size=SIZE)
         step[self._grid](
