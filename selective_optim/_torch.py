@@ -49,6 +49,9 @@ fused_sgd_ = _find("torch:_fused_sgd_", NO_FUSED)
 # Fused SGD in half precision is wrong on the CPU before torch 2.15: it was measured
 # off by the size of the parameter itself in 2.7 and 2.13.
 HALF_SGD_ON_CPU = _RELEASE >= (2, 15)
+# Fused Adam computes float32 in float32 on CUDA, by the machine code of 2.11 and 2.15;
+# that of 2.7 in double precision. What came between was not looked at.
+FUSED_IN_FLOAT32 = _RELEASE >= (2, 11)
 # Adam's fused CUDA kernels read moments in bfloat16 beside parameters in float32
 # (functional-adamw-bf16-state in the documentation of 2.15).
 FUSED_DTYPES = frozenset({torch.float32, torch.float64, *HALF})

@@ -17,7 +17,8 @@ from benchmarks.step import on_gpu
 from benchmarks.step.arms import BARE, DEFAULT, FUSED, OURS, Arm
 from benchmarks.step.cases import CASES, Case
 from benchmarks.step.gpu import clock, goals, training
-from benchmarks.step.gpu.device import StandIn
+from benchmarks.step.gpu import device as gpu_device
+from benchmarks.step.gpu.device import Cuda, StandIn
 from benchmarks.step.gpu.run import CASES as CHOSEN
 from benchmarks.step.gpu.run import FUSED_GRAPH, OURS_GRAPH, run_case
 from benchmarks.step.gpu.tables import case_lines, goal_lines, training_lines
@@ -178,7 +179,7 @@ def test_goal_without_device_times_is_not_judged():
     record = {"case": "tiny_groups", "optimizer": "sgd", "elements": 10}
     arms = {OURS: arm(1.0, 0.04), FUSED: host_alone}
     (verdict,) = goals.verdicts({"cases": [{**record, "arms": arms}]})
-    assert verdict.goal.endswith("host at most 0.05 x torch fused")
+    assert verdict.goal.endswith("host of ours at most 0.05 x torch fused")
 
 
 class Tiny(nn.Module):
@@ -202,7 +203,7 @@ def test_training_is_rehearsed(monkeypatch, tmp_path):
     assert load(path) == json.loads(json.dumps(results))
     assert "Training train_vit_s" in next(iter(training_lines(record)))
     assert [verdict.goal for verdict in goals.verdicts(results)] == [
-        "train_vit_s, sgd: device at most 1.01 x torch fused"
+        "train_vit_s, sgd: device of ours at most 1.01 x torch fused"
     ]
 
 
@@ -317,4 +318,37 @@ def test_joined_pieces_are_one_run(tmp_path, capsys):
         )
     joined = load(on_gpu.join(tmp_path))
     assert len(joined["cases"]) == 2
-    assert "met      tiny, sgd: device" in capsys.readouterr().out
+    assert "met      tiny, sgd: device of ours" in capsys.readouterr().out
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Stand in for ``torch.cuda`` where a cycle takes half a microsecond."""
+    gpu = Simulated()
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: gpu.event())
+    monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
+
+    def sleep(cycles):
+        gpu.run(cycles / 2000)
+
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep, raising=False)
+    return gpu
+
+
+def test_nap_lasts_as_long_as_it_is_told(cuda):
+    device = Cuda()
+    device.nap(1.0)
+    device.synchronize()
+    before = cuda.now
+    device.nap(7.0)
+    device.synchronize()
+    assert cuda.now - before == pytest.approx(7.0)
+
+
+def test_launches_are_what_the_device_did(cuda, monkeypatch):
+    kinds = ["kernel", "kernel", "gpu_memcpy", "cpu_op", "gpu_user_annotation", None]
+    events = [{"cat": kind} for kind in kinds]
+    monkeypatch.setattr(gpu_device, "trace_of", lambda call, **own: events)
+    assert Cuda().launches(lambda: None) == 3
+    events.clear()
+    assert Cuda().launches(lambda: None) is None

@@ -21,6 +21,7 @@ How a step works, in the order of time:
    What torch's kernel cannot decay, towards a target or where the update agrees, is a
    pass ahead of it (``ahead``), and the kernel then decays nothing. ``Kernel.share``
    parts the work.
+   ``many_rates`` makes many calls of AdamW one, where that is asked for.
 4. What must still hold at the next step is written down in ``guards``. Numbers, lists
    of parameters and parameters are compared by identity: only someone outside can
    replace them, and nobody can make two objects one. What can be edited in place (a

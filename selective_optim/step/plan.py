@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
+from selective_optim.step import many_rates
 from selective_optim.step.buckets import Bucket, FunctionalBucket, FusedBucket
 from selective_optim.step.cells import Cell, Member, make_cells
 from selective_optim.step.counters import Advance, Counters
@@ -414,6 +415,8 @@ class Plan:
             ends.append(len(calls))
         if alone:
             calls.append(self._on(self._threads))
+        if len(calls) >= many_rates.FEWEST and many_rates.switched_on():
+            calls, ends = many_rates.join(calls, ends)
         return Program(
             before=advance.by(lambda device: 1.0),
             calls=calls,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,8 +26,10 @@ from benchmarks.step.measure import clock_for, spread, warm_up
 from benchmarks.step.once import first_steps
 from benchmarks.step.results import Effort, step_bytes, workloads
 from benchmarks.step.workload import Workload
+from selective_optim.step.many_rates import SWITCH, switched_on
 
 FUSED_GRAPH, OURS_GRAPH = f"{FUSED}, graph", f"{OURS}, graph"
+ONE_LAUNCH = f"{OURS}, Triton"
 # What is measured on a GPU where nobody chooses.
 CASES = (
     *("tiny", "tiny_scaled", "tiny_layers", "tiny_layers_tensors"),
@@ -47,6 +51,7 @@ def run_case(
     gpu, clock = device_for(device), clock_for(device)
     with workloads(case, device) as (load, plain):
         arms = make_arms(load, plain, optimizer, compiled)
+        arms += _one_launch(load, optimizer)
         able, errors = warm_up([arm for arm in arms if _makes_sense(arm, case)], clock)
         for name, build in _graphs_of(case).items():
             try:
@@ -104,6 +109,30 @@ def _graphs_of(case: Case) -> dict[str, Callable[[Workload, str], Any]]:
 def _replaying(name: str, optimizer: Any, load: Workload, gpu: Device) -> Arm:
     load.refresh()  # the graph reads these gradients, whose memory all others view
     return Arm(name, gpu.captured(optimizer.step), lambda: None)
+
+
+def _one_launch(load: Workload, optimizer: str) -> list[Arm]:
+    """Make the arm of the kernel that reads rates per tensor, where it can help."""
+    with asked_for():
+        if len(load.groups) == 1 or optimizer != "adamw" or not switched_on():
+            return []
+    step = build_ours(load, optimizer).step
+
+    def asking() -> None:
+        with asked_for():
+            step()
+
+    return [Arm(ONE_LAUNCH, asking, load.refresh)]
+
+
+@contextmanager
+def asked_for() -> Iterator[None]:
+    """Set the switch for a while; a step reads it where it puts its calls together."""
+    os.environ[SWITCH] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[SWITCH]
 
 
 def _extra(gpu: Device, arm: Arm) -> int:

@@ -56,4 +56,4 @@ def training_lines(record: Record) -> Iterator[str]:
 def goal_lines(results: Record) -> Iterator[str]:
     yield "Goals"
     for goal, measured, met in verdicts(results):
-        yield f"  {'met    ' if met else 'NOT MET'}  {goal:62s} {measured}"
+        yield f"  {'met    ' if met else 'NOT MET'}  {goal:74s} {measured}"
