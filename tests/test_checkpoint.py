@@ -386,7 +386,7 @@ MERGE_ERRORS = {
     ),
     "missing in order": (
         changed("order", lambda order: order.remove("scale")),
-        r"'scale' \(group 0\) is missing in `order`",
+        r"'scale' \(group 0\) is missing in `order`\. Add its name\.",
     ),
     "several missing in order": (
         changed("order", lambda order: order.clear()),
