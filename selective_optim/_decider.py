@@ -7,17 +7,19 @@ holds what is the tensor's own and nothing else's, see ``_torch.token_of``.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, islice, repeat
-from operator import attrgetter, is_
+from operator import attrgetter, eq, is_
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._text import require_numbers
+from selective_optim._text import require_numbers, shape_text
 from selective_optim._warnings import warn_if_idle, warn_of_misspelt
 from selective_optim.decay import FULL, Decision
 from selective_optim.parameters import (
@@ -40,14 +42,19 @@ Infos = Sequence[ParameterInfo]
 
 
 class Row(NamedTuple):
-    """What was decided for one tensor, and by which policy."""
+    """What was decided for one tensor, and by which policy.
+
+    ``owner`` is the ``id`` of the tensor that had the token.
+    """
 
     token: object
+    owner: int
     decision: Decision
     policy: Policy | None
 
 
 _token_of_row = attrgetter("token")
+_owner_of_row = attrgetter("owner")
 
 
 class DecisionTable:
@@ -60,7 +67,7 @@ class DecisionTable:
     def record(self, param: Tensor, decision: Decision, policy: Policy | None) -> Row:
         """Write down what was decided for a tensor."""
         token = _torch.token_of(param)
-        row = self._rows[id(token)] = Row(token, decision, policy)
+        row = self._rows[id(token)] = Row(token, id(param), decision, policy)
         return row
 
     def row_of(self, param: Tensor) -> Row | None:
@@ -73,9 +80,10 @@ class DecisionTable:
         lists = [group["params"] for group in groups]
         if list(map(len, lists)) != list(map(len, self.layout)):
             return False
-        tokens = map(_torch.token_of, chain.from_iterable(lists))
-        known = map(_token_of_row, chain.from_iterable(self.layout))
-        return all(map(is_, tokens, known))
+        params, rows = list(chain.from_iterable(lists)), [*chain(*self.layout)]
+        tokens = map(_torch.token_of, params)
+        same_tokens = all(map(is_, tokens, map(_token_of_row, rows)))
+        return same_tokens and all(map(eq, map(id, params), map(_owner_of_row, rows)))
 
     def append(self, index: int, rows: list[Row]) -> None:
         """Remember a group that arrived at this index, at the end."""
@@ -105,6 +113,22 @@ class DecisionTable:
 
     def _standing(self) -> dict[int, Row]:
         return {id(row.token): row for rows in self.layout for row in rows}
+
+    def undo_swaps(
+        self, groups: Sequence[Group], found: Sequence[list[Row | None]]
+    ) -> None:
+        """Give objects the rows back whose tokens ``swap_tensors`` exchanged.
+
+        It exchanges all but the objects, by which torch knows state and groups. A
+        token on another object than before was swapped there, for nobody else can
+        give one away; so the row of an object is the one that names it as owner.
+        """
+        owned = {row.owner: row for row in chain(*found) if row is not None}
+        for group, rows in zip(groups, found):
+            for position, (param, row) in enumerate(zip(group["params"], rows)):
+                if row is not None and row.owner != id(param):
+                    own = owned.get(id(param), row)
+                    rows[position] = self.record(param, own.decision, own.policy)
 
     def inherited(self, infos: Infos, rows: Sequence[Row]) -> list[Row] | None:
         """Give new tensors the rows of their places, unless something contradicts."""
@@ -152,6 +176,68 @@ def _trusted_names(
     return [name if row or name not in borne else None for name, row in pairs]
 
 
+# What training begins with.
+
+
+def base_rate(group: Group) -> float | None:
+    """Return the rate that schedules of a group start from, if that is a number."""
+    rate: Any = group.get("initial_lr", group.get("lr"))
+    try:
+        return float(rate.detach() if isinstance(rate, Tensor) else rate)
+    except (TypeError, ValueError, RuntimeError):  # None, or a tensor without a value
+        return None
+
+
+def begun(
+    decisions: Iterable[Decision], infos: Infos, lr0s: Iterable[float | None]
+) -> list[Decision]:
+    """Add to decisions what the training of their parameters begins with.
+
+    Raises:
+        ValueError: A form needs the rate or the values, and there are none.
+    """
+    return [
+        decision._replace(lr0=lr0, init=_init(info, decision, lr0))
+        for decision, info, lr0 in zip(decisions, infos, lr0s)
+    ]
+
+
+def _init(info: ParameterInfo, decision: Decision, lr0: float | None) -> Tensor | None:
+    """Copy what a parameter is now, if that is what it decays towards."""
+    decay, param = decision.decay, info.parameter
+    known = decision.telling_name
+    name = repr(known) if known else f"a parameter of group {info.group}"
+    if decay.needs_lr0 and not (lr0 and math.isfinite(lr0)):
+        raise ValueError(
+            f"{name} decays in form {decay.form!r}, which divides by the rate that "
+            f"training begins with, and that is {lr0}. Give its group that rate: "
+            f"dict(params=..., lr=0.0, initial_lr=3e-4)."
+        )
+    if not decay.needs_init:
+        return None
+    if param.is_meta or is_lazy(param):
+        raise ValueError(
+            f"{name} decays towards what it is now, and it has no values yet. Make "
+            f"the optimizer, or assign optimizer.wd_policy, when the weights are there."
+        )
+    return param.detach().clone()
+
+
+def beside(init: Tensor, param: Tensor, name: str | None) -> Tensor:
+    """Bring what a parameter decays towards to where that lies now, and shard it.
+
+    Raises:
+        ValueError: Their shapes are others.
+    """
+    if init.shape != param.shape:
+        raise ValueError(
+            f"{repr(name) if name else 'a parameter'} decays towards what it was in "
+            f"shape {shape_text(init.shape)}, and has shape {shape_text(param.shape)} "
+            f"now. Assign optimizer.wd_policy to decide anew."
+        )
+    return _torch.placed_as(init.to(param.device, param.dtype), param)
+
+
 class Pending(NamedTuple):
     """A group on its way in, and who decides for it."""
 
@@ -159,6 +245,7 @@ class Pending(NamedTuple):
     params: Sequence[Tensor]
     names: Sequence[str | None]
     policy: Policy | None
+    lr0s: Iterable[float | None] = ()
 
 
 class Decider:
@@ -227,7 +314,8 @@ class Decider:
         """
         index, group = len(groups) - 1, groups[-1]
         names = group.get("param_names", ())
-        pending = Pending(index, group["params"], names, policy)
+        lr0s = repeat(base_rate(group))
+        pending = Pending(index, group["params"], names, policy, lr0s)
         if self._pending is not None:
             self._pending.append(pending)
             return
@@ -297,7 +385,10 @@ class Decider:
             require_matches(policy, mine, self._matches, self.index.everyone)
         # All are asked before anything is recorded, so that an error leaves nothing.
         bound = self._bound(each.policy for each in arriving)
-        decided = [decide(bound[id(each.policy)], own) for each, own in together]
+        decided = [
+            begun(decide(bound[id(each.policy)], own), own, each.lr0s)
+            for each, own in together
+        ]
         for (each, own), decisions in zip(together, decided):
             pairs = zip(own, decisions, strict=True)
             rows = [self._table.record(i.parameter, d, each.policy) for i, d in pairs]
@@ -322,6 +413,12 @@ class Decider:
         )
 
     # Groups as they stand.
+
+    def decided_by(self, params: Iterable[Tensor]) -> Policy | None:
+        """Return the policy by which one of these decays otherwise than in full."""
+        rows = [row for row in map(self._table.row_of, params) if row is not None]
+        departing = (row.policy for row in rows if row.decision.decay != FULL)
+        return next(departing, None)
 
     def rows(
         self, groups: Sequence[Group], defaults: Mapping[str, Any]
@@ -352,6 +449,7 @@ class Decider:
             ValueError: The policy cannot decide; then the layout stays as it was.
         """
         found = [[self._table.row_of(p) for p in group["params"]] for group in groups]
+        self._table.undo_swaps(groups, found)
         borne = {row.decision.name for rows in found for row in rows if row}
         lacking = [
             Pending(index, list(group["params"]), names, None)
@@ -366,13 +464,17 @@ class Decider:
             [
                 [row for row in rows if row]
                 if all(rows)
-                else self._complete(next(infos), rows, before)
-                for rows, before in zip(found, layout or repeat([]))
+                else self._complete(next(infos), rows, before, base_rate(group))
+                for group, rows, before in zip(groups, found, layout or repeat([]))
             ]
         )
 
     def _complete(
-        self, infos: Infos, rows: Sequence[Row | None], before: Sequence[Row]
+        self,
+        infos: Infos,
+        rows: Sequence[Row | None],
+        before: Sequence[Row],
+        lr0: float | None,
     ) -> list[Row]:
         """Give every parameter of a group a row, where ``None`` stands for none yet."""
         mine = [row for row in rows if row is not None]
@@ -389,7 +491,7 @@ class Decider:
         places = [i for i, row in enumerate(completed) if row is None]
         new = [infos[i] for i in places]
         decisions = self._ask(policy, new, places) if new else ()
-        for i, decision in zip(places, decisions):
+        for i, decision in zip(places, begun(decisions, new, repeat(lr0))):
             completed[i] = self._table.record(infos[i].parameter, decision, policy)
         return [row for row in completed if row is not None]
 
@@ -398,6 +500,55 @@ class Decider:
     ) -> list[list[Decision]]:
         """Return the decisions alone; see :meth:`rows`."""
         return [[row.decision for row in rows] for rows in self.rows(groups, defaults)]
+
+    def fitting(
+        self, groups: Sequence[Group], defaults: Mapping[str, Any]
+    ) -> list[list[Decision]]:
+        """Return the decisions, of which ``init`` lies as its parameter does now.
+
+        Raises:
+            ValueError: As :meth:`rows`; or a parameter has another shape now.
+        """
+        for group, rows in zip(groups, self.rows(groups, defaults)):
+            for place, (param, row) in enumerate(zip(group["params"], rows)):
+                init = row.decision.init
+                if init is not None and not _torch.lies_as(init, param):
+                    fitted = beside(init, param, row.decision.telling_name)
+                    rows[place] = self._renewed(param, row, init=fitted)
+        return [[row.decision for row in rows] for rows in self._table.layout]
+
+    def resume(
+        self, groups: Sequence[Group], begins: Iterable[Mapping[str, Any]]
+    ) -> list[str]:
+        """Take over what training began with, as a state dict records it.
+
+        Args:
+            groups: The optimizer's groups.
+            begins: ``"lr0"`` and ``"init"`` of every parameter in order, where known.
+
+        Returns:
+            Names of the parameters whose ``init`` is not recorded.
+        """
+        lost, told = [], iter(begins)
+        # Another list tells those who look.
+        self._table.layout = list(map(list, self._table.layout))
+        for index, (group, rows) in enumerate(zip(groups, self._table.layout)):
+            pairs = zip(group["params"], rows, told)
+            for place, (param, row, begin) in enumerate(pairs):
+                decay = row.decision.decay
+                if decay.needs_lr0 and begin.get("lr0"):
+                    row = self._renewed(param, row, lr0=float(begin["lr0"]))
+                init = begin.get("init")
+                if decay.needs_init and getattr(init, "shape", None) == param.shape:
+                    row = self._renewed(param, row, init=init)
+                elif decay.needs_init:
+                    lost.append(row.decision.label(index, place))
+                rows[place] = row
+        return lost
+
+    def _renewed(self, param: Tensor, row: Row, **begin: Any) -> Row:
+        decision = row.decision._replace(**begin)
+        return self._table.record(param, decision, row.policy)
 
     def readable(
         self, groups: Sequence[Group], defaults: Mapping[str, Any]
@@ -462,7 +613,9 @@ class Decider:
             rows = [self._table.row_of(param) for param in group["params"]]
             # The model may be gone by now; what was known of names is not.
             names = [row and row.decision.name for row in rows]
-            pending.append(Pending(index, list(group["params"]), names, policy))
+            lr0s = [row.decision.lr0 if row else base_rate(group) for row in rows]
+            params = list(group["params"])
+            pending.append(Pending(index, params, names, policy, lr0s))
         self._decide_for(pending, self._infos(pending), [policy])
         self._table.forget_absent()  # they are decided anew when they come back
         self.policy = policy

@@ -64,8 +64,8 @@ def require_groups_like(
             f"checkpoint.merge_groups(state_dict, order=[n for n, _ in "
             f"model.named_parameters()])."
         )
-    _require_keys(saved, ["weight_decay"])
-    _require_order(saved, decided)
+    _require_keys(saved, ["weight_decay"], param_groups)
+    _require_order(saved, param_groups, decided)
 
 
 def require_loadable(
@@ -87,13 +87,13 @@ def require_loadable(
     require_whole(state_dict)
     groups = state_dict["param_groups"]
     _require_laid_out(groups)
-    _require_keys(groups, kernel.required)
+    _require_keys(groups, kernel.required, param_groups)
     _require_layout(groups, param_groups)
     saved = list(chain.from_iterable(group["params"] for group in groups))
     params = list(chain.from_iterable(group["params"] for group in param_groups))
     if len(saved) != len(params):
         return
-    _require_order(groups, decided)
+    _require_order(groups, param_groups, decided)
     own = [state_dict["state"].get(key) or {} for key in saved]
     names = chain.from_iterable(
         [kernel.loaded_entries(group)] * len(group["params"]) for group in groups
@@ -248,27 +248,38 @@ def _label(decided: Decided, number: int) -> str:
     return decided[index][position].label(index, position)
 
 
-def _require_keys(groups: Sequence[dict[str, Any]], names: Iterable[str]) -> None:
-    """Check that groups have hyperparameters, and list no parameter twice."""
+def _require_keys(
+    groups: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    here: Sequence[dict[str, Any]],
+) -> None:
+    """Check that groups have hyperparameters, and list none twice that is not here."""
+    distinct = [len(set(map(id, group["params"]))) for group in here]
     for index, group in enumerate(groups):
-        for name in names:
-            if name not in group:
-                raise ValueError(
-                    f"group {index} of the loaded state dict has no {name!r}, which "
-                    f"this optimizer needs. {SAME_MODEL}"
-                )
-        if len(set(group["params"])) < len(group["params"]):
+        if absent := [name for name in names if name not in group]:
+            raise ValueError(
+                f"group {index} of the loaded state dict has no {absent[0]!r}, which "
+                f"this optimizer needs. {SAME_MODEL}"
+            )
+        listed = len(group["params"]) if index >= len(here) else distinct[index]
+        if len(set(group["params"])) < min(listed, len(group["params"])):
             raise ValueError(
                 f"group {index} of the loaded state dict lists a parameter twice. "
                 f"{SAME_MODEL}"
             )
 
 
-def _require_order(groups: Sequence[dict[str, Any]], decided: Decided) -> None:
+def _names_in(groups: Sequence[dict[str, Any]]) -> list[str]:
+    return [canonical_name(n) for group in groups for n in group.get("param_names", ())]
+
+
+def _require_order(
+    groups: Sequence[dict[str, Any]], here: Sequence[dict[str, Any]], decided: Decided
+) -> None:
     """Check that a state dict with names does not have them in another order."""
-    saved = [
-        canonical_name(n) for group in groups for n in group.get("param_names", ())
-    ]
+    saved = _names_in(groups)
+    if saved == _names_in(here):
+        return  # also where someone reordered the tensors of a group by hand
     names = [decision.name for decisions in decided for decision in decisions]
     if saved == names or sorted(saved) != sorted(name or "" for name in names):
         return  # torch goes by position: another model may have other names
@@ -307,9 +318,45 @@ def _misfit(
 def record_of(
     default_form: DefaultForm, param_groups: Sequence[dict[str, Any]], decided: Decided
 ) -> Record:
-    """Write down the multiplier and form of every parameter, in plain values."""
+    """Write down the multiplier and form of every parameter, in plain values.
+
+    In a third place comes what else its decay depends on, if anything: ``"target"``,
+    and with which ``"lr0"`` and ``"init"`` training began.
+    """
     return [
-        [[decay.multiplier, decay.form or default] for decay, *_ in decisions]
+        [
+            [
+                *(decision.decay.multiplier, decision.decay.form or default),
+                *([begin] if (begin := _begin_of(decision)) else []),
+            ]
+            for decision in decisions
+        ]
         for group, decisions in zip(param_groups, decided)
         for default in [default_form(group)]
     ]
+
+
+def _begin_of(decision: Decision) -> dict[str, Any]:
+    known = {
+        "target": decision.decay.target if decision.decay.multiplier else None,
+        "lr0": decision.terms.lr0,
+        "init": decision.init,
+    }
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def begins_of(
+    saved: Any, param_groups: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Read the third place of a record, for every parameter; empty where there is none.
+
+    A record that cannot be read, as of another version, tells nothing.
+    """
+    try:
+        begins = [
+            entry[2] if len(entry) > 2 else {} for entry in chain.from_iterable(saved)
+        ]
+    except (TypeError, ValueError, IndexError, KeyError):
+        begins = []
+    total = sum(_sizes(param_groups))
+    return begins if len(begins) == total else [{}] * total

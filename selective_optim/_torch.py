@@ -12,7 +12,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from itertools import repeat
 from operator import attrgetter
@@ -49,6 +49,9 @@ fused_sgd_ = _find("torch:_fused_sgd_", NO_FUSED)
 # Fused SGD in half precision is wrong on the CPU before torch 2.15: it was measured
 # off by the size of the parameter itself in 2.7 and 2.13.
 HALF_SGD_ON_CPU = _RELEASE >= (2, 15)
+# Fused Adam computes float32 in float32 on CUDA, by the machine code of 2.11 and 2.15;
+# that of 2.7 in double precision. What came between was not looked at.
+FUSED_IN_FLOAT32 = _RELEASE >= (2, 11)
 # Adam's fused CUDA kernels read moments in bfloat16 beside parameters in float32
 # (functional-adamw-bf16-state in the documentation of 2.15).
 FUSED_DTYPES = frozenset({torch.float32, torch.float64, *HALF})
@@ -66,14 +69,64 @@ def _mul_each_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
         tensor.mul_(factor)
 
 
-def _add_each_(tensors: Sequence[Tensor], amount: float) -> None:
+def _add_each_(tensors: Sequence[Tensor], amount: float | Tensor) -> None:
     for tensor in tensors:
         tensor.add_(amount)
 
 
 EACH = "tensor by tensor"
 foreach_mul_ = _find("torch:_foreach_mul_", f"decoupled SGD {EACH}", _mul_each_)
-foreach_add_ = _find("torch:_foreach_add_", f"counters advance {EACH}", _add_each_)
+_foreach_add_ = _find("torch:_foreach_add_", f"counters advance {EACH}")
+
+
+def foreach_add_(tensors: Sequence[Tensor], amount: float | Tensor) -> None:
+    """Add one amount to every tensor, without waiting where it is on a device.
+
+    torch's binding takes a tensor for a number, which the host must read, unless it
+    is given what goes with tensors alone (2.7 to 2.15).
+    """
+    if _foreach_add_ is None:
+        _add_each_(tensors, amount)
+    elif isinstance(amount, Tensor):
+        _foreach_add_(tensors, amount, alpha=1)
+    else:
+        _foreach_add_(tensors, amount)
+
+
+def adding(counters: list[Tensor], amount: float | Tensor) -> Callable[[], object]:
+    """Return a call that adds an amount to counters in float32 of one device.
+
+    On the CPU foreach takes 1.3 ms for 1,000 of them. A step of fused SGD with rate
+    -1 and gradient 1, the same sum to the bit, takes 0.1 ms.
+    """
+    one = isinstance(amount, float) and amount == 1.0
+    if not one or fused_sgd_ is None or not counters[0].is_cpu:
+        return partial(foreach_add_, counters, amount)
+    ones = [torch.ones((), dtype=torch.float32, device="cpu")] * len(counters)
+    flags = dict.fromkeys(("nesterov", "maximize", "is_first_step"), False)
+    rest = dict.fromkeys(("momentum", "dampening", "weight_decay"), 0.0)
+    return partial(fused_sgd_, counters, ones, [], lr=-1.0, **rest, **flags)
+
+
+def _copy_each_(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+def _flatten_each(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _unflatten_each(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+    parts = torch.split(flat, [tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+PASS = f"decay ahead of the kernel {EACH}"
+foreach_copy_ = _find("torch:_foreach_copy_", PASS, _copy_each_)
+# In a third of the time of Python's own: 0.3 and 0.9 ms for 1,000 tensors.
+flatten = _find("torch._utils:_flatten_dense_tensors", PASS, _flatten_each)
+unflatten = _find("torch._utils:_unflatten_dense_tensors", PASS, _unflatten_each)
 
 
 def _by_class(cls: type[torch.optim.Optimizer], entries: Sequence[str]) -> Any:
@@ -233,6 +286,11 @@ def check_graph_capture(optimizer: torch.optim.Optimizer) -> None:
             return
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Tell whether a CUDA graph is being captured, when nothing may be copied to it."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def not_to_be_patched(step: _F) -> _F:
     """Keep ``LRScheduler`` from patching a step to learn of calls that go elsewhere.
 
@@ -349,10 +407,54 @@ def local_tensor(tensor: Any) -> Tensor:
     return shard
 
 
+_local, _spec = attrgetter("_local_tensor"), attrgetter("_spec")
+
+
+def local_tensors(tensors: Sequence[Any]) -> list[Tensor]:
+    """List the shards of many ``DTensor``s, in C where torch lets us."""
+    try:
+        return list(map(_local, tensors))
+    except AttributeError:
+        return list(map(local_tensor, tensors))
+
+
 def shard_of(tensor: Any) -> Tensor:
     """Return a ``DTensor``'s shard on this rank, and any other tensor as it is."""
     sharded = type(tensor) is dtensor_class()
     return local_tensor(tensor) if sharded else tensor
+
+
+def lies_as(tensor: Any, param: Any) -> bool:
+    """Tell whether a tensor has a parameter's dtype and shape, and lies as it does."""
+    same = (tensor.dtype, tensor.device) == (param.dtype, param.device)
+    if not same or tensor.shape != param.shape:
+        return False
+    sharded = type(param) is dtensor_class()
+    if (type(tensor) is dtensor_class()) != sharded:
+        return False
+    return not sharded or placement(spec_of(tensor)) == placement(spec_of(param))
+
+
+def placed_as(tensor: Any, param: Any) -> Tensor:
+    """Shard a tensor as a parameter is sharded.
+
+    A whole one is the same on every rank, so that nothing need be sent.
+    """
+    cls = dtensor_class()
+    sharded = type(tensor) is cls
+    placed = tensor
+    if type(param) is cls:
+        mesh, places = placement(spec_of(param))
+        share = import_module("torch.distributed.tensor").distribute_tensor
+        placed = (
+            tensor.redistribute(mesh, places)
+            if sharded
+            else share(tensor, mesh, places, src_data_rank=None)
+        )
+    elif sharded:
+        placed = tensor.full_tensor()
+    whole: Tensor = placed
+    return whole
 
 
 def spec_of(tensor: Any) -> Any:
@@ -361,6 +463,14 @@ def spec_of(tensor: Any) -> Any:
         return tensor._spec
     except AttributeError:
         return tensor.device_mesh, tensor.placements
+
+
+def specs_of(tensors: Sequence[Any]) -> list[Any]:
+    """List what says where many ``DTensor``s live, in C where torch lets us."""
+    try:
+        return list(map(_spec, tensors))
+    except AttributeError:
+        return list(map(spec_of, tensors))
 
 
 def placement(spec: Any) -> tuple[Any, Any]:

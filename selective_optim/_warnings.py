@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any, TypeVar
 
 from selective_optim._text import warn
-from selective_optim.decay import Decision, is_zero
+from selective_optim.decay import Decision, is_zero, target_text
 
 SHOWN = 3  # parameters that a warning names
 # How alike a key must be to one that is read to be taken for it: "wd_polcy" is 0.94
@@ -96,6 +96,16 @@ def warn_of_changes(
         )
 
 
+def warn_of_lost_inits(names: Sequence[str]) -> None:
+    """Warn once that a checkpoint does not tell where parameters began."""
+    warn(
+        f"the loaded checkpoint does not record what {_first_of(names, ', ')} decay "
+        f"towards, so that is what they were when they were decided here. Load a "
+        f"state dict that optimizer.state_dict() returned under the same policy, or "
+        f"decide while the parameters are what they shall decay towards."
+    )
+
+
 def _first_of(items: Sequence[str], separator: str) -> str:
     more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return f"{separator.join(items[:SHOWN])}{more}"
@@ -127,7 +137,7 @@ def _changes(decided: Sequence[Sequence[Decision]], saved: Any, now: Any) -> lis
     ]
     try:
         pairs = [
-            (place, (float(old[0]), old[1]), (new[0], new[1]))
+            (place, _terms(old), _terms(new))
             for place, old, new in zip(places, _joined(saved), _joined(now))
         ]
     except (TypeError, ValueError, IndexError, KeyError):
@@ -140,13 +150,20 @@ def _changes(decided: Sequence[Sequence[Decision]], saved: Any, now: Any) -> lis
     ]
 
 
+def _terms(entry: Any) -> tuple[float, Any, Any]:
+    """Read what makes two decisions different ones out of an entry of a record."""
+    begin = entry[2] if len(entry) > 2 else {}
+    return float(entry[0]), entry[1], begin.get("target")
+
+
 def _joined(record: Any) -> list[Any]:
     return [entry for group in record for entry in group]
 
 
-def _text(multiplier: float, form: str | None, was: bool) -> str:
+def _text(multiplier: float, form: str | None, target: Any, was: bool) -> str:
     if not multiplier:
         return "was exempt" if was else "is exempt"
     times = "in full" if multiplier == 1 else f"{multiplier:g} times as much"
     how = f" ({form})" if form else ""
+    how += "" if target is None else f" towards {target_text(target)}"
     return f"{'decayed' if was else 'decays'} {times}{how}"

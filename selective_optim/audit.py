@@ -217,6 +217,7 @@ class Audit:
                 "multiplier": row.weight_decay,
                 "requires_grad": row.requires_grad,
                 "form": row.form,
+                "target": row.target,
                 "reason": row.reason,
             }
             for row in self.report.rows

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, count, islice
 from typing import Any
 
@@ -35,7 +35,7 @@ from selective_optim.parameters import as_modules, canonical_name, without_wrapp
 StateDict = dict[str, Any]
 Hyper = dict[str, Any]  # of a group: all but its parameters and their names
 Names = Sequence[Sequence[str]]
-Record = list[Any]  # a multiplier and a form
+Record = list[Any]  # a multiplier, a form, and where needed what training began with
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Entry:
     hyper: Hyper
     multiplier: float = 1.0
     form: str | None = None
+    begin: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def wd(self) -> Any:
@@ -193,10 +194,11 @@ def recorded(
 
 
 def _record(entry: Entry, largest: Any) -> Record:
-    if entry.hyper["weight_decay"] == largest:
-        return [entry.multiplier, entry.form]
-    # To 15 digits, so that 0.01 of 0.1 is the 0.1 that a policy says.
-    return [float(f"{float(entry.wd) / float(largest):.15g}"), entry.form]
+    multiplier = entry.multiplier
+    if entry.hyper["weight_decay"] != largest:
+        # To 15 digits, so that 0.01 of 0.1 is the 0.1 that a policy says.
+        multiplier = float(f"{float(entry.wd) / float(largest):.15g}")
+    return [multiplier, entry.form, *([entry.begin] if entry.begin else [])]
 
 
 def write(
@@ -440,9 +442,11 @@ def _require_form(entries: Iterable[Entry], hyper: Hyper) -> None:
     """Check that torch decays these parameters in the form that was recorded."""
     form = form_of(hyper)
     for entry in entries if hyper["weight_decay"] and form else ():
-        if entry.multiplier and entry.form != form:
+        target = entry.begin.get("target")
+        if entry.multiplier and (entry.form != form or target):
+            towards = f" towards {target!r}" if target else ""
             raise ValueError(
-                f"{entry.label()} decays in form {entry.form!r}, and torch gives its "
-                f"group form {form!r}. If it is to change, set weight_decay in every "
-                f"group and del state_dict['decay'] first."
+                f"{entry.label()} decays in form {entry.form!r}{towards}, and torch "
+                f"gives its group form {form!r}. If it is to change, set weight_decay "
+                f"in every group and del state_dict['decay'] first."
             )

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
 from selective_optim._text import aligned, received, require_decay
-from selective_optim.decay import FULL, Decision, Form
+from selective_optim.decay import FORMS, FULL, Decision, Form, Target, target_text
 from selective_optim.parameters import (
     ModelIndex,
     ParameterInfo,
@@ -47,12 +47,14 @@ class Row:
         lr: Learning rate of the group now; NaN where there is no optimizer.
         weight_decay: Effective decay, ``group["weight_decay"] * multiplier``, of a
             frozen parameter what it would be.
-        form: ``"l2"`` or ``"decoupled"``; ``None`` where the optimizer will decide,
-            or does not say.
+        form: ``"l2"``, ``"decoupled"`` or another of ``policies.form``; ``None``
+            where the optimizer will decide, or does not say.
         reason: The selector that decided; for an optimizer without a policy, what
             the parameter is.
         requires_grad: Whether it trains; a frozen parameter does not decay.
         owner: Class name of the module that holds it; empty where none is known.
+        target: What it decays towards: a number, or ``"init"``; ``None`` is 0.
+        lr0: The rate that its training began with, where its form needs that.
     """
 
     group: int
@@ -65,6 +67,8 @@ class Row:
     reason: str
     requires_grad: bool = True
     owner: str = ""
+    target: Target | None = None
+    lr0: float | None = None
 
     @property
     def fate(self) -> str:
@@ -75,16 +79,21 @@ class Row:
 
     @property
     def effect(self) -> str:
-        """The form in which the parameter decays, or that it does not."""
-        return (self.form or "default") if self.fate == "decayed" else self.fate
+        """In which form it decays, and towards what unless 0; or that it does not."""
+        if self.fate != "decayed":
+            return self.fate
+        form = self.form or "default"
+        return f"{form} towards {target_text(self.target)}" if self.target else form
 
     @property
     def timescale(self) -> float | None:
         """Steps in which decoupled decay alone shrinks to 1/e: ``1 / (lr * wd)``."""
+        form = FORMS[self.form or "l2"]
         # Not `lr <= 0`: without an optimizer the rate is NaN.
-        if self.effect != "decoupled" or not self.lr > 0:
+        if self.fate != "decayed" or form.applied != "decoupled" or not self.lr > 0:
             return None
-        return 1 / (self.lr * self.weight_decay)
+        lr0 = self.lr if self.lr0 is None else self.lr0
+        return float(1 / (self.lr * form.strength(self.weight_decay, self.lr, lr0)))
 
     @property
     def kind(self) -> str:
@@ -312,6 +321,8 @@ def make_row(
         reason=decision.reason,
         requires_grad=param.requires_grad,
         owner=decision.kinds[0].rpartition(".")[2] if decision.kinds else "",
+        target=decision.decay.target,
+        lr0=decision.terms.lr0,
     )
 
 
@@ -406,7 +417,7 @@ def decay_report(
         for number, group in enumerate(groups)
         for each in wanted(group["params"], group.get("param_names", ()), number)
     ]
-    forms = [_form_of(optimizer, group) for group in groups]
+    forms = [form_of_class(optimizer, group) for group in groups]
     rows = [
         _row_without_policy(groups[info.group], forms[info.group], info)
         for info in index.infos(asked)
@@ -436,7 +447,7 @@ def _with_groups(optimizer: Any) -> Any:
     return optimizer
 
 
-def _form_of(optimizer: Any, group: dict[str, Any]) -> Form | None:
+def form_of_class(optimizer: Any, group: dict[str, Any]) -> Form | None:
     """Tell the form of torch's classes; others do not say theirs."""
     if "decoupled_weight_decay" in group:
         return "decoupled" if group["decoupled_weight_decay"] else "l2"

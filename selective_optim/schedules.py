@@ -247,14 +247,19 @@ class Tie:
     """
 
     bases: list[tuple[float, float]] = field(default_factory=list)
+    policy: object = None
 
-    def follow(self, groups: list[Group]) -> None:
-        """Take the bases of groups that were added."""
+    def follow(self, optimizer: Optimizer) -> None:
+        """Take the bases of groups that were added, and see who decides now."""
+        groups, policy = optimizer.param_groups, getattr(optimizer, "wd_policy", None)
+        if len(self.bases) < len(groups) or policy is not self.policy:
+            _refuse_corrected(optimizer)
+            self.policy = policy
         for index in range(len(self.bases), len(groups)):
             self.bases.append(_base(groups[index], index))
 
     def __call__(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        self.follow(optimizer.param_groups)
+        self.follow(optimizer)
         for group, (base_wd, base_lr) in zip(optimizer.param_groups, self.bases):
             # The quotient first: where lr is the base, it is 1 and wd exactly the base.
             group["weight_decay"] = base_wd * (float(group["lr"]) / base_lr)
@@ -299,6 +304,18 @@ def _refuse_schedules(optimizer: Optimizer) -> None:
                 )
 
 
+def _refuse_corrected(optimizer: Optimizer) -> None:
+    report = getattr(optimizer, "decay_report", None)
+    rows = [row for row in report().rows if row.form == "corrected"] if report else []
+    if rows:
+        known = rows[0].name
+        name = repr(known) if known else f"a parameter of group {rows[0].group}"
+        raise ValueError(
+            f"{name} decays in form 'corrected', which follows the rate already. "
+            f"Leave out proportional_to_lr(optimizer), or that form."
+        )
+
+
 def proportional_to_lr(optimizer: Optimizer) -> RemovableHandle:
     """Tie weight decay to the learning rate, from now on and at every step.
 
@@ -321,7 +338,8 @@ def proportional_to_lr(optimizer: Optimizer) -> RemovableHandle:
     Raises:
         TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``.
         ValueError: It has no weight decay, its rate is 0 or was moved by a scheduler
-            already, or something else sets its decay.
+            already, something else sets its decay, or a parameter decays in form
+            ``"corrected"``, which would be corrected twice.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -339,6 +357,6 @@ def proportional_to_lr(optimizer: Optimizer) -> RemovableHandle:
     _refuse_tie(optimizer)
     _refuse_schedules(optimizer)
     tie = Tie()
-    tie.follow(optimizer.param_groups)
+    tie.follow(optimizer)
     setattr(optimizer, TIE, weakref.ref(tie))
     return optimizer.register_step_pre_hook(tie)

@@ -10,7 +10,11 @@ from selective_optim.policies.decide import decide
 from tests import zoo
 from tests.judgement import disagreements
 
-pytestmark = pytest.mark.integration
+pytestmark = [
+    pytest.mark.integration,
+    # transformers scripts parts of some models, against which torch warns since 2.11.
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),
+]
 
 
 def mistakes(model):

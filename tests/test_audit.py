@@ -150,14 +150,15 @@ def test_audit_as_dict_has_the_same_content():
         "multiplier": 1.0,
         "requires_grad": True,
         "form": None,
+        "target": None,
         "reason": "no match",
     }
     assert told["disagreements"] == [
         {
             "name": "head.bias",
             "shape": [5],
-            "a": {"multiplier": 1.0, "form": None},
-            "b": {"multiplier": 0.0, "form": None},
+            "a": {"multiplier": 1.0, "form": None, "target": None},
+            "b": {"multiplier": 0.0, "form": None, "target": None},
             "reason_a": "no match",
             "reason_b": "exclude is_bias",
         }

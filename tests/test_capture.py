@@ -168,6 +168,108 @@ def test_whole_training_step_is_captured(case, device):
     assert_same(actual, expected)
 
 
+SCALE = 1024.0  # a power of two: the gradients come back with the same bits
+DROPPED = [False, True, False, False, True, False]
+
+
+@each_chosen
+def test_scaler_inside_a_graph_drops_replayed_steps(case, device):
+    """What a ``GradScaler`` hands over are tensors, filled before each replay."""
+    capturable = {"SGD": {}}.get(case.name, {"capturable": True})
+    actual, expected = make_params(device=device), make_params(device=device)
+    optimizer = ours(case, actual, VERDICTS["scale"], **HYPER, **capturable)
+    oracle = HandSplit(
+        case, expected, VERDICTS["scale"], **HYPER, **capturable, fused=True
+    )
+    optimizer.grad_scale = torch.full((), SCALE, device=device)
+    optimizer.found_inf = torch.zeros((), device=device)
+
+    def scaled_grads(step: int) -> None:
+        static_grads(actual, step)
+        for param in actual[:-1]:
+            param.grad.mul_(SCALE)
+
+    with side_stream(device):
+        for step in range(2):
+            scaled_grads(step)
+            optimizer.step()
+    replay = captured(device, optimizer.step)
+    for step, dropped in enumerate(DROPPED, start=2):
+        scaled_grads(step)
+        optimizer.found_inf.fill_(float(dropped))
+        replay()
+    kept = [step for step, dropped in enumerate(DROPPED, start=2) if not dropped]
+    for step in [0, 1, *kept]:
+        static_grads(expected, step)
+        oracle.step()
+    assert_same_training(actual, optimizer, expected, oracle)
+
+
+# The CPU's foreach cannot be told that it may be captured.
+FOREACH = {"cpu": {}, "cuda": {"capturable": True}}
+
+
+@each_chosen
+def test_captured_foreach_equals_eager_steps(case, device):
+    capturable = {"SGD": {}}.get(case.name, FOREACH[device])
+    actual, expected = make_params(device=device), make_params(device=device)
+    rest = {**HYPER, **capturable, "foreach": True}
+    optimizer = ours(case, actual, VERDICTS["scale"], **rest)
+    oracle = HandSplit(case, expected, VERDICTS["scale"], **rest)
+    with side_stream(device):
+        for step in range(2):
+            static_grads(actual, step)
+            optimizer.step()
+    replay = captured(device, optimizer.step)
+    for step in range(2, STEPS):
+        static_grads(actual, step)
+        replay()
+    for step in range(STEPS):
+        static_grads(expected, step)
+        oracle.step()
+    assert_same_training(actual, optimizer, expected, oracle)
+
+
+@each_chosen
+def test_graphs_with_and_without_some_gradients_take_turns(case, device):
+    """As with layers that are frozen for a while, or experts that are not chosen."""
+    capturable = {"SGD": {}}.get(case.name, {"capturable": True})
+    actual, expected = make_params(device=device), make_params(device=device)
+    rest = {**HYPER, **capturable}
+    optimizer = ours(case, actual, VERDICTS["scale"], **rest)
+    oracle = HandSplit(case, expected, VERDICTS["scale"], **rest, fused=True)
+    absent: list[set[int]] = [set(), {1, 4}, {0, 5, 6}]
+    grads: dict[int, list[Tensor]] = {}
+
+    def choose(params: Sequence[Tensor], step: int, without: set[int]) -> None:
+        made = grads.setdefault(id(params), [])
+        if not made:
+            static_grads(params, step)
+            made += [param.grad for param in params[:-1]]
+        for param, grad in zip(params, made):
+            param.grad = grad
+        static_grads(params, step)
+        for position in without:
+            params[position].grad = None
+
+    with side_stream(device):
+        for step in range(2):
+            choose(actual, step, set())
+            optimizer.step()
+    replays = []
+    for without in absent:
+        choose(actual, 0, without)
+        replays.append(captured(device, optimizer.step))
+    turns = [0, 1, 1, 2, 0, 2, 1]
+    for step, turn in enumerate(turns, start=2):
+        choose(actual, step, absent[turn])
+        replays[turn]()
+    for step, turn in enumerate([0, 0, *turns]):
+        choose(expected, step, absent[turn])
+        oracle.step()
+    assert_same_training(actual, optimizer, expected, oracle)
+
+
 @on_cuda
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 @each_counting
@@ -231,19 +333,49 @@ def without_synchronizing(device: str) -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("make_lr", [float, torch.tensor], ids=["number", "tensor"])
 @pytest.mark.parametrize("found", [None, 0.0, 1.0])
-@pytest.mark.parametrize(
-    "case", [CHOSEN[0], CHOSEN[1], *COUNTING], ids=lambda case: case.id
-)
+@each_chosen
 def test_replayed_step_does_not_wait_for_the_device(case, make_lr, found, device):
     params = make_params(device=device)
     lr = torch.as_tensor(make_lr(0.05)).to(device) if make_lr is not float else 0.05
     optimizer = ours(case, params, VERDICTS["scale"], lr=lr, weight_decay=0.1)
+    optimizer.grad_scale = None
+    optimizer.found_inf = None if found is None else torch.zeros((), device=device)
     for step in range(3):
         static_grads(params, step)
         optimizer.step()
     before = params[0].detach().clone()
-    optimizer.grad_scale = None
-    optimizer.found_inf = None if found is None else torch.tensor(found, device=device)
+    if found is not None:
+        optimizer.found_inf.fill_(found)
     with without_synchronizing(device):
         optimizer.step()
     assert torch.equal(params[0].detach(), before) == bool(found)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
+@pytest.mark.parametrize("found", [None, 0.0])
+@each_chosen
+def test_gradients_that_come_and_go_do_not_wait_for_the_device(case, found, device):
+    params = make_params(device=device)
+    optimizer = ours(case, params, VERDICTS["scale"], **HYPER)
+    optimizer.grad_scale = None
+    optimizer.found_inf = None if found is None else torch.zeros((), device=device)
+    for step in range(2):
+        static_grads(params, step)
+        optimizer.step()
+    kept = [param.grad for param in params]
+    for without in ({1, 4}, {1, 4}, set(), {0}):
+        for position, (param, grad) in enumerate(zip(params, kept)):
+            param.grad = None if position in without else grad
+        with without_synchronizing(device):
+            optimizer.step()
+
+
+@on_cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
+def test_waiting_for_the_device_would_be_seen(device):
+    value = torch.ones((), device=device)
+    with (
+        without_synchronizing(device),
+        pytest.raises(RuntimeError, match="synchronizing CUDA operation"),
+    ):
+        value.item()

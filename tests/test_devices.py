@@ -12,7 +12,7 @@ from torch import nn
 
 import selective_optim
 from tests.support.compare import assert_same
-from tests.support.devices import MARKS
+from tests.support.devices import MARKS, on_cuda
 from tests.support.kernels import kernel_is_right
 from tests.support.problems import (
     CHOSEN,
@@ -211,3 +211,82 @@ def test_module_on_the_device_decides_by_its_types(name, device):
     optimizer.step()
     moved = [bool((p != 1).any()) for p in model.parameters()]
     assert moved == [True, False, False, False]
+
+
+def offload(optimizer: Any, device: str) -> None:
+    """Move all state, as is done while a model is evaluated, or another is trained."""
+    for own in optimizer.state.values():
+        for entry, value in own.items():
+            own[entry] = value.to(device, copy=True)
+
+
+@each_kind
+@each_chosen
+def test_state_that_was_offloaded_and_came_back_continues(case, kind, device):
+    actual, expected = make_params(device=device), make_params(device=device)
+    optimizer = ours(case, actual, VERDICTS["scale"], **HYPER, **kind)
+    oracle = HandSplit(case, expected, VERDICTS["scale"], **HYPER, **explicit(kind))
+    train(optimizer, actual, range(3))
+    counters = {p: own.get("step") for p, own in optimizer.state.items()}
+    offload(optimizer, "cpu")
+    for param, own in optimizer.state.items():
+        for entry, value in own.items():
+            # Not the counters of the for-loop and of foreach, which live on the CPU.
+            place = counters[param].device if entry == "step" else param.device
+            own[entry] = value.to(place, copy=True)
+    train(optimizer, actual, range(3, 6))
+    train(oracle, expected, range(6))
+    assert_same_training(actual, optimizer, expected, oracle)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("lr", ["number", "tensor"])
+@each_chosen
+def test_two_devices_share_a_group(case, lr):
+    places = ["cuda:0", "cuda:1"]
+    actual, expected = (
+        [p for place in places for p in make_params(device=place)] for _ in range(2)
+    )
+    rate = 0.05 if lr == "number" else torch.tensor(0.05, device=places[0])
+    verdicts = VERDICTS["scale"] * 2
+    optimizer = ours(case, actual, verdicts, lr=rate, weight_decay=0.1)
+    halves = slice(0, 8), slice(8, None)
+    oracles = [
+        HandSplit(
+            case, expected[half], verdicts[half], lr=0.05, weight_decay=0.1, fused=True
+        )
+        for half in halves
+    ]
+    train(optimizer, actual, range(5))
+    for step in range(5):
+        set_grads(expected, step)
+        for oracle in oracles:
+            oracle.step()
+    assert_same(actual, expected)
+
+
+RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
+
+
+@on_cuda
+@pytest.mark.skipif(RELEASE < (2, 12), reason="torch has no such kernel before 2.12")
+@pytest.mark.parametrize("case", COUNTING, ids=lambda case: case.id)
+def test_moments_in_bfloat16_beside_float32_step_in_the_fused_kernel(case, device):
+    actual, expected = make_params(device=device), make_params(device=device)
+    optimizer = ours(case, actual, VERDICTS["scale"], **HYPER)
+    oracle = HandSplit(case, expected, VERDICTS["scale"], **HYPER, fused=True)
+
+    def lower(each: Any) -> None:
+        for own in each.state.values():
+            for entry in own.keys() - {"step"}:
+                own[entry] = own[entry].bfloat16()
+
+    train(optimizer, actual, [0])
+    train(oracle, expected, [0])
+    for each in (optimizer, *oracle.optimizers):
+        lower(each)
+    train(optimizer, actual, range(1, 5))
+    train(oracle, expected, range(1, 5))
+    assert_same_training(actual, optimizer, expected, oracle)
+    assert optimizer.state[actual[0]]["exp_avg"].dtype == torch.bfloat16

@@ -17,6 +17,7 @@ from benchmarks.step import measure, once
 from benchmarks.step import tables as step_tables
 from benchmarks.step.bare import BareKernel
 from benchmarks.step.cases import CASES, Case, case_named
+from benchmarks.step.gpu import run as gpu_run
 from benchmarks.step.measure import (
     EventClock,
     HostClock,
@@ -53,8 +54,11 @@ SIZES = [
     ("vit_s_layers", 152, 22_050_664, 26),
     ("vit_l", 296, 304_326_632, 1),
     ("vit_l_layers", 296, 304_326_632, 26),
+    ("vit_l_bf16", 296, 304_326_632, 1),
     ("decoder", 146, 1_235_814_400, 1),
     ("tiny_layers", 1000, 10_000, 26),
+    ("tiny_layers_tensors", 1000, 10_000, 26),
+    ("tiny_scaled", 1000, 10_000, 1),
     ("tiny_groups", 1000, 10_000, 1000),
     ("tiny_groups_lr", 1000, 10_000, 1000),
     ("dtensor", 1000, 10_000, 1),
@@ -346,11 +350,6 @@ GOALS = [
      [False, False, True, False]),
     ("cpu", {"ours": 1.0, "torch default": 4.0, "torch fused": 9.0},
      {"case": "dtensor"}, [False, True, False]),
-    ("cuda", {"ours": 1.06, "bare kernel": 1.0}, {}, [False]),
-    ("cuda", {"ours": 1.0, "bare kernel": 1.0},
-     {"case": "decoder", "step_bytes": 860e6, "elements": 10**9}, [True, True, True]),
-    ("cuda", {"ours": 1.0, "bare kernel": 1.0},
-     {"case": "decoder", "step_bytes": 840e6, "elements": 1000**2}, [True, False]),
 ]  # fmt: skip
 
 
@@ -361,14 +360,14 @@ def test_goals_say_what_is_met(device, ms, record, expected):
 
 
 def test_every_goal_names_a_case():
-    goals = (*step_goals.CPU_GOALS, *step_goals.GPU_GOALS)
-    assert {goal.case for goal in goals} <= {case.name for case in CASES}
+    assert {goal.case for goal in step_goals.GOALS} <= {case.name for case in CASES}
 
 
 def test_tables_show_arms_and_goals(results):
     lines = [
         *step_tables.case_lines(results["cases"][0]),
         *step_tables.once_lines(results),
+        *step_tables.share_lines(results),
         *step_tables.goal_lines(results),
     ]
     text = "\n".join(lines)
@@ -381,7 +380,7 @@ def test_large_cases_run_on_a_cpu_only_when_asked_for():
     by_default = command.chosen_cases(None, CPU)
     assert not any(case.large for case in by_default)
     on_cuda = command.chosen_cases(None, torch.device("cuda"))
-    assert on_cuda == [case for case in CASES if not case.busy]
+    assert {case.name for case in on_cuda} == set(gpu_run.CASES)
     assert command.chosen_cases(["decoder"], CPU) == [case_named("decoder")]
 
 

@@ -44,7 +44,7 @@ def groups_of(load: Workload, optimizer: str) -> list[dict[str, Any]]:
     """Return the groups of a user who leaves the decay to a policy."""
     base = SETTINGS[optimizer]["lr"]
     return [
-        {"params": params, "lr": load.case.lr_of(index, base)}
+        {"params": params, "lr": load.rate(index, base)}
         for index, params in enumerate(load.groups)
     ]
 
@@ -64,13 +64,23 @@ def hand_split(load: Workload, optimizer: str) -> list[dict[str, Any]]:
 
 def build_torch(load: Workload, optimizer: str, **choice: bool) -> Any:
     make = getattr(torch.optim, CLASSES[optimizer])
-    return make(hand_split(load, optimizer), **SETTINGS[optimizer], **choice)
+    own = {**SETTINGS[optimizer], **choice}
+    return _scaled(make(hand_split(load, optimizer), **own), load)
 
 
-def build_ours(load: Workload, optimizer: str, groups: Any = None) -> Any:
+def build_ours(
+    load: Workload, optimizer: str, groups: Any = None, **choice: bool
+) -> Any:
     make = getattr(selective_optim, CLASSES[optimizer])
     groups = groups_of(load, optimizer) if groups is None else groups
-    return make(groups, **SETTINGS[optimizer], wd_policy="matrices")
+    own = {**SETTINGS[optimizer], **choice, "wd_policy": "matrices"}
+    return _scaled(make(groups, **own), load)
+
+
+def _scaled(optimizer: Any, load: Workload) -> Any:
+    """Hand over what a ``GradScaler`` does, where the case says so."""
+    vars(optimizer).update(load.scaling())
+    return optimizer
 
 
 def _arm(name: str, load: Workload, step: Callable[[], object]) -> Arm:
@@ -79,7 +89,8 @@ def _arm(name: str, load: Workload, step: Callable[[], object]) -> Arm:
 
 def _bare_arm(name: str, load: Workload, optimizer: str, alone: int = 0) -> Arm:
     groups = hand_split(load, optimizer)
-    kernel = BareKernel(groups, optimizer, SETTINGS[optimizer], alone)
+    own = {"alone": alone, **load.scaling()}
+    kernel = BareKernel(groups, optimizer, SETTINGS[optimizer], **own)
 
     def prepare() -> None:
         load.refresh()
@@ -100,9 +111,12 @@ def make_arms(
         compiled: Whether to compile torch's step, which takes minutes.
     """
     arms = [_bare_arm(BARE, load, optimizer)]
+    choices = dict(CHOICES)
     if load.params[0].is_cpu:
         arms.append(_bare_arm(ALONE, load, optimizer, SMALL))
-    for name, choice in CHOICES.items():
+    else:
+        del choices[FOREACH]  # which torch's default is there
+    for name, choice in choices.items():
         arms.append(_arm(name, load, build_torch(load, optimizer, **choice).step))
     if compiled and load.case.compiles:
         step = build_torch(load, optimizer).step

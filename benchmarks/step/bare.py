@@ -18,7 +18,7 @@ class Call(NamedTuple):
     params: list[Tensor]
     moments: list[list[Tensor]]
     steps: list[Tensor]
-    lr: float
+    lr: float | Tensor
     wd: float
     alone: bool
 
@@ -35,6 +35,7 @@ class BareKernel:
         settings: The optimizer's arguments, ``"weight_decay"`` for groups without.
         alone: Elements up to which a tensor is stepped on one thread, in a call of
             its own with others like it.
+        scaling: What a ``GradScaler`` hands over.
     """
 
     def __init__(
@@ -43,10 +44,12 @@ class BareKernel:
         optimizer: str,
         settings: dict[str, float],
         alone: int = 0,
+        **scaling: Tensor,
     ) -> None:
         self._momentum = settings.get("momentum", 0.0)
-        self._kernel = self._sgd if optimizer == "sgd" else _adam(optimizer)
-        merged: dict[tuple[bool, float, float], list[Tensor]] = {}
+        self._scaling = scaling
+        self._kernel = self._sgd if optimizer == "sgd" else _adam(optimizer, scaling)
+        merged: dict[tuple[bool, float | Tensor, float], list[Tensor]] = {}
         for group in groups:
             wd = group.get("weight_decay", settings["weight_decay"])
             for param in group["params"]:
@@ -87,11 +90,12 @@ class BareKernel:
             nesterov=False,
             maximize=False,
             is_first_step=False,
+            **self._scaling,
         )
 
 
 def _call(
-    owners: list[Tensor], moments: int, alone: bool, lr: float, wd: float
+    owners: list[Tensor], moments: int, alone: bool, lr: float | Tensor, wd: float
 ) -> Call:
     params = [local(owner.detach()) for owner in owners]
     zeros = [[torch.zeros_like(param) for param in params] for _ in range(moments)]
@@ -99,7 +103,9 @@ def _call(
     return Call(owners, params, zeros, steps, lr, wd, alone)
 
 
-def _adam(optimizer: str) -> Callable[[Call, list[Tensor]], None]:
+def _adam(
+    optimizer: str, scaling: dict[str, Tensor]
+) -> Callable[[Call, list[Tensor]], None]:
     kernel = torch._fused_adamw_ if optimizer == "adamw" else torch._fused_adam_
 
     def step(call: Call, grads: list[Tensor]) -> None:
@@ -116,6 +122,7 @@ def _adam(optimizer: str) -> Callable[[Call, list[Tensor]], None]:
             eps=1e-8,
             amsgrad=False,
             maximize=False,
+            **scaling,
         )
 
     return step

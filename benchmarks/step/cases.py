@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import chain
 from math import prod
 
+import torch
+
 Shape = tuple[int, ...]
 Layer = tuple[Shape, ...]
 
@@ -18,9 +20,12 @@ class Case:
     """One row of the benchmark.
 
     ``groups`` are the user's parameter groups, before anybody splits them by decay.
-    ``own_lr`` gives each its own learning rate. ``large`` cases run on a CPU only
-    when they are asked for. ``busy`` ones run on a CPU alone, beside as many busy
-    processes as there are cores, as where data is loaded or another training runs.
+    ``own_lr`` gives each its own learning rate. ``large`` cases, and others that are
+    of interest on a GPU, run on a CPU only when they are asked for. ``busy`` ones run
+    on a CPU alone, beside as many busy processes as there are cores, as where data is
+    loaded or another training runs.
+    ``dtype`` is that of the parameters; with ``tensor_lr`` rates are tensors on the
+    device; ``scaled`` steps are told what a ``GradScaler`` hands over.
     """
 
     name: str
@@ -30,6 +35,9 @@ class Case:
     sharded: bool = False
     large: bool = False
     busy: bool = False
+    dtype: torch.dtype = torch.float32
+    tensor_lr: bool = False
+    scaled: bool = False
 
     @property
     def shapes(self) -> list[Shape]:
@@ -146,6 +154,13 @@ CASES = (
         own_lr=True,
         large=True,
     ),
+    Case(
+        "vit_l_bf16",
+        "ViT-L/16 in bfloat16",
+        (_joined(VIT_L),),
+        large=True,
+        dtype=torch.bfloat16,
+    ),
     Case("decoder", "decoder, 1.2 billion", (decoder(),), large=True),
     Case(
         "tiny_layers",
@@ -153,6 +168,15 @@ CASES = (
         tuple(_pieces(tiny(), LAYERS)),
         own_lr=True,
     ),
+    Case(
+        "tiny_layers_tensors",
+        "1,000 tiny, 26 rates in tensors",
+        tuple(_pieces(tiny(), LAYERS)),
+        own_lr=True,
+        large=True,
+        tensor_lr=True,
+    ),
+    Case("tiny_scaled", "1,000 tiny, GradScaler", (tiny(),), large=True, scaled=True),
     Case("tiny_groups", "1,000 groups, one setting", _singles(tiny())),
     Case(
         "tiny_groups_lr",

@@ -1,4 +1,4 @@
-"""The goals: which ratio must be how small, and whether a saved run shows it."""
+"""The goals of a CPU: which ratio must be how small, and whether a run shows it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Verdict(NamedTuple):
 
 
 BOTH = ("adamw", "sgd")
-CPU_GOALS = (
+GOALS = (
     Goal("tiny", ("adamw",), (BARE,), 1.5),
     Goal("tiny", ("adamw",), (FUSED,), 0.2),
     Goal("tiny", ("sgd",), (BARE,), 2.0),
@@ -60,33 +60,23 @@ CPU_GOALS = (
     Goal("dtensor", BOTH, (PLAIN,), 1.5),
     Goal("dtensor", BOTH, BEST_OF_TORCH, 0.1),
 )
-GPU_GOALS = (
-    Goal("resnet50", ("adamw",), (FUSED,), 0.5),
-    Goal("vit_l_layers", ("adamw",), (FUSED,), 0.5),
-)
-BARE_ON_GPU = 1.05
-COPY_SHARE = 0.85
 BUILD_MS, IMPORT_MS = 20, 30
 EXTRA_SHARE = 0.001  # of the parameters' bytes, where these are many
 
 
 def verdicts(results: Record) -> Iterator[Verdict]:
-    """Hold a saved run against the goals of its device, as far as it was run."""
-    on_cpu = results["run"]["device"] == "cpu"
-    for goal in CPU_GOALS if on_cpu else GPU_GOALS:
+    """Hold a run on a CPU against the goals, as far as it was run."""
+    for goal in GOALS:
         for record in results["cases"]:
             if (record["case"], record["optimizer"]) in _asked(goal):
                 yield from _of_arms(record, goal.others, goal.limit)
-    if on_cpu:
-        for record in results["cases"]:
-            if record["case"] == "small_busy":
-                yield from _of_busy(record)
-        yield from _of_once(results["once"])
-    else:
-        yield from _of_gpu(results)
+    for record in results["cases"]:
+        if record["case"] == "small_busy":
+            yield from _of_busy(record)
+    yield from _of_once(results["once"])
     for record in results["cases"]:
         if record["elements"] > 1_000_000:
-            yield _of_memory(record)
+            yield of_memory(record)
 
 
 def _asked(goal: Goal) -> list[tuple[str, str]]:
@@ -135,19 +125,8 @@ def _of_once(once: Record) -> Iterator[Verdict]:
         yield Verdict(f"{what}: at most {limit} ms", f"{ms:.1f} ms", ms <= limit)
 
 
-def _of_gpu(results: Record) -> Iterator[Verdict]:
-    for record in results["cases"]:
-        yield from _of_arms(record, (BARE,), BARE_ON_GPU)
-        if record["case"] == "decoder" and record["optimizer"] == "adamw":
-            share = copy_share(results, record, OURS)
-            yield Verdict(
-                f"{_title(record)}: at least {COPY_SHARE} of the copy bandwidth",
-                f"{share:.3f}",
-                share >= COPY_SHARE,
-            )
-
-
-def _of_memory(record: Record) -> Verdict:
+def of_memory(record: Record) -> Verdict:
+    """Hold the memory that a step of ours takes against that of the parameters."""
     extra = record["arms"][OURS]["peak_extra_bytes"]
     share = extra / (4 * record["elements"])
     return Verdict(

@@ -57,7 +57,7 @@ def over_bare(record: Record) -> dict[str, Spread]:
     return {
         name: ratio(arms[name]["round_ms"], arms[BARE]["round_ms"])
         for name in LOOKS
-        if name in arms
+        if name in arms and "round_ms" in arms[name]  # its device time was had
     }
 
 

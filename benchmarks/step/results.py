@@ -52,14 +52,13 @@ QUICK = Effort(rounds=4, seconds=0.03, repeats=3, copied=1 << 24)
 
 
 @contextmanager
-def arms_of(
-    case: Case, optimizer: str, device: torch.device, compiled: bool
-) -> Iterator[tuple[Workload, list[Arm]]]:
-    """Make the tensors and arms of a case, and for a sharded one its mesh."""
+def workloads(
+    case: Case, device: torch.device
+) -> Iterator[tuple[Workload, Workload | None]]:
+    """Make the tensors of a case, and for a sharded one its mesh and plain ones."""
     with one_process_mesh(device) if case.sharded else nullcontext() as mesh:
         load = Workload(case, device, mesh)
-        plain = Workload(case, device) if case.sharded else None
-        yield load, make_arms(load, plain, optimizer, compiled)
+        yield load, Workload(case, device) if case.sharded else None
 
 
 def run_case(
@@ -67,7 +66,8 @@ def run_case(
 ) -> dict[str, Any]:
     """Measure one case with one optimizer."""
     clock = clock_for(device)
-    with arms_of(case, optimizer, device, compiled) as (load, arms):
+    with workloads(case, device) as (load, plain):
+        arms = make_arms(load, plain, optimizer, compiled)
         able, errors = warm_up(arms, clock)
         with busy_processes(os.cpu_count() or 1) if case.busy else nullcontext():
             rounds = min(BUSY_ROUNDS, effort.rounds) if case.busy else effort.rounds
@@ -92,8 +92,13 @@ def run_case(
         },
         "errors": errors,
         "first_step_ms": {name: value._asdict() for name, value in first.items()},
-        "step_bytes": 4 * PASSES[optimizer] * case.elements,
+        "step_bytes": step_bytes(case, optimizer),
     }
+
+
+def step_bytes(case: Case, optimizer: str) -> int:
+    """Count the bytes that a fused step reads and writes."""
+    return case.dtype.itemsize * PASSES[optimizer] * case.elements
 
 
 def _extra(arm: Arm, device: torch.device) -> int:
@@ -157,8 +162,11 @@ def default_path(run: dict[str, Any]) -> Path:
 
 
 def save(results: dict[str, Any], path: Path) -> None:
+    """Replace the file at once: whoever is killed meanwhile leaves the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    new = path.with_name(f".{path.name}")
+    new.write_text(json.dumps(results, indent=1) + "\n")
+    new.replace(path)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -42,7 +42,11 @@ def once_lines(results: Record) -> Iterator[str]:
     for name, build in once["build_ms"].items():
         yield f"  build, {name:21s}{_spread(build)} ms"
     yield f"  import after torch          {_spread(once['import_ms'])} ms"
-    yield f"  copy bandwidth {once['copy_gb_per_s']:.1f} GB/s; share of it per step:"
+    yield f"  copy bandwidth {once['copy_gb_per_s']:.1f} GB/s"
+
+
+def share_lines(results: Record) -> Iterator[str]:
+    yield "Share of the copy bandwidth per step"
     for record in results["cases"]:
         shares = [
             f"{arm} {copy_share(results, record, arm):.3f}"

@@ -28,7 +28,8 @@ class Workload:
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(shape: Sequence[int]) -> Tensor:
-            tensor = torch.randn(tuple(shape), device=device, generator=generator)
+            own = {"device": device, "dtype": case.dtype, "generator": generator}
+            tensor = torch.randn(tuple(shape), **own)
             return tensor if mesh is None else _sharded(tensor, mesh)
 
         self.case = case
@@ -43,6 +44,22 @@ class Workload:
         """Give every parameter a gradient tensor that the last step has not seen."""
         for param, grad in zip(self.params, next(self._turns), strict=True):
             param.grad = grad
+
+    def rate(self, group: int, base: float) -> float | Tensor:
+        """Return the learning rate of a group, in a tensor where the case says so."""
+        lr = self.case.lr_of(group, base)
+        where = self.params[0].device
+        return torch.tensor(lr, device=where) if self.case.tensor_lr else lr
+
+    def scaling(self) -> dict[str, Tensor]:
+        """Return what a ``GradScaler`` hands over, if the case has one."""
+        if not self.case.scaled:
+            return {}
+        where = self.params[0].device
+        return {
+            "grad_scale": torch.ones((), device=where),
+            "found_inf": torch.zeros((), device=where),
+        }
 
 
 def _sharded(tensor: Tensor, mesh: Any) -> Tensor:

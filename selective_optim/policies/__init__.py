@@ -2,7 +2,7 @@
 
 A policy maps a :class:`~selective_optim.ParameterInfo` to a :class:`Decay`. Write
 it as a name, a mapping, a callable, or an expression of :func:`exclude`,
-:func:`only`, :func:`scale`, :func:`form` and ``*``.
+:func:`only`, :func:`scale`, :func:`form`, :func:`towards` and ``*``.
 
 How a verdict comes about, in the order of time:
 
@@ -45,6 +45,7 @@ from selective_optim.policies.rules import first_match as first_match
 from selective_optim.policies.rules import form as form
 from selective_optim.policies.rules import only as only
 from selective_optim.policies.rules import scale as scale
+from selective_optim.policies.rules import towards as towards
 from selective_optim.policies.selectors import Selector as Selector
 from selective_optim.policies.selectors import everything as everything
 from selective_optim.policies.selectors import is_bias as is_bias
@@ -82,6 +83,7 @@ __all__ = [
     "only",
     "parse",
     "scale",
+    "towards",
 ]
 
 

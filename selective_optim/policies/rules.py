@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from selective_optim.decay import (
     EXEMPT,
+    FORM_NAMES,
+    FORMS,
     FULL,
     Decay,
     Form,
+    Target,
     Verdict,
     as_decay,
     broken_rule,
     number_text,
+    target_text,
 )
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
@@ -26,7 +30,7 @@ from selective_optim.policies.selectors import Selector, as_selector
 class Rule(Policy):
     """One decay for the parameters that the selectors match, another for the rest."""
 
-    verb: str
+    verb: str  # as it is printed, and before what its selectors match
     selectors: tuple[Selector, ...]
     inside: Decay = FULL
     outside: Decay = FULL
@@ -38,6 +42,8 @@ class Rule(Policy):
             arguments.append(f"by={number_text(self.inside.multiplier)}")
         if self.verb == "form":
             arguments.insert(0, repr(self.inside.form))
+        if self.verb == "towards" and self.inside.target is not None:
+            arguments.insert(0, target_text(self.inside.target))
         if self.missing_ok:
             arguments.append("missing_ok=True")
         return f"{self.verb}({', '.join(arguments)})"
@@ -75,7 +81,8 @@ class FirstMatch(Policy):
 
 
 def _decay_text(decay: Decay) -> str:
-    return repr(decay) if decay.form else number_text(decay.multiplier)
+    plain = decay == Decay(decay.multiplier)
+    return number_text(decay.multiplier) if plain else repr(decay)
 
 
 class AnswerError(Exception):
@@ -161,18 +168,70 @@ def scale(*selectors: object, by: float, missing_ok: bool = False) -> Policy:
 
 
 def form(kind: Form, *selectors: object, missing_ok: bool = False) -> Policy:
-    """Decay the matched parameters, or all, in one form: ``"l2"`` or ``"decoupled"``.
+    """Decay the matched parameters, or all, in one form.
+
+    Per step, for a parameter ``p`` with gradient ``g``, rate ``lr`` and effective
+    decay ``wd``, towards ``t``, which is 0 but for :func:`towards`, and before torch's
+    update, which lowers ``p`` by ``lr * u``::
+
+        "l2"           g += wd * (p - t)         -= where the optimizer maximizes
+        "decoupled"    p -= lr * wd * (p - t)
+        "independent"  p -= lr / lr0 * wd * (p - t)
+        "corrected"    p -= lr ** 2 / lr0 * wd * (p - t)
+        "cautious"     p -= lr * wd * (p - t)    where u * (p - t) >= 0
+
+    ``lr0`` is the rate of the group when it was added, or the ``"initial_lr"`` that it
+    came with. The sign of ``u`` is for Adam and AdamW that of the new first moment;
+    for SGD ``u`` is the gradient, its new momentum buffer, or with ``nesterov`` the
+    sum of both. Where the optimizer maximizes, gradients count negated.
+
+    Args:
+        kind: The form.
+        selectors: As for :func:`exclude`; none is all parameters.
+        missing_ok: As for :func:`exclude`.
 
     Raises:
-        ValueError: ``kind`` is neither.
+        ValueError: ``kind`` is no form.
+
+    Source:
+        "decoupled": Loshchilov and Hutter 2019, Algorithm 2. "corrected": Defazio
+        2025, "Why Gradients Rapidly Increase Near the End of Training", AdamC.
+        "cautious": Chen et al. 2025, "Cautious Weight Decay", Algorithm 1.
     """
-    if kind not in get_args(Form):
+    if kind not in FORMS:
         raise ValueError(
-            f'`form` takes "l2" or "decoupled" first, not {kind!r}. '
+            f"`form` takes one of {FORM_NAMES} first, not {kind!r}. "
             f'Write for example form("l2", "*.weight").'
         )
     chosen = tuple(map(as_selector, selectors))
     return Rule("form", chosen, Decay(1.0, kind), missing_ok=missing_ok)
+
+
+def towards(target: Target, *selectors: object, missing_ok: bool = False) -> Policy:
+    """Decay the matched parameters, or all, towards ``target`` instead of 0.
+
+    Args:
+        target: A finite number, as 1 for the gains of norms; or ``"init"``, what a
+            parameter was when it was decided, which costs one tensor per parameter
+            and is saved in the state dict.
+        selectors: As for :func:`exclude`; none is all parameters.
+        missing_ok: As for :func:`exclude`.
+
+    Raises:
+        TypeError: ``target`` is neither a number nor a text.
+        ValueError: It is infinite, NaN, or another text than ``"init"``.
+
+    Example:
+        >>> from selective_optim.policies import is_norm
+        >>> towards(1, is_norm)
+        towards(1, is_norm)
+
+    Source:
+        Li, Grandvalet and Davoine 2018, "Explicit Inductive Bias for Transfer Learning
+        with Convolutional Networks", L2-SP, Eq. 2, for ``"init"``.
+    """
+    chosen = tuple(map(as_selector, selectors))
+    return Rule("towards", chosen, Decay(1.0, target=target), missing_ok=missing_ok)
 
 
 def first_match(cases: Mapping[Any, Any], *, missing_ok: bool = False) -> Policy:

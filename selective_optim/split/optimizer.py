@@ -49,21 +49,28 @@ class Arrivals(PolicyOptimizer):
         params: As for the optimizer's class.
         decider: Decides for them.
         keys: What the class reads in a group.
+        lr: The rate of groups that bring none, if the class has rates.
     """
 
-    def __init__(self, params: Any, decider: Decider, keys: Iterable[str]) -> None:
+    def __init__(
+        self, params: Any, decider: Decider, keys: Iterable[str], lr: Any
+    ) -> None:
         self._decider = decider
         self._keys = tuple(keys)
-        # With it torch leaves it to the class to refuse tensors that are no leaves.
-        super().__init__(decider.begin(params), {"differentiable": True})
+        # Differentiable: torch leaves it to the class to refuse tensors that are no
+        # leaves.
+        defaults = {"differentiable": True, "lr": lr}
+        super().__init__(decider.begin(params), defaults)
         decider.decide_pending()
 
     @classmethod
-    def after(cls, groups: Sequence[Group], decider: Decider, keys: Any) -> Arrivals:
+    def after(
+        cls, groups: Sequence[Group], decider: Decider, keys: Any, lr: Any
+    ) -> Arrivals:
         """Begin where groups have been decided for already."""
         arrivals = cls.__new__(cls)
         arrivals._decider, arrivals._keys = decider, tuple(keys)
-        arrivals.defaults = {"differentiable": True}
+        arrivals.defaults = {"differentiable": True, "lr": lr}
         arrivals.param_groups = list(groups)
         return arrivals
 
@@ -71,10 +78,11 @@ class Arrivals(PolicyOptimizer):
         return self._keys
 
     def add_param_group(self, param_group: Group) -> None:
-        given = isinstance(param_group, dict) and "differentiable" in param_group
+        given = set(param_group) if isinstance(param_group, dict) else ()
         super().add_param_group(param_group)
-        if not given:
-            del self.param_groups[-1]["differentiable"]
+        for key in self.defaults:
+            if key not in given:
+                del self.param_groups[-1][key]
 
 
 class SplitOptimizer(PolicyOptimizer):
@@ -101,8 +109,11 @@ class SplitOptimizer(PolicyOptimizer):
         **kwargs: Any,
     ) -> None:
         self._decider = Decider(*given(model, wd_policy))
-        keys = inspect.signature(type(self)).parameters
-        groups = Arrivals(params, self._decider, keys).param_groups
+        signature = inspect.signature(type(self))
+        bound = signature.bind_partial(params, *args, **kwargs)
+        bound.apply_defaults()
+        lr, keys = bound.arguments.get("lr"), signature.parameters
+        groups = Arrivals(params, self._decider, keys, lr).param_groups
         decided = self._decider.decisions(groups, {})
         self._splits = list(map(split_group, groups, decided))
         self._inside = True
@@ -133,7 +144,10 @@ class SplitOptimizer(PolicyOptimizer):
             super(PolicyOptimizer, self).add_param_group(param_group)
             return
         self._drop_removed()
-        arrivals = Arrivals.after(self.param_groups, self._decider, self._group_keys())
+        arrivals = Arrivals.after(
+            *(self.param_groups, self._decider, self._group_keys()),
+            self.defaults.get("lr"),
+        )
         arrivals.add_param_group(param_group)
         groups = arrivals.param_groups
         decided = self._decider.decisions(groups, self.defaults)
@@ -325,8 +339,9 @@ class SplitOptimizer(PolicyOptimizer):
         decided = self._decider.readable(self.param_groups, self.defaults)
         decays = [group["weight_decay"] for group in self.param_groups]
         require_groups_like(self.param_groups, decided, state_dict)
-        self._load_parts(state_dict, *args, **kwargs)
         saved = state_dict.get(RECORD)
+        self._resume(saved)
+        self._load_parts(state_dict, *args, **kwargs)
         now = record_of(self._default_form, self.param_groups, decided)
         warn_of_changes(decided, decays, self.param_groups, saved, now)
         for hook in after:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from selective_optim._state_dict import MEMBERS, PARTS
-from selective_optim.decay import FULL, Decay, Decision
+from selective_optim.decay import FORMS, FULLY, Decision, Terms
 
 Group = dict[str, Any]
 WD = "weight_decay"
@@ -37,14 +37,14 @@ PLAIN = (int, float, bool, str)
 _ABSENT = object()
 
 
-def wd_of(group: Group, decay: Decay) -> Any:
-    """Compute the decay of a part: a number that the class takes as its own.
-
-    A form that is nothing but another number belongs here.
-    """
-    if decay.multiplier == 1:
-        return group[WD]
-    return group[WD] * decay.multiplier if decay.multiplier else 0.0
+def wd_of(group: Group, terms: Terms) -> Any:
+    """Compute the decay of a part: a number that the class takes as its own."""
+    decay, lr0 = terms
+    wd = decay.of(group[WD])
+    if decay.form is None or lr0 is None:
+        return wd
+    # A number also where the rate is a tensor: classes take no other.
+    return FORMS[decay.form].strength(wd, float(group["lr"]), lr0)
 
 
 def flag_of(group: Group) -> str | None:
@@ -52,11 +52,12 @@ def flag_of(group: Group) -> str | None:
     return next((key for key in FLAGS if key in group), None)
 
 
-def computed(group: Group, decay: Decay, key: str) -> Any:
+def computed(group: Group, terms: Terms, key: str) -> Any:
     """Compute what a part has under one of the keys in ``COMPUTED``."""
     if key == WD:
-        return wd_of(group, decay)
-    return group[key] if decay.form is None else decay.form == "decoupled"
+        return wd_of(group, terms)
+    form = terms.decay.form
+    return group[key] if form is None else FORMS[form].applied == "decoupled"
 
 
 def same(a: object, b: object) -> bool:
@@ -86,12 +87,12 @@ class Part:
     """Parameters of one group with one decay, and the group that the class sees.
 
     Args:
-        decay: What was decided for them.
+        terms: What was decided for them.
         group: What the class sees and writes to.
         held: The parameters and their names.
     """
 
-    decay: Decay
+    terms: Terms
     group: Group
     held: Group
 
@@ -137,13 +138,16 @@ class Split:
                 tensor is one that each part keeps for itself.
         """
         group, shown = self.group, self.shown
+        moved = self._follows_rate and group.get("lr") is not shown.get("lr")
         for key, value in group.items():
+            same_as_shown = value is shown.get(key, _ABSENT)
+            followed = moved and key == WD
             # A tensor that is the same object may have been written to.
-            if value is shown.get(key, _ABSENT) and not isinstance(value, Tensor):
+            if same_as_shown and not followed and not isinstance(value, Tensor):
                 continue
             if key in COMPUTED:
                 for part in self.parts:
-                    part.group[key] = computed(group, part.decay, key)
+                    part.group[key] = computed(group, part.terms, key)
             elif key not in MEMBERS and not same(value, shown.get(key, _ABSENT)):
                 self._require_common(key)
                 for part in self.parts:
@@ -152,6 +156,11 @@ class Split:
             for part in self.parts:
                 part.group.pop(key, None)
         self.shown = dict(group)
+
+    @property
+    def _follows_rate(self) -> bool:
+        """Whether the decay of a part is computed with the rate of the group."""
+        return any(part.terms.lr0 is not None for part in self.parts)
 
     def _require_common(self, key: str) -> None:
         """Check that a value is not one that the class sets for each part apart.
@@ -218,13 +227,13 @@ def members(group: Group, chosen: Sequence[int]) -> Group:
     return {key: [group[key][i] for i in chosen] for key in MEMBERS if key in group}
 
 
-def by_decay(decisions: Sequence[Decision]) -> dict[Decay, list[int]]:
-    """List the positions of a group by decay, in the order of first appearance."""
-    found: dict[Decay, list[int]] = {}
+def by_terms(decisions: Sequence[Decision]) -> dict[Terms, list[int]]:
+    """List the positions of a group by terms, in the order of first appearance."""
+    found: dict[Terms, list[int]] = {}
     for position, decision in enumerate(decisions):
-        found.setdefault(decision.decay, []).append(position)
+        found.setdefault(decision.terms, []).append(position)
     # An empty group still needs a part: torch's classes iterate over groups.
-    return found or {FULL: []}
+    return found or {FULLY: []}
 
 
 def split_group(group: Group, decisions: Sequence[Decision]) -> Split:
@@ -232,8 +241,8 @@ def split_group(group: Group, decisions: Sequence[Decision]) -> Split:
     return Split(
         group,
         [
-            Part(decay, {**group, **held}, held)
-            for decay, chosen in by_decay(decisions).items()
+            Part(terms, {**group, **held}, held)
+            for terms, chosen in by_terms(decisions).items()
             for held in [members(group, chosen)]
         ],
     )
@@ -256,20 +265,20 @@ def split_again(
     mine = [split for split in before if split.group is group]
     shown = mine[0].shown if mine else None
     parts = []
-    for decay, chosen in by_decay(decisions).items():
+    for terms, chosen in by_terms(decisions).items():
         held = members(group, chosen)
         known = _holders(held["params"], mine or before)
-        going_on = [p for split in mine for p in split.parts if p.decay == decay]
+        going_on = [p for split in mine for p in split.parts if p.terms == terms]
         _require_agreement([*going_on, *(part for _, part in known)], decisions)
         if known and shown is None:
             shown = known[0][0].shown
         if going_on:
-            parts.append(Part(decay, going_on[0].group, held))
+            parts.append(Part(terms, going_on[0].group, held))
         else:
             # A counter that the class keeps in a group goes where its parameters go.
             own = known[0][1].own if known else without_apart(group)
             taken = {k: v if k in keys else apart(v) for k, v in own.items()}
-            parts.append(Part(decay, taken, held))
+            parts.append(Part(terms, taken, held))
     return Split(group, parts, without_computed(shown or {}))
 
 
@@ -352,7 +361,7 @@ def _positions(split: Split, part: Part) -> list[int]:
 
 def _own(group: Group, part: Part) -> Group:
     own = {k: v for k, v in part.own.items() if not same(v, group.get(k, _own))}
-    if not same(part.group[WD], wd_of(group, part.decay)):
+    if not same(part.group[WD], wd_of(group, part.terms)):
         own[WD] = part.group[WD]  # the class writes it itself
     return own
 
@@ -390,7 +399,7 @@ def _part_dict(
     held = {key: [saved[key][i] for i in positions] for key in MEMBERS if key in saved}
     own = {**without_apart(saved), **_saved_own(saved, positions, record)}
     values = {key: v if key in keys else apart(v) for key, v in own.items()}
-    numbers = {k: computed(saved, part.decay, k) for k in COMPUTED if k in saved}
+    numbers = {k: computed(saved, part.terms, k) for k in COMPUTED if k in saved}
     return {**numbers, **values, **held}
 
 

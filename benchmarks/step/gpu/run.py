@@ -1,0 +1,163 @@
+"""A case on a GPU: its arms, some replayed from a CUDA graph, and what is saved."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from benchmarks.step.arms import (
+    DEFAULT,
+    FUSED,
+    OURS,
+    Arm,
+    build_ours,
+    build_torch,
+    make_arms,
+)
+from benchmarks.step.cases import Case
+from benchmarks.step.gpu.clock import Times, measure
+from benchmarks.step.gpu.device import Device, device_for
+from benchmarks.step.measure import clock_for, spread, warm_up
+from benchmarks.step.once import first_steps
+from benchmarks.step.results import Effort, step_bytes, workloads
+from benchmarks.step.workload import Workload
+from selective_optim.step.many_rates import SWITCH, switched_on
+
+FUSED_GRAPH, OURS_GRAPH = f"{FUSED}, graph", f"{OURS}, graph"
+ONE_LAUNCH = f"{OURS}, Triton"
+# What is measured on a GPU where nobody chooses.
+CASES = (
+    *("tiny", "tiny_scaled", "tiny_layers", "tiny_layers_tensors"),
+    *("tiny_groups", "tiny_groups_lr", "dtensor"),
+    *("resnet50", "vit_l", "vit_l_bf16", "vit_l_layers", "decoder"),
+)
+
+
+def run_case(
+    case: Case,
+    optimizer: str,
+    device: torch.device,
+    effort: Effort,
+    compiled: bool,
+    limit: float,
+) -> dict[str, Any]:
+    """Measure one case with one optimizer, for about ``limit`` seconds."""
+    began = time.monotonic()
+    gpu, clock = device_for(device), clock_for(device)
+    with workloads(case, device) as (load, plain):
+        arms = make_arms(load, plain, optimizer, compiled)
+        arms += _one_launch(load, optimizer)
+        able, errors = warm_up([arm for arm in arms if _makes_sense(arm, case)], clock)
+        for name, build in _graphs_of(case).items():
+            try:
+                able.append(_replaying(name, build(load, optimizer), load, gpu))
+            except Exception as error:  # of a capture; the other arms can still run
+                errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        left = limit - (time.monotonic() - began)
+        times = measure(gpu, able, effort.rounds, left)
+        extra = {arm.name: _extra(gpu, arm) for arm in able}
+        first = first_steps(load, optimizer, clock, max(2, effort.repeats // 4))
+    moved = step_bytes(case, optimizer)
+    return {
+        "case": case.name,
+        "optimizer": optimizer,
+        "tensors": len(case.shapes),
+        "elements": case.elements,
+        "groups": len(case.groups),
+        "arms": {n: _arm_record(t, moved, extra[n]) for n, t in times.items()},
+        "errors": errors,
+        "first_step_ms": {name: value._asdict() for name, value in first.items()},
+        "step_bytes": moved,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def _makes_sense(arm: Arm, case: Case) -> bool:
+    """Leave out torch's default under a scaler: it waits for the host to look."""
+    return not (case.scaled and arm.name == DEFAULT)
+
+
+def _build_fused(load: Workload, optimizer: str) -> Any:
+    return build_torch(load, optimizer, fused=True, **_capturable(optimizer))
+
+
+def _build_ours(load: Workload, optimizer: str) -> Any:
+    return build_ours(load, optimizer, **_capturable(optimizer))
+
+
+def _capturable(optimizer: str) -> dict[str, bool]:
+    return {} if optimizer == "sgd" else {"capturable": True}
+
+
+_GRAPHS = {FUSED_GRAPH: _build_fused, OURS_GRAPH: _build_ours}
+
+
+# Elements of parameters beside whose gradients the moments of six optimizers fit.
+MOST_FOR_GRAPHS = 1_000_000_000
+
+
+def _graphs_of(case: Case) -> dict[str, Callable[[Workload, str], Any]]:
+    fits = case.elements < MOST_FOR_GRAPHS
+    return _GRAPHS if fits and not case.sharded else {}
+
+
+def _replaying(name: str, optimizer: Any, load: Workload, gpu: Device) -> Arm:
+    load.refresh()  # the graph reads these gradients, whose memory all others view
+    return Arm(name, gpu.captured(optimizer.step), lambda: None)
+
+
+def _one_launch(load: Workload, optimizer: str) -> list[Arm]:
+    """Make the arm of the kernel that reads rates per tensor, where it can help."""
+    with asked_for():
+        if len(load.groups) == 1 or optimizer != "adamw" or not switched_on():
+            return []
+    step = build_ours(load, optimizer).step
+
+    def asking() -> None:
+        with asked_for():
+            step()
+
+    return [Arm(ONE_LAUNCH, asking, load.refresh)]
+
+
+@contextmanager
+def asked_for() -> Iterator[None]:
+    """Set the switch for a while; a step reads it where it puts its calls together."""
+    os.environ[SWITCH] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[SWITCH]
+
+
+def _extra(gpu: Device, arm: Arm) -> int:
+    arm.prepare()
+    return gpu.extra_bytes(arm.step)
+
+
+def _arm_record(times: Times, moved: int, extra: int) -> dict[str, Any]:
+    """Sum up an arm; ``ms`` is the device's time, where it could be had."""
+    record: dict[str, Any] = {
+        "launches": times.launches,
+        "host_ms": spread(times.host)._asdict(),
+        "round_host_ms": _rounded(times.host),
+        "idle_ms": spread(times.idle)._asdict(),
+        "peak_extra_bytes": extra,
+    }
+    if len(times.device) == len(times.host):  # no round without
+        ms = spread(times.device)
+        record |= {
+            "ms": ms._asdict(),
+            "round_ms": _rounded(times.device),
+            "gb_per_s": moved / ms.median / 1e6,
+        }
+    return record
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [round(value, 5) for value in values]

@@ -1,0 +1,59 @@
+"""A run on a GPU as text: a table per case, and the goals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.step.cases import case_named
+from benchmarks.step.gpu.goals import verdicts
+
+Record = dict[str, Any]
+NONE = "-"
+HEAD = f"{'':20s}{'device ms':>27s}{'host ms':>10s}{'idle ms':>10s}{'launches':>9s}"
+
+
+def case_lines(record: Record, copy_gb_per_s: float | None = None) -> Iterator[str]:
+    """Show the arms of a case in their order."""
+    yield f"{case_named(record['case']).title}, {record['optimizer']}: " + (
+        f"{record['tensors']} tensors, {record['elements']:,} elements, "
+        f"{record['groups']} groups, {record['seconds']:.0f} s"
+    )
+    yield f"  {HEAD}{'GB/s':>8s}{'of copy':>8s}{'MB more':>9s}"
+    for name, arm in record["arms"].items():
+        yield f"  {name:20s}" + _arm_line(arm, copy_gb_per_s)
+    for name, error in record["errors"].items():
+        yield f"  {name:20s} cannot: {error[:100]}"
+    for name, first in record["first_step_ms"].items():
+        yield f"  first step, {name:8s}{_spread(first):>27s}"
+
+
+def _spread(value: Record | None) -> str:
+    if value is None:
+        return NONE
+    return f"{value['median']:.4f} ({value['p10']:.4f} to {value['p90']:.4f})"
+
+
+def _arm_line(arm: Record, copy_gb_per_s: float | None) -> str:
+    rate = arm.get("gb_per_s")
+    share = rate / copy_gb_per_s if rate and copy_gb_per_s else None
+    return (
+        f"{_spread(arm.get('ms')):>27s}"
+        f"{arm['host_ms']['median']:10.4f}{arm['idle_ms']['median']:10.4f}"
+        f"{arm['launches'] or NONE:>9}"
+        f"{NONE if rate is None else f'{rate:.0f}':>8s}"
+        f"{NONE if share is None else f'{share:.3f}':>8s}"
+        f"{arm['peak_extra_bytes'] / 1e6:9.2f}"
+    )
+
+
+def training_lines(record: Record) -> Iterator[str]:
+    yield f"Training {record['case']}, {record['optimizer']}: batch {record['batch']}"
+    for name, arm in record["arms"].items():
+        yield f"  {name:20s}{_spread(arm['ms']):>27s} ms a step"
+
+
+def goal_lines(results: Record) -> Iterator[str]:
+    yield "Goals"
+    for goal, measured, met in verdicts(results):
+        yield f"  {'met    ' if met else 'NOT MET'}  {goal:74s} {measured}"

@@ -1,0 +1,252 @@
+"""Any settings of AdamW in four launches: a Triton kernel reads them per tensor.
+
+torch's fused kernel takes one rate and one decay, so that 26 layer rates cost 52
+launches and 1,000 rates 1,000. Here each tensor has its own column in a table on the
+device: counters advance, are gathered, raise the betas to their power, and all is
+stepped. Off unless ``SELECTIVE_OPTIM_TRITON=1`` is set before the first step, as it
+has not been measured; what it does not take goes to torch's kernel as before.
+
+The order of operations is that of torch's kernel in float32, read from its machine
+code for sm_90 (2.11 and 2.15, the same): where the compiler contracted a product and
+a sum there, the product is not rounded here, either. Not so for L2 decay: of four
+neighbors it contracts three, so Adam's calls are left to torch. The powers are
+torch's, too: Triton's are rounded otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selective_optim import _torch
+from selective_optim.step.kernel import Call
+
+SWITCH = "SELECTIVE_OPTIM_TRITON"
+DEVICES = {"cuda"}
+FEWEST = 8  # calls that are worth a table
+SIZE = 1024  # elements that one program steps
+ALIGNED = 16  # bytes, for wide loads
+# Places of the lists in a call of torch's kernel.
+PARAMS, EXP_AVG, EXP_AVG_SQ, GRADS, STEPS = 0, 2, 3, 1, 5
+STATE = PARAMS, EXP_AVG, EXP_AVG_SQ
+WALKED = *STATE, GRADS  # as the rows of the table
+
+tl: Any = None  # Triton's language, once `kernels` has imported it
+
+
+def gather(
+    pointers: tl.tensor, values: tl.tensor, count: tl.tensor, size: tl.constexpr
+) -> None:
+    """Read one number from each address; runs on the device."""
+    places = tl.program_id(0) * size + tl.arange(0, size)
+    mask = places < count
+    addresses = tl.load(pointers + places, mask=mask, other=0)
+    value = tl.load(addresses.to(tl.pointer_type(tl.float32)), mask=mask)
+    tl.store(values + places, value, mask=mask)
+
+
+def adamw(
+    pointers: tl.tensor,  # rows of `count`: parameters, both moments, gradients
+    numbers: tl.tensor,  # rows of `count`: lr, weight_decay, beta1, beta2, eps
+    powers: tl.tensor,  # rows of `count`: of beta1 and of beta2
+    chunks: tl.tensor,  # three columns: tensor, its chunk, elements left in the tensor
+    count: tl.tensor,
+    maximize: tl.constexpr,
+    aligned: tl.constexpr,
+    size: tl.constexpr,
+) -> None:
+    """Step a chunk of one tensor; runs on the device.
+
+    Per element, ``fma`` rounding once::
+
+        param = fma(param, -(lr * weight_decay), param)
+        exp_avg = fma(exp_avg, beta1, fma(grad, -beta1, grad))
+        exp_avg_sq = fma(exp_avg_sq, beta2, fma(grad * grad, -beta2, grad * grad))
+        denom = sqrt(exp_avg_sq) / sqrt(1 - beta2 ** step) + eps
+        param = param - exp_avg * (lr / (1 - beta1 ** step)) / denom
+    """
+    row = chunks + 3 * tl.program_id(0)
+    tensor, chunk, left = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    if aligned:
+        left = tl.multiple_of(left, 4)
+    offsets = chunk * size + tl.arange(0, size)
+    mask = tl.arange(0, size) < left
+    param_at = tl.load(pointers + tensor).to(tl.pointer_type(tl.float32))
+    exp_avg_at = tl.load(pointers + count + tensor).to(tl.pointer_type(tl.float32))
+    exp_avg_sq_at = tl.load(pointers + 2 * count + tensor)
+    exp_avg_sq_at = exp_avg_sq_at.to(tl.pointer_type(tl.float32))
+    grad_at = tl.load(pointers + 3 * count + tensor).to(tl.pointer_type(tl.float32))
+    if aligned:
+        param_at = tl.multiple_of(param_at, 16)
+        exp_avg_at = tl.multiple_of(exp_avg_at, 16)
+        exp_avg_sq_at = tl.multiple_of(exp_avg_sq_at, 16)
+        grad_at = tl.multiple_of(grad_at, 16)
+    params, grads = param_at + offsets, grad_at + offsets
+    exp_avgs, exp_avg_sqs = exp_avg_at + offsets, exp_avg_sq_at + offsets
+
+    lr, wd = tl.load(numbers + tensor), tl.load(numbers + count + tensor)
+    beta1 = tl.load(numbers + 2 * count + tensor)
+    beta2 = tl.load(numbers + 3 * count + tensor)
+    eps = tl.load(numbers + 4 * count + tensor)
+    step_size = tl.div_rn(lr, 1.0 - tl.load(powers + tensor))
+    correction = tl.sqrt_rn(1.0 - tl.load(powers + count + tensor))
+
+    param = tl.load(params, mask=mask, other=0.0)
+    grad = tl.load(grads, mask=mask, other=0.0)
+    exp_avg = tl.load(exp_avgs, mask=mask, other=0.0)
+    exp_avg_sq = tl.load(exp_avg_sqs, mask=mask, other=0.0)
+    if maximize:
+        grad = -grad
+    # Not where there is no decay: infinity times zero is no number.
+    param = tl.where(wd != 0, tl.fma(param, -(lr * wd), param), param)
+    square = grad * grad
+    exp_avg = tl.fma(exp_avg, beta1, tl.fma(grad, -beta1, grad))
+    exp_avg_sq = tl.fma(exp_avg_sq, beta2, tl.fma(square, -beta2, square))
+    denom = tl.div_rn(tl.sqrt_rn(exp_avg_sq), correction) + eps
+    param -= tl.div_rn(exp_avg * step_size, denom)
+    tl.store(params, param, mask=mask)
+    tl.store(exp_avgs, exp_avg, mask=mask)
+    tl.store(exp_avg_sqs, exp_avg_sq, mask=mask)
+
+
+def switched_on() -> bool:
+    """Tell whether the user asked for this kernel and can have it."""
+    asked = os.environ.get(SWITCH) == "1"
+    return asked and _torch.FUSED_IN_FLOAT32 and find_spec("triton") is not None
+
+
+@cache
+def kernels() -> tuple[Any, Any]:
+    """Have Triton compile them, which it does when they are first called."""
+    global tl  # which their source names
+    tl = import_module("triton.language")
+    jit = import_module("triton").jit
+    return jit(gather), jit(adamw)
+
+
+class OneLaunch:
+    """Some calls of torch's fused AdamW kernel, made as one.
+
+    Args:
+        calls: Bound to lists of tensors, of which the gradients are filled anew at
+            every step.
+    """
+
+    def __init__(self, calls: Sequence[partial[Any]]) -> None:
+        self._calls = calls
+        self._place = calls[0].args[0][0].device
+        self._maximize = calls[0].keywords["maximize"]
+        self._pointers: list[int] = []
+        sizes = [param.numel() for param in self._all(PARAMS)]
+        self._even = all(size % 4 == 0 for size in sizes)
+        chunks = [
+            (tensor, chunk, size - chunk * SIZE)
+            for tensor, size in enumerate(sizes)
+            for chunk in range(-(-size // SIZE))
+        ]
+        self._count, self._grid = len(sizes), (len(chunks),)
+        self._chunks = self._on_device(chunks, torch.int64)
+        numbers = [
+            [call.keywords[name] for call in calls for _ in call.args[PARAMS]]
+            for name in ("lr", "weight_decay", "beta1", "beta2", "eps")
+        ]
+        self._numbers = self._on_device(numbers, torch.float32)
+
+    def _all(self, which: int) -> list[Tensor]:
+        return [tensor for call in self._calls for tensor in call.args[which]]
+
+    def _on_device(self, values: list[Any], dtype: torch.dtype) -> Tensor:
+        """Copy without waiting, from memory that is not given out again before."""
+        made = torch.tensor(values, dtype=dtype)
+        if self._place.type == "cpu":
+            return made
+        return made.pin_memory().to(self._place, non_blocking=True)
+
+    def _point(self) -> None:
+        """Make the table of addresses, unless all tensors lie where they lay."""
+        lists = map(self._all, (*WALKED, STEPS))
+        pointers = [tensor.data_ptr() for each in lists for tensor in each]
+        if pointers != self._pointers:
+            self._pointers = pointers
+            self._table = self._on_device(pointers, torch.int64)
+            walked = pointers[: -self._count]
+            apart = any(pointer % ALIGNED for pointer in walked)
+            self._aligned = self._even and not apart
+
+    def __call__(self) -> None:
+        if _torch.is_capturing(self._place):
+            for call in self._calls:  # a graph would read a table that changes
+                call()
+        elif self._grid[0]:
+            self._point()
+            on_cuda = self._place.type == "cuda"
+            with torch.cuda.device(self._place) if on_cuda else nullcontext():
+                self._launch()
+
+    def _launch(self) -> None:
+        collect, step = kernels()
+        count = self._count
+        counters = torch.empty(count, dtype=torch.float32, device=self._place)
+        programs = (-(-count // SIZE),)
+        collect[programs](self._table[-count:], counters, count, size=SIZE)
+        step[self._grid](
+            *(self._table, self._numbers, torch.pow(self._numbers[2:4], counters)),
+            *(self._chunks, count),
+            maximize=self._maximize,
+            aligned=self._aligned,
+            size=SIZE,
+            enable_fp_fusion=False,  # where it rounds is written out
+        )
+
+
+def _kind(call: Call) -> tuple[Any, ...] | None:
+    """Return what calls must share to become one, or ``None``: not this call."""
+    if not (isinstance(call, partial) and call.func is _torch.fused_adamw_):
+        return None
+    own, params = call.keywords, call.args[0]
+    numbers = (own["lr"], own["weight_decay"], own["beta1"], own["beta2"], own["eps"])
+    plain = (
+        all(isinstance(number, (int, float)) for number in numbers)
+        and not own["amsgrad"]
+        and own["found_inf"] is own["grad_scale"] is None
+        and params[0].device.type in DEVICES
+        and all(t.dtype == torch.float32 for i in STATE for t in call.args[i])
+    )
+    return (params[0].device, own["maximize"]) if plain else None
+
+
+def join(
+    calls: Sequence[Call],
+    ends: Sequence[int],
+    one: Callable[[Sequence[Any]], Call] = OneLaunch,
+) -> tuple[list[Call], list[int]]:
+    """Make one call of calls in a row, where these are many.
+
+    Args:
+        calls: Of one step.
+        ends: How many of them have run when a bucket is done, bucket by bucket.
+        one: Makes the one call.
+
+    Returns:
+        The calls, and their ends.
+    """
+    joined: list[Call] = []
+    now = [0]  # how many of the joined calls have run, by how many of the others
+    for kind, run in groupby(calls, _kind):
+        mine = list(run)
+        if kind is None or len(mine) < FEWEST:
+            joined += mine
+            now += range(now[-1] + 1, now[-1] + 1 + len(mine))
+        else:
+            joined.append(one(mine))
+            now += [now[-1] + 1] * len(mine)
+    return joined, [now[end] for end in ends]

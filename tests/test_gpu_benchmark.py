@@ -1,0 +1,354 @@
+"""The benchmark of a GPU, rehearsed where there is none."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.step import __main__ as command
+from benchmarks.step import on_gpu
+from benchmarks.step.arms import BARE, DEFAULT, FUSED, OURS, Arm
+from benchmarks.step.cases import CASES, Case
+from benchmarks.step.gpu import clock, goals, training
+from benchmarks.step.gpu import device as gpu_device
+from benchmarks.step.gpu.device import Cuda, StandIn
+from benchmarks.step.gpu.run import CASES as CHOSEN
+from benchmarks.step.gpu.run import FUSED_GRAPH, OURS_GRAPH, run_case
+from benchmarks.step.gpu.tables import case_lines, goal_lines, training_lines
+from benchmarks.step.measure import spread
+from benchmarks.step.results import QUICK, load, save
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+EFFORT = QUICK._replace(rounds=2, seconds=0.0, repeats=2, copied=1 << 10)
+SMALL = ((4, 4), (4,), (3, 2), (5,))
+
+
+class Simulated:
+    """A host and a device, each with a clock of its own, in milliseconds."""
+
+    def __init__(self, launches=10, depth=1000):
+        self.now, self.free_at = 0.0, 0.0
+        self.launches_of_a_step, self.depth, self.waiting = launches, depth, []
+
+    def event(self):
+        return SimulatedEvent(self)
+
+    def synchronize(self):
+        self.now = max(self.now, self.free_at)
+
+    def nap(self, ms):
+        self.run(ms)
+
+    def run(self, ms):
+        self.free_at = max(self.free_at, self.now) + ms
+
+    def launches(self, step):
+        step()
+        return self.launches_of_a_step
+
+    def perf_counter(self):
+        return self.now / 1e3
+
+    def step(self, host, device, waits=False):
+        def step():
+            self.waiting = [end for end in self.waiting if end > self.now]
+            for _ in range(self.launches_of_a_step):
+                if len(self.waiting) >= self.depth:
+                    self.now = max(self.now, self.waiting.pop(0))
+                self.now += host / self.launches_of_a_step
+                self.run(device / self.launches_of_a_step)
+                self.waiting.append(self.free_at)
+            if waits:
+                self.synchronize()
+
+        return Arm("arm", step, lambda: None)
+
+
+class SimulatedEvent:
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self):
+        self.time = max(self.gpu.now, self.gpu.free_at)
+
+    def query(self):
+        return self.gpu.now >= self.time
+
+    def elapsed_time(self, end):
+        return end.time - self.time
+
+
+def measured(monkeypatch, gpu, arm):
+    monkeypatch.setattr(clock.time, "perf_counter", gpu.perf_counter)
+    return clock.measure(gpu, [arm], rounds=3, limit=60)["arm"]
+
+
+@pytest.mark.parametrize(("host", "device"), [(2.0, 0.1), (0.1, 2.0), (30.0, 0.5)])
+def test_host_and_device_are_timed_apart(monkeypatch, host, device):
+    gpu = Simulated()
+    times = measured(monkeypatch, gpu, gpu.step(host, device))
+    assert times.host == pytest.approx([host] * 3)
+    assert times.device == pytest.approx([device] * 3)
+    assert all(max(host, device) <= ms <= host + device + 1e-9 for ms in times.idle)
+
+
+@pytest.mark.parametrize("depth", [40, 250, 1000])
+def test_no_more_is_launched_during_a_nap_than_the_queue_holds(monkeypatch, depth):
+    gpu = Simulated(launches=30, depth=depth)
+    times = measured(monkeypatch, gpu, gpu.step(0.5, 0.1))
+    assert times.device == pytest.approx([0.1] * 3)
+    assert times.steps * 30 <= depth
+
+
+@pytest.mark.parametrize(
+    ("launches", "waits"), [(2002, False), (10, True)], ids=["many", "waits"]
+)
+def test_step_that_cannot_be_launched_ahead_has_host_times_alone(
+    monkeypatch, launches, waits
+):
+    gpu = Simulated(launches=launches)
+    times = measured(monkeypatch, gpu, gpu.step(20.0, 1.0, waits))
+    assert times.device == []
+    assert times.host == pytest.approx([20.0] * 3, rel=0.1)
+
+
+def test_measuring_ends_at_its_limit():
+    arms = [Arm("arm", lambda: None, lambda: None)]
+    times = clock.measure(StandIn(), arms, rounds=10**9, limit=0.05)
+    assert 1 <= len(times["arm"].idle) < 10**6
+
+
+REHEARSED = [
+    Case("tiny", "", (SMALL,)),
+    Case("tiny_layers", "", (SMALL[:2], SMALL[2:]), own_lr=True),
+    Case("tiny_layers_tensors", "", (SMALL[:2],) * 2, own_lr=True, tensor_lr=True),
+    Case("tiny_scaled", "", (SMALL,), scaled=True),
+    Case("vit_l_bf16", "", (SMALL,), dtype=torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("case", REHEARSED, ids=lambda case: case.name)
+def test_every_kind_of_case_is_rehearsed(case, optimizer):
+    record = run_case(case, optimizer, CPU, EFFORT, compiled=False, limit=5.0)
+    wanted = {BARE, FUSED, OURS, FUSED_GRAPH, OURS_GRAPH}
+    assert wanted <= set(record["arms"])
+    assert (DEFAULT in record["arms"]) is not case.scaled
+    assert all(arm["ms"]["median"] > 0 for arm in record["arms"].values())
+    assert FUSED in "\n".join(case_lines(record, 10.0))
+
+
+def test_chosen_cases_are_cases():
+    assert set(CHOSEN) <= {case.name for case in CASES}
+    assert {goal.case for goal in goals.GOALS} <= set(CHOSEN)
+
+
+def arm(device, host=1.0):
+    times = {"round_host_ms": [host], "host_ms": spread([host])._asdict()}
+    return {"round_ms": [device], "peak_extra_bytes": 0, **times}
+
+
+JUDGED = [
+    # case, optimizer, ours, torch's; verdicts
+    ("tiny", "sgd", arm(1.02), arm(1.0), [True]),
+    ("tiny", "sgd", arm(1.03), arm(1.0), [False]),
+    ("tiny_layers", "adamw", arm(0.7, 0.3), arm(1.0), [True, True, True]),
+    ("tiny_layers", "adamw", arm(0.8, 0.31), arm(1.0), [True, False, False]),
+    ("tiny_layers", "sgd", arm(1.0, 0.29), arm(1.0), [True, True]),
+]
+
+
+@pytest.mark.parametrize(("case", "optimizer", "mine", "theirs", "expected"), JUDGED)
+def test_goals_say_what_is_met(case, optimizer, mine, theirs, expected):
+    record = {"case": case, "optimizer": optimizer, "elements": 10}
+    results = {"cases": [{**record, "arms": {OURS: mine, FUSED: theirs}}]}
+    assert [verdict.met for verdict in goals.verdicts(results)] == expected
+    assert ("NOT MET" in "\n".join(goal_lines(results))) is not all(expected)
+
+
+def test_goal_without_device_times_is_not_judged():
+    host_alone = {"round_host_ms": [1.0]}
+    record = {"case": "tiny_groups", "optimizer": "sgd", "elements": 10}
+    arms = {OURS: arm(1.0, 0.04), FUSED: host_alone}
+    (verdict,) = goals.verdicts({"cases": [{**record, "arms": arms}]})
+    assert verdict.goal.endswith("host of ours at most 0.05 x torch fused")
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, training.CLASS_COUNT)
+
+    def forward(self, images):
+        return self.layer(images.mean((2, 3)))
+
+
+def test_training_is_rehearsed(monkeypatch, tmp_path):
+    tiny = training.Training("train_vit_s", Tiny, batch=2, small=1)
+    monkeypatch.setattr(command, "trainings", lambda: [tiny])
+    monkeypatch.setattr(command.runs, "run_once", lambda *args: {"copy_gb_per_s": 1.0})
+    words = ["--rehearse", "--quick", "--optimizer", "sgd", "--case", "train_vit_s"]
+    path = tmp_path / "run.json"
+    results = command.measure(command.parse([*words, "--json", str(path)]))
+    (record,) = results["training"]
+    assert set(record["arms"]) == {DEFAULT, FUSED, OURS, training.NO_STEP}
+    assert load(path) == json.loads(json.dumps(results))
+    assert "Training train_vit_s" in next(iter(training_lines(record)))
+    assert [verdict.goal for verdict in goals.verdicts(results)] == [
+        "train_vit_s, sgd: device of ours at most 1.01 x torch fused"
+    ]
+
+
+def test_vit_has_the_parameters_of_its_case():
+    with torch.device("meta"):
+        model = training.ViT()
+    shapes = [tuple(param.shape) for param in model.parameters()]
+    expected = next(case for case in CASES if case.name == "vit_s").shapes
+    # One class token fewer, and positions of the patches alone.
+    assert sorted(shapes)[1:] == sorted(expected)[2:]
+
+
+def test_case_that_fails_does_not_cost_the_others(monkeypatch, tmp_path):
+    def run(case, *args):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(command.gpu, "run_case", run)
+    monkeypatch.setattr(command.runs, "run_once", lambda *args: {})
+    path = tmp_path / "run.json"
+    words = ["--rehearse", "--case", "tiny", "--json", str(path)]
+    command.measure(command.parse(words))
+    assert [left["case"] for left in load(path)["left_out"]] == ["tiny", "tiny"]
+
+
+WORK = """
+import sys, time
+from pathlib import Path
+Path(sys.argv[1]).write_text("{}")
+print("begun", flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+STUBBORN = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + WORK
+
+
+@pytest.fixture
+def work(monkeypatch, tmp_path):
+    """Have a piece run a script, and return where the script is to be."""
+    path = tmp_path / "work.py"
+    path.write_text(WORK)
+    words = [sys.executable, str(path), str(tmp_path / "steps.json")]
+    monkeypatch.setattr(on_gpu, "command", lambda *args: words)
+    return path
+
+
+STEPS = on_gpu.PIECES[1]
+
+
+def test_piece_is_interrupted_at_its_limit_and_what_it_did_is_saved(work, tmp_path):
+    assert on_gpu.run(STEPS, "cpu", tmp_path, seconds=2) == 0
+    lines = (tmp_path / "steps.log").read_text().splitlines()
+    assert lines[:2] == ["begun", "interrupted"]
+    assert (tmp_path / "steps.json").read_text() == "{}"
+
+
+def test_piece_that_ignores_an_interrupt_is_killed(work, monkeypatch, tmp_path):
+    monkeypatch.setattr(on_gpu, "GRACE", 1)
+    work.write_text(STUBBORN)
+    assert on_gpu.run(STEPS, "cpu", tmp_path, seconds=2) == -signal.SIGKILL
+    assert "begun" in (tmp_path / "steps.log").read_text()
+
+
+PROGRAM = """
+import sys
+from benchmarks.step import on_gpu
+_, script, out = sys.argv
+on_gpu.command = lambda *args: [sys.executable, script, f"{out}/steps.json"]
+on_gpu.main(["--piece", "steps", "--out", out])
+"""
+
+
+def test_signal_ends_the_command_and_its_piece(tmp_path):
+    (tmp_path / "work.py").write_text(WORK)
+    words = [sys.executable, "-c", PROGRAM, tmp_path / "work.py", tmp_path]
+    with subprocess.Popen(words, cwd=ROOT, stdout=-1, stderr=-1, text=True) as started:
+        assert started.stdout.readline() == "begun\n"
+        started.terminate()
+        _, errors = started.communicate(timeout=30)
+    assert errors.endswith("KeyboardInterrupt\n")
+    assert (tmp_path / "steps.json").exists()
+    assert "begun" in (tmp_path / "steps.log").read_text()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("piece", on_gpu.PIECES[1:], ids=lambda piece: piece.name)
+def test_pieces_are_commands_of_the_benchmark(piece, device, tmp_path):
+    words = on_gpu.command(piece, device, tmp_path)
+    assert words[1:4] == ["-u", "-m", "benchmarks.step"]
+    args = command.parse(words[4:])
+    assert (args.on_gpu, args.device.type) == (True, device)
+    assert args.json == str(tmp_path / f"{piece.name}.json")
+
+
+def test_pieces_are_short_and_measure_every_case():
+    assert all(piece.seconds + on_gpu.GRACE < 600 for piece in on_gpu.PIECES)
+    assert sum(piece.seconds for piece in on_gpu.PIECES) <= 25 * 60
+    words = {word for piece in on_gpu.PIECES for word in piece.words}
+    assert {*CHOSEN, *training.TRAININGS} <= words
+
+
+def test_joined_pieces_are_one_run(tmp_path, capsys):
+    run = {"device": "cuda", "device_name": "H100", "torch": "2.11", "date": "2026-1-1"}
+    record = {"case": "tiny", "optimizer": "sgd", "elements": 10}
+    arms = {OURS: arm(1.0), FUSED: arm(1.0)}
+    for name in ("steps", "models"):
+        save(
+            {"run": run, "cases": [{**record, "arms": arms}]}, tmp_path / f"{name}.json"
+        )
+    joined = load(on_gpu.join(tmp_path))
+    assert len(joined["cases"]) == 2
+    assert "met      tiny, sgd: device of ours" in capsys.readouterr().out
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Stand in for ``torch.cuda`` where a cycle takes half a microsecond."""
+    gpu = Simulated()
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: gpu.event())
+    monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
+
+    def sleep(cycles):
+        gpu.run(cycles / 2000)
+
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep, raising=False)
+    return gpu
+
+
+def test_nap_lasts_as_long_as_it_is_told(cuda):
+    device = Cuda()
+    device.nap(1.0)
+    device.synchronize()
+    before = cuda.now
+    device.nap(7.0)
+    device.synchronize()
+    assert cuda.now - before == pytest.approx(7.0)
+
+
+def test_launches_are_what_the_device_did(cuda, monkeypatch):
+    kinds = ["kernel", "kernel", "gpu_memcpy", "cpu_op", "gpu_user_annotation", None]
+    events = [{"cat": kind} for kind in kinds]
+    monkeypatch.setattr(gpu_device, "trace_of", lambda call, **own: events)
+    assert Cuda().launches(lambda: None) == 3
+    events.clear()
+    assert Cuda().launches(lambda: None) is None
