@@ -386,7 +386,7 @@ MERGE_ERRORS = {
     ),
     "missing in order": (
         changed("order", lambda order: order.remove("scale")),
-        r"'scale' \(group 0\) is missing in `order`",
+        r"'scale' \(group 0\) is missing in `order`\. Add its name\.",
     ),
     "several missing in order": (
         changed("order", lambda order: order.clear()),
@@ -523,3 +523,12 @@ def test_conversion_refuses_other_objects_in_one_line(case):
 
     with pytest.raises(TypeError, match=words):
         call(torch.optim.SGD(model.parameters()), model)
+
+
+def test_group_of_one_parameter_stays_one():
+    named = list(nn.Linear(2, 1).named_parameters())
+    groups = [{"params": named[:1], "lr": 0.1}, {"params": named[1:], "lr": 0.2}]
+    saved = torch.optim.SGD(groups, weight_decay=0.5).state_dict()
+    merged = merge_groups(saved, by="lr")
+    told = [(g["param_names"], g["lr"]) for g in merged["param_groups"]]
+    assert told == [(["weight"], 0.1), (["bias"], 0.2)]

@@ -192,6 +192,16 @@ def test_module_replaced_under_its_name_is_decided_anew(replace, decay, stepped)
         assert (rows[name].weight_decay > 0) == (name in decay)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_module_of_another_class_and_the_same_shape_is_decided_anew(layers):
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(layers)))
+    optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.5, wd_policy="no_norm")
+    model[0] = nn.LayerNorm((4, 4), bias=False)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    expected = [id(layer.weight) for layer in model[1:]]
+    assert [id(p) for p in decaying(optimizer)] == expected
+
+
 # Frameworks that rebuild groups.
 
 

@@ -682,3 +682,23 @@ def test_lr_scale_keeps_layers_apart_under_a_schedule_that_reads_it():
 
     assert [g["lr"] for g in optimizer.param_groups] == [0.2 * 0.5**n for n in range(5)]
     assert {group["lr"] for group in flat.param_groups} == {0.2}
+
+
+class Heavy(nn.Module):
+    """Two blocks that hold less than half of what stands around them."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.around = nn.Linear(width, 60 - width)
+        self.blocks = nn.Sequential(Block(width), Block(width))
+
+
+def test_stage_whose_blocks_hold_less_than_half_is_a_block_itself():
+    stages = nn.ModuleList([Heavy(4), Heavy(5), Heavy(6)])
+    for stage in stages:
+        held = sum(p.numel() for p in stage.blocks.parameters())
+        all_of_it = sum(p.numel() for p in stage.parameters())
+        assert all_of_it / 3 < held < all_of_it / 2
+    model = nn.ModuleDict({"stages": stages, "head": nn.Linear(4, 2)})
+    found = layerwise_groups(model, lr=0.1, rate=0.5)
+    assert len(found) == 1 + len(stages)

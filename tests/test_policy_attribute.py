@@ -93,6 +93,14 @@ def test_policy_written_into_a_group_is_refused_at_the_next_step(cls):
 
 
 @each_class
+def test_policy_that_a_group_was_decided_by_may_be_written_back(cls):
+    # ZeroRedundancyOptimizer does.
+    optimizer = make(cls)
+    optimizer.param_groups[0]["wd_policy"] = "no_bias"
+    step(optimizer)
+
+
+@each_class
 def test_policy_written_into_the_defaults_is_refused_at_the_next_step(cls):
     optimizer = make(cls)
     optimizer.defaults["wd_policy"] = "no_norm"

@@ -416,6 +416,7 @@ ANY_FORMS = {
     "adamw": (torch.optim.AdamW, {}, "decoupled"),
     "nadam": (torch.optim.NAdam, {"decoupled_weight_decay": True}, "decoupled"),
     "rmsprop": (torch.optim.RMSprop, {}, "l2"),
+    "adafactor": (torch.optim.Adafactor, {}, "decoupled"),
     "another": (Lion, {"lr": 0.1}, None),
 }
 
