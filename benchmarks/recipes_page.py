@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from benchmarks.step.results import FOLDER, describe_run, load, save
-from selective_optim._model_index import ModelIndex
 from selective_optim.audit import find_mistakes, model_report
+from selective_optim.parameters import ModelIndex
 from selective_optim.policies import is_bias, is_layer_weight, is_norm
 from selective_optim.policies.recipes import RECIPES
 

@@ -3,20 +3,208 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 import selective_optim
-from selective_optim._target import CommandError, build, load
 from selective_optim.audit import audit
-from selective_optim.policies import as_policy
-from selective_optim.policies.named import NAMED
+from selective_optim.policies.named import NAMED, as_policy
 from selective_optim.policies.text import is_expression
+
+EXAMPLE = "Write for example torchvision.models:resnet50."
+EXAMPLE_CALL = "Write for example 'timm:create_model(vit_base_patch16_224)'."
+CALL = re.compile(r"(?P<head>[^()]+)(?:\((?P<arguments>.*)\))?", re.DOTALL)
+KEYWORD = re.compile(r"\s*([A-Za-z_]\w*)\s*=(?!=)(.*)", re.DOTALL)
+BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
+
+
+class CommandError(Exception):
+    """What the user typed, or what stands behind it, does not work."""
+
+
+class Built(NamedTuple):
+    """A model, where it was built, and why there if that is not the meta device."""
+
+    model: nn.Module
+    device: str
+    note: str | None
+
+
+class Target(NamedTuple):
+    """Where a thing is, what it is called there, and what it is to be called with.
+
+    ``keywords`` is ``None`` where neither arguments nor empty parentheses were given.
+    """
+
+    module: str
+    path: str
+    arguments: tuple[Any, ...] = ()
+    keywords: dict[str, Any] | None = None
+
+
+def read_target(text: str) -> Target:
+    """Take apart ``MODULE:NAME``, ``FILE.py:NAME`` or ``MODULE.NAME``, with arguments.
+
+    Raises:
+        CommandError: It is none of these.
+    """
+    matched = CALL.fullmatch(text.strip())
+    head = matched["head"].strip() if matched else ""
+    module, colon, path = head.rpartition(":")
+    if not colon and not head.endswith(".py"):
+        module, _, path = head.rpartition(".")
+    if matched is None or not (module and path):
+        raise CommandError(f"`{text}` is not of the form MODULE:CALLABLE. {EXAMPLE}")
+    if matched["arguments"] is None:
+        return Target(module, path)
+    arguments, keywords = [], {}
+    for part in _split(matched["arguments"]):
+        if named := KEYWORD.fullmatch(part):
+            keywords[named[1]] = _value(named[2])
+        else:
+            arguments.append(_value(part))
+    return Target(module, path, tuple(arguments), keywords)
+
+
+def _split(text: str) -> Iterator[str]:
+    """Split at the commas that stand in no brackets and no quotes."""
+    depth, quote, start = 0, "", 0
+    for i, sign in enumerate(text):
+        if quote or sign in "'\"":
+            quote = "" if sign == quote else quote or sign
+        depth += 0 if quote else BRACKETS.get(sign, 0)
+        if sign == "," and not (quote or depth):
+            yield text[start:i]
+            start = i + 1
+    if text[start:].strip():
+        yield text[start:]
+
+
+def _value(text: str) -> Any:
+    """Read a Python literal; everything else is a text, quoted or not."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return text.strip()
+
+
+def load(text: str) -> Any:
+    """Import what a text without arguments names; the name may be dotted.
+
+    Raises:
+        CommandError: There is no such thing.
+    """
+    return _find(read_target(text), text)
+
+
+def _find(target: Target, text: str) -> Any:
+    try:
+        found: Any = _module(target.module)
+    except (Exception, SystemExit) as error:
+        raise CommandError(
+            f"`{target.module}` cannot be imported: {told(error)}. "
+            f"Run in the folder that holds it, or correct the name."
+        ) from error
+    for name in target.path.split("."):
+        if not hasattr(found, name):
+            close = get_close_matches(name, dir(found), n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else EXAMPLE
+            raise CommandError(f"`{text}`: there is no {name!r} in it. {hint}")
+        found = getattr(found, name)
+    return found
+
+
+def _module(name: str) -> ModuleType:
+    if not name.endswith(".py"):
+        return import_module(name)
+    path = Path(name).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {name}")
+    sys.path.insert(0, str(path.parent))  # its neighbors, as when it is run
+    spec = spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{name} is no Python file")
+    module = module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def told(error: BaseException) -> str:
+    """Put an exception on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def build(text: str) -> Built:
+    """Call what a text names, without memory for weights where that can be done.
+
+    Raises:
+        CommandError: It cannot be called, or what it returns is not a module.
+    """
+    target = read_target(text)
+    factory = _find(target, text)
+    if isinstance(factory, nn.Module) and target.keywords is None:
+        return Built(_checked(factory, text), "as found", None)
+    if not callable(factory):
+        raise CommandError(
+            f"`{text}` is {factory!r} ({type(factory).__name__}), not a callable that"
+            f" returns a model. {EXAMPLE}"
+        )
+
+    def make() -> Any:
+        return factory(*target.arguments, **(target.keywords or {}))
+
+    try:
+        # There parameters have shapes and no memory: a model of any size is built.
+        with torch.device("meta"):
+            return Built(_checked(make(), text), "meta", None)
+    except CommandError:
+        raise
+    except Exception as error:
+        note = f"not built on the meta device: {told(error)}"
+        return Built(_checked(_build_on_cpu(make, text, note), text), "cpu", note)
+
+
+def _build_on_cpu(make: Callable[[], Any], text: str, note: str) -> Any:
+    print(f"note: {note}; building on the cpu", file=sys.stderr)
+    try:
+        return make()
+    except Exception as error:
+        raise CommandError(
+            f"`{text}` failed: {told(error)}. Give it the arguments that it needs, or "
+            f"name another callable. {EXAMPLE_CALL}"
+        ) from error
+
+
+def _checked(model: Any, text: str) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise CommandError(
+            f"`{text}` returned {model!r} ({type(model).__name__}), not a module. "
+            f"{EXAMPLE}"
+        )
+    if any(map(is_lazy, model.parameters())):
+        raise CommandError(
+            f"`{text}` returned a model with uninitialized parameters. "
+            f"Run one batch through the model before returning it."
+        )
+    return model
+
 
 ABOUT_POLICIES = f"""\
 policies:
@@ -29,7 +217,7 @@ ABOUT_AUDIT = """\
 Build a model, without memory for its weights where it allows that, and tell what a
 policy decays in it and what looks wrong.
 """
-EXAMPLE = """\
+ABOUT_EXAMPLE = """\
 example:
   selective_optim audit torchvision.models:resnet50 --against huggingface
 """
@@ -85,7 +273,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         "selective_optim",
         description=__doc__,
-        epilog=f"{EXAMPLE}\n{ABOUT_POLICIES}\n{ABOUT_CODES}",
+        epilog=f"{ABOUT_EXAMPLE}\n{ABOUT_POLICIES}\n{ABOUT_CODES}",
         formatter_class=layout,
     )
     version = f"selective_optim {selective_optim.__version__}"

@@ -1,36 +1,251 @@
-"""Deciding: at construction, for every group that is added, and when groups change."""
+"""Who decays: decided at construction, for groups that are added, and when they change.
+
+A decision follows its tensor wherever that is moved, copied or reordered to. The
+table of decisions holds no tensor, or an unsharded model would stay in memory; it
+holds what is the tensor's own and nothing else's, see ``_torch.token_of``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
-from difflib import SequenceMatcher
+from itertools import chain, islice, repeat
+from operator import attrgetter, eq, is_
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from selective_optim._decision_table import DecisionTable, Group, Infos, Known, Row
-from selective_optim._model_index import ModelIndex
-from selective_optim._text import require_numbers, warn
-from selective_optim.decay import FULL, Decision, is_zero
-from selective_optim.parameters import as_modules
-from selective_optim.policies import Policy, as_policy
-from selective_optim.policies.decide import decide, require_matches
+from selective_optim import _torch
+from selective_optim._text import require_numbers, shape_text
+from selective_optim._warnings import warn_if_idle, warn_of_misspelt
+from selective_optim.decay import FULL, Decision
+from selective_optim.parameters import (
+    ModelIndex,
+    ParameterInfo,
+    as_modules,
+    owner_kinds,
+    wanted,
+)
+from selective_optim.policies.base import Policy
+from selective_optim.policies.decide import decide
+from selective_optim.policies.named import as_policy
 from selective_optim.policies.selectors import Selector
+from selective_optim.policies.unmatched import require_matches
 
 # What a group may bring and does not keep; ZeroRedundancyOptimizer writes them back.
 OWN_KEYS = ("wd_policy", "model")
-# How alike a key must be to one that is read to be taken for it: "wd_polcy" is 0.94
-# and "weight_decays" 0.96. Keys that others put there are less: "lr_scale" is 0.4.
-RESEMBLANCE = 0.85
+Group = dict[str, Any]
+Infos = Sequence[ParameterInfo]
+
+
+class Row(NamedTuple):
+    """What was decided for one tensor, and by which policy.
+
+    ``owner`` is the ``id`` of the tensor that had the token.
+    """
+
+    token: object
+    owner: int
+    decision: Decision
+    policy: Policy | None
+
+
+_token_of_row = attrgetter("token")
+_owner_of_row = attrgetter("owner")
+
+
+class DecisionTable:
+    """What was decided, by tensor, and how the groups stood when last looked at."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, Row] = {}
+        self.layout: list[list[Row]] = []
+
+    def record(self, param: Tensor, decision: Decision, policy: Policy | None) -> Row:
+        """Write down what was decided for a tensor."""
+        token = _torch.token_of(param)
+        row = self._rows[id(token)] = Row(token, id(param), decision, policy)
+        return row
+
+    def row_of(self, param: Tensor) -> Row | None:
+        """Return what was decided for a tensor."""
+        # A token that is held cannot be another's: its id does not come again.
+        return self._rows.get(id(_torch.token_of(param)))
+
+    def stands(self, groups: Sequence[Group]) -> bool:
+        """Tell whether the groups hold what they held when last looked at."""
+        lists = [group["params"] for group in groups]
+        if list(map(len, lists)) != list(map(len, self.layout)):
+            return False
+        params, rows = list(chain.from_iterable(lists)), [*chain(*self.layout)]
+        tokens = map(_torch.token_of, params)
+        same_tokens = all(map(is_, tokens, map(_token_of_row, rows)))
+        return same_tokens and all(map(eq, map(id, params), map(_owner_of_row, rows)))
+
+    def append(self, index: int, rows: list[Row]) -> None:
+        """Remember a group that arrived at this index, at the end."""
+        if index < len(self.layout):  # decided anew: another list tells those who look
+            self.layout = self.layout[:index]
+        self.layout.append(rows)
+
+    def lay_out(self, layout: list[list[Row]]) -> None:
+        """Remember how the groups stand, and forget tensors long gone."""
+        self.layout = layout
+        # As a rule no tensor has left, and there is nothing to count.
+        if len(self._rows) <= sum(map(len, layout)):
+            return
+        standing = self._standing()
+        # Whoever rebuilds parameters again and again would fill the table otherwise.
+        if len(self._rows) > 2 * len(standing) + 64:
+            self._rows = standing
+        elif len(self._rows) > len(standing):
+            # One that was taken out may come back, so it is not forgotten at once;
+            # unless its own dict, which is the token, keeps things alive.
+            gone = {k: row for k, row in self._rows.items() if not row.token}
+            self._rows = {**gone, **standing}
+
+    def forget_absent(self) -> None:
+        """Forget the tensors that stand in no group now."""
+        self._rows = self._standing()
+
+    def _standing(self) -> dict[int, Row]:
+        return {id(row.token): row for rows in self.layout for row in rows}
+
+    def undo_swaps(
+        self, groups: Sequence[Group], found: Sequence[list[Row | None]]
+    ) -> None:
+        """Give objects the rows back whose tokens ``swap_tensors`` exchanged.
+
+        It exchanges all but the objects, by which torch knows state and groups. A
+        token on another object than before was swapped there, for nobody else can
+        give one away; so the row of an object is the one that names it as owner.
+        """
+        owned = {row.owner: row for row in chain(*found) if row is not None}
+        for group, rows in zip(groups, found):
+            for position, (param, row) in enumerate(zip(group["params"], rows)):
+                if row is not None and row.owner != id(param):
+                    own = owned.get(id(param), row)
+                    rows[position] = self.record(param, own.decision, own.policy)
+
+    def inherited(self, infos: Infos, rows: Sequence[Row]) -> list[Row] | None:
+        """Give new tensors the rows of their places, unless something contradicts."""
+        if len(infos) != len(rows) or not all(map(_may_be, infos, rows)):
+            return None
+        return [self.take_over(*pair) for pair in zip(infos, rows)]
+
+    def take_over(self, info: ParameterInfo, row: Row) -> Row:
+        """Let what was decided for one tensor hold for another."""
+        return self.record(info.parameter, row.decision, row.policy)
+
+    def by_name(self) -> dict[str, Row]:
+        """Look up rows by a name that only one of them bears."""
+        rows = list(chain.from_iterable(self.layout))
+        # Parameters of two models may bear one name, which then tells nothing.
+        bearers = Counter(row.decision.name for row in rows)
+        return {
+            name: row
+            for row in rows
+            if (name := row.decision.name) and bearers[name] == 1
+        }
+
+
+def _may_be(info: ParameterInfo, row: Row) -> bool:
+    """Tell whether nothing known of a parameter contradicts what was decided on."""
+    decided, kinds = row.decision, owner_kinds(info)
+    # A wrapper or a parametrization makes a subclass of the module's class.
+    related = not kinds or not decided.kinds or kinds[0] in decided.kinds
+    same_kind = related or decided.kinds[0] in kinds
+    same_name = info.name in (None, decided.name) or decided.name is None
+    return same_kind and same_name and info.shape in (None, decided.shape)
+
+
+def _trusted_names(
+    group: Group, rows: Sequence[Row | None], borne: Container[str | None]
+) -> Sequence[str | None]:
+    """Return the names in a group, without those that tensors elsewhere bear.
+
+    Whoever edits the list of parameters by hand leaves the list of names alone.
+    """
+    names = group.get("param_names")
+    if names is None or len(names) != len(rows):
+        return ()
+    pairs = zip(names, rows)
+    return [name if row or name not in borne else None for name, row in pairs]
+
+
+# What training begins with.
+
+
+def base_rate(group: Group) -> float | None:
+    """Return the rate that schedules of a group start from, if that is a number."""
+    rate: Any = group.get("initial_lr", group.get("lr"))
+    try:
+        return float(rate.detach() if isinstance(rate, Tensor) else rate)
+    except (TypeError, ValueError, RuntimeError):  # None, or a tensor without a value
+        return None
+
+
+def begun(
+    decisions: Iterable[Decision], infos: Infos, lr0s: Iterable[float | None]
+) -> list[Decision]:
+    """Add to decisions what the training of their parameters begins with.
+
+    Raises:
+        ValueError: A form needs the rate or the values, and there are none.
+    """
+    return [
+        decision._replace(lr0=lr0, init=_init(info, decision, lr0))
+        for decision, info, lr0 in zip(decisions, infos, lr0s)
+    ]
+
+
+def _init(info: ParameterInfo, decision: Decision, lr0: float | None) -> Tensor | None:
+    """Copy what a parameter is now, if that is what it decays towards."""
+    decay, param = decision.decay, info.parameter
+    known = decision.telling_name
+    name = repr(known) if known else f"a parameter of group {info.group}"
+    if decay.needs_lr0 and not (lr0 and math.isfinite(lr0)):
+        raise ValueError(
+            f"{name} decays in form {decay.form!r}, which divides by the rate that "
+            f"training begins with, and that is {lr0}. Give its group that rate: "
+            f"dict(params=..., lr=0.0, initial_lr=3e-4)."
+        )
+    if not decay.needs_init:
+        return None
+    if param.is_meta or is_lazy(param):
+        raise ValueError(
+            f"{name} decays towards what it is now, and it has no values yet. Make "
+            f"the optimizer, or assign optimizer.wd_policy, when the weights are there."
+        )
+    return param.detach().clone()
+
+
+def beside(init: Tensor, param: Tensor, name: str | None) -> Tensor:
+    """Bring what a parameter decays towards to where that lies now, and shard it.
+
+    Raises:
+        ValueError: Their shapes are others.
+    """
+    if init.shape != param.shape:
+        raise ValueError(
+            f"{repr(name) if name else 'a parameter'} decays towards what it was in "
+            f"shape {shape_text(init.shape)}, and has shape {shape_text(param.shape)} "
+            f"now. Assign optimizer.wd_policy to decide anew."
+        )
+    return _torch.placed_as(init.to(param.device, param.dtype), param)
 
 
 class Pending(NamedTuple):
-    """A group on its way in: what is known of its parameters, and who decides."""
+    """A group on its way in, and who decides for it."""
 
     group: int
-    infos: Infos
+    params: Sequence[Tensor]
+    names: Sequence[str | None]
     policy: Policy | None
+    lr0s: Iterable[float | None] = ()
 
 
 class Decider:
@@ -50,9 +265,14 @@ class Decider:
 
     # Groups that arrive.
 
-    def begin(self) -> None:
-        """Collect the groups of a constructor, to decide for them together."""
+    def begin(self, params: Any) -> Any:
+        """Collect the groups of a constructor, to decide for them together.
+
+        Returns:
+            What torch's constructor takes instead of ``params``.
+        """
         self._pending = []
+        return self.index.learn(params)
 
     def open(self, group: Any, keys: Iterable[str]) -> tuple[Policy | None, Any]:
         """Take out what a group brings for us, and learn from its parameters.
@@ -67,7 +287,7 @@ class Decider:
         """
         if not isinstance(group, dict) or "params" not in group:
             return self.policy, group  # torch says what is wrong
-        _warn_of_misspelt(group, keys)
+        warn_of_misspelt(group, [*keys, "params", "param_names", *OWN_KEYS])
         require_numbers(group, " of a group")
         if "model" in group:
             self.index.add(as_modules(group["model"]))
@@ -75,6 +295,7 @@ class Decider:
         if group.keys().isdisjoint(OWN_KEYS):
             return self.policy, group
         if not isinstance(group["params"], Tensor):
+            # torch fills a copy; a generator in the caller's dict would be used up.
             group["params"] = list(group["params"])
         policy = group.get("wd_policy", self.policy)
         rest = {key: value for key, value in group.items() if key not in OWN_KEYS}
@@ -92,16 +313,21 @@ class Decider:
             ValueError: The policy cannot decide; nothing is recorded.
         """
         index, group = len(groups) - 1, groups[-1]
-        infos = self.index.infos(group["params"], group.get("param_names"), index)
-        if not own and (rows := self._come_again(index, infos)) is not None:
-            self._table.append(index, rows)
-            return
-        self.index.require_members(infos)
-        pending = Pending(index, infos, policy)
+        names = group.get("param_names", ())
+        lr0s = repeat(base_rate(group))
+        pending = Pending(index, group["params"], names, policy, lr0s)
         if self._pending is not None:
             self._pending.append(pending)
-        else:
-            self._decide_for([pending], [policy] if own else [])
+            return
+        try:
+            infos = self._infos([pending])
+            if own or not self._comes_again(index, *infos):
+                # Before the policy is asked: of a stranger no module is known either,
+                # and a message about that would lead astray.
+                self.index.require_members(infos)
+                self._decide_for([pending], infos, [policy] if own else [])
+        finally:
+            self.index.let_go()
 
     def settle(self, groups: Sequence[Group]) -> None:
         """Decide for all groups of a constructor, and warn if nothing decays."""
@@ -111,10 +337,19 @@ class Decider:
     def decide_pending(self) -> None:
         """Decide for all groups of a constructor."""
         pending, self._pending = self._pending or [], None
-        self._decide_for(pending, [self.policy, *(each.policy for each in pending)])
+        infos = self._infos(pending)
+        self.index.require_members(infos)
+        strict = [self.policy, *(each.policy for each in pending)]
+        self._decide_for(pending, infos, strict)
 
-    def _come_again(self, index: int, infos: Infos) -> list[Row] | None:
-        """Return the rows of a group that was cleared and now comes again.
+    def _infos(self, arriving: Sequence[Pending]) -> list[list[ParameterInfo]]:
+        """Describe the parameters of all groups in one go."""
+        asked = [wanted(each.params, each.names, each.group) for each in arriving]
+        infos = iter(self.index.infos(list(chain.from_iterable(asked))))
+        return [list(islice(infos, len(own))) for own in asked]
+
+    def _comes_again(self, index: int, infos: Infos) -> bool:
+        """Take over the rows of a group that was cleared and now comes again.
 
         Some frameworks clear the groups to shard the model, and add them anew.
         """
@@ -122,35 +357,53 @@ class Decider:
             self._cleared, self._table.layout = self._table.layout, []
         if index >= len(self._cleared):
             self._cleared = []
-            return None
-        rows = [self._table.row_of(info.parameter) for info in infos]
-        known = [row for row in rows if row is not None]
-        if len(known) == len(rows):
-            return known
-        return self._table.inherited(infos, self._cleared[index])
+            return False
+        found = [self._table.row_of(info.parameter) for info in infos]
+        rows: list[Row] | None = [row for row in found if row is not None]
+        if len(rows or ()) < len(found):
+            rows = self._table.inherited(infos, self._cleared[index])
+        if rows is not None:
+            self._table.append(index, rows)
+        return rows is not None
 
     def _decide_for(
-        self, arriving: Sequence[Pending], strict: Iterable[Policy | None]
+        self,
+        arriving: Sequence[Pending],
+        infos: Sequence[Infos],
+        strict: Iterable[Policy | None],
     ) -> None:
         """Decide for groups that arrive together, or raise with nothing recorded.
 
         Args:
             arriving: The groups.
+            infos: What is known of their parameters.
             strict: Policies whose globs must each match something.
         """
+        together = list(zip(arriving, infos, strict=True))
         for policy in {id(p): p for p in strict if p is not None}.values():
-            mine = [i for each in arriving if each.policy is policy for i in each.infos]
+            mine = [i for each, own in together if each.policy is policy for i in own]
             require_matches(policy, mine, self._matches, self.index.everyone)
-        decided = [self._ask(each.policy, each.infos) for each in arriving]
-        for each, decisions in zip(arriving, decided):
-            pairs = zip(each.infos, decisions, strict=True)
+        # All are asked before anything is recorded, so that an error leaves nothing.
+        bound = self._bound(each.policy for each in arriving)
+        decided = [
+            begun(decide(bound[id(each.policy)], own), own, each.lr0s)
+            for each, own in together
+        ]
+        for (each, own), decisions in zip(together, decided):
+            pairs = zip(own, decisions, strict=True)
             rows = [self._table.record(i.parameter, d, each.policy) for i, d in pairs]
             self._table.append(each.group, rows)
+
+    def _bound(self, policies: Iterable[Policy | None]) -> dict[int, Policy | None]:
+        """Give each policy a look at the model, once for all groups; by id."""
+        modules = self.index.modules()
+        each = {id(policy): policy for policy in policies}
+        return {key: policy and policy.bind(modules) for key, policy in each.items()}
 
     def _ask(
         self, policy: Policy | None, infos: Infos, places: Sequence[int] | None = None
     ) -> list[Decision]:
-        return decide(policy and policy.bind(self.index.modules()), infos, places)
+        return decide(self._bound([policy])[id(policy)], infos, places)
 
     def _matches(self, selector: Selector) -> bool:
         """Ask whether a selector matches anything in the model."""
@@ -160,6 +413,12 @@ class Decider:
         )
 
     # Groups as they stand.
+
+    def decided_by(self, params: Iterable[Tensor]) -> Policy | None:
+        """Return the policy by which one of these decays otherwise than in full."""
+        rows = [row for row in map(self._table.row_of, params) if row is not None]
+        departing = (row.policy for row in rows if row.decision.decay != FULL)
+        return next(departing, None)
 
     def rows(
         self, groups: Sequence[Group], defaults: Mapping[str, Any]
@@ -175,15 +434,121 @@ class Decider:
         """
         self._refuse_written(groups, defaults)
         if not self._table.stands(groups):
-            known = Known(self.index.infos, self._ask)
-            self._table.follow(groups, known, self.policy)
+            self._follow(groups)
         return self._table.layout
+
+    def _follow(self, groups: Sequence[Group]) -> None:
+        """Find, take over or decide a row for every parameter of the groups.
+
+        A tensor keeps its own row wherever it stands. One that is new takes over
+        that of its name, or, where all tensors of a group are new, those of their
+        positions, unless what is known of it contradicts. Else a policy is asked:
+        that of the tensors around it, or the constructor's.
+
+        Raises:
+            ValueError: The policy cannot decide; then the layout stays as it was.
+        """
+        found = [[self._table.row_of(p) for p in group["params"]] for group in groups]
+        self._table.undo_swaps(groups, found)
+        borne = {row.decision.name for rows in found for row in rows if row}
+        lacking = [
+            Pending(index, list(group["params"]), names, None)
+            for index, (group, rows) in enumerate(zip(groups, found))
+            if not all(rows)
+            for names in [_trusted_names(group, rows, borne)]
+        ]
+        infos = iter(self._infos(lacking))
+        # After groups were added or removed by hand, positions say nothing.
+        layout = self._table.layout if len(groups) == len(self._table.layout) else []
+        self._table.lay_out(
+            [
+                [row for row in rows if row]
+                if all(rows)
+                else self._complete(next(infos), rows, before, base_rate(group))
+                for group, rows, before in zip(groups, found, layout or repeat([]))
+            ]
+        )
+
+    def _complete(
+        self,
+        infos: Infos,
+        rows: Sequence[Row | None],
+        before: Sequence[Row],
+        lr0: float | None,
+    ) -> list[Row]:
+        """Give every parameter of a group a row, where ``None`` stands for none yet."""
+        mine = [row for row in rows if row is not None]
+        if not mine and (inherited := self._table.inherited(infos, before)) is not None:
+            return inherited
+        policy = next((row.policy for row in (*mine, *before)), self.policy)
+        named = self._table.by_name()
+        completed = []
+        for info, row in zip(infos, rows):
+            namesake = named.get(info.name or "")
+            if row is None and namesake is not None and _may_be(info, namesake):
+                row = self._table.take_over(info, namesake)
+            completed.append(row)
+        places = [i for i, row in enumerate(completed) if row is None]
+        new = [infos[i] for i in places]
+        decisions = self._ask(policy, new, places) if new else ()
+        for i, decision in zip(places, begun(decisions, new, repeat(lr0))):
+            completed[i] = self._table.record(infos[i].parameter, decision, policy)
+        return [row for row in completed if row is not None]
 
     def decisions(
         self, groups: Sequence[Group], defaults: Mapping[str, Any]
     ) -> list[list[Decision]]:
         """Return the decisions alone; see :meth:`rows`."""
         return [[row.decision for row in rows] for rows in self.rows(groups, defaults)]
+
+    def fitting(
+        self, groups: Sequence[Group], defaults: Mapping[str, Any]
+    ) -> list[list[Decision]]:
+        """Return the decisions, of which ``init`` lies as its parameter does now.
+
+        Raises:
+            ValueError: As :meth:`rows`; or a parameter has another shape now.
+        """
+        for group, rows in zip(groups, self.rows(groups, defaults)):
+            for place, (param, row) in enumerate(zip(group["params"], rows)):
+                init = row.decision.init
+                if init is not None and not _torch.lies_as(init, param):
+                    fitted = beside(init, param, row.decision.telling_name)
+                    rows[place] = self._renewed(param, row, init=fitted)
+        return [[row.decision for row in rows] for rows in self._table.layout]
+
+    def resume(
+        self, groups: Sequence[Group], begins: Iterable[Mapping[str, Any]]
+    ) -> list[str]:
+        """Take over what training began with, as a state dict records it.
+
+        Args:
+            groups: The optimizer's groups.
+            begins: ``"lr0"`` and ``"init"`` of every parameter in order, where known.
+
+        Returns:
+            Names of the parameters whose ``init`` is not recorded.
+        """
+        lost, told = [], iter(begins)
+        # Another list tells those who look.
+        self._table.layout = list(map(list, self._table.layout))
+        for index, (group, rows) in enumerate(zip(groups, self._table.layout)):
+            pairs = zip(group["params"], rows, told)
+            for place, (param, row, begin) in enumerate(pairs):
+                decay = row.decision.decay
+                if decay.needs_lr0 and begin.get("lr0"):
+                    row = self._renewed(param, row, lr0=float(begin["lr0"]))
+                init = begin.get("init")
+                if decay.needs_init and getattr(init, "shape", None) == param.shape:
+                    row = self._renewed(param, row, init=init)
+                elif decay.needs_init:
+                    lost.append(row.decision.label(index, place))
+                rows[place] = row
+        return lost
+
+    def _renewed(self, param: Tensor, row: Row, **begin: Any) -> Row:
+        decision = row.decision._replace(**begin)
+        return self._table.record(param, decision, row.policy)
 
     def readable(
         self, groups: Sequence[Group], defaults: Mapping[str, Any]
@@ -246,10 +611,12 @@ class Decider:
         pending = []
         for index, group in enumerate(groups):
             rows = [self._table.row_of(param) for param in group["params"]]
+            # The model may be gone by now; what was known of names is not.
             names = [row and row.decision.name for row in rows]
-            infos = self.index.infos(list(group["params"]), names, index)
-            pending.append(Pending(index, infos, policy))
-        self._decide_for(pending, [policy])
+            lr0s = [row.decision.lr0 if row else base_rate(group) for row in rows]
+            params = list(group["params"])
+            pending.append(Pending(index, params, names, policy, lr0s))
+        self._decide_for(pending, self._infos(pending), [policy])
         self._table.forget_absent()  # they are decided anew when they come back
         self.policy = policy
         self.warn_if_idle(groups)
@@ -284,22 +651,13 @@ class Decider:
         """Warn once if a policy was given and nothing will decay."""
         rows = [row for rows in self._table.layout for row in rows]
         policy = next((row.policy for row in rows if row.policy is not None), None)
-        if policy is None:
-            return
-        if all(map(is_zero, [group["weight_decay"] for group in groups])):
-            warn(
-                f"`weight_decay` is 0 in every group, so `wd_policy` {policy!r} "
-                f"has no effect. Pass weight_decay=0.01, or the value you want."
-            )
-        # One optimizer per parameter is common, and most of them have an exempt one.
-        elif len(rows) > 1 and not self._decays_anywhere(rows, policy):
-            warn(
-                f"`wd_policy` {policy!r} exempts all {len(rows)} parameters. "
-                f"Pass weight_decay=0 instead if nothing is to decay."
-            )
+        if policy is not None:
+            decays = [group["weight_decay"] for group in groups]
+            multipliers = [row.decision.decay.multiplier for row in rows]
+            warn_if_idle(policy, decays, multipliers, self._decays_elsewhere)
 
-    def _decays_anywhere(self, rows: Sequence[Row], policy: Policy) -> bool:
-        """Ask here, then about the whole model, of which ranks may hold parts."""
+    def _decays_elsewhere(self, policy: Policy) -> bool:
+        """Ask about the whole model, of which other ranks may hold parts."""
 
         def ask() -> bool:
             try:
@@ -308,25 +666,8 @@ class Decider:
                 return False
             return any(decision.decay.multiplier for decision in decisions)
 
-        here = any(row.decision.decay.multiplier for row in rows)
-        return here or self.index.remember(("decays", policy), ask)
+        return self.index.remember(("decays", policy), ask)
 
 
 def _as_policy(value: object) -> Policy | None:
     return None if value is None else as_policy(value)
-
-
-def _warn_of_misspelt(group: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Tell of keys that nobody reads and that look like one that is read."""
-    known = [*keys, "params", "param_names", *OWN_KEYS]
-    for key in group:
-        if key in known or not isinstance(key, str):
-            continue
-        nearest = max(known, key=lambda k: SequenceMatcher(None, k, key).ratio())
-        # "initial_lr" and "weight_decay_mult" are somebody's own, not misspelt.
-        own = any(key.startswith(f"{k}_") or key.endswith(f"_{k}") for k in known)
-        if not own and SequenceMatcher(None, nearest, key).ratio() >= RESEMBLANCE:
-            warn(
-                f"{key!r} in a parameter group is read by nobody. "
-                f"Did you mean {nearest!r}?"
-            )

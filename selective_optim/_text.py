@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -58,6 +59,21 @@ def _as_number(name: str, text: str) -> str:
     return f"Pass {shown}; YAML reads a number with e and without a dot as a text."
 
 
+def require_decay(optimizer: Any, purpose: str) -> None:
+    """Check that every group of an optimizer has a weight decay.
+
+    Raises:
+        ValueError: One has none.
+    """
+    for index, group in enumerate(optimizer.param_groups):
+        if "weight_decay" not in group:
+            raise ValueError(
+                f"group {index} of `optimizer` ({type(optimizer).__name__}) has no "
+                f"weight_decay to {purpose}. Use one that decays: "
+                f"selective_optim.AdamW."
+            )
+
+
 def received(value: object) -> str:
     """Show a value of a wrong type, and its type."""
     if isinstance(value, (Tensor, nn.Module)):
@@ -84,6 +100,7 @@ def aligned(lines: Sequence[Sequence[str]], right: Collection[int] = ()) -> list
 
 def warn(message: str) -> None:
     """Warn at the line, outside this library and torch, that led here."""
+    # From Python 3.12 on, `skip_file_prefixes` of warnings.warn does this.
     level, frame = 1, inspect.currentframe()
     while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back

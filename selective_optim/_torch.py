@@ -12,7 +12,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from itertools import repeat
 from operator import attrgetter
@@ -91,6 +91,42 @@ def foreach_add_(tensors: Sequence[Tensor], amount: float | Tensor) -> None:
         _foreach_add_(tensors, amount, alpha=1)
     else:
         _foreach_add_(tensors, amount)
+
+
+def adding(counters: list[Tensor], amount: float | Tensor) -> Callable[[], object]:
+    """Return a call that adds an amount to counters in float32 of one device.
+
+    On the CPU foreach takes 1.3 ms for 1,000 of them. A step of fused SGD with rate
+    -1 and gradient 1, the same sum to the bit, takes 0.1 ms.
+    """
+    one = isinstance(amount, float) and amount == 1.0
+    if not one or fused_sgd_ is None or not counters[0].is_cpu:
+        return partial(foreach_add_, counters, amount)
+    ones = [torch.ones((), dtype=torch.float32, device="cpu")] * len(counters)
+    flags = dict.fromkeys(("nesterov", "maximize", "is_first_step"), False)
+    rest = dict.fromkeys(("momentum", "dampening", "weight_decay"), 0.0)
+    return partial(fused_sgd_, counters, ones, [], lr=-1.0, **rest, **flags)
+
+
+def _copy_each_(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+def _flatten_each(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _unflatten_each(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+    parts = torch.split(flat, [tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+PASS = f"decay ahead of the kernel {EACH}"
+foreach_copy_ = _find("torch:_foreach_copy_", PASS, _copy_each_)
+# In a third of the time of Python's own: 0.3 and 0.9 ms for 1,000 tensors.
+flatten = _find("torch._utils:_flatten_dense_tensors", PASS, _flatten_each)
+unflatten = _find("torch._utils:_unflatten_dense_tensors", PASS, _unflatten_each)
 
 
 def _by_class(cls: type[torch.optim.Optimizer], entries: Sequence[str]) -> Any:
@@ -302,28 +338,10 @@ WRAPPERS = frozenset(
 )
 
 
-# Modules. torch's methods copy and deduplicate; these are the dicts behind them.
-
-
-def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """List the modules registered on a module, each under every name it has."""
-    return [(k, m) for k, m in module._modules.items() if m is not None]
-
-
-def child_of(module: nn.Module, key: str) -> nn.Module | None:
-    """Return the module registered under a name."""
-    registered = module._modules
-    # Not `get`: scripted modules keep theirs in mappings without it.
-    return registered[key] if key in registered else None  # noqa: SIM401
-
-
-def own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """List the parameters registered on a module itself."""
-    return [(k, p) for k, p in module._parameters.items() if p is not None]
-
-
-# A module's own parameters by name, ``None`` among them.
+# A module's own parameters and modules by name, ``None`` among them. torch's methods
+# copy and deduplicate; these are the dicts behind them.
 registered = attrgetter("_parameters")
+children = attrgetter("_modules")
 
 
 # torch's private bases of all batch and instance norms, which mmengine tests for.
@@ -389,10 +407,54 @@ def local_tensor(tensor: Any) -> Tensor:
     return shard
 
 
+_local, _spec = attrgetter("_local_tensor"), attrgetter("_spec")
+
+
+def local_tensors(tensors: Sequence[Any]) -> list[Tensor]:
+    """List the shards of many ``DTensor``s, in C where torch lets us."""
+    try:
+        return list(map(_local, tensors))
+    except AttributeError:
+        return list(map(local_tensor, tensors))
+
+
 def shard_of(tensor: Any) -> Tensor:
     """Return a ``DTensor``'s shard on this rank, and any other tensor as it is."""
     sharded = type(tensor) is dtensor_class()
     return local_tensor(tensor) if sharded else tensor
+
+
+def lies_as(tensor: Any, param: Any) -> bool:
+    """Tell whether a tensor has a parameter's dtype and shape, and lies as it does."""
+    same = (tensor.dtype, tensor.device) == (param.dtype, param.device)
+    if not same or tensor.shape != param.shape:
+        return False
+    sharded = type(param) is dtensor_class()
+    if (type(tensor) is dtensor_class()) != sharded:
+        return False
+    return not sharded or placement(spec_of(tensor)) == placement(spec_of(param))
+
+
+def placed_as(tensor: Any, param: Any) -> Tensor:
+    """Shard a tensor as a parameter is sharded.
+
+    A whole one is the same on every rank, so that nothing need be sent.
+    """
+    cls = dtensor_class()
+    sharded = type(tensor) is cls
+    placed = tensor
+    if type(param) is cls:
+        mesh, places = placement(spec_of(param))
+        share = import_module("torch.distributed.tensor").distribute_tensor
+        placed = (
+            tensor.redistribute(mesh, places)
+            if sharded
+            else share(tensor, mesh, places, src_data_rank=None)
+        )
+    elif sharded:
+        placed = tensor.full_tensor()
+    whole: Tensor = placed
+    return whole
 
 
 def spec_of(tensor: Any) -> Any:
@@ -403,15 +465,23 @@ def spec_of(tensor: Any) -> Any:
         return tensor.device_mesh, tensor.placements
 
 
+def specs_of(tensors: Sequence[Any]) -> list[Any]:
+    """List what says where many ``DTensor``s live, in C where torch lets us."""
+    try:
+        return list(map(_spec, tensors))
+    except AttributeError:
+        return list(map(spec_of, tensors))
+
+
 def placement(spec: Any) -> tuple[Any, Any]:
     """Return mesh and placements of what :func:`spec_of` gave."""
     return spec if isinstance(spec, tuple) else (spec.mesh, spec.placements)
 
 
-def is_flattened(param: Tensor) -> bool:
-    """Tell whether FSDP1 made this parameter a piece of a flat one."""
+def flattened(params: Iterable[Tensor]) -> set[int]:
+    """Return the ids of parameters that FSDP1 flattened."""
     marks = ("_fsdp_flattened", "_is_flat_param")
-    return any(map(getattr, repeat(param), marks, repeat(False)))
+    return {id(p) for p in params if any(map(getattr, repeat(p), marks, repeat(False)))}
 
 
 def is_flat_parameter(param: Tensor) -> bool:

@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective_optim._base import Model
-from selective_optim._optimizer import SelectiveOptimizer
-from selective_optim._text import require_numbers
-from selective_optim.policies import WdPolicy
+from selective_optim._optimizer import Model, SelectiveOptimizer
+from selective_optim.policies.named import WdPolicy
 from selective_optim.step.adam_kernel import AdamKernel
 
 
@@ -75,10 +73,9 @@ class AdamW(SelectiveOptimizer, torch.optim.AdamW):
         model: Model = None,
     ) -> None:
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        require_numbers(numbers)
-        with self._deciding(params, wd_policy, model, AdamKernel()) as known_params:
+        with self._deciding(params, wd_policy, model, AdamKernel(), numbers) as known:
             super().__init__(
-                known_params,
+                known,
                 lr,
                 betas,
                 eps,

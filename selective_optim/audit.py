@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from selective_optim import policies
-from selective_optim._model_index import ModelIndex
 from selective_optim._text import aligned, shape_text
-from selective_optim.parameters import ParameterInfo
+from selective_optim.decay import Decision, Verdict
+from selective_optim.parameters import ModelIndex, ParameterInfo
 from selective_optim.policies import Policy
 from selective_optim.policies.decide import decide_alone
 from selective_optim.policies.selectors import kind_of
@@ -75,15 +75,21 @@ def model_report(
             0  exclude is_bias      0  exempt         1         2
         decayed: 1 tensor, 6 elements; exempt: 1 tensor, 2 elements
     """
-    infos = ModelIndex(model).everyone()
-    decided = decide_alone(policies.as_policy(wd_policy), [model], infos)
     group = {"lr": math.nan, "weight_decay": weight_decay}
     return DecayReport(
         tuple(
             make_row(0, group, d, d.decay.form, info.parameter)
-            for d, info in zip(decided, infos)
+            for info, d in _decided(model, wd_policy)
         )
     )
+
+
+def _decided(
+    model: nn.Module, wd_policy: object
+) -> list[tuple[ParameterInfo, Decision]]:
+    infos = ModelIndex(model).everyone()
+    decisions = decide_alone(policies.as_policy(wd_policy), [model], infos)
+    return list(zip(infos, decisions, strict=True))
 
 
 def find_mistakes(
@@ -102,22 +108,26 @@ def find_mistakes(
     Raises:
         ValueError: The policy is not known, or a glob matches nothing.
     """
-    infos = ModelIndex(model).everyone()
-    policy = policies.as_policy(wd_policy)
-    decide_alone(policy, [model], infos)
-    policy, author = policy.bind([model]), policies.marked().bind([model])
-    trained = [info for info in infos if info.parameter.requires_grad]
-    return [finding for info in trained for finding in _mistakes(policy, author, info)]
+    policy = policies.as_policy(wd_policy).bind([model])
+    author = policies.marked().bind([model])
+    return [
+        finding
+        for info, decision in _decided(model, wd_policy)
+        if info.parameter.requires_grad
+        for finding in _mistakes(policy, decision, author.decide(info), info)
+    ]
 
 
-def _mistakes(policy: Policy, author: Policy, info: ParameterInfo) -> Iterator[Finding]:
-    verdict, where = policy.decide(info), (info.telling_name, info.parameter.shape)
-    marked = author.decide(info)
-    if verdict.decay.multiplier:
+def _mistakes(
+    policy: Policy, decision: Decision, marked: Verdict, info: ParameterInfo
+) -> Iterator[Finding]:
+    where = (info.telling_name, info.parameter.shape)
+    if decision.decay.multiplier:
         if (kind := kind_of(info)) in HEADINGS:
-            yield Finding(kind, *where, verdict.reason)
+            yield Finding(kind, *where, decision.reason)
         elif not marked.decay.multiplier:
             yield Finding("marked", *where, marked.reason)
+    # Each place by itself: asked as one parameter, all would answer alike.
     alone = [replace(p, names=(p.name or "",), elsewhere=()) for p in info.places]
     verdicts = [policy.decide(place) for place in alone]
     if len({verdict.decay for verdict in verdicts}) > 1:
@@ -140,19 +150,19 @@ def find_hints(model: nn.Module, wd_policy: object = "no_bias_norm") -> list[Fin
         ValueError: The policy is not known, or a glob matches nothing.
     """
     mistakes = {finding.name for finding in find_mistakes(model, wd_policy)}
-    policy = policies.as_policy(wd_policy).bind([model])
     return [
-        Finding("other", info.telling_name, info.parameter.shape, verdict.reason)
-        for info in ModelIndex(model).everyone()
+        Finding("other", info.telling_name, info.parameter.shape, decision.reason)
+        for info, decision in _decided(model, wd_policy)
         if info.parameter.requires_grad
         and info.telling_name not in mistakes
-        and (verdict := policy.decide(info)).decay.multiplier
+        and decision.decay.multiplier
         and _is_other(info)
     ]
 
 
 def _is_other(info: ParameterInfo) -> bool:
     """Tell whether a parameter is called like no weight, or is a vector in disguise."""
+    # A vector in disguise: 1 x 64 x 1 x 1 scales channels.
     long_sides = [size for size in info.parameter.shape if size > 1]
     return len(long_sides) < 2 or not WEIGHT_LEAF.search(info.leaf or "")
 
@@ -207,6 +217,7 @@ class Audit:
                 "multiplier": row.weight_decay,
                 "requires_grad": row.requires_grad,
                 "form": row.form,
+                "target": row.target,
                 "reason": row.reason,
             }
             for row in self.report.rows

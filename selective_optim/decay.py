@@ -6,14 +6,63 @@ The one vocabulary that both wings share: policies yield it, steps apply it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-Form = Literal["l2", "decoupled"]
+Form = Literal["l2", "decoupled", "independent", "corrected", "cautious"]
+Number = float | Tensor
+
+
+class FormKind(NamedTuple):
+    """What a form does, per step and element, before torch's update.
+
+    Args:
+        formula: With rate ``lr``, decay ``wd``, parameter ``p``, target ``t`` (0 by
+            default), gradient ``g``, and ``u``, by ``lr`` times which torch lowers
+            the parameter.
+        applied: Which of three things happens: ``"l2"`` adds to the gradient,
+            ``"decoupled"`` moves the parameter, ``"cautious"`` moves a part of it.
+        strength: What stands for ``wd`` there, of ``wd``, ``lr`` and ``lr0``.
+        needs_lr0: Whether ``strength`` reads the rate that training began with.
+    """
+
+    formula: str
+    applied: Literal["l2", "decoupled", "cautious"]
+    strength: Callable[[Number, Number, float], Number]
+    needs_lr0: bool = False
+
+
+FORMS: dict[Form, FormKind] = {
+    "l2": FormKind("g += wd * (p - t)", "l2", lambda wd, lr, lr0: wd),
+    "decoupled": FormKind(
+        "p -= lr * wd * (p - t)", "decoupled", lambda wd, lr, lr0: wd
+    ),
+    "independent": FormKind(
+        "p -= lr / lr0 * wd * (p - t)",
+        "decoupled",
+        lambda wd, lr, lr0: wd / lr0,
+        needs_lr0=True,
+    ),
+    "corrected": FormKind(
+        "p -= lr ** 2 / lr0 * wd * (p - t)",
+        "decoupled",
+        # The quotient first: where lr is lr0, it is 1 and wd stays as it is.
+        lambda wd, lr, lr0: wd * (lr / lr0),
+        needs_lr0=True,
+    ),
+    "cautious": FormKind(
+        "p -= lr * wd * (p - t) where u * (p - t) >= 0",
+        "cautious",
+        lambda wd, lr, lr0: wd,
+    ),
+}
+INIT: Literal["init"] = "init"
+Target = float | Literal["init"]
 
 REMEDY = "Use 0 to exempt a parameter, 1 to decay it in full."
 
@@ -34,35 +83,87 @@ class Decay:
     Args:
         multiplier: Factor on ``group["weight_decay"]``, finite and >= 0. A
             positive one means decayed, 0 means exempt.
-        form: ``"l2"``, ``"decoupled"``, or ``None`` for what the optimizer does.
+        form: ``"l2"``, ``"decoupled"``, ``"independent"``, ``"corrected"``,
+            ``"cautious"``, see ``FORMS``; or ``None`` for what the optimizer does.
+        target: What it decays towards: a finite number, or ``"init"``, what it was
+            when it was decided; ``None`` is 0.
 
     Raises:
-        TypeError: ``multiplier`` is not a number.
-        ValueError: ``multiplier`` is negative, infinite or NaN, or ``form`` is unknown.
+        TypeError: ``multiplier`` or ``target`` is of no such type.
+        ValueError: ``multiplier`` is negative, infinite or NaN, ``form`` is unknown,
+            or ``target`` is infinite or NaN.
     """
 
     multiplier: float = 1.0
     form: Form | None = None
+    target: Target | None = None
 
     def __post_init__(self) -> None:
         if broken := broken_rule(self.multiplier):
             kind, rule = broken
             raise kind(f"{rule}, not {self.multiplier!r}. {REMEDY}")
-        if self.form not in (None, *get_args(Form)):
+        if self.form is not None and self.form not in FORMS:
             raise ValueError(
-                f'`form` must be "l2", "decoupled" or None, not {self.form!r}. '
+                f"`form` must be {FORM_NAMES} or None, not {self.form!r}. "
                 f'Write for example Decay(1, "l2").'
             )
         object.__setattr__(self, "multiplier", float(self.multiplier))
+        object.__setattr__(self, "target", _as_target(self.target))
 
     def __mul__(self, other: object) -> Decay:
         if not isinstance(other, Decay):
             return NotImplemented
-        return Decay(self.multiplier * other.multiplier, other.form or self.form)
+        target = self.target if other.target is None else other.target
+        product = self.multiplier * other.multiplier
+        return Decay(product, other.form or self.form, target)
 
     def __repr__(self) -> str:
         form = f", {self.form!r}" if self.form else ""
-        return f"Decay({number_text(self.multiplier)}{form})"
+        target = "" if self.target is None else f", target={target_text(self.target)}"
+        return f"Decay({number_text(self.multiplier)}{form}{target})"
+
+    def of(self, wd: Any) -> Any:
+        """Return the effective decay, of that of a group: its product, or 0."""
+        multiplier = self.multiplier
+        return wd if multiplier == 1 else 0.0 if multiplier == 0 else wd * multiplier
+
+    @property
+    def stated(self) -> str:
+        """What it says besides a multiplier, for messages; empty if nothing."""
+        form = f"the form {self.form!r}" if self.form else ""
+        target = f"the target {target_text(self.target)}" if self.target else ""
+        return " and ".join(filter(None, [form, target]))
+
+    @property
+    def needs_lr0(self) -> bool:
+        """Whether its strength depends on the rate that training began with."""
+        stated = self.form is not None and FORMS[self.form].needs_lr0
+        return stated and self.multiplier != 0
+
+    @property
+    def needs_init(self) -> bool:
+        """Whether it pulls towards what the parameter was when it was decided."""
+        return self.target == INIT and self.multiplier != 0
+
+
+FORM_NAMES = ", ".join(f'"{name}"' for name in FORMS)
+
+
+def _as_target(value: object) -> Target | None:
+    if value is None or (isinstance(value, str) and value == INIT):
+        return value
+    rule = f'a target must be a finite number or "{INIT}", not {value!r}'
+    way_out = "Write for example towards(1.0, is_norm)."
+    if not isinstance(value, (Real, str)):
+        raise TypeError(f"{rule}. {way_out}")
+    if isinstance(value, str) or not math.isfinite(value):
+        raise ValueError(f"{rule}. {way_out}")
+    return float(value)
+
+
+def target_text(target: Target) -> str:
+    """Print a target as it is written: ``1`` or ``'init'``."""
+    return repr(target) if isinstance(target, str) else number_text(target)
 
 
 def number_text(value: float) -> str:
@@ -86,6 +187,21 @@ def as_decay(value: object) -> Decay:
     return Decay(value)  # type: ignore[arg-type]  # Decay checks it
 
 
+class Terms(NamedTuple):
+    """All of a decision that a number depends on: parameters of like terms decay alike.
+
+    Args:
+        decay: What was decided.
+        lr0: The rate that training began with, where the form needs it; else ``None``.
+    """
+
+    decay: Decay
+    lr0: float | None = None
+
+
+FULLY = Terms(FULL)
+
+
 class Verdict(NamedTuple):
     """A decay and the reason for it, in the words of the policy that decided."""
 
@@ -105,6 +221,9 @@ class Decision(NamedTuple):
             where no module is known.
         own_name: The name that tells it from others that share ``name``: what a
             parametrization made several of, as weight norm; else ``None``.
+        lr0: Its group's rate when it was added, or the ``"initial_lr"`` that the
+            group came with; ``None`` where no optimizer steps it.
+        init: What it was when it was decided, where it decays towards that.
     """
 
     decay: Decay
@@ -113,6 +232,13 @@ class Decision(NamedTuple):
     shape: torch.Size
     kinds: tuple[str, ...]
     own_name: str | None = None
+    lr0: float | None = None
+    init: Tensor | None = None
+
+    @property
+    def terms(self) -> Terms:
+        """What it comes to in numbers."""
+        return Terms(self.decay, self.lr0 if self.decay.needs_lr0 else None)
 
     @property
     def telling_name(self) -> str | None:

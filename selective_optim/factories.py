@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import nn
 
 from selective_optim.parameters import as_modules
-from selective_optim.policies import WdPolicy, as_policy
+from selective_optim.policies.named import WdPolicy, as_policy
 
 
 class Given(NamedTuple):
@@ -20,6 +20,7 @@ class Given(NamedTuple):
     model: object = None
 
 
+# Not a global: two threads, or two async tasks, may build two models.
 _given: ContextVar[Given | None] = ContextVar("selective_optim", default=None)
 
 

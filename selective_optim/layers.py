@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selective_optim._model_index import ModelIndex
 from selective_optim._text import aligned
-from selective_optim.parameters import ParameterInfo, as_modules
+from selective_optim.parameters import ModelIndex, ParameterInfo, as_modules
 from selective_optim.policies.blocks import require_arguments
 from selective_optim.policies.layerwise import Distances
 
@@ -69,6 +68,7 @@ def _places(named: Sequence[tuple[str, int]]) -> dict[int, list[str]]:
             layers.setdefault(prefix, set()).add(layer)
     places: dict[int, list[str]] = {}
     for name, layer in named:
+        # `blocks.0`, and not each of its parameters.
         prefix = next((p for p in _prefixes(name) if len(layers[p]) == 1), name)
         held = places.setdefault(layer, [])
         if prefix not in held:
@@ -131,6 +131,7 @@ def layerwise_groups(
     roots = as_modules(model)
     distances = Distances(roots, layers)
     found: dict[int, list[ParameterInfo]] = {}
+    # Modules may share parameters, and torch takes each in one group.
     infos = {id(i.parameter): i for i in ModelIndex(roots).everyone()}
     for info in infos.values():
         found.setdefault(distances.of(info), []).append(info)

@@ -1,18 +1,31 @@
-"""What is known of a parameter: its names, its modules, its shape."""
+"""What is known of parameters: names, shapes, and the modules around them.
+
+A model is walked once and not for every optimizer or group that asks: one
+optimizer per parameter, stepped in a hook, is how people save memory. What was
+read is checked where it is used, place by place, and costs nothing to keep:
+modules are referred to weakly, and parameters by identity alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from itertools import takewhile
-from typing import Any
+import gc
+import inspect
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, repeat, starmap, takewhile
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from selective_optim import _torch
-from selective_optim._module_tree import canonical_name, name_of_its_own
 from selective_optim._text import received, shape_of
 
 
@@ -72,9 +85,27 @@ def shape_now(param: Tensor) -> torch.Size:
     return torch.Size((0,)) if is_lazy(param) else param.shape
 
 
-def original_shape(param: Tensor) -> torch.Size | None:
-    """Return the shape a user knows, or ``None`` where it is lost or not there yet."""
-    return None if is_lazy(param) or _torch.is_flattened(param) else param.shape
+class Wanted(NamedTuple):
+    """A parameter that is asked about: its group, its shape and its name, if known."""
+
+    param: Tensor
+    group: int
+    shape: torch.Size | None
+    name: str | None = None
+
+
+def wanted(
+    params: Sequence[Tensor], names: Iterable[str | None] = (), group: int = 0
+) -> list[Wanted]:
+    """Ask about parameters, with the shapes that a user knows.
+
+    A shape that is lost or not there yet is ``None``.
+    """
+    pieces = _torch.flattened(params)
+    return [
+        Wanted(p, group, None if is_lazy(p) or id(p) in pieces else p.shape, name)
+        for p, name in zip(params, chain(names, repeat(None)))
+    ]
 
 
 def owner_kinds(info: ParameterInfo) -> tuple[str, ...]:
@@ -90,11 +121,12 @@ def own_classes(cls: type[nn.Module]) -> list[type]:
     return list(takewhile(lambda base: base is not nn.Module, cls.__mro__))
 
 
-def named_info(param: Tensor, name: str | None, group: int) -> ParameterInfo:
+def _named_info(
+    param: Tensor, group: int, shape: torch.Size | None, name: str | None
+) -> ParameterInfo:
     """Describe a parameter of which at most a name is known."""
     own_name = name and name_of_its_own(name)
     name = canonical_name(name) if name else None
-    shape = original_shape(param)
     return ParameterInfo(
         name=name,
         names=(name,) if name else (),
@@ -125,3 +157,315 @@ def as_modules(model: object) -> list[nn.Module]:
             f"{received(model)}. Pass model=model."
         )
     return items
+
+
+# Iterators that hand on what others yield. What one refers to is what it reads.
+RELAYS: tuple[type, ...] = (filter, map, chain, type(iter([])), type(iter(())))
+Path = tuple[nn.Module, ...]
+
+
+def canonical_name(name: str) -> str:
+    """Strip what wrappers and parametrizations add to a dotted name."""
+    *modules, leaf = without_wrappers(name).split(".")
+    if modules[-2:-1] == ["parametrizations"] and leaf.startswith("original"):
+        *modules, _, leaf = modules
+    return ".".join([*modules, leaf])
+
+
+def without_wrappers(name: str) -> str:
+    """Strip what wrappers add to a dotted name, and nothing else."""
+    *modules, leaf = name.split(".")
+    return ".".join([*(part for part in modules if part not in _torch.WRAPPERS), leaf])
+
+
+def name_of_its_own(name: str) -> str | None:
+    """Return what tells a parametrization's several parameters apart, if they are.
+
+    One that made one parameter of one calls it ``original``, without a number.
+    """
+    plain = without_wrappers(name)
+    *_, above, _, leaf = ("", "", *plain.split("."))
+    numbered = above == "parametrizations" and leaf.removeprefix("original").isdigit()
+    return plain if numbered else None
+
+
+@dataclass(frozen=True)
+class Place:
+    """One spot in a tree at which a parameter is registered.
+
+    Modules are remembered without keeping them alive.
+
+    Args:
+        modules: The modules from the root to the one that registered it.
+        keys: Under which name each registered the next, and the last the parameter.
+        name: Its canonical dotted name.
+        leaf: Last part of that.
+        own_name: What tells it from others with the same canonical name, if need be.
+    """
+
+    modules: tuple[weakref.ref[nn.Module], ...]
+    keys: tuple[str, ...]
+    name: str
+    leaf: str
+    own_name: str | None = None
+
+    def path(self, param: Tensor) -> Path | None:
+        """Return the modules from the root to the owner if ``param`` stands here.
+
+        What a parametrization was made of belongs to the module that it was
+        registered on.
+        """
+        path = [module for ref in self.modules if (module := ref()) is not None]
+        if len(path) < len(self.modules):
+            return None
+        held = [*map(_torch.children, path[:-1]), _torch.registered(path[-1])]
+        # From the root down: a module that was replaced, or moved elsewhere, shows.
+        for entries, key, value in zip(held, self.keys, [*path[1:], param]):
+            # Not `get`: scripted modules keep theirs in mappings without it.
+            if key not in entries or entries[key] is not value:
+                return None
+        made = isinstance(path[-1], ParametrizationList)
+        own = made and self.keys[-1].startswith("original")
+        return tuple(path[:-2] if own else path)
+
+
+def places(root: nn.Module) -> list[tuple[Tensor, Place]]:
+    """List every place of every parameter, aliases of tied ones included."""
+    found: list[tuple[Tensor, Place]] = []
+
+    def walk(inside: Path, keys: tuple[str, ...]) -> None:
+        modules = tuple(map(weakref.ref, inside))
+        for key, param in _torch.registered(inside[-1]).items():
+            if param is not None:
+                full = ".".join([*keys, key])
+                name = canonical_name(full)
+                own = name_of_its_own(full) if key.startswith("original") else None
+                place = Place(modules, (*keys, key), name, name.rpartition(".")[2], own)
+                found.append((param, place))
+        for key, child in _torch.children(inside[-1]).items():
+            # One that contains itself has endless aliases.
+            if child is not None and child not in inside:
+                walk((*inside, child), (*keys, key))
+
+    walk((root,), ())
+    return found
+
+
+def modules_behind(params: object) -> list[nn.Module]:
+    """Find the modules that ``params`` is, lists, or is being generated from.
+
+    ``model.parameters()`` and ``model.named_parameters()`` are generators whose
+    frame holds the module until they have run; a generator expression, ``filter``,
+    ``map`` or ``itertools.chain`` over such generators leads to them.
+    """
+    if isinstance(params, nn.Module):
+        return [params]
+    if isinstance(params, RELAYS):
+        sources = gc.get_referents(params)
+        sources += chain(*(s for s in sources if isinstance(s, (list, tuple))))
+        return [module for source in sources for module in modules_behind(source)]
+    if inspect.isgenerator(params):
+        frame = inspect.getgeneratorlocals(params)
+        return modules_behind(frame.get("self", frame.get(".0")))
+    return list(params) if is_modules(params) else []
+
+
+def is_modules(params: object) -> TypeGuard[Sequence[nn.Module]]:
+    """Tell whether ``params`` is a list or tuple of nothing but modules."""
+    return (
+        isinstance(params, Sequence)
+        and bool(params)
+        and all(isinstance(item, nn.Module) for item in params)
+    )
+
+
+_T = TypeVar("_T")
+# Weak on both sides: an index holds neither its module nor any parameter.
+_indices: weakref.WeakKeyDictionary[nn.Module, ModuleIndex] = (
+    weakref.WeakKeyDictionary()
+)
+_watching: list[Any] = []
+
+
+def _forget_all(*_: object) -> None:
+    """Forget every index: somewhere a parameter or module was registered.
+
+    A place that is gone shows when it is looked up; one that is new, as when two
+    weights are tied, would not.
+    """
+    _indices.clear()
+
+
+def index_of(module: nn.Module) -> ModuleIndex:
+    """Return what is known of a module, walked now or since nothing was registered."""
+    # Not at import: torch calls these at every registration in the process.
+    if not _watching:
+        _watching.append(register_module_parameter_registration_hook(_forget_all))
+        _watching.append(register_module_module_registration_hook(_forget_all))
+    index = _indices.get(module)
+    if index is None:
+        index = _indices[module] = ModuleIndex(module)
+    return index
+
+
+class ModuleIndex:
+    """Every place of every parameter of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        self._answers: dict[Hashable, Any] = {}
+        self._read(module)
+
+    def _read(self, module: nn.Module) -> None:
+        self._places: dict[int, list[Place]] = {}
+        self._answers.clear()
+        self._shapes = _torch.original_shapes(module)
+        for param, place in places(module):
+            self._places.setdefault(id(param), []).append(place)
+
+    def infos(self, params: Sequence[Wanted]) -> list[ParameterInfo | None]:
+        """Describe parameters; ``None`` for those that the module does not hold."""
+        found = list(starmap(self._look_up, params))
+        module = self._module()
+        if None in found and module is not None:
+            self._read(module)  # they may have come, or moved, since the last reading
+            found = list(starmap(self._look_up, params))
+        return found
+
+    def _look_up(
+        self, param: Tensor, group: int, shape: torch.Size | None, _: object
+    ) -> ParameterInfo | None:
+        known = self._places.get(id(param), ())
+        paths = [path for place in known if (path := place.path(param)) is not None]
+        if not known or len(paths) < len(known):
+            return None
+        names = tuple(dict.fromkeys([place.name for place in known]))
+        shape = self._shapes.get(id(param), shape)
+        here = (param, shape, None if shape is None else len(shape), group)
+        first, *elsewhere = [
+            ParameterInfo(
+                *(place.name, names, place.leaf, path[-1], path, *here),
+                own_name=place.own_name,
+            )
+            for place, path in zip(known, paths)
+        ]
+        return replace(first, elsewhere=tuple(elsewhere)) if elsewhere else first
+
+    def everyone(self) -> list[ParameterInfo]:
+        """Describe every parameter of the module, each once."""
+        module = self._module()
+        params = {} if module is None else {id(p): p for p, _ in places(module)}
+        found = self.infos(wanted(list(params.values())))
+        return [info for info in found if info is not None]
+
+    def remember(self, question: Hashable, ask: Callable[[], _T]) -> _T:
+        """Answer a question about the whole module once, until it changes."""
+        if question not in self._answers:
+            self._answers[question] = ask()
+        answer: _T = self._answers[question]
+        return answer
+
+
+class ModelIndex:
+    """What is known of an optimizer's parameters, from the best source at hand.
+
+    In this order: ``model=``; a module, or the generator of one, given as
+    parameters; names; else shapes alone.
+
+    Args:
+        model: A module, modules, or ``None``.
+    """
+
+    def __init__(self, model: object = None) -> None:
+        modules = as_modules(model)
+        self._given = bool(modules)
+        self._modules = list(map(weakref.ref, modules))
+        # Until it is decided for, a module may live through a generator alone.
+        self._held = modules
+
+    @property
+    def explicit(self) -> bool:
+        """Tell whether ``model=`` was given, and is still alive to be asked."""
+        return self._given and all(ref() is not None for ref in self._modules)
+
+    def modules(self) -> list[nn.Module]:
+        """Return the known modules that are still alive."""
+        return [module for ref in self._modules if (module := ref()) is not None]
+
+    def add(self, modules: Iterable[nn.Module]) -> None:
+        """Learn of further modules."""
+        for module in modules:
+            self._held.append(module)
+            if module not in self.modules():
+                self._modules.append(weakref.ref(module))
+
+    def let_go(self) -> None:
+        """Keep no module alive from now on."""
+        self._held.clear()
+
+    def learn(self, params: Any) -> Any:
+        """Note the modules behind ``params`` and return what torch takes instead."""
+        modules = modules_behind(params)
+        if not self.explicit:
+            self.add(modules)
+        if modules and isinstance(params, (nn.Module, Sequence)):
+            params = chain(*[module.parameters() for module in modules])
+            # Modules may share parameters, which torch refuses to take twice.
+            return list({id(param): param for param in params}.values())
+        return params
+
+    def infos(self, params: Sequence[Wanted]) -> list[ParameterInfo]:
+        """Describe parameters, each as well as it is known.
+
+        Names serve where no module holds them.
+        """
+        # One pass per module over all parameters: an optimizer may have 1,000 groups.
+        found: list[ParameterInfo | None] = [None] * len(params)
+        for module in self.modules():
+            here = index_of(module).infos(params)
+            found = [a or b for a, b in zip(found, here)]
+        return [info or _named_info(*each) for info, each in zip(found, params)]
+
+    def remember(self, question: Hashable, ask: Callable[[], _T]) -> _T:
+        """Answer a question about the whole model once, until the model changes."""
+        modules = self.modules()
+        # A user's policy may hold what has no hash, such as a list.
+        try:
+            hash(question)
+        except TypeError:
+            return ask()
+        return (
+            index_of(modules[0]).remember(question, ask) if len(modules) == 1 else ask()
+        )
+
+    def everyone(self) -> list[ParameterInfo]:
+        """Describe every parameter of the known modules, in the optimizer or not."""
+        return [info for m in self.modules() for info in index_of(m).everyone()]
+
+    def require_members(self, groups: Sequence[Sequence[ParameterInfo]]) -> None:
+        """Check that every parameter lives in ``model=``, if that was given.
+
+        Raises:
+            ValueError: One does not; the message gives its shape and position.
+        """
+        infos = chain.from_iterable(map(enumerate, groups if self.explicit else ()))
+        for position, info in infos:
+            if info.owner is None:
+                raise ValueError(
+                    f"{info.describe(position)}, at position {position} of group "
+                    f"{info.group}, is in none of the modules given as `model`. "
+                    f"Pass every module that holds parameters: model=[model, ...]."
+                )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelIndex:
+        """Follow the modules that were copied along with the optimizer."""
+        modules = self.modules()
+        twin = ModelIndex([memo.get(id(module), module) for module in modules])
+        # Copied before its model, it cannot insist that tensors live in that.
+        twin._given = self._given and all(id(module) in memo for module in modules)
+        twin.let_go()
+        return twin
+
+    def __reduce__(self) -> tuple[type[ModelIndex], tuple[()]]:
+        # To pickle the modules would be to pickle the model with the optimizer.
+        return ModelIndex, ()

@@ -8,15 +8,23 @@ from dataclasses import dataclass
 from html import escape
 from importlib import import_module
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._text import aligned
-from selective_optim.decay import Decision, Form
+from selective_optim._text import aligned, received, require_decay
+from selective_optim.decay import FORMS, FULL, Decision, Form, Target, target_text
+from selective_optim.parameters import (
+    ModelIndex,
+    ParameterInfo,
+    owner_kinds,
+    shape_now,
+    wanted,
+)
+from selective_optim.policies.selectors import kind_of
 
 NUMBERS = ("group", "lr", "decay", "timescale", "tensors", "elements")
 MANY_GROUPS = 8  # more are summed up together: a group per layer would fill pages
@@ -39,12 +47,14 @@ class Row:
         lr: Learning rate of the group now; NaN where there is no optimizer.
         weight_decay: Effective decay, ``group["weight_decay"] * multiplier``, of a
             frozen parameter what it would be.
-        form: ``"l2"`` or ``"decoupled"``; ``None`` where the optimizer will decide,
-            or does not say.
+        form: ``"l2"``, ``"decoupled"`` or another of ``policies.form``; ``None``
+            where the optimizer will decide, or does not say.
         reason: The selector that decided; for an optimizer without a policy, what
             the parameter is.
         requires_grad: Whether it trains; a frozen parameter does not decay.
         owner: Class name of the module that holds it; empty where none is known.
+        target: What it decays towards: a number, or ``"init"``; ``None`` is 0.
+        lr0: The rate that its training began with, where its form needs that.
     """
 
     group: int
@@ -57,6 +67,8 @@ class Row:
     reason: str
     requires_grad: bool = True
     owner: str = ""
+    target: Target | None = None
+    lr0: float | None = None
 
     @property
     def fate(self) -> str:
@@ -67,15 +79,21 @@ class Row:
 
     @property
     def effect(self) -> str:
-        """The form in which the parameter decays, or that it does not."""
-        return (self.form or "default") if self.fate == "decayed" else self.fate
+        """In which form it decays, and towards what unless 0; or that it does not."""
+        if self.fate != "decayed":
+            return self.fate
+        form = self.form or "default"
+        return f"{form} towards {target_text(self.target)}" if self.target else form
 
     @property
     def timescale(self) -> float | None:
         """Steps in which decoupled decay alone shrinks to 1/e: ``1 / (lr * wd)``."""
-        if self.effect != "decoupled" or not self.lr > 0:
+        form = FORMS[self.form or "l2"]
+        # Not `lr <= 0`: without an optimizer the rate is NaN.
+        if self.fate != "decayed" or form.applied != "decoupled" or not self.lr > 0:
             return None
-        return 1 / (self.lr * self.weight_decay)
+        lr0 = self.lr if self.lr0 is None else self.lr0
+        return float(1 / (self.lr * form.strength(self.weight_decay, self.lr, lr0)))
 
     @property
     def kind(self) -> str:
@@ -116,6 +134,7 @@ class DecayReport:
         and form are one line, with the range of their rates and decays. Columns in
         which nothing is known are left out.
         """
+        # Layerwise groups differ in rate alone, and would fill a page.
         many = len({row.group for row in self.rows}) > MANY_GROUPS
         sums: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
@@ -278,6 +297,7 @@ def _new_axes(bars: int) -> Any:
 
 
 def _number(value: float | Tensor) -> float:
+    # Waits for the device, which a report may and a step may not.
     return value.item() if isinstance(value, Tensor) else value
 
 
@@ -301,33 +321,178 @@ def make_row(
         reason=decision.reason,
         requires_grad=param.requires_grad,
         owner=decision.kinds[0].rpartition(".")[2] if decision.kinds else "",
+        target=decision.decay.target,
+        lr0=decision.terms.lr0,
     )
 
 
 def _shape(decided: torch.Size, param: Tensor) -> torch.Size:
     """Return the shape that was decided on, or that of a lazy parameter since then."""
+    # Shapes of lazy parameters come with the first batch, after the decision.
     had_none = decided == (0,) and not is_lazy(param)
-    return param.shape if had_none and not _torch.is_flattened(param) else decided
+    return param.shape if had_none and not _torch.flattened([param]) else decided
 
 
 def make_report(
     param_groups: Sequence[dict[str, Any]],
     decided: Iterable[Sequence[Decision]],
-    form_of: Callable[[dict[str, Any], Form | None], Form | None],
+    default_form: Callable[[dict[str, Any]], Form | None],
 ) -> DecayReport:
     """Join decisions with what the groups say now."""
-    return DecayReport(
-        tuple(
-            make_row(
-                index,
-                group,
-                decision,
-                form_of(group, decision.decay.form),
-                param,
-            )
-            for index, (group, decisions) in enumerate(
-                zip(param_groups, decided, strict=True)
-            )
-            for param, decision in zip(group["params"], decisions)
+    rows = [
+        make_row(index, group, decision, decision.decay.form or default, param)
+        for index, (group, decisions) in enumerate(
+            zip(param_groups, decided, strict=True)
         )
-    )
+        for default in [default_form(group)]
+        for param, decision in zip(group["params"], decisions)
+    ]
+    return DecayReport(tuple(rows))
+
+
+PLURALS = {"norm": "norms", "bias": "biases", "weight": "weights"}
+# Classes of torch whose decay is L2, and those whose groups do not say otherwise.
+L2_CLASSES = ("SGD", "Adam", "Adagrad", "Adadelta", "Adamax", "ASGD", "RMSprop")
+DECOUPLED_CLASSES = ("AdamW", "Adafactor", "Muon")
+
+
+class Groups(Protocol):
+    """What a report needs of an optimizer."""
+
+    param_groups: Any
+
+
+def decay_report(
+    optimizer: Groups, model: nn.Module | Sequence[nn.Module] | None = None
+) -> DecayReport:
+    """Tell what really decays in a training, whatever the optimizer.
+
+    The reason of a row is what the parameter is: ``norm``, ``bias``, ``embedding``,
+    ``vector`` (fewer than two dimensions) or ``weight``. The last line tells norms
+    and biases that decay, weights that do not beside others that do, and parameters
+    of the model that train and are in no group.
+
+    Args:
+        optimizer: One whose groups have a ``"weight_decay"``: of torch, of another
+            library, or of this one, which then tells its own reasons.
+        model: The module, or modules, that the parameters live in. Without it, names
+            are those of ``named_parameters()`` if the optimizer was given any.
+
+    Returns:
+        The report, as that of ``optimizer.decay_report()``.
+
+    Raises:
+        TypeError: ``optimizer`` has no groups.
+        ValueError: A group of it has no weight decay.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+        >>> no_decay = ["bias", "norm.weight"]  # is this list right for the model?
+        >>> named = list(model.named_parameters())
+        >>> parts = {}
+        >>> for name, param in model.named_parameters():
+        ...     exempt = any(word in name for word in no_decay)
+        ...     parts.setdefault(exempt, []).append(param)
+        >>> groups = [{"params": parts[0]}, {"params": parts[1], "weight_decay": 0.0}]
+        >>> optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
+        >>> print(decay_report(optimizer, model))
+        group  reason    lr  decay  form         timescale  tensors  elements
+            0  weight  0.01    0.1  decoupled  1,000 steps        1         6
+            0  norm    0.01    0.1  decoupled  1,000 steps        1         2
+            1  bias    0.01      0  exempt                        1         2
+            1  norm    0.01      0  exempt                        1         2
+        decayed: 2 tensors, 8 elements; exempt: 2 tensors, 4 elements
+        looks wrong: 1 norm decays ('1.weight')
+    """
+    optimizer = _with_groups(optimizer)
+    own = getattr(optimizer, "decay_report", None)
+    if own is not None:
+        report: DecayReport = own()
+        return report
+    index = ModelIndex(model)
+    groups = list(optimizer.param_groups)
+    asked = [
+        each
+        for number, group in enumerate(groups)
+        for each in wanted(group["params"], group.get("param_names", ()), number)
+    ]
+    forms = [form_of_class(optimizer, group) for group in groups]
+    rows = [
+        _row_without_policy(groups[info.group], forms[info.group], info)
+        for info in index.infos(asked)
+    ]
+    known = {id(each.param) for each in asked}
+    trained = [i for i in index.everyone() if i.parameter.requires_grad]
+    left_out = [
+        info.telling_name for info in trained if id(info.parameter) not in known
+    ]
+    return DecayReport(tuple(rows), _remark(rows, left_out))
+
+
+def _with_groups(optimizer: Any) -> Any:
+    """Find the optimizer inside wrappers such as Accelerate's."""
+    # Accelerate and Lightning call it `optimizer`, fastai `opt`.
+    while not hasattr(optimizer, "decay_report"):
+        inner = getattr(optimizer, "optimizer", getattr(optimizer, "opt", None))
+        if inner is None:
+            break
+        optimizer = inner
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"`optimizer` must have param_groups, and {received(optimizer)} has none. "
+            f"Pass the optimizer first, then the model: decay_report(optimizer, model)."
+        )
+    require_decay(optimizer, "report")
+    return optimizer
+
+
+def form_of_class(optimizer: Any, group: dict[str, Any]) -> Form | None:
+    """Tell the form of torch's classes; others do not say theirs."""
+    if "decoupled_weight_decay" in group:
+        return "decoupled" if group["decoupled_weight_decay"] else "l2"
+    for cls in type(optimizer).__mro__:
+        if cls.__module__.startswith("torch.optim"):
+            if cls.__name__ in DECOUPLED_CLASSES:
+                return "decoupled"
+            return "l2" if cls.__name__ in L2_CLASSES else None
+    return None
+
+
+def _row_without_policy(
+    group: dict[str, Any], form: Form | None, info: ParameterInfo
+) -> Row:
+    shape = shape_now(info.parameter) if info.shape is None else info.shape
+    kinds, name = owner_kinds(info), info.telling_name
+    decision = Decision(FULL, kind_of(info), name, shape, kinds)
+    return make_row(info.group, group, decision, form, info.parameter)
+
+
+def _remark(rows: Sequence[Row], left_out: Sequence[str | None]) -> str:
+    """Say in one line what looks wrong with groups that were split by hand."""
+    decayed = [row for row in rows if row.fate == "decayed"]
+    wrong = [
+        (kind, "decays", "decay", [row.name for row in decayed if row.reason == kind])
+        for kind in ("norm", "bias")
+    ]
+    if decayed:
+        exempt = [r.name for r in rows if r.fate == "exempt" and r.reason == "weight"]
+        wrong.append(("weight", "does not decay", "do not decay", exempt))
+    told = [
+        f"{amount(len(names), kind, PLURALS[kind])} "
+        f"{one if len(names) == 1 else several} ({_first_names(names)})"
+        for kind, one, several, names in wrong
+        if names
+    ]
+    if left_out:
+        verb = "trains and is" if len(left_out) == 1 else "train and are"
+        told.append(
+            f"{amount(len(left_out), 'parameter')} {verb} in no group "
+            f"({_first_names(left_out)})"
+        )
+    return f"looks wrong: {'; '.join(told)}" if told else ""
+
+
+def _first_names(names: Sequence[str | None]) -> str:
+    first = repr(names[0]) if names[0] else "without a name"
+    return first if len(names) == 1 else f"{first} and {len(names) - 1:,} more"

@@ -7,7 +7,7 @@ multiplied by the learning rate, so a schedule of the rate alone scales it down,
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,104 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from selective_optim import _torch
-from selective_optim._schedule_views import Group, GroupView, Record, stepping_optimizer
+from selective_optim._text import require_decay
+from selective_optim.decay import is_zero
+
+Group = dict[str, Any]
+
+
+@dataclass
+class Record:
+    """What schedulers of one optimizer's decay wrote, and whether it has stepped.
+
+    Args:
+        written: Group by group, keys such as ``"initial_lr"``.
+        held: Group by group, whether its decay stays at 0.
+        stepped: Whether ``optimizer.step()`` ran since the record was made.
+    """
+
+    written: list[Group] = field(default_factory=list)
+    held: list[bool] = field(default_factory=list)
+    stepped: bool = False
+
+    def views(self, groups: list[Group]) -> list[GroupView]:
+        """View every group, with room for those that were added."""
+        # Where nothing decays yet, a warm-up of decay from 0 is meant.
+        any_decays = not all(is_zero(group["weight_decay"]) for group in groups)
+        for group in groups[len(self.written) :]:
+            self.written.append({})
+            self.held.append(any_decays and is_zero(group["weight_decay"]))
+        return list(map(GroupView, groups, self.written, self.held))
+
+
+class GroupView(MutableMapping[str, Any]):
+    """A parameter group whose ``"lr"`` is its ``"weight_decay"``.
+
+    What a scheduler writes beside the rate (``"initial_lr"``, ``"max_lr"``) is kept
+    apart from the group, where a scheduler of the learning rate keeps its own.
+    """
+
+    def __init__(self, group: Group, written: Group, held: bool) -> None:
+        self._group = group
+        self._written = written
+        self._held = held
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "lr":
+            return self._group["weight_decay"]
+        # A scheduler that finds an "initial_lr" goes on from it, and would go on from
+        # that of the learning rate (torch/optim/lr_scheduler.py, 2.7 to 2.15).
+        if key in self._written or _is_rate(key):
+            return self._written[key]
+        return self._group[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key == "lr":
+            self._group["weight_decay"] = 0.0 if self._held else value
+        elif key in self._group and not _is_rate(key):
+            raise ValueError(
+                f"a schedule of weight decay sets {key!r}, which is not its own. Pass "
+                f"cycle_momentum=False to the scheduler, or set it in "
+                f"optimizer.param_groups."
+            )
+        else:
+            self._written[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._written[key]
+
+    def __iter__(self) -> Iterator[str]:
+        own = (key for key in self._group if key != "lr" and not _is_rate(key))
+        return iter(dict.fromkeys([*own, "lr", *self._written]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def _is_rate(key: str) -> bool:
+    """Tell whether a scheduler keeps a learning rate of its own under this key."""
+    return key.endswith("_lr")
+
+
+def stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
+    """Find the optimizer inside wrappers such as Accelerate's, whose hooks fire.
+
+    Raises:
+        TypeError: There is none.
+        ValueError: A group of it has no weight decay.
+    """
+    while isinstance(
+        inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer
+    ):
+        optimizer = inner
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"`optimizer` must be a torch.optim.Optimizer, not {optimizer!r:.80} "
+            f"({type(optimizer).__name__}). Write WeightDecay(optimizer)."
+        )
+    require_decay(optimizer, "schedule")
+    return optimizer
+
 
 Optimizer = torch.optim.Optimizer
 # Attributes of the optimizer: its groups and state keep torch's keys alone.
@@ -70,6 +167,8 @@ class WeightDecay(torch.optim.Optimizer):
 
     def _attach(self, record: Record) -> None:
         if RECORD not in vars(self.optimizer):
+            # torch copies neither attributes nor hooks of an optimizer (__getstate__,
+            # 2.7 to 2.15): both are here or neither.
             self.optimizer.register_step_post_hook(_note_step)
         setattr(self.optimizer, RECORD, record)
         record.views(self.optimizer.param_groups)
@@ -148,14 +247,19 @@ class Tie:
     """
 
     bases: list[tuple[float, float]] = field(default_factory=list)
+    policy: object = None
 
-    def follow(self, groups: list[Group]) -> None:
-        """Take the bases of groups that were added."""
+    def follow(self, optimizer: Optimizer) -> None:
+        """Take the bases of groups that were added, and see who decides now."""
+        groups, policy = optimizer.param_groups, getattr(optimizer, "wd_policy", None)
+        if len(self.bases) < len(groups) or policy is not self.policy:
+            _refuse_corrected(optimizer)
+            self.policy = policy
         for index in range(len(self.bases), len(groups)):
             self.bases.append(_base(groups[index], index))
 
     def __call__(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        self.follow(optimizer.param_groups)
+        self.follow(optimizer)
         for group, (base_wd, base_lr) in zip(optimizer.param_groups, self.bases):
             # The quotient first: where lr is the base, it is 1 and wd exactly the base.
             group["weight_decay"] = base_wd * (float(group["lr"]) / base_lr)
@@ -200,6 +304,18 @@ def _refuse_schedules(optimizer: Optimizer) -> None:
                 )
 
 
+def _refuse_corrected(optimizer: Optimizer) -> None:
+    report = getattr(optimizer, "decay_report", None)
+    rows = [row for row in report().rows if row.form == "corrected"] if report else []
+    if rows:
+        known = rows[0].name
+        name = repr(known) if known else f"a parameter of group {rows[0].group}"
+        raise ValueError(
+            f"{name} decays in form 'corrected', which follows the rate already. "
+            f"Leave out proportional_to_lr(optimizer), or that form."
+        )
+
+
 def proportional_to_lr(optimizer: Optimizer) -> RemovableHandle:
     """Tie weight decay to the learning rate, from now on and at every step.
 
@@ -222,7 +338,8 @@ def proportional_to_lr(optimizer: Optimizer) -> RemovableHandle:
     Raises:
         TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``.
         ValueError: It has no weight decay, its rate is 0 or was moved by a scheduler
-            already, or something else sets its decay.
+            already, something else sets its decay, or a parameter decays in form
+            ``"corrected"``, which would be corrected twice.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -240,6 +357,6 @@ def proportional_to_lr(optimizer: Optimizer) -> RemovableHandle:
     _refuse_tie(optimizer)
     _refuse_schedules(optimizer)
     tie = Tie()
-    tie.follow(optimizer.param_groups)
+    tie.follow(optimizer)
     setattr(optimizer, TIE, weakref.ref(tie))
     return optimizer.register_step_pre_hook(tie)

@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective_optim._base import Model
-from selective_optim._optimizer import SelectiveOptimizer
-from selective_optim._text import require_numbers
-from selective_optim.policies import WdPolicy
+from selective_optim._optimizer import Model, SelectiveOptimizer
+from selective_optim.policies.named import WdPolicy
 from selective_optim.step.sgd_kernel import SGDKernel
 
 
@@ -76,11 +74,11 @@ class SGD(SelectiveOptimizer, torch.optim.SGD):
         model: Model = None,
     ) -> None:
         numbers = {"lr": lr, "momentum": momentum, "dampening": dampening}
-        require_numbers({**numbers, "weight_decay": weight_decay})
+        numbers["weight_decay"] = weight_decay
         kernel = SGDKernel(decoupled_weight_decay)
-        with self._deciding(params, wd_policy, model, kernel) as known_params:
+        with self._deciding(params, wd_policy, model, kernel, numbers) as known:
             super().__init__(
-                known_params,
+                known,
                 lr,
                 momentum,
                 dampening,

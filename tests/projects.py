@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from torch import nn
 
-from selective_optim._model_index import ModuleIndex
+from selective_optim.parameters import ModuleIndex
 from selective_optim.policies import named
 
 NORMS = (

@@ -8,6 +8,7 @@ import io
 import pickle
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -284,6 +285,54 @@ def test_form_that_a_group_may_choose_is_computed_by_the_class(cls, flag, argume
     forms = [row.form for row in optimizer.decay_report().rows]
     assert forms == ["l2", "decoupled", "l2"]
     assert optimizer.param_groups[0][flag] is False
+
+
+@pytest.mark.parametrize("kind", ["independent", "corrected"])
+def test_forms_that_are_numbers_are_computed_for_the_class(kind):
+    """Bit for bit the class with its decay set by hand, and again after a resume."""
+    rates = [0.05, 0.04, 0.01, 0.03, 0.02]
+    actual, expected = make_params()[:3], make_params()[:3]
+    policy = policies.form(kind, "p1") * policies.form("decoupled", "p0")
+    make = partial(selective(NAdam), lr=0.05, weight_decay=0.1, wd_policy=policy)
+    optimizer = make(named(actual))
+    oracle = NAdam(
+        [
+            {"params": [p], "decoupled_weight_decay": decoupled}
+            for p, decoupled in zip(expected, (True, True, False))
+        ],
+        *(0.05, (0.9, 0.999), 1e-8, 0.1),
+    )
+    for step, rate in enumerate(rates):
+        if step == 3:
+            state_dict = optimizer.state_dict()
+            optimizer = make(named(actual), lr=0.9)  # which the state dict corrects
+            optimizer.load_state_dict(state_dict)
+        for group in (*optimizer.param_groups, *oracle.param_groups):
+            group["lr"] = rate
+        by_hand = 0.1 / 0.05 if kind == "independent" else 0.1 * (rate / 0.05)
+        oracle.param_groups[1]["weight_decay"] = by_hand
+        for each, params in ((optimizer, actual), (oracle, expected)):
+            set_grads(params, step)
+            each.step()
+        assert_same(actual, expected)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("cls", "policy", "told"),
+    [
+        (
+            NAdam,
+            policies.form("cautious"),
+            "the form 'cautious', and NAdam is given its",
+        ),
+        (NAdam, policies.towards("init"), "the target 'init', and NAdam is given its"),
+        (RMSprop, policies.form("corrected"), "RMSprop decays in form 'l2'. Leave"),
+    ],
+)
+def test_forms_that_are_no_numbers_are_refused(cls, policy, told):
+    with pytest.raises(ValueError, match=told):
+        selective(cls)(make_params(), weight_decay=0.1, wd_policy=policy)
 
 
 # The class.
@@ -742,3 +791,38 @@ def test_overrides_by_index_are_refused_before_the_first_step():
     with pytest.raises(ValueError, match="register_module_override"):
         optimizer.step()
     assert_same(params, make_params())
+
+
+class Warming(torch.optim.Optimizer):
+    """Keeps a key in its groups until it is warm, and lists the keys that it saw."""
+
+    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "cold": 2})
+        self.seen: list[set[str]] = []
+
+    def step(self, closure: Any = None) -> None:
+        self.seen = [set(group) for group in self.param_groups]
+        for group in self.param_groups:
+            group["cold"] = group.get("cold", 0) - 1
+            if group["cold"] <= 0:
+                del group["cold"]
+
+
+def test_key_that_the_class_takes_out_of_its_groups_is_gone_from_the_users():
+    model = nn.Linear(2, 2)
+    optimizer = selective(Warming)(model, weight_decay=0.1, wd_policy="no_bias")
+    optimizer.step()
+    assert optimizer.param_groups[0]["cold"] == 1
+    optimizer.step()
+    assert "cold" not in optimizer.param_groups[0]
+
+
+def test_key_that_the_user_takes_out_is_gone_from_what_the_class_sees():
+    model = nn.Linear(2, 2)
+    optimizer = selective(Warming)(model, weight_decay=0.1, wd_policy="no_bias")
+    optimizer.param_groups[0]["mine"] = 1
+    optimizer.step()
+    assert ["mine" in keys for keys in optimizer.seen] == [True, True]
+    del optimizer.param_groups[0]["mine"]
+    optimizer.step()
+    assert ["mine" in keys for keys in optimizer.seen] == [False, False]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from selective_optim._model_index import ModuleIndex
+from selective_optim.parameters import ModuleIndex
 from selective_optim.policies import named
 from selective_optim.policies.decide import decide
 from tests import zoo

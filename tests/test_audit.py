@@ -14,8 +14,7 @@ from torch import nn
 import selective_optim
 from benchmarks.recipes_page import page
 from selective_optim import policies
-from selective_optim.__main__ import main
-from selective_optim._target import build, read_target
+from selective_optim.__main__ import build, main, read_target
 from selective_optim.audit import audit, find_mistakes, model_report
 from selective_optim.policies.named import NAMED
 
@@ -151,14 +150,15 @@ def test_audit_as_dict_has_the_same_content():
         "multiplier": 1.0,
         "requires_grad": True,
         "form": None,
+        "target": None,
         "reason": "no match",
     }
     assert told["disagreements"] == [
         {
             "name": "head.bias",
             "shape": [5],
-            "a": {"multiplier": 1.0, "form": None},
-            "b": {"multiplier": 0.0, "form": None},
+            "a": {"multiplier": 1.0, "form": None, "target": None},
+            "b": {"multiplier": 0.0, "form": None, "target": None},
             "reason_a": "no match",
             "reason_b": "exclude is_bias",
         }

@@ -376,3 +376,100 @@ def test_optimizers_per_parameter_decay_what_one_would():
         assert moved == (
             [id(param)] if name.endswith("d.weight") and param.ndim > 1 else []
         )
+
+
+# Groups that are passed on to another optimizer.
+
+PASSED = {
+    "as they are": lambda groups: groups,
+    "one of them": lambda groups: groups[-1:],
+    "copied": lambda groups: [dict(group) for group in groups],
+    "filtered": lambda groups: [
+        {**group, "params": [p for p in group["params"] if p.ndim < 2]}
+        for group in groups
+    ],
+}
+
+
+@pytest.mark.parametrize("name", twins.CLASSES)
+@pytest.mark.parametrize("how", PASSED)
+@pytest.mark.parametrize("cls", [selective_optim.SGD, selective_optim.AdamW])
+def test_groups_of_another_optimizer_do_not_lose_their_policy_unseen(name, how, cls):
+    source = twins.ours(name, "automatic", twins.make_params())
+    with pytest.warns(UserWarning, match=r"Pass wd_policy=exclude\(is_vector\)"):
+        cls(PASSED[how](source.param_groups))
+    added = cls([nn.Parameter(torch.ones(1))])
+    with pytest.warns(UserWarning, match="comes from an optimizer"):
+        added.add_param_group(PASSED[how](source.param_groups)[0])
+
+
+@pytest.mark.parametrize("name", twins.CLASSES)
+def test_groups_of_another_optimizer_with_a_policy_are_not_warned_of(name):
+    """Nor groups written by hand, those that decay nothing, and where nothing is lost.
+
+    A warning is an error in these tests.
+    """
+    params = twins.make_params()
+    source = twins.ours(name, "automatic", params)
+    plain = twins.ours(name, "automatic", twins.make_params(), wd_policy=None)
+    type(source)(source.param_groups, wd_policy="matrices")
+    type(source)(source.param_groups, wd_policy="all")
+    type(source)([{"params": params, "lr": 0.1, "weight_decay": 0.1}])
+    type(source)([{**source.param_groups[0], "weight_decay": 0.0}])
+    type(source)(plain.param_groups)
+    copy.deepcopy(source)
+
+
+# torch.utils.swap_tensors.
+
+
+def swap_among(groups, params):
+    torch.utils.swap_tensors(params[0], params[1])
+
+
+def swap_and_reverse(groups, params):
+    torch.utils.swap_tensors(params[0], params[1])
+    groups[0]["params"].reverse()
+
+
+def swap_in_turn(groups, params):
+    torch.utils.swap_tensors(params[0], params[1])
+    torch.utils.swap_tensors(params[1], params[2])
+
+
+@pytest.mark.parametrize("name", twins.CLASSES)
+@pytest.mark.parametrize("kind", twins.KINDS)
+@pytest.mark.parametrize("swap", [swap_among, swap_and_reverse, swap_in_turn])
+@pytest.mark.parametrize("lent", [True, False])
+def test_swapped_tensors_keep_state_and_decision_of_the_object(name, kind, swap, lent):
+    """As in torch, whose groups and state hold the object: its contents are new."""
+    left = []
+    for make in (twins.ours, twins.torchs):
+        params = twins.make_params([(3, 3)] * 4)
+        arguments = {**twins.CLASSES[name], **twins.KINDS[kind], "weight_decay": 0.3}
+        if make is twins.ours:
+            exempt = selective_optim.policies.exclude("a", "c")
+            names = list(zip("abcd", params, strict=True))
+            optimizer = getattr(selective_optim, name)(
+                names, wd_policy=exempt, **arguments
+            )
+        else:
+            arguments |= {} if twins.KINDS[kind] else {"fused": True}
+            groups = [
+                {"params": params[1::2]},
+                {"params": params[::2], "weight_decay": 0.0},
+            ]
+            optimizer = getattr(torch.optim, name)(groups, **arguments)
+        for number in range(2):
+            twins.step(params, optimizer, number)
+        if lent:
+            optimizer.state_dict()
+        optimizer.zero_grad()
+        swap(optimizer.param_groups, params)
+        for number in range(2, 6):
+            twins.step(params, optimizer, number)
+            if number == 3:  # which makes a new plan
+                optimizer.load_state_dict(optimizer.state_dict())
+        left.append((params, optimizer))
+    (mine, own), (theirs, judge) = left
+    twins.assert_twins(mine, theirs, own, judge)

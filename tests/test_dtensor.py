@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import selective_optim
+from selective_optim.policies import form, towards
 from tests.support.compare import assert_same
 from tests.support.distributed import Ranks
 
@@ -417,3 +418,60 @@ def step_scaled(rank, optimizer):
 @each_optimizer
 def test_scaler_reaches_the_shards(ranks, optimizer):
     ranks(step_scaled, optimizer)
+
+
+# Forms that are a pass of our own
+
+
+def step_in_a_form(rank, optimizer, placement, policy, implementation):
+    params = params_at(placement)
+    plain = [p.requires_grad_() for p in shards(params)]
+    name, hyperparameters = OPTIMIZERS[optimizer]
+    make = functools.partial(
+        getattr(selective_optim, name), **hyperparameters, wd_policy=policy
+    )
+    mine, theirs = make(params, **implementation), make(plain, **implementation)
+    for step in range(STEPS):
+        if step == 3:  # what training began with comes back sharded
+            state_dict = mine.state_dict()
+            mine = make(params, **implementation)
+            mine.load_state_dict(state_dict)
+        grads = grads_at(placement, step)
+        assign(params, grads)
+        assign(plain, shards(grads))
+        mine.step()
+        theirs.step()
+    assert_same([p.to_local() for p in params], [p.detach() for p in plain])
+
+
+@each_placement
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd-nesterov"])
+@pytest.mark.parametrize("implementation", [{}, LOOP], ids=["automatic", "loop"])
+@pytest.mark.parametrize(
+    "policy", [form("cautious"), towards("init"), form("l2") * towards(0.5)], ids=repr
+)
+def test_forms_are_those_of_the_shards(
+    ranks, optimizer, placement, policy, implementation
+):
+    ranks(step_in_a_form, optimizer, placement, policy, implementation)
+
+
+def shard_after_deciding(rank):
+    """As Accelerate does with FSDP2: the tensors of a group are replaced."""
+    whole = [p.detach().requires_grad_() for p in values(0)]
+    policy = towards("init") * form("cautious")
+    arguments = {**ADAM, "wd_policy": policy}
+    mine = selective_optim.AdamW(whole, **arguments)
+    params = params_at("rows")
+    mine.param_groups[0]["params"] = params
+    theirs = selective_optim.AdamW(plain := params_at("rows"), **arguments)
+    train(mine, params, "rows")
+    train(theirs, plain, "rows")
+    assert_same_training((mine, params), (theirs, plain))
+    inits = [entry[2]["init"] for entry in mine.state_dict()["decay"][0]]
+    assert {type(init) for init in inits} == {DTensor}
+    assert_same([init.full_tensor() for init in inits], values(0))
+
+
+def test_init_is_sharded_with_its_parameter(ranks):
+    ranks(shard_after_deciding)

@@ -20,6 +20,7 @@ from selective_optim.policies import (
     is_vector,
     only,
     scale,
+    towards,
 )
 
 OPTIMIZERS = [SGD, Adam, AdamW]
@@ -28,6 +29,7 @@ WAYS_OUT = (
     "a framework makes the optimizer, write with selective_optim.deciding_for(model): "
     "around it."
 )
+FORMS = '"l2", "decoupled", "independent", "corrected", "cautious"'
 MULTIPLIER = "Return 0 to exempt a parameter, 1 to decay it in full."
 
 
@@ -438,7 +440,7 @@ CASES = {
         lambda info: Decay(1, "L2"),
         ValueError,
         "`wd_policy` <lambda at test_errors.py:...> failed for '0.weight' (shape 4 x "
-        '3): ValueError: `form` must be "l2", "decoupled" or None, not \'L2\'. Write '
+        f"3): ValueError: `form` must be {FORMS} or None, not 'L2'. Write "
         'for example Decay(1, "l2").',
     ),
     "callable raises": Case(
@@ -602,14 +604,32 @@ MISWRITTEN = {
     "form": (
         lambda: form("L2"),
         ValueError,
-        '`form` takes "l2" or "decoupled" first, not \'L2\'. Write for example '
+        f"`form` takes one of {FORMS} first, not 'L2'. Write for example "
         'form("l2", "*.weight").',
     ),
     "Decay form": (
         lambda: Decay(1, "adamw"),
         ValueError,
-        '`form` must be "l2", "decoupled" or None, not \'adamw\'. Write for example '
+        f"`form` must be {FORMS} or None, not 'adamw'. Write for example "
         'Decay(1, "l2").',
+    ),
+    "target": (
+        lambda: towards("start"),
+        ValueError,
+        "a target must be a finite number or \"init\", not 'start'. Write for example "
+        "towards(1.0, is_norm).",
+    ),
+    "target that is no number": (
+        lambda: towards([1.0], is_norm),
+        TypeError,
+        'a target must be a finite number or "init", not [1.0]. Write for example '
+        "towards(1.0, is_norm).",
+    ),
+    "infinite target": (
+        lambda: Decay(1, target=math.inf),
+        ValueError,
+        'a target must be a finite number or "init", not inf. Write for example '
+        "towards(1.0, is_norm).",
     ),
     "mapping value": (
         lambda: first_match({"*.bias": math.nan}),

@@ -9,8 +9,8 @@ import os
 
 import pytest
 
-from selective_optim._model_index import ModuleIndex
 from selective_optim.layers import layerwise_groups
+from selective_optim.parameters import ModuleIndex
 from selective_optim.policies import named
 from tests import projects, zoo
 from tests.judgement import disagreements

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from selective_optim import AdamW
-from selective_optim._model_index import ModuleIndex
+from selective_optim.parameters import ModuleIndex
 from selective_optim.policies import is_bias, is_norm, recognition
 
 

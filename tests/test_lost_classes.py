@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from selective_optim._model_index import ModuleIndex
+from selective_optim.parameters import ModuleIndex
 from selective_optim.policies.selectors import (
     as_selector,
     is_bias,

@@ -123,6 +123,16 @@ def train_ours(name: str, hyper: Any, implementation: Any) -> list[Any]:
     return train(optimizer, params, unscales=not implementation)
 
 
+def train_in_forms() -> list[Any]:
+    """Step in forms that torch's kernels do not do: for these there is no twin."""
+    params = make_params()
+    policy = "form('cautious') * towards('init', 'a.*') * form('l2', 'a.*')"
+    named = [(f"{'ab'[i % 2]}.{i}", param) for i, param in enumerate(params)]
+    cls, hyper = selective_optim.AdamW, {"lr": 0.01, "foreach": False}
+    optimizer = cls(named, weight_decay=WD, wd_policy=policy, **hyper)
+    return train(optimizer, params, unscales=False)
+
+
 def train_torchs(name: str, hyper: Any, implementation: Any) -> list[Any]:
     """Step torch's class; what its SGD lacks, decoupled decay, is a multiply before."""
     params = make_params("differentiable" in implementation)
@@ -165,6 +175,7 @@ def in_torch_without(lost: str) -> dict[str, Any]:
         "warnings": [str(each.message) for each in caught],
         "unscaled": unscaled(),
         "trained": [train_ours(*c, i) for c in CASES for i in IMPLEMENTATIONS],
+        "in forms": train_in_forms(),
     }
 
 
@@ -204,6 +215,7 @@ def test_a_lost_name_costs_time_and_no_bits(name, results):
                 expected = {"fused": True}
             wanted = train_torchs(*case, expected)
             assert next(trained) == wanted, (case, implementation)
+    assert results[name]["in forms"] == train_in_forms()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, to import torch once")

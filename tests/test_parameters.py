@@ -14,9 +14,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from selective_optim import SGD, AdamW, ParameterInfo
-from selective_optim._model_index import ModuleIndex
-from selective_optim._module_tree import canonical_name
 from selective_optim._text import shape_text
+from selective_optim.parameters import ModuleIndex, canonical_name, wanted
 
 
 def make_net():
@@ -274,3 +273,43 @@ def test_model_may_be_given_by_a_generator_of_modules():
     optimizer = AdamW(list(net.parameters()), weight_decay=0.1, **listed)
     decays = [row.weight_decay > 0 for row in optimizer.decay_report().rows]
     assert decays == [True, False, False, False]
+
+
+def take_out(model):
+    model._modules["1"] = None
+
+
+def drop(model):
+    del model._modules["1"]
+
+
+def exchange(model):
+    model._modules["1"] = nn.Linear(3, 2)
+
+
+def exchange_inside(model):
+    model[1]._parameters["weight"] = nn.Parameter(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("edit", [take_out, drop, exchange, exchange_inside])
+def test_parameter_that_left_behind_torchs_back_is_not_found(edit):
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    param = model[1].weight
+    index = ModuleIndex(model)
+    assert index.infos(wanted([param]))[0].name == "1.weight"
+    edit(model)
+    assert index.infos(wanted([param])) == [None]
+
+
+def test_module_that_moved_behind_torchs_back_is_found_where_it_stands():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    index = ModuleIndex(model)
+    model._modules["head"] = model._modules.pop("1")
+    assert index.infos(wanted([model.head.weight]))[0].name == "head.weight"
+
+
+def test_parameter_of_a_module_that_is_gone_is_not_found():
+    module = nn.Linear(2, 3)
+    index, param = ModuleIndex(module), module.weight
+    del module
+    assert index.infos(wanted([param])) == [None]

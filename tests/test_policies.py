@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from selective_optim import SGD, AdamW, Decay
-from selective_optim._model_index import ModuleIndex
 from selective_optim.decay import Verdict
+from selective_optim.parameters import ModuleIndex
 from selective_optim.policies import (
+    Policy,
     as_policy,
     exclude,
     first_match,
@@ -286,3 +287,20 @@ def test_multiplier_follows_the_group_and_never_undoes_an_exemption():
     rows = optimizer.decay_report().rows
     assert {row.weight_decay for row in rows if row.name.endswith("bias")} == {0}
     assert {row.weight_decay for row in rows if row.name.endswith("weight")} == {0.5}
+
+
+def test_policy_looks_at_the_model_once_for_all_groups():
+    looks = []
+
+    class Looking(Policy):
+        def bind(self, roots):
+            looks.append(roots)
+            return self
+
+        def decide(self, info):
+            return Verdict(Decay(1.0), "looked")
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    groups = [{"params": [param]} for param in model.parameters()]
+    AdamW(groups, weight_decay=0.1, wd_policy=Looking(), model=model)
+    assert looks == [[model]]

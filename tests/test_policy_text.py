@@ -26,6 +26,7 @@ from selective_optim.policies import (
     only,
     parse,
     scale,
+    towards,
 )
 from selective_optim.policies.named import NAMED
 from selective_optim.policies.selectors import Selector, as_selector
@@ -50,6 +51,9 @@ POLICIES = [
     scale("*", by=1e-05),
     form("l2"),
     form("decoupled", "*.weight", missing_ok=True),
+    form("cautious") * towards(0.5, is_norm, nn.Linear) * towards(-1e-3, "*.a"),
+    towards("init", missing_ok=True) * form("independent") * form("corrected", "b"),
+    first_match({is_norm: Decay(1, target=1), "*": Decay(2, "l2", target="init")}),
     layerwise(0.75),
     layerwise(0.5, layers="blocks.*"),
     marked(),
@@ -216,8 +220,14 @@ WRONG = {
     ),
     "form": (
         "form('l3')",
-        '1: `form` takes "l2" or "decoupled" first, not \'l3\'. Write for example '
-        'form("l2", "*.weight").',
+        '1: `form` takes one of "l2", "decoupled", "independent", "corrected", '
+        '"cautious" first, not \'l3\'. Write for example form("l2", "*.weight").',
+        None,
+    ),
+    "target": (
+        "towards('start')",
+        "1: a target must be a finite number or \"init\", not 'start'. Write for "
+        "example towards(1.0, is_norm).",
         None,
     ),
 }

@@ -21,6 +21,7 @@ from selective_optim.policies import (
     named,
     parse,
     scale,
+    towards,
 )
 from selective_optim.policies.selectors import as_selector
 from tests.test_policy_text import LlamaStyleNorm
@@ -49,6 +50,8 @@ numbers = st.floats(0, 1e9, allow_nan=False)
 factors = st.one_of(
     st.builds(exclude, selectors, selectors, missing_ok=st.booleans()),
     st.builds(scale, selectors, by=numbers),
+    st.builds(towards, st.floats(-1e6, 1e6) | st.just("init"), selectors),
+    st.builds(form, st.sampled_from(["independent", "cautious"]), selectors),
     st.builds(layerwise, numbers),
     st.dictionaries(selectors, numbers, min_size=1).map(first_match),
     st.sampled_from([marked(), named("dinov2"), form("l2")]),

@@ -643,3 +643,94 @@ def test_equal_rates_of_other_types_keep_their_bits(name, kind):
             twins.step(params, optimizer, number)
         left.append((params, optimizer))
     assert_twins(left[0][0], left[1][0], left[0][1], left[1][1])
+
+
+# Subclasses, and torch's step on our optimizer.
+
+
+def subclass(cls, calls):
+    class Own(cls):
+        """Begins moments at one, and halves every gradient."""
+
+        def _init_group(self, group, params, grads, *lists):
+            calls.append(group)
+            fresh = [p for p in group["params"] if p.grad is not None]
+            fresh = [p for p in fresh if not self.state[p]]
+            answer = super()._init_group(group, params, grads, *lists)
+            for param in fresh:
+                for entry, value in self.state[param].items():
+                    if entry.startswith("exp_avg"):
+                        value.fill_(1.0)
+            grads[:] = [grad / 2 for grad in grads]
+            return answer
+
+    return Own
+
+
+@each_name
+@each_kind
+def test_subclass_that_begins_state_its_own_way_is_as_in_torch(name, kind):
+    left, calls = [], []
+    for module, make in ((selective_optim, ours), (torch.optim, torchs)):
+        params = make_params()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, name, subclass(getattr(module, name), calls))
+            chosen = "for-loop" if kind == "automatic" else kind
+            optimizer = make(name, chosen if make is torchs else kind, params)
+        for number in range(4):
+            twins.step(params, optimizer, number)
+        left.append((params, optimizer))
+    assert len(calls) == 4 * 1 + 4 * 2
+    (mine, own), (theirs, judge) = left
+    assert_twins(mine, theirs, own, judge)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_subclass_that_begins_state_its_own_way_takes_the_scale(name, found_inf):
+    left = []
+    for module, make in ((selective_optim, ours), (torch.optim, torchs)):
+        params = make_params()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, name, subclass(getattr(module, name), []))
+            optimizer = make(name, "fused", params)
+        for number in range(3):
+            optimizer.grad_scale = torch.tensor(4.0)
+            optimizer.found_inf = torch.tensor(found_inf if number else 0.0)
+            twins.step(params, optimizer, number)
+        left.append((params, optimizer))
+    (mine, own), (theirs, judge) = left
+    assert_twins(mine, theirs, own, judge)
+
+
+@each_name
+@each_kind
+def test_step_of_torchs_class_is_refused_where_it_would_decay_the_exempt(name, kind):
+    params, expected = make_params(), make_params()
+    optimizer, judge = (make(name, kind, p) for make, p in (
+        (ours, params), (torchs, expected)
+    ))  # fmt: skip
+    twins.step(params, optimizer, 0)
+    twins.step(expected, judge, 0)
+    foreign = getattr(torch.optim, name).step
+    with pytest.raises(RuntimeError, match=r"Type optimizer\.step\(\)"):
+        foreign(optimizer)
+    twins.step(params, optimizer, 1)
+    twins.step(expected, judge, 1)
+    assert_twins(params, expected, optimizer, judge)
+
+
+@each_name
+@each_kind
+def test_step_of_torchs_class_is_torchs_where_nothing_is_exempt(name, kind):
+    left = []
+    for module in (selective_optim, torch.optim):
+        params = make_params()
+        cls, judge = getattr(module, name), getattr(torch.optim, name)
+        optimizer = cls(params, **CLASSES[name], **KINDS[kind], weight_decay=0.3)
+        for number in range(3):
+            twins.set_grads(params, number)
+            judge.step(optimizer)
+        left.append((params, optimizer))
+    (mine, own), (theirs, expected) = left
+    assert_twins(mine, theirs, own, expected)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from selective_optim import AdamW
-from selective_optim._model_index import ModuleIndex
+from selective_optim.parameters import ModuleIndex
 from selective_optim.policies import Decay, diff, exclude, named
 from selective_optim.policies.recipes import RECIPES
 

@@ -440,6 +440,6 @@ def test_report_of_an_optimizer_without_decay_says_so():
     with pytest.raises(ValueError, match="no weight_decay") as caught:
         decay_report(torch.optim.Rprop(Net().parameters()))
     assert str(caught.value) == (
-        "group 0 of `optimizer` (Rprop) has no weight_decay to report. Pass one that "
-        "decays: torch.optim.AdamW(model.parameters())."
+        "group 0 of `optimizer` (Rprop) has no weight_decay to report. Use one that "
+        "decays: selective_optim.AdamW."
     )

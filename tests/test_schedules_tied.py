@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import lr_scheduler as torch_schedulers
 
 import selective_optim
+from selective_optim.policies import form, towards
 from selective_optim.schedules import WeightDecay, proportional_to_lr
 from tests.support.schedule_cases import optimizers, run, schedules, two_groups, values
 
@@ -51,6 +52,67 @@ def test_tied_decay_is_that_of_adamc():
         lr = 0.5 * (1 - step / 4)
         expected *= 1 - lr**2 / 0.5 * 0.1
     torch.testing.assert_close(param.item(), expected, rtol=1e-12, atol=0)
+
+
+def test_tied_decay_is_the_corrected_form_to_the_bit():
+    """Under any schedule, which the form follows without a hook."""
+    left = []
+    for policy in (None, form("corrected")):
+        param = nn.Parameter(torch.linspace(-1, 2, 7))
+        optimizer = selective_optim.AdamW(
+            [param], lr=0.3, weight_decay=0.07, wd_policy=policy
+        )
+        if policy is None:
+            proportional_to_lr(optimizer)
+        scheduler = torch_schedulers.CosineAnnealingLR(optimizer, 5)
+        for step in range(5):
+            param.grad = torch.full_like(param, step - 2.0)
+            optimizer.step()
+            scheduler.step()
+        left.append(param)
+    assert torch.equal(*left)
+
+
+def test_decay_is_not_corrected_twice():
+    param = nn.Parameter(torch.ones(2, 2))
+    param.grad = torch.ones(2, 2)
+    optimizer = selective_optim.AdamW([param], wd_policy=form("corrected"))
+    told = "parameter of group 0 decays in form 'corrected', which follows the rate"
+    with pytest.raises(ValueError, match=told):
+        proportional_to_lr(optimizer)
+    optimizer.wd_policy = None
+    proportional_to_lr(optimizer)
+    optimizer.step()
+    optimizer.wd_policy = form("corrected")
+    with pytest.raises(ValueError, match=told):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["independent", "corrected", "cautious"])
+def test_a_schedule_of_decay_composes_with_a_form(kind):
+    """As if the decay were set by hand at each step."""
+    policy = form(kind) * towards(0.5)
+    decays: list[float] = []
+    left = []
+    for by_hand in (False, True):
+        param = nn.Parameter(torch.linspace(-1, 2, 7))
+        optimizer = selective_optim.SGD(
+            [param], lr=0.3, weight_decay=0.2, wd_policy=policy
+        )
+        decay = WeightDecay(optimizer)
+        schedule = torch_schedulers.LinearLR(decay, 1.0, 0.0, total_iters=4)
+        for step in range(4):
+            if by_hand:
+                optimizer.param_groups[0]["weight_decay"] = decays[step]
+            else:
+                decays.append(optimizer.param_groups[0]["weight_decay"])
+            param.grad = torch.full_like(param, step - 1.5)
+            optimizer.step()
+            if not by_hand:
+                schedule.step()
+        left.append(param)
+    assert decays == pytest.approx([0.2, 0.15, 0.1, 0.05])
+    assert torch.equal(*left)
 
 
 def test_tie_ends_with_its_handle():

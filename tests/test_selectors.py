@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from selective_optim._model_index import ModuleIndex
-from selective_optim.parameters import named_info
+from selective_optim.parameters import ModelIndex, wanted
 from selective_optim.policies.selectors import (
     Selector,
     as_selector,
@@ -33,8 +32,13 @@ class TiedNet(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
 
 
+def info_of(module, param, name=None):
+    [info] = ModelIndex(module).infos(wanted([param], [name]))
+    return info
+
+
 MODEL = TiedNet()
-INFOS = {info.name: info for info in ModuleIndex(MODEL).everyone()}
+INFOS = {info.name: info for info in ModelIndex(MODEL).everyone()}
 
 
 def matrix(info):
@@ -181,7 +185,7 @@ BIASES = {
 
 @pytest.mark.parametrize(("leaf", "expected"), BIASES.items(), ids=BIASES)
 def test_is_bias_goes_by_the_last_part_of_the_name(leaf, expected):
-    info = named_info(torch.ones(3), f"block.bias.{leaf}", 0)
+    info = info_of(None, torch.ones(3), f"block.bias.{leaf}")
     assert is_bias(info) is expected
 
 
@@ -223,7 +227,7 @@ OWNERS = {
 
 @pytest.mark.parametrize(("owner", "expected"), OWNERS.values(), ids=OWNERS)
 def test_is_norm_goes_by_the_class_of_the_owner(owner, expected):
-    assert is_norm(ModuleIndex(owner).info(owner.weight)) is expected
+    assert is_norm(info_of(owner, owner.weight)) is expected
 
 
 TORCH_NORMS = [
@@ -243,7 +247,7 @@ TORCH_NORMS = [
 
 @pytest.mark.parametrize("norm", TORCH_NORMS, ids=repr)
 def test_is_norm_knows_all_of_torch_in_any_number_of_dimensions(norm):
-    assert all(is_norm(info) for info in ModuleIndex(norm).everyone())
+    assert all(is_norm(info) for info in ModelIndex(norm).everyone())
 
 
 EMBEDDINGS = {
@@ -257,13 +261,13 @@ EMBEDDINGS = {
 
 @pytest.mark.parametrize(("owner", "expected"), EMBEDDINGS.values(), ids=EMBEDDINGS)
 def test_is_embedding_goes_by_the_owner(owner, expected):
-    assert is_embedding(ModuleIndex(owner).info(owner.weight)) is expected
+    assert is_embedding(info_of(owner, owner.weight)) is expected
 
 
 def holding(leaf, shape=(2, 3), name="Model"):
     module = type(name, (nn.Module,), {})()
     setattr(module, leaf, nn.Parameter(torch.ones(shape)))
-    return ModuleIndex(module).info(getattr(module, leaf))
+    return info_of(module, getattr(module, leaf))
 
 
 # Attribute, class that holds it in a real model, whether it is an embedding, a token.
@@ -320,14 +324,14 @@ def test_gate_of_one_number_inside_an_embedding_is_none():
 
 def test_embedding_of_one_row_and_one_column_is_one():
     table = nn.Embedding(1, 1)
-    assert is_embedding(ModuleIndex(table).info(table.weight))
+    assert is_embedding(info_of(table, table.weight))
 
 
 @pytest.mark.parametrize("leaf", ["lora_embedding_A", "trainable_tokens_delta"])
 def test_is_embedding_asks_the_list_that_an_adapter_stands_in(leaf):
     table = nn.ParameterDict({"default": nn.Parameter(torch.ones(2, 3))})
     model = nn.ModuleDict({leaf: table})
-    (info,) = ModuleIndex(model).everyone()
+    (info,) = ModelIndex(model).everyone()
     assert (info.leaf, is_embedding(info)) == ("default", True)
 
 
@@ -367,24 +371,24 @@ LAYERS = [
 
 @pytest.mark.parametrize("layer", LAYERS, ids=repr)
 def test_is_layer_weight_takes_of_torchs_layers_all_but_biases(layer):
-    for info in ModuleIndex(layer).everyone():
+    for info in ModelIndex(layer).everyone():
         assert is_layer_weight(info) is ("bias" not in info.leaf)
 
 
 def test_is_layer_weight_leaves_the_gain_of_a_standardized_convolution():
     conv = nn.Conv2d(3, 4, 1)
     conv.gain = nn.Parameter(torch.ones(4, 1, 1, 1))
-    infos = ModuleIndex(conv).everyone()
+    infos = ModelIndex(conv).everyone()
     assert [i.name for i in infos if is_layer_weight(i)] == ["weight"]
 
 
 @pytest.mark.parametrize("leaf", ["pos_embed", "embedding", "pos_embed_1", "embeds"])
 def test_is_embedding_goes_by_the_attribute_too(leaf):
     model = nn.ParameterDict({leaf: nn.Parameter(torch.ones(2, 3))})
-    assert all(is_embedding(info) for info in ModuleIndex(model).everyone())
+    assert all(is_embedding(info) for info in ModelIndex(model).everyone())
 
 
 def test_embedding_called_relative_attention_bias_is_no_bias():
     model = nn.ModuleDict({"relative_attention_bias": nn.Embedding(8, 2)})
-    (info,) = ModuleIndex(model).everyone()
+    (info,) = ModelIndex(model).everyone()
     assert (is_bias(info), is_embedding(info)) == (False, True)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
+import pickle
 import signal
 import weakref
+from contextlib import nullcontext
 from itertools import chain
+from operator import is_
 
 import pytest
 import torch
 from torch import multiprocessing, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import selective_optim
 from tests.support import twins
+from tests.support.compare import assert_same
 from tests.support.twins import (
     CLASSES,
     KINDS,
@@ -86,7 +92,26 @@ def test_counters_may_be_there_before_the_first_step(name, kind):
             assert entries["step"].is_shared()
 
 
+def resize(counter):
+    """Free the memory of a tensor and bring it back, as offloading does."""
+    kept = counter.clone()
+    counter.untyped_storage().resize_(0)
+    counter.untyped_storage().resize_(kept.nbytes)
+    counter.copy_(kept)
+
+
+def broadcast(counter):
+    """Receive into the counter what another rank has, through its storage."""
+    counter.untyped_storage().copy_((counter + 2).untyped_storage())
+
+
 MOVES = {
+    "resize": resize,
+    "storage": broadcast,
+    "detach": lambda counter: counter.detach_(),
+    "requires grad": lambda counter: counter.requires_grad_().detach_(),
+    "share": lambda counter: counter.share_memory_(),
+    "deepcopy": lambda counter: setattr(counter, "data", copy.deepcopy(counter)),
     "data": lambda counter: setattr(counter, "data", counter.data + 3),
     "set": lambda counter: counter.set_(counter + 3),
     "swap": lambda counter: torch.utils.swap_tensors(counter, counter + 3),
@@ -146,6 +171,90 @@ def test_counters_that_a_load_has_put_there_stay_live(name, kind):
 
 
 @each_counting
+@each_kind
+@pytest.mark.parametrize("when", ["stepped", "loaded", "copied", "later"])
+def test_counters_are_tensors_of_their_own(name, kind, when):
+    """None is a view: each pickles alone, and its memory is nobody else's."""
+    params = make_params()
+    optimizer = ours(name, kind, params)
+    if when == "later":
+        params[3].grad, optimizer.state = None, optimizer.state
+        for param in params[:3]:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    for number in range(2):
+        twins.step(params, optimizer, number)
+    if when == "loaded":
+        optimizer.load_state_dict(optimizer.state_dict())
+    elif when == "copied":
+        params, optimizer = copy.deepcopy((params, optimizer))
+    twins.step(params, optimizer, 2)
+    counters = [optimizer.state[param]["step"] for param in params]
+    twins.step(params, optimizer, 3)
+    storages = [counter.untyped_storage() for counter in counters]
+    assert [storage.nbytes() for storage in storages] == [4] * 4
+    assert len({storage.data_ptr() for storage in storages}) == 4
+    assert not any(counter._is_view() for counter in counters)
+    assert [float(counter) for counter in counters] == [4 + (when == "later")] * 3 + [4]
+
+
+@each_counting
+@each_kind
+def test_loading_takes_the_tensors_that_are_given_as_torch_does(name, kind):
+    """Counters and moments: two optimizers that load one state dict share it."""
+    left = []
+    for make in (ours, torchs):
+        params, others = make_params(), make_params()
+        first, second = make(name, kind, params), make(name, kind, others)
+        for number in range(2):
+            twins.step(params, first, number)
+        given = first.state_dict()
+        second.load_state_dict(given)
+        for param, other in zip(params, others, strict=True):
+            mine, theirs = first.state[param], second.state[other]
+            assert all(mine[entry] is theirs[entry] for entry in mine)
+        for number in range(2, 5):
+            twins.step(params, first, number)
+            twins.step(others, second, number)
+        left.append((params, others, first, second))
+    (*mine, a, b), (*theirs, c, d) = left
+    assert_twins(mine[0], theirs[0], a, c)
+    assert_twins(mine[1], theirs[1], b, d)
+    assert {float(own["step"]) for own in a.state.values()} == {8.0}
+
+
+@each_counting
+def test_saved_files_are_as_large_as_torchs(name):
+    sizes = []
+    for make in (ours, torchs):
+        params = make_params([(2, 2)] * 50)
+        optimizer = make(name, "fused", params)
+        twins.step(params, optimizer, 0)
+        state = optimizer.state_dict()["state"]
+        one, whole = io.BytesIO(), io.BytesIO()
+        torch.save(state[0]["step"], one)
+        torch.save(state, whole)
+        sizes.append((len(one.getvalue()), len(whole.getvalue())))
+        assert len(pickle.dumps(state[0]["step"])) < 600
+    assert sizes[0] == sizes[1]
+
+
+@each_counting
+def test_state_read_in_inference_mode_steps_on(name):
+    """As where a checkpoint is written while the model is evaluated."""
+    params, expected = make_params(), make_params()
+    optimizer, judge = ours(name, "automatic", params), torchs(name, "fused", expected)
+    for number in range(5):
+        if number == 2:
+            with torch.inference_mode():
+                state = optimizer.state_dict()["state"]
+            assert not any(own["step"].is_inference() for own in state.values())
+        twins.step(params, optimizer, number)
+        twins.step(expected, judge, number)
+    assert_twins(params, expected, optimizer, judge)
+
+
+@each_counting
 def test_states_swapped_between_paths_share_no_counter(name):
     """One parameter is fused, one is not, for its gradient lies otherwise."""
     params = [nn.Parameter(torch.ones(3, 3)) for _ in range(2)]
@@ -163,6 +272,57 @@ def test_states_swapped_between_paths_share_no_counter(name):
     assert state[params[1]]["step"] == 4
     pointers = {own["step"].data_ptr() for own in state.values()}
     assert len(pointers) == 2
+
+
+class Reading(TorchDispatchMode):
+    """Reads the state at operations that compute, as memory trackers may."""
+
+    def __init__(self, optimizer):
+        super().__init__()
+        self.optimizer = optimizer
+        self.held = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(name in str(func) for name in ("lerp", "add", "mul")):
+            self.held = [list(own.values()) for own in self.optimizer.state.values()]
+        return func(*args, **(kwargs or {}))
+
+
+@each_name
+@pytest.mark.parametrize("odd", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_state_that_is_first_read_within_a_step_is_right(name, odd, scaled):
+    """One of the parameters has a gradient that only torch's functional takes."""
+    left = []
+    for make in (ours, torchs):
+        params = make_params()
+        optimizer = make(name, "foreach" if odd else "fused", params)
+        if odd and make is ours:
+            for group in optimizer.param_groups:
+                group["foreach"] = None
+        for number in range(6):
+            twins.set_grads(params, number)
+            if scaled and not odd:
+                optimizer.grad_scale = torch.tensor(2.0)
+                optimizer.found_inf = torch.tensor(0.0)
+            if odd:
+                params[0].grad = params[0].grad.t().contiguous().t()
+            reading = Reading(optimizer)
+            with reading if number == 3 else nullcontext():
+                optimizer.step()
+            if number == 3:
+                held = reading.held
+        left.append((params, optimizer))
+        now = [value for own in optimizer.state.values() for value in own.values()]
+        assert all(map(is_, chain(*held), now))
+    (mine, own), (theirs, judge) = left
+    if not odd:
+        assert_twins(mine, theirs, own, judge)
+    else:  # fused beside functional: the first is foreach's to the bit, all moved
+        assert_same(mine[0], theirs[0])
+        assert_same(mine, theirs, rtol=1e-5, atol=1e-6)
+    counters = [own.state[p]["step"] for p in mine if "step" in own.state[p]]
+    assert all(counter == 6 for counter in counters)
 
 
 # Moments.
@@ -513,6 +673,22 @@ def test_tied_weights_listed_twice_are_as_in_torch(name, kind, policy):
     assert_twins([mine], [theirs], own, judge)
 
 
+@each_name
+@each_kind
+def test_parameter_listed_twice_is_saved_and_loaded_as_in_torch(name, kind):
+    left = []
+    for make in (ours, torchs):
+        params = make_params([(3, 3), (3, 2)])
+        with pytest.warns(UserWarning, match="duplicate parameters"):
+            optimizer = make(name, kind, [*params, params[0]])
+        for number in range(4):
+            twins.step(params, optimizer, number)
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        left.append((params, optimizer))
+    (mine, own), (theirs, judge) = left
+    assert_twins(mine, theirs, own, judge)
+
+
 # Hogwild.
 
 
@@ -535,7 +711,6 @@ def test_hogwild_workers_advance_shared_counters(name):
     optimizer = ours(name, "automatic", params)
     twins.step(params, optimizer, 0)
     for own in optimizer.state.values():
-        own["step"] = torch.tensor(1.0)  # by itself, or a whole block would be shared
         for value in own.values():
             value.share_memory_()
     before = [param.detach().clone() for param in params]

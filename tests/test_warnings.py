@@ -36,6 +36,11 @@ def step():
     optimizer.step()
 
 
+def pass_groups_on():
+    first = AdamW(params(), wd_policy="matrices")
+    AdamW(first.param_groups)
+
+
 WARNING = {
     "exempt": lambda: AdamW(params(), wd_policy="none"),
     "exempt, SGD": lambda: SGD(params(), weight_decay=0.1, wd_policy="none"),
@@ -45,6 +50,7 @@ WARNING = {
     "no decay": lambda: Adam(params(), wd_policy="matrices"),
     "misspelt": lambda: AdamW([{"params": params(), "wd_polcy": "none"}]),
     "misspelt later": add_misspelt,
+    "passed on": pass_groups_on,
     "assigned": assign,
     "loaded": load,
     "vanishing": step,

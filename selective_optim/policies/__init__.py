@@ -2,7 +2,7 @@
 
 A policy maps a :class:`~selective_optim.ParameterInfo` to a :class:`Decay`. Write
 it as a name, a mapping, a callable, or an expression of :func:`exclude`,
-:func:`only`, :func:`scale`, :func:`form` and ``*``.
+:func:`only`, :func:`scale`, :func:`form`, :func:`towards` and ``*``.
 
 How a verdict comes about, in the order of time:
 
@@ -12,8 +12,8 @@ How a verdict comes about, in the order of time:
 2. Selectors (``selectors``) are what a policy asks: globs, classes, modules,
    predicates. The predicates rest on ``recognition``: a bias by the name of the
    attribute, a norm by the class of the module that holds it, or by a functional
-   norm that the module hands it to (``functional_norms``).
-3. ``require_matches`` (``decide``) refuses a glob that matches no parameter.
+   norm that the module hands it to.
+3. ``require_matches`` (``unmatched``) refuses a glob that matches no parameter.
 4. ``policy.bind`` gives policies that look at the whole model (``layerwise``,
    ``marked``) a look at it, once.
 5. ``decide`` (``decide``) asks about each parameter. It first checks that what the
@@ -45,6 +45,7 @@ from selective_optim.policies.rules import first_match as first_match
 from selective_optim.policies.rules import form as form
 from selective_optim.policies.rules import only as only
 from selective_optim.policies.rules import scale as scale
+from selective_optim.policies.rules import towards as towards
 from selective_optim.policies.selectors import Selector as Selector
 from selective_optim.policies.selectors import everything as everything
 from selective_optim.policies.selectors import is_bias as is_bias
@@ -82,6 +83,7 @@ __all__ = [
     "only",
     "parse",
     "scale",
+    "towards",
 ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from numbers import Real
 
 from torch import nn
@@ -18,20 +17,19 @@ from selective_optim.policies.selectors import Need, Selector
 class Policy:
     """A frozen map from parameters to decays; ``a * b`` applies both."""
 
-    @property
-    def selectors(self) -> tuple[Selector, ...]:
-        """The selectors this policy asks."""
-        return ()
+    selectors: tuple[Selector, ...] = ()  # which this policy asks
+    missing_ok: bool = False  # whether they may all match nothing
 
     @property
     def needs(self) -> frozenset[Need]:
         """What must be known of a parameter before this policy can decide."""
-        return frozenset[Need]().union(*(selector.needs for selector in self.selectors))
+        return frozenset[Need]().union(*[selector.needs for selector in self.selectors])
 
     @property
     def required(self) -> tuple[Selector, ...]:
         """The selectors that must match at least one parameter."""
-        return tuple(chain.from_iterable(s.required for s in self.selectors))
+        asked = () if self.missing_ok else self.selectors
+        return tuple([each for selector in asked for each in selector.required])
 
     def decide(self, info: ParameterInfo) -> Verdict:
         """Decide for one parameter and say why."""
@@ -81,11 +79,6 @@ def _not_joined(left: object, sign: str, right: object) -> str:
     return f"{shown}. Write {way_out}."
 
 
-def unmatched(policy: Policy, infos: Sequence[ParameterInfo]) -> list[Selector]:
-    """List the selectors that had to match some parameter and match none."""
-    return [s for s in policy.required if not any(map(s.matches, infos))]
-
-
 @dataclass(frozen=True, repr=False)
 class Product(Policy):
     """Two policies at once: multipliers multiply, the right-hand form wins."""
@@ -98,10 +91,6 @@ class Product(Policy):
         return f"{self.left!r} * " + (
             f"({self.right!r})" if nested else f"{self.right!r}"
         )
-
-    @property
-    def selectors(self) -> tuple[Selector, ...]:
-        return self.left.selectors + self.right.selectors
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -13,9 +13,9 @@ from numbers import Real
 from torch import nn
 
 from selective_optim import _torch
-from selective_optim._module_tree import canonical_name
 from selective_optim._text import received
-from selective_optim.policies.recognition import norm_module
+from selective_optim.parameters import canonical_name
+from selective_optim.policies.recognition import has_parameters, norm_module
 
 Layers = str | Sequence[str] | None
 Modules = list[nn.Module]
@@ -42,6 +42,7 @@ def _size(module: nn.Module) -> int:
 
 
 def _may_be_block(module: nn.Module) -> bool:
+    # Modules that hold parameters themselves; containers and activations do not count.
     parts = [m for m in module.modules() if any(True for _ in m.parameters(False))]
     return len(parts) >= PARTS_OF_A_BLOCK
 
@@ -105,6 +106,7 @@ def _blocks_in(run: Run) -> list[nn.Module]:
     """
     inner = {item: _inside_stage(item) for item in run.items}
     staged = {type(item) for item, blocks in inner.items() if blocks}
+    # A plain container never is a block itself, however alike its neighbors are.
     if not staged or (run.uniform and staged.isdisjoint(CONTAINERS)):
         _require_blocks(run)
         return list(run.items)
@@ -211,6 +213,7 @@ def _found(roots: Sequence[nn.Module]) -> list[nn.Module]:
             f'hold many parameters. Name one, as in layers="{rivals[0].glob}", or '
             f"several stacks of their own depth, as in layers=[{globs}]."
         )
+    # A message of 1,000 globs helps nobody.
     lists = list(dict.fromkeys(map(repr, _counting_globs(roots))))[:8] or ["none"]
     raise ValueError(
         f"`layers` must name the repeated blocks of {models}, where none were found; "
@@ -221,12 +224,12 @@ def _found(roots: Sequence[nn.Module]) -> list[nn.Module]:
 
 def _counting_globs(roots: Sequence[nn.Module]) -> Iterator[str]:
     for name, module in named_modules(roots):
-        if (numbered := NUMBERED.match(name)) and _holds(module):
+        if (numbered := NUMBERED.match(name)) and has_parameters(module):
             yield f"{numbered[1]}*"
 
 
 def _matching(roots: Sequence[nn.Module], layers: str) -> list[nn.Module]:
-    named = [(n, m) for n, m in named_modules(roots) if n and _holds(m)]
+    named = [(n, m) for n, m in named_modules(roots) if n and has_parameters(m)]
     inside: set[nn.Module] = set()
     blocks = []
     for name, module in named:
@@ -263,7 +266,7 @@ def _in_single_match(
         return [block]  # a model of one block, and a glob on its number
     unwrapped = next(m for n, m in reversed(named) if n == name)
     if isinstance(unwrapped, CONTAINERS):
-        return list(filter(_holds, unwrapped.children()))
+        return list(filter(has_parameters, unwrapped.children()))
     runs = sorted(runs_in(unwrapped, name), key=lambda run: -run.size)
     numbered = NUMBERED.match(name)
     stem = numbered[1] if numbered else "blocks."
@@ -274,10 +277,6 @@ def _in_single_match(
     )
 
 
-def _holds(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
-
-
 def tower(modules: Modules, stack: Modules, others: set[nn.Module]) -> Modules:
     """Return the outermost module around a stack and none of the others, with its own.
 
@@ -286,6 +285,7 @@ def tower(modules: Modules, stack: Modules, others: set[nn.Module]) -> Modules:
         stack: Blocks of the stack.
         others: Blocks of the other stacks.
     """
+    # Parents come first, so the first that fits is the outermost.
     for module in modules:
         inside = set(module.modules())
         if stack[0] in inside and others.isdisjoint(inside):

@@ -84,6 +84,7 @@ class LostCallable:
 def picklable(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a callable, or, if it does not pickle, what tells so when asked."""
     try:
+        # Tried at once: an error inside pickle would name neither policy nor remedy.
         pickle.dumps(function)
     except (pickle.PicklingError, AttributeError, TypeError):
         return LostCallable(callable_text(function))

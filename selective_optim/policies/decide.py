@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from difflib import SequenceMatcher
-from fnmatch import fnmatchcase
-from functools import cache
+from collections.abc import Sequence
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -14,10 +10,10 @@ from torch.nn.parameter import is_lazy
 from selective_optim import _torch
 from selective_optim.decay import FULL, REMEDY, Decision, Verdict
 from selective_optim.parameters import ParameterInfo, owner_kinds, shape_now
-from selective_optim.policies.base import Policy, unmatched
+from selective_optim.policies.base import Policy
 from selective_optim.policies.callables import UnknownError
 from selective_optim.policies.rules import AnswerError
-from selective_optim.policies.selectors import NamePattern, Need, Selector
+from selective_optim.policies.unmatched import require_matches
 
 WAYS_OUT = (
     'Pass model=model or model.named_parameters(), or use wd_policy="matrices"; where '
@@ -44,25 +40,28 @@ def decide(
         TypeError: The policy yields something other than a decay.
     """
     if policy is None:
-        return [_decision(info, Verdict(FULL, "no policy")) for info in infos]
-    needs = policy.needs
+        verdicts = [Verdict(FULL, "no policy")] * len(infos)
+    else:
+        verdicts = _verdicts(policy, infos, places or range(len(infos)))
+    shapes = [shape_now(i.parameter) if i.shape is None else i.shape for i in infos]
+    return [
+        Decision(*verdict, info.name, shape, owner_kinds(info), info.own_name)
+        for verdict, info, shape in zip(verdicts, infos, shapes)
+    ]
+
+
+def _verdicts(
+    policy: Policy, infos: Sequence[ParameterInfo], places: Sequence[int]
+) -> list[Verdict]:
+    _require_knowledge(policy, infos, places)
     verdicts = []
-    for position, info in zip(places or range(len(infos)), infos):
-        _require_knowledge(policy, needs, info, position)
-        verdicts.append(_decision(info, _ask(policy, info, position)))
+    for info, place in zip(infos, places):
+        try:
+            verdicts.append(policy.decide(info))
+        # Whatever a user's callable raises is told with the parameter's name.
+        except Exception as error:
+            raise _explained(error, policy, info, place) from error
     return verdicts
-
-
-def _decision(info: ParameterInfo, verdict: Verdict) -> Decision:
-    shape = shape_now(info.parameter) if info.shape is None else info.shape
-    return Decision(*verdict, info.name, shape, owner_kinds(info), info.own_name)
-
-
-def _ask(policy: Policy, info: ParameterInfo, position: int) -> Verdict:
-    try:
-        return policy.decide(info)
-    except Exception as error:
-        raise _explained(error, policy, info, position) from error
 
 
 def _explained(
@@ -88,26 +87,32 @@ def _explained(
 
 
 def _require_knowledge(
-    policy: Policy, needs: frozenset[Need], info: ParameterInfo, position: int
+    policy: Policy, infos: Sequence[ParameterInfo], places: Sequence[int]
 ) -> None:
-    if info.shape is None and _torch.is_flat_parameter(info.parameter):
-        raise ValueError(
-            f"{info.describe(position)} is FSDP's flat parameter, of which no single "
-            f"decay is right. Wrap with use_orig_params=True."
-        )
-    known = {"names": info.name, "modules": info.owner, "shapes": info.shape}
-    lacking = [need for need in needs if known[need] is None]
-    if "shapes" in lacking:
-        raise ValueError(
-            f"`wd_policy` {policy!r} needs the shape of {info.describe(position)}, "
-            f"which is {_lost(info)}"
-        )
-    if lacking:
-        wanted = "module types" if "modules" in lacking else "names"
-        raise ValueError(
-            f"`wd_policy` {policy!r} needs {wanted}, and of {info.describe(position)} "
-            f"only {'the name' if info.name else 'the tensor'} is known. {WAYS_OUT}"
-        )
+    """Check that of every parameter all is known that the policy asks about.
+
+    Raises:
+        ValueError: It is not; the message gives the first such parameter.
+    """
+    needs = policy.needs
+    for info, place in zip(infos, places):
+        if info.shape is None and _torch.is_flat_parameter(info.parameter):
+            raise ValueError(
+                f"{info.describe(place)} is FSDP's flat parameter, of which no single "
+                f"decay is right. Wrap with use_orig_params=True."
+            )
+        if "shapes" in needs and info.shape is None:
+            raise ValueError(
+                f"`wd_policy` {policy!r} needs the shape of {info.describe(place)}, "
+                f"which is {_lost(info)}"
+            )
+        modules_lack = "modules" in needs and info.owner is None
+        if modules_lack or ("names" in needs and info.name is None):
+            wanted = "module types" if modules_lack else "names"
+            raise ValueError(
+                f"`wd_policy` {policy!r} needs {wanted}, and of {info.describe(place)} "
+                f"only {'the name' if info.name else 'the tensor'} is known. {WAYS_OUT}"
+            )
 
 
 def _lost(info: ParameterInfo) -> str:
@@ -117,39 +122,6 @@ def _lost(info: ParameterInfo) -> str:
         "lost where FSDP flattened it. Wrap with use_orig_params=True and pass "
         "model=model, or decide before wrapping."
     )
-
-
-def require_matches(
-    policy: Policy,
-    infos: Sequence[ParameterInfo],
-    elsewhere: Callable[[Selector], bool],
-    everyone: Callable[[], Sequence[ParameterInfo]],
-) -> None:
-    """Check that every glob, regular expression and object matches some parameter.
-
-    Args:
-        policy: The policy that decides for ``infos``.
-        infos: What is known of the optimizer's parameters.
-        elsewhere: Tells whether a selector matches any parameter of the model, a
-            frozen part included.
-        everyone: Gives what is known of the model's parameters.
-
-    Raises:
-        ValueError: One matches none; the message gives the closest names.
-    """
-    for selector in unmatched(policy, infos):
-        if elsewhere(selector):
-            continue
-        infos = [*infos, *everyone()]
-        names = list(dict.fromkeys(name for info in infos for name in info.names))
-        # A pattern without names to search in: deciding raises and says so.
-        if names or not isinstance(selector, NamePattern):
-            count = len({id(info.parameter) for info in infos})
-            closest, way_out = _advice(selector, names)
-            raise ValueError(
-                f"{selector!r} in `wd_policy` matches none of {count} parameters"
-                f"{closest}. {way_out}, or pass missing_ok=True to its policy."
-            )
 
 
 def decide_alone(
@@ -162,43 +134,3 @@ def decide_alone(
     """
     require_matches(policy, infos, lambda selector: False, list)
     return decide(policy.bind(roots), infos)
-
-
-def _advice(selector: Selector, names: Sequence[str]) -> tuple[str, str]:
-    """Tell the names that come closest, and what to write instead."""
-    if not isinstance(selector, NamePattern):
-        return "", "Correct it"
-    pattern = selector.pattern
-    text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-    word = text.strip("*.^$\\")
-    holders = [name for name in names if word and word.lower() in name.lower()]
-    close = (holders or _closest(word, names))[:SHOWN]
-    told = f"; the closest names are {', '.join(map(repr, close))}"
-    if isinstance(pattern, str) and holders:
-        start = holders[0].lower().index(word.lower())
-        meant = holders[0][start : start + len(word)]
-        meant = f"*.{meant}" if holders[0].endswith(f".{meant}") else f"*{meant}*"
-        if fnmatchcase(holders[0], meant):
-            why = "Case counts" if pattern[:1] == "*" else "A glob is for whole names"
-            return told, f'{why}: write "{meant}"'
-    return told, "Correct it"
-
-
-def _closest(text: str, names: Sequence[str]) -> list[str]:
-    """Sort names by how much some part of each is like a text, in any case.
-
-    A name is long, as ``base_model.model.layers.0.lora_A.default.weight``, and what
-    was misspelt is as a rule a word of it.
-    """
-    size = text.count(".") + 1
-
-    @cache
-    def likeness(part: str) -> float:
-        return SequenceMatcher(None, text.lower(), part.lower()).ratio()
-
-    def best(name: str) -> float:
-        parts = name.split(".")
-        ends = range(min(size, len(parts)), len(parts) + 1)
-        return max(likeness(".".join(parts[max(0, i - size) : i])) for i in ends)
-
-    return sorted(names, key=best, reverse=True)

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from selective_optim._model_index import ModelIndex
 from selective_optim._text import aligned, shape_text
-from selective_optim.decay import Decay
-from selective_optim.parameters import as_modules
+from selective_optim.decay import Decay, target_text
+from selective_optim.parameters import ModelIndex, as_modules
 from selective_optim.policies.base import Policy
 from selective_optim.policies.decide import decide_alone
 from selective_optim.policies.named import as_policy
@@ -68,7 +67,8 @@ def _text(decay: Decay) -> str:
     if not decay.multiplier:
         return "exempt"
     words = ["decayed", f"x {decay.multiplier:g}" * (decay.multiplier != 1)]
-    return " ".join(filter(None, [*words, decay.form]))
+    target = "" if decay.target is None else f"towards {target_text(decay.target)}"
+    return " ".join(filter(None, [*words, decay.form, target]))
 
 
 def diff(model: nn.Module | Sequence[nn.Module], a: object, b: object) -> Differences:

@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from selective_optim import _torch
-from selective_optim._module_tree import canonical_name
 from selective_optim._text import received
 from selective_optim.decay import EXEMPT, FULL, Decay, Verdict, number_text
-from selective_optim.parameters import ParameterInfo
+from selective_optim.parameters import ParameterInfo, canonical_name
 from selective_optim.policies.base import Policy
 from selective_optim.policies.selectors import Need
 
@@ -74,6 +73,7 @@ def relative_names(place: ParameterInfo) -> Iterator[tuple[nn.Module, str]]:
     parts, size = (place.name or "").split("."), 1
     for i in range(len(place.path) - 1, -1, -1):
         yield place.path[i], ".".join(parts[-size:])
+        # A wrapper's own name is no part of the canonical one.
         if i and _key(place.path[i - 1], place.path[i]) not in _torch.WRAPPERS:
             size += 1
 
@@ -106,6 +106,40 @@ def _listed(module: nn.Module, method: str) -> Iterable[str]:
 def listing(name: str, patterns: Iterable[str]) -> str | None:
     """Return the first name or glob in a list that matches, as timm matches it."""
     return next((p for p in patterns if fnmatchcase(name, p)), None)
+
+
+def of_root(info: ParameterInfo, lists: Lists) -> str | None:
+    """Tell what the root's ``no_weight_decay()`` lists, as names or globs."""
+    root = unwrapped(info.path)[0]
+    listed = listing(info.name or "", lists.names(root, "no_weight_decay"))
+    return f"no_weight_decay() lists {listed!r}" if listed else None
+
+
+def of_root_by_name(info: ParameterInfo, lists: Lists) -> str | None:
+    """Tell what the root's ``no_weight_decay()`` lists, name for name."""
+    listed = lists.names(unwrapped(info.path)[0], "no_weight_decay")
+    return f"no_weight_decay() lists {info.name!r}" if info.name in listed else None
+
+
+def of_root_or_keyword(info: ParameterInfo, lists: Lists) -> str | None:
+    """Tell what the root lists name for name, or by a keyword in the name."""
+    words = lists.names(unwrapped(info.path)[0], "no_weight_decay_keywords")
+    word = next((word for word in words if word in (info.name or "")), None)
+    by_word = f"no_weight_decay_keywords() lists {word!r}" if word else None
+    return of_root_by_name(info, lists) or by_word
+
+
+def of_any_module(info: ParameterInfo, lists: Lists) -> str | None:
+    """Tell what any module lists: names, globs, and keywords at the end of a name."""
+    for module, name in relative_names(info):
+        if name in lists.names(module, "no_weight_decay"):
+            return f"no_weight_decay() lists {name!r}"
+        globs = lists.names(module, "no_weight_decay_patterns")
+        words = lists.names(module, "no_weight_decay_keywords")
+        globs = (*globs, *(f"*{word}" for word in words))
+        if found := next((glob for glob in globs if fnmatchcase(name, glob)), None):
+            return f"listed as {found!r}"
+    return None
 
 
 @dataclass(frozen=True, repr=False)
@@ -158,6 +192,7 @@ def _own_decay(param: Tensor) -> float | None:
 
 def _mark(module: nn.Module, name: str, lists: Lists) -> str | None:
     who = type(module).__name__
+    # Not getattr: wrappers answer for the module inside, which is asked itself.
     if vars(module).get(MARK) is True:
         return f"{MARK} of {who}"
     for method in ("no_weight_decay", "no_weight_decay_patterns"):

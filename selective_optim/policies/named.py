@@ -24,6 +24,7 @@ from selective_optim.policies.rules import (
     form,
     only,
     scale,
+    towards,
 )
 from selective_optim.policies.selectors import (
     Selector,
@@ -100,6 +101,7 @@ MAKERS: dict[Any, str] = {
     only: 'only("*.weight")',
     scale: 'scale("head.*", by=0.1)',
     form: 'form("l2", "head.*")',
+    towards: "towards(1, is_norm)",
     layerwise: "layerwise(0.75)",
     marked: "marked()",
 }
@@ -134,11 +136,12 @@ def parse(text: str) -> Policy:
     """Read a policy from text: a name, or what ``repr`` prints of a policy.
 
     The text is an expression of :func:`exclude`, :func:`only`, :func:`scale`,
-    :func:`form`, :func:`layerwise`, :func:`marked`, :func:`first_match` and
-    :func:`named`, of names of policies, selectors, numbers and ``*``. Selectors are
-    globs in quotes, ``re.compile('...')``, the predicates, module classes that are
-    loaded (``nn.LayerNorm``, ``LlamaRMSNorm``), and these joined with ``|``, ``&`` and
-    ``~``. Nothing is evaluated or imported, so a text may come from anywhere.
+    :func:`form`, :func:`towards`, :func:`layerwise`, :func:`marked`,
+    :func:`first_match` and :func:`named`, of names of policies, selectors, numbers and
+    ``*``. Selectors are globs in quotes, ``re.compile('...')``, the predicates, module
+    classes that are loaded (``nn.LayerNorm``, ``LlamaRMSNorm``), and these joined with
+    ``|``, ``&`` and ``~``. Nothing is evaluated or imported, so a text may come from
+    anywhere.
 
     Args:
         text: As in a configuration file or on a command line; lines may break.
@@ -160,8 +163,11 @@ def parse(text: str) -> Policy:
             f"`parse` takes a text, not {received(text)}. "
             f"Write for example parse(\"exclude('*.bias')\")."
         )
-    functions = {function.__name__: function for function in (*MAKERS, *BY_TEXT)}
     plain = text.strip()
+    # Before the reader of expressions, which most optimizers never need.
+    if plain in NAMED:
+        return NAMED[plain]
+    functions = {function.__name__: function for function in (*MAKERS, *BY_TEXT)}
     if is_expression(plain) or plain in functions or plain in PREDICATES:
         return read_policy(plain, functions, NAMED)
     return named(plain)

@@ -3,20 +3,109 @@
 Biases by the name of the attribute, norms by the class of the module that holds
 them or by what its methods do with them, embeddings by either. The rules were read
 off the models of torchvision, timm and transformers, and are held to all of them.
+
+A module that hands its own parameters to a functional norm is called after what it
+does, a feature map or an attention, and its parameters after anything, so that no
+name tells. The method's source does: the parameter itself stands among the arguments
+of a call such as ``F.layer_norm``.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
-from collections.abc import Sequence
-from functools import cache
-from types import NoneType
+from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
+from textwrap import dedent
+from types import CodeType, FunctionType, NoneType
 from typing import Any
 
 import torch
 from torch import nn
 
-from selective_optim.policies.functional_norms import handed_to_norm
+from selective_optim.parameters import own_classes
+
+NORM_CALL = re.compile(r"(?:\w+_)?(?:batch|group|instance|layer|rms)_?norm(?:_fn)?$")
+# What may stand between the attribute and the call without making it another value.
+CASTS = frozenset({"contiguous", "float", "to", "type", "type_as"})
+NORM_INPUTS = frozenset({"input", "x"})
+
+
+# Asked again for every layer of a class, and for every policy.
+@lru_cache(4096)
+def handed_to_norm(cls: type, leaf: str) -> str | None:
+    """Tell which call takes an attribute of a class as a norm's gain or shift.
+
+    Args:
+        cls: Class of a module that is not called a norm.
+        leaf: Name of the attribute.
+
+    Returns:
+        ``"layer_norm takes gamma in FeatureMap.forward"``, or ``None`` where no
+        such call stands in the source, or there is no source.
+    """
+    # `vars` of a class holds its own methods alone, so bases are walked.
+    for base in own_classes(cls):
+        for name, method in vars(base).items():
+            if _mentions(method, leaf) and (call := _norm_call(method, leaf)):
+                return f"{call} takes {leaf} in {base.__name__}.{name}"
+    return None
+
+
+def _mentions(method: object, leaf: str) -> bool:
+    """Look into the byte code first: reading a source takes a thousand times longer."""
+    method = inspect.unwrap(method) if isinstance(method, FunctionType) else method
+    if not isinstance(method, FunctionType):
+        return False
+    names = set(_names(method.__code__))
+    return leaf in names and any(map(NORM_CALL.match, names))
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _norm_call(method: FunctionType, leaf: str) -> str | None:
+    try:
+        tree = ast.parse(dedent(inspect.getsource(inspect.unwrap(method))))
+    except (OSError, SyntaxError, TypeError):  # written in no file, or not in Python
+        return None
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    found = (
+        _called(call.func)
+        for call in calls
+        if any(_attribute(argument) == leaf for argument in _beside_input(call))
+    )
+    return next(filter(NORM_CALL.match, found), None)
+
+
+def _beside_input(call: ast.Call) -> Iterator[ast.expr]:
+    """Yield the arguments but for the first, which is what the call normalizes."""
+    yield from call.args[1:]
+    yield from (word.value for word in call.keywords if word.arg not in NORM_INPUTS)
+
+
+def _called(function: ast.expr) -> str:
+    if isinstance(function, ast.Attribute):
+        # self.layer_norm(x, self.mask) is a module, and takes what it likes.
+        return "" if _attribute(function) else function.attr
+    return function.id if isinstance(function, ast.Name) else ""
+
+
+def _attribute(value: ast.expr) -> str | None:
+    """Return the attribute of ``self`` that an expression is, or is a cast of."""
+    while isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
+        if value.func.attr not in CASTS:
+            return None
+        value = value.func.value
+    if not isinstance(value, ast.Attribute) or not isinstance(value.value, ast.Name):
+        return None
+    return value.attr if value.value.id == "self" else None
+
 
 # What these hold is a weight, whatever else their class is called after.
 WEIGHT_MODULES = (
@@ -131,10 +220,11 @@ def norm_module(module: nn.Module | None) -> bool:
         return False
     if not says_norm(type(module)) and not _name_says_norm(original_class(module)):
         return False
-    return not any(norm_module(m) and _has_parameters(m) for m in module.children())
+    return not any(norm_module(m) and has_parameters(m) for m in module.children())
 
 
-def _has_parameters(module: nn.Module) -> bool:
+def has_parameters(module: nn.Module) -> bool:
+    """Tell whether a module or any inside it holds a parameter."""
     return next(module.parameters(), None) is not None
 
 

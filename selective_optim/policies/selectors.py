@@ -125,6 +125,7 @@ class InsideClass(Selector):
         name = self.cls.__name__
         if getattr(nn, name, None) is self.cls:
             return f"nn.{name}"
+        # This walks all classes of modules that are loaded, hence once.
         unique = len(_classes_named(name)) == 1
         return name if unique else _path_of(self.cls)
 
@@ -207,7 +208,8 @@ class Predicate(Selector):
         return self.name
 
     def told(self, info: ParameterInfo) -> str:
-        how = next(filter(None, map(self.found, info.places)), None)
+        places = (info, *info.elsewhere)
+        how = next(filter(None, map(self.found, places)), None)
         return f"{self.name}: {how}" if how else self.name
 
     def __reduce__(self) -> str:

@@ -10,8 +10,8 @@ For all others the class itself is given groups that were split by hand, so to s
 3. ``parts`` makes one part per group and decay, and keeps it from step to step: what
    the class writes into its groups stays with the part, and what is the same in all
    parts shows in the user's group.
-4. ``state`` puts parts together in a state dict, and takes one apart.
-5. ``groups.param_groups`` returns split groups as a list, for what cannot be served.
+   It also puts parts together in a state dict, and takes one apart.
+4. ``groups.param_groups`` returns split groups as a list, for what cannot be served.
 
 Who decays is decided by ``selective_optim._decider``, as for the three classes.
 """

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from selective_optim._base import PolicyOptimizer
+from selective_optim._optimizer import PolicyOptimizer
 from selective_optim.adam import Adam
 from selective_optim.adamw import AdamW
 from selective_optim.sgd import SGD
@@ -74,6 +74,7 @@ def _make(cls: OptimizerClass) -> OptimizerClass:
         "__init__": _constructor(cls),
         **methods,
     }
+    # pickle looks a class up by its name, unless copyreg knows its metaclass.
     kind = _kind(type(cls))  # type: ignore[arg-type]  # a class of classes hashes
     made: OptimizerClass = kind(cls.__name__, (SplitOptimizer, cls), namespace)
     return made

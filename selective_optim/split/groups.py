@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from selective_optim._base import Model
 from selective_optim._decider import Decider
+from selective_optim._optimizer import Model
 from selective_optim._text import aligned
 from selective_optim.decay import FULL, Decision
 from selective_optim.factories import given
 from selective_optim.report import DecayReport, Row, make_row
 from selective_optim.split.optimizer import Arrivals
-from selective_optim.split.parts import WD, Group, by_decay, members, wd_of
+from selective_optim.split.parts import WD, Group, by_terms, members, wd_of
 
 HEADERS = ("group", "lr", "decay", "tensors", "elements", "reason")
 
@@ -101,7 +101,10 @@ def param_groups(
     common = {WD: weight_decay, "lr": lr}
     defaults = {k: v for k, v in common.items() if v is not None} | hyper
     decider = Decider(*given(model, wd_policy))
-    groups = Arrivals(_copied(params), decider, [WD, "lr", *hyper]).param_groups
+    # Forms, of which some need a rate, are refused below whatever it is.
+    rate = 1.0 if lr is None else lr
+    keys = [WD, "lr", *hyper]
+    groups = Arrivals(_copied(params), decider, keys, rate).param_groups
     decided = decider.decisions(groups, {})
     named = all(decision.name for decisions in decided for decision in decisions)
     split = [
@@ -138,13 +141,13 @@ def _parts(
         )
     if named:
         group = {**group, "param_names": [decision.name for decision in decisions]}
-    for decay, chosen in by_decay(decisions).items():
-        if decay.form is not None:
+    for terms, chosen in by_terms(decisions).items():
+        if stated := terms.decay.stated:
             raise ValueError(
-                f"`wd_policy` states the form {decay.form!r}, and a group holds "
-                f"numbers alone. Leave out form(...), or use selective_optim.AdamW."
+                f"`wd_policy` states {stated}, and a group holds numbers alone. Leave "
+                f"that out, or use selective_optim.AdamW."
             )
-        yield {**group, **members(group, chosen), WD: wd_of(group, decay)}, chosen
+        yield {**group, **members(group, chosen), WD: wd_of(group, terms)}, chosen
 
 
 def _row(index: int, group: Group, decision: Decision, param: Tensor) -> Row:

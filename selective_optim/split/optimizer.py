@@ -10,15 +10,16 @@ from operator import is_
 from typing import Any
 
 from selective_optim import _torch
-from selective_optim._base import Model, PolicyOptimizer
 from selective_optim._decider import Decider
-from selective_optim._loading import (
+from selective_optim._optimizer import Model, PolicyOptimizer
+from selective_optim._state_dict import (
+    MEMBERS,
     RECORD,
+    record_of,
     require_dict,
     require_groups_like,
-    warn_of_changes,
 )
-from selective_optim._named import MEMBERS
+from selective_optim._warnings import warn_of_changes
 from selective_optim.decay import Form
 from selective_optim.factories import given
 from selective_optim.split import refusals
@@ -27,10 +28,11 @@ from selective_optim.split.parts import (
     Group,
     Split,
     flag_of,
+    joined,
     split_again,
     split_group,
+    taken_apart,
 )
-from selective_optim.split.state import joined, taken_apart
 
 STEP_HOOKS = ("step_pre", "step_post")
 SAVE_HOOKS = ("state_dict_pre", "state_dict_post")
@@ -47,22 +49,28 @@ class Arrivals(PolicyOptimizer):
         params: As for the optimizer's class.
         decider: Decides for them.
         keys: What the class reads in a group.
+        lr: The rate of groups that bring none, if the class has rates.
     """
 
-    def __init__(self, params: Any, decider: Decider, keys: Iterable[str]) -> None:
+    def __init__(
+        self, params: Any, decider: Decider, keys: Iterable[str], lr: Any
+    ) -> None:
         self._decider = decider
         self._keys = tuple(keys)
-        decider.begin()
-        # With it torch leaves it to the class to refuse tensors that are no leaves.
-        super().__init__(decider.index.learn(params), {"differentiable": True})
+        # Differentiable: torch leaves it to the class to refuse tensors that are no
+        # leaves.
+        defaults = {"differentiable": True, "lr": lr}
+        super().__init__(decider.begin(params), defaults)
         decider.decide_pending()
 
     @classmethod
-    def after(cls, groups: Sequence[Group], decider: Decider, keys: Any) -> Arrivals:
+    def after(
+        cls, groups: Sequence[Group], decider: Decider, keys: Any, lr: Any
+    ) -> Arrivals:
         """Begin where groups have been decided for already."""
         arrivals = cls.__new__(cls)
         arrivals._decider, arrivals._keys = decider, tuple(keys)
-        arrivals.defaults = {"differentiable": True}
+        arrivals.defaults = {"differentiable": True, "lr": lr}
         arrivals.param_groups = list(groups)
         return arrivals
 
@@ -70,10 +78,11 @@ class Arrivals(PolicyOptimizer):
         return self._keys
 
     def add_param_group(self, param_group: Group) -> None:
-        given = isinstance(param_group, dict) and "differentiable" in param_group
+        given = set(param_group) if isinstance(param_group, dict) else ()
         super().add_param_group(param_group)
-        if not given:
-            del self.param_groups[-1]["differentiable"]
+        for key in self.defaults:
+            if key not in given:
+                del self.param_groups[-1][key]
 
 
 class SplitOptimizer(PolicyOptimizer):
@@ -100,14 +109,18 @@ class SplitOptimizer(PolicyOptimizer):
         **kwargs: Any,
     ) -> None:
         self._decider = Decider(*given(model, wd_policy))
-        keys = inspect.signature(type(self)).parameters
-        groups = Arrivals(params, self._decider, keys).param_groups
+        signature = inspect.signature(type(self))
+        bound = signature.bind_partial(params, *args, **kwargs)
+        bound.apply_defaults()
+        lr, keys = bound.arguments.get("lr"), signature.parameters
+        groups = Arrivals(params, self._decider, keys, lr).param_groups
         decided = self._decider.decisions(groups, {})
         self._splits = list(map(split_group, groups, decided))
         self._inside = True
         parts = [part.group for split in self._splits for part in split.parts]
         super().__init__(parts, *args, **kwargs)
         self._inside = False
+        # Only now is there something to look at: what the constructor made.
         refusals.require_parts(self, self._splits)
         refusals.require_no_inner_optimizer(self)
         self._groups, self.param_groups = self.param_groups, groups
@@ -131,7 +144,10 @@ class SplitOptimizer(PolicyOptimizer):
             super(PolicyOptimizer, self).add_param_group(param_group)
             return
         self._drop_removed()
-        arrivals = Arrivals.after(self.param_groups, self._decider, self._group_keys())
+        arrivals = Arrivals.after(
+            *(self.param_groups, self._decider, self._group_keys()),
+            self.defaults.get("lr"),
+        )
         arrivals.add_param_group(param_group)
         groups = arrivals.param_groups
         decided = self._decider.decisions(groups, self.defaults)
@@ -145,6 +161,7 @@ class SplitOptimizer(PolicyOptimizer):
         count = len(self._groups)
         self._show_parts()
         try:
+            # Past the method that decides: parts were decided for as a group.
             for part in split.parts:
                 super(PolicyOptimizer, self).add_param_group(part.group)
         except BaseException:
@@ -194,6 +211,7 @@ class SplitOptimizer(PolicyOptimizer):
         layout = self._decider.rows(self.param_groups, self.defaults)
         known = [split.group for split in self._splits]
         same = len(known) == len(self.param_groups)
+        # The decider lays out anew whenever anything moved, so identity suffices.
         if layout is self._layout and same and all(map(is_, known, self.param_groups)):
             return
         decided = self._decider.decisions(self.param_groups, self.defaults)
@@ -213,11 +231,9 @@ class SplitOptimizer(PolicyOptimizer):
     def _decided_anew(self) -> None:
         self._arrange()
 
-    def _form_of(self, group: Group, form: Form | None) -> Form | None:
+    def _default_form(self, group: Group) -> Form | None:
         flag = flag_of(group)
-        if form is not None or flag is None:
-            return form
-        return "decoupled" if group[flag] else "l2"
+        return None if flag is None else "decoupled" if group[flag] else "l2"
 
     # Stepping.
 
@@ -323,9 +339,11 @@ class SplitOptimizer(PolicyOptimizer):
         decided = self._decider.readable(self.param_groups, self.defaults)
         decays = [group["weight_decay"] for group in self.param_groups]
         require_groups_like(self.param_groups, decided, state_dict)
-        self._load_parts(state_dict, *args, **kwargs)
         saved = state_dict.get(RECORD)
-        warn_of_changes(decided, decays, self.param_groups, saved, self._record())
+        self._resume(saved)
+        self._load_parts(state_dict, *args, **kwargs)
+        now = record_of(self._default_form, self.param_groups, decided)
+        warn_of_changes(decided, decays, self.param_groups, saved, now)
         for hook in after:
             hook(self)
 
@@ -338,6 +356,7 @@ class SplitOptimizer(PolicyOptimizer):
             with _torch.without_hooks(self, *LOAD_HOOKS):
                 super().load_state_dict(parts, *args, **kw)
             self._adopt_loaded(state_dict["param_groups"])
+            # torch makes new dicts on loading, and hands those to the user.
             self._outer = [split.group for split in self._splits]
         finally:
             self._show_groups()
@@ -353,6 +372,7 @@ class SplitOptimizer(PolicyOptimizer):
             split.group.update(copy.deepcopy(computed))
 
     def __getstate__(self) -> dict[str, Any]:
+        # What was written into a group since the last step is not in its parts yet.
         with suppress(ValueError):  # what cannot be decided is told at the next step
             self._enter()
             self._leave()

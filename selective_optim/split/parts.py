@@ -4,19 +4,22 @@ A user's group is split by what was decided into parts, which are groups in thei
 own right and live as long as the optimizer. What a user writes into the group goes
 down into its parts before the class runs; what the class wrote into all of them
 alike shows in the group afterwards.
+
+In a state dict of the class stand the parts; outside, the user's groups. What a part
+keeps for itself and its group does not show stands beside them, under ``"parts"``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selective_optim._named import MEMBERS
-from selective_optim.decay import FULL, Decay, Decision
+from selective_optim._state_dict import MEMBERS, PARTS
+from selective_optim.decay import FORMS, FULLY, Decision, Terms
 
 Group = dict[str, Any]
 WD = "weight_decay"
@@ -34,14 +37,14 @@ PLAIN = (int, float, bool, str)
 _ABSENT = object()
 
 
-def wd_of(group: Group, decay: Decay) -> Any:
-    """Compute the decay of a part: a number that the class takes as its own.
-
-    A form that is nothing but another number belongs here.
-    """
-    if decay.multiplier == 1:
-        return group[WD]
-    return group[WD] * decay.multiplier if decay.multiplier else 0.0
+def wd_of(group: Group, terms: Terms) -> Any:
+    """Compute the decay of a part: a number that the class takes as its own."""
+    decay, lr0 = terms
+    wd = decay.of(group[WD])
+    if decay.form is None or lr0 is None:
+        return wd
+    # A number also where the rate is a tensor: classes take no other.
+    return FORMS[decay.form].strength(wd, float(group["lr"]), lr0)
 
 
 def flag_of(group: Group) -> str | None:
@@ -49,11 +52,12 @@ def flag_of(group: Group) -> str | None:
     return next((key for key in FLAGS if key in group), None)
 
 
-def computed(group: Group, decay: Decay, key: str) -> Any:
+def computed(group: Group, terms: Terms, key: str) -> Any:
     """Compute what a part has under one of the keys in ``COMPUTED``."""
     if key == WD:
-        return wd_of(group, decay)
-    return group[key] if decay.form is None else decay.form == "decoupled"
+        return wd_of(group, terms)
+    form = terms.decay.form
+    return group[key] if form is None else FORMS[form].applied == "decoupled"
 
 
 def same(a: object, b: object) -> bool:
@@ -67,6 +71,7 @@ def same(a: object, b: object) -> bool:
         return False
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(same, a, b))
+    # Not `==` for all: what an array or a user's object answers may be anything.
     return type(a) in PLAIN and (a == b or (a != a and b != b))  # two NaNs
 
 
@@ -82,12 +87,12 @@ class Part:
     """Parameters of one group with one decay, and the group that the class sees.
 
     Args:
-        decay: What was decided for them.
+        terms: What was decided for them.
         group: What the class sees and writes to.
         held: The parameters and their names.
     """
 
-    decay: Decay
+    terms: Terms
     group: Group
     held: Group
 
@@ -133,12 +138,16 @@ class Split:
                 tensor is one that each part keeps for itself.
         """
         group, shown = self.group, self.shown
+        moved = self._follows_rate and group.get("lr") is not shown.get("lr")
         for key, value in group.items():
-            if value is shown.get(key, _ABSENT) and not isinstance(value, Tensor):
+            same_as_shown = value is shown.get(key, _ABSENT)
+            followed = moved and key == WD
+            # A tensor that is the same object may have been written to.
+            if same_as_shown and not followed and not isinstance(value, Tensor):
                 continue
             if key in COMPUTED:
                 for part in self.parts:
-                    part.group[key] = computed(group, part.decay, key)
+                    part.group[key] = computed(group, part.terms, key)
             elif key not in MEMBERS and not same(value, shown.get(key, _ABSENT)):
                 self._require_common(key)
                 for part in self.parts:
@@ -147,6 +156,11 @@ class Split:
             for part in self.parts:
                 part.group.pop(key, None)
         self.shown = dict(group)
+
+    @property
+    def _follows_rate(self) -> bool:
+        """Whether the decay of a part is computed with the rate of the group."""
+        return any(part.terms.lr0 is not None for part in self.parts)
 
     def _require_common(self, key: str) -> None:
         """Check that a value is not one that the class sets for each part apart.
@@ -172,6 +186,7 @@ class Split:
             if key in APART or value is self.group.get(key, _ABSENT):
                 continue
             tensor = isinstance(value, Tensor)
+            # Compared, tensors of a device would make every step wait for it.
             if tensor or all(same(value, o.get(key, _ABSENT)) for o in others):
                 self.group[key] = value
         for key in self.group.keys() - first.keys():
@@ -212,12 +227,13 @@ def members(group: Group, chosen: Sequence[int]) -> Group:
     return {key: [group[key][i] for i in chosen] for key in MEMBERS if key in group}
 
 
-def by_decay(decisions: Sequence[Decision]) -> dict[Decay, list[int]]:
-    """List the positions of a group by decay, in the order of first appearance."""
-    found: dict[Decay, list[int]] = {}
+def by_terms(decisions: Sequence[Decision]) -> dict[Terms, list[int]]:
+    """List the positions of a group by terms, in the order of first appearance."""
+    found: dict[Terms, list[int]] = {}
     for position, decision in enumerate(decisions):
-        found.setdefault(decision.decay, []).append(position)
-    return found or {FULL: []}
+        found.setdefault(decision.terms, []).append(position)
+    # An empty group still needs a part: torch's classes iterate over groups.
+    return found or {FULLY: []}
 
 
 def split_group(group: Group, decisions: Sequence[Decision]) -> Split:
@@ -225,8 +241,8 @@ def split_group(group: Group, decisions: Sequence[Decision]) -> Split:
     return Split(
         group,
         [
-            Part(decay, {**group, **held}, held)
-            for decay, chosen in by_decay(decisions).items()
+            Part(terms, {**group, **held}, held)
+            for terms, chosen in by_terms(decisions).items()
             for held in [members(group, chosen)]
         ],
     )
@@ -249,19 +265,20 @@ def split_again(
     mine = [split for split in before if split.group is group]
     shown = mine[0].shown if mine else None
     parts = []
-    for decay, chosen in by_decay(decisions).items():
+    for terms, chosen in by_terms(decisions).items():
         held = members(group, chosen)
         known = _holders(held["params"], mine or before)
-        going_on = [p for split in mine for p in split.parts if p.decay == decay]
+        going_on = [p for split in mine for p in split.parts if p.terms == terms]
         _require_agreement([*going_on, *(part for _, part in known)], decisions)
         if known and shown is None:
             shown = known[0][0].shown
         if going_on:
-            parts.append(Part(decay, going_on[0].group, held))
+            parts.append(Part(terms, going_on[0].group, held))
         else:
+            # A counter that the class keeps in a group goes where its parameters go.
             own = known[0][1].own if known else without_apart(group)
             taken = {k: v if k in keys else apart(v) for k, v in own.items()}
-            parts.append(Part(decay, taken, held))
+            parts.append(Part(terms, taken, held))
     return Split(group, parts, without_computed(shown or {}))
 
 
@@ -289,3 +306,114 @@ def _require_agreement(parts: Sequence[Part], decisions: Sequence[Decision]) -> 
                     f"by now, which this class keeps for each group. Make a new "
                     f"optimizer with the new policy or groups."
                 )
+
+
+StateDict = dict[str, Any]
+
+
+def joined(state_dict: StateDict, splits: Sequence[Split]) -> StateDict:
+    """Turn what the class saved of its parts into a state dict of the user's groups."""
+    numbers = _numbers([split.group for split in splits])
+    parts = [part for split in splits for part in split.parts]
+    renumbered = {
+        number: numbers[id(param)]
+        for part, packed in zip(parts, state_dict["param_groups"], strict=True)
+        for number, param in zip(packed["params"], part.group["params"], strict=True)
+    }
+    result = {
+        **state_dict,
+        "state": {renumbered.get(k, k): v for k, v in state_dict["state"].items()},
+        "param_groups": [_packed(split.group, numbers) for split in splits],
+    }
+    kept = [_kept(split) for split in splits]
+    if any(own for group in kept for _, own in group):
+        result[PARTS] = [
+            [{"positions": positions, **own} for positions, own in group]
+            for group in kept
+        ]
+    return result
+
+
+def _numbers(groups: Sequence[Group]) -> dict[int, int]:
+    """Number parameters as torch does."""
+    numbers: dict[int, int] = {}
+    start = 0
+    for group in groups:
+        for number, param in enumerate(group["params"], start):
+            numbers.setdefault(id(param), number)
+        start += len(group["params"])
+    return numbers
+
+
+def _packed(group: Group, numbers: Mapping[int, int]) -> Group:
+    return {**group, "params": [numbers[id(param)] for param in group["params"]]}
+
+
+def _kept(split: Split) -> list[tuple[list[int], Group]]:
+    """List what each part keeps that its group does not show."""
+    return [(_positions(split, part), _own(split.group, part)) for part in split.parts]
+
+
+def _positions(split: Split, part: Part) -> list[int]:
+    places = {id(param): i for i, param in enumerate(split.group["params"])}
+    return [places[id(param)] for param in part.group["params"]]
+
+
+def _own(group: Group, part: Part) -> Group:
+    own = {k: v for k, v in part.own.items() if not same(v, group.get(k, _own))}
+    if not same(part.group[WD], wd_of(group, part.terms)):
+        own[WD] = part.group[WD]  # the class writes it itself
+    return own
+
+
+def taken_apart(
+    state_dict: StateDict, splits: Sequence[Split], keys: Collection[str]
+) -> StateDict:
+    """Turn a state dict of the user's groups into one of the class's parts.
+
+    Args:
+        state_dict: Of an optimizer whose groups were not split, or of :func:`joined`.
+        splits: The groups and parts that it is for.
+        keys: Hyperparameters, whose tensors serve all parts at once.
+
+    Raises:
+        ValueError: Parameters of one part were saved in parts that differ.
+    """
+    records = state_dict.get(PARTS) or [[] for _ in splits]
+    groups = [
+        _part_dict(part, saved, _positions(split, part), record, keys)
+        for split, saved, record in zip(splits, state_dict["param_groups"], records)
+        for part in split.parts
+    ]
+    rest = {key: value for key, value in state_dict.items() if key != PARTS}
+    return {**rest, "param_groups": groups}
+
+
+def _part_dict(
+    part: Part,
+    saved: Group,
+    positions: Sequence[int],
+    record: Sequence[Group],
+    keys: Collection[str],
+) -> Group:
+    held = {key: [saved[key][i] for i in positions] for key in MEMBERS if key in saved}
+    own = {**without_apart(saved), **_saved_own(saved, positions, record)}
+    values = {key: v if key in keys else apart(v) for key, v in own.items()}
+    numbers = {k: computed(saved, part.terms, k) for k in COMPUTED if k in saved}
+    return {**numbers, **values, **held}
+
+
+def _saved_own(
+    saved: Group, positions: Sequence[int], record: Sequence[Group]
+) -> Group:
+    mine = [own for own in record if not set(positions).isdisjoint(own["positions"])]
+    for other in mine[1:]:
+        for key in {**mine[0], **other}.keys() - {"positions"}:
+            pair = [own.get(key, saved.get(key)) for own in (mine[0], other)]
+            if not alike(*pair):
+                raise ValueError(
+                    f"{key!r} differs between the parts that the loaded state dict was "
+                    f"saved with, and this policy joins them. Load it with the policy "
+                    f"that it was saved with."
+                )
+    return {k: v for own in mine[:1] for k, v in own.items() if k != "positions"}

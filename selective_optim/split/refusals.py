@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from selective_optim._text import received
+from selective_optim.decay import Decay
+from selective_optim.report import form_of_class
 from selective_optim.split.parts import WD, Group, Split, flag_of
 
 # Arguments by which a class takes something else than parameters.
@@ -93,14 +95,26 @@ def require_forms(optimizer: Any, splits: Iterable[Split]) -> None:
         ValueError: A form is stated that the class does not let a group choose.
     """
     for split in splits:
-        flag = flag_of(split.group)
         for part in split.parts:
-            if part.decay.form is not None and flag is None:
+            why = _unserved(optimizer, part.terms.decay, split.group)
+            if why:
                 raise ValueError(
-                    f"`wd_policy` states the form {part.decay.form!r}, and "
-                    f"{type(optimizer).__name__} has one form of its own. Leave out "
-                    f"form(...), or use selective_optim.AdamW or SGD."
+                    f"`wd_policy` states {part.terms.decay.stated}, and "
+                    f"{type(optimizer).__name__} {why}. Leave that out, or use "
+                    f"selective_optim.AdamW or SGD."
                 )
+
+
+def _unserved(optimizer: Any, decay: Decay, group: Group) -> str:
+    """Tell why a class cannot decay so, being given a number and a flag; or nothing."""
+    if decay.target or decay.form == "cautious":
+        return "is given its decay as a number"
+    if decay.form is None or flag_of(group) is not None:
+        return ""
+    if not decay.needs_lr0:
+        return "has one form of its own"
+    # The number is one for decoupled decay, which other classes are trusted to do.
+    return "decays in form 'l2'" if form_of_class(optimizer, group) == "l2" else ""
 
 
 def require_no_lists(optimizer: Any, count: int) -> None:

@@ -18,6 +18,9 @@ How a step works, in the order of time:
    of one kernel. A thousand groups with one setting are two calls. Small tensors are
    called on one thread, see ``cells.ALONE``. ``kernel`` and its two kinds,
    ``adam_kernel`` and ``sgd_kernel``, turn a setting and lists of tensors into calls.
+   What torch's kernel cannot decay, towards a target or where the update agrees, is a
+   pass ahead of it (``ahead``), and the kernel then decays nothing. ``Kernel.share``
+   parts the work.
    ``many_rates`` makes many calls of AdamW one, where that is asked for.
 4. What must still hold at the next step is written down in ``guards``. Numbers, lists
    of parameters and parameters are compared by identity: only someone outside can
@@ -33,10 +36,9 @@ How a step works, in the order of time:
 
 6. State is the user's. Until ``optimizer.state`` is read, nothing outside can edit it,
    and the plan keeps its tensors. From then on it is lent: a plan holds no tensor
-   between steps, and gathers and proves them at each, at 0.4 us per parameter.
-7. Counters (``counters``) that are made here view one tensor per device, which
-   advances by one addition. They are told by where they lie in memory: one that the
-   user put there, or moved, is not in that tensor and advances by itself.
+   between steps, and gathers and proves them at each, at 0.5 us per parameter.
+7. Counters (``counters``) that a step makes view one tensor per device, which advances
+   by one addition. Before the state is lent each becomes a tensor of its own.
 8. The calls run without a line of Python between them (``Plan._perform``), so that an
    interrupt comes before the first or after the last. Functional buckets, which may
    raise, go first. Under a ``GradScaler`` counters fall back where it dropped the step;

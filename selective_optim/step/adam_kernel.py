@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import Decay, Form, is_zero
+from selective_optim.decay import Decay, Form, Terms
+from selective_optim.step.ahead import ahead_calls, decay_ahead_
 from selective_optim.step.kernel import (
+    NO_SCALING,
     Batch,
     Call,
     Group,
@@ -21,7 +23,6 @@ from selective_optim.step.kernel import (
     Setting,
     State,
     lr_on_device,
-    wd_of,
 )
 
 # What torch's functional is told and its fused kernel is not.
@@ -39,11 +40,13 @@ class AdamKernel(Kernel):
         *("max_exp_avg_sq", "step"),
     )
 
-    def decoupled(self, group: Group, form: Form | None) -> bool:
-        return form == "decoupled" if form else bool(group["decoupled_weight_decay"])
+    own_forms = ("l2", "decoupled")
 
-    def setting(self, group: Group, decay: Decay, first: bool = False) -> Setting:
-        wd = wd_of(group, decay)
+    def default_form(self, group: Group) -> Form:
+        return "decoupled" if group["decoupled_weight_decay"] else "l2"
+
+    def setting(self, group: Group, terms: Terms, first: bool = False) -> Setting:
+        form, wd, ahead, fleeting = self.share(group, terms)
         beta1, beta2 = group["betas"]
         return Setting(
             {
@@ -52,17 +55,16 @@ class AdamKernel(Kernel):
                 "beta2": beta2,
                 "eps": group["eps"],
                 "weight_decay": wd,
-                # Without decay both forms give the same bits: one call for both.
-                "decoupled_weight_decay": self.decoupled(
-                    group, None if is_zero(wd) else decay.form
-                ),
+                "decoupled_weight_decay": form == "decoupled",
                 "amsgrad": group["amsgrad"],
                 "maximize": group["maximize"],
                 "capturable": group["capturable"],
                 "differentiable": group["differentiable"],
                 "foreach": group["foreach"],
                 "fused": group["fused"],
-            }
+            },
+            ahead,
+            fleeting,
         )
 
     def entries(self, group: Group) -> tuple[str, ...]:
@@ -90,19 +92,22 @@ class AdamKernel(Kernel):
         self, own: State, param: Tensor, group: Group, fused: bool, step: Tensor | None
     ) -> None:
         if step is None:
-            on_device = group["capturable"] or group["fused"]
-            double = torch.get_default_dtype() == torch.float64 and not group["fused"]
-            # As torch makes it: a fake tensor remembers the value of `tensor` alone.
-            step = torch.tensor(
-                0.0,
-                dtype=torch.float64 if double else torch.float32,
-                device=param.device if on_device else "cpu",
-            )
+            step = self._counter(param, group, fused or bool(group["fused"]))
         moments = {
             entry: torch.zeros_like(param, memory_format=torch.preserve_format)
             for entry in self.entries(group)
         }
         own.update(step=step, **moments)  # at once: an interrupt leaves all or nothing
+
+    def _counter(self, param: Tensor, group: Group, fused: bool) -> Tensor:
+        """Make a counter as torch does, where it will be read."""
+        double = torch.get_default_dtype() == torch.float64 and not fused
+        dtype = torch.float64 if double else torch.float32
+        if fused or group["capturable"]:
+            # Filled on the device: nothing is copied there, also during a capture.
+            return torch.zeros((), dtype=dtype, device=param.device)
+        # A fake tensor remembers the value of `tensor` alone, which a for-loop reads.
+        return torch.tensor(0.0, dtype=dtype, device="cpu")
 
     def calls(self, setting: Setting, batch: Batch, scaling: Scaling) -> list[Call]:
         own = {k: v for k, v in setting.arguments.items() if k not in CHOICES}
@@ -111,7 +116,21 @@ class AdamKernel(Kernel):
         kernel = _torch.fused_adamw_ if decoupled else _torch.fused_adam_
         largest = batch.moments[2] if own["amsgrad"] else []
         lists = (*(batch.params, batch.grads), *batch.moments[:2], largest, batch.steps)
-        return [partial(kernel, *lists, **own, **scaling._asdict())]
+        before, scaling = ahead_calls(setting, batch, self.direction, scaling)
+        return [*before, partial(kernel, *lists, **own, **scaling._asdict())]
+
+    @staticmethod
+    def direction(
+        setting: Setting, grad: Tensor, moments: Sequence[Tensor | None]
+    ) -> Tensor:
+        """Return the new first moment: the update has its sign, with any ``eps``."""
+        beta1, first = setting.arguments["beta1"], moments[0]
+        assert first is not None  # begun with the counter
+        grad = -grad if setting.arguments["maximize"] else grad
+        if isinstance(beta1, Tensor) or first.dtype != grad.dtype:
+            moment: Tensor = beta1 * first + (1 - beta1) * grad
+            return moment
+        return torch.lerp(first, grad, 1 - beta1)  # as torch's own is computed
 
     def functional(
         self,
@@ -119,25 +138,38 @@ class AdamKernel(Kernel):
         params: list[Tensor],
         grads: list[Tensor],
         owns: Sequence[State],
+        targets: list[Tensor],
     ) -> None:
         amsgrad = setting.arguments["amsgrad"]
-        _torch.adam(
+        lists = [
             params,
             grads,
             [own["exp_avg"] for own in owns],
             [own["exp_avg_sq"] for own in owns],
             [own["max_exp_avg_sq"] for own in owns] if amsgrad else [],
             [own["step"] for own in owns],
-            has_complex=any(map(torch.is_complex, params)),
-            **setting.arguments,
-        )
+        ]
+        self.traced(setting, lists, any(map(torch.is_complex, params)), targets)
 
-    def traced(self, setting: Setting, lists: list[list[Any]], flag: bool) -> None:
-        _torch.adam(*lists, has_complex=flag, **setting.arguments)
+    def traced(
+        self,
+        setting: Setting,
+        lists: list[list[Any]],
+        flag: bool,
+        targets: list[Any],
+        scaling: Scaling = NO_SCALING,
+    ) -> None:
+        params, grads, first = lists[:3]
+        batch = Batch(params, [first], [], targets, grads)
+        scaling = decay_ahead_(setting, batch, self.direction, scaling)
+        given = {} if scaling == NO_SCALING else scaling._asdict()
+        _torch.adam(*lists, has_complex=flag, **setting.arguments, **given)
 
     def multiplied(self, setting: Setting, fused: bool) -> float | Tensor:
         own = setting.arguments
         outside = own["decoupled_weight_decay"] and not fused
+        if setting.ahead is not None:
+            return setting.shrinks
         return own["lr"] * own["weight_decay"] if outside else 0.0
 
     def hyperparameters(self, group: Group) -> Iterable[tuple[str, Any]]:

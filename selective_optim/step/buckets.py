@@ -41,8 +41,10 @@ class Bucket:
         self.key: Key = cells[0].key
         self.label = cells[0].label
         self.positions: list[int] = flat(cell.positions for cell in cells)
+        self.inits: list[Tensor] = flat(cell.inits for cell in cells)
         self.part = slice(start, start + len(self.positions))
-        self.entries = ("step", *entries) if kernel.counts else entries
+        # In the order in which torch asks for them, and misses one that is gone.
+        self.entries = (*entries, "step") if kernel.counts else entries
 
     def take(self, setting: Setting, alone: bool) -> None:
         """Take over hyperparameters, and whether one thread is to run the call."""
@@ -65,12 +67,13 @@ class FusedBucket(Bucket):
         """
         owns = [states.get(p) or {} for p in params] if self.entries else []
         lists = [[own[entry] for own in owns] for entry in self.entries]
-        steps = lists.pop(0) if self._kernel.counts else []
+        steps = lists.pop() if self._kernel.counts else []
+        inits = self.inits
         if self.key.sharded:
-            params, *lists = (
-                list(map(_torch.local_tensor, each)) for each in (params, *lists)
+            params, inits, *lists = (
+                _torch.local_tensors(each) for each in (params, inits, *lists)
             )
-        self.batch = Batch(params, lists, steps)
+        self.batch = Batch(params, lists, steps, inits)
 
     def unload(self) -> None:
         """Let go of all tensors."""
@@ -99,7 +102,8 @@ class FusedBucket(Bucket):
 
         own = self.batch
         moments = [kept(moment) for moment in own.moments]
-        return Batch(kept(own.params), moments, kept(own.steps), kept(own.grads))
+        steps, targets, grads = kept(own.steps), kept(own.targets), kept(own.grads)
+        return Batch(kept(own.params), moments, steps, targets, grads)
 
 
 class FunctionalBucket(Bucket):
@@ -128,7 +132,7 @@ class FunctionalBucket(Bucket):
             [states.get(param) or {} for param in compress(params, there)]
         )
         for part in self._groups if beginning else [slice(None)]:
-            own = params[part], grads[part], there[part]
+            own = params[part], grads[part], self.inits[part], there[part]
             self._step_present(*own, states, scaling)
 
     def _have_begun(self, owns: Sequence[State]) -> bool:
@@ -138,20 +142,23 @@ class FunctionalBucket(Bucket):
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
+        inits: Sequence[Tensor],
         there: Sequence[bool],
         states: States,
         scaling: Scaling,
     ) -> None:
-        present, theirs = list(compress(params, there)), list(compress(grads, there))
+        present, theirs, targets = (
+            list(compress(each, there)) for each in (params, grads, inits)
+        )
         if not present:
             return
         owns = [states[p] if self.entries else {} for p in present]
         if scaling.grad_scale is not None:
             _torch.unscale_(theirs, scaling.grad_scale)
         if scaling.found_inf is None:
-            self._kernel.functional(self.setting, present, theirs, owns)
+            self._kernel.functional(self.setting, present, theirs, owns, targets)
         else:
-            self._step_unless(scaling.found_inf, present, theirs, owns)
+            self._step_unless(scaling.found_inf, present, theirs, owns, targets)
 
     def _step_unless(
         self,
@@ -159,17 +166,18 @@ class FunctionalBucket(Bucket):
         params: list[Tensor],
         grads: list[Tensor],
         owns: list[State],
+        targets: list[Tensor],
     ) -> None:
         """Step, and undo it where infinity was found, without asking a device."""
         # On the CPU nothing is waited for; and a momentum buffer that is yet to begin
         # must not: torch's functional makes it, and only the host can leave it out.
         if found_inf.is_cpu or not self._have_begun(owns):
             if not found_inf.item():
-                self._kernel.functional(self.setting, params, grads, owns)
+                self._kernel.functional(self.setting, params, grads, owns, targets)
             return
         touched = [*params, *(own[entry] for own in owns for entry in self.entries)]
         shards = list(map(_torch.shard_of, touched))
         before = [shard.clone() for shard in shards]
-        self._kernel.functional(self.setting, params, grads, owns)
+        self._kernel.functional(self.setting, params, grads, owns, targets)
         for shard, old in zip(shards, before, strict=True):
             shard.copy_(torch.where(found_inf.to(shard.device).bool(), old, shard))

@@ -16,11 +16,17 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import Decay
+from selective_optim.decay import Terms
 from selective_optim.step.counters import Counters
-from selective_optim.step.kernel import Group, Groups, Kernel, State, States
+from selective_optim.step.kernel import (
+    PLAIN,
+    Group,
+    Groups,
+    Kernel,
+    State,
+    States,
+)
 
-PLAIN = (Tensor, torch.nn.Parameter)
 # torch's fused kernels on the CPU open a parallel region for every tensor, however
 # small (grain size 0 in aten/src/ATen/native/cpu/Fused*Kernel.cpp, 2.7 to 2.15). A
 # tensor of this many elements or fewer takes one thread less time than two: on two
@@ -31,12 +37,21 @@ ALONE = 4096
 
 
 class Member(NamedTuple):
-    """One parameter with what was decided for it; ``label`` is for messages."""
+    """One parameter with what was decided for it.
+
+    Args:
+        param: The parameter.
+        group: Index of its group.
+        terms: How it decays.
+        label: Names it in messages.
+        init: What it decays towards, if that is a tensor; lies as the parameter does.
+    """
 
     param: Tensor
     group: int
-    decay: Decay
+    terms: Terms
     label: str
+    init: Tensor | None = None
 
 
 class Key(NamedTuple):
@@ -50,7 +65,7 @@ class Key(NamedTuple):
     """
 
     group: int
-    decay: Decay
+    terms: Terms
     alone: bool
     fused: bool
     sharded: bool
@@ -66,12 +81,13 @@ class Cell:
     """Parameters that always go through a kernel together.
 
     ``positions`` number them among all parameters of all groups; ``label`` names one
-    of them for messages.
+    of them for messages; ``inits`` are what they decay towards, where that is a tensor.
     """
 
     key: Key
     label: str
     positions: list[int] = field(default_factory=list)
+    inits: list[Tensor] = field(default_factory=list)
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -160,44 +176,56 @@ def free_choice(group: Group) -> bool:
     return group["fused"] is None and group["foreach"] is None
 
 
-def wants_fused(kernel: Kernel, group: Group, param: Tensor) -> bool:
+def fused_choice(kernel: Kernel, group: Group) -> bool | None:
+    """Tell whether a group goes to the fused kernel; ``None`` where that is open.
+
+    Asked once per group: it looks at every hyperparameter.
+    """
+    if group["differentiable"]:
+        return False
+    if group["fused"]:
+        return True
+    return None if free_choice(group) and kernel.takes_numbers(group) else False
+
+
+def wants_fused(kernel: Kernel, choice: bool | None, param: Tensor) -> bool:
     """Tell whether a parameter goes to the fused kernel if its tensors allow it.
 
     Where nothing was chosen, fused is taken where it is right: it is exact to
     hand-split torch with ``fused=True``, and the fastest on every device measured.
     """
-    if not group["fused"]:
-        right = kernel.trusted(param) and kernel.takes_numbers(group)
-        if not (free_choice(group) and right):
-            return False
-    return not group["differentiable"]
+    return kernel.trusted(param) if choice is None else choice
 
 
 def key_of(
-    kernel: Kernel, group: Group, member: Member, grad: Tensor | None, own: State
+    kernel: Kernel, group: Group, choice: bool | None, member: Member, own: State
 ) -> Key:
     """Choose the way of one parameter: the key of its cell.
 
     A gradient that is absent now is taken to fit; it is looked at when it comes.
     """
     param = member.param
-    found = [own.get(entry) for entry in kernel.entries(group)]
-    tensors = [param, *(entry for entry in found if entry is not None)]
+    grad = param.grad
+    begun = kernel.has_state(own, group)
+    tensors = [param]
+    if own:
+        found = [own.get(entry) for entry in kernel.entries(group)]
+        tensors += [entry for entry in found if entry is not None]
     sharded = type(param) is _torch.dtensor_class()
     local = local_tensors(tensors) if sharded else tensors
     fused = (
         local is not None
-        and wants_fused(kernel, group, param)
+        and wants_fused(kernel, choice, param)
         and fusable(kernel, local[0], local[1:])
         and ("step" not in own or counts_beside(local[0], own["step"]))
     )
-    alone = fused and param.is_cpu and _numel(local or ()) <= ALONE
+    alone = fused and param.is_cpu and (local or tensors)[0].numel() <= ALONE
     odd = fused and grad is not None and not _joins(param, grad, sharded)
     layout = param.layout if grad is None else grad.layout
-    first = not kernel.has_state(own, group) and not kernel.counts
+    first = not begun and not kernel.counts
     return Key(
         group=member.group,
-        decay=member.decay,
+        terms=member.terms,
         alone=alone and not odd,
         fused=fused and not odd,
         sharded=fused and not odd and sharded,
@@ -209,10 +237,6 @@ def key_of(
         device=param.device,
         dtype=param.dtype,
     )
-
-
-def _numel(tensors: Sequence[Tensor]) -> int:
-    return max((tensor.numel() for tensor in tensors), default=0)
 
 
 def _joins(param: Tensor, grad: Tensor, sharded: bool) -> bool:
@@ -239,6 +263,7 @@ def make_cells(
         Cells in the order plain fused, sharded fused, functional; in the fused ones
         those that take all threads first.
     """
+    choices = [fused_choice(kernel, group) for group in groups]
     cells: dict[Key, Cell] = {}
     new: dict[int, tuple[Member, bool]] = {}
     times = Counter(id(_torch.token_of(member.param)) for member in members)
@@ -250,7 +275,7 @@ def make_cells(
             token = _torch.token_of(param)
             if not begun or stepping.get(id(token)) is not token:
                 continue
-        key = key_of(kernel, group, member, param.grad, own)
+        key = key_of(kernel, group, choices[member.group], member, own)
         if not begun and not kernel.counts and times[id(_torch.token_of(param))] > 1:
             # Listed twice, its momentum begins twice in torch, which is left to torch.
             key = key._replace(fused=False, sharded=False, odd=True)
@@ -258,6 +283,8 @@ def make_cells(
             _torch.require_fused_support(param)
         cell = cells.get(key) or cells.setdefault(key, Cell(key, member.label))
         cell.positions.append(position)
+        if member.init is not None:
+            cell.inits.append(member.init)
         if not begun:
             new.setdefault(id(_torch.token_of(param)), (member, key.fused))
     _begin(kernel, groups, members, [*new.values()], states, counters)
@@ -275,10 +302,11 @@ def _begin(
     states: States,
     counters: Counters,
 ) -> None:
-    """Make state; counters of fused parameters share one tensor per device."""
+    """Make state; counters of fused parameters may share one tensor per device."""
+    joined = kernel.counts and counters.joining
     fused = [member.param.device for member, fused in new if fused]
     steps: dict[torch.device, Iterator[Tensor]] = {}
-    for device in dict.fromkeys(fused) if kernel.counts else ():
+    for device in dict.fromkeys(fused) if joined else ():
         later = sum(
             m.param.device == device and m.param.requires_grad and m.param.grad is None
             for m in members
@@ -286,5 +314,5 @@ def _begin(
         steps[device] = iter(counters.reserve(device, fused.count(device), later))
     for member, goes_fused in new:
         param, group = member.param, groups[member.group]
-        step = next(steps[param.device]) if goes_fused and kernel.counts else None
+        step = next(steps[param.device]) if goes_fused and joined else None
         kernel.begin(states[param], param, group, goes_fused, step)

@@ -12,19 +12,20 @@ from dataclasses import dataclass, field
 from itertools import repeat
 from math import copysign
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import Decay, Form
+from selective_optim.decay import FORMS, Decay, Form, Target, Terms, is_zero
 
 Group = dict[str, Any]
 Groups = Sequence[Group]
 State = dict[str, Any]
 States = dict[Tensor, State]
 Call = Callable[[], object]
+PLAIN = (Tensor, torch.nn.Parameter)
 NUMBERS = (float, int, Tensor, Real)  # the common ones first: asked at every change
 
 
@@ -38,29 +39,52 @@ class Scaling(NamedTuple):
 NO_SCALING = Scaling()
 
 
+class Ahead(NamedTuple):
+    """Decay that torch's kernel does not do, and that runs ahead of it.
+
+    Args:
+        applied: What it does to the tensors, see ``decay.FORMS``.
+        wd: How strongly; the rate multiplies it, but for ``"l2"``.
+        target: Towards what; ``"init"`` is a tensor per parameter.
+    """
+
+    applied: Literal["l2", "decoupled", "cautious"]
+    wd: float | Tensor
+    target: Target = 0.0
+
+
 class Setting(NamedTuple):
     """What a kernel is given besides tensors.
 
     Args:
         arguments: Of torch's functional, by name.
-        shrink: Decay to apply to the parameters before the kernel runs, which
-            torch's kernel does not do; 0 where there is none.
+        ahead: Decay to apply before the kernel runs, which then decays nothing.
+        fleeting: Whether it must be read anew at every step, as it depends on the
+            value of a tensor.
     """
 
     arguments: dict[str, Any]
-    shrink: float | Tensor = 0.0
+    ahead: Ahead | None = None
+    fleeting: bool = False
 
     @property
     def live(self) -> bool:
         """Tell whether calls must be bound anew at every step: a tensor may change."""
-        return isinstance(self.arguments["lr"], Tensor) or isinstance(
-            self.shrink, Tensor
-        )
+        own = isinstance(self.arguments["lr"], Tensor)
+        return own or (self.ahead is not None and isinstance(self.ahead.wd, Tensor))
+
+    @property
+    def shrinks(self) -> float | Tensor:
+        """By what share parameters shrink ahead of the kernel, or move; 0 if not."""
+        if self.ahead is None or self.ahead.applied == "l2":
+            return 0.0
+        share: float | Tensor = self.arguments["lr"] * self.ahead.wd
+        return share
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What must be equal for parameters to share a call."""
-        values = (*self.arguments.values(), self.shrink)
+        values = (*self.arguments.values(), *(self.ahead or ()))
         try:
             hash(values)
         except TypeError:  # an array as a rate, which is itself alone
@@ -78,13 +102,34 @@ class Batch:
         params: Parameters as the kernel gets them: local shards where sharded.
         moments: One list per state entry that is shaped like the parameter.
         steps: Step counters; empty where the kernel has none.
+        targets: What parameters decay towards, where that is a tensor for each.
         grads: Gradients, filled anew at every step.
     """
 
     params: list[Tensor]
     moments: list[list[Tensor]]
     steps: list[Tensor]
+    targets: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
+
+
+Direction = Callable[[Setting, Tensor, Sequence[Tensor | None]], Tensor]
+
+
+class Share(NamedTuple):
+    """How the decay of parameters is parted.
+
+    Args:
+        form: The form that torch's kernel is told.
+        wd: The decay that it is given.
+        ahead: What goes ahead of it.
+        fleeting: See :class:`Setting`.
+    """
+
+    form: Form
+    wd: float | Tensor
+    ahead: Ahead | None = None
+    fleeting: bool = False
 
 
 class Kernel:
@@ -97,17 +142,51 @@ class Kernel:
     # the parameters and their gradients.
     traced_lists: tuple[str, ...]
 
-    def decoupled(self, group: Group, form: Form | None) -> bool:
-        """Tell whether this form, or the group's default, is the decoupled one."""
+    # The forms that torch's kernel applies by itself, given a number.
+    own_forms: tuple[Form, ...]
+
+    def default_form(self, group: Group) -> Form:
+        """Return the form of parameters for which no other was decided."""
         raise NotImplementedError  # pragma: no cover
 
-    def setting(self, group: Group, decay: Decay, first: bool = False) -> Setting:
+    def setting(self, group: Group, terms: Terms, first: bool = False) -> Setting:
         """Read what the kernel is given from the group as it is now.
 
         Args:
             group: A parameter group.
-            decay: What was decided for the parameters.
+            terms: What was decided for the parameters.
             first: Whether their momentum buffers are yet to begin.
+        """
+        raise NotImplementedError  # pragma: no cover
+
+    def share(self, group: Group, terms: Terms) -> Share:
+        """Part the decay: what torch's kernel does by itself, and what goes ahead."""
+        (decay, lr0), default = terms, self.default_form(group)
+        wd = decay.of(group["weight_decay"])
+        if is_zero(wd):
+            return Share(default, 0.0)
+        form = FORMS[decay.form or default]
+        fleeting = form is FORMS["corrected"] and isinstance(group["lr"], Tensor)
+        if lr0 is not None:
+            wd = form.strength(wd, _rate(group["lr"]) if fleeting else group["lr"], lr0)
+        # A kernel's decay is a number; one on a device is not to be waited for.
+        waits = fleeting and isinstance(wd, Tensor)
+        if form.applied in self.own_forms and not decay.target and not waits:
+            return Share(form.applied, wd, None, fleeting)
+        ahead = Ahead(form.applied, wd, decay.target or 0.0)
+        return Share(default, 0.0, ahead, fleeting)
+
+    @staticmethod
+    def direction(
+        setting: Setting, grad: Tensor, moments: Sequence[Tensor | None]
+    ) -> Tensor:
+        """Return what has the sign of the update, of which torch subtracts a multiple.
+
+        Args:
+            setting: What the kernel is given.
+            grad: A gradient.
+            moments: Its moments as they are before the step; ``None`` where one is
+                yet to begin.
         """
         raise NotImplementedError  # pragma: no cover
 
@@ -166,6 +245,7 @@ class Kernel:
         params: list[Tensor],
         grads: list[Tensor],
         owns: Sequence[State],
+        targets: list[Tensor],
     ) -> None:
         """Step with torch's functional: for-loop, foreach, or torch's own choice."""
         raise NotImplementedError  # pragma: no cover
@@ -189,7 +269,14 @@ class Kernel:
                         each.append(item)
         return flag
 
-    def traced(self, setting: Setting, lists: list[list[Any]], flag: bool) -> None:
+    def traced(
+        self,
+        setting: Setting,
+        lists: list[list[Any]],
+        flag: bool,
+        targets: list[Any],
+        scaling: Scaling = NO_SCALING,
+    ) -> None:
         """Step the lists that torch's ``_init_group`` filled."""
         raise NotImplementedError  # pragma: no cover
 
@@ -223,11 +310,10 @@ class Kernel:
         raise NotImplementedError  # pragma: no cover
 
 
-def wd_of(group: Group, decay: Decay) -> float | Tensor:
-    """Effective decay: the group's, read now, times the parameter's multiplier."""
-    wd: float | Tensor = group["weight_decay"]
-    multiplier = decay.multiplier
-    return wd if multiplier == 1 else 0.0 if multiplier == 0 else wd * multiplier
+def _rate(lr: Tensor) -> float | Tensor:
+    """Read a rate where that waits for no device and breaks no trace."""
+    readable = lr.is_cpu and not torch.compiler.is_compiling() and not lr.requires_grad
+    return lr.item() if readable else lr
 
 
 def require_numbers(kernel: Kernel, groups: Groups) -> None:

@@ -20,7 +20,7 @@ from selective_optim import _torch
 from selective_optim.step import many_rates
 from selective_optim.step.buckets import Bucket, FunctionalBucket, FusedBucket
 from selective_optim.step.cells import Cell, Member, make_cells
-from selective_optim.step.counters import Advance, Counters, addresses_of
+from selective_optim.step.counters import Advance, Counters
 from selective_optim.step.guards import (
     GroupsGuard,
     TensorsGuard,
@@ -112,9 +112,11 @@ class Plan:
         stepping: Mapping[int, object],
     ) -> None:
         require_numbers(kernel, groups)
-        for param, group, decay, label in members:
-            if param.grad is not None and param.grad.is_sparse:
-                kernel.refuse_sparse(groups[group], decay, label)
+        for member in members:
+            grad = member.param.grad
+            if grad is not None and grad.is_sparse:
+                decay = member.terms.decay
+                kernel.refuse_sparse(groups[member.group], decay, member.label)
         self._kernel = kernel
         self._counters = counters
         self._lent = lent
@@ -146,10 +148,9 @@ class Plan:
         self._threads = _torch.thread_count()
         together: dict[Any, tuple[Setting, bool, list[Cell]]] = {}
         for cell in self._cells:
-            index, decay, alone, *path = cell.key
-            setting = self._kernel.setting(
-                groups[index], decay, first=cell.key.first and cell.key.fused
-            )
+            index, terms, alone, *path = cell.key
+            first = cell.key.first and cell.key.fused
+            setting = self._kernel.setting(groups[index], terms, first)
             alone &= self._threads > 1
             key = (setting.key, alone, *path)
             together.setdefault(key, (setting, alone, []))[2].append(cell)
@@ -161,6 +162,7 @@ class Plan:
             bucket.take(setting, alone)
         self._program: Program | None = None
         self._live = any(bucket.setting.live for bucket in self._buckets)
+        self._fleeting = any(bucket.setting.fleeting for bucket in self._buckets)
         self.vanishing = self._find_vanishing() if self._any_half else None
 
     def _arrange(self, groups: Groups, merged: list[list[Cell]]) -> None:
@@ -188,7 +190,6 @@ class Plan:
         self._specs: list[Any] = []
         self._some_absent = False
         self._tensors = TensorsGuard()
-        self._addresses: list[int] | None = None
         self._release()
 
     def _find_vanishing(self) -> Bucket | None:
@@ -210,10 +211,7 @@ class Plan:
         self._local = flat(batch.params for batch in batches)
         self._moments = flat(moment for batch in batches for moment in batch.moments)
         self._steps = flat(batch.steps for batch in batches)
-        addresses = addresses_of(self._steps) if self._lent else None
-        if addresses is None or addresses != self._addresses:
-            self._advance = self._counters.advance(self._steps)
-            self._addresses = addresses
+        self._advance = self._counters.advance(self._steps)
         self._present: tuple[list[bool], Advance] | None = None
         self._program = None
         self._active: list[Tensor] | None = active
@@ -243,7 +241,8 @@ class Plan:
         Raises:
             ValueError: A hyperparameter is NaN.
         """
-        if not self._guard.holds(groups) and not self._reread(groups):
+        known = not self._fleeting and self._guard.holds(groups)
+        if not known and not self._reread(groups):
             return None
         if self._some_alone and _torch.thread_count() != self._threads:
             self._settle(groups)
@@ -317,7 +316,7 @@ class Plan:
                 if not self._shards_still(whole):
                     return None
                 shards = whole[self._plain : self._count]
-                local = [*whole[: self._plain], *map(_torch.local_tensor, shards)]
+                local = [*whole[: self._plain], *_torch.local_tensors(shards)]
             elif self._count < len(whole):
                 local = whole[: self._count]
         except AttributeError:  # a gradient is None, or not sharded where it was
@@ -348,9 +347,9 @@ class Plan:
         assert self._active is not None  # gathered
         part = slice(self._plain, self._count)
         params, grads = self._active[part], whole[part]
-        if not same_objects(list(map(_torch.local_tensor, params)), self._local[part]):
+        if not same_objects(_torch.local_tensors(params), self._local[part]):
             return False
-        specs = list(map(_torch.spec_of, grads))
+        specs = _torch.specs_of(grads)
         if same_objects(specs, self._specs):
             return True
         where = map(_torch.placement, map(_torch.spec_of, params))

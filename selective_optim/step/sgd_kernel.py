@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import Decay, Form, is_zero
+from selective_optim.decay import Decay, Form, Terms, is_zero
+from selective_optim.step.ahead import ahead_calls, decay_ahead_
 from selective_optim.step.kernel import (
+    NO_SCALING,
     Batch,
     Call,
     Group,
@@ -21,7 +23,6 @@ from selective_optim.step.kernel import (
     State,
     States,
     lr_on_device,
-    wd_of,
 )
 
 
@@ -45,26 +46,28 @@ class SGDKernel(Kernel):
     def __init__(self, decoupled: bool = False) -> None:
         self._decoupled = decoupled
 
-    def decoupled(self, group: Group, form: Form | None) -> bool:
-        default = group.get("decoupled_weight_decay", self._decoupled)
-        return form == "decoupled" if form else bool(default)
+    own_forms = ("l2",)
 
-    def setting(self, group: Group, decay: Decay, first: bool = False) -> Setting:
-        wd = wd_of(group, decay)
-        decoupled = self.decoupled(group, decay.form)
+    def default_form(self, group: Group) -> Form:
+        decoupled = group.get("decoupled_weight_decay", self._decoupled)
+        return "decoupled" if decoupled else "l2"
+
+    def setting(self, group: Group, terms: Terms, first: bool = False) -> Setting:
+        _, wd, ahead, fleeting = self.share(group, terms)
         return Setting(
             {
                 "lr": group["lr"],
                 "momentum": group["momentum"],
                 # See `begin`: a buffer begins as the gradient, undampened.
                 "dampening": 0.0 if first else group["dampening"],
-                "weight_decay": 0.0 if decoupled else wd,
+                "weight_decay": wd,
                 "nesterov": group["nesterov"],
                 "maximize": group["maximize"],
                 "foreach": group["foreach"],
                 "fused": group["fused"],
             },
-            shrink=wd if decoupled else 0.0,
+            ahead,
+            fleeting,
         )
 
     def entries(self, group: Group) -> tuple[str, ...]:
@@ -117,25 +120,25 @@ class SGDKernel(Kernel):
         del own["foreach"], own["fused"]
         own["lr"] = lr_on_device(own["lr"], batch.params)
         buffers = batch.moments[0] if batch.moments else []
+        before, scaling = ahead_calls(setting, batch, self.direction, scaling)
         own |= {"is_first_step": False, **scaling._asdict()}
         kernel = partial(_torch.fused_sgd_, batch.params, batch.grads, buffers, **own)
-        return [*self._shrinking(setting, batch.params, scaling.found_inf), kernel]
+        return [*before, kernel]
 
-    def _shrinking(
-        self, setting: Setting, params: list[Tensor], found_inf: Tensor | None = None
-    ) -> list[Call]:
-        """Return the calls of decoupled decay: ``param = param * (1 - lr * wd)``."""
-        if is_zero(setting.shrink) or not params:
-            return []
-        factor = 1 - lr_on_device(setting.arguments["lr"], params) * setting.shrink
-        if isinstance(factor, Tensor):
-            factor = factor.squeeze()
-        if found_inf is not None:
-            return [partial(_shrink_unless_, params, factor, found_inf)]
-        # On the CPU foreach rounds the factor to half precision first, mul_ does not.
-        if any(param.is_cpu and param.dtype in _torch.HALF for param in params):
-            return [partial(torch.Tensor.mul_, param, factor) for param in params]
-        return [partial(_torch.foreach_mul_, params, factor)]
+    @staticmethod
+    def direction(
+        setting: Setting, grad: Tensor, moments: Sequence[Tensor | None]
+    ) -> Tensor:
+        """Return the update itself, of momentum and ``nesterov``."""
+        own = setting.arguments
+        grad = -grad if own["maximize"] else grad
+        if not moments or not own["momentum"]:
+            return grad
+        buffer = grad  # which it begins as, undampened
+        if moments[0] is not None:
+            damped = (1 - own["dampening"]) * grad
+            buffer = own["momentum"] * moments[0] + damped
+        return grad + own["momentum"] * buffer if own["nesterov"] else buffer
 
     def functional(
         self,
@@ -143,18 +146,28 @@ class SGDKernel(Kernel):
         params: list[Tensor],
         grads: list[Tensor],
         owns: Sequence[State],
+        targets: list[Tensor],
     ) -> None:
         buffers = [own.get("momentum_buffer") for own in owns]
         sparse = any(grad.is_sparse for grad in grads)
-        self.traced(setting, [params, grads, buffers], sparse)
+        self.traced(setting, [params, grads, buffers], sparse, targets)
         if setting.arguments["momentum"]:
             for own, buffer in zip(owns, buffers):
                 own["momentum_buffer"] = buffer
 
-    def traced(self, setting: Setting, lists: list[list[Any]], flag: bool) -> None:
-        for call in self._shrinking(setting, lists[0]):
-            call()
-        _torch.sgd(*lists, has_sparse_grad=flag, **setting.arguments)
+    def traced(
+        self,
+        setting: Setting,
+        lists: list[list[Any]],
+        flag: bool,
+        targets: list[Any],
+        scaling: Scaling = NO_SCALING,
+    ) -> None:
+        params, grads, buffers = lists
+        batch = Batch(params, [buffers] if buffers else [], [], targets, grads)
+        scaling = decay_ahead_(setting, batch, self.direction, scaling)
+        given = {} if scaling == NO_SCALING else scaling._asdict()
+        _torch.sgd(*lists, has_sparse_grad=flag, **setting.arguments, **given)
 
     def keep(self, states: States, lists: list[list[Any]]) -> None:
         params, _, buffers = lists
@@ -162,25 +175,15 @@ class SGDKernel(Kernel):
             states[param]["momentum_buffer"] = buffer
 
     def multiplied(self, setting: Setting, fused: bool) -> float | Tensor:
-        rate: float | Tensor = setting.arguments["lr"] * setting.shrink
-        return rate
+        return setting.shrinks
 
     def hyperparameters(self, group: Group) -> Iterable[tuple[str, Any]]:
         names = ("lr", "momentum", "dampening", "weight_decay")
         return [(name, group[name]) for name in names]
 
     def refuse_sparse(self, group: Group, decay: Decay, label: str) -> None:
-        if not is_zero(wd_of(group, decay)):
+        if not is_zero(decay.of(group["weight_decay"])):
             raise RuntimeError(
                 f"{label} has a sparse gradient and decays, which would make the "
                 f"gradient dense. Exempt it: wd_policy=exclude(nn.Embedding)."
             )
-
-
-def _shrink_unless_(
-    params: list[Tensor], factor: float | Tensor, found_inf: Tensor
-) -> None:
-    """Multiply in place where no infinity was found, without asking the device."""
-    dropped = found_inf.bool()
-    for param in params:
-        param.copy_(torch.where(dropped, param, param * factor))

@@ -10,7 +10,7 @@ from torch import Tensor
 from selective_optim import _torch
 from selective_optim._text import warn
 from selective_optim.step.buckets import Bucket
-from selective_optim.step.cells import Member, wants_fused
+from selective_optim.step.cells import Member, counts_beside, fused_choice, wants_fused
 from selective_optim.step.counters import Counters
 from selective_optim.step.guards import params_of
 from selective_optim.step.kernel import Groups, Kernel, Scaling, State, States
@@ -33,37 +33,44 @@ class Stepper:
         self._counters = Counters()
         self._stepping: Mapping[int, object] = {}
         self._lent = False
+        self._busy, self._seen = False, False  # in a step; state was seen in it
         self._sure = True  # whether state began under the flags of now
         self._warned = False
         # Where each parameter was when its state was last known to fit it.
         self._places: dict[int, tuple[object, Place]] = {}
 
-    def lend(self) -> None:
+    def lend(self, states: States) -> None:
         """Take note that someone outside has the state in hand, now or from now on.
 
-        Nobody can change what nobody has seen: until then a step need not look at
-        state, and may hold its tensors.
+        Until then nothing outside can edit it: a step need not look at state, and
+        may hold its tensors, and counters may be views of one tensor.
+
+        Args:
+            states: The state that is about to be seen.
         """
-        if not self._lent:
-            self._lent = True
+        if self._busy:  # a mode around the step reads it, between operations
+            self._seen = True
+        elif not self._lent:
             if self._plan is not None:
                 self._plan.lend()
+            self._counters.part(states, self._seen)
+            # Last: what an interrupt leaves undone is done the next time.
+            self._lent, self._seen = True, False
 
     def forget(self) -> None:
         """Plan anew at the next step, sure of nothing."""
         self._plan, self._sure = None, False
 
     def settle(self, groups: Groups, states: States) -> None:
-        """Take over a state that was loaded or copied: nobody holds its counters yet.
+        """Take over a state that was loaded or copied.
 
-        Those that a fused kernel will read are made to advance together, where the
-        kernel reads them.
+        Counters that a fused kernel can read stay the tensors that they are, as in
+        torch. Others, as those that a for-loop left on the CPU, are made readable.
         """
         self.forget()
-        self._counters = Counters()
         self.note_places(params_of(groups))
         if self.kernel.counts:
-            self._join_counters(groups, states)
+            self._fit_counters(groups, states)
 
     def note_places(self, params: Iterable[Tensor]) -> None:
         """Remember dtype and device of parameters, which their state now fits."""
@@ -73,19 +80,25 @@ class Stepper:
             for token in [_torch.token_of(param)]
         }
 
-    def _join_counters(self, groups: Groups, states: States) -> None:
-        """Make counters advance together that lie, and will be read, side by side."""
-        mine: dict[tuple[torch.device, torch.device], list[State]] = {}
+    def _fit_counters(self, groups: Groups, states: States) -> None:
+        """Exchange counters that would keep a parameter from the fused kernel."""
+        moving: dict[tuple[torch.device, torch.device], list[State]] = {}
         for group in groups:
+            choice = fused_choice(self.kernel, group)
             for param in group["params"]:
                 own = states.get(param) or {}
                 step = own.get("step")
-                if isinstance(step, Tensor) and wants_fused(self.kernel, group, param):
-                    mine.setdefault((step.device, param.device), []).append(own)
-        for (_, device), owns in mine.items():
+                if (
+                    isinstance(step, Tensor)
+                    and not counts_beside(param, step)
+                    and wants_fused(self.kernel, choice, param)
+                ):
+                    moving.setdefault((step.device, param.device), []).append(own)
+        for (_, device), owns in moving.items():
+            # One copy between devices for all.
             values = torch.stack([own["step"].reshape(()).float() for own in owns])
-            for own, counter in zip(owns, self._counters.join(values.to(device))):
-                own["step"] = counter
+            for own, value in zip(owns, values.to(device).unbind()):
+                own["step"] = value.clone()
 
     def step(
         self,
@@ -106,6 +119,21 @@ class Stepper:
             ValueError: A hyperparameter is NaN.
             RuntimeError: A gradient is sparse where that cannot be stepped.
         """
+        self._busy = True
+        try:
+            self._step(groups, members, states, scaling)
+        finally:
+            self._busy = False
+            if self._seen:
+                self.lend(states)
+
+    def _step(
+        self,
+        groups: Groups,
+        members: Callable[[], Sequence[Member]],
+        states: States,
+        scaling: Scaling,
+    ) -> None:
         plan = self._plan
         grads = None if plan is None else plan.current_grads(groups, states)
         if plan is None or grads is None:
@@ -131,6 +159,9 @@ class Stepper:
         self._plan, self._sure = None, True
         self.plans += 1
         self._follow_moved(groups, members, states)
+        if any(group.get("capturable") for group in groups):
+            # A CUDA graph remembers where counters lie: they must not move later.
+            self._counters.part(states)
         plan = Plan(
             *(self.kernel, groups, members, states),
             *(self._counters, self._lent, self._stepping),
@@ -162,14 +193,15 @@ class Stepper:
         What never fitted its parameter was put there on purpose, as moments of less
         precision are, and stays.
         """
-        for param, group, _, _ in members:
+        for param, group, *_ in members:
             token, was = self._places.get(id(_torch.token_of(param)), (None, None))
             now = (param.dtype, param.device)
             if was is None or token is not _torch.token_of(param) or was == now:
                 continue
             own = states.get(param) or {}
             moving = set(self.kernel.entries(groups[group]))
-            if wants_fused(self.kernel, groups[group], param):
+            choice = fused_choice(self.kernel, groups[group])
+            if wants_fused(self.kernel, choice, param):
                 moving.add("step")  # which a fused kernel reads beside the parameter
             for entry in moving & own.keys():
                 value = own[entry]

@@ -1,30 +1,34 @@
-"""Loading a state dict: refused whole if it does not fit, compared if it does.
+"""What a state dict must hold to be loaded, and what it records of decisions.
 
-The state dict that fits least is the one people come with: torch's, whose groups
-were split by hand into decayed and exempt. It is recognized by its layout, and
-answered with the call of ``checkpoint`` that converts it.
+Under ``"decay"`` stands, group by group, a multiplier and a form per parameter. A
+state dict is refused whole if it does not fit, and compared by this record if it does.
+
+The one that fits least is the one people come with: torch's, whose groups were split
+by hand into decayed and exempt. It is recognized by its layout, and answered with the
+call of ``checkpoint`` that converts it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selective_optim._module_tree import canonical_name
-from selective_optim._text import shape_text, warn
-from selective_optim.decay import Decision, Form, is_zero
+from selective_optim._text import shape_text
+from selective_optim.decay import Decision, Form
+from selective_optim.parameters import canonical_name
 from selective_optim.step.kernel import Kernel
 
-RECORD = "decay"  # the key of a state dict under which decisions are recorded
+# Keys of a state dict: for what was decided, and for what split groups keep apart.
+RECORD, PARTS = "decay", "parts"
+MEMBERS = ("params", "param_names")  # what a group lists per parameter
 Decided = Sequence[Sequence[Decision]]
 Record = list[list[list[Any]]]
-SHOWN = 3  # parameters that a warning names
-# Tells the form of a group's parameters, given what was decided; None if unknown.
-FormOf = Callable[[dict[str, Any], Form | None], Form | None]
+# Tells in which form a group decays where a policy states none; None if unknown.
+DefaultForm = Callable[[dict[str, Any]], Form | None]
 SAME_MODEL = "Load a state dict of the same class, made for the same model."
 
 
@@ -49,7 +53,7 @@ def require_groups_like(
     Raises:
         ValueError: It has other groups, or its names stand in another order.
     """
-    _require_whole(state_dict)
+    require_whole(state_dict)
     saved = state_dict["param_groups"]
     sizes = [len(group["params"]) for group in saved]
     wanted = [len(group["params"]) for group in param_groups]
@@ -60,13 +64,8 @@ def require_groups_like(
             f"checkpoint.merge_groups(state_dict, order=[n for n, _ in "
             f"model.named_parameters()])."
         )
-    for index, group in enumerate(saved):
-        if "weight_decay" not in group:
-            raise ValueError(
-                f"group {index} of the loaded state dict has no 'weight_decay', which "
-                f"this optimizer needs. {SAME_MODEL}"
-            )
-    _require_order(saved, decided)
+    _require_keys(saved, ["weight_decay"], param_groups)
+    _require_order(saved, param_groups, decided)
 
 
 def require_loadable(
@@ -85,21 +84,24 @@ def require_loadable(
             another class or to a parameter of another shape; or its groups were
             split by hand, and are not here.
     """
-    _require_whole(state_dict)
+    require_whole(state_dict)
     groups = state_dict["param_groups"]
     _require_laid_out(groups)
-    _require_groups(kernel, groups)
+    _require_keys(groups, kernel.required, param_groups)
     _require_layout(groups, param_groups)
     saved = list(chain.from_iterable(group["params"] for group in groups))
     params = list(chain.from_iterable(group["params"] for group in param_groups))
     if len(saved) != len(params):
         return
-    _require_order(groups, decided)
-    owners = chain.from_iterable([group] * len(group["params"]) for group in groups)
+    _require_order(groups, param_groups, decided)
     own = [state_dict["state"].get(key) or {} for key in saved]
-    way_out = _way_out(groups, param_groups, own, params)
-    for entries, param, group, label in zip(own, params, owners, _labels(decided)):
-        _require_entries(kernel, group, param, label, entries, way_out)
+    names = chain.from_iterable(
+        [kernel.loaded_entries(group)] * len(group["params"]) for group in groups
+    )
+    for number, misfit in enumerate(map(_misfit, repeat(kernel), names, own, params)):
+        if misfit is not None:
+            way_out = _way_out(groups, param_groups, own, params)
+            raise ValueError(misfit.format(label=_label(decided, number), out=way_out))
 
 
 # Groups that were split by hand.
@@ -226,7 +228,12 @@ def _moment_shape(entries: Any) -> tuple[int, ...] | None:
 # What a state dict must hold.
 
 
-def _require_whole(state_dict: Any) -> None:
+def require_whole(state_dict: Any) -> None:
+    """Check that a dict holds what a state dict of an optimizer does.
+
+    Raises:
+        ValueError: It does not.
+    """
     if absent := {"state", "param_groups"} - state_dict.keys():
         raise ValueError(
             f"`state_dict` has no {min(absent)!r}, so it is none of an optimizer. "
@@ -234,31 +241,45 @@ def _require_whole(state_dict: Any) -> None:
         )
 
 
-def _labels(decided: Decided) -> Iterator[str]:
-    for index, decisions in enumerate(decided):
-        for position, decision in enumerate(decisions):
-            yield decision.label(index, position)
+def _label(decided: Decided, number: int) -> str:
+    """Name a parameter by its number among all."""
+    places = [(i, p) for i, own in enumerate(decided) for p in range(len(own))]
+    index, position = places[number]
+    return decided[index][position].label(index, position)
 
 
-def _require_groups(kernel: Kernel, groups: Sequence[dict[str, Any]]) -> None:
+def _require_keys(
+    groups: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    here: Sequence[dict[str, Any]],
+) -> None:
+    """Check that groups have hyperparameters, and list none twice that is not here."""
+    distinct = [len(set(map(id, group["params"]))) for group in here]
     for index, group in enumerate(groups):
-        if absent := [name for name in kernel.required if name not in group]:
+        if absent := [name for name in names if name not in group]:
             raise ValueError(
                 f"group {index} of the loaded state dict has no {absent[0]!r}, which "
                 f"this optimizer needs. {SAME_MODEL}"
             )
-        if len(set(group["params"])) < len(group["params"]):
+        listed = len(group["params"]) if index >= len(here) else distinct[index]
+        if len(set(group["params"])) < min(listed, len(group["params"])):
             raise ValueError(
                 f"group {index} of the loaded state dict lists a parameter twice. "
                 f"{SAME_MODEL}"
             )
 
 
-def _require_order(groups: Sequence[dict[str, Any]], decided: Decided) -> None:
+def _names_in(groups: Sequence[dict[str, Any]]) -> list[str]:
+    return [canonical_name(n) for group in groups for n in group.get("param_names", ())]
+
+
+def _require_order(
+    groups: Sequence[dict[str, Any]], here: Sequence[dict[str, Any]], decided: Decided
+) -> None:
     """Check that a state dict with names does not have them in another order."""
-    saved = [
-        canonical_name(n) for group in groups for n in group.get("param_names", ())
-    ]
+    saved = _names_in(groups)
+    if saved == _names_in(here):
+        return  # also where someone reordered the tensors of a group by hand
     names = [decision.name for decisions in decided for decision in decisions]
     if saved == names or sorted(saved) != sorted(name or "" for name in names):
         return  # torch goes by position: another model may have other names
@@ -271,134 +292,71 @@ def _require_order(groups: Sequence[dict[str, Any]], decided: Decided) -> None:
     )
 
 
-def _require_entries(
-    kernel: Kernel,
-    group: dict[str, Any],
-    param: Tensor,
-    label: str,
-    own: Any,
-    way_out: str,
-) -> None:
-    for name in kernel.loaded_entries(group) if own else ():
-        if name not in own and not kernel.counts:
-            continue  # entries of the user's own, before the first gradient
-        if name not in own:
-            raise ValueError(
-                f"{label} has no {name!r} in the loaded state dict. {SAME_MODEL}"
-            )
-        value = own[name]
+def _misfit(
+    kernel: Kernel, names: Iterable[str], own: Any, param: Tensor
+) -> str | None:
+    """Say what is wrong with a parameter's state, with room for its label."""
+    for name in names if own else ():
+        if name not in own and kernel.counts:
+            return f"{{label}} has no {name!r} in the loaded state dict. {SAME_MODEL}"
+        value = own.get(name)
         if value is None and not kernel.counts:
-            continue  # SGD's buffer before the first gradient
+            continue  # SGD's buffer before the first gradient, or entries of a user's
         shape = getattr(value, "shape", None)
         wanted = torch.Size() if name == "step" else param.shape
         if name == "step" and isinstance(shape, torch.Size) and shape.numel() == 1:
             continue  # some keep it in one element
         if shape != wanted and not (name == "step" and isinstance(value, (int, float))):
             got = "no tensor" if shape is None else f"shape {shape_text(shape)}"
-            raise ValueError(
-                f"{name!r} of {label} in the loaded state dict has {got}, and must "
-                f"have shape {shape_text(wanted)}. {way_out}"
+            return (
+                f"{name!r} of {{label}} in the loaded state dict has {got}, and must "
+                f"have shape {shape_text(wanted)}. {{out}}"
             )
-
-
-def form_name(decoupled: bool) -> Form:
-    """Name a form as reports and state dicts do."""
-    return "decoupled" if decoupled else "l2"
+    return None
 
 
 def record_of(
-    form_of: FormOf, param_groups: Sequence[dict[str, Any]], decided: Decided
+    default_form: DefaultForm, param_groups: Sequence[dict[str, Any]], decided: Decided
 ) -> Record:
-    """Write down the multiplier and form of every parameter, in plain values."""
-    return [
-        [[decay.multiplier, form_of(group, decay.form)] for decay, *_ in decisions]
-        for group, decisions in zip(param_groups, decided)
-    ]
+    """Write down the multiplier and form of every parameter, in plain values.
 
-
-# What a state dict changes.
-
-
-def warn_of_changes(
-    decided: Decided,
-    before: Sequence[Any],
-    param_groups: Sequence[dict[str, Any]],
-    saved: Any,
-    now: Record,
-) -> None:
-    """Warn once if a checkpoint was made with other decisions than those now taken.
-
-    A record that cannot be read, as of another version, is not compared. Without
-    one, a checkpoint that takes the decay from parameters is told: groups split by
-    hand that became merged ones do, where the first of a group was exempt.
-
-    Args:
-        decided: What is decided for every parameter here.
-        before: The ``weight_decay`` of every group before loading.
-        param_groups: The groups after it.
-        saved: What the state dict records of decisions, if anything.
-        now: What one of this optimizer records.
+    In a third place comes what else its decay depends on, if anything: ``"target"``,
+    and with which ``"lr0"`` and ``"init"`` training began.
     """
-    if changes := _changes(decided, saved, now):
-        warn(
-            f"the loaded checkpoint was made with another weight decay policy: "
-            f"{_first_of(changes, '; ')}. The policy of the constructor is kept; "
-            f"pass the old one as wd_policy to continue as before."
-        )
-    elif saved is None and (lost := _losers(decided, before, param_groups)):
-        warn(
-            f"the loaded checkpoint sets weight_decay to 0 for "
-            f"{_first_of(lost, ', ')}, which the policy decays: a group takes it from "
-            f"one of its parameters, and groups that were split by hand had exempt "
-            f"ones. Convert the state dict (not flattened) with selective_optim."
-            f"checkpoint.merge_groups before loading, or set weight_decay in "
-            f"optimizer.param_groups."
-        )
-
-
-def _first_of(items: Sequence[str], separator: str) -> str:
-    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return f"{separator.join(items[:SHOWN])}{more}"
-
-
-def _losers(
-    decided: Decided, before: Sequence[Any], param_groups: Sequence[dict[str, Any]]
-) -> list[str]:
-    """Label the parameters that a policy decays and whose group's decay is now 0."""
-    verdicts = list(chain.from_iterable(decided))
-    if all(verdict.decay.multiplier for verdict in verdicts):
-        return []  # without an exempt parameter there was nothing to split
     return [
-        decision.label(index, position)
-        for index, (group, decisions) in enumerate(zip(param_groups, decided))
-        if is_zero(group["weight_decay"]) and not is_zero(before[index])
-        for position, decision in enumerate(decisions)
-        if decision.decay.multiplier
+        [
+            [
+                *(decision.decay.multiplier, decision.decay.form or default),
+                *([begin] if (begin := _begin_of(decision)) else []),
+            ]
+            for decision in decisions
+        ]
+        for group, decisions in zip(param_groups, decided)
+        for default in [default_form(group)]
     ]
 
 
-def _changes(decided: Decided, saved: Any, now: Record) -> list[str]:
+def _begin_of(decision: Decision) -> dict[str, Any]:
+    known = {
+        "target": decision.decay.target if decision.decay.multiplier else None,
+        "lr0": decision.terms.lr0,
+        "init": decision.init,
+    }
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def begins_of(
+    saved: Any, param_groups: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Read the third place of a record, for every parameter; empty where there is none.
+
+    A record that cannot be read, as of another version, tells nothing.
+    """
     try:
-        pairs = [
-            (label, (float(old[0]), old[1]), (new[0], new[1]))
-            for label, old, new in zip(_labels(decided), _joined(saved), _joined(now))
+        begins = [
+            entry[2] if len(entry) > 2 else {} for entry in chain.from_iterable(saved)
         ]
     except (TypeError, ValueError, IndexError, KeyError):
-        return []
-    return [
-        f"{label} {_text(*old, was=True)} and now {_text(*new, was=False)}"
-        for label, old, new in pairs
-        if old != new and (old[0] or new[0])
-    ]
-
-
-def _joined(record: Any) -> list[Any]:
-    return [entry for group in record for entry in group]
-
-
-def _text(multiplier: float, form: str | None, was: bool) -> str:
-    if not multiplier:
-        return "was exempt" if was else "is exempt"
-    times = "in full" if multiplier == 1 else f"{multiplier:g} times as much"
-    how = f" ({form})" if form else ""
-    return f"{'decayed' if was else 'decays'} {times}{how}"
+        begins = []
+    total = sum(_sizes(param_groups))
+    return begins if len(begins) == total else [{}] * total

@@ -1,0 +1,169 @@
+"""What is told and not refused: nothing decays, a key is misspelt, a policy changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from difflib import SequenceMatcher
+from itertools import chain
+from typing import Any, TypeVar
+
+from selective_optim._text import warn
+from selective_optim.decay import Decision, is_zero, target_text
+
+SHOWN = 3  # parameters that a warning names
+# How alike a key must be to one that is read to be taken for it: "wd_polcy" is 0.94
+# and "weight_decays" 0.96. Keys that others put there are less: "lr_scale" is 0.4.
+RESEMBLANCE = 0.85
+P = TypeVar("P")
+
+
+def warn_if_idle(
+    policy: P,
+    decays: Iterable[Any],
+    multipliers: Collection[float],
+    decays_elsewhere: Callable[[P], bool],
+) -> None:
+    """Warn if a policy was given and nothing will decay.
+
+    Args:
+        policy: The policy.
+        decays: The ``weight_decay`` of every group.
+        multipliers: What the policy gives every parameter.
+        decays_elsewhere: Tells whether it decays any other parameter of the model.
+    """
+    if all(map(is_zero, decays)):
+        warn(
+            f"`weight_decay` is 0 in every group, so `wd_policy` {policy!r} "
+            f"has no effect. Pass weight_decay=0.01, or the value you want."
+        )
+    # One optimizer per parameter is common, and most of them have an exempt one.
+    elif len(multipliers) > 1 and not any(multipliers) and not decays_elsewhere(policy):
+        warn(
+            f"`wd_policy` {policy!r} exempts all {len(multipliers)} parameters. "
+            f"Pass weight_decay=0 instead if nothing is to decay."
+        )
+
+
+def warn_of_misspelt(group: Iterable[Any], known: Collection[str]) -> None:
+    """Tell of keys that nobody reads and that look like one that is read."""
+    for key in group:
+        if key in known or not isinstance(key, str):
+            continue
+        nearest = max(known, key=lambda k: SequenceMatcher(None, k, key).ratio())
+        # "initial_lr" and "weight_decay_mult" are somebody's own, not misspelt.
+        own = any(key.startswith(f"{k}_") or key.endswith(f"_{k}") for k in known)
+        if not own and SequenceMatcher(None, nearest, key).ratio() >= RESEMBLANCE:
+            warn(
+                f"{key!r} in a parameter group is read by nobody. "
+                f"Did you mean {nearest!r}?"
+            )
+
+
+def warn_of_changes(
+    decided: Sequence[Sequence[Decision]],
+    before: Sequence[Any],
+    param_groups: Sequence[dict[str, Any]],
+    saved: Any,
+    now: Any,
+) -> None:
+    """Warn once if a checkpoint was made with other decisions than those now taken.
+
+    A record that cannot be read, as of another version, is not compared. Without
+    one, a checkpoint that takes the decay from parameters is told: groups split by
+    hand that became merged ones do, where the first of a group was exempt.
+
+    Args:
+        decided: What is decided for every parameter here.
+        before: The ``weight_decay`` of every group before loading.
+        param_groups: The groups after it.
+        saved: What the state dict records of decisions, if anything.
+        now: What one of this optimizer records.
+    """
+    if changes := _changes(decided, saved, now):
+        warn(
+            f"the loaded checkpoint was made with another weight decay policy: "
+            f"{_first_of(changes, '; ')}. The policy of the constructor is kept; "
+            f"pass the old one as wd_policy to continue as before."
+        )
+    elif saved is None and (lost := _losers(decided, before, param_groups)):
+        warn(
+            f"the loaded checkpoint sets weight_decay to 0 for "
+            f"{_first_of(lost, ', ')}, which the policy decays: a group takes it from "
+            f"one of its parameters, and groups that were split by hand had exempt "
+            f"ones. Convert the state dict (not flattened) with selective_optim."
+            f"checkpoint.merge_groups before loading, or set weight_decay in "
+            f"optimizer.param_groups."
+        )
+
+
+def warn_of_lost_inits(names: Sequence[str]) -> None:
+    """Warn once that a checkpoint does not tell where parameters began."""
+    warn(
+        f"the loaded checkpoint does not record what {_first_of(names, ', ')} decay "
+        f"towards, so that is what they were when they were decided here. Load a "
+        f"state dict that optimizer.state_dict() returned under the same policy, or "
+        f"decide while the parameters are what they shall decay towards."
+    )
+
+
+def _first_of(items: Sequence[str], separator: str) -> str:
+    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return f"{separator.join(items[:SHOWN])}{more}"
+
+
+def _losers(
+    decided: Sequence[Sequence[Decision]],
+    before: Sequence[Any],
+    param_groups: Sequence[dict[str, Any]],
+) -> list[str]:
+    """Label the parameters that a policy decays and whose group's decay is now 0."""
+    verdicts = list(chain.from_iterable(decided))
+    if all(verdict.decay.multiplier for verdict in verdicts):
+        return []  # without an exempt parameter there was nothing to split
+    return [
+        decision.label(index, position)
+        for index, (group, decisions) in enumerate(zip(param_groups, decided))
+        if is_zero(group["weight_decay"]) and not is_zero(before[index])
+        for position, decision in enumerate(decisions)
+        if decision.decay.multiplier
+    ]
+
+
+def _changes(decided: Sequence[Sequence[Decision]], saved: Any, now: Any) -> list[str]:
+    places = [
+        (decision, index, position)
+        for index, decisions in enumerate(decided)
+        for position, decision in enumerate(decisions)
+    ]
+    try:
+        pairs = [
+            (place, _terms(old), _terms(new))
+            for place, old, new in zip(places, _joined(saved), _joined(now))
+        ]
+    except (TypeError, ValueError, IndexError, KeyError):
+        return []
+    return [
+        f"{decision.label(*place)} {_text(*old, was=True)} and now "
+        f"{_text(*new, was=False)}"
+        for (decision, *place), old, new in pairs
+        if old != new and (old[0] or new[0])
+    ]
+
+
+def _terms(entry: Any) -> tuple[float, Any, Any]:
+    """Read what makes two decisions different ones out of an entry of a record."""
+    begin = entry[2] if len(entry) > 2 else {}
+    return float(entry[0]), entry[1], begin.get("target")
+
+
+def _joined(record: Any) -> list[Any]:
+    return [entry for group in record for entry in group]
+
+
+def _text(multiplier: float, form: str | None, target: Any, was: bool) -> str:
+    if not multiplier:
+        return "was exempt" if was else "is exempt"
+    times = "in full" if multiplier == 1 else f"{multiplier:g} times as much"
+    how = f" ({form})" if form else ""
+    how += "" if target is None else f" towards {target_text(target)}"
+    return f"{'decayed' if was else 'decays'} {times}{how}"

@@ -1,0 +1,208 @@
+"""Decay that torch's kernel does not do: a pass over the tensors ahead of it.
+
+Small tensors are joined into one, so that the formula is written once, in plain
+operations on one tensor, and its cost is that of a few calls. No more than a chunk is
+at hand at a time: what a pass needs stays in the cache, and small. Half precision is
+computed in float32 and rounded once, as fused kernels do.
+
+Nothing waits for a device: whether a ``GradScaler`` drops the step is asked there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from selective_optim import _torch
+from selective_optim.decay import is_zero
+from selective_optim.step.kernel import (
+    PLAIN,
+    Ahead,
+    Batch,
+    Call,
+    Direction,
+    Scaling,
+    Setting,
+    lr_on_device,
+)
+
+# Elements that are at hand at a time. Four lists of 2 ** 16 in float32 lie in a second
+# level cache; a GPU wants few launches, and spares 2 ** 24 elements of memory.
+CHUNK, CHUNK_ON_DEVICE = 2**16, 2**24
+
+
+def decay_ahead_(
+    setting: Setting, batch: Batch, direction: Direction, scaling: Scaling
+) -> Scaling:
+    """Run the pass at once, and return what of the scale is left for the kernel."""
+    calls, scaling = ahead_calls(setting, batch, direction, scaling)
+    for call in calls:
+        call()
+    return scaling
+
+
+def ahead_calls(
+    setting: Setting, batch: Batch, direction: Direction, scaling: Scaling
+) -> tuple[list[Call], Scaling]:
+    """Return the calls of the pass, and what of the scale is left for the kernel.
+
+    Args:
+        setting: What the kernel is given.
+        batch: The tensors; gradients are read when the calls run, and written to.
+        direction: Of the kernel, see :class:`Direction`.
+        scaling: What the kernel would be given of a ``GradScaler``.
+    """
+    ahead = setting.ahead
+    if ahead is None or not batch.params:
+        return [], scaling
+    lr = lr_on_device(setting.arguments["lr"], batch.params)
+    maximize = setting.arguments["maximize"]
+    if ahead.applied == "decoupled" and ahead.target == 0.0:
+        return _shrinking(lr * ahead.wd, batch.params, scaling.found_inf), scaling
+    parts = list(_chunks(batch))
+    calls: list[Call] = []
+    if ahead.applied != "decoupled" and scaling.grad_scale is not None:
+        # The pass reads gradients, or writes to them, as they are without the scale.
+        calls.append(partial(_torch.unscale_, batch.grads, scaling.grad_scale))
+        scaling = scaling._replace(grad_scale=None)
+    if ahead.applied == "l2":
+        wd = -ahead.wd if maximize else ahead.wd
+        return [*calls, partial(_pull_gradients_, ahead, wd, batch, parts)], scaling
+    towards = partial(direction, setting)
+    move = partial(_move_, ahead, lr * ahead.wd, batch, parts, towards)
+    return [*calls, partial(move, scaling.found_inf)], scaling
+
+
+def _shrinking(
+    rate: float | Tensor, params: list[Tensor], found_inf: Tensor | None
+) -> list[Call]:
+    """Return the calls of decoupled decay towards 0: ``param = param * (1 - rate)``."""
+    if is_zero(rate):
+        return []
+    factor = 1 - rate
+    if isinstance(factor, Tensor):
+        factor = factor.squeeze()
+    if found_inf is not None:
+        return [partial(_shrink_unless_, params, factor, found_inf)]
+    # On the CPU foreach rounds the factor to half precision first, mul_ does not.
+    if any(param.is_cpu and param.dtype in _torch.HALF for param in params):
+        return [partial(torch.Tensor.mul_, param, factor) for param in params]
+    return [partial(_torch.foreach_mul_, params, factor)]
+
+
+def _shrink_unless_(
+    params: list[Tensor], factor: float | Tensor, found_inf: Tensor
+) -> None:
+    """Multiply in place where no infinity was found, without asking the device."""
+    dropped = found_inf.bool()
+    for param in params:
+        param.copy_(torch.where(dropped, param, param * factor))
+
+
+def _move_(
+    ahead: Ahead,
+    rate: float | Tensor,
+    batch: Batch,
+    parts: Sequence[slice],
+    direction: Callable[[Tensor, Sequence[Tensor | None]], Tensor],
+    found_inf: Tensor | None,
+) -> None:
+    """Move parameters towards their targets: ``param -= rate * (param - target)``."""
+    if is_zero(rate):  # which would still turn -0.0 into 0.0
+        return
+    for part in parts:
+        params = batch.params[part]
+        joined = _joined(params)
+        offset = joined - _target(ahead, batch, part)
+        if ahead.applied == "cautious":
+            moments = [_joined_moments(moment[part]) for moment in batch.moments]
+            update = direction(_joined(batch.grads[part]), moments)
+            offset = _agreeing(offset, update)
+        moved = _less(joined, offset, rate)
+        if found_inf is not None:
+            moved = torch.where(found_inf.bool(), joined, moved)
+        _write_(params, moved)
+
+
+def _pull_gradients_(
+    ahead: Ahead, wd: float | Tensor, batch: Batch, parts: Sequence[slice]
+) -> None:
+    """Add ``wd * (param - target)`` to gradients; those of the parameters stay."""
+    for part in parts:
+        grads = batch.grads[part]
+        offset = _joined(batch.params[part]) - _target(ahead, batch, part)
+        pulled = _parted(_less(_joined(grads), offset, -wd), grads)
+        batch.grads[part] = [new.to(g.dtype) for new, g in zip(pulled, grads)]
+
+
+def _less(joined: Tensor, offset: Tensor, rate: float | Tensor) -> Tensor:
+    """Return ``joined - rate * offset``, in one walk over memory where it can be."""
+    if isinstance(rate, Tensor):
+        return joined - rate * offset
+    return torch.sub(joined, offset, alpha=rate)
+
+
+def _agreeing(offset: Tensor, update: Tensor) -> Tensor:
+    """Keep the elements that the update does not push the other way.
+
+    Source:
+        Chen et al. 2025, "Cautious Weight Decay", Algorithm 1. The sign stands for
+        the update, since a product of two small numbers may round to 0.
+    """
+    if offset.is_complex():  # its parts are parameters of their own, as in torch
+        pairs = torch.view_as_real(offset), torch.view_as_real(update)
+        return torch.view_as_complex(_agreeing(*pairs))
+    return torch.where(update.sign().mul_(offset) >= 0, offset, 0.0)
+
+
+def _target(ahead: Ahead, batch: Batch, part: slice) -> Tensor | float:
+    if isinstance(ahead.target, str):
+        return _joined(batch.targets[part])
+    return ahead.target
+
+
+def _chunks(batch: Batch) -> Iterator[slice]:
+    """Part a batch: neighbors that together are a chunk, and have begun alike."""
+    limit = CHUNK if batch.params[0].is_cpu else CHUNK_ON_DEVICE
+    start = size = 0
+    for i, param in enumerate(batch.params):
+        size += param.numel()
+        # Sharded ones, and other subclasses, may not be joined.
+        apart = type(param) not in PLAIN
+        apart |= any((m[i] is None) is not (m[start] is None) for m in batch.moments)
+        if i > start and (size > limit or apart):
+            yield slice(start, i)
+            start, size = i, param.numel()
+    yield slice(start, len(batch.params))
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Join tensors into one, wide enough to compute in; a single one as it is."""
+    flat = tensors[0] if len(tensors) == 1 else _torch.flatten(tensors)
+    return flat.float() if flat.dtype in _torch.HALF else flat
+
+
+def _joined_moments(moments: Sequence[Tensor | None]) -> Tensor | None:
+    known = [moment for moment in moments if moment is not None]
+    return _joined(known) if known else None
+
+
+def _parted(joined: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Take apart again what was joined."""
+    if len(like) == 1:
+        return [joined]
+    # torch 2.7 gives what has no elements another shape.
+    parts = zip(_torch.unflatten(joined, like), like, strict=True)
+    return [part if tensor.numel() else tensor for part, tensor in parts]
+
+
+def _write_(params: Sequence[Tensor], joined: Tensor) -> None:
+    """Give parameters the values that were computed for them together."""
+    if len(params) == 1 or torch.is_grad_enabled():  # where autograd follows
+        for param, new in zip(params, _parted(joined, params)):
+            param.copy_(new)
+    else:
+        _torch.foreach_copy_(params, _parted(joined, params))
