@@ -41,6 +41,7 @@ def interpreted(monkeypatch):
         for kernel in (many_rates.gather, many_rates.adamw)
     ]
     monkeypatch.setattr(many_rates, "kernels", lambda: made)
+    monkeypatch.setattr(many_rates, "updated", many_rates.updated.fn)
     monkeypatch.setattr(many_rates, "DEVICES", {"cpu"})
     monkeypatch.setattr(_torch, "FUSED_IN_FLOAT32", True)
     monkeypatch.setenv(SWITCH, "1")
@@ -259,7 +260,7 @@ def test_compiled_for_a_device_it_rounds_where_torchs_kernel_does():
     _, kernel = many_rates.kernels()
     types = {"pointers": "*i64", "numbers": "*fp32", "powers": "*fp32"}
     types |= {"chunks": "*i64", "count": "i32"}
-    fixed = {"maximize": False, "aligned": True, "size": many_rates.SIZE}
+    fixed = {"maximize": False, "wide": many_rates.WIDE, "size": many_rates.SIZE}
     signature = {**types, **dict.fromkeys(fixed, "constexpr")}
     source = compiler.ASTSource(kernel, signature, constexprs=fixed)
     target = backends.GPUTarget("cuda", 90, 32)

@@ -410,6 +410,8 @@ def test_picture_leaves_out_what_did_not_run():
     picture = importlib.import_module("benchmarks.step.picture")
     record = made_up("cpu", {"ours": 3.0, "bare kernel": 2.0})["cases"][0]
     assert picture.over_bare(record) == {"ours": (1.5, 1.5, 1.5)}
+    del record["arms"]["bare kernel"]["round_ms"]
+    assert picture.over_bare(record) == {}
 
 
 def test_construction_is_timed_on_1000_parameters():

@@ -53,11 +53,12 @@ def draw(results: Record, path: Path) -> Path:
 
 def over_bare(record: Record) -> dict[str, Spread]:
     """Return the ratios to the bare kernel of the arms that are shown."""
-    arms = record["arms"]
+    # Of what has a device time: on a GPU not everything has.
+    arms = {n: arm for n, arm in record["arms"].items() if "round_ms" in arm}
     return {
         name: ratio(arms[name]["round_ms"], arms[BARE]["round_ms"])
         for name in LOOKS
-        if name in arms and "round_ms" in arms[name]  # its device time was had
+        if name in arms and BARE in arms
     }
 
 

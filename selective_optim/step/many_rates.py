@@ -34,7 +34,7 @@ SWITCH = "SELECTIVE_OPTIM_TRITON"
 DEVICES = {"cuda"}
 FEWEST = 8  # calls that are worth a table
 SIZE = 1024  # elements that one program steps
-ALIGNED = 16  # bytes, for wide loads
+WIDE = 4  # elements of 4 bytes that a thread loads at once, where all lie so
 # Places of the lists in a call of torch's kernel.
 PARAMS, EXP_AVG, EXP_AVG_SQ, GRADS, STEPS = 0, 2, 3, 1, 5
 STATE = PARAMS, EXP_AVG, EXP_AVG_SQ
@@ -54,17 +54,16 @@ def gather(
     tl.store(values + places, value, mask=mask)
 
 
-def adamw(
-    pointers: tl.tensor,  # rows of `count`: parameters, both moments, gradients
-    numbers: tl.tensor,  # rows of `count`: lr, weight_decay, beta1, beta2, eps
-    powers: tl.tensor,  # rows of `count`: of beta1 and of beta2
-    chunks: tl.tensor,  # three columns: tensor, its chunk, elements left in the tensor
+def updated(
+    param: tl.tensor,
+    grad: tl.tensor,
+    exp_avg: tl.tensor,
+    exp_avg_sq: tl.tensor,
+    numbers: tl.tensor,
+    powers: tl.tensor,
     count: tl.tensor,
-    maximize: tl.constexpr,
-    aligned: tl.constexpr,
-    size: tl.constexpr,
-) -> None:
-    """Step a chunk of one tensor; runs on the device.
+) -> tuple[Any, Any, Any]:
+    """Return parameter and moments after a step; runs on the device.
 
     Per element, ``fma`` rounding once::
 
@@ -74,45 +73,53 @@ def adamw(
         denom = sqrt(exp_avg_sq) / sqrt(1 - beta2 ** step) + eps
         param = param - exp_avg * (lr / (1 - beta1 ** step)) / denom
     """
-    row = chunks + 3 * tl.program_id(0)
-    tensor, chunk, left = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    if aligned:
-        left = tl.multiple_of(left, 4)
-    offsets = chunk * size + tl.arange(0, size)
-    mask = tl.arange(0, size) < left
-    param_at = tl.load(pointers + tensor).to(tl.pointer_type(tl.float32))
-    exp_avg_at = tl.load(pointers + count + tensor).to(tl.pointer_type(tl.float32))
-    exp_avg_sq_at = tl.load(pointers + 2 * count + tensor)
-    exp_avg_sq_at = exp_avg_sq_at.to(tl.pointer_type(tl.float32))
-    grad_at = tl.load(pointers + 3 * count + tensor).to(tl.pointer_type(tl.float32))
-    if aligned:
-        param_at = tl.multiple_of(param_at, 16)
-        exp_avg_at = tl.multiple_of(exp_avg_at, 16)
-        exp_avg_sq_at = tl.multiple_of(exp_avg_sq_at, 16)
-        grad_at = tl.multiple_of(grad_at, 16)
-    params, grads = param_at + offsets, grad_at + offsets
-    exp_avgs, exp_avg_sqs = exp_avg_at + offsets, exp_avg_sq_at + offsets
-
-    lr, wd = tl.load(numbers + tensor), tl.load(numbers + count + tensor)
-    beta1 = tl.load(numbers + 2 * count + tensor)
-    beta2 = tl.load(numbers + 3 * count + tensor)
-    eps = tl.load(numbers + 4 * count + tensor)
-    step_size = tl.div_rn(lr, 1.0 - tl.load(powers + tensor))
-    correction = tl.sqrt_rn(1.0 - tl.load(powers + count + tensor))
-
-    param = tl.load(params, mask=mask, other=0.0)
-    grad = tl.load(grads, mask=mask, other=0.0)
-    exp_avg = tl.load(exp_avgs, mask=mask, other=0.0)
-    exp_avg_sq = tl.load(exp_avg_sqs, mask=mask, other=0.0)
-    if maximize:
-        grad = -grad
+    lr, wd = tl.load(numbers), tl.load(numbers + count)
+    beta1, beta2 = tl.load(numbers + 2 * count), tl.load(numbers + 3 * count)
+    eps = tl.load(numbers + 4 * count)
+    step_size = tl.div_rn(lr, 1.0 - tl.load(powers))
+    correction = tl.sqrt_rn(1.0 - tl.load(powers + count))
     # Not where there is no decay: infinity times zero is no number.
     param = tl.where(wd != 0, tl.fma(param, -(lr * wd), param), param)
     square = grad * grad
     exp_avg = tl.fma(exp_avg, beta1, tl.fma(grad, -beta1, grad))
     exp_avg_sq = tl.fma(exp_avg_sq, beta2, tl.fma(square, -beta2, square))
     denom = tl.div_rn(tl.sqrt_rn(exp_avg_sq), correction) + eps
-    param -= tl.div_rn(exp_avg * step_size, denom)
+    return param - tl.div_rn(exp_avg * step_size, denom), exp_avg, exp_avg_sq
+
+
+def adamw(
+    pointers: tl.tensor,  # rows of `count`: parameters, both moments, gradients
+    numbers: tl.tensor,  # rows of `count`: lr, weight_decay, beta1, beta2, eps
+    powers: tl.tensor,  # rows of `count`: of beta1 and of beta2
+    chunks: tl.tensor,  # three columns: tensor, its chunk, elements left in the tensor
+    count: tl.tensor,
+    maximize: tl.constexpr,
+    wide: tl.constexpr,  # elements that are loaded at once
+    size: tl.constexpr,
+) -> None:
+    """Step a chunk of one tensor; runs on the device."""
+    row = chunks + 3 * tl.program_id(0)
+    tensor, chunk, left = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    offsets = chunk * size + tl.arange(0, size)
+    mask = tl.arange(0, size) < tl.multiple_of(left, wide)
+    at = pointers + tensor
+    params = tl.load(at).to(tl.pointer_type(tl.float32))
+    exp_avgs = tl.load(at + count).to(tl.pointer_type(tl.float32))
+    exp_avg_sqs = tl.load(at + 2 * count).to(tl.pointer_type(tl.float32))
+    grads = tl.load(at + 3 * count).to(tl.pointer_type(tl.float32))
+    params = tl.multiple_of(params, 4 * wide) + offsets
+    exp_avgs = tl.multiple_of(exp_avgs, 4 * wide) + offsets
+    exp_avg_sqs = tl.multiple_of(exp_avg_sqs, 4 * wide) + offsets
+    grad = tl.load(tl.multiple_of(grads, 4 * wide) + offsets, mask=mask, other=0.0)
+    if maximize:
+        grad = -grad
+    param, exp_avg, exp_avg_sq = updated(
+        tl.load(params, mask=mask, other=0.0),
+        grad,
+        tl.load(exp_avgs, mask=mask, other=0.0),
+        tl.load(exp_avg_sqs, mask=mask, other=0.0),
+        *(numbers + tensor, powers + tensor, count),
+    )
     tl.store(params, param, mask=mask)
     tl.store(exp_avgs, exp_avg, mask=mask)
     tl.store(exp_avg_sqs, exp_avg_sq, mask=mask)
@@ -127,9 +134,9 @@ def switched_on() -> bool:
 @cache
 def kernels() -> tuple[Any, Any]:
     """Have Triton compile them, which it does when they are first called."""
-    global tl  # which their source names
-    tl = import_module("triton.language")
     jit = import_module("triton").jit
+    # What their source names.
+    globals().update(tl=import_module("triton.language"), updated=jit(updated))
     return jit(gather), jit(adamw)
 
 
@@ -147,7 +154,7 @@ class OneLaunch:
         self._maximize = calls[0].keywords["maximize"]
         self._pointers: list[int] = []
         sizes = [param.numel() for param in self._all(PARAMS)]
-        self._even = all(size % 4 == 0 for size in sizes)
+        self._even = all(size % WIDE == 0 for size in sizes)
         chunks = [
             (tensor, chunk, size - chunk * SIZE)
             for tensor, size in enumerate(sizes)
@@ -179,8 +186,8 @@ class OneLaunch:
             self._pointers = pointers
             self._table = self._on_device(pointers, torch.int64)
             walked = pointers[: -self._count]
-            apart = any(pointer % ALIGNED for pointer in walked)
-            self._aligned = self._even and not apart
+            apart = any(pointer % (4 * WIDE) for pointer in walked)
+            self._wide = WIDE if self._even and not apart else 1
 
     def __call__(self) -> None:
         if _torch.is_capturing(self._place):
@@ -202,7 +209,7 @@ class OneLaunch:
             *(self._table, self._numbers, torch.pow(self._numbers[2:4], counters)),
             *(self._chunks, count),
             maximize=self._maximize,
-            aligned=self._aligned,
+            wide=self._wide,
             size=SIZE,
             enable_fp_fusion=False,  # where it rounds is written out
         )

@@ -54,7 +54,7 @@ def verdicts(results: Record) -> Iterator[Verdict]:
         for goal in GOALS:
             if goal.case == record["case"] and record["optimizer"] in goal.optimizers:
                 yield from _held(record, goal.times, goal.arms, goal.limit)
-        if record["elements"] > 1_000_000:
+        if record["elements"] > 1_000_000 and OURS in record["arms"]:
             yield of_memory(record)
     for record in results.get("training", ()):
         yield from _held(record, DEVICE, EAGER, WHOLE_STEP)
