@@ -250,7 +250,10 @@ def work(monkeypatch, tmp_path):
     path.write_text(WORK)
     words = [sys.executable, str(path), str(tmp_path / "steps.json")]
     monkeypatch.setattr(on_gpu, "command", lambda *args: words)
-    return path
+    # As the command does: tests in the background are started without interrupts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield path
+    signal.signal(signal.SIGINT, before)
 
 
 STEPS = on_gpu.PIECES[1]
