@@ -15,6 +15,7 @@ from selective_optim import _torch
 from selective_optim._decider import OWN_KEYS, Decider
 from selective_optim._state_dict import (
     RECORD,
+    Decided,
     Record,
     begins_of,
     record_of,
@@ -124,10 +125,12 @@ class PolicyOptimizer(torch.optim.Optimizer):
             return text
         return f"{text.removesuffix(')')}wd_policy: {self.wd_policy!r}\n)"
 
-    def _record(self) -> Record:
+    def _record(self, decided: Decided | None = None) -> Record:
         """Write down how every parameter decays, as a state dict holds it."""
-        decided = self._decider.readable(self.param_groups, self.defaults)
-        return record_of(self._default_form, self.param_groups, decided)
+        if decided is None:
+            decided = self._decider.readable(self.param_groups, self.defaults)
+        forms = [self._default_form(group) for group in self.param_groups]
+        return record_of(forms, decided)
 
     def _resume(self, saved: Any) -> None:
         """Go on from where training began, if a state dict records that."""
@@ -395,9 +398,11 @@ class SelectiveOptimizer(PolicyOptimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        now = record_of(self._default_form, self.param_groups, decided)
+        now = self._record(decided)
         warn_of_changes(decided, before, self.param_groups, saved[0], now)
-        self._resume(saved[0])
+        # As a rule nothing depends on what training began with: no third places.
+        if max(map(len, chain.from_iterable(now)), default=0) > 2:
+            self._resume(saved[0])
 
     def _left_open(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """Leave the implementation open where it is open now, whoever saved."""

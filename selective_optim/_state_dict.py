@@ -10,7 +10,7 @@ call of ``checkpoint`` that converts it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, repeat
 from typing import Any
 
@@ -27,8 +27,6 @@ RECORD, PARTS = "decay", "parts"
 MEMBERS = ("params", "param_names")  # what a group lists per parameter
 Decided = Sequence[Sequence[Decision]]
 Record = list[list[list[Any]]]
-# Tells in which form a group decays where a policy states none; None if unknown.
-DefaultForm = Callable[[dict[str, Any]], Form | None]
 SAME_MODEL = "Load a state dict of the same class, made for the same model."
 
 
@@ -315,11 +313,10 @@ def _misfit(
     return None
 
 
-def record_of(
-    default_form: DefaultForm, param_groups: Sequence[dict[str, Any]], decided: Decided
-) -> Record:
+def record_of(forms: Sequence[Form | None], decided: Decided) -> Record:
     """Write down the multiplier and form of every parameter, in plain values.
 
+    A parameter whose policy states no form has that of its group, one of ``forms``.
     In a third place comes what else its decay depends on, if anything: ``"target"``,
     and with which ``"lr0"`` and ``"init"`` training began.
     """
@@ -327,22 +324,12 @@ def record_of(
         [
             [
                 *(decision.decay.multiplier, decision.decay.form or default),
-                *([begin] if (begin := _begin_of(decision)) else []),
+                *([begin] if (begin := decision.begin()) else []),
             ]
             for decision in decisions
         ]
-        for group, decisions in zip(param_groups, decided)
-        for default in [default_form(group)]
+        for default, decisions in zip(forms, decided)
     ]
-
-
-def _begin_of(decision: Decision) -> dict[str, Any]:
-    known = {
-        "target": decision.decay.target if decision.decay.multiplier else None,
-        "lr0": decision.terms.lr0,
-        "init": decision.init,
-    }
-    return {key: value for key, value in known.items() if value is not None}
 
 
 def begins_of(

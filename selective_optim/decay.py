@@ -240,6 +240,15 @@ class Decision(NamedTuple):
         """What it comes to in numbers."""
         return Terms(self.decay, self.lr0 if self.decay.needs_lr0 else None)
 
+    def begin(self) -> dict[str, Any]:
+        """Return what its decay depends on besides multiplier and form, if anything."""
+        known = {
+            "target": self.decay.target if self.decay.multiplier else None,
+            "lr0": self.terms.lr0,
+            "init": self.init,
+        }
+        return {key: value for key, value in known.items() if value is not None}
+
     @property
     def telling_name(self) -> str | None:
         """The name by which reports tell it from every other parameter."""

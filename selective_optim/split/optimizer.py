@@ -15,7 +15,6 @@ from selective_optim._optimizer import Model, PolicyOptimizer
 from selective_optim._state_dict import (
     MEMBERS,
     RECORD,
-    record_of,
     require_dict,
     require_groups_like,
 )
@@ -342,7 +341,7 @@ class SplitOptimizer(PolicyOptimizer):
         saved = state_dict.get(RECORD)
         self._resume(saved)
         self._load_parts(state_dict, *args, **kwargs)
-        now = record_of(self._default_form, self.param_groups, decided)
+        now = self._record(decided)
         warn_of_changes(decided, decays, self.param_groups, saved, now)
         for hook in after:
             hook(self)
