@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate, compress, pairwise, starmap
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from selective_optim.step.kernel import (
     State,
     States,
 )
+
+Lists = Sequence[list[Tensor]]
 
 
 class Bucket:
@@ -51,33 +54,38 @@ class Bucket:
         self.setting, self.alone = setting, alone
 
 
-EMPTY = Batch([], [], [])
-
-
 class FusedBucket(Bucket):
-    """Parameters that torch's fused kernel steps, on their tensors or shards."""
+    """Parameters that torch's fused kernel steps, on their tensors or shards.
 
-    batch = EMPTY  # but for the time that the tensors are at hand
+    The lists of ``batch`` stay, and so do calls that are bound to them; tensors are in
+    them for the time that they are at hand.
+    """
 
-    def load(self, params: list[Tensor], states: States) -> None:
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        moments = len(self.entries) - self._kernel.counts
+        self.batch = Batch([], [[] for _ in range(moments)], [])
+
+    def load(self, part: slice, params: list[Tensor], columns: Lists) -> None:
         """Take in the tensors of the steps to come.
 
-        Raises:
-            KeyError: State lacks an entry.
+        Args:
+            part: Which of the tensors are this bucket's.
+            params: As the kernel gets them.
+            columns: The tensors of each state entry.
         """
-        owns = [states.get(p) or {} for p in params] if self.entries else []
-        lists = [[own[entry] for own in owns] for entry in self.entries]
-        steps = lists.pop() if self._kernel.counts else []
-        inits = self.inits
-        if self.key.sharded:
-            params, inits, *lists = (
-                _torch.local_tensors(each) for each in (params, inits, *lists)
-            )
-        self.batch = Batch(params, lists, steps, inits)
+        batch = self.batch
+        batch.params[:] = params[part]
+        for mine, column in zip((*batch.moments, batch.steps), columns):
+            mine[:] = column[part]
+        sharded = self.key.sharded
+        batch.targets[:] = _torch.local_tensors(self.inits) if sharded else self.inits
 
     def unload(self) -> None:
         """Let go of all tensors."""
-        self.batch = EMPTY
+        batch = self.batch
+        for mine in (batch.params, *batch.moments, batch.steps, batch.targets):
+            mine.clear()
 
     def fits(self, grads: Sequence[Tensor]) -> bool:
         """Look at every tensor, one by one: can the fused kernel walk it?"""

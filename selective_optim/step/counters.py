@@ -54,10 +54,12 @@ class Block:
 class Advance:
     """How a list of counters advances: whole blocks, parts of them, single ones."""
 
-    def __init__(self, blocks: Sequence[Block], counters: Sequence[Tensor]) -> None:
+    def __init__(self, blocks: Sequence[Block], counters: list[Tensor]) -> None:
         self._whole: list[Tensor] = []
         self._partial: list[tuple[Tensor, Tensor]] = []
-        self._single: list[Tensor] = [] if blocks else list(counters)
+        # The caller's own list, in which other counters may come to stand.
+        self._single: list[Tensor] = [] if blocks else counters
+        self.lasting = not blocks and len(set(map(_device_of, counters))) < 2
         places: dict[int, list[int]] = {}
         for counter in counters if blocks else ():
             known = (
@@ -92,6 +94,9 @@ class Advance:
         ]
         for flat, times in self._partial:
             calls.append(partial(flat.add_, times * amount(flat.device)))
+        if self.lasting:
+            mine = self._single
+            return [_torch.adding(mine, amount(mine[0].device))] if mine else []
         by_device: dict[torch.device, list[Tensor]] = {}
         for device, counter in zip(map(_device_of, self._single), self._single):
             by_device.setdefault(device, []).append(counter)
@@ -148,7 +153,7 @@ class Counters:
                         own["step"] = step.clone()
         self._blocks, self._viewed, self.joining = [], False, False
 
-    def advance(self, counters: Sequence[Tensor]) -> Advance:
+    def advance(self, counters: list[Tensor]) -> Advance:
         """Find out how these advance together."""
         return Advance(self._blocks, counters)
 

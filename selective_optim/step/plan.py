@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import compress
+from itertools import compress, groupby
 from operator import attrgetter, length_hint, methodcaller
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -73,6 +73,8 @@ class Program(NamedTuple):
         ends: For each bucket, how many of ``calls`` have run when it is done.
         after: Take the counters back where a scaler drops the step.
         threads: How many the caller has, where some calls run on one; else 0.
+        lasting: Whether the calls are bound to lists alone, and hold no tensor while
+            these are empty.
     """
 
     before: list[Call]
@@ -80,6 +82,11 @@ class Program(NamedTuple):
     ends: list[int]
     after: list[Call]
     threads: int
+    lasting: bool
+
+
+def _holds_a_tensor(call: Any) -> bool:
+    return any(isinstance(each, Tensor) for each in getattr(call, "args", ()))
 
 
 class Plan:
@@ -184,12 +191,19 @@ class Plan:
         self._plain = sum(n for n, key in sizes if key.fused and not key.sharded)
         self._count = sum(n for n, key in sizes if key.fused)
         self._total = start
+        alike = groupby(self._fused, lambda b: (b.entries, b.key.sharded))
+        self._runs = [list(run) for _, run in alike]
         keys = [b.key for b in self._functional for _ in b.positions]
         self._layouts = [key.layout for key in keys]
         self._places = [(key.dtype, key.device) for key in keys]
         self._specs: list[Any] = []
         self._some_absent = False
         self._tensors = TensorsGuard()
+        self._program = None
+        # The lists stay, as those of buckets do, and calls that are bound to them.
+        self._local: list[Tensor] = []
+        self._moments: list[Tensor] = []
+        self._steps: list[Tensor] = []
         self._release()
 
     def _find_vanishing(self) -> Bucket | None:
@@ -205,21 +219,44 @@ class Plan:
     def _gather(self, groups: Groups, states: States) -> None:
         """Take in the tensors as groups and state hold them now."""
         active = list(self._order(params_of(groups)))
-        for bucket in self._fused:
-            bucket.load(active[bucket.part], states)
-        batches = [bucket.batch for bucket in self._fused]
-        self._local = flat(batch.params for batch in batches)
-        self._moments = flat(moment for batch in batches for moment in batch.moments)
-        self._steps = flat(batch.steps for batch in batches)
-        self._advance = self._counters.advance(self._steps)
+        for run in self._runs:
+            self._load(run, active, states)
+        if self._program is None:
+            self._advance = self._counters.advance(self._steps)
         self._present: tuple[list[bool], Advance] | None = None
-        self._program = None
         self._active: list[Tensor] | None = active
+
+    def _load(
+        self, run: Sequence[FusedBucket], active: list[Tensor], states: States
+    ) -> None:
+        """Take in the tensors of buckets in a row whose state has the same entries.
+
+        Raises:
+            KeyError: State lacks an entry.
+        """
+        start, entries = run[0].part.start, run[0].entries
+        params = active[start : run[-1].part.stop]
+        owns = [states.get(param) or {} for param in params] if entries else []
+        columns = [[own[entry] for own in owns] for entry in entries]
+        steps = columns.pop() if self._kernel.counts else []
+        if run[0].key.sharded:
+            params, *columns = map(_torch.local_tensors, (params, *columns))
+        self._local += params
+        self._moments += flat(columns)
+        self._steps += steps
+        if self._kernel.counts:
+            columns.append(steps)
+        for bucket in run:
+            part = slice(bucket.part.start - start, bucket.part.stop - start)
+            bucket.load(part, params, columns)
 
     def _release(self) -> None:
         """Let go of every tensor."""
-        self._active = self._program = self._present = None
-        self._local, self._moments, self._steps = [], [], []
+        self._active = self._present = None
+        if self._program is not None and not self._program.lasting:
+            self._program = None
+        for tensors in (self._local, self._moments, self._steps):
+            tensors.clear()
         for bucket in self._fused:
             bucket.unload()
 
@@ -229,6 +266,7 @@ class Plan:
             self._lent, self._keeps = True, False
             self._guard.let_go()
             self._tensors = TensorsGuard()  # of moments and counters, too
+            self._program = None  # whose counters were views
             self._release()
 
     # Proving: is the plan still true?
@@ -423,6 +461,7 @@ class Plan:
             ends=ends,
             after=advance.by(scalings.backward) if scalings.dropping else [],
             threads=self._threads if any(b.alone for b in self._fused) else 0,
+            lasting=advance.lasting and not any(map(_holds_a_tensor, calls)),
         )
 
     @staticmethod
