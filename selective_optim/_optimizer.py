@@ -29,8 +29,10 @@ from selective_optim.factories import given
 from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy
 from selective_optim.report import DecayReport, make_report
-from selective_optim.step.cells import Member, free_choice
-from selective_optim.step.kernel import NO_SCALING, Kernel, Scaling, States
+from selective_optim.step.cells import Member
+from selective_optim.step.fused import free_choice
+from selective_optim.step.kernel import Kernel, States
+from selective_optim.step.scaling import NO_SCALING, Scaling
 from selective_optim.step.stepper import Stepper
 
 Model = nn.Module | Sequence[nn.Module] | None

@@ -14,16 +14,15 @@ from selective_optim import _torch
 from selective_optim.decay import Decay, Form, Terms
 from selective_optim.step.ahead import ahead_calls, decay_ahead_
 from selective_optim.step.kernel import (
-    NO_SCALING,
     Batch,
     Call,
     Group,
     Kernel,
-    Scaling,
     Setting,
     State,
     lr_on_device,
 )
+from selective_optim.step.scaling import NO_SCALING, Scaling
 
 # What torch's functional is told and its fused kernel is not.
 CHOICES = ("capturable", "differentiable", "foreach", "fused", "decoupled_weight_decay")

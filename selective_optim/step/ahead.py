@@ -24,10 +24,10 @@ from selective_optim.step.kernel import (
     Batch,
     Call,
     Direction,
-    Scaling,
     Setting,
     lr_on_device,
 )
+from selective_optim.step.scaling import Scaling
 
 # Elements that are at hand at a time. Four lists of 2 ** 16 in float32 lie in a second
 # level cache; a GPU wants few launches, and spares 2 ** 24 elements of memory.

@@ -12,16 +12,11 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.step.cells import Cell, Key, counts_beside, fusable, joins
+from selective_optim.step.cells import Cell, Key
+from selective_optim.step.fused import counts_beside, fusable, joins
 from selective_optim.step.guards import flat
-from selective_optim.step.kernel import (
-    Batch,
-    Kernel,
-    Scaling,
-    Setting,
-    State,
-    States,
-)
+from selective_optim.step.kernel import Batch, Kernel, Setting, State, States
+from selective_optim.step.scaling import Scaling
 
 Lists = Sequence[list[Tensor]]
 

@@ -18,14 +18,15 @@ from torch import Tensor
 from selective_optim import _torch
 from selective_optim.decay import Terms
 from selective_optim.step.counters import Counters
-from selective_optim.step.kernel import (
-    PLAIN,
-    Group,
-    Groups,
-    Kernel,
-    State,
-    States,
+from selective_optim.step.fused import (
+    counts_beside,
+    fusable,
+    fused_choice,
+    joined,
+    local_tensors,
+    wants_fused,
 )
+from selective_optim.step.kernel import Group, Groups, Kernel, State, States
 
 # torch's fused kernels on the CPU open a parallel region for every tensor, however
 # small (grain size 0 in aten/src/ATen/native/cpu/Fused*Kernel.cpp, 2.7 to 2.15). A
@@ -90,113 +91,6 @@ class Cell:
     inits: list[Tensor] = field(default_factory=list)
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Tell whether a tensor fills its memory without gaps or overlap."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two tensors of one shape walk their memory in the same order."""
-    if a.stride() == b.stride():
-        return True
-    pairs = zip(a.stride(), b.stride(), a.shape, strict=True)
-    return a.numel() == 0 or all(x == y for x, y, size in pairs if size > 1)
-
-
-def _beside(param: Tensor, other: Tensor) -> bool:
-    """Tell whether a tensor walks memory as the parameter does, on its device."""
-    return (
-        type(other) in PLAIN
-        and other.device == param.device
-        and other.layout == torch.strided
-        and other.shape == param.shape
-        and same_layout(param, other)
-        and not other.is_neg()
-    )
-
-
-def fusable(kernel: Kernel, param: Tensor, moments: Sequence[Tensor]) -> bool:
-    """Tell whether torch's fused kernel steps these tensors right.
-
-    It walks memory from the first element on: on the CPU a view with gaps would be
-    written into its neighbors and a transposed moment misread (torch 2.7 to 2.15,
-    measured).
-    """
-    return (
-        type(param) in PLAIN
-        and param.layout == torch.strided
-        and param.dtype in _torch.FUSED_DTYPES
-        and param.device.type in _torch.FUSED_DEVICES
-        and is_dense(param)
-        and not param.is_neg()
-        and all(
-            _beside(param, moment) and kernel.takes_beside(param, moment)
-            for moment in moments
-        )
-    )
-
-
-def joins(param: Tensor, grad: Tensor) -> bool:
-    """Tell whether a gradient can go beside its parameter into the fused kernel."""
-    return _beside(param, grad) and grad.dtype == param.dtype
-
-
-def counts_beside(param: Tensor, step: object) -> bool:
-    """Tell whether a fused kernel can read a step counter."""
-    return (
-        isinstance(step, Tensor)
-        and step.dtype == torch.float32
-        and step.device == param.device
-        and step.numel() == 1
-    )
-
-
-def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor] | None:
-    """Return the local shards of ``DTensor``s, or ``None`` if they are placed apart."""
-    first = tensors[0]
-    if any(type(tensor) is not type(first) for tensor in tensors):
-        return None
-    where = _torch.placement(_torch.spec_of(first))
-    if any(_torch.placement(_torch.spec_of(tensor)) != where for tensor in tensors):
-        return None
-    if any(placement.is_partial() for placement in where[1]):
-        return None
-    return [_torch.local_tensor(tensor) for tensor in tensors]
-
-
-def free_choice(group: Group) -> bool:
-    """Tell whether the user left the implementation open."""
-    return group["fused"] is None and group["foreach"] is None
-
-
-def fused_choice(kernel: Kernel, group: Group) -> bool | None:
-    """Tell whether a group goes to the fused kernel; ``None`` where that is open.
-
-    Asked once per group: it looks at every hyperparameter.
-    """
-    if group["differentiable"]:
-        return False
-    if group["fused"]:
-        return True
-    return None if free_choice(group) and kernel.takes_numbers(group) else False
-
-
-def wants_fused(kernel: Kernel, choice: bool | None, param: Tensor) -> bool:
-    """Tell whether a parameter goes to the fused kernel if its tensors allow it.
-
-    Where nothing was chosen, fused is taken where it is right: it is exact to
-    hand-split torch with ``fused=True``, and the fastest on every device measured.
-    """
-    return kernel.trusted(param) if choice is None else choice
-
-
 def key_of(
     kernel: Kernel, group: Group, choice: bool | None, member: Member, own: State
 ) -> Key:
@@ -220,7 +114,7 @@ def key_of(
         and ("step" not in own or counts_beside(local[0], own["step"]))
     )
     alone = fused and param.is_cpu and (local or tensors)[0].numel() <= ALONE
-    odd = fused and grad is not None and not _joins(param, grad, sharded)
+    odd = fused and grad is not None and not joined(param, grad, sharded)
     layout = param.layout if grad is None else grad.layout
     first = not begun and not kernel.counts
     return Key(
@@ -237,13 +131,6 @@ def key_of(
         device=param.device,
         dtype=param.dtype,
     )
-
-
-def _joins(param: Tensor, grad: Tensor, sharded: bool) -> bool:
-    if not sharded:
-        return joins(param, grad)
-    pair = local_tensors([param, grad])
-    return pair is not None and joins(*pair)
 
 
 def make_cells(

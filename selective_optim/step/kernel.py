@@ -19,6 +19,7 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim.decay import FORMS, Decay, Form, Target, Terms, is_zero
+from selective_optim.step.scaling import NO_SCALING, Scaling
 
 Group = dict[str, Any]
 Groups = Sequence[Group]
@@ -27,16 +28,6 @@ States = dict[Tensor, State]
 Call = Callable[[], object]
 PLAIN = (Tensor, torch.nn.Parameter)
 NUMBERS = (float, int, Tensor, Real)  # the common ones first: asked at every change
-
-
-class Scaling(NamedTuple):
-    """What a ``GradScaler`` hands over, on one device."""
-
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-
-
-NO_SCALING = Scaling()
 
 
 class Ahead(NamedTuple):
@@ -338,40 +329,9 @@ def lr_on_device(lr: float | Tensor, params: Sequence[Tensor]) -> float | Tensor
     """Move a tensor learning rate to its parameters, as torch does; the CPU stays."""
     if isinstance(lr, Tensor) and not lr.is_cpu and params:
         device = params[0].device
-        # See `Scalings.on`.
+        # See `Scalings.on` in `scaling`.
         return lr.to(device, non_blocking=device.type != "cpu")
     return lr
-
-
-class Scalings:
-    """What a ``GradScaler`` handed over, moved to each device once per step."""
-
-    def __init__(self, given: Scaling) -> None:
-        self._given = given
-        self._moved: dict[torch.device, Scaling] = {}
-        self.dropping = given.found_inf is not None  # whether a step may be dropped
-
-    def on(self, device: torch.device) -> Scaling:
-        """Return ``grad_scale`` and ``found_inf`` on a device."""
-        if self._given == NO_SCALING:
-            return NO_SCALING
-        if device not in self._moved:
-            scale, found_inf = self._given
-            # To the CPU without waiting would be read before it is there.
-            at_once = device.type != "cpu"
-            if scale is not None:
-                scale = scale.to(device, non_blocking=at_once)
-            if found_inf is not None:
-                # GradScaler sums over devices, and kernels look for exactly 1.
-                found_inf = found_inf.to(device, non_blocking=at_once).clamp(max=1.0)
-            self._moved[device] = Scaling(scale, found_inf)
-        return self._moved[device]
-
-    def backward(self, device: torch.device) -> Tensor:
-        """Return what takes a counter back where the step was dropped."""
-        found_inf = self.on(device).found_inf
-        assert found_inf is not None  # only asked where `dropping`
-        return -found_inf
 
 
 def rounds_away(rate: float | Tensor, dtype: torch.dtype) -> bool:

@@ -33,17 +33,15 @@ from selective_optim.step.guards import (
     without_gradients,
 )
 from selective_optim.step.kernel import (
-    NO_SCALING,
     Call,
     Groups,
     Kernel,
-    Scaling,
-    Scalings,
     Setting,
     States,
     require_numbers,
     rounds_away,
 )
+from selective_optim.step.scaling import NO_SCALING, Scaling, Scalings
 
 _call = methodcaller("__call__")
 _layout_of = attrgetter("layout")

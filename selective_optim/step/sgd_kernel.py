@@ -13,17 +13,16 @@ from selective_optim import _torch
 from selective_optim.decay import Decay, Form, Terms, is_zero
 from selective_optim.step.ahead import ahead_calls, decay_ahead_
 from selective_optim.step.kernel import (
-    NO_SCALING,
     Batch,
     Call,
     Group,
     Kernel,
-    Scaling,
     Setting,
     State,
     States,
     lr_on_device,
 )
+from selective_optim.step.scaling import NO_SCALING, Scaling
 
 
 class SGDKernel(Kernel):

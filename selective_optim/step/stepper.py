@@ -10,11 +10,13 @@ from torch import Tensor
 from selective_optim import _torch
 from selective_optim._text import warn
 from selective_optim.step.buckets import Bucket
-from selective_optim.step.cells import Member, counts_beside, fused_choice, wants_fused
+from selective_optim.step.cells import Member
 from selective_optim.step.counters import Counters
+from selective_optim.step.fused import counts_beside, fused_choice, wants_fused
 from selective_optim.step.guards import params_of
-from selective_optim.step.kernel import Groups, Kernel, Scaling, State, States
+from selective_optim.step.kernel import Groups, Kernel, State, States
 from selective_optim.step.plan import Plan
+from selective_optim.step.scaling import Scaling
 
 Place = tuple[torch.dtype, torch.device]
 
