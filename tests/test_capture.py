@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from selective_optim import Decay
 from tests.support.compare import assert_same
 from tests.support.devices import MARKS, on_cuda
+from tests.support.graphs import captured, side_stream, static_grads
 from tests.support.problems import (
     CHOSEN,
     COUNTING,
@@ -56,38 +57,6 @@ def test_capturable_steps_as_in_torch(case, device, kind, make_lr):
     optimizer = ours(case, actual, VERDICTS["scale"], lr=make_lr(0.05), **rest, **kind)
     assert_trains_alike(actual, optimizer, expected, oracle)
     assert optimizer.state[actual[0]]["step"].device.type == device
-
-
-def static_grads(params: Sequence[Tensor], step: int) -> None:
-    """Fill the gradients in place, as a captured step reads them; the last has none."""
-    generator = torch.Generator().manual_seed(100 + step)
-    for param in params[:-1]:
-        if param.grad is None:
-            param.grad = torch.zeros_like(param)
-        param.grad.copy_(torch.randn(param.shape, generator=generator))
-
-
-@contextmanager
-def side_stream(device: str) -> Iterator[None]:
-    """Run on another stream, as warming up for a capture must."""
-    if device == "cpu":
-        yield
-        return
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
-
-
-def captured(device: str, step: Callable[[], object]) -> Callable[[], object]:
-    """Record a step, without running it; the CPU, which cannot, runs it each time."""
-    if device == "cpu":
-        return step
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 GRAPHS = [(c, kind, {}) for c, kind in product(CHOSEN[:3], ({}, {"fused": True}))] + [

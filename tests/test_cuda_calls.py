@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import selective_optim
+from selective_optim.policies import form, towards
 from tests.support.fake_cuda import Calls, copy_works, let_fakes_pass_for_plain
 
 # Counters are told by where they lie. Fake ones lie where their views begin.
@@ -27,6 +28,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 KERNELS = {"SGD": "_fused_sgd_", "Adam": "_fused_adam_", "AdamW": "_fused_adamw_"}
 # What torch's profiler is told of a step.
 NOTED = {"_record_function_enter_new": 1, "_record_function_exit": 1}
+needs_copy = pytest.mark.skipif(
+    not copy_works(), reason="Tensor.copy_ asks for CUDA itself here"
+)
 each_class = pytest.mark.parametrize("name", SETTINGS)
 
 
@@ -175,13 +179,33 @@ def test_decoupled_sgd_neither_waits_nor_copies(lr):
     assert (calls["_fused_sgd_"], calls["_foreach_mul_"]) == (2, 1)
 
 
-@pytest.mark.skipif(not copy_works(), reason="Tensor.copy_ asks for CUDA itself here")
+@needs_copy
 @pytest.mark.parametrize("lr", ["number", "tensor"])
 def test_decoupled_sgd_under_a_scaler_neither_waits_nor_copies(lr):
     params = make_params(FEW)
     optimizer = decoupled_sgd(params, 0.1 if lr == "number" else make_rate())
     scale(optimizer)
     assert steady_step(optimizer, params)["_fused_sgd_"] == 2
+
+
+FORMS = ("l2", "decoupled", "independent", "corrected", "cautious")
+
+
+@pytest.mark.parametrize("scaled", [False, pytest.param(True, marks=needs_copy)])
+@pytest.mark.parametrize("lr", ["number", "tensor"])
+@pytest.mark.parametrize("target", [0, 0.5, "init"])
+@pytest.mark.parametrize("kind", FORMS)
+@each_class
+def test_no_form_waits_or_copies(name, kind, target, lr, scaled):
+    params = make_params(FEW)
+    rate = 0.1 if lr == "number" else make_rate()
+    group = {"params": params, "lr": rate, "initial_lr": 0.1}
+    optimizer = ours(name, [group], wd_policy=form(kind) * towards(target))
+    if scaled:
+        scale(optimizer)
+    calls = steady_step(optimizer, params)
+    # Of Adam and AdamW, that of the form.
+    assert sum(n for call, n in calls.items() if call.startswith("_fused_")) == 1
 
 
 ASKING: dict[str, Callable[[torch.Tensor], object]] = {

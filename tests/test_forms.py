@@ -16,6 +16,7 @@ from selective_optim import AdamW
 from selective_optim.policies import exclude, form, towards
 from tests.support.compare import assert_same
 from tests.support.devices import CPU, CUDA
+from tests.support.graphs import captured, side_stream, static_grads
 from tests.support.reference import AdamReference, SGDReference
 
 FORMS = ("l2", "decoupled", "independent", "corrected", "cautious")
@@ -325,6 +326,30 @@ def test_a_scale_is_taken_from_the_gradients_first(name, how, target, kind, devi
             optimizer.step()
         outcomes.append(params)
     assert_same(*outcomes)  # a power of two scales without rounding
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+@all_forms
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_replayed_graph_equals_eager_steps(name, how, target, device):
+    outcomes = []
+    for graphed in (True, False):
+        params = make_params(torch.float32, device)
+        rate = torch.tensor(LR, device=device)
+        own = {"capturable": True} if name == "AdamW" else {"momentum": 0.9}
+        policy = policy_of(how, target)
+        optimizer = make(name, params, policy, lr=rate, fused=True, **own)
+        with side_stream(device):
+            for number in range(3):
+                static_grads(params, number)
+                optimizer.step()
+        step = captured(device, optimizer.step) if graphed else optimizer.step
+        for number, value in enumerate(RATES[1:4], 3):
+            static_grads(params, number)
+            rate.fill_(value)
+            step()
+        outcomes.append(params)
+    assert_same(*outcomes)
 
 
 @pytest.mark.parametrize("kind", ["automatic", "foreach", "for-loop"])

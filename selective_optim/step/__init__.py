@@ -7,7 +7,8 @@ How a step works, in the order of time:
    makes a new plan. ``Stepper.plans`` counts them.
 2. A plan begins with ``cells``: parameters of one group, decided alike, living alike
    (dtype, device, layout), going the same way. State that is missing is made as torch
-   makes it. The way of a parameter is chosen in ``key_of``, who takes fused in ``fused``:
+   makes it. The way of a parameter is chosen in ``key_of``, and the choice of fused
+   stands in ``fused``:
 
    - torch's fused kernel, on the tensor or on the local shard of a ``DTensor``, where
      the user chose it or left the choice open, and the tensors are what that kernel
@@ -41,8 +42,8 @@ How a step works, in the order of time:
    by one addition. Before the state is lent each becomes a tensor of its own.
 8. The calls run without a line of Python between them (``Plan._perform``), so that an
    interrupt comes before the first or after the last. Functional buckets, which may
-   raise, go first. Under a ``GradScaler`` (``scaling``) counters fall back where it dropped
-   the step; nothing waits for the device.
+   raise, go first. Under a ``GradScaler`` (``scaling``) counters fall back where it
+   dropped the step; nothing waits for the device.
 
 A compiled or differentiable step takes none of this: ``Kernel.traced`` calls torch's
 functional for autograd or the compiler to follow.
