@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, islice, repeat
+from numbers import Real
 from operator import attrgetter, eq, is_
 from typing import Any, NamedTuple
 
@@ -138,6 +139,9 @@ class DecisionTable:
 
     def take_over(self, info: ParameterInfo, row: Row) -> Row:
         """Let what was decided for one tensor hold for another."""
+        if row.decision.init is not None:
+            # Of a model that was sharded, the whole one would stay in memory.
+            self._rows.pop(id(row.token), None)
         return self.record(info.parameter, row.decision, row.policy)
 
     def by_name(self) -> dict[str, Row]:
@@ -207,7 +211,7 @@ def _init(info: ParameterInfo, decision: Decision, lr0: float | None) -> Tensor 
     decay, param = decision.decay, info.parameter
     known = decision.telling_name
     name = repr(known) if known else f"a parameter of group {info.group}"
-    if decay.needs_lr0 and not (lr0 and math.isfinite(lr0)):
+    if decay.needs_lr0 and not _is_rate(lr0):
         raise ValueError(
             f"{name} decays in form {decay.form!r}, which divides by the rate that "
             f"training begins with, and that is {lr0}. Give its group that rate: "
@@ -221,6 +225,11 @@ def _init(info: ParameterInfo, decision: Decision, lr0: float | None) -> Tensor 
             f"the optimizer, or assign optimizer.wd_policy, when the weights are there."
         )
     return param.detach().clone()
+
+
+def _is_rate(value: Any) -> bool:
+    """Tell whether this is a rate to divide by, without another polarity."""
+    return isinstance(value, Real) and 0 < float(value) < math.inf
 
 
 def beside(init: Tensor, param: Tensor, name: str | None) -> Tensor:
@@ -364,6 +373,8 @@ class Decider:
             rows = self._table.inherited(infos, self._cleared[index])
         if rows is not None:
             self._table.append(index, rows)
+        if index + 1 == len(self._cleared):
+            self._cleared = []
         return rows is not None
 
     def _decide_for(
@@ -480,7 +491,10 @@ class Decider:
         mine = [row for row in rows if row is not None]
         if not mine and (inherited := self._table.inherited(infos, before)) is not None:
             return inherited
-        policy = next((row.policy for row in (*mine, *before)), self.policy)
+        # What is new in a group begins as the others in it did.
+        around = next(iter((*mine, *before)), None)
+        policy = self.policy if around is None else around.policy
+        lr0 = lr0 if around is None else around.decision.lr0 or lr0
         named = self._table.by_name()
         completed = []
         for info, row in zip(infos, rows):
@@ -535,9 +549,9 @@ class Decider:
         for index, (group, rows) in enumerate(zip(groups, self._table.layout)):
             pairs = zip(group["params"], rows, told)
             for place, (param, row, begin) in enumerate(pairs):
-                decay = row.decision.decay
-                if decay.needs_lr0 and begin.get("lr0"):
-                    row = self._renewed(param, row, lr0=float(begin["lr0"]))
+                decay, lr0 = row.decision.decay, begin.get("lr0")
+                if _is_rate(lr0):  # also for a policy that is assigned later
+                    row = self._renewed(param, row, lr0=lr0)
                 init = begin.get("init")
                 if decay.needs_init and getattr(init, "shape", None) == param.shape:
                     row = self._renewed(param, row, init=init)

@@ -341,7 +341,8 @@ def begins_of(
     """
     try:
         begins = [
-            entry[2] if len(entry) > 2 else {} for entry in chain.from_iterable(saved)
+            entry[2] if len(entry) > 2 and isinstance(entry[2], dict) else {}
+            for entry in chain.from_iterable(saved)
         ]
     except (TypeError, ValueError, IndexError, KeyError):
         begins = []

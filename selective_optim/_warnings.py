@@ -140,14 +140,14 @@ def _changes(decided: Sequence[Sequence[Decision]], saved: Any, now: Any) -> lis
             (place, _terms(old), _terms(new))
             for place, old, new in zip(places, _joined(saved), _joined(now))
         ]
-    except (TypeError, ValueError, IndexError, KeyError):
+        return [
+            f"{decision.label(*place)} {_text(*old, was=True)} and now "
+            f"{_text(*new, was=False)}"
+            for (decision, *place), old, new in pairs
+            if old != new and (old[0] or new[0])
+        ]
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError):
         return []
-    return [
-        f"{decision.label(*place)} {_text(*old, was=True)} and now "
-        f"{_text(*new, was=False)}"
-        for (decision, *place), old, new in pairs
-        if old != new and (old[0] or new[0])
-    ]
 
 
 def _terms(entry: Any) -> tuple[float, Any, Any]:

@@ -123,7 +123,9 @@ def _mistakes(
 ) -> Iterator[Finding]:
     where = (info.telling_name, info.parameter.shape)
     if decision.decay.multiplier:
-        if (kind := kind_of(info)) in HEADINGS:
+        # What decays towards anything else than 0 was meant to.
+        kind = kind_of(info)
+        if kind in HEADINGS and decision.decay.target is None:
             yield Finding(kind, *where, decision.reason)
         elif not marked.decay.multiplier:
             yield Finding("marked", *where, marked.reason)

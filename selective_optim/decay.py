@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
@@ -29,12 +29,14 @@ class FormKind(NamedTuple):
             ``"decoupled"`` moves the parameter, ``"cautious"`` moves a part of it.
         strength: What stands for ``wd`` there, of ``wd``, ``lr`` and ``lr0``.
         needs_lr0: Whether ``strength`` reads the rate that training began with.
+        follows_lr: Whether it changes with the rate of now.
     """
 
     formula: str
     applied: Literal["l2", "decoupled", "cautious"]
     strength: Callable[[Number, Number, float], Number]
     needs_lr0: bool = False
+    follows_lr: bool = False
 
 
 FORMS: dict[Form, FormKind] = {
@@ -54,6 +56,7 @@ FORMS: dict[Form, FormKind] = {
         # The quotient first: where lr is lr0, it is 1 and wd stays as it is.
         lambda wd, lr, lr0: wd * (lr / lr0),
         needs_lr0=True,
+        follows_lr=True,
     ),
     "cautious": FormKind(
         "p -= lr * wd * (p - t) where u * (p - t) >= 0",
@@ -64,6 +67,8 @@ FORMS: dict[Form, FormKind] = {
 INIT: Literal["init"] = "init"
 Target = float | Literal["init"]
 
+TARGET_RULE = f'a target must be a finite number or "{INIT}"'
+TARGET_WAY_OUT = "Write for example towards(1.0, is_norm)."
 REMEDY = "Use 0 to exempt a parameter, 1 to decay it in full."
 
 
@@ -128,6 +133,11 @@ class Decay:
         return wd if multiplier == 1 else 0.0 if multiplier == 0 else wd * multiplier
 
     @property
+    def settled(self) -> Decay:
+        """Without a target of 0, which only overrules another one."""
+        return replace(self, target=None) if self.target == 0 else self
+
+    @property
     def stated(self) -> str:
         """What it says besides a multiplier, for messages; empty if nothing."""
         form = f"the form {self.form!r}" if self.form else ""
@@ -152,12 +162,11 @@ FORM_NAMES = ", ".join(f'"{name}"' for name in FORMS)
 def _as_target(value: object) -> Target | None:
     if value is None or (isinstance(value, str) and value == INIT):
         return value
-    rule = f'a target must be a finite number or "{INIT}", not {value!r}'
-    way_out = "Write for example towards(1.0, is_norm)."
+    message = f"{TARGET_RULE}, not {value!r}. {TARGET_WAY_OUT}"
     if not isinstance(value, (Real, str)):
-        raise TypeError(f"{rule}. {way_out}")
+        raise TypeError(message)
     if isinstance(value, str) or not math.isfinite(value):
-        raise ValueError(f"{rule}. {way_out}")
+        raise ValueError(message)
     return float(value)
 
 

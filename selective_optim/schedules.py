@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from selective_optim import _torch
 from selective_optim._text import require_decay
-from selective_optim.decay import is_zero
+from selective_optim.decay import FORMS, is_zero
 
 Group = dict[str, Any]
 
@@ -306,12 +306,12 @@ def _refuse_schedules(optimizer: Optimizer) -> None:
 
 def _refuse_corrected(optimizer: Optimizer) -> None:
     report = getattr(optimizer, "decay_report", None)
-    rows = [row for row in report().rows if row.form == "corrected"] if report else []
-    if rows:
+    rows = [row for row in report().rows if row.lr0 is not None] if report else []
+    if rows := [row for row in rows if FORMS[row.form].follows_lr]:
         known = rows[0].name
         name = repr(known) if known else f"a parameter of group {rows[0].group}"
         raise ValueError(
-            f"{name} decays in form 'corrected', which follows the rate already. "
+            f"{name} decays in form {rows[0].form!r}, which follows the rate already. "
             f"Leave out proportional_to_lr(optimizer), or that form."
         )
 

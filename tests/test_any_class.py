@@ -318,6 +318,37 @@ def test_forms_that_are_numbers_are_computed_for_the_class(kind):
     assert optimizer.param_groups[0]["weight_decay"] == 0.1
 
 
+@pytest.mark.parametrize("kind", ["independent", "corrected"])
+def test_forms_follow_a_rate_that_is_a_tensor(kind):
+    """Schedulers write to it in place, so it is the same object at every step."""
+    actual, expected = make_params(), make_params()
+    rate = torch.tensor(0.05, dtype=torch.float64)
+    policy = policies.form(kind)
+    optimizer = selective(RAdam)(actual, rate, weight_decay=0.1, wd_policy=policy)
+    oracle = RAdam(expected, 0.05, weight_decay=0.1, decoupled_weight_decay=True)
+    for step in range(STEPS):
+        rate.fill_(0.05 / (step + 1))
+        oracle.param_groups[0]["lr"] = rate.clone()
+        by_hand = 0.1 / 0.05 if kind == "independent" else 0.1 * (rate.item() / 0.05)
+        oracle.param_groups[0]["weight_decay"] = by_hand
+        for each, params in ((optimizer, actual), (oracle, expected)):
+            set_grads(params, step)
+            each.step()
+    assert_same(actual, expected)
+
+
+def test_load_that_fails_leaves_the_rate_that_training_began_with():
+    params = make_params()[:2]
+    policy = policies.form("corrected")
+    make = partial(selective(NAdam), weight_decay=0.1, wd_policy=policy)
+    state_dict = make(params, lr=0.05).state_dict()
+    own = [{"positions": [i], "k": i} for i in range(2)]
+    optimizer = make(params, lr=0.9)
+    with pytest.raises(ValueError, match="'k' differs between the parts"):
+        optimizer.load_state_dict({**state_dict, "parts": [own]})
+    assert {row.lr0 for row in optimizer.decay_report().rows} == {0.9}
+
+
 @pytest.mark.parametrize(
     ("cls", "policy", "told"),
     [

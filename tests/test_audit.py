@@ -78,6 +78,13 @@ def test_mistakes_are_found(policy, expected):
     assert [(finding.kind, finding.name) for finding in found] == expected
 
 
+@pytest.mark.parametrize("target", ["1", "'init'"])
+def test_decay_towards_another_target_is_no_mistake(target):
+    """Gains that stay near 1, or a fine-tuning that stays near its start."""
+    assert not find_mistakes(Tiny(), f"matrices * towards({target})")
+    assert not find_mistakes(Tiny(), f"towards({target})")
+
+
 def test_tied_parameter_with_two_verdicts_names_both_places():
     [finding] = find_mistakes(Tiny(), {"scale": 0, "head.*": 0.5, "norm.*": 0})[:1]
     assert (finding.kind, finding.shape) == ("tied", (5, 4))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from itertools import product
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch import nn
 
 import selective_optim
 from selective_optim import AdamW
-from selective_optim.policies import exclude, form, towards
+from selective_optim.decay import Decay
+from selective_optim.policies import diff, exclude, form, towards
 from tests.support.compare import assert_same
 from tests.support.devices import CPU, CUDA
 from tests.support.graphs import captured, side_stream, static_grads
@@ -405,6 +408,72 @@ def test_chunks_change_nothing(how, target, monkeypatch):
     assert_same(outcomes[1], outcomes[2])
 
 
+def arranged() -> list[Any]:
+    """Make parameters that lie in memory otherwise than they are read."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = [
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((4, 3), (2, 3, 4, 5), (6, 4))
+    ]
+    images = drawn[1].contiguous(memory_format=torch.channels_last)
+    return [nn.Parameter(each) for each in (drawn[0].t(), images, drawn[2])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@all_forms
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_layout_of_memory_changes_nothing(name, how, target, kind):
+    plain = [nn.Parameter(param.detach().contiguous()) for param in arranged()]
+    outcomes = []
+    for params in (arranged(), plain):
+        optimizer = make(name, params, policy_of(how, target), **KINDS[kind])
+        for step in range(3):
+            set_grads(params, 10 + step)
+            for param in params:
+                param.grad = torch.empty_like(param).copy_(param.grad)
+            optimizer.step()
+        outcomes.append([param.detach().contiguous() for param in params])
+    assert_same(*outcomes)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with dup")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("target", [0.5, "init"])
+@pytest.mark.parametrize("how", ["decoupled", "cautious"])
+def test_what_is_listed_twice_decays_twice(how, target, kind):
+    param = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer = make("SGD", [param, param], policy_of(how, target), **KINDS[kind])
+    with torch.no_grad():
+        param.fill_(2.0)
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    goal = 1.0 if target == "init" else target
+    expected = torch.full_like(param, goal + (2 - goal) * (1 - LR * WD) ** 2)
+    assert_same(param.detach(), expected, rtol=1e-15, atol=1e-15)
+
+
+@all_forms
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_views_that_negate_decay_as_what_they_show(name, how, target):
+    outcomes = []
+    for negated in (False, True):
+        params = make_params()
+        if negated:
+            values = [torch._neg_view(-param.detach()) for param in params]
+            params = list(map(nn.Parameter, values))
+        train(make(name, params, policy_of(how, target)), params)
+        outcomes.append([param.detach() + 0 for param in params])
+    assert_same(*outcomes, rtol=1e-14, atol=1e-14)
+
+
+def test_decay_that_vanishes_in_a_pass_is_not_sent_to_fused_kernels():
+    param = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    optimizer = make("AdamW", [param], form("cautious"), weight_decay=1e-4)
+    param.grad = torch.zeros_like(param)
+    with pytest.warns(UserWarning, match=r"Keep the parameters in float32\.$"):
+        optimizer.step()
+
+
 # What training began with.
 
 
@@ -468,6 +537,75 @@ def test_a_state_dict_without_init_says_so():
         optimizer.load_state_dict(state_dict)
 
 
+def test_a_target_of_zero_is_none():
+    """It overrules another target, and is no other decision than none."""
+    params = make_params()
+    assert (towards(1) * towards(0)) != towards(1)
+    state_dict = make("AdamW", params, towards(1) * towards(0)).state_dict()
+    assert state_dict["decay"] == make("AdamW", params, "all").state_dict()["decay"]
+    make("AdamW", params, "all").load_state_dict(state_dict)  # warns of nothing
+    assert not diff(nn.Linear(2, 2), towards(0), "all")
+
+
+@pytest.mark.parametrize("policy", [form("corrected"), "all"])
+@pytest.mark.parametrize(
+    "third",
+    [
+        *(None, "x", [1], 5, {"target": [1]}),
+        *({"lr0": value} for value in ("x", 0.0, -1.0, float("nan"), None)),
+    ],
+    ids=repr,
+)
+def test_a_record_of_another_version_is_passed_over(third, policy):
+    params = make_params()
+    optimizer = make("AdamW", params, policy)
+    state_dict = optimizer.state_dict()
+    form_now = state_dict["decay"][0][0][1]
+    state_dict["decay"] = [[[1.0, form_now, third]] * len(params)]
+    optimizer.load_state_dict(state_dict)
+    assert {row.lr0 for row in optimizer.decay_report().rows} <= {LR, None}
+
+
+def test_lr0_is_resumed_for_a_policy_that_is_assigned_later():
+    params = make_params()
+    state_dict = make("AdamW", params, form("corrected")).state_dict()
+    optimizer = make("AdamW", params, "all", lr=0.77)
+    with pytest.warns(UserWarning, match="another weight decay policy"):
+        optimizer.load_state_dict(state_dict)
+    optimizer.wd_policy = form("independent")
+    assert {row.lr0 for row in optimizer.decay_report().rows} == {LR}
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.0])
+def test_what_is_new_in_a_group_begins_as_the_others(rate):
+    params = make_params()
+    optimizer = make("AdamW", params[:3], form("independent"))
+    group = optimizer.param_groups[0]
+    group["lr"] = rate
+    group["params"].append(params[3])
+    assert {row.lr0 for row in optimizer.decay_report().rows} == {LR}
+
+
+@pytest.mark.parametrize("way", ["replaced", "cleared"])
+def test_init_of_tensors_that_were_replaced_is_let_go(way):
+    params = make_params()
+    optimizer = make("AdamW", params, towards("init"))
+    train(optimizer, params, RATES[:2])
+    decided = optimizer._decider._table.layout[0]
+    inits = [weakref.ref(row.decision.init) for row in decided]
+    del decided
+    params = [nn.Parameter(param.detach().float()) for param in params]
+    if way == "replaced":
+        optimizer.param_groups[0]["params"] = params
+    else:
+        optimizer.param_groups.clear()
+        optimizer.state.clear()
+        optimizer.add_param_group({"params": params})
+    train(optimizer, params, RATES[:2])
+    gc.collect()
+    assert not any(init() is not None for init in inits)
+
+
 def test_another_target_is_a_change_on_resume():
     params = make_params()
     state_dict = train(make("AdamW", params, towards(1)), params).state_dict()
@@ -505,6 +643,24 @@ def test_numbers_cost_no_memory_and_init_one_tensor_each():
 def test_a_rate_of_zero_to_begin_with_is_refused():
     with pytest.raises(ValueError, match=r"divides by the rate .* initial_lr=3e-4"):
         make("AdamW", make_params(), form("independent"), lr=0.0)
+
+
+def test_a_base_rate_of_another_sign_is_refused():
+    groups = [{"params": make_params(), "initial_lr": -0.1}]
+    with pytest.raises(ValueError, match=r"begins with, and that is -0\.1"):
+        make("AdamW", groups, form("corrected"))
+
+
+def test_a_form_for_a_policy_is_answered_with_the_policy():
+    with pytest.raises(ValueError, match=r'Write wd_policy=form\("cautious"\)'):
+        make("AdamW", make_params(), "cautious")
+
+
+def test_no_target_is_refused():
+    """It would print as what cannot be read."""
+    with pytest.raises(TypeError, match=r'finite number or "init", not None\. Write'):
+        towards(None)  # type: ignore[arg-type]
+    assert Decay(1, target=None) == Decay(1)
 
 
 def test_init_of_what_has_no_values_is_refused():

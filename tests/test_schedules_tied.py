@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import lr_scheduler as torch_schedulers
 
 import selective_optim
-from selective_optim.policies import form, towards
+from selective_optim.policies import exclude, form, towards
 from selective_optim.schedules import WeightDecay, proportional_to_lr
 from tests.support.schedule_cases import optimizers, run, schedules, two_groups, values
 
@@ -113,6 +113,12 @@ def test_a_schedule_of_decay_composes_with_a_form(kind):
         left.append(param)
     assert decays == pytest.approx([0.2, 0.15, 0.1, 0.05])
     assert torch.equal(*left)
+
+
+def test_tie_leaves_exempt_parameters_of_a_corrected_form_alone():
+    policy = form("corrected") * exclude("*")
+    named = [("p", nn.Parameter(torch.ones(2)))]
+    proportional_to_lr(selective_optim.AdamW(named, lr=0.3, wd_policy=policy))
 
 
 def test_tie_ends_with_its_handle():

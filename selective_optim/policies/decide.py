@@ -45,7 +45,10 @@ def decide(
         verdicts = _verdicts(policy, infos, places or range(len(infos)))
     shapes = [shape_now(i.parameter) if i.shape is None else i.shape for i in infos]
     return [
-        Decision(*verdict, info.name, shape, owner_kinds(info), info.own_name)
+        Decision(
+            *(verdict.decay.settled, verdict.reason, info.name, shape),
+            *(owner_kinds(info), info.own_name),
+        )
         for verdict, info, shape in zip(verdicts, infos, shapes)
     ]
 

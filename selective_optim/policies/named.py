@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from selective_optim._text import received
-from selective_optim.decay import Decay
+from selective_optim.decay import FORMS, Decay
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
 from selective_optim.policies.layerwise import layerwise
@@ -123,6 +123,11 @@ def named(name: str) -> Policy:
         raise ValueError(
             f"`wd_policy` {name!r} is a selector and not the name of a policy. "
             f'Write wd_policy=exclude("{name}").'
+        )
+    if name in FORMS:
+        raise ValueError(
+            f"`wd_policy` {name!r} is a form of decay and not the name of a policy. "
+            f'Write wd_policy=form("{name}"), of selective_optim.policies.'
         )
     close = get_close_matches(name, NAMED, n=1, cutoff=0.0)[0]
     known = ", ".join(f'"{known}"' for known in NAMED)

@@ -11,6 +11,8 @@ from selective_optim.decay import (
     FORM_NAMES,
     FORMS,
     FULL,
+    TARGET_RULE,
+    TARGET_WAY_OUT,
     Decay,
     Form,
     Target,
@@ -42,7 +44,7 @@ class Rule(Policy):
             arguments.append(f"by={number_text(self.inside.multiplier)}")
         if self.verb == "form":
             arguments.insert(0, repr(self.inside.form))
-        if self.verb == "towards" and self.inside.target is not None:
+        if self.inside.target is not None:
             arguments.insert(0, target_text(self.inside.target))
         if self.missing_ok:
             arguments.append("missing_ok=True")
@@ -230,6 +232,8 @@ def towards(target: Target, *selectors: object, missing_ok: bool = False) -> Pol
         Li, Grandvalet and Davoine 2018, "Explicit Inductive Bias for Transfer Learning
         with Convolutional Networks", L2-SP, Eq. 2, for ``"init"``.
     """
+    if target is None:
+        raise TypeError(f"{TARGET_RULE}, not None. {TARGET_WAY_OUT}")
     chosen = tuple(map(as_selector, selectors))
     return Rule("towards", chosen, Decay(1.0, target=target), missing_ok=missing_ok)
 

@@ -43,8 +43,9 @@ def wd_of(group: Group, terms: Terms) -> Any:
     wd = decay.of(group[WD])
     if decay.form is None or lr0 is None:
         return wd
+    form, lr = FORMS[decay.form], group["lr"]
     # A number also where the rate is a tensor: classes take no other.
-    return FORMS[decay.form].strength(wd, float(group["lr"]), lr0)
+    return form.strength(wd, float(lr) if form.follows_lr else lr, lr0)
 
 
 def flag_of(group: Group) -> str | None:
@@ -138,12 +139,16 @@ class Split:
                 tensor is one that each part keeps for itself.
         """
         group, shown = self.group, self.shown
-        moved = self._follows_rate and group.get("lr") is not shown.get("lr")
+        # A tensor that is the same object may have been written to.
+        moved = {
+            key
+            for key, value in group.items()
+            if isinstance(value, Tensor) or value is not shown.get(key, _ABSENT)
+        }
+        if "lr" in moved and self._follows_rate:
+            moved.add(WD)
         for key, value in group.items():
-            same_as_shown = value is shown.get(key, _ABSENT)
-            followed = moved and key == WD
-            # A tensor that is the same object may have been written to.
-            if same_as_shown and not followed and not isinstance(value, Tensor):
+            if key not in moved:
                 continue
             if key in COMPUTED:
                 for part in self.parts:
@@ -160,7 +165,8 @@ class Split:
     @property
     def _follows_rate(self) -> bool:
         """Whether the decay of a part is computed with the rate of the group."""
-        return any(part.terms.lr0 is not None for part in self.parts)
+        forms = [part.terms.decay.form for part in self.parts]
+        return any(FORMS[form].follows_lr for form in forms if form is not None)
 
     def _require_common(self, key: str) -> None:
         """Check that a value is not one that the class sets for each part apart.

@@ -88,7 +88,8 @@ def _shrinking(
     if found_inf is not None:
         return [partial(_shrink_unless_, params, factor, found_inf)]
     # On the CPU foreach rounds the factor to half precision first, mul_ does not.
-    if any(param.is_cpu and param.dtype in _torch.HALF for param in params):
+    halves = any(param.is_cpu and param.dtype in _torch.HALF for param in params)
+    if halves or not all(map(_listable, params)):
         return [partial(torch.Tensor.mul_, param, factor) for param in params]
     return [partial(_torch.foreach_mul_, params, factor)]
 
@@ -135,7 +136,14 @@ def _pull_gradients_(
         grads = batch.grads[part]
         offset = _joined(batch.params[part]) - _target(ahead, batch, part)
         pulled = _parted(_less(_joined(grads), offset, -wd), grads)
-        batch.grads[part] = [new.to(g.dtype) for new, g in zip(pulled, grads)]
+        batch.grads[part] = list(map(_laid_out_as, pulled, grads))
+
+
+def _laid_out_as(new: Tensor, old: Tensor) -> Tensor:
+    """Give a tensor dtype and strides of another: fused kernels walk its memory."""
+    if new.stride() == old.stride():
+        return new.to(old.dtype)
+    return torch.empty_like(old).copy_(new)
 
 
 def _less(joined: Tensor, offset: Tensor, rate: float | Tensor) -> Tensor:
@@ -168,15 +176,30 @@ def _chunks(batch: Batch) -> Iterator[slice]:
     """Part a batch: neighbors that together are a chunk, and have begun alike."""
     limit = CHUNK if batch.params[0].is_cpu else CHUNK_ON_DEVICE
     start = size = 0
+    joined: set[Tensor] = set()
     for i, param in enumerate(batch.params):
         size += param.numel()
-        # Sharded ones, and other subclasses, may not be joined.
-        apart = type(param) not in PLAIN
+        # One that is listed twice moves twice, and the second time from where it is.
+        apart = param in joined or not _listable(param)
+        apart |= i > start and not _listable(batch.params[start])
         apart |= any((m[i] is None) is not (m[start] is None) for m in batch.moments)
         if i > start and (size > limit or apart):
             yield slice(start, i)
             start, size = i, param.numel()
+            joined.clear()
+        joined.add(param)
     yield slice(start, len(batch.params))
+
+
+def _listable(param: Tensor) -> bool:
+    """Tell whether operations on lists take it: no shards, no other subclasses.
+
+    Nor views that negate or conjugate as they are read (torch 2.7 to 2.15), of which
+    a trace cannot be asked.
+    """
+    if torch.compiler.is_compiling():
+        return type(param) in PLAIN
+    return type(param) in PLAIN and not (param.is_neg() or param.is_conj())
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -157,7 +157,7 @@ class Kernel:
         if is_zero(wd):
             return Share(default, 0.0)
         form = FORMS[decay.form or default]
-        fleeting = form is FORMS["corrected"] and isinstance(group["lr"], Tensor)
+        fleeting = form.follows_lr and isinstance(group["lr"], Tensor)
         if lr0 is not None:
             wd = form.strength(wd, _rate(group["lr"]) if fleeting else group["lr"], lr0)
         # A kernel's decay is a number; one on a device is not to be waited for.

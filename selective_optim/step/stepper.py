@@ -181,10 +181,11 @@ class Stepper:
     def _warn_of_vanishing(self, bucket: Bucket) -> None:
         self._warned = True
         dtype = str(bucket.key.dtype).removeprefix("torch.")
+        fused = ", or use fused Adam or AdamW, which decay in float32"
         warn(
             f"1 - lr * weight_decay rounds to 1 or to its neighbor in {dtype}, so "
-            f"{bucket.label} hardly decays. Keep the parameters in float32, or use "
-            f"fused Adam or AdamW, which decay in float32."
+            f"{bucket.label} hardly decays. Keep the parameters in float32"
+            f"{'' if bucket.key.fused else fused}."
         )
 
     def _follow_moved(
