@@ -134,9 +134,12 @@ class PolicyOptimizer(torch.optim.Optimizer):
         forms = [self._default_form(group) for group in self.param_groups]
         return record_of(forms, decided)
 
-    def _resume(self, saved: Any) -> None:
+    def _resume(self, saved: Any, now: Record) -> None:
         """Go on from where training began, if a state dict records that."""
         begins = begins_of(saved, self.param_groups)
+        # As a rule nothing depends on it, here or there: no third places.
+        if not any(begins) and max(map(len, chain(*now)), default=0) < 3:
+            return
         if lost := self._decider.resume(self.param_groups, begins):
             warn_of_lost_inits(lost)
 
@@ -402,9 +405,7 @@ class SelectiveOptimizer(PolicyOptimizer):
             handle.remove()
         now = self._record(decided)
         warn_of_changes(decided, before, self.param_groups, saved[0], now)
-        # As a rule nothing depends on what training began with: no third places.
-        if max(map(len, chain.from_iterable(now)), default=0) > 2:
-            self._resume(saved[0])
+        self._resume(saved[0], now)
 
     def _left_open(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """Leave the implementation open where it is open now, whoever saved."""

@@ -338,15 +338,14 @@ class SplitOptimizer(PolicyOptimizer):
         decided = self._decider.readable(self.param_groups, self.defaults)
         decays = [group["weight_decay"] for group in self.param_groups]
         require_groups_like(self.param_groups, decided, state_dict)
-        saved = state_dict.get(RECORD)
+        saved, now = state_dict.get(RECORD), self._record(decided)
         standing = self._decider.snapshot(self.param_groups, self.defaults)
-        self._resume(saved)  # first: parts are what was decided, rates included
+        self._resume(saved, now)  # first: parts are what was decided, rates included
         try:
             self._load_parts(state_dict, *args, **kwargs)
         except BaseException:
             self._decider = Decider.restored(standing, self.param_groups)
             raise
-        now = self._record(decided)
         warn_of_changes(decided, decays, self.param_groups, saved, now)
         for hook in after:
             hook(self)
