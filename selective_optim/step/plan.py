@@ -84,7 +84,8 @@ class Program(NamedTuple):
 
 
 def _holds_a_tensor(call: Any) -> bool:
-    return any(isinstance(each, Tensor) for each in getattr(call, "args", ()))
+    """Tell whether a call is bound to a parameter itself, and not to a list of them."""
+    return any(isinstance(each, Tensor) for each in getattr(call, "args", ())[:1])
 
 
 class Plan:
