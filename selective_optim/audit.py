@@ -95,7 +95,7 @@ def _decided(
 def find_mistakes(
     model: nn.Module, wd_policy: object = "no_bias_norm"
 ) -> list[Finding]:
-    """List what looks wrong: norms, biases and vectors that decay, split verdicts.
+    """List what looks wrong: norms, biases, vectors that decay to 0, split verdicts.
 
     So does what the model's author marked as exempt, as ``policies.marked`` reads it.
     A split verdict is that of a tied parameter whose places, each taken alone, the

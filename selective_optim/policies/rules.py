@@ -215,7 +215,8 @@ def towards(target: Target, *selectors: object, missing_ok: bool = False) -> Pol
     Args:
         target: A finite number, as 1 for the gains of norms; or ``"init"``, what a
             parameter was when it was decided, which costs one tensor per parameter
-            and is saved in the state dict.
+            and is saved in the state dict. ``torch.distributed.checkpoint`` leaves
+            that out: decide before it loads, while the values are those.
         selectors: As for :func:`exclude`; none is all parameters.
         missing_ok: As for :func:`exclude`.
 

@@ -10,6 +10,7 @@ Nothing waits for a device: whether a ``GradScaler`` drops the step is asked the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -90,7 +91,7 @@ def _shrinking(
         return [partial(_shrink_unless_, params, factor, found_inf)]
     # On the CPU foreach rounds the factor to half precision first, mul_ does not.
     halves = any(param.is_cpu and param.dtype in _torch.HALF for param in params)
-    if halves or not all(map(_listable, params)):
+    if halves or any(_are_views(params)):
         return [partial(torch.Tensor.mul_, param, factor) for param in params]
     given = not isinstance(factor, Tensor) and not torch.compiler.is_compiling()
     if given and params[0].is_cpu:
@@ -225,30 +226,39 @@ def _chunks(batch: Batch) -> Iterator[slice]:
     """Part a batch: neighbors that together are a chunk, and have begun alike."""
     limit = CHUNK if batch.params[0].is_cpu else CHUNK_ON_DEVICE
     start = size = 0
-    joined: set[Tensor] = set()
+    alone = _stand_alone(batch.params)
     for i, param in enumerate(batch.params):
         size += param.numel()
-        # One that is listed twice moves twice, and the second time from where it is.
-        apart = param in joined or not _listable(param)
-        apart |= i > start and not _listable(batch.params[start])
+        apart = alone[i] or alone[start]
         apart |= any((m[i] is None) is not (m[start] is None) for m in batch.moments)
         if i > start and (size > limit or apart):
             yield slice(start, i)
             start, size = i, param.numel()
-            joined.clear()
-        joined.add(param)
     yield slice(start, len(batch.params))
 
 
-def _listable(param: Tensor) -> bool:
-    """Tell whether operations on lists take it: no shards, no other subclasses.
+def _stand_alone(params: Sequence[Tensor]) -> list[bool]:
+    """Tell which may not be joined: sharded ones, other subclasses, and views.
 
-    Nor views that negate or conjugate as they are read (torch 2.7 to 2.15), of which
-    a trace cannot be asked.
+    One that is listed twice moves twice, and the second time from where it is then.
+    """
+    views = _are_views(params)
+    alone = [view or type(param) not in PLAIN for param, view in zip(params, views)]
+    if not torch.compiler.is_compiling():  # a trace knows no ids
+        times = Counter(map(id, params))
+        if len(times) < len(params):
+            return [a or times[id(p)] > 1 for a, p in zip(alone, params)]
+    return alone
+
+
+def _are_views(params: Sequence[Tensor]) -> list[bool]:
+    """Tell which negate or conjugate as they are read; a trace cannot be asked.
+
+    Operations on lists refuse them (torch 2.7 to 2.15).
     """
     if torch.compiler.is_compiling():
-        return type(param) in PLAIN
-    return type(param) in PLAIN and not (param.is_neg() or param.is_conj())
+        return [False] * len(params)
+    return [param.is_neg() or param.is_conj() for param in params]
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
