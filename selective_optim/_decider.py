@@ -1,33 +1,34 @@
 """Who decays: decided at construction, for groups that are added, and when they change.
 
-A decision follows its tensor wherever that is moved, copied or reordered to. The
-table of decisions holds no tensor, or an unsharded model would stay in memory; it
-holds what is the tensor's own and nothing else's, see ``_torch.token_of``.
+To which tensor each decision applies is the business of ``_decision_table``.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, islice, repeat
-from numbers import Real
-from operator import attrgetter, eq, is_
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._text import require_numbers, shape_text
+from selective_optim._beginnings import base_rate, begun, beside, is_rate
+from selective_optim._decision_table import (
+    DecisionTable,
+    Group,
+    Infos,
+    Row,
+    may_be,
+    trusted_names,
+)
+from selective_optim._text import require_numbers
 from selective_optim._warnings import warn_if_idle, warn_of_misspelt
 from selective_optim.decay import FULL, Decision
 from selective_optim.parameters import (
     ModelIndex,
     ParameterInfo,
     as_modules,
-    owner_kinds,
     wanted,
 )
 from selective_optim.policies.base import Policy
@@ -38,213 +39,6 @@ from selective_optim.policies.unmatched import require_matches
 
 # What a group may bring and does not keep; ZeroRedundancyOptimizer writes them back.
 OWN_KEYS = ("wd_policy", "model")
-Group = dict[str, Any]
-Infos = Sequence[ParameterInfo]
-
-
-class Row(NamedTuple):
-    """What was decided for one tensor, and by which policy.
-
-    ``owner`` is the ``id`` of the tensor that had the token.
-    """
-
-    token: object
-    owner: int
-    decision: Decision
-    policy: Policy | None
-
-
-_token_of_row = attrgetter("token")
-_owner_of_row = attrgetter("owner")
-
-
-class DecisionTable:
-    """What was decided, by tensor, and how the groups stood when last looked at."""
-
-    def __init__(self) -> None:
-        self._rows: dict[int, Row] = {}
-        self.layout: list[list[Row]] = []
-
-    def record(self, param: Tensor, decision: Decision, policy: Policy | None) -> Row:
-        """Write down what was decided for a tensor."""
-        token = _torch.token_of(param)
-        row = self._rows[id(token)] = Row(token, id(param), decision, policy)
-        return row
-
-    def row_of(self, param: Tensor) -> Row | None:
-        """Return what was decided for a tensor."""
-        # A token that is held cannot be another's: its id does not come again.
-        return self._rows.get(id(_torch.token_of(param)))
-
-    def stands(self, groups: Sequence[Group]) -> bool:
-        """Tell whether the groups hold what they held when last looked at."""
-        lists = [group["params"] for group in groups]
-        if list(map(len, lists)) != list(map(len, self.layout)):
-            return False
-        params, rows = list(chain.from_iterable(lists)), [*chain(*self.layout)]
-        tokens = map(_torch.token_of, params)
-        same_tokens = all(map(is_, tokens, map(_token_of_row, rows)))
-        return same_tokens and all(map(eq, map(id, params), map(_owner_of_row, rows)))
-
-    def append(self, index: int, rows: list[Row]) -> None:
-        """Remember a group that arrived at this index, at the end."""
-        if index < len(self.layout):  # decided anew: another list tells those who look
-            self.layout = self.layout[:index]
-        self.layout.append(rows)
-
-    def lay_out(self, layout: list[list[Row]]) -> None:
-        """Remember how the groups stand, and forget tensors long gone."""
-        self.layout = layout
-        # As a rule no tensor has left, and there is nothing to count.
-        if len(self._rows) <= sum(map(len, layout)):
-            return
-        standing = self._standing()
-        # Whoever rebuilds parameters again and again would fill the table otherwise.
-        if len(self._rows) > 2 * len(standing) + 64:
-            self._rows = standing
-        elif len(self._rows) > len(standing):
-            # One that was taken out may come back, so it is not forgotten at once;
-            # unless its own dict, which is the token, keeps things alive.
-            gone = {k: row for k, row in self._rows.items() if not row.token}
-            self._rows = {**gone, **standing}
-
-    def forget_absent(self) -> None:
-        """Forget the tensors that stand in no group now."""
-        self._rows = self._standing()
-
-    def _standing(self) -> dict[int, Row]:
-        return {id(row.token): row for rows in self.layout for row in rows}
-
-    def undo_swaps(
-        self, groups: Sequence[Group], found: Sequence[list[Row | None]]
-    ) -> None:
-        """Give objects the rows back whose tokens ``swap_tensors`` exchanged.
-
-        It exchanges all but the objects, by which torch knows state and groups. A
-        token on another object than before was swapped there, for nobody else can
-        give one away; so the row of an object is the one that names it as owner.
-        """
-        owned = {row.owner: row for row in chain(*found) if row is not None}
-        for group, rows in zip(groups, found):
-            for position, (param, row) in enumerate(zip(group["params"], rows)):
-                if row is not None and row.owner != id(param):
-                    own = owned.get(id(param), row)
-                    rows[position] = self.record(param, own.decision, own.policy)
-
-    def inherited(self, infos: Infos, rows: Sequence[Row]) -> list[Row] | None:
-        """Give new tensors the rows of their places, unless something contradicts."""
-        if len(infos) != len(rows) or not all(map(_may_be, infos, rows)):
-            return None
-        return [self.take_over(*pair) for pair in zip(infos, rows)]
-
-    def take_over(self, info: ParameterInfo, row: Row) -> Row:
-        """Let what was decided for one tensor hold for another."""
-        if row.decision.init is not None:
-            # Of a model that was sharded, the whole one would stay in memory.
-            self._rows.pop(id(row.token), None)
-        return self.record(info.parameter, row.decision, row.policy)
-
-    def by_name(self) -> dict[str, Row]:
-        """Look up rows by a name that only one of them bears."""
-        rows = list(chain.from_iterable(self.layout))
-        # Parameters of two models may bear one name, which then tells nothing.
-        bearers = Counter(row.decision.name for row in rows)
-        return {
-            name: row
-            for row in rows
-            if (name := row.decision.name) and bearers[name] == 1
-        }
-
-
-def _may_be(info: ParameterInfo, row: Row) -> bool:
-    """Tell whether nothing known of a parameter contradicts what was decided on."""
-    decided, kinds = row.decision, owner_kinds(info)
-    # A wrapper or a parametrization makes a subclass of the module's class.
-    related = not kinds or not decided.kinds or kinds[0] in decided.kinds
-    same_kind = related or decided.kinds[0] in kinds
-    same_name = info.name in (None, decided.name) or decided.name is None
-    return same_kind and same_name and info.shape in (None, decided.shape)
-
-
-def _trusted_names(
-    group: Group, rows: Sequence[Row | None], borne: Container[str | None]
-) -> Sequence[str | None]:
-    """Return the names in a group, without those that tensors elsewhere bear.
-
-    Whoever edits the list of parameters by hand leaves the list of names alone.
-    """
-    names = group.get("param_names")
-    if names is None or len(names) != len(rows):
-        return ()
-    pairs = zip(names, rows)
-    return [name if row or name not in borne else None for name, row in pairs]
-
-
-# What training begins with.
-
-
-def base_rate(group: Group) -> float | None:
-    """Return the rate that schedules of a group start from, if that is a number."""
-    rate: Any = group.get("initial_lr", group.get("lr"))
-    try:
-        return float(rate.detach() if isinstance(rate, Tensor) else rate)
-    except (TypeError, ValueError, RuntimeError):  # None, or a tensor without a value
-        return None
-
-
-def begun(
-    decisions: Iterable[Decision], infos: Infos, lr0s: Iterable[float | None]
-) -> list[Decision]:
-    """Add to decisions what the training of their parameters begins with.
-
-    Raises:
-        ValueError: A form needs the rate or the values, and there are none.
-    """
-    return [
-        decision._replace(lr0=lr0, init=_init(info, decision, lr0))
-        for decision, info, lr0 in zip(decisions, infos, lr0s)
-    ]
-
-
-def _init(info: ParameterInfo, decision: Decision, lr0: float | None) -> Tensor | None:
-    """Copy what a parameter is now, if that is what it decays towards."""
-    decay, param = decision.decay, info.parameter
-    known = decision.telling_name
-    name = repr(known) if known else f"a parameter of group {info.group}"
-    if decay.needs_lr0 and not _is_rate(lr0):
-        raise ValueError(
-            f"{name} decays in form {decay.form!r}, which divides by the rate that "
-            f"training begins with, and that is {lr0}. Give its group that rate: "
-            f"dict(params=..., lr=0.0, initial_lr=3e-4)."
-        )
-    if not decay.needs_init:
-        return None
-    if param.is_meta or is_lazy(param):
-        raise ValueError(
-            f"{name} decays towards what it is now, and it has no values yet. Make "
-            f"the optimizer, or assign optimizer.wd_policy, when the weights are there."
-        )
-    return param.detach().clone()
-
-
-def _is_rate(value: Any) -> bool:
-    """Tell whether this is a rate to divide by, without another polarity."""
-    return isinstance(value, Real) and 0 < float(value) < math.inf
-
-
-def beside(init: Tensor, param: Tensor, name: str | None) -> Tensor:
-    """Bring what a parameter decays towards to where that lies now, and shard it.
-
-    Raises:
-        ValueError: Their shapes are others.
-    """
-    if init.shape != param.shape:
-        raise ValueError(
-            f"{repr(name) if name else 'a parameter'} decays towards what it was in "
-            f"shape {shape_text(init.shape)}, and has shape {shape_text(param.shape)} "
-            f"now. Assign optimizer.wd_policy to decide anew."
-        )
-    return _torch.placed_as(init.to(param.device, param.dtype), param)
 
 
 class Pending(NamedTuple):
@@ -466,7 +260,7 @@ class Decider:
             Pending(index, list(group["params"]), names, None)
             for index, (group, rows) in enumerate(zip(groups, found))
             if not all(rows)
-            for names in [_trusted_names(group, rows, borne)]
+            for names in [trusted_names(group, rows, borne)]
         ]
         infos = iter(self._infos(lacking))
         # After groups were added or removed by hand, positions say nothing.
@@ -499,7 +293,7 @@ class Decider:
         completed = []
         for info, row in zip(infos, rows):
             namesake = named.get(info.name or "")
-            if row is None and namesake is not None and _may_be(info, namesake):
+            if row is None and namesake is not None and may_be(info, namesake):
                 row = self._table.take_over(info, namesake)
             completed.append(row)
         places = [i for i, row in enumerate(completed) if row is None]
@@ -550,7 +344,7 @@ class Decider:
             pairs = zip(group["params"], rows, told)
             for place, (param, row, begin) in enumerate(pairs):
                 decay, lr0 = row.decision.decay, begin.get("lr0")
-                if _is_rate(lr0):  # also for a policy that is assigned later
+                if is_rate(lr0):  # also for a policy that is assigned later
                     row = self._renewed(param, row, lr0=lr0)
                 init = begin.get("init")
                 if decay.needs_init and getattr(init, "shape", None) == param.shape:

@@ -474,6 +474,24 @@ def test_decay_that_vanishes_in_a_pass_is_not_sent_to_fused_kernels():
         optimizer.step()
 
 
+@pytest.mark.parametrize(("how", "target"), TRACED_FORMS)
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_dtypes_may_be_mixed_in_a_step_that_is_traced(name, how, target):
+    outcomes = []
+    for differentiable in (False, True):
+        single, double = make_params(torch.float32), make_params(torch.float64)
+        leaves = [each for pair in zip(single, double) for each in pair]
+        params = [leaf.clone() for leaf in leaves] if differentiable else leaves
+        optimizer = make(
+            *(name, params, policy_of(how, target)),
+            differentiable=differentiable,
+            foreach=False,
+        )
+        train(optimizer, params, RATES[:2], first=10)
+        outcomes.append([param.detach() for param in params])
+    assert_same(*outcomes, **TRACED)
+
+
 # What training began with.
 
 

@@ -25,8 +25,9 @@ FILES = {
 FLOORS = [
     ("_torch", "_text", "decay"),
     ("parameters", "step", "schedules", "_warnings"),
-    ("policies", "_state_dict"),
-    ("checkpoint", "factories", "layers", "report", "_decider"),
+    ("policies", "_state_dict", "_beginnings"),
+    ("checkpoint", "factories", "layers", "report", "_decision_table"),
+    ("_decider",),
     ("_optimizer", "audit"),
     ("sgd", "adam", "adamw"),
     ("split",),

@@ -94,7 +94,7 @@ def _shrinking(
     if halves or any(_are_views(params)):
         return [partial(torch.Tensor.mul_, param, factor) for param in params]
     given = not isinstance(factor, Tensor) and not torch.compiler.is_compiling()
-    if given and params[0].is_cpu:
+    if given and params[0].is_cpu and len({param.dtype for param in params}) == 1:
         # foreach makes a tensor of a number for each: 1.4 ms for 1,000, and so 0.4.
         real = params[0].dtype.to_real()
         factor = torch.tensor(factor, dtype=real, device="cpu")
@@ -191,7 +191,8 @@ def _pieces(batch: Batch, part: slice, into: Sequence[Tensor]) -> Iterator[Piece
 
 
 def _cuttable(tensor: Tensor) -> bool:
-    return _listable(tensor) and tensor.is_contiguous()
+    plain = type(tensor) in PLAIN and not any(_are_views([tensor]))
+    return plain and tensor.is_contiguous()
 
 
 def _cut(tensors: Sequence[Any], part: slice) -> list[Any]:
@@ -229,7 +230,10 @@ def _chunks(batch: Batch) -> Iterator[slice]:
     alone = _stand_alone(batch.params)
     for i, param in enumerate(batch.params):
         size += param.numel()
+        first = batch.params[start]
         apart = alone[i] or alone[start]
+        # A group that is traced may hold several, as in torch.
+        apart |= (param.dtype, param.device) != (first.dtype, first.device)
         apart |= any((m[i] is None) is not (m[start] is None) for m in batch.moments)
         if i > start and (size > limit or apart):
             yield slice(start, i)

@@ -1,0 +1,87 @@
+"""What training began with: the rate and the values that some decay depends on.
+
+Forms that follow a schedule divide by the rate of then; decay towards ``"init"`` pulls
+to the values of then. Both are taken when a parameter is decided, stay outside of
+groups and state, and are recorded in the state dict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from selective_optim import _torch
+from selective_optim._text import shape_text
+from selective_optim.decay import Decision
+from selective_optim.parameters import ParameterInfo
+
+
+def base_rate(group: Mapping[str, Any]) -> float | None:
+    """Return the rate that schedules of a group start from, if that is a number."""
+    rate: Any = group.get("initial_lr", group.get("lr"))
+    try:
+        return float(rate.detach() if isinstance(rate, Tensor) else rate)
+    except (TypeError, ValueError, RuntimeError):  # None, or a tensor without a value
+        return None
+
+
+def begun(
+    decisions: Iterable[Decision],
+    infos: Sequence[ParameterInfo],
+    lr0s: Iterable[float | None],
+) -> list[Decision]:
+    """Add to decisions what the training of their parameters begins with.
+
+    Raises:
+        ValueError: A form needs the rate or the values, and there are none.
+    """
+    return [
+        decision._replace(lr0=lr0, init=_init(info, decision, lr0))
+        for decision, info, lr0 in zip(decisions, infos, lr0s)
+    ]
+
+
+def _init(info: ParameterInfo, decision: Decision, lr0: float | None) -> Tensor | None:
+    """Copy what a parameter is now, if that is what it decays towards."""
+    decay, param = decision.decay, info.parameter
+    known = decision.telling_name
+    name = repr(known) if known else f"a parameter of group {info.group}"
+    if decay.needs_lr0 and not is_rate(lr0):
+        raise ValueError(
+            f"{name} decays in form {decay.form!r}, which divides by the rate that "
+            f"training begins with, and that is {lr0}. Give its group that rate: "
+            f"dict(params=..., lr=0.0, initial_lr=3e-4)."
+        )
+    if not decay.needs_init:
+        return None
+    if param.is_meta or is_lazy(param):
+        raise ValueError(
+            f"{name} decays towards what it is now, and it has no values yet. Make "
+            f"the optimizer, or assign optimizer.wd_policy, when the weights are there."
+        )
+    return param.detach().clone()
+
+
+def is_rate(value: Any) -> bool:
+    """Tell whether this is a rate to divide by, without another polarity."""
+    return isinstance(value, Real) and 0 < float(value) < math.inf
+
+
+def beside(init: Tensor, param: Tensor, name: str | None) -> Tensor:
+    """Bring what a parameter decays towards to where that lies now, and shard it.
+
+    Raises:
+        ValueError: Their shapes are others.
+    """
+    if init.shape != param.shape:
+        raise ValueError(
+            f"{repr(name) if name else 'a parameter'} decays towards what it was in "
+            f"shape {shape_text(init.shape)}, and has shape {shape_text(param.shape)} "
+            f"now. Assign optimizer.wd_policy to decide anew."
+        )
+    return _torch.placed_as(init.to(param.device, param.dtype), param)
