@@ -23,7 +23,7 @@ How a verdict comes about, in the order of time:
    With what was known of the parameter it becomes a ``Decision``.
 
 Nothing here knows an optimizer; to which tensor a decision applies at a step is
-the business of ``selective_optim._decider``.
+the business of ``selective_optim._decision_table``.
 """
 
 from selective_optim.decay import Decay as Decay
