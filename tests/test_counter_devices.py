@@ -9,12 +9,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import selective_optim
-from selective_optim.step import cells, counters
+from selective_optim.step import counters
+from tests.support.fake_cuda import let_fakes_pass_for_plain
 
 KINDS = {"automatic": {}, "fused": {"fused": True}, "capturable": {"capturable": True}}
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -44,7 +45,7 @@ def fake_cuda(monkeypatch):
     def place_of(block, counter):
         return counter.storage_offset() if counter._base is block.flat else None
 
-    monkeypatch.setattr(cells, "PLAIN", (*cells.PLAIN, FakeTensor))
+    let_fakes_pass_for_plain(monkeypatch)
     monkeypatch.setattr(counters.Block, "place_of", place_of)
     with FakeTensorMode():
         yield
