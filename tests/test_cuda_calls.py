@@ -197,7 +197,7 @@ FORMS = ("l2", "decoupled", "independent", "corrected", "cautious")
 @pytest.mark.parametrize("kind", FORMS)
 @each_class
 def test_no_form_waits_or_copies(name, kind, target, lr, scaled):
-    params = make_params(FEW)
+    params = make_params(4)
     rate = 0.1 if lr == "number" else make_rate()
     group = {"params": params, "lr": rate, "initial_lr": 0.1}
     optimizer = ours(name, [group], wd_policy=form(kind) * towards(target))

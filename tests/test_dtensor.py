@@ -444,7 +444,7 @@ def step_in_a_form(rank, optimizer, placement, policy, implementation):
     assert_same([p.to_local() for p in params], [p.detach() for p in plain])
 
 
-@each_placement
+@pytest.mark.parametrize("placement", ["rows", "two-dimensional"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd-nesterov"])
 @pytest.mark.parametrize("implementation", [{}, LOOP], ids=["automatic", "loop"])
 @pytest.mark.parametrize(

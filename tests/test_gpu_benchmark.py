@@ -91,7 +91,7 @@ def measured(monkeypatch, gpu, arm):
     return clock.measure(gpu, [arm], rounds=3, limit=60)["arm"]
 
 
-@pytest.mark.parametrize(("host", "device"), [(2.0, 0.1), (0.1, 2.0), (30.0, 0.5)])
+@pytest.mark.parametrize(("host", "device"), [(2.0, 0.1), (0.1, 2.0)])
 def test_host_and_device_are_timed_apart(monkeypatch, host, device):
     gpu = Simulated()
     times = measured(monkeypatch, gpu, gpu.step(host, device))
@@ -100,7 +100,7 @@ def test_host_and_device_are_timed_apart(monkeypatch, host, device):
     assert all(max(host, device) <= ms <= host + device + 1e-9 for ms in times.idle)
 
 
-@pytest.mark.parametrize("depth", [40, 250, 1000])
+@pytest.mark.parametrize("depth", [40, 1000])
 def test_no_more_is_launched_during_a_nap_than_the_queue_holds(monkeypatch, depth):
     gpu = Simulated(launches=30, depth=depth)
     times = measured(monkeypatch, gpu, gpu.step(0.5, 0.1))
@@ -126,17 +126,17 @@ def test_measuring_ends_at_its_limit():
     assert 1 <= len(times["arm"].idle) < 10**6
 
 
+TENSORS = {"own_lr": True, "tensor_lr": True}
 REHEARSED = [
-    Case("tiny", "", (SMALL,)),
-    Case("tiny_layers", "", (SMALL[:2], SMALL[2:]), own_lr=True),
-    Case("tiny_layers_tensors", "", (SMALL[:2],) * 2, own_lr=True, tensor_lr=True),
-    Case("tiny_scaled", "", (SMALL,), scaled=True),
-    Case("vit_l_bf16", "", (SMALL,), dtype=torch.bfloat16),
+    (Case("tiny", "", (SMALL,)), "adamw"),
+    (Case("tiny_layers", "", (SMALL[:2], SMALL[2:]), own_lr=True), "sgd"),
+    (Case("tiny_layers_tensors", "", (SMALL[:2],) * 2, **TENSORS), "adamw"),
+    (Case("tiny_scaled", "", (SMALL,), scaled=True), "sgd"),
+    (Case("vit_l_bf16", "", (SMALL,), dtype=torch.bfloat16), "adamw"),
 ]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("case", REHEARSED, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "optimizer"), REHEARSED, ids=str)
 def test_every_kind_of_case_is_rehearsed(case, optimizer):
     record = run_case(case, optimizer, CPU, EFFORT, compiled=False, limit=5.0)
     wanted = {BARE, FUSED, OURS, FUSED_GRAPH, OURS_GRAPH}
