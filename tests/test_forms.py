@@ -15,6 +15,7 @@ from torch import nn
 
 import selective_optim
 from selective_optim import AdamW
+from selective_optim.decay import FORMS as FORM_KINDS
 from selective_optim.decay import Decay
 from selective_optim.policies import diff, exclude, form, towards
 from tests.support.compare import assert_same
@@ -137,8 +138,8 @@ def test_forms_follow_their_formulas(option, how, target, kind, device):
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 def test_numbers_are_bits_of_torch_with_the_decay_set_by_hand(name, how, kind, device):
     mine, theirs = (
-        make_params(torch.float32, device),
-        make_params(torch.float32, device),
+        make_params(torch.float64, device),
+        make_params(torch.float64, device),
     )
     optimizer = make(name, mine, form(how), **KINDS[kind])
     arguments = {"lr": LR, "weight_decay": WD, **KINDS[kind]}
@@ -169,6 +170,14 @@ def test_numbers_for_sgd_are_bits_of_its_decoupled_decay(how, kind):
         train(optimizer, mine, [rate], step)
         train(twin, theirs, [rate], step)
     assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.7])
+def test_corrected_decay_is_the_groups_at_the_rate_it_began_with(rate):
+    """To the bit: ``wd * lr / lr0`` need not be ``wd`` where the rates are equal."""
+    decays = [i / 97 for i in range(1, 60)]
+    assert [FORM_KINDS["corrected"].strength(wd, rate, rate) for wd in decays] == decays
+    assert any(wd * rate / rate != wd for wd in decays)
 
 
 def test_cautious_is_the_formula_of_dion():
@@ -374,6 +383,20 @@ def test_half_precision_is_rounded_once(name, how, target, kind):
         results.append(param.detach().double())
     # Decay, then the update: each is rounded to 8 bits once, and SGD's L2 gradient.
     torch.testing.assert_close(*results, rtol=3 * 2**-8, atol=2**-8)
+
+
+@pytest.mark.parametrize("kind", ["automatic", "foreach", "for-loop"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_moves_as_float32_does_rounded(dtype, kind):
+    """With no gradient to speak of: what is left is the pass alone, to the bit."""
+    start = torch.randn(64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    param = nn.Parameter(start.clone())
+    policy = form("decoupled") * towards(0.3)
+    optimizer = make("SGD", [param], policy, lr=1.0, weight_decay=0.1, **KINDS[kind])
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    expected = torch.sub(start.float(), start.float() - 0.3, alpha=0.1)
+    assert_same(param, expected.to(dtype))
 
 
 def test_complex_parameters_are_two_real_ones():
