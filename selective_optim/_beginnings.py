@@ -49,6 +49,8 @@ def begun(
 def _init(info: ParameterInfo, decision: Decision, lr0: float | None) -> Tensor | None:
     """Copy what a parameter is now, if that is what it decays towards."""
     decay, param = decision.decay, info.parameter
+    if not (decay.needs_lr0 or decay.needs_init):  # nearly always
+        return None
     known = decision.telling_name
     name = repr(known) if known else f"a parameter of group {info.group}"
     if decay.needs_lr0 and not is_rate(lr0):

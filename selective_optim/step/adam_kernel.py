@@ -165,10 +165,10 @@ class AdamKernel(Kernel):
         _torch.adam(*lists, has_complex=flag, **setting.arguments, **given)
 
     def multiplied(self, setting: Setting, fused: bool) -> float | Tensor:
-        own = setting.arguments
-        outside = own["decoupled_weight_decay"] and not fused
         if setting.ahead is not None:
             return setting.shrinks
+        own = setting.arguments
+        outside = own["decoupled_weight_decay"] and not fused
         return own["lr"] * own["weight_decay"] if outside else 0.0
 
     def hyperparameters(self, group: Group) -> Iterable[tuple[str, Any]]:

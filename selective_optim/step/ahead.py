@@ -36,6 +36,10 @@ from selective_optim.step.scaling import Scaling
 CHUNK, CHUNK_ON_DEVICE = 2**18, 2**24
 
 
+def _limit(param: Tensor) -> int:
+    return CHUNK if param.is_cpu else CHUNK_ON_DEVICE
+
+
 def decay_ahead_(
     setting: Setting, batch: Batch, direction: Direction, scaling: Scaling
 ) -> Scaling:
@@ -175,7 +179,7 @@ def _pieces(batch: Batch, part: slice, into: Sequence[Tensor]) -> Iterator[Piece
     """
     params, grads, targets = batch.params[part], batch.grads[part], batch.targets[part]
     moments = [moment[part] for moment in batch.moments]
-    limit = CHUNK if params[0].is_cpu else CHUNK_ON_DEVICE
+    limit = _limit(params[0])
     whole = [into, params, grads, targets, *moments]
     first = [each[0] for each in whole if each and each[0] is not None]
     # Autograd and the compiler follow whole tensors.
@@ -225,7 +229,7 @@ def _agreeing(offset: Tensor, update: Tensor) -> Tensor:
 
 def _chunks(batch: Batch) -> Iterator[slice]:
     """Part a batch: neighbors that together are a chunk, and have begun alike."""
-    limit = CHUNK if batch.params[0].is_cpu else CHUNK_ON_DEVICE
+    limit = _limit(batch.params[0])
     start = size = 0
     alone = _stand_alone(batch.params)
     for i, param in enumerate(batch.params):
