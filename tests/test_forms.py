@@ -98,6 +98,16 @@ def make(name: str, params: Any, policy: Any, **arguments: Any) -> Any:
     )
 
 
+def trained_copies(
+    name: str, leaves: list[Any], policy: Any, differentiable: bool, rates: list[float]
+) -> list[Any]:
+    """Train for autograd to follow, on copies of the leaves, or plainly."""
+    params = [leaf.clone() for leaf in leaves] if differentiable else leaves
+    own = {"differentiable": differentiable, "foreach": False}
+    train(make(name, params, policy, **own), params, rates, first=10)
+    return params
+
+
 # The formulas.
 
 
@@ -285,13 +295,8 @@ def test_differentiable_steps_do_the_same(name, how, target):
     outcomes = []
     for differentiable in (False, True):
         leaves = make_params()
-        params = [leaf.clone() for leaf in leaves] if differentiable else leaves
-        optimizer = make(
-            *(name, params, policy_of(how, target)),
-            differentiable=differentiable,
-            foreach=False,
-        )
-        train(optimizer, params, RATES[:3], first=10)
+        policy = policy_of(how, target)
+        params = trained_copies(name, leaves, policy, differentiable, RATES[:3])
         outcomes.append([param.detach() for param in params])
         if differentiable:
             sum(param.sum() for param in params).backward()
@@ -504,13 +509,8 @@ def test_dtypes_may_be_mixed_in_a_step_that_is_traced(name, how, target):
     for differentiable in (False, True):
         single, double = make_params(torch.float32), make_params(torch.float64)
         leaves = [each for pair in zip(single, double) for each in pair]
-        params = [leaf.clone() for leaf in leaves] if differentiable else leaves
-        optimizer = make(
-            *(name, params, policy_of(how, target)),
-            differentiable=differentiable,
-            foreach=False,
-        )
-        train(optimizer, params, RATES[:2], first=10)
+        policy = policy_of(how, target)
+        params = trained_copies(name, leaves, policy, differentiable, RATES[:2])
         outcomes.append([param.detach() for param in params])
     assert_same(*outcomes, **TRACED)
 

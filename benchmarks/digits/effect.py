@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -100,28 +100,41 @@ def show(decays: Sequence[float], seeds: int, epochs: int) -> list[dict[str, Any
     return results
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+class Study(NamedTuple):
+    """A comparison over decays and seeds, with what it does if nothing else is said."""
+
+    name: str
+    description: str | None
+    images: int
+    decays: Sequence[float]
+    seeds: int
+    epochs: int
+    show: Callable[[Sequence[float], int, int], list[dict[str, Any]]]
+
+
+def run(study: Study, arguments: Sequence[str] | None) -> int:
+    """Print the table of a study, and save it if that is asked for."""
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.digits.effect", description=__doc__
+        f"python -m benchmarks.digits.{study.name}", description=study.description
     )
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--decays", type=float, nargs="+", default=DECAYS)
+    parser.add_argument("--seeds", type=int, default=study.seeds)
+    parser.add_argument("--epochs", type=int, default=study.epochs)
+    parser.add_argument("--decays", type=float, nargs="+", default=study.decays)
     parser.add_argument("--json", type=Path, help="file to write the results to")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    require("sklearn")
+    results = study.show(options.decays, options.seeds, options.epochs)
+    if options.json:
+        own = {"images": study.images, "epochs": options.epochs, "seeds": options.seeds}
+        told = {"torch": torch.__version__, **own, "results": results}
+        options.json.write_text(json.dumps(told, indent=1) + "\n")
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, and save it if that is asked for."""
-    options = parse(arguments)
-    require("sklearn")
-    results = show(options.decays, options.seeds, options.epochs)
-    if options.json:
-        setting = {"images": IMAGES, "epochs": options.epochs, "seeds": options.seeds}
-        told = {"torch": torch.__version__, **setting, "results": results}
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
-    return 0
+    study = Study("effect", __doc__, IMAGES, DECAYS, SEEDS, EPOCHS, show)
+    return run(study, arguments)
 
 
 if __name__ == "__main__":

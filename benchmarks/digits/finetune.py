@@ -7,17 +7,11 @@ not seen. L2-SP of Li et al. 2018 is the same question on larger networks.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks import require
-from benchmarks.digits.effect import few, spread
+from benchmarks.digits.effect import Study, few, run, spread
 from benchmarks.digits.networks import NETWORKS, build
 from benchmarks.digits.training import (
     Data,
@@ -104,21 +98,8 @@ def show(decays: Sequence[float], seeds: int, epochs: int) -> list[dict[str, Any
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, and save it if that is asked for."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.digits.finetune", description=__doc__
-    )
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--decays", type=float, nargs="+", default=DECAYS)
-    parser.add_argument("--json", type=Path, help="file to write the results to")
-    options = parser.parse_args(arguments)
-    require("sklearn")
-    results = show(options.decays, options.seeds, options.epochs)
-    if options.json:
-        setting = {"images": IMAGES, "epochs": options.epochs, "seeds": options.seeds}
-        told = {"torch": torch.__version__, **setting, "results": results}
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
-    return 0
+    study = Study("finetune", __doc__, IMAGES, DECAYS, SEEDS, EPOCHS, show)
+    return run(study, arguments)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,23 @@ def steps_within(arm: Arm, clock: Clock, seconds: float) -> int:
     return int(min(20, max(2, seconds / (time.perf_counter() - start))))
 
 
+@contextmanager
+def collecting_by_hand() -> Iterator[None]:
+    """Collect garbage now, and then only where the block does."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def in_turn(arms: Sequence[Arm], turn: int) -> Sequence[Arm]:
+    """Put the arms into the order of a round: each round begins with another."""
+    first = turn % len(arms)
+    return (*arms[first:], *arms[:first])
+
+
 def interleave(
     arms: Sequence[Arm], clock: Clock, rounds: int, seconds: float
 ) -> dict[str, list[list[float]]]:
@@ -153,16 +170,11 @@ def interleave(
     """
     steps = {arm.name: steps_within(arm, clock, seconds) for arm in arms}
     times: dict[str, list[list[float]]] = {arm.name: [] for arm in arms}
-    gc.collect()
-    gc.disable()
-    try:
+    with collecting_by_hand():
         for turn in range(rounds):
-            first = turn % len(arms)
-            for arm in (*arms[first:], *arms[:first]):
+            for arm in in_turn(arms, turn):
                 times[arm.name].append(visit(arm, clock, steps[arm.name]))
             gc.collect()
-    finally:
-        gc.enable()
     return times
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.step.arms import Arm
 from benchmarks.step.gpu.device import Device
+from benchmarks.step.measure import collecting_by_hand, in_turn
 
 # Launches that wait for a device at a time: beyond some 1,000, CUDA has the host wait.
 QUEUE = 900
@@ -129,16 +130,11 @@ def measure(
     """
     deadline = time.monotonic() + limit
     all_times = {arm.name: learn(device, arm) for arm in arms}
-    gc.collect()
-    gc.disable()
-    try:
+    with collecting_by_hand():
         for turn in range(rounds):
-            first = turn % len(arms)
-            for arm in (*arms[first:], *arms[:first]):
+            for arm in in_turn(arms, turn):
                 visit(device, arm, all_times[arm.name])
             if time.monotonic() > deadline:
                 break
             gc.collect()
-    finally:
-        gc.enable()
     return all_times
