@@ -46,7 +46,9 @@ __all__ = [
     "decay_report",
     "deciding_for",
     "layerwise_groups",
+    "param_groups",
     "policies",
     "proportional_to_lr",
     "schedules",
+    "selective",
 ]

@@ -32,6 +32,15 @@ def test_help_lists_the_public_names():
     assert all(name in functions for name in ("decay_report", "deciding_for"))
 
 
+def test_a_star_gives_every_public_name():
+    given = {}
+    exec("from selective_optim import *", given)
+    code = (ROOT / "selective_optim" / "__init__.py").read_text()
+    imported = re.findall(r"^from \S+ import (\w+) as \1$", code, re.M)
+    assert len(imported) > 15
+    assert given.keys() - {"__builtins__"} == set(imported)
+
+
 def test_dir_of_policies_lists_the_public_names_alone():
     assert dir(policies) == sorted(policies.__all__)
     assert not [name for name in dir(policies) if name.startswith("_")]
