@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim._beginnings import base_rate, begun, beside, is_rate
+from selective_optim._arguments import require_numbers
 from selective_optim._decision_table import (
     DecisionTable,
     Group,
@@ -22,7 +22,7 @@ from selective_optim._decision_table import (
     may_be,
     trusted_names,
 )
-from selective_optim._text import require_numbers
+from selective_optim._initial_values import base_rate, begun, beside, is_rate
 from selective_optim._warnings import warn_if_idle, warn_of_misspelt
 from selective_optim.decay import FULL, Decision
 from selective_optim.parameters import (

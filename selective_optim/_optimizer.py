@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from selective_optim import _torch
+from selective_optim._arguments import require_numbers
 from selective_optim._decider import OWN_KEYS, Decider
+from selective_optim._deciding_for import given
 from selective_optim._state_dict import (
     RECORD,
     Decided,
@@ -22,17 +24,19 @@ from selective_optim._state_dict import (
     require_dict,
     require_loadable,
 )
-from selective_optim._text import require_numbers, warn
-from selective_optim._warnings import warn_of_changes, warn_of_lost_inits
+from selective_optim._warnings import (
+    warn_of_changes,
+    warn_of_lost_inits,
+    warn_of_lost_policy,
+)
 from selective_optim.decay import Decay, Form, Terms
-from selective_optim.factories import given
 from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy
 from selective_optim.report import DecayReport, make_report
 from selective_optim.step.cells import Member
 from selective_optim.step.fused import free_choice
+from selective_optim.step.grad_scaler import NO_SCALING, Scaling, scaling_of
 from selective_optim.step.kernel import Kernel, States
-from selective_optim.step.scaling import NO_SCALING, Scaling
 from selective_optim.step.stepper import Stepper
 
 Model = nn.Module | Sequence[nn.Module] | None
@@ -92,11 +96,7 @@ class PolicyOptimizer(torch.optim.Optimizer):
         """
         for other in [each for each in alive if each is not self]:
             if policy := other._decider.decided_by(group["params"]):
-                warn(
-                    f"a group comes from an optimizer whose `wd_policy` is {policy!r}, "
-                    f"and decays in full here. Pass wd_policy={policy!r}, or 'all' if "
-                    f"that is meant."
-                )
+                warn_of_lost_policy(policy)
                 return
 
     @property
@@ -228,11 +228,7 @@ class SelectiveOptimizer(PolicyOptimizer):
             for group in self.param_groups:
                 self._step_traced(group)
             return loss
-        # GradScaler lays its tensors here for the time of a step if the optimizer
-        # says that it takes them (torch/amp/grad_scaler.py, 2.7 to 2.15).
-        scaling = Scaling(
-            getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        )
+        scaling = scaling_of(self)
         if type(self)._init_group is SelectiveOptimizer._init_group:
             self._stepper.step(self.param_groups, self._members, self._states, scaling)
         else:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial, wraps
 from importlib import import_module
 from itertools import repeat
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -259,20 +259,18 @@ class TensorProof:
         return bool(self._guards.check(*tensors))
 
 
-_unscale = _find(
-    "torch:_amp_foreach_non_finite_check_and_unscale_", f"unscaling {EACH}"
+sparse_values = methodcaller("_values")  # those that are stored, as one tensor
+
+
+def _unscale_each_(grads: Sequence[Tensor], _: Tensor, inverse: Tensor) -> None:
+    _mul_each_(grads, inverse)
+
+
+amp_unscale_ = _find(
+    "torch:_amp_foreach_non_finite_check_and_unscale_",
+    f"unscaling {EACH}",
+    _unscale_each_,
 )
-
-
-def unscale_(grads: Sequence[Tensor], grad_scale: Tensor) -> None:
-    """Divide gradients of one device by the scale, as ``GradScaler.unscale_`` does."""
-    device = grads[0].device
-    inverse = grad_scale.double().reciprocal().float().to(device)
-    values = [grad._values() if grad.is_sparse else grad for grad in grads]
-    if _unscale is None:
-        _mul_each_(values, inverse)
-    else:
-        _unscale(values, torch.zeros((), dtype=torch.float32, device=device), inverse)
 
 
 def check_graph_capture(optimizer: torch.optim.Optimizer) -> None:

@@ -1,13 +1,16 @@
-"""What is told and not refused: nothing decays, a key is misspelt, a policy changed."""
+"""What is told and not refused, as that nothing decays or a policy changed."""
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from difflib import SequenceMatcher
 from itertools import chain
 from typing import Any, TypeVar
 
-from selective_optim._text import warn
+import torch
+
 from selective_optim.decay import Decision, is_zero, target_text
 
 SHOWN = 3  # parameters that a warning names
@@ -15,6 +18,19 @@ SHOWN = 3  # parameters that a warning names
 # and "weight_decays" 0.96. Keys that others put there are less: "lr_scale" is 0.4.
 RESEMBLANCE = 0.85
 P = TypeVar("P")
+
+
+def warn(message: str) -> None:
+    """Warn at the line, outside this library and torch, that led here."""
+    # From Python 3.12 on, `skip_file_prefixes` of warnings.warn does this.
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in ("selective_optim", "torch", "contextlib")
 
 
 def warn_if_idle(
@@ -42,6 +58,25 @@ def warn_if_idle(
             f"`wd_policy` {policy!r} exempts all {len(multipliers)} parameters. "
             f"Pass weight_decay=0 instead if nothing is to decay."
         )
+
+
+def warn_of_lost_policy(policy: object) -> None:
+    """Warn that a group was another optimizer's, whose policy it does not bring."""
+    warn(
+        f"a group comes from an optimizer whose `wd_policy` is {policy!r}, "
+        f"and decays in full here. Pass wd_policy={policy!r}, or 'all' if "
+        f"that is meant."
+    )
+
+
+def warn_of_vanishing(label: str, dtype: torch.dtype, fused: bool) -> None:
+    """Warn that a parameter in half precision loses its decay to rounding."""
+    other = "" if fused else ", or use fused Adam or AdamW, which decay in float32"
+    warn(
+        f"1 - lr * weight_decay rounds to 1 or to its neighbor in "
+        f"{str(dtype).removeprefix('torch.')}, so {label} hardly decays. Keep the "
+        f"parameters in float32{other}."
+    )
 
 
 def warn_of_misspelt(group: Iterable[Any], known: Collection[str]) -> None:

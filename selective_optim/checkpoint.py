@@ -14,7 +14,6 @@ this library gives torch's hand-split exempt group the full decay. Set
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count, islice
@@ -22,6 +21,11 @@ from typing import Any
 
 from torch import nn
 
+from selective_optim._canonical_names import (
+    canonical_name,
+    told_apart,
+    without_wrappers,
+)
 from selective_optim._state_dict import (
     MEMBERS,
     PARTS,
@@ -30,7 +34,7 @@ from selective_optim._state_dict import (
     require_whole,
 )
 from selective_optim._text import received, shape_text
-from selective_optim.parameters import as_modules, canonical_name, without_wrappers
+from selective_optim.parameters import as_modules
 
 StateDict = dict[str, Any]
 Hyper = dict[str, Any]  # of a group: all but its parameters and their names
@@ -66,16 +70,6 @@ def form_of(hyper: Hyper) -> str | None:
     if "betas" in hyper and "decoupled_weight_decay" not in hyper:
         return None
     return "decoupled" if hyper.get("decoupled_weight_decay") else "l2"
-
-
-def told_apart(names: Sequence[str]) -> list[str]:
-    """Make names canonical, but for those that a parametrization's parameters share."""
-    canonical = list(map(canonical_name, names))
-    bearers = Counter(canonical)
-    return [
-        short if bearers[short] == 1 else without_wrappers(name)
-        for name, short in zip(names, canonical)
-    ]
 
 
 def _require_lists(names: object) -> None:

@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from selective_optim import _torch
+from selective_optim._canonical_names import canonical_name, name_of_its_own
 from selective_optim._text import received, shape_of
 
 
@@ -162,31 +163,6 @@ def as_modules(model: object) -> list[nn.Module]:
 # Iterators that hand on what others yield. What one refers to is what it reads.
 RELAYS: tuple[type, ...] = (filter, map, chain, type(iter([])), type(iter(())))
 Path = tuple[nn.Module, ...]
-
-
-def canonical_name(name: str) -> str:
-    """Strip what wrappers and parametrizations add to a dotted name."""
-    *modules, leaf = without_wrappers(name).split(".")
-    if modules[-2:-1] == ["parametrizations"] and leaf.startswith("original"):
-        *modules, _, leaf = modules
-    return ".".join([*modules, leaf])
-
-
-def without_wrappers(name: str) -> str:
-    """Strip what wrappers add to a dotted name, and nothing else."""
-    *modules, leaf = name.split(".")
-    return ".".join([*(part for part in modules if part not in _torch.WRAPPERS), leaf])
-
-
-def name_of_its_own(name: str) -> str | None:
-    """Return what tells a parametrization's several parameters apart, if they are.
-
-    One that made one parameter of one calls it ``original``, without a number.
-    """
-    plain = without_wrappers(name)
-    *_, above, _, leaf = ("", "", *plain.split("."))
-    numbered = above == "parametrizations" and leaf.removeprefix("original").isdigit()
-    return plain if numbered else None
 
 
 @dataclass(frozen=True)

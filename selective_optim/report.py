@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._text import aligned, received, require_decay
+from selective_optim._arguments import require_decay
+from selective_optim._text import aligned, received
 from selective_optim.decay import FORMS, FULL, Decision, Form, Target, target_text
 from selective_optim.parameters import (
     ModelIndex,

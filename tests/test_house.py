@@ -24,9 +24,10 @@ FILES = {
 # From the ground up; a room imports from lower floors, and from its own wing.
 FLOORS = [
     ("_torch", "_text", "decay"),
-    ("parameters", "step", "schedules", "_warnings"),
-    ("policies", "_state_dict", "_beginnings"),
-    ("checkpoint", "factories", "layers", "report", "_decision_table"),
+    ("_arguments", "_canonical_names", "_warnings"),
+    ("parameters", "step", "schedules"),
+    ("policies", "_state_dict", "_initial_values"),
+    ("checkpoint", "_deciding_for", "layers", "report", "_decision_table"),
     ("_decider",),
     ("_optimizer", "audit"),
     ("sgd", "adam", "adamw"),
@@ -97,7 +98,7 @@ def function_lengths() -> dict[str, int]:
 
 
 # Triton compiles one function and what it inlines; a kernel in pieces reads no better.
-KERNELS = "step.many_rates.adamw"
+KERNELS = "step.triton_adamw.adamw"
 
 
 def test_functions_stay_short():
@@ -109,8 +110,8 @@ def test_functions_stay_short():
 
 @pytest.mark.parametrize("wing", ["policies", "step"])
 def test_a_wing_knows_only_the_vocabulary_that_both_share(wing):
-    about_parameters = {"parameters", "_text"}
-    known = {"policies": about_parameters, "step": {"_text"}}[wing]
+    about_parameters = {"parameters", "_canonical_names", "_text"}
+    known = {"policies": about_parameters, "step": {"_warnings"}}[wing]
     own = [path for name, path in FILES.items() if room_of(name) == wing]
     imported = {room_of(other) for path in own for other in imports_of(path)}
     assert imported - {wing} <= {"decay", "_torch"} | known

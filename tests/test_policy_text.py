@@ -29,8 +29,8 @@ from selective_optim.policies import (
     towards,
 )
 from selective_optim.policies.named import NAMED
+from selective_optim.policies.parser import PolicyTextError
 from selective_optim.policies.selectors import Selector, as_selector
-from selective_optim.policies.text import PolicyTextError
 from tests.test_errors import whole
 
 

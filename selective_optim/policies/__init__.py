@@ -7,7 +7,7 @@ it as a name, a mapping, a callable, or an expression of :func:`exclude`,
 How a verdict comes about, in the order of time:
 
 1. ``as_policy`` (``named``) makes a policy of what the user wrote: a name is looked
-   up, a text that is more is read (``text``), a mapping becomes ``first_match``, a
+   up, a text that is more is read (``parser``), a mapping becomes ``first_match``, a
    callable a ``Function``.
 2. Selectors (``selectors``) are what a policy asks: globs, classes, modules,
    predicates. The predicates rest on ``recognition``: a bias by the name of the

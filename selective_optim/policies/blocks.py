@@ -13,8 +13,8 @@ from numbers import Real
 from torch import nn
 
 from selective_optim import _torch
+from selective_optim._canonical_names import canonical_name
 from selective_optim._text import received
-from selective_optim.parameters import canonical_name
 from selective_optim.policies.recognition import has_parameters, norm_module
 
 Layers = str | Sequence[str] | None

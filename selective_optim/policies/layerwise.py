@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from selective_optim import _torch
+from selective_optim._canonical_names import canonical_name
 from selective_optim.decay import Decay, Verdict
-from selective_optim.parameters import ParameterInfo, canonical_name
+from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
 from selective_optim.policies.blocks import (
     Layers,

@@ -16,6 +16,7 @@ from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
 from selective_optim.policies.layerwise import layerwise
 from selective_optim.policies.markers import marked
+from selective_optim.policies.parser import PREDICATES, is_expression, read_policy
 from selective_optim.policies.recipes import RECIPES
 from selective_optim.policies.rules import (
     Function,
@@ -36,7 +37,6 @@ from selective_optim.policies.selectors import (
     is_norm,
     is_vector,
 )
-from selective_optim.policies.text import PREDICATES, is_expression, read_policy
 
 NAMED: dict[str, Policy] = {
     "all": only(everything),

@@ -17,7 +17,7 @@ from selective_optim import _torch
 from selective_optim.decay import EXEMPT, FULL, Verdict
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
-from selective_optim.policies.markers import (
+from selective_optim.policies.no_weight_decay import (
     MARK,
     Lists,
     of_any_module,

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from selective_optim._decider import Decider
+from selective_optim._deciding_for import given
 from selective_optim._optimizer import Model
 from selective_optim._text import aligned
 from selective_optim.decay import FULL, Decision
-from selective_optim.factories import given
 from selective_optim.report import DecayReport, Row, make_row
 from selective_optim.split.optimizer import Arrivals
 from selective_optim.split.parts import WD, Group, by_terms, members, wd_of

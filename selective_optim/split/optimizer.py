@@ -11,6 +11,7 @@ from typing import Any
 
 from selective_optim import _torch
 from selective_optim._decider import Decider
+from selective_optim._deciding_for import given
 from selective_optim._optimizer import Model, PolicyOptimizer
 from selective_optim._state_dict import (
     MEMBERS,
@@ -20,7 +21,6 @@ from selective_optim._state_dict import (
 )
 from selective_optim._warnings import warn_of_changes
 from selective_optim.decay import Form
-from selective_optim.factories import given
 from selective_optim.split import refusals
 from selective_optim.split.parts import (
     COMPUTED,

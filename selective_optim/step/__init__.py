@@ -20,9 +20,9 @@ How a step works, in the order of time:
    called on one thread, see ``cells.ALONE``. ``kernel`` and its two kinds,
    ``adam_kernel`` and ``sgd_kernel``, turn a setting and lists of tensors into calls.
    What torch's kernel cannot decay, towards a target or where the update agrees, is a
-   pass ahead of it (``ahead``), and the kernel then decays nothing. ``Kernel.share``
-   parts the work.
-   ``many_rates`` makes many calls of AdamW one, where that is asked for.
+   pass ahead of it (``decay_ahead``), and the kernel then decays nothing.
+   ``Kernel.share`` parts the work. ``triton_adamw`` makes many calls of AdamW one,
+   where that is asked for.
 4. What must still hold at the next step is written down in ``guards``. Numbers, lists
    of parameters and parameters are compared by identity: only someone outside can
    replace them, and nobody can make two objects one. What can be edited in place (a
@@ -42,7 +42,7 @@ How a step works, in the order of time:
    by one addition. Before the state is lent each becomes a tensor of its own.
 8. The calls run without a line of Python between them (``Plan._perform``), so that an
    interrupt comes before the first or after the last. Functional buckets, which may
-   raise, go first. Under a ``GradScaler`` (``scaling``) counters fall back where it
+   raise, go first. Under a ``GradScaler`` (``grad_scaler``) counters fall back where it
    dropped the step; nothing waits for the device.
 
 A compiled or differentiable step takes none of this: ``Kernel.traced`` calls torch's

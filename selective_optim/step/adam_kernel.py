@@ -12,7 +12,8 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim.decay import Decay, Form, Terms
-from selective_optim.step.ahead import ahead_calls, decay_ahead_
+from selective_optim.step.decay_ahead import ahead_calls, decay_ahead_
+from selective_optim.step.grad_scaler import NO_SCALING, Scaling
 from selective_optim.step.kernel import (
     Batch,
     Call,
@@ -22,7 +23,6 @@ from selective_optim.step.kernel import (
     State,
     lr_on_device,
 )
-from selective_optim.step.scaling import NO_SCALING, Scaling
 
 # What torch's functional is told and its fused kernel is not.
 CHOICES = ("capturable", "differentiable", "foreach", "fused", "decoupled_weight_decay")
@@ -163,13 +163,6 @@ class AdamKernel(Kernel):
         scaling = decay_ahead_(setting, batch, self.direction, scaling)
         given = {} if scaling == NO_SCALING else scaling._asdict()
         _torch.adam(*lists, has_complex=flag, **setting.arguments, **given)
-
-    def multiplied(self, setting: Setting, fused: bool) -> float | Tensor:
-        if setting.ahead is not None:
-            return setting.shrinks
-        own = setting.arguments
-        outside = own["decoupled_weight_decay"] and not fused
-        return own["lr"] * own["weight_decay"] if outside else 0.0
 
     def hyperparameters(self, group: Group) -> Iterable[tuple[str, Any]]:
         return [

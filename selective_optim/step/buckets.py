@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, compress, pairwise, starmap
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim.step.cells import Cell, Key
 from selective_optim.step.fused import counts_beside, fusable, joins
+from selective_optim.step.grad_scaler import Scaling, step_unless, unscale_
 from selective_optim.step.guards import flat
 from selective_optim.step.kernel import Batch, Kernel, Setting, State, States
-from selective_optim.step.scaling import Scaling
 
 Lists = Sequence[list[Tensor]]
 
@@ -157,30 +156,13 @@ class FunctionalBucket(Bucket):
             return
         owns = [states[p] if self.entries else {} for p in present]
         if scaling.grad_scale is not None:
-            _torch.unscale_(theirs, scaling.grad_scale)
+            unscale_(theirs, scaling.grad_scale)
+        functional = self._kernel.functional
+        step = partial(functional, self.setting, present, theirs, owns, targets)
         if scaling.found_inf is None:
-            self._kernel.functional(self.setting, present, theirs, owns, targets)
-        else:
-            self._step_unless(scaling.found_inf, present, theirs, owns, targets)
-
-    def _step_unless(
-        self,
-        found_inf: Tensor,
-        params: list[Tensor],
-        grads: list[Tensor],
-        owns: list[State],
-        targets: list[Tensor],
-    ) -> None:
-        """Step, and undo it where infinity was found, without asking a device."""
-        # On the CPU nothing is waited for; and a momentum buffer that is yet to begin
-        # must not: torch's functional makes it, and only the host can leave it out.
-        if found_inf.is_cpu or not self._have_begun(owns):
-            if not found_inf.item():
-                self._kernel.functional(self.setting, params, grads, owns, targets)
+            step()
             return
-        touched = [*params, *(own[entry] for own in owns for entry in self.entries)]
-        shards = list(map(_torch.shard_of, touched))
-        before = [shard.clone() for shard in shards]
-        self._kernel.functional(self.setting, params, grads, owns, targets)
-        for shard, old in zip(shards, before, strict=True):
-            shard.copy_(torch.where(found_inf.to(shard.device).bool(), old, shard))
+        touched: list[Tensor] | None = None
+        if self._have_begun(owns):
+            touched = [*present, *(own[e] for own in owns for e in self.entries)]
+        step_unless(scaling.found_inf, step, touched)

@@ -1,4 +1,4 @@
-"""What must still hold for a plan to be replayed.
+"""Comparisons by which ``Plan.current_grads`` tells whether a plan can be replayed.
 
 Identity suffices for what only someone outside can replace: numbers, lists of
 parameters, the parameters themselves. What every backward pass makes anew, and

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim.decay import FORMS, Decay, Form, Target, Terms, is_zero
-from selective_optim.step.scaling import NO_SCALING, Scaling
+from selective_optim.step.grad_scaler import NO_SCALING, Scaling
 
 Group = dict[str, Any]
 Groups = Sequence[Group]
@@ -63,14 +63,6 @@ class Setting(NamedTuple):
         """Tell whether calls must be bound anew at every step: a tensor may change."""
         own = isinstance(self.arguments["lr"], Tensor)
         return own or (self.ahead is not None and isinstance(self.ahead.wd, Tensor))
-
-    @property
-    def shrinks(self) -> float | Tensor:
-        """By what share parameters shrink ahead of the kernel, or move; 0 if not."""
-        if self.ahead is None or self.ahead.applied == "l2":
-            return 0.0
-        share: float | Tensor = self.arguments["lr"] * self.ahead.wd
-        return share
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -274,10 +266,6 @@ class Kernel:
     def keep(self, states: States, lists: list[list[Any]]) -> None:
         """Write into the state what a step on lists made anew."""
 
-    def multiplied(self, setting: Setting, fused: bool) -> float | Tensor:
-        """Return by what share parameters shrink in a multiply of its own, or 0."""
-        raise NotImplementedError  # pragma: no cover
-
     def takes_numbers(self, group: Group) -> bool:
         """Tell whether fused kernels take the hyperparameters.
 
@@ -307,7 +295,7 @@ def _rate(lr: Tensor) -> float | Tensor:
     return lr.item() if readable else lr
 
 
-def require_numbers(kernel: Kernel, groups: Groups) -> None:
+def require_no_nan(kernel: Kernel, groups: Groups) -> None:
     """Check hyperparameters that may have been edited since construction.
 
     What torch steps with, it steps with here, a negative rate included.
@@ -329,13 +317,24 @@ def lr_on_device(lr: float | Tensor, params: Sequence[Tensor]) -> float | Tensor
     """Move a tensor learning rate to its parameters, as torch does; the CPU stays."""
     if isinstance(lr, Tensor) and not lr.is_cpu and params:
         device = params[0].device
-        # See `Scalings.on` in `scaling`.
+        # See `Scalings.on` in `grad_scaler`.
         return lr.to(device, non_blocking=device.type != "cpu")
     return lr
 
 
-def rounds_away(rate: float | Tensor, dtype: torch.dtype) -> bool:
-    """Tell whether ``1 - rate`` is 1, or next to it, in half precision."""
+def decay_vanishes(setting: Setting, fused: bool, dtype: torch.dtype) -> bool:
+    """Tell whether ``1 - lr * wd`` is 1 in half precision, or next to it.
+
+    Fused kernels decay in float32, and L2 adds to the gradient: only a multiply of its
+    own rounds, ahead of the kernel or in torch's functional.
+    """
+    own, ahead = setting.arguments, setting.ahead
+    wd: float | Tensor = 0.0
+    if ahead is not None:
+        wd = 0.0 if ahead.applied == "l2" else ahead.wd
+    elif not fused and own.get("decoupled_weight_decay"):
+        wd = own["weight_decay"]
+    rate = own["lr"] * wd
     if dtype not in _torch.HALF or isinstance(rate, Tensor):
         return False
-    return 0 < rate < torch.finfo(dtype).eps / 2
+    return bool(0 < rate < torch.finfo(dtype).eps / 2)

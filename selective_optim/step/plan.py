@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.step import many_rates
+from selective_optim.step import triton_adamw
 from selective_optim.step.buckets import Bucket, FunctionalBucket, FusedBucket
 from selective_optim.step.cells import Cell, Member, make_cells
 from selective_optim.step.counters import Advance, Counters
+from selective_optim.step.grad_scaler import NO_SCALING, Scaling, Scalings
 from selective_optim.step.guards import (
     GroupsGuard,
     TensorsGuard,
@@ -38,10 +39,9 @@ from selective_optim.step.kernel import (
     Kernel,
     Setting,
     States,
-    require_numbers,
-    rounds_away,
+    decay_vanishes,
+    require_no_nan,
 )
-from selective_optim.step.scaling import NO_SCALING, Scaling, Scalings
 
 _call = methodcaller("__call__")
 _layout_of = attrgetter("layout")
@@ -117,7 +117,7 @@ class Plan:
         lent: bool,
         stepping: Mapping[int, object],
     ) -> None:
-        require_numbers(kernel, groups)
+        require_no_nan(kernel, groups)
         for member in members:
             grad = member.param.grad
             if grad is not None and grad.is_sparse:
@@ -208,8 +208,7 @@ class Plan:
     def _find_vanishing(self) -> Bucket | None:
         """Return a bucket whose decay is lost to rounding, if there is one."""
         for bucket in self._buckets:
-            rate = self._kernel.multiplied(bucket.setting, bucket.key.fused)
-            if rounds_away(rate, bucket.key.dtype):
+            if decay_vanishes(bucket.setting, bucket.key.fused, bucket.key.dtype):
                 return bucket
         return None
 
@@ -321,7 +320,7 @@ class Plan:
             return False
         if self.changed(groups):
             return False
-        require_numbers(self._kernel, groups)
+        require_no_nan(self._kernel, groups)
         self._settle(groups)
         self._guard.take(groups)
         return True
@@ -452,8 +451,8 @@ class Plan:
             ends.append(len(calls))
         if alone:
             calls.append(self._on(self._threads))
-        if len(calls) >= many_rates.FEWEST and many_rates.switched_on():
-            calls, ends = many_rates.join(calls, ends)
+        if len(calls) >= triton_adamw.FEWEST and triton_adamw.switched_on():
+            calls, ends = triton_adamw.join(calls, ends)
         return Program(
             before=advance.by(lambda device: 1.0),
             calls=calls,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim.decay import Decay, Form, Terms, is_zero
-from selective_optim.step.ahead import ahead_calls, decay_ahead_
+from selective_optim.step.decay_ahead import ahead_calls, decay_ahead_
+from selective_optim.step.grad_scaler import NO_SCALING, Scaling
 from selective_optim.step.kernel import (
     Batch,
     Call,
@@ -22,7 +23,6 @@ from selective_optim.step.kernel import (
     States,
     lr_on_device,
 )
-from selective_optim.step.scaling import NO_SCALING, Scaling
 
 
 class SGDKernel(Kernel):
@@ -172,9 +172,6 @@ class SGDKernel(Kernel):
         params, _, buffers = lists
         for param, buffer in zip(params, buffers):
             states[param]["momentum_buffer"] = buffer
-
-    def multiplied(self, setting: Setting, fused: bool) -> float | Tensor:
-        return setting.shrinks
 
     def hyperparameters(self, group: Group) -> Iterable[tuple[str, Any]]:
         names = ("lr", "momentum", "dampening", "weight_decay")

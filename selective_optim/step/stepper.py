@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim._text import warn
-from selective_optim.step.buckets import Bucket
+from selective_optim._warnings import warn_of_vanishing
 from selective_optim.step.cells import Member
 from selective_optim.step.counters import Counters
 from selective_optim.step.fused import counts_beside, fused_choice, wants_fused
+from selective_optim.step.grad_scaler import Scaling
 from selective_optim.step.guards import params_of
 from selective_optim.step.kernel import Groups, Kernel, State, States
 from selective_optim.step.plan import Plan
-from selective_optim.step.scaling import Scaling
 
 Place = tuple[torch.dtype, torch.device]
 
@@ -142,7 +141,8 @@ class Stepper:
             plan = self._new_plan(groups, members(), states)
             grads = plan.first_grads()
         if plan.vanishing is not None and not self._warned:
-            self._warn_of_vanishing(plan.vanishing)
+            self._warned, key = True, plan.vanishing.key
+            warn_of_vanishing(plan.vanishing.label, key.dtype, key.fused)
         try:
             plan.run(grads, states, scaling)
         except BaseException:
@@ -177,16 +177,6 @@ class Stepper:
         for group in groups:
             for param in group["params"]:
                 self.kernel.unbegin(states.get(param) or {}, group)
-
-    def _warn_of_vanishing(self, bucket: Bucket) -> None:
-        self._warned = True
-        dtype = str(bucket.key.dtype).removeprefix("torch.")
-        fused = ", or use fused Adam or AdamW, which decay in float32"
-        warn(
-            f"1 - lr * weight_decay rounds to 1 or to its neighbor in {dtype}, so "
-            f"{bucket.label} hardly decays. Keep the parameters in float32"
-            f"{'' if bucket.key.fused else fused}."
-        )
 
     def _follow_moved(
         self, groups: Groups, members: Sequence[Member], states: States

@@ -26,7 +26,7 @@ from benchmarks.step.measure import clock_for, spread, warm_up
 from benchmarks.step.once import first_steps
 from benchmarks.step.results import Effort, step_bytes, workloads
 from benchmarks.step.workload import Workload
-from selective_optim.step.many_rates import SWITCH, switched_on
+from selective_optim.step.triton_adamw import SWITCH, switched_on
 
 FUSED_GRAPH, OURS_GRAPH = f"{FUSED}, graph", f"{OURS}, graph"
 ONE_LAUNCH = f"{OURS}, Triton"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim.decay import is_zero
+from selective_optim.step.grad_scaler import Scaling, unless_dropped, unscale_
 from selective_optim.step.kernel import (
     PLAIN,
     Ahead,
@@ -29,7 +30,6 @@ from selective_optim.step.kernel import (
     Setting,
     lr_on_device,
 )
-from selective_optim.step.scaling import Scaling
 
 # Elements that are at hand at a time. On ResNet-50 and two cores 2 ** 17 to 2 ** 19
 # were level, and all at once took five to nine times as long. A GPU wants few launches.
@@ -72,7 +72,7 @@ def ahead_calls(
     calls: list[Call] = []
     if ahead.applied != "decoupled" and scaling.grad_scale is not None:
         # The pass reads gradients, or writes to them, as they are without the scale.
-        calls.append(partial(_torch.unscale_, batch.grads, scaling.grad_scale))
+        calls.append(partial(unscale_, batch.grads, scaling.grad_scale))
         scaling = scaling._replace(grad_scale=None)
     if ahead.applied == "l2":
         wd = -ahead.wd if maximize else ahead.wd
@@ -109,9 +109,8 @@ def _shrink_unless_(
     params: list[Tensor], factor: float | Tensor, found_inf: Tensor
 ) -> None:
     """Multiply in place where no infinity was found, without asking the device."""
-    dropped = found_inf.bool()
     for param in params:
-        param.copy_(torch.where(dropped, param, param * factor))
+        param.copy_(unless_dropped(found_inf, param * factor, param))
 
 
 class Piece(NamedTuple):
@@ -147,7 +146,7 @@ def _move_(
                 offset = _agreeing(offset, direction(_joined(piece.grads), moments))
             moved = _less(joined, offset, rate)
             if found_inf is not None:
-                moved = torch.where(found_inf.bool(), joined, moved)
+                moved = unless_dropped(found_inf, moved, joined)
             _write_(piece.into, moved)
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import selective_optim
 from selective_optim import _torch
-from selective_optim.step import many_rates
-from selective_optim.step.many_rates import SWITCH, OneLaunch, join
+from selective_optim.step import triton_adamw
+from selective_optim.step.triton_adamw import SWITCH, OneLaunch, join
 from tests.support.compare import assert_same
 from tests.support.devices import on_cuda
 
@@ -26,7 +26,7 @@ RATES = [0.05 * (i + 1) for i in range(12)]
 SHAPES = [(5, 4), (4,), (1,), (1023,), (1024,), (1025,), (50, 41), (7, 3)]
 BETAS, EPS = (0.9, 0.999), 1e-8
 needs_triton = pytest.mark.skipif(
-    not many_rates.find_spec("triton") or not many_rates.find_spec("numpy"),
+    not triton_adamw.find_spec("triton") or not triton_adamw.find_spec("numpy"),
     reason="Triton interprets with numpy",
 )
 
@@ -35,14 +35,14 @@ needs_triton = pytest.mark.skipif(
 def interpreted(monkeypatch):
     """Have the CPU run the kernels, and let its tensors pass."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
-    many_rates.kernels()  # gives them their language
+    triton_adamw.kernels()  # gives them their language
     made = [
         interpreter.InterpretedFunction(kernel)
-        for kernel in (many_rates.gather, many_rates.adamw)
+        for kernel in (triton_adamw.gather, triton_adamw.adamw)
     ]
-    monkeypatch.setattr(many_rates, "kernels", lambda: made)
-    monkeypatch.setattr(many_rates, "updated", many_rates.updated.fn)
-    monkeypatch.setattr(many_rates, "DEVICES", {"cpu"})
+    monkeypatch.setattr(triton_adamw, "kernels", lambda: made)
+    monkeypatch.setattr(triton_adamw, "updated", triton_adamw.updated.fn)
+    monkeypatch.setattr(triton_adamw, "DEVICES", {"cpu"})
     monkeypatch.setattr(_torch, "FUSED_IN_FLOAT32", True)
     monkeypatch.setenv(SWITCH, "1")
 
@@ -219,15 +219,15 @@ LEFT = {
 
 @pytest.mark.parametrize("rest", LEFT.values(), ids=LEFT)
 def test_what_the_kernel_does_not_take_is_left_to_torch(monkeypatch, rest):
-    monkeypatch.setattr(many_rates, "DEVICES", {"cpu"})
+    monkeypatch.setattr(triton_adamw, "DEVICES", {"cpu"})
     calls = [bound(**{"lr": lr, **rest}, wd=0.1, shapes=[(2,)], step=1) for lr in RATES]
     assert join(calls, range(1, 13), pytest.fail) == (calls, [*range(1, 13)])
 
 
 @pytest.mark.parametrize(("name", "own"), [("Adam", {}), ("SGD", {"momentum": 0.9})])
 def test_other_kernels_are_left_to_torch(monkeypatch, name, own):
-    monkeypatch.setattr(many_rates, "DEVICES", {"cpu"})
-    monkeypatch.setattr(many_rates, "switched_on", lambda: True)
+    monkeypatch.setattr(triton_adamw, "DEVICES", {"cpu"})
+    monkeypatch.setattr(triton_adamw, "switched_on", lambda: True)
     params, optimizer = make(name, **own)
     train(params, optimizer, 3)
     assert len(calls_of(optimizer)) == 2 * len(RATES)
@@ -238,7 +238,7 @@ def test_calls_in_a_row_are_joined_and_their_ends_follow(monkeypatch):
     calls = list(map("{}{}".format, kinds, range(len(kinds))))
     known = {"a", "b", "c"}
     monkeypatch.setattr(
-        many_rates, "_kind", lambda call: call[0] if call[0] in known else None
+        triton_adamw, "_kind", lambda call: call[0] if call[0] in known else None
     )
     ends = list(accumulate([1] * len(kinds)))
     joined, their_ends = join(calls, ends, lambda run: f"{len(run)}{run[0][0]}")
@@ -248,7 +248,7 @@ def test_calls_in_a_row_are_joined_and_their_ends_follow(monkeypatch):
 
 def test_it_is_off_by_default(monkeypatch):
     monkeypatch.delenv(SWITCH, raising=False)
-    assert not many_rates.switched_on()
+    assert not triton_adamw.switched_on()
 
 
 @needs_triton
@@ -257,16 +257,16 @@ def test_compiled_for_a_device_it_rounds_where_torchs_kernel_does():
     """Compiled without a device; torch's machine code has these for every element."""
     compiler = pytest.importorskip("triton.compiler")
     backends = pytest.importorskip("triton.backends.compiler")
-    _, kernel = many_rates.kernels()
+    _, kernel = triton_adamw.kernels()
     types = {"pointers": "*i64", "numbers": "*fp32", "powers": "*fp32"}
     types |= {"chunks": "*i64", "count": "i32"}
-    fixed = {"maximize": False, "wide": many_rates.WIDE, "size": many_rates.SIZE}
+    fixed = {"maximize": False, "wide": triton_adamw.WIDE, "size": triton_adamw.SIZE}
     signature = {**types, **dict.fromkeys(fixed, "constexpr")}
     source = compiler.ASTSource(kernel, signature, constexprs=fixed)
     target = backends.GPUTarget("cuda", 90, 32)
     options = {"enable_fp_fusion": False, "num_warps": 4}
     ptx = compiler.compile(source, target=target, options=options).asm["ptx"]
-    each = many_rates.SIZE // (4 * 32)  # elements of a thread
+    each = triton_adamw.SIZE // (4 * 32)  # elements of a thread
     for operation, count in {
         "fma.rn.f32": 5 * each,  # decay, and two for each moment
         "sqrt.rn.f32": each + 1,  # and one for the correction
@@ -279,7 +279,7 @@ def test_compiled_for_a_device_it_rounds_where_torchs_kernel_does():
 
 
 @on_cuda
-@pytest.mark.skipif(not many_rates.find_spec("triton"), reason="compiles with Triton")
+@pytest.mark.skipif(not triton_adamw.find_spec("triton"), reason="compiles with Triton")
 @pytest.mark.skipif(not _torch.FUSED_IN_FLOAT32, reason="torch computes otherwise")
 @pytest.mark.parametrize("maximize", [False, True])
 def test_bits_are_those_of_torchs_kernel(monkeypatch, device, maximize):
@@ -295,7 +295,7 @@ def test_bits_are_those_of_torchs_kernel(monkeypatch, device, maximize):
 
 
 @on_cuda
-@pytest.mark.skipif(not many_rates.find_spec("triton"), reason="compiles with Triton")
+@pytest.mark.skipif(not triton_adamw.find_spec("triton"), reason="compiles with Triton")
 @pytest.mark.skipif(not _torch.FUSED_IN_FLOAT32, reason="torch computes otherwise")
 def test_powers_are_those_of_torchs_kernel(device):
     """Over a long training; Triton's own power differs in the last bit."""
