@@ -36,7 +36,8 @@ from selective_optim.report import DecayReport, make_report
 from selective_optim.step.cells import Member
 from selective_optim.step.fused import free_choice
 from selective_optim.step.grad_scaler import NO_SCALING, Scaling, scaling_of
-from selective_optim.step.kernel import Kernel, States
+from selective_optim.step.kernel import Kernel
+from selective_optim.step.setting import States
 from selective_optim.step.stepper import Stepper
 
 Model = nn.Module | Sequence[nn.Module] | None
@@ -238,10 +239,7 @@ class SelectiveOptimizer(PolicyOptimizer):
     def _members(self) -> list[Member]:
         decided = self._decider.fitting(self.param_groups, self.defaults)
         return [
-            Member(
-                *(param, index, decision.terms, decision.label(index, position)),
-                decision.init,
-            )
+            Member(param, index, position, decision)
             for index, (group, decisions) in enumerate(zip(self.param_groups, decided))
             for position, (param, decision) in enumerate(
                 zip(group["params"], decisions)

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim.decay import Decay, Form, Terms
-from selective_optim.step.decay_ahead import ahead_calls, decay_ahead_
-from selective_optim.step.grad_scaler import NO_SCALING, Scaling
-from selective_optim.step.kernel import (
+from selective_optim.step.grad_scaler import Scaling
+from selective_optim.step.kernel import Kernel
+from selective_optim.step.setting import (
     Batch,
     Call,
     Group,
-    Kernel,
     Setting,
     State,
     lr_on_device,
@@ -108,15 +107,14 @@ class AdamKernel(Kernel):
         # A fake tensor remembers the value of `tensor` alone, which a for-loop reads.
         return torch.tensor(0.0, dtype=dtype, device="cpu")
 
-    def calls(self, setting: Setting, batch: Batch, scaling: Scaling) -> list[Call]:
+    def fused_call(self, setting: Setting, batch: Batch, scaling: Scaling) -> Call:
         own = {k: v for k, v in setting.arguments.items() if k not in CHOICES}
         own["lr"] = lr_on_device(own["lr"], batch.params)
         decoupled = setting.arguments["decoupled_weight_decay"]
         kernel = _torch.fused_adamw_ if decoupled else _torch.fused_adam_
         largest = batch.moments[2] if own["amsgrad"] else []
         lists = (*(batch.params, batch.grads), *batch.moments[:2], largest, batch.steps)
-        before, scaling = ahead_calls(setting, batch, self.direction, scaling)
-        return [*before, partial(kernel, *lists, **own, **scaling._asdict())]
+        return partial(kernel, *lists, **own, **scaling._asdict())
 
     @staticmethod
     def direction(
@@ -131,38 +129,19 @@ class AdamKernel(Kernel):
             return moment
         return torch.lerp(first, grad, 1 - beta1)  # as torch's own is computed
 
-    def functional(
-        self,
-        setting: Setting,
-        params: list[Tensor],
-        grads: list[Tensor],
-        owns: Sequence[State],
-        targets: list[Tensor],
-    ) -> None:
+    def columns(self, setting: Setting, owns: Sequence[State]) -> list[list[Any]]:
         amsgrad = setting.arguments["amsgrad"]
-        lists = [
-            params,
-            grads,
-            [own["exp_avg"] for own in owns],
-            [own["exp_avg_sq"] for own in owns],
-            [own["max_exp_avg_sq"] for own in owns] if amsgrad else [],
-            [own["step"] for own in owns],
-        ]
-        self.traced(setting, lists, any(map(torch.is_complex, params)), targets)
+        absent = () if amsgrad else ("max_exp_avg_sq",)
+        names = self.traced_lists[2:]
+        return [[] if n in absent else [own[n] for own in owns] for n in names]
 
-    def traced(
-        self,
-        setting: Setting,
-        lists: list[list[Any]],
-        flag: bool,
-        targets: list[Any],
-        scaling: Scaling = NO_SCALING,
+    def flag(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+        return any(map(torch.is_complex, params))
+
+    def call_functional(
+        self, lists: list[list[Any]], flag: bool, arguments: dict[str, Any]
     ) -> None:
-        params, grads, first = lists[:3]
-        batch = Batch(params, [first], [], targets, grads)
-        scaling = decay_ahead_(setting, batch, self.direction, scaling)
-        given = {} if scaling == NO_SCALING else scaling._asdict()
-        _torch.adam(*lists, has_complex=flag, **setting.arguments, **given)
+        _torch.adam(*lists, has_complex=flag, **arguments)
 
     def hyperparameters(self, group: Group) -> Iterable[tuple[str, Any]]:
         return [

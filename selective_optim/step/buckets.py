@@ -15,7 +15,8 @@ from selective_optim.step.cells import Cell, Key
 from selective_optim.step.fused import counts_beside, fusable, joins
 from selective_optim.step.grad_scaler import Scaling, step_unless, unscale_
 from selective_optim.step.guards import flat
-from selective_optim.step.kernel import Batch, Kernel, Setting, State, States
+from selective_optim.step.kernel import Kernel
+from selective_optim.step.setting import Batch, Setting, State, States
 
 Lists = Sequence[list[Tensor]]
 

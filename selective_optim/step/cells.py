@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import Terms
+from selective_optim.decay import Decision, Terms
 from selective_optim.step.counters import Counters
 from selective_optim.step.fused import (
     counts_beside,
@@ -26,7 +26,8 @@ from selective_optim.step.fused import (
     local_tensors,
     wants_fused,
 )
-from selective_optim.step.kernel import Group, Groups, Kernel, State, States
+from selective_optim.step.kernel import Kernel
+from selective_optim.step.setting import Group, Groups, State, States
 
 # torch's fused kernels on the CPU open a parallel region for every tensor, however
 # small (grain size 0 in aten/src/ATen/native/cpu/Fused*Kernel.cpp, 2.7 to 2.15). A
@@ -43,16 +44,19 @@ class Member(NamedTuple):
     Args:
         param: The parameter.
         group: Index of its group.
-        terms: How it decays.
-        label: Names it in messages.
-        init: What it decays towards, if that is a tensor; lies as the parameter does.
+        position: Where it stands there.
+        decision: How it decays; an ``init`` lies as the parameter does.
     """
 
     param: Tensor
     group: int
-    terms: Terms
-    label: str
-    init: Tensor | None = None
+    position: int
+    decision: Decision
+
+    @property
+    def label(self) -> str:
+        """Name it in messages."""
+        return self.decision.label(self.group, self.position)
 
 
 class Key(NamedTuple):
@@ -92,15 +96,27 @@ class Cell:
 
 
 def key_of(
-    kernel: Kernel, group: Group, choice: bool | None, member: Member, own: State
+    kernel: Kernel,
+    group: Group,
+    choice: bool | None,
+    member: Member,
+    own: State,
+    begun: bool,
 ) -> Key:
     """Choose the way of one parameter: the key of its cell.
 
     A gradient that is absent now is taken to fit; it is looked at when it comes.
+
+    Args:
+        kernel: Of the optimizer's class.
+        group: The parameter's group.
+        choice: Of that group, see ``fused_choice``.
+        member: The parameter.
+        own: Its state.
+        begun: Whether that has begun.
     """
     param = member.param
     grad = param.grad
-    begun = kernel.has_state(own, group)
     tensors = [param]
     if own:
         found = [own.get(entry) for entry in kernel.entries(group)]
@@ -119,7 +135,7 @@ def key_of(
     first = not begun and not kernel.counts
     return Key(
         group=member.group,
-        terms=member.terms,
+        terms=member.decision.terms,
         alone=alone and not odd,
         fused=fused and not odd,
         sharded=fused and not odd and sharded,
@@ -162,7 +178,7 @@ def make_cells(
             token = _torch.token_of(param)
             if not begun or stepping.get(id(token)) is not token:
                 continue
-        key = key_of(kernel, group, choices[member.group], member, own)
+        key = key_of(kernel, group, choices[member.group], member, own, begun)
         if not begun and not kernel.counts and times[id(_torch.token_of(param))] > 1:
             # Listed twice, its momentum begins twice in torch, which is left to torch.
             key = key._replace(fused=False, sharded=False, odd=True)
@@ -170,8 +186,8 @@ def make_cells(
             _torch.require_fused_support(param)
         cell = cells.get(key) or cells.setdefault(key, Cell(key, member.label))
         cell.positions.append(position)
-        if member.init is not None:
-            cell.inits.append(member.init)
+        if member.decision.init is not None:
+            cell.inits.append(member.decision.init)
         if not begun:
             new.setdefault(id(_torch.token_of(param)), (member, key.fused))
     _begin(kernel, groups, members, [*new.values()], states, counters)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.step.kernel import Call, States
+from selective_optim.step.setting import Call, States
 
 _device_of = attrgetter("device")
 Amount = Callable[[torch.device], float | Tensor]

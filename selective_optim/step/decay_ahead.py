@@ -21,7 +21,7 @@ from torch import Tensor
 from selective_optim import _torch
 from selective_optim.decay import is_zero
 from selective_optim.step.grad_scaler import Scaling, unless_dropped, unscale_
-from selective_optim.step.kernel import (
+from selective_optim.step.setting import (
     PLAIN,
     Ahead,
     Batch,
@@ -40,29 +40,23 @@ def _limit(param: Tensor) -> int:
     return CHUNK if param.is_cpu else CHUNK_ON_DEVICE
 
 
-def decay_ahead_(
-    setting: Setting, batch: Batch, direction: Direction, scaling: Scaling
-) -> Scaling:
-    """Run the pass at once, and return what of the scale is left for the kernel."""
-    calls, scaling = ahead_calls(setting, batch, direction, scaling)
-    for call in calls:
-        call()
-    return scaling
-
-
 def ahead_calls(
-    setting: Setting, batch: Batch, direction: Direction, scaling: Scaling
+    ahead: Ahead,
+    setting: Setting,
+    batch: Batch,
+    direction: Direction,
+    scaling: Scaling,
 ) -> tuple[list[Call], Scaling]:
     """Return the calls of the pass, and what of the scale is left for the kernel.
 
     Args:
+        ahead: What to do, as ``setting`` has it.
         setting: What the kernel is given.
         batch: The tensors; gradients are read when the calls run, and written to.
         direction: Of the kernel, see :class:`Direction`.
         scaling: What the kernel would be given of a ``GradScaler``.
     """
-    ahead = setting.ahead
-    if ahead is None or not batch.params:
+    if not batch.params:
         return [], scaling
     lr = lr_on_device(setting.arguments["lr"], batch.params)
     maximize = setting.arguments["maximize"]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.step.kernel import PLAIN, Group, Kernel
+from selective_optim.step.kernel import Kernel
+from selective_optim.step.setting import PLAIN, Group
 
 
 def free_choice(group: Group) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.step.kernel import PLAIN, Groups
+from selective_optim.step.setting import PLAIN, Groups
 
 # What kernels read in a group; what else is there is somebody's own.
 READ = frozenset(

@@ -7,96 +7,30 @@ calls: of torch's fused kernel, or of torch's functional.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from itertools import repeat
-from math import copysign
 from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import FORMS, Decay, Form, Target, Terms, is_zero
+from selective_optim.decay import FORMS, Decay, Form, Terms, is_zero
+from selective_optim.step.decay_ahead import ahead_calls
 from selective_optim.step.grad_scaler import NO_SCALING, Scaling
+from selective_optim.step.setting import (
+    Ahead,
+    Batch,
+    Call,
+    Group,
+    Groups,
+    Setting,
+    State,
+    States,
+)
 
-Group = dict[str, Any]
-Groups = Sequence[Group]
-State = dict[str, Any]
-States = dict[Tensor, State]
-Call = Callable[[], object]
-PLAIN = (Tensor, torch.nn.Parameter)
 NUMBERS = (float, int, Tensor, Real)  # the common ones first: asked at every change
-
-
-class Ahead(NamedTuple):
-    """Decay that torch's kernel does not do, and that runs ahead of it.
-
-    Args:
-        applied: What it does to the tensors, see ``decay.FORMS``.
-        wd: How strongly; the rate multiplies it, but for ``"l2"``.
-        target: Towards what; ``"init"`` is a tensor per parameter.
-    """
-
-    applied: Literal["l2", "decoupled", "cautious"]
-    wd: float | Tensor
-    target: Target = 0.0
-
-
-class Setting(NamedTuple):
-    """What a kernel is given besides tensors.
-
-    Args:
-        arguments: Of torch's functional, by name.
-        ahead: Decay to apply before the kernel runs, which then decays nothing.
-        fleeting: Whether it must be read anew at every step, as it depends on the
-            value of a tensor.
-    """
-
-    arguments: dict[str, Any]
-    ahead: Ahead | None = None
-    fleeting: bool = False
-
-    @property
-    def live(self) -> bool:
-        """Tell whether calls must be bound anew at every step: a tensor may change."""
-        own = isinstance(self.arguments["lr"], Tensor)
-        return own or (self.ahead is not None and isinstance(self.ahead.wd, Tensor))
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What must be equal for parameters to share a call."""
-        values = (*self.arguments.values(), *(self.ahead or ()))
-        try:
-            hash(values)
-        except TypeError:  # an array as a rate, which is itself alone
-            return tuple(map(id, values))
-        # Equal numbers of other types, and zeros of other signs, compute otherwise.
-        signs = [copysign(1, v) for v in values if isinstance(v, float) and v == 0]
-        return (*values, *map(type, values), *signs)
-
-
-@dataclass
-class Batch:
-    """The tensors of one kernel call, parameter by parameter in every list.
-
-    Args:
-        params: Parameters as the kernel gets them: local shards where sharded.
-        moments: One list per state entry that is shaped like the parameter.
-        steps: Step counters; empty where the kernel has none.
-        targets: What parameters decay towards, where that is a tensor for each.
-        grads: Gradients, filled anew at every step.
-    """
-
-    params: list[Tensor]
-    moments: list[list[Tensor]]
-    steps: list[Tensor]
-    targets: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-
-
-Direction = Callable[[Setting, Tensor, Sequence[Tensor | None]], Tensor]
 
 
 class Share(NamedTuple):
@@ -220,6 +154,19 @@ class Kernel:
         The lists are read when the calls run, so a batch whose gradients are
         replaced in place is stepped again by the same calls.
         """
+        before, scaling = self._ahead(setting, batch, scaling)
+        return [*before, self.fused_call(setting, batch, scaling)]
+
+    def _ahead(
+        self, setting: Setting, batch: Batch, scaling: Scaling
+    ) -> tuple[list[Call], Scaling]:
+        """Return what goes ahead of the kernel, and what scale is left for it."""
+        if setting.ahead is None:
+            return [], scaling
+        return ahead_calls(setting.ahead, setting, batch, self.direction, scaling)
+
+    def fused_call(self, setting: Setting, batch: Batch, scaling: Scaling) -> Call:
+        """Bind torch's fused kernel."""
         raise NotImplementedError  # pragma: no cover
 
     def functional(
@@ -231,6 +178,16 @@ class Kernel:
         targets: list[Tensor],
     ) -> None:
         """Step with torch's functional: for-loop, foreach, or torch's own choice."""
+        lists = [params, grads, *self.columns(setting, owns)]
+        self.traced(setting, lists, self.flag(params, grads), targets)
+        self.keep(dict(zip(params, owns)), lists)
+
+    def columns(self, setting: Setting, owns: Sequence[State]) -> list[list[Any]]:
+        """List the state as torch's functional takes it: see ``traced_lists``."""
+        raise NotImplementedError  # pragma: no cover
+
+    def flag(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+        """Tell what torch's ``_init_group`` tells beside its lists."""
         raise NotImplementedError  # pragma: no cover
 
     def fill(self, group: Group, states: States, lists: Sequence[list[Any]]) -> bool:
@@ -261,6 +218,18 @@ class Kernel:
         scaling: Scaling = NO_SCALING,
     ) -> None:
         """Step the lists that torch's ``_init_group`` filled."""
+        params, grads, *moments = lists[:3]
+        batch = Batch(params, list(filter(None, moments)), [], targets, grads)
+        before, scaling = self._ahead(setting, batch, scaling)
+        for call in before:
+            call()
+        given = {} if scaling == NO_SCALING else scaling._asdict()
+        self.call_functional(lists, flag, {**setting.arguments, **given})
+
+    def call_functional(
+        self, lists: list[list[Any]], flag: bool, arguments: dict[str, Any]
+    ) -> None:
+        """Call torch's functional."""
         raise NotImplementedError  # pragma: no cover
 
     def keep(self, states: States, lists: list[list[Any]]) -> None:
@@ -311,15 +280,6 @@ def require_no_nan(kernel: Kernel, groups: Groups) -> None:
                     f"parameter NaN. Set optimizer.param_groups[{index}][{name!r}] "
                     f"to a number."
                 )
-
-
-def lr_on_device(lr: float | Tensor, params: Sequence[Tensor]) -> float | Tensor:
-    """Move a tensor learning rate to its parameters, as torch does; the CPU stays."""
-    if isinstance(lr, Tensor) and not lr.is_cpu and params:
-        device = params[0].device
-        # See `Scalings.on` in `grad_scaler`.
-        return lr.to(device, non_blocking=device.type != "cpu")
-    return lr
 
 
 def decay_vanishes(setting: Setting, fused: bool, dtype: torch.dtype) -> bool:

@@ -33,15 +33,8 @@ from selective_optim.step.guards import (
     same_objects,
     without_gradients,
 )
-from selective_optim.step.kernel import (
-    Call,
-    Groups,
-    Kernel,
-    Setting,
-    States,
-    decay_vanishes,
-    require_no_nan,
-)
+from selective_optim.step.kernel import Kernel, decay_vanishes, require_no_nan
+from selective_optim.step.setting import Call, Groups, Setting, States
 
 _call = methodcaller("__call__")
 _layout_of = attrgetter("layout")
@@ -121,7 +114,7 @@ class Plan:
         for member in members:
             grad = member.param.grad
             if grad is not None and grad.is_sparse:
-                decay = member.terms.decay
+                decay = member.decision.decay
                 kernel.refuse_sparse(groups[member.group], decay, member.label)
         self._kernel = kernel
         self._counters = counters
@@ -277,10 +270,10 @@ class Plan:
         Raises:
             ValueError: A hyperparameter is NaN.
         """
-        known = not self._fleeting and self._guard.holds(groups)
-        if not known and not self._reread(groups):
-            return None
-        if self._some_alone and _torch.thread_count() != self._threads:
+        if self._fleeting or not self._guard.holds(groups):
+            if not self._reread(groups):
+                return None
+        elif self._some_alone and _torch.thread_count() != self._threads:
             self._settle(groups)
         if self._any_idle and not without_gradients(self._idle(params_of(groups))):
             return None

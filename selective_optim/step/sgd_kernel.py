@@ -11,13 +11,12 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim.decay import Decay, Form, Terms, is_zero
-from selective_optim.step.decay_ahead import ahead_calls, decay_ahead_
-from selective_optim.step.grad_scaler import NO_SCALING, Scaling
-from selective_optim.step.kernel import (
+from selective_optim.step.grad_scaler import Scaling
+from selective_optim.step.kernel import Kernel
+from selective_optim.step.setting import (
     Batch,
     Call,
     Group,
-    Kernel,
     Setting,
     State,
     States,
@@ -114,15 +113,13 @@ class SGDKernel(Kernel):
         if buffer.numel() and not buffer.any() and torch.signbit(buffer).all():
             del own["momentum_buffer"]
 
-    def calls(self, setting: Setting, batch: Batch, scaling: Scaling) -> list[Call]:
+    def fused_call(self, setting: Setting, batch: Batch, scaling: Scaling) -> Call:
         own = dict(setting.arguments)
         del own["foreach"], own["fused"]
         own["lr"] = lr_on_device(own["lr"], batch.params)
-        buffers = batch.moments[0] if batch.moments else []
-        before, scaling = ahead_calls(setting, batch, self.direction, scaling)
         own |= {"is_first_step": False, **scaling._asdict()}
-        kernel = partial(_torch.fused_sgd_, batch.params, batch.grads, buffers, **own)
-        return [*before, kernel]
+        buffers = batch.moments[0] if batch.moments else []
+        return partial(_torch.fused_sgd_, batch.params, batch.grads, buffers, **own)
 
     @staticmethod
     def direction(
@@ -139,39 +136,22 @@ class SGDKernel(Kernel):
             buffer = own["momentum"] * moments[0] + damped
         return grad + own["momentum"] * buffer if own["nesterov"] else buffer
 
-    def functional(
-        self,
-        setting: Setting,
-        params: list[Tensor],
-        grads: list[Tensor],
-        owns: Sequence[State],
-        targets: list[Tensor],
-    ) -> None:
-        buffers = [own.get("momentum_buffer") for own in owns]
-        sparse = any(grad.is_sparse for grad in grads)
-        self.traced(setting, [params, grads, buffers], sparse, targets)
-        if setting.arguments["momentum"]:
-            for own, buffer in zip(owns, buffers):
-                own["momentum_buffer"] = buffer
+    def columns(self, setting: Setting, owns: Sequence[State]) -> list[list[Any]]:
+        return [[own.get("momentum_buffer") for own in owns]]
 
-    def traced(
-        self,
-        setting: Setting,
-        lists: list[list[Any]],
-        flag: bool,
-        targets: list[Any],
-        scaling: Scaling = NO_SCALING,
+    def flag(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+        return any(grad.is_sparse for grad in grads)
+
+    def call_functional(
+        self, lists: list[list[Any]], flag: bool, arguments: dict[str, Any]
     ) -> None:
-        params, grads, buffers = lists
-        batch = Batch(params, [buffers] if buffers else [], [], targets, grads)
-        scaling = decay_ahead_(setting, batch, self.direction, scaling)
-        given = {} if scaling == NO_SCALING else scaling._asdict()
-        _torch.sgd(*lists, has_sparse_grad=flag, **setting.arguments, **given)
+        _torch.sgd(*lists, has_sparse_grad=flag, **arguments)
 
     def keep(self, states: States, lists: list[list[Any]]) -> None:
         params, _, buffers = lists
         for param, buffer in zip(params, buffers):
-            states[param]["momentum_buffer"] = buffer
+            if buffer is not None:  # without momentum none is made
+                states[param]["momentum_buffer"] = buffer
 
     def hyperparameters(self, group: Group) -> Iterable[tuple[str, Any]]:
         names = ("lr", "momentum", "dampening", "weight_decay")

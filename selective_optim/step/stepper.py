@@ -14,8 +14,9 @@ from selective_optim.step.counters import Counters
 from selective_optim.step.fused import counts_beside, fused_choice, wants_fused
 from selective_optim.step.grad_scaler import Scaling
 from selective_optim.step.guards import params_of
-from selective_optim.step.kernel import Groups, Kernel, State, States
+from selective_optim.step.kernel import Kernel
 from selective_optim.step.plan import Plan
+from selective_optim.step.setting import Groups, State, States
 
 Place = tuple[torch.dtype, torch.device]
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.step.kernel import Call
+from selective_optim.step.setting import Call
 
 SWITCH = "SELECTIVE_OPTIM_TRITON"
 DEVICES = {"cuda"}
