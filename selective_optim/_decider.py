@@ -119,11 +119,13 @@ class Decider:
         names = group.get("param_names", ())
         lr0s = repeat(base_rate(group))
         pending = Pending(index, group["params"], names, policy, lr0s)
+        # A constructor adds its groups one by one; a glob may match in the last alone.
         if self._pending is not None:
             self._pending.append(pending)
             return
         try:
             infos = self._infos([pending])
+            # With a policy of its own a group is decided anew, whatever it was before.
             if own or not self._comes_again(index, *infos):
                 # Before the policy is asked: of a stranger no module is known either,
                 # and a message about that would lead astray.
@@ -156,6 +158,7 @@ class Decider:
 
         Some frameworks clear the groups to shard the model, and add them anew.
         """
+        # The first group of an optimizer that had groups: they were cleared.
         if index == 0 and self._table.layout:
             self._cleared, self._table.layout = self._table.layout, []
         if index >= len(self._cleared):
@@ -255,6 +258,7 @@ class Decider:
         """
         found = [[self._table.row_of(p) for p in group["params"]] for group in groups]
         self._table.undo_swaps(groups, found)
+        # A name is believed only where no known tensor bears it.
         borne = {row.decision.name for rows in found for row in rows if row}
         lacking = [
             Pending(index, list(group["params"]), names, None)

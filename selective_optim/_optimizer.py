@@ -198,7 +198,7 @@ class SelectiveOptimizer(PolicyOptimizer):
     def state(self, value: Any) -> None:
         self._states = value
         if "_stepper" in vars(self):
-            self._stepper.lend({})  # what was there goes, and was seen by nobody
+            self._stepper.lend({})  # what was there goes; counters need no parting
         else:  # torch's constructor, which does not keep the dict that it makes
             self._stepper = Stepper(self._kernel)
 
@@ -321,6 +321,8 @@ class SelectiveOptimizer(PolicyOptimizer):
         present = [known[id(param)] for param in params]
         if any(decision.init is not None for decision in present):
             inits.extend(decision.init for decision in present)
+        # Plain values: the compiler guards on what leaves this method, and knows how
+        # to for numbers, texts and tuples.
         parts: dict[tuple[Any, ...], list[int]] = {}
         for position, decision in enumerate(present):
             decay, lr0 = decision.terms
@@ -427,6 +429,7 @@ class SelectiveOptimizer(PolicyOptimizer):
         if copied is not None:
             self._kernel = copied["kernel"]
             self._stepper = Stepper(self._kernel)
+        # Loading sets the state by this method, too, with neither kernel nor decider.
         if "state" in rest:  # torch would write it into __dict__, past the property
             self.state = rest.pop("state")
         super().__setstate__(rest)

@@ -107,6 +107,7 @@ class SplitOptimizer(PolicyOptimizer):
         model: Model = None,
         **kwargs: Any,
     ) -> None:
+        # Decided before the class exists: it is given the parts.
         self._decider = Decider(*given(model, wd_policy))
         signature = inspect.signature(type(self))
         bound = signature.bind_partial(params, *args, **kwargs)
@@ -209,6 +210,7 @@ class SplitOptimizer(PolicyOptimizer):
         """Split the groups as they now stand, or raise with nothing changed."""
         layout = self._decider.rows(self.param_groups, self.defaults)
         known = [split.group for split in self._splits]
+        # A list that the user changed in place, or made anew, shows in one of the two.
         same = len(known) == len(self.param_groups)
         # The decider lays out anew whenever anything moved, so identity suffices.
         if layout is self._layout and same and all(map(is_, known, self.param_groups)):
@@ -332,6 +334,7 @@ class SplitOptimizer(PolicyOptimizer):
         require_dict(state_dict)
         before, after = (_torch.hooks_of(self, kind) for kind in LOAD_HOOKS)
         state_dict = dict(state_dict)
+        # Hooks see the user's groups, as they do in `step`; so they run here.
         for hook in before:
             adapted = hook(self, state_dict)
             state_dict = state_dict if adapted is None else adapted

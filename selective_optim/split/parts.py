@@ -157,6 +157,7 @@ class Split:
                 self._require_common(key)
                 for part in self.parts:
                     part.group[key] = value if key in keys else apart(value)
+        # A key that the user removed goes from the parts; one that is only there stays.
         for key in shown.keys() - group.keys():
             for part in self.parts:
                 part.group.pop(key, None)
@@ -278,6 +279,7 @@ def split_again(
         _require_agreement([*going_on, *(part for _, part in known)], decisions)
         if known and shown is None:
             shown = known[0][0].shown
+        # The same dict, which the class may know by identity.
         if going_on:
             parts.append(Part(terms, going_on[0].group, held))
         else:

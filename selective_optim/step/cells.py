@@ -130,6 +130,7 @@ def key_of(
         and ("step" not in own or counts_beside(local[0], own["step"]))
     )
     alone = fused and param.is_cpu and (local or tensors)[0].numel() <= ALONE
+    # The state fits and the gradient does not: torch's functional takes it this once.
     odd = fused and grad is not None and not joined(param, grad, sharded)
     layout = param.layout if grad is None else grad.layout
     first = not begun and not kernel.counts
@@ -175,6 +176,7 @@ def make_cells(
         own = states.get(param) or {}
         begun = kernel.has_state(own, group)
         if param.grad is None:
+            # By token and not by id, which another tensor may have by now.
             token = _torch.token_of(param)
             if not begun or stepping.get(id(token)) is not token:
                 continue
@@ -210,6 +212,8 @@ def _begin(
     fused = [member.param.device for member, fused in new if fused]
     steps: dict[torch.device, Iterator[Tensor]] = {}
     for device in dict.fromkeys(fused) if joined else ():
+        # Room for those that train and have no gradient yet, as an unused head: another
+        # block would be another call.
         later = sum(
             m.param.device == device and m.param.requires_grad and m.param.grad is None
             for m in members

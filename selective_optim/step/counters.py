@@ -60,6 +60,8 @@ class Advance:
         # The caller's own list, in which other counters may come to stand.
         self._single: list[Tensor] = [] if blocks else counters
         self.lasting = not blocks and len(set(map(_device_of, counters))) < 2
+        # Beside views stand counters of their own, as that of a parameter whose first
+        # gradient went another way.
         places: dict[int, list[int]] = {}
         for counter in counters if blocks else ():
             known = (

@@ -150,6 +150,8 @@ class GroupsGuard:
         at_once = same_objects(referents_of(groups), values)
         # Where they differ, as with a subclass of dict, by the way that always works.
         self._values_of = referents_of if at_once else values_of
+        # The list of parameters itself, which `holds_params` compares, is told from
+        # other lists by identity: betas may be a list.
         lists = {id(group["params"]) for group in groups}
         read = [name in READ for name in names]
         self._contents = [
@@ -188,6 +190,7 @@ class GroupsGuard:
         """Tell whether nothing changed, nor is to be multiplied anew."""
         values = self._values_of(groups)
         return (
+            # A key that came or went moves all values after it.
             len(values) == len(self._contents)
             # First, so that no tensor is compared with another, which would wait for
             # the device; and -0.0 is not 0.0, nor float32's number the same double.

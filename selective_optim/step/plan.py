@@ -110,6 +110,7 @@ class Plan:
         lent: bool,
         stepping: Mapping[int, object],
     ) -> None:
+        # Both before any state is made: a refusal leaves the optimizer as it was.
         require_no_nan(kernel, groups)
         for member in members:
             grad = member.param.grad
@@ -121,12 +122,16 @@ class Plan:
         self._lent = lent
         self._cells = make_cells(kernel, groups, members, states, counters, stepping)
         positions = {i for cell in self._cells for i in cell.positions}
+        # Tokens and not parameters: a model that is gone must not live on in a plan.
         params = [member.param for member in members]
         tokens = [_torch.token_of(params[i]) for i in positions]
         self.stepping = dict(zip(map(id, tokens), tokens))
+        # Those in no cell never had a gradient; the first one needs a new plan.
         self._any_idle = len(positions) < len(params)
         self._idle = picker([i for i in range(len(params)) if i not in positions])
         self._structure = list(map(kernel.structure, groups))
+        # What the state holds lives as long as the optimizer, and is kept alive by
+        # nothing here. Plain SGD has no state, and lets go after each step.
         stated = [param in states for param in params]
         self._keeps = not lent and all(stated[i] for i in positions)
         self._guard = GroupsGuard(groups, held=self._keeps and all(stated))
@@ -149,16 +154,21 @@ class Plan:
         for cell in self._cells:
             index, terms, alone, *path = cell.key
             first = cell.key.first and cell.key.fused
+            # The group's numbers of now: cells outlive a schedule, settings do not.
             setting = self._kernel.setting(groups[index], terms, first)
             alone &= self._threads > 1
             key = (setting.key, alone, *path)
             together.setdefault(key, (setting, alone, []))[2].append(cell)
         merged = [cells for *_, cells in together.values()]
+        # As a rule a schedule moves all alike: the same cells go together, and lists
+        # and proofs stay.
         if merged != self._merged:
             self._arrange(groups, merged)
             self._merged = merged
         for bucket, (setting, alone, _) in zip(self._buckets, together.values()):
             bucket.take(setting, alone)
+        # Calls are bound to numbers. Where a number is a tensor, one that is written to
+        # in place shows nowhere: then they are bound at every step.
         self._program: Program | None = None
         self._live = any(bucket.setting.live for bucket in self._buckets)
         self._fleeting = any(bucket.setting.fleeting for bucket in self._buckets)
@@ -183,6 +193,7 @@ class Plan:
         self._plain = sum(n for n, key in sizes if key.fused and not key.sharded)
         self._count = sum(n for n, key in sizes if key.fused)
         self._total = start
+        # Neighbors with the same entries are gathered in one walk over the state.
         alike = groupby(self._fused, lambda b: (b.entries, b.key.sharded))
         self._runs = [list(run) for _, run in alike]
         keys = [b.key for b in self._functional for _ in b.positions]
@@ -350,10 +361,12 @@ class Plan:
                 local = whole[: self._count]
         except AttributeError:  # a gradient is None, or not sharded where it was
             return None
+        # State that nobody outside has seen is what the last step left.
         tensors = (*self._local, *local)
         if self._lent:
             tensors = (*tensors, *self._moments, *self._steps)
         if not self._tensors.holds(tensors):
+            # No proof yet, or those of another dispatch state: look once, and remember.
             if not look or not all(b.fits(local[b.part]) for b in self._fused):
                 return None
             self._tensors.admit(tensors)
@@ -378,6 +391,7 @@ class Plan:
         params, grads = self._active[part], whole[part]
         if not same_objects(_torch.local_tensors(params), self._local[part]):
             return False
+        # DTensor makes few specs and shares them, so that identity is quick to hold.
         specs = _torch.specs_of(grads)
         if same_objects(specs, self._specs):
             return True
@@ -398,12 +412,15 @@ class Plan:
             params, own = self._active[other.part], grads.whole[other.part]
             there = grads.there[other.part] if grads.there else [True] * len(params)
             other.step(params, own, there, states, scalings.on(other.key.device))
+        # Into the lists that calls are bound to, and out of them in any case: gradients
+        # that someone sets to None must be freed.
         for bucket in self._fused:
             bucket.batch.grads[:] = grads.local[bucket.part]
         try:
             program = self._program
             steady = scaling == NO_SCALING and grads.there is None and not self._live
             if program is None or not steady:
+                # Scales, absent gradients and tensor rates are of this step alone.
                 program = self._assemble(grads.there, scalings)
                 self._program = program if steady else None
             self._perform(program, scalings)
@@ -436,6 +453,7 @@ class Plan:
         for bucket in self._fused:
             batch = bucket.present(there)
             if batch.params:
+                # Threads are set where they change, not around every call.
                 if bucket.alone != alone:
                     alone = bucket.alone
                     calls.append(self._on(1 if alone else self._threads))
@@ -487,7 +505,7 @@ class Plan:
 
     def _take_back(self, program: Program, done: int, scalings: Scalings) -> None:
         """Let the counters of buckets that a failed call left out stand as before."""
-        if done < 0:
+        if done < 0:  # it was a counter that failed
             return
         for call in program.after:
             call()

@@ -147,7 +147,7 @@ class Stepper:
         try:
             plan.run(grads, states, scaling)
         except BaseException:
-            self.forget()
+            self.forget()  # how far a failed step came is not known
             raise
         if plan.once:
             self._plan = None
@@ -155,6 +155,8 @@ class Stepper:
     def _new_plan(
         self, groups: Groups, members: Sequence[Member], states: States
     ) -> Plan:
+        # Momentum that a scaler's dropped step left unbegun looks begun; under flags
+        # that are new it would be dampened at its first gradient.
         if not self._sure:
             self._unbegin(groups, states)
         elif self._plan is not None:
@@ -190,6 +192,7 @@ class Stepper:
         for param, group, *_ in members:
             token, was = self._places.get(id(_torch.token_of(param)), (None, None))
             now = (param.dtype, param.device)
+            # Not seen before, another tensor under the same id, or not moved.
             if was is None or token is not _torch.token_of(param) or was == now:
                 continue
             own = states.get(param) or {}
