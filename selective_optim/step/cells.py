@@ -95,6 +95,19 @@ class Cell:
     inits: list[Tensor] = field(default_factory=list)
 
 
+def require_dense(kernel: Kernel, groups: Groups, members: Sequence[Member]) -> None:
+    """Check that sparse gradients are those of parameters that step with them.
+
+    Raises:
+        RuntimeError: The kernel steps none, or the parameter decays.
+    """
+    for member in members:
+        grad = member.param.grad
+        if grad is not None and grad.is_sparse:
+            decay = member.decision.decay
+            kernel.refuse_sparse(groups[member.group], decay, member.label)
+
+
 def key_of(
     kernel: Kernel,
     group: Group,
@@ -129,20 +142,19 @@ def key_of(
         and fusable(kernel, local[0], local[1:])
         and ("step" not in own or counts_beside(local[0], own["step"]))
     )
-    alone = fused and param.is_cpu and (local or tensors)[0].numel() <= ALONE
     # The state fits and the gradient does not: torch's functional takes it this once.
     odd = fused and grad is not None and not joined(param, grad, sharded)
+    fused = fused and not odd
     layout = param.layout if grad is None else grad.layout
     first = not begun and not kernel.counts
     return Key(
         group=member.group,
         terms=member.decision.terms,
-        alone=alone and not odd,
-        fused=fused and not odd,
-        sharded=fused and not odd and sharded,
+        alone=fused and param.is_cpu and (local or tensors)[0].numel() <= ALONE,
+        fused=fused,
+        sharded=fused and sharded,
         # Fused buffers that are not dampened begin like any other step.
-        first=first
-        and bool(group["dampening"] if fused and not odd else group["fused"]),
+        first=first and bool(group["dampening"] if fused else group["fused"]),
         odd=odd and layout == torch.strided,
         layout=layout,
         device=param.device,

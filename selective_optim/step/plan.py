@@ -19,7 +19,7 @@ from torch import Tensor
 from selective_optim import _torch
 from selective_optim.step import triton_adamw
 from selective_optim.step.buckets import Bucket, FunctionalBucket, FusedBucket
-from selective_optim.step.cells import Cell, Member, make_cells
+from selective_optim.step.cells import Cell, Member, make_cells, require_dense
 from selective_optim.step.counters import Advance, Counters
 from selective_optim.step.grad_scaler import NO_SCALING, Scaling, Scalings
 from selective_optim.step.guards import (
@@ -110,13 +110,9 @@ class Plan:
         lent: bool,
         stepping: Mapping[int, object],
     ) -> None:
-        # Both before any state is made: a refusal leaves the optimizer as it was.
+        # Before any state is made: a refusal leaves the optimizer as it was.
         require_no_nan(kernel, groups)
-        for member in members:
-            grad = member.param.grad
-            if grad is not None and grad.is_sparse:
-                decay = member.decision.decay
-                kernel.refuse_sparse(groups[member.group], decay, member.label)
+        require_dense(kernel, groups, members)
         self._kernel = kernel
         self._counters = counters
         self._lent = lent
