@@ -331,7 +331,7 @@ class Decider:
 
     def resume(
         self, groups: Sequence[Group], begins: Iterable[Mapping[str, Any]]
-    ) -> list[str]:
+    ) -> tuple[list[str], list[str]]:
         """Take over what training began with, as a state dict records it.
 
         Args:
@@ -339,9 +339,10 @@ class Decider:
             begins: ``"lr0"`` and ``"init"`` of every parameter in order, where known.
 
         Returns:
-            Names of the parameters whose ``init`` is not recorded.
+            Labels of the parameters whose ``init`` is not recorded, and of those whose
+            ``lr0`` is not and differs from what the group says now, with that.
         """
-        lost, told = [], iter(begins)
+        inits, rates, told = [], [], iter(begins)
         # Another list tells those who look.
         self._table.layout = list(map(list, self._table.layout))
         for index, (group, rows) in enumerate(zip(groups, self._table.layout)):
@@ -350,13 +351,16 @@ class Decider:
                 decay, lr0 = row.decision.decay, begin.get("lr0")
                 if is_rate(lr0):  # also for a policy that is assigned later
                     row = self._renewed(param, row, lr0=lr0)
+                elif decay.needs_lr0 and row.decision.lr0 != base_rate(group):
+                    label = row.decision.label(index, place)
+                    rates.append(f"{label} (here {row.decision.lr0:g})")
                 init = begin.get("init")
                 if decay.needs_init and getattr(init, "shape", None) == param.shape:
                     row = self._renewed(param, row, init=init)
                 elif decay.needs_init:
-                    lost.append(row.decision.label(index, place))
+                    inits.append(row.decision.label(index, place))
                 rows[place] = row
-        return lost
+        return inits, rates
 
     def _renewed(self, param: Tensor, row: Row, **begin: Any) -> Row:
         decision = row.decision._replace(**begin)

@@ -28,6 +28,7 @@ from selective_optim._warnings import (
     warn_of_changes,
     warn_of_lost_inits,
     warn_of_lost_policy,
+    warn_of_lost_rates,
 )
 from selective_optim.decay import Decay, Form, Terms
 from selective_optim.policies.base import Policy
@@ -141,8 +142,11 @@ class PolicyOptimizer(torch.optim.Optimizer):
         # As a rule nothing depends on it, here or there: no third places.
         if not any(begins) and max(map(len, chain(*now)), default=0) < 3:
             return
-        if lost := self._decider.resume(self.param_groups, begins):
-            warn_of_lost_inits(lost)
+        inits, rates = self._decider.resume(self.param_groups, begins)
+        if inits:
+            warn_of_lost_inits(inits)
+        if rates:
+            warn_of_lost_rates(rates)
 
     def _recorded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Add the record to torch's state dict, and take out what torch lacks."""

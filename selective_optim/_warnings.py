@@ -141,6 +141,16 @@ def warn_of_lost_inits(names: Sequence[str]) -> None:
     )
 
 
+def warn_of_lost_rates(names: Sequence[str]) -> None:
+    """Warn once that a checkpoint does not tell which rate training began with."""
+    warn(
+        f"the loaded checkpoint does not record the rate that training began with, by "
+        f"which the decay of {_first_of(names, ', ')} is divided, and its own rate is "
+        f"another. Load a state dict that optimizer.state_dict() returned, or make the "
+        f"optimizer with the rate of the beginning."
+    )
+
+
 def _first_of(items: Sequence[str], separator: str) -> str:
     more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return f"{separator.join(items[:SHOWN])}{more}"

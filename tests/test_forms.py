@@ -578,6 +578,24 @@ def test_a_state_dict_without_init_says_so():
         optimizer.load_state_dict(state_dict)
 
 
+@pytest.mark.parametrize("kind", ["independent", "corrected"])
+@pytest.mark.parametrize("key", ["lr", "initial_lr"])
+def test_a_state_dict_without_the_first_rate_says_so_where_that_may_matter(kind, key):
+    """As that of ``torch.distributed.checkpoint``, which has no record of ours."""
+    params = make_params()
+    state_dict = train(make("AdamW", params, form(kind)), params).state_dict()
+    del state_dict["decay"]
+    other = make("AdamW", make_params(), form(kind))
+    for group in state_dict["param_groups"]:
+        group["lr"] = other.param_groups[0]["lr"]
+    other.load_state_dict(state_dict)  # the same rate: nothing is lost
+    state_dict["param_groups"][0][key] = 0.5
+    with pytest.warns(UserWarning, match="does not record the rate .* parameter 0 of"):
+        other.load_state_dict(state_dict)
+    plain = make("AdamW", make_params(), "all")
+    plain.load_state_dict(state_dict)  # which no rate divides
+
+
 def test_a_target_of_zero_is_none():
     """It overrules another target, and is no other decision than none."""
     params = make_params()
