@@ -47,7 +47,7 @@ def deciding_for(
 
     Example:
         >>> import torch
-        >>> from selective_optim import AdamW
+        >>> from selective_optim import AdamW, deciding_for
         >>> def factory(model):  # as frameworks write them
         ...     return AdamW([p for p in model.parameters()], weight_decay=0.1)
         >>> model = torch.nn.Linear(2, 1)
