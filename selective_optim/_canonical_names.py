@@ -1,4 +1,7 @@
-"""Canonical names of parameters: what wrappers and parametrizations add is stripped."""
+"""Canonical names of parameters: what wrappers and parametrizations add is stripped.
+
+The names that wrappers add are ``_torch.WRAPPERS``.
+"""
 
 from __future__ import annotations
 

@@ -763,12 +763,14 @@ def loaded_by_hand(cls: Any) -> None:
     ours(cls, params).load_state_dict(by_hand(cls, params).state_dict())
 
 
+CALL = r"\w+ing\(selective_optim\.param_groups\(model, \.{3}\)\)\.$"
+BY_HAND = f"Split the groups by hand: {CALL}"
 REFUSALS = [
     (selective, 3, TypeError, "must be a subclass of torch.optim.Optimizer, not 3"),
     (selective, nn.Linear, TypeError, r"Write selective\(torch.optim.NAdam\)"),
     (selective, Lookahead, TypeError, r"Lookahead\(selective\(...\)\(...\)\)"),
-    (two_params, Wrapping, ValueError, "keeps another optimizer in 'base'"),
-    (two_params, Regrouping, ValueError, "makes groups of its own"),
+    (two_params, Wrapping, ValueError, rf"keeps another .* in 'base'.*{BY_HAND}"),
+    (two_params, Regrouping, ValueError, rf"makes groups of its own.*{BY_HAND}"),
     (
         lambda cls: selective(cls)([nn.Parameter(torch.ones(2))]),
         torch.optim.Rprop,

@@ -391,6 +391,13 @@ ERRORS = {
         lambda: layerwise_groups(nn.Linear(2, 2), 0.1, 0.5),
         r"none were found; numbered modules in it: none",
     ),
+    "many numbered": (
+        lambda: layerwise_groups(
+            nn.ModuleDict({f"{name}1": nn.Linear(2, 2) for name in "abcdefghij"}),
+            *(0.1, 0.5),
+        ),
+        r"numbered modules in it: 'a\*', .*'g\*', 'h\*'\. Write",
+    ),
     "two towers": (
         lambda: layerwise_groups(two_towers(), 0.1, 0.5),
         r"'image.blocks.\*' \(3 modules, 252 elements\), 'text.transformer.h.\*' \(2 "

@@ -130,6 +130,14 @@ def test_marked_finds_the_lists_behind_a_wrapper(wrap, process_group):
     assert exempt(wrap(Outer())) == exempt(Outer())
 
 
+def test_timm_finds_the_list_behind_a_wrapper_that_holds_more():
+    """A training module may hold its loss before the model, under ``module``."""
+    whole = nn.Module()
+    whole.loss, whole.module = nn.Linear(2, 2), Outer()
+    expected = exempt(Outer(), named("timm")) | {"loss.bias"}
+    assert exempt(whole, named("timm")) == expected
+
+
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_timm_finds_the_list_behind_a_wrapper(wrap, process_group):
     assert exempt(wrap(Outer()), named("timm")) == exempt(Outer(), named("timm"))

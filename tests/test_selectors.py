@@ -41,6 +41,12 @@ MODEL = TiedNet()
 INFOS = {info.name: info for info in ModelIndex(MODEL).everyone()}
 
 
+def test_what_an_object_asks_for():
+    """A parameter is told by itself; what is inside a module, by the model alone."""
+    assert as_selector(MODEL.scale).needs == frozenset()
+    assert as_selector(MODEL.head).needs == {"modules"}
+
+
 def matrix(info):
     return info.ndim >= 2
 

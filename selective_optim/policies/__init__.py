@@ -1,29 +1,35 @@
-"""Policies: who decays, how much and in which form.
+"""Policies: who decays, how much, in which form, and towards what.
 
-A policy maps a :class:`~selective_optim.ParameterInfo` to a :class:`Decay`. Write
-it as a name, a mapping, a callable, or an expression of :func:`exclude`,
-:func:`only`, :func:`scale`, :func:`form`, :func:`towards` and ``*``.
+A policy maps a :class:`~selective_optim.ParameterInfo` to a :class:`Decay`. Write it as
+a name, a mapping, a callable, or an expression, in Python or as text, of
+:func:`exclude`, :func:`only`, :func:`scale`, :func:`form`, :func:`towards`,
+:func:`first_match`, :func:`layerwise`, :func:`marked`, :func:`named` and ``*``.
 
-How a verdict comes about, in the order of time:
+How a verdict comes about. ``selective_optim._decider`` goes this way for an optimizer,
+``decide.decide_alone`` where there is none:
 
-1. ``as_policy`` (``named``) makes a policy of what the user wrote: a name is looked
-   up, a text that is more is read (``parser``), a mapping becomes ``first_match``, a
-   callable a ``Function``.
-2. Selectors (``selectors``) are what a policy asks: globs, classes, modules,
-   predicates. The predicates rest on ``recognition``: a bias by the name of the
-   attribute, a norm by the class of the module that holds it, or by a functional
-   norm that the module hands it to.
-3. ``require_matches`` (``unmatched``) refuses a glob that matches no parameter.
-4. ``policy.bind`` gives policies that look at the whole model (``layerwise``,
-   ``marked``) a look at it, once.
-5. ``decide`` (``decide``) asks about each parameter. It first checks that what the
-   policy needs is known: names, modules, shapes. A callable is shown a strict view
-   of the parameter (``callables``), so that it cannot decide on what is not there.
-6. The answer is a ``Verdict``: a decay and the reason, in the policy's own words.
-   With what was known of the parameter it becomes a ``Decision``.
+1. ``as_policy`` in ``named.py`` makes a policy of what the user wrote. A name is looked
+   up; any other text is read by ``parser.py``; a mapping becomes a ``FirstMatch``, a
+   callable a ``Function``. Both are in ``rules.py`` with the verbs, and what every
+   policy can do in ``base.py``. Others are in ``layerwise.py``, ``markers.py`` and
+   ``recipes.py``, which has the rules of other projects.
+2. ``unmatched.py`` refuses a glob, regular expression or object that matches nothing in
+   optimizer and model, unless its policy has ``missing_ok``.
+3. ``policy.bind`` prepares for the questions to come: ``layerwise`` measures the model,
+   whose layers ``blocks.py`` finds; :func:`marked` and recipes will ask each module for
+   its list once (``no_weight_decay.py``).
+4. ``decide.py`` asks about each parameter, after it has checked that what the policy
+   needs is known: names, modules, shapes. Most policies ask ``selectors.py``: globs,
+   classes, modules, predicates, and these joined. What is a norm, a bias, an embedding
+   or a weight is known to ``recognition.py``: by the names of attributes and classes,
+   by a functional norm that a method hands the parameter to, and by short tables. A
+   user's callable is shown a strict view (``callables.py``), where to read what is not
+   known raises.
+5. The answer is a ``Verdict``: a decay and the reason, in the policy's own words. With
+   what was known of the parameter it is a ``Decision`` (``selective_optim.decay``).
 
-Nothing here knows an optimizer; to which tensor a decision applies at a step is
-the business of ``selective_optim._decision_table``.
+``differences.py`` compares what two policies decide. Nothing here imports an optimizer;
+to which tensor a decision applies later is found by ``selective_optim._decider``.
 """
 
 from selective_optim.decay import Decay as Decay

@@ -45,6 +45,7 @@ class StrictInfo(ParameterInfo):
 
     def __init__(self, info: ParameterInfo) -> None:
         vars(self).update(vars(info))
+        vars(self)["elsewhere"] = tuple(map(StrictInfo, info.elsewhere))
 
     # Properties come before what stands in the instance's own dict.
     name, names, leaf = _known("name"), _known("names"), _known("leaf")

@@ -19,12 +19,10 @@ from selective_optim import _torch
 from selective_optim.decay import Decision, Terms
 from selective_optim.step.counters import Counters
 from selective_optim.step.fused import (
-    counts_beside,
-    fusable,
     fused_choice,
+    goes_fused,
     joined,
     local_tensors,
-    wants_fused,
 )
 from selective_optim.step.kernel import Kernel
 from selective_optim.step.setting import Group, Groups, State, States
@@ -136,12 +134,7 @@ def key_of(
         tensors += [entry for entry in found if entry is not None]
     sharded = type(param) is _torch.dtensor_class()
     local = local_tensors(tensors) if sharded else tensors
-    fused = (
-        local is not None
-        and wants_fused(kernel, choice, param)
-        and fusable(kernel, local[0], local[1:])
-        and ("step" not in own or counts_beside(local[0], own["step"]))
-    )
+    fused = goes_fused(kernel, choice, param, local, own)
     # The state fits and the gradient does not: torch's functional takes it this once.
     odd = fused and grad is not None and not joined(param, grad, sharded)
     fused = fused and not odd
@@ -231,7 +224,7 @@ def _begin(
             for m in members
         )
         steps[device] = iter(counters.reserve(device, fused.count(device), later))
-    for member, goes_fused in new:
+    for member, fused_way in new:
         param, group = member.param, groups[member.group]
-        step = next(steps[param.device]) if goes_fused and joined else None
-        kernel.begin(states[param], param, group, goes_fused, step)
+        step = next(steps[param.device]) if fused_way and joined else None
+        kernel.begin(states[param], param, group, fused_way, step)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim.step.kernel import Kernel
-from selective_optim.step.setting import PLAIN, Group
+from selective_optim.step.setting import PLAIN, Group, State
 
 
 def free_choice(group: Group) -> bool:
@@ -92,6 +92,31 @@ def fusable(kernel: Kernel, param: Tensor, moments: Sequence[Tensor]) -> bool:
             _beside(param, moment) and kernel.takes_beside(param, moment)
             for moment in moments
         )
+    )
+
+
+def goes_fused(
+    kernel: Kernel,
+    choice: bool | None,
+    param: Tensor,
+    local: Sequence[Tensor] | None,
+    own: State,
+) -> bool:
+    """Choose the way of a parameter: torch's fused kernel, or its functional.
+
+    Args:
+        kernel: Of the optimizer's class.
+        choice: Of its group, see :func:`fused_choice`.
+        param: The parameter.
+        local: It and its moments, as the kernel would get them; ``None`` where they are
+            sharded in different ways.
+        own: Its state.
+    """
+    return (
+        local is not None
+        and wants_fused(kernel, choice, param)
+        and fusable(kernel, local[0], local[1:])
+        and ("step" not in own or counts_beside(local[0], own["step"]))
     )
 
 

@@ -3,7 +3,9 @@
 It lays the scale and whether infinity was found on an optimizer that takes them, which
 ours does with ``fused=True`` alone (``torch/amp/grad_scaler.py``, 2.7 to 2.15). Fused
 kernels unscale and skip by themselves; for torch's functional both is done here. What
-advanced before a kernel skipped, as counters do, falls back. No device is waited for.
+advanced before a kernel skipped, as counters do, falls back. No device is waited for,
+but where a first step with momentum may be dropped: only the host can leave out what
+is yet to be made.
 """
 
 from __future__ import annotations
@@ -89,8 +91,8 @@ def step_unless(
         step: Steps by torch's functional.
         touched: All that it writes to; ``None`` where it makes some of that.
     """
-    # On the CPU nothing is waited for; and a momentum buffer that is yet to begin must
-    # not: torch's functional makes it, and only the host can leave it out.
+    # On the CPU nothing is waited for. A buffer that torch's functional would make must
+    # not be made.
     if found_inf.is_cpu or touched is None:
         if not found_inf.item():
             step()

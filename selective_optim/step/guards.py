@@ -1,8 +1,8 @@
 """Comparisons by which ``Plan.current_grads`` tells whether a plan can be replayed.
 
-Identity suffices for what only someone outside can replace: numbers, lists of
-parameters, the parameters themselves. What every backward pass makes anew, and
-what can be changed in place, is compared by its traits in one guard call.
+Identity suffices for numbers and parameters, which only someone outside can replace by
+other objects. Lists, which can be edited in place, are compared with copies, and what
+every backward pass may make anew by its traits, in one call of torch's guard.
 """
 
 from __future__ import annotations
