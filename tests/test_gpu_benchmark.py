@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import subprocess
@@ -29,6 +30,13 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 EFFORT = QUICK._replace(rounds=2, seconds=0.0, repeats=2, copied=1 << 10)
 SMALL = ((4, 4), (4,), (3, 2), (5,))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect():
+    """Leave what earlier tests made out of the collections of every measurement."""
+    gc.collect()
+    gc.freeze()
 
 
 class Simulated:
