@@ -79,7 +79,7 @@ class Side:
 
     def grow(self, width: int, seed: int) -> list[nn.Parameter]:
         with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which writes down a traceback for every GPU to come.
+            # Not torch.manual_seed, which writes down a traceback for a GPU to come.
             torch.default_generator.manual_seed(seed)
             block = Block(width)
         self.model.append(block)
