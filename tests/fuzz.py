@@ -79,7 +79,8 @@ class Side:
 
     def grow(self, width: int, seed: int) -> list[nn.Parameter]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            # Not torch.manual_seed, which writes down a traceback for a GPU to come.
+            torch.default_generator.manual_seed(seed)
             block = Block(width)
         self.model.append(block)
         self.params += list(block.parameters())

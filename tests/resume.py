@@ -3,7 +3,7 @@
 Each time, a child process trains and saves a checkpoint every few steps. It is
 killed with SIGKILL after a random step, started again, and so on until it is done;
 then its parameters, buffers and optimizer state must be those of a run that nobody
-interrupted.
+interrupted, in this process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,16 @@ from torch import Tensor
 from benchmarks import require
 from benchmarks.digits.arms import selective
 from benchmarks.digits.networks import NETWORKS, build
-from benchmarks.digits.training import differences, load, reproducible, snapshot, train
+from benchmarks.digits.training import (
+    Data,
+    differences,
+    load,
+    reproducible,
+    snapshot,
+    train,
+)
 
-CHECKPOINT, FINAL = "checkpoint.pt", "final.pt"
+CHECKPOINT, FINAL, DATA = "checkpoint.pt", "final.pt", "data.pt"
 KILLS = 2  # per run; the third start may finish
 
 
@@ -55,7 +62,7 @@ def save(value: Any, path: Path) -> None:
     os.replace(fresh, path)
 
 
-def train_from_checkpoint(options: argparse.Namespace) -> None:
+def train_from_checkpoint(options: argparse.Namespace) -> dict[str, Tensor]:
     """Be the child: train from the last checkpoint to the end, telling every step."""
     model = build(options.network, options.seed, options.device)
     optimizer = selective(model)
@@ -72,11 +79,12 @@ def train_from_checkpoint(options: argparse.Namespace) -> None:
             save({**state, "step": step}, path)
         print(step, flush=True)
 
+    # Not from scikit-learn, which takes as long to import as torch.
+    data = torch.load(options.folder.parent / DATA, map_location=options.device)
     with reproducible():
-        data = load(options.device)
         settings = {"seed": options.seed, "first_step": first_step}
-        train(model, optimizer, data, options.epochs, after_step, **settings)
-    save(snapshot(model, optimizer), options.folder / FINAL)
+        train(model, optimizer, Data(*data), options.epochs, after_step, **settings)
+    return snapshot(model, optimizer)
 
 
 @contextmanager
@@ -146,7 +154,9 @@ def finish(
 def compare(options: argparse.Namespace, base: Path) -> Iterator[tuple[str, list[str]]]:
     """Interrupt as many runs as asked; yield what happened and what differs of each."""
     dice = random.Random(options.seed)
-    total = options.epochs * load().steps_per_epoch
+    data = load()
+    torch.save([*data], base / DATA)
+    total = options.epochs * data.steps_per_epoch
     networks = [options.network] if options.network else list(NETWORKS)
     references = {}
     for number in range(options.times):
@@ -154,8 +164,11 @@ def compare(options: argparse.Namespace, base: Path) -> Iterator[tuple[str, list
         own = argparse.Namespace(**{**vars(options), "network": network})
         if network not in references:
             # No checkpoints either: taking a state dict must not change a bit.
-            alone = argparse.Namespace(**{**vars(own), "every": total + 1})
-            references[network], _ = finish(alone, base / network, [])
+            alone = {"folder": base / network, "every": total + 1}
+            with redirect_stdout(None):
+                references[network] = train_from_checkpoint(
+                    argparse.Namespace(**{**vars(own), **alone})
+                )
         # Each death is later than the one before, so that the last start resumes most.
         deaths = sorted(dice.sample(range(1, total), KILLS))
         tensors, died = finish(own, base / str(number), deaths)
@@ -168,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     require("sklearn")
     if options.folder:
-        train_from_checkpoint(options)
+        save(train_from_checkpoint(options), options.folder / FINAL)
         return 0
     same = 0
     with tempfile.TemporaryDirectory() as base:

@@ -65,15 +65,21 @@ def mesh_of(shape):
 
 
 def place(tensors, placement):
-    """Distribute tensors; along dimensions that they do not have they are whole."""
+    """Distribute tensors; along dimensions that they do not have they are whole.
+
+    Every rank has drawn the same values, and none needs to be sent its shard.
+    """
     shape, placements = PLACEMENTS[placement]
     placed = []
     for tensor in tensors:
         where = [Replicate() if getattr(p, "dim", -1) >= tensor.ndim else p
                  for p in placements]  # fmt: skip
-        placed.append(distribute_tensor(tensor, mesh_of(shape), where))
-        # On torch 2.7 a shard may be a view with gaps, which fused kernels misread.
-        placed[-1]._local_tensor = placed[-1]._local_tensor.contiguous()
+        mesh = mesh_of(shape)
+        placed.append(distribute_tensor(tensor, mesh, where, src_data_rank=None))
+        # A shard would else be a view of the whole, which fused kernels misread
+        # where it has gaps.
+        local = placed[-1]._local_tensor
+        placed[-1]._local_tensor = local.clone(memory_format=torch.contiguous_format)
     return placed
 
 
@@ -276,11 +282,14 @@ def misplaced(placement, misplace, step):
 def step_misplaced(rank, optimizer, placement, misplace):
     params, others = params_at(placement), params_at(placement)
     mine, theirs = make_ours(optimizer, params), make_torchs(optimizer, others)
-    for step in range(STEPS):
-        assign(params, misplaced(placement, misplace, step))
-        assign(others, misplaced(placement, misplace, step))
-        mine.step()
+    for step in range(4):
+        # One set for both, as the ranks wait for each other at every gradient that is
+        # misplaced. torch steps first, so that an edit of ours would not reach it.
+        grads = misplaced(placement, misplace, step)
+        assign(others, grads)
         theirs.step()
+        assign(params, grads)
+        mine.step()
     assert_same_training((mine, params), (theirs, others))
 
 
@@ -295,12 +304,11 @@ def step_misplaced_at_times(rank, optimizer, placement, misplace):
     mine = make_ours(optimizer, params)
     theirs = make_ours(optimizer, others, **LOOP)
     for step in range(STEPS):
-        for each in (params, others):
-            odd = step in (2, 5)
-            grads = misplaced(placement, misplace, step) if odd else None
+        odd = step in (2, 5)
+        grads = misplaced(placement, misplace, step) if odd else None
+        for own, each in ((theirs, others), (mine, params)):
             assign(each, grads or grads_at(placement, step))
-        mine.step()
-        theirs.step()
+            own.step()
     assert_same(shards(params), shards(others), rtol=1e-5, atol=1e-6)
 
 

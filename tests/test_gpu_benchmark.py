@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,13 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 EFFORT = QUICK._replace(rounds=2, seconds=0.0, repeats=2, copied=1 << 10)
 SMALL = ((4, 4), (4,), (3, 2), (5,))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect():
+    """Leave what earlier tests made out of the collections of every measurement."""
+    gc.collect()
+    gc.freeze()
 
 
 class Simulated:
@@ -231,9 +240,9 @@ def test_case_that_fails_does_not_cost_the_others(monkeypatch, tmp_path):
 WORK = """
 import sys, time
 from pathlib import Path
-Path(sys.argv[1]).write_text("{}")
-print("begun", flush=True)
 try:
+    print("begun", flush=True)
+    Path(sys.argv[1]).write_text("{}")
     time.sleep(60)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
@@ -243,12 +252,28 @@ except KeyboardInterrupt:
 STUBBORN = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + WORK
 
 
+def written(path):
+    return path.exists() and path.stat().st_size > 0
+
+
 @pytest.fixture
 def work(monkeypatch, tmp_path):
-    """Have a piece run a script, and return where the script is to be."""
-    path = tmp_path / "work.py"
+    """Have a piece run a script, and return where the script is to be.
+
+    Limits count from where the script has saved something, however long it takes to
+    start on a busy machine, and tests need no limit in which it surely has.
+    """
+    path, saved = tmp_path / "work.py", tmp_path / "steps.json"
     path.write_text(WORK)
-    words = [sys.executable, str(path), str(tmp_path / "steps.json")]
+    words = [sys.executable, str(path), str(saved)]
+
+    class Timer(threading.Timer):
+        def run(self):
+            while not written(saved) and not self.finished.wait(0.01):
+                pass
+            super().run()
+
+    monkeypatch.setattr(on_gpu.threading, "Timer", Timer)
     monkeypatch.setattr(on_gpu, "command", lambda *args: words)
     # As the command does: tests in the background are started without interrupts.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -260,16 +285,16 @@ STEPS = on_gpu.PIECES[1]
 
 
 def test_piece_is_interrupted_at_its_limit_and_what_it_did_is_saved(work, tmp_path):
-    assert on_gpu.run(STEPS, "cpu", tmp_path, seconds=2) == 0
+    assert on_gpu.run(STEPS, "cpu", tmp_path, seconds=0.1) == 0
     lines = (tmp_path / "steps.log").read_text().splitlines()
     assert lines[:2] == ["begun", "interrupted"]
     assert (tmp_path / "steps.json").read_text() == "{}"
 
 
 def test_piece_that_ignores_an_interrupt_is_killed(work, monkeypatch, tmp_path):
-    monkeypatch.setattr(on_gpu, "GRACE", 1)
+    monkeypatch.setattr(on_gpu, "GRACE", 0.1)
     work.write_text(STUBBORN)
-    assert on_gpu.run(STEPS, "cpu", tmp_path, seconds=2) == -signal.SIGKILL
+    assert on_gpu.run(STEPS, "cpu", tmp_path, seconds=0.1) == -signal.SIGKILL
     assert "begun" in (tmp_path / "steps.log").read_text()
 
 
@@ -287,6 +312,8 @@ def test_signal_ends_the_command_and_its_piece(tmp_path):
     words = [sys.executable, "-c", PROGRAM, tmp_path / "work.py", tmp_path]
     with subprocess.Popen(words, cwd=ROOT, stdout=-1, stderr=-1, text=True) as started:
         assert started.stdout.readline() == "begun\n"
+        while not written(tmp_path / "steps.json"):
+            assert started.poll() is None
         started.terminate()
         _, errors = started.communicate(timeout=30)
     assert errors.endswith("KeyboardInterrupt\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -39,6 +40,8 @@ multipliers = st.sampled_from([0.0, 1.0]) | st.floats(0, 4, width=32)
 forms = st.sampled_from(drawn.FORMS)
 
 
+# Strategies are kept: hypothesis looks into every new one before it draws from it.
+@cache
 def params_in(groups: int) -> st.SearchStrategy[Any]:
     return st.lists(
         st.builds(
@@ -56,11 +59,19 @@ def params_in(groups: int) -> st.SearchStrategy[Any]:
     ).map(tuple)
 
 
-def hyperparameters(name: str) -> st.SearchStrategy[Any]:
+@cache
+def groups_of(name: str, count: int) -> st.SearchStrategy[Any]:
+    """Draw as many groups of a class."""
     free = {"lr": st.floats(0, 0.5), "weight_decay": st.floats(0, 0.9)}
     table = drawn.settings_of(name)
     own = {key: st.sampled_from(values) for key, values in table.items()}
-    return st.fixed_dictionaries({**own, **free})
+    group = st.builds(
+        Group,
+        kind=st.sampled_from([*drawn.KINDS]),
+        settings=st.fixed_dictionaries({**own, **free}),
+        joins=st.sampled_from([0, 0, 1, 2]),
+    )
+    return st.lists(group, min_size=count, max_size=count).map(tuple)
 
 
 events = st.builds(
@@ -83,18 +94,12 @@ rounds = st.lists(
 def configs(draw: Any) -> Config:
     name = draw(st.sampled_from(NAMES))
     count = draw(st.integers(1, 3))
-    group = st.builds(
-        Group,
-        kind=st.sampled_from([*drawn.KINDS]),
-        settings=hyperparameters(name),
-        joins=st.sampled_from([0, 0, 1, 2]),
-    )
     return settled(
         Config(
             name,
             decoupled=draw(st.booleans()),
             params=draw(params_in(count)),
-            groups=tuple(draw(st.lists(group, min_size=count, max_size=count))),
+            groups=draw(groups_of(name, count)),
             rounds=draw(rounds),
             policy=draw(st.sampled_from(drawn.POLICIES)),
             source=draw(st.sampled_from(drawn.SOURCES)),
@@ -135,11 +140,7 @@ def problems(draw: Any) -> tuple[str, tuple[Param, ...], dict[str, Any], str]:
             name,
             decoupled=False,
             params=draw(params_in(1)),
-            groups=(
-                Group(
-                    draw(st.sampled_from([*drawn.KINDS])), draw(hyperparameters(name))
-                ),
-            ),
+            groups=draw(groups_of(name, 1)),
             rounds=(),
         )
     )

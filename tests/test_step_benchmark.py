@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -43,6 +44,14 @@ PLAIN = Case("tiny", "", (SMALL,))
 GROUPED = Case("tiny_layers", "", (SMALL[:2], SMALL[2:]), own_lr=True)
 SHARDED = Case("dtensor", "", (SMALL,), sharded=True)
 EFFORT = QUICK._replace(rounds=2, seconds=0.0, repeats=2, copied=1 << 10)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect():
+    """Leave what earlier tests made out of the collections of every measurement."""
+    gc.collect()
+    gc.freeze()
+
 
 SIZES = [
     # name, tensors, elements, groups
