@@ -25,7 +25,10 @@ gathers_objects = pytest.mark.skipif(
     find_spec("numpy") is None, reason="torch gathers objects by way of numpy"
 )
 SECONDS = 60  # far above what a test needs: a hang ends, a busy machine does not fail
-PRELOADED = ["pytest", "torch.distributed.fsdp", "torch.distributed.tensor"]
+PRELOADED = [
+    *("pytest", "torch._dynamo"),
+    *("torch.distributed.fsdp", "torch.distributed.tensor"),
+]
 
 
 class RankError(AssertionError):
