@@ -291,6 +291,25 @@ def test_recipe_decides_alike_behind_a_wrapper(recipe):
     assert exempt(Wrapper(Zoo()), recipe) == exempt(Zoo(), recipe)
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "decays"),
+    [
+        ("mmcv.ops.deform_conv", "DeformConv2d", True),
+        ("mmcv.ops.modulated_deform_conv", "ModulatedDeformConv2d", True),
+        ("torchvision.ops.deform_conv", "DeformConv2d", False),
+        ("mmcv.cnn.bricks", "ConvModule", False),
+    ],
+)
+def test_mmengine_decays_biases_inside_the_deformable_convolutions_of_mmcv(
+    module, name, decays
+):
+    made = type(name, (nn.Module,), {"__module__": module})()
+    made.conv_offset = nn.Conv2d(1, 1, 1)
+    model = nn.ModuleDict({"dcn": made})
+
+    assert ("dcn.conv_offset.bias" not in exempt(model, "mmengine")) == decays
+
+
 def test_timm_asks_the_root_alone():
     inner = nn.ModuleDict({"zoo": Zoo()})
 
