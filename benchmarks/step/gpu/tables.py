@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.step.cases import case_named
-from benchmarks.step.gpu.goals import verdicts
+from benchmarks.step.gpu.goals import unjudged, verdicts
 
 Record = dict[str, Any]
 NONE = "-"
@@ -47,6 +47,13 @@ def _arm_line(arm: Record, copy_gb_per_s: float | None) -> str:
     )
 
 
+def launch_line(record: Record) -> str:
+    counts = ", ".join(
+        f"{name} {arm['launches']}" for name, arm in record["arms"].items()
+    )
+    return f"Launches of {record['case']}, {record['optimizer']}: {counts}"
+
+
 def training_lines(record: Record) -> Iterator[str]:
     yield f"Training {record['case']}, {record['optimizer']}: batch {record['batch']}"
     for name, arm in record["arms"].items():
@@ -54,6 +61,25 @@ def training_lines(record: Record) -> Iterator[str]:
 
 
 def goal_lines(results: Record) -> Iterator[str]:
+    """Show every goal: met, not met, or why nothing says."""
     yield "Goals"
     for goal, measured, met in verdicts(results):
         yield f"  {'met    ' if met else 'NOT MET'}  {goal:74s} {measured}"
+    for goal, reason in unjudged(results):
+        yield f"  UNKNOWN  {goal:74s} {reason}"
+
+
+def left_lines(results: Record) -> Iterator[str]:
+    """Show what could not be measured."""
+    for left in results.get("left_out", ()):
+        yield f"{left['case']}, {left['optimizer']}: left out, {left['error']}"
+
+
+def all_lines(results: Record) -> Iterator[str]:
+    """Show a whole run."""
+    for record in results["cases"]:
+        yield from case_lines(record, results["once"].get("copy_gb_per_s"))
+    for record in results.get("training", ()):
+        yield from training_lines(record)
+    yield from left_lines(results)
+    yield from goal_lines(results)
