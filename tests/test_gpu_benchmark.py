@@ -410,6 +410,10 @@ def record_of(case, optimizer="sgd"):
     return {"case": case, "optimizer": optimizer, "elements": 10, "arms": {}}
 
 
+class Killed(BaseException):
+    """Stands for a signal that leaves no time for anything."""
+
+
 def test_case_whose_process_ended_is_tried_again_with_care_and_then_left(
     monkeypatch, tmp_path
 ):
@@ -419,11 +423,11 @@ def test_case_whose_process_ended_is_tried_again_with_care_and_then_left(
     def run(case, *args, careful=False):
         asked.append((case.name, careful))
         if case.name == "tiny":
-            raise KeyboardInterrupt
+            raise Killed
         return record_of(case.name)
 
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             saved_run(monkeypatch, path, run, "--resume")
         assert load(path)["under_way"]["case"] == "tiny"
     saved = saved_run(monkeypatch, path, run, "--resume")
@@ -574,6 +578,16 @@ def test_piece_that_hangs_is_killed_before_its_limit(work, monkeypatch, tmp_path
     monkeypatch.setattr(on_gpu, "MOST_SILENCE", 1)
     work.write_text(WORK.replace("write_text", "exists # "))
     assert on_gpu.run(STEPS, "cpu", tmp_path, seconds=60) == -signal.SIGKILL
+
+
+def test_piece_that_says_something_is_not_taken_for_hanging(
+    work, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(on_gpu, "MOST_SILENCE", 3)
+    work.write_text(
+        "import time\nfor i in range(8):\n    print(i, flush=True)\n    time.sleep(0.5)"
+    )
+    assert on_gpu.run(STEPS, "cpu", tmp_path, seconds=60) == 0
 
 
 def test_tests_without_pytest_are_no_success(monkeypatch, tmp_path):
