@@ -323,3 +323,52 @@ def test_powers_are_those_of_torchs_kernel(device):
         call()
     for one, other in zip(*moved):
         assert_same(list(one.args), list(other.args))
+
+
+@needs_triton
+def test_chunks_are_those_of_the_sizes(interpreted):
+    shapes = [(0, 3), (1,), (1023,), (1024,), (0,), (1025,), (3, 1000), (0,)]
+    call = bound(0.1, 0.1, shapes, 1)
+    one = OneLaunch([call])
+    one()
+    sizes = [param.numel() for param in call.args[0]]
+    expected = [
+        [tensor, chunk, size - 1024 * chunk]
+        for tensor, size in enumerate(sizes)
+        for chunk in range((size + 1023) // 1024)
+    ]
+    assert one._chunks.tolist() == expected
+    assert one._grid == (len(expected),)
+
+
+@needs_triton
+def test_call_of_empty_tensors_launches_nothing(interpreted, monkeypatch):
+    monkeypatch.setattr(OneLaunch, "_launch", lambda self: pytest.fail("launches"))
+    OneLaunch([bound(0.1, 0.1, [(0, 3), (0,)], 1)])()
+
+
+@needs_triton
+def test_tables_are_not_made_while_a_graph_is_captured(interpreted, monkeypatch):
+    """What is copied then is recorded and not done; an eager step would read it."""
+    capturing = True
+    monkeypatch.setattr(_torch, "is_capturing", lambda device: capturing)
+    made = []
+    on_device = OneLaunch._on_device
+
+    def noted(self, *args):
+        made.append(capturing)
+        return on_device(self, *args)
+
+    monkeypatch.setattr(OneLaunch, "_on_device", noted)
+    captured, eager = bound(0.1, 0.1, SHAPES, 1), bound(0.1, 0.1, SHAPES, 1)
+    one, torchs = OneLaunch([captured]), partial(eager)
+    one()
+    torchs()
+    assert_same(captured.args[0], eager.args[0])
+    capturing = False
+    one()
+    assert made == [False] * 3
+    powers = powers_of([eager])
+    (expected,) = [restated(eager, powers)]
+    actual = [list(row) for row in zip(*(captured.args[i] for i in (0, 2, 3)))]
+    assert_same(actual, expected)
