@@ -372,3 +372,27 @@ def test_tables_are_not_made_while_a_graph_is_captured(interpreted, monkeypatch)
     (expected,) = [restated(eager, powers)]
     actual = [list(row) for row in zip(*(captured.args[i] for i in (0, 2, 3)))]
     assert_same(actual, expected)
+
+
+@needs_triton
+def test_zeros_keep_the_sign_that_torch_gives_them(interpreted):
+    """As at the first step of a warm-up, with a rate of 0; betas of 0 are rare."""
+    zeros = torch.tensor([-0.0, 0.0, -0.0, 0.0])
+    calls = [
+        bound(0.0, 0.1, [(4,)], 1, maximize=maximize, beta1=beta)
+        for maximize, beta in [(False, 0.9), (True, 0.9), (False, 0.0), (True, 0.0)]
+    ]
+    for call in calls:
+        call.args[0][0].copy_(zeros)
+        call.args[1][0].copy_(zeros.flip(0))
+        call.args[2][0].copy_(-zeros)
+    steps = torch.stack([call.args[5][0] for call in calls])
+    betas = torch.tensor(
+        [[call.keywords[b] for call in calls] for b in ("beta1", "beta2")]
+    )
+    powers = iter(torch.pow(betas, steps).unbind(1))
+    for call in calls:
+        (expected,) = restated(call, powers)
+        OneLaunch([call])()
+        for i, value in zip((0, 2, 3), expected):
+            assert torch.equal(call.args[i][0].signbit(), value.signbit()), i

@@ -78,11 +78,12 @@ def updated(
     eps = tl.load(numbers + 4 * count)
     step_size = tl.div_rn(lr, 1.0 - tl.load(powers))
     correction = tl.sqrt_rn(1.0 - tl.load(powers + count))
+    # Triton's minus subtracts from 0.0, of which a zero loses its sign: hence -1.0.
     # Not where there is no decay: infinity times zero is no number.
-    param = tl.where(wd != 0, tl.fma(param, -(lr * wd), param), param)
+    param = tl.where(wd != 0, tl.fma(param, lr * wd * -1.0, param), param)
     square = grad * grad
-    exp_avg = tl.fma(exp_avg, beta1, tl.fma(grad, -beta1, grad))
-    exp_avg_sq = tl.fma(exp_avg_sq, beta2, tl.fma(square, -beta2, square))
+    exp_avg = tl.fma(exp_avg, beta1, tl.fma(grad, beta1 * -1.0, grad))
+    exp_avg_sq = tl.fma(exp_avg_sq, beta2, tl.fma(square, beta2 * -1.0, square))
     denom = tl.div_rn(tl.sqrt_rn(exp_avg_sq), correction) + eps
     return param - tl.div_rn(exp_avg * step_size, denom), exp_avg, exp_avg_sq
 
@@ -112,7 +113,7 @@ def adamw(
     exp_avg_sqs = tl.multiple_of(exp_avg_sqs, 4 * wide) + offsets
     grad = tl.load(tl.multiple_of(grads, 4 * wide) + offsets, mask=mask, other=0.0)
     if maximize:
-        grad = -grad
+        grad = grad * -1.0
     param, exp_avg, exp_avg_sq = updated(
         tl.load(params, mask=mask, other=0.0),
         grad,

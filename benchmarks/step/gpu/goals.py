@@ -100,21 +100,25 @@ def _of_training(case: str, optimizer: str) -> Claim:
 
 
 def unjudged(results: Record) -> Iterator[tuple[str, str]]:
-    """Name each goal that a run says nothing of, and why: nothing counts as met."""
-    records = {(r["case"], r["optimizer"]): r for r in results["cases"]}
-    trained = {(r["case"], r["optimizer"]): r for r in results.get("training", ())}
-    for case, optimizer in product(CASES, BOTH):
-        for claim in claims(case, optimizer):
-            yield from _missing(claim, records.get((case, optimizer)))
-    for case, optimizer in product(TRAINED, BOTH):
-        claim = _of_training(case, optimizer)
-        yield from _missing(claim, trained.get((case, optimizer)))
+    """Name the goals that a run says nothing of, and why: nothing counts as met."""
+    for record in results["cases"]:
+        for claim in claims(record["case"], record["optimizer"]):
+            yield from _missing(claim, record)
+    for record in results.get("training", ()):
+        claim = _of_training(record["case"], record["optimizer"])
+        yield from _missing(claim, record)
 
 
-def _missing(claim: Claim, record: Record | None) -> Iterator[tuple[str, str]]:
-    if record is None:
-        yield str(claim), "was not run"
-        return
+def not_run(results: Record) -> Iterator[str]:
+    """Name the cases of which a whole run would judge the goals."""
+    records = [*results["cases"], *results.get("training", ())]
+    there = {(record["case"], record["optimizer"]) for record in records}
+    for case, optimizer in product((*CASES, *TRAINED), BOTH):
+        if (case, optimizer) not in there:
+            yield f"{case}, {optimizer}"
+
+
+def _missing(claim: Claim, record: Record) -> Iterator[tuple[str, str]]:
     for arm in claim.arms:
         if error := record.get("errors", {}).get(arm):
             yield str(claim), f"{arm} cannot: {error[:100]}"

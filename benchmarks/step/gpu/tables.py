@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.step.cases import case_named
-from benchmarks.step.gpu.goals import unjudged, verdicts
+from benchmarks.step.gpu.goals import not_run, unjudged, verdicts
 
 Record = dict[str, Any]
 NONE = "-"
@@ -70,9 +70,11 @@ def goal_lines(results: Record) -> Iterator[str]:
 
 
 def left_lines(results: Record) -> Iterator[str]:
-    """Show what could not be measured."""
+    """Show what a whole run would have, and this has not."""
     for left in results.get("left_out", ()):
         yield f"{left['case']}, {left['optimizer']}: left out, {left['error']}"
+    if missing := "; ".join(not_run(results)):
+        yield f"Not measured: {missing}"
 
 
 def all_lines(results: Record) -> Iterator[str]:
