@@ -452,7 +452,7 @@ def test_device_that_answers_no_more_ends_the_process(monkeypatch, tmp_path):
 
 def test_device_is_asked_whether_it_answers(monkeypatch):
     def synchronize():
-        raise torch.AcceleratorError("an illegal memory access was encountered")
+        raise RuntimeError("an illegal memory access was encountered")
 
     assert command.answers(CPU)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
@@ -613,3 +613,11 @@ def test_saved_run_is_shown(capsys, tmp_path):
     assert "1,000 tiny tensors, sgd" in said
     assert "vit_l, sgd: left out, no memory" in said
     assert "Not measured: tiny, adamw; tiny_scaled" in said
+
+
+def test_picture_needs_cases(tmp_path):
+    pytest.importorskip("matplotlib", reason="draws with matplotlib")
+    path = tmp_path / "run.json"
+    save({"run": RUN, "cases": [], "training": []}, path)
+    with pytest.raises(SystemExit, match="holds no case to draw"):
+        command.main(["--picture", str(path)])

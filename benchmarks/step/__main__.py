@@ -282,7 +282,10 @@ def main(words: Sequence[str] | None = None) -> None:
         require("matplotlib")
         from benchmarks.step.picture import draw
 
-        print(draw(runs.load(args.picture), args.picture.with_suffix(".png")))
+        saved = runs.load(args.picture)
+        if not saved["cases"]:
+            sys.exit(f"{args.picture} holds no case to draw: --show prints what it has")
+        print(draw(saved, args.picture.with_suffix(".png")))
         return
     if args.show:
         show(gpu_tables.all_lines(runs.load(args.show)))

@@ -25,7 +25,7 @@ def case_lines(record: Record, copy_gb_per_s: float | None = None) -> Iterator[s
     for name, error in record["errors"].items():
         yield f"  {name:20s} cannot: {error[:100]}"
     for name, first in record["first_step_ms"].items():
-        yield f"  first step, {name:8s}{_spread(first):>27s}"
+        yield f"  first step, {name:12s}{_spread(first):>23s}"
 
 
 def _spread(value: Record | None) -> str:
