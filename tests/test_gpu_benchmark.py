@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.step import __main__ as command
-from benchmarks.step import on_gpu
+from benchmarks.step import on_gpu, workload
 from benchmarks.step.arms import BARE, DEFAULT, FUSED, OURS, Arm
 from benchmarks.step.cases import CASES, Case
 from benchmarks.step.gpu import clock, goals, training
@@ -276,7 +276,7 @@ def test_piece_that_ignores_an_interrupt_is_killed(work, monkeypatch, tmp_path):
 
 PROGRAM = """
 import sys
-from benchmarks.step import on_gpu
+from benchmarks.step import on_gpu, workload
 _, script, out = sys.argv
 on_gpu.command = lambda *args: [sys.executable, script, f"{out}/steps.json"]
 on_gpu.main(["--piece", "steps", "--out", out])
@@ -621,3 +621,16 @@ def test_picture_needs_cases(tmp_path):
     save({"run": RUN, "cases": [], "training": []}, path)
     with pytest.raises(SystemExit, match="holds no case to draw"):
         command.main(["--picture", str(path)])
+
+
+def test_mesh_of_a_gpu_needs_no_network(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        workload.dist, "init_process_group", lambda b, **own: asked.append(b)
+    )
+    monkeypatch.setattr(workload.dist, "destroy_process_group", lambda: None)
+    mesh = pytest.importorskip("torch.distributed.device_mesh")
+    monkeypatch.setattr(mesh, "init_device_mesh", lambda *args: "mesh")
+    with workload.one_process_mesh(torch.device("cuda")) as made:
+        assert made == "mesh"
+    assert asked == ["nccl"]
