@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -634,3 +635,9 @@ def test_mesh_of_a_gpu_needs_no_network(monkeypatch):
     with workload.one_process_mesh(torch.device("cuda")) as made:
         assert made == "mesh"
     assert asked == ["nccl"]
+
+
+def test_files_that_are_not_collected_hold_no_test_of_cuda():
+    files = [path for each in on_gpu.IGNORED for path in ROOT.glob(each)]
+    assert len(files) > 5
+    assert all(not re.search(r"\bcuda|CUDA|\bdevice\b", p.read_text()) for p in files)

@@ -57,10 +57,13 @@ def _cases(*names: str, limit: int) -> list[str]:
     return ["benchmarks.step", "--case", *names, "--limit", str(limit)]
 
 
+# Nothing of CUDA is in them, and importing what they test may take a minute.
+IGNORED = ("tests/test_frameworks_*", "tests/*_installed.py")
 TESTS = [
     *("pytest", "-m", "cuda", "-v", "-p", "no:cacheprovider", "--durations=15"),
     # A package of the machine that warns when a test imports it costs that file alone.
     "--continue-on-collection-errors",
+    *(f"--ignore-glob={files}" for files in IGNORED),
 ]
 PIECES = (
     Piece("tests", 400, TESTS, TESTS),
