@@ -396,3 +396,32 @@ def test_zeros_keep_the_sign_that_torch_gives_them(interpreted):
         OneLaunch([call])()
         for i, value in zip((0, 2, 3), expected):
             assert torch.equal(call.args[i][0].signbit(), value.signbit()), i
+
+
+@pytest.mark.parametrize("which", [0, 2, 3], ids=["params", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_dtypes_are_left_to_torch(monkeypatch, which, dtype):
+    monkeypatch.setattr(triton_adamw, "DEVICES", {"cpu"})
+    calls = [bound(lr, 0.1, [(2,)], 1) for lr in RATES]
+    assert [*map(type, join(calls, range(1, 13), lambda run: "one")[0])] == [str]
+    for call in calls:
+        call.args[which][:] = [tensor.to(dtype) for tensor in call.args[which]]
+    assert join(calls, range(1, 13), pytest.fail) == (calls, [*range(1, 13)])
+
+
+@needs_triton
+def test_rates_that_change_are_read(interpreted, monkeypatch):
+    """As a schedule has them, and as `torch.optim.lr_scheduler` sets them."""
+    outcomes = []
+    for switch in ("1", "0"):
+        monkeypatch.setenv(SWITCH, switch)
+        params, optimizer = make("AdamW")
+        for _ in range(3):
+            train(params, optimizer, 1)
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.3
+        outcomes.append(params)
+        joined = [type(call) for call in calls_of(optimizer)] == [OneLaunch]
+        assert joined is (switch == "1")
+    # As above, over three steps of up to 0.6.
+    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-5)
