@@ -425,3 +425,31 @@ def test_rates_that_change_are_read(interpreted, monkeypatch):
         assert joined is (switch == "1")
     # As above, over three steps of up to 0.6.
     torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-5)
+
+
+@on_cuda
+@pytest.mark.skipif(not triton_adamw.find_spec("triton"), reason="compiles with Triton")
+@pytest.mark.skipif(not _torch.FUSED_IN_FLOAT32, reason="torch computes otherwise")
+@pytest.mark.parametrize("maximize", [False, True])
+def test_zeros_have_the_sign_that_torchs_kernel_gives_them(device, maximize):
+    def made() -> list[Any]:
+        calls = [
+            bound(lr, wd, [(4,)], 1, maximize=maximize, beta1=beta)
+            for lr in (0.0, 0.1)
+            for wd in (0.0, 0.1)
+            for beta in (0.0, 0.9)
+        ]
+        for call in calls:
+            for i, signs in ((0, [-1, 1, -1, 1]), (1, [1, 1, -1, -1])):
+                call.args[i][0].copy_(torch.tensor(signs) * 0.0)
+            call.args[2][0].zero_()
+            for tensors in call.args:
+                tensors[:] = [tensor.to(device) for tensor in tensors]
+        return calls
+
+    ours, theirs = made(), made()
+    OneLaunch(ours)()
+    for one, other in zip(ours, theirs):
+        other()
+        for i in (0, 2, 3):
+            assert torch.equal(one.args[i][0].signbit(), other.args[i][0].signbit())
