@@ -453,3 +453,37 @@ def test_zeros_have_the_sign_that_torchs_kernel_gives_them(device, maximize):
         other()
         for i in (0, 2, 3):
             assert torch.equal(one.args[i][0].signbit(), other.args[i][0].signbit())
+
+
+@needs_triton
+@pytest.mark.skipif(not _torch.FUSED_IN_FLOAT32, reason="comes with an older Triton")
+@pytest.mark.parametrize("wide", [1, triton_adamw.WIDE])
+def test_tensors_may_have_more_elements_than_32_bits_count(wide):
+    """Compiled without a device: every address of an element is reckoned in 64."""
+    compiler = pytest.importorskip("triton.compiler")
+    backends = pytest.importorskip("triton.backends.compiler")
+    _, kernel = triton_adamw.kernels()
+    fixed = {"maximize": True, "wide": wide, "size": triton_adamw.SIZE}
+    types = {"pointers": "*i64", "numbers": "*fp32", "powers": "*fp32"}
+    types |= {"chunks": "*i64", "count": "i32", **dict.fromkeys(fixed, "constexpr")}
+    source = compiler.ASTSource(kernel, types, constexprs=fixed)
+    target = backends.GPUTarget("cuda", 90, 32)
+    own = {"enable_fp_fusion": False}
+    text = compiler.compile(source, target=target, options=own).asm["ttir"]
+    places = re.findall(r"tt\.addptr .*!tt\.ptr<f32>>, tensor<1024xi(\d+)>", text)
+    assert places == ["64"] * 4
+
+
+def test_every_launch_says_that_nothing_is_to_be_contracted(monkeypatch):
+    """Triton 3.9 warns where it is not said, and 3.10 does otherwise."""
+    said = []
+
+    class Launched:
+        def __getitem__(self, grid):
+            return lambda *args, enable_fp_fusion=None, **own: said.append(
+                enable_fp_fusion
+            )
+
+    monkeypatch.setattr(triton_adamw, "kernels", lambda: (Launched(), Launched()))
+    OneLaunch([bound(0.1, 0.1, SHAPES, 1)])()
+    assert said == [False, False]
