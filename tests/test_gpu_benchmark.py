@@ -21,11 +21,19 @@ from benchmarks.step.gpu import clock, goals, training
 from benchmarks.step.gpu import device as gpu_device
 from benchmarks.step.gpu.device import Cuda, StandIn
 from benchmarks.step.gpu.run import CASES as CHOSEN
-from benchmarks.step.gpu.run import FUSED_GRAPH, ONE_LAUNCH, OURS_GRAPH, run_case
+from benchmarks.step.gpu.run import (
+    FUSED_GRAPH,
+    ONE_LAUNCH,
+    ONE_LAUNCH_SCHEDULED,
+    OURS_GRAPH,
+    SCHEDULED,
+    run_case,
+)
 from benchmarks.step.gpu.tables import case_lines, goal_lines, training_lines
 from benchmarks.step.measure import spread
 from benchmarks.step.results import QUICK, load, save
 from benchmarks.step.workload import Workload
+from selective_optim.step import triton_adamw
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -392,6 +400,8 @@ def test_arm_of_one_launch_is_there_where_it_is_one(
 ):
     monkeypatch.setattr(command.gpu, "switched_on", lambda: True)
     load = Workload(Case("tiny", "", (SMALL[:2], SMALL[2:]), **own), CPU)
+    assert command.gpu._one_launch(load, optimizer) == []  # a CPU has no such kernel
+    monkeypatch.setattr(triton_adamw, "DEVICES", {"cpu"})
     arms = command.gpu._one_launch(load, optimizer)
     assert [arm.name for arm in arms] == [ONE_LAUNCH] * expected
 
@@ -642,3 +652,32 @@ def test_files_that_are_not_collected_hold_no_test_of_cuda():
     assert len(files) > 5
     marks = re.compile(r"support\.devices|mark\.cuda|def test\w*\([^)]*\bdevice\b")
     assert not [path for path in files if marks.search(path.read_text())]
+
+
+@pytest.mark.parametrize("triton", [False, True])
+def test_schedule_is_timed_where_groups_have_rates(monkeypatch, triton):
+    monkeypatch.setattr(command.gpu, "switched_on", lambda: triton)
+    monkeypatch.setattr(triton_adamw, "DEVICES", {"cpu"})
+    load = Workload(Case("tiny", "", (SMALL[:2], SMALL[2:]), own_lr=True), CPU)
+    first = command.gpu._one_launch(load, "adamw")
+    arms = command.gpu._scheduled(load, "adamw", first)
+    names = [SCHEDULED, ONE_LAUNCH_SCHEDULED]
+    assert [arm.name for arm in arms] == names[: 1 + triton]
+    for arm in arms:
+        groups = step_groups(arm)
+        before = [group["lr"] for group in groups]
+        arm.prepare()
+        arm.step()
+        assert [group["lr"] for group in groups] == [lr * 0.999999 for lr in before]
+    plain = Workload(Case("tiny", "", (SMALL,)), CPU)
+    assert command.gpu._scheduled(plain, "adamw", first) == []
+
+
+def step_groups(arm):
+    """Find the groups of the optimizer that an arm's preparation changes."""
+    (optimizer,) = [
+        cell.cell_contents
+        for cell in arm.prepare.__closure__
+        if isinstance(cell.cell_contents, torch.optim.Optimizer)
+    ]
+    return optimizer.param_groups

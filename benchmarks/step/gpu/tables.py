@@ -10,7 +10,7 @@ from benchmarks.step.gpu.goals import not_run, unjudged, verdicts
 
 Record = dict[str, Any]
 NONE = "-"
-HEAD = f"{'':20s}{'device ms':>27s}{'host ms':>10s}{'idle ms':>10s}{'launches':>9s}"
+HEAD = f"{'':22s}{'device ms':>27s}{'host ms':>10s}{'idle ms':>10s}{'launches':>9s}"
 
 
 def case_lines(record: Record, copy_gb_per_s: float | None = None) -> Iterator[str]:
@@ -21,9 +21,9 @@ def case_lines(record: Record, copy_gb_per_s: float | None = None) -> Iterator[s
     )
     yield f"  {HEAD}{'GB/s':>8s}{'of copy':>8s}{'MB more':>9s}"
     for name, arm in record["arms"].items():
-        yield f"  {name:20s}" + _arm_line(arm, copy_gb_per_s)
+        yield f"  {name:22s}" + _arm_line(arm, copy_gb_per_s)
     for name, error in record["errors"].items():
-        yield f"  {name:20s} cannot: {error[:100]}"
+        yield f"  {name:22s} cannot: {error[:100]}"
     for name, first in record["first_step_ms"].items():
         yield f"  first step, {name:12s}{_spread(first):>23s}"
 
@@ -57,7 +57,7 @@ def launch_line(record: Record) -> str:
 def training_lines(record: Record) -> Iterator[str]:
     yield f"Training {record['case']}, {record['optimizer']}: batch {record['batch']}"
     for name, arm in record["arms"].items():
-        yield f"  {name:20s}{_spread(arm['ms']):>27s} ms a step"
+        yield f"  {name:22s}{_spread(arm['ms']):>27s} ms a step"
 
 
 def goal_lines(results: Record) -> Iterator[str]:
