@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,17 +16,26 @@ import torch
 from torch import nn
 
 from benchmarks.step import __main__ as command
-from benchmarks.step import on_gpu
+from benchmarks.step import on_gpu, workload
 from benchmarks.step.arms import BARE, DEFAULT, FUSED, OURS, Arm
 from benchmarks.step.cases import CASES, Case
 from benchmarks.step.gpu import clock, goals, training
 from benchmarks.step.gpu import device as gpu_device
 from benchmarks.step.gpu.device import Cuda, StandIn
 from benchmarks.step.gpu.run import CASES as CHOSEN
-from benchmarks.step.gpu.run import FUSED_GRAPH, OURS_GRAPH, run_case
+from benchmarks.step.gpu.run import (
+    FUSED_GRAPH,
+    ONE_LAUNCH,
+    ONE_LAUNCH_SCHEDULED,
+    OURS_GRAPH,
+    SCHEDULED,
+    run_case,
+)
 from benchmarks.step.gpu.tables import case_lines, goal_lines, training_lines
 from benchmarks.step.measure import spread
 from benchmarks.step.results import QUICK, load, save
+from benchmarks.step.workload import Workload
+from selective_optim.step import triton_adamw
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -300,7 +310,7 @@ def test_piece_that_ignores_an_interrupt_is_killed(work, monkeypatch, tmp_path):
 
 PROGRAM = """
 import sys
-from benchmarks.step import on_gpu
+from benchmarks.step import on_gpu, workload
 _, script, out = sys.argv
 on_gpu.command = lambda *args: [sys.executable, script, f"{out}/steps.json"]
 on_gpu.main(["--piece", "steps", "--out", out])
@@ -382,3 +392,319 @@ def test_launches_are_what_the_device_did(cuda, monkeypatch):
     assert Cuda().launches(lambda: None) == 3
     events.clear()
     assert Cuda().launches(lambda: None) is None
+
+
+def test_replayed_graph_of_many_kernels_has_device_times(monkeypatch):
+    """It takes one place of a queue that has none for as many launches."""
+    gpu = Simulated(launches=1)
+    gpu.launches = lambda step: 2002
+    times = measured(monkeypatch, gpu, gpu.step(0.1, 4.0))
+    assert times.device == pytest.approx([4.0] * 3)
+
+
+def test_nothing_is_profiled_before_all_is_timed(monkeypatch):
+    def profiled(*args):
+        raise AssertionError("the profiler stays attached, and slows what follows")
+
+    monkeypatch.setattr(StandIn, "launches", profiled)
+    case = Case("tiny", "", (SMALL,))
+    run_case(case, "sgd", CPU, EFFORT, compiled=False, limit=1.0)
+    with pytest.raises(AssertionError, match="attached"):
+        command.gpu.count_launches(case, "sgd", CPU)
+
+
+@pytest.mark.parametrize(
+    ("own", "optimizer", "expected"),
+    [
+        ({"own_lr": True}, "adamw", True),
+        ({"own_lr": True}, "sgd", False),
+        ({}, "adamw", False),  # one setting: two calls, which torch's kernel keeps
+        (TENSORS, "adamw", False),
+    ],
+)
+def test_arm_of_one_launch_is_there_where_it_is_one(
+    monkeypatch, own, optimizer, expected
+):
+    monkeypatch.setattr(command.gpu, "switched_on", lambda: True)
+    load = Workload(Case("tiny", "", (SMALL[:2], SMALL[2:]), **own), CPU)
+    assert command.gpu._one_launch(load, optimizer) == []  # a CPU has no such kernel
+    monkeypatch.setattr(triton_adamw, "DEVICES", {"cpu"})
+    arms = command.gpu._one_launch(load, optimizer)
+    assert [arm.name for arm in arms] == [ONE_LAUNCH] * expected
+
+
+def saved_run(monkeypatch, path, run_case, *more):
+    """Run two cases of a rehearsal, and return what was saved."""
+    monkeypatch.setattr(command.gpu, "run_case", run_case)
+    monkeypatch.setattr(command.gpu, "count_launches", lambda *args: {})
+    monkeypatch.setattr(command.runs, "run_once", lambda *args: {"copy_gb_per_s": 1.0})
+    monkeypatch.setattr(command.gpu_tables, "case_lines", lambda *args: [])
+    own = ["--rehearse", "--case", "tiny", "tiny_layers", "--optimizer", "sgd"]
+    command.measure(command.parse([*own, "--json", str(path), *more]))
+    return load(path)
+
+
+def record_of(case, optimizer="sgd"):
+    return {"case": case, "optimizer": optimizer, "elements": 10, "arms": {}}
+
+
+class Killed(BaseException):
+    """Stands for a signal that leaves no time for anything."""
+
+
+def test_case_whose_process_ended_is_tried_again_with_care_and_then_left(
+    monkeypatch, tmp_path
+):
+    path = tmp_path / "run.json"
+    asked = []
+
+    def run(case, *args, careful=False):
+        asked.append((case.name, careful))
+        if case.name == "tiny":
+            raise Killed
+        return record_of(case.name)
+
+    for _ in range(2):
+        with pytest.raises(Killed):
+            saved_run(monkeypatch, path, run, "--resume")
+        assert load(path)["under_way"]["case"] == "tiny"
+    saved = saved_run(monkeypatch, path, run, "--resume")
+    assert asked == [("tiny", False), ("tiny", True), ("tiny_layers", False)]
+    assert [left["case"] for left in saved["left_out"]] == ["tiny"]
+    assert [record["case"] for record in saved["cases"]] == ["tiny_layers"]
+    assert "under_way" not in saved
+
+
+def test_device_that_answers_no_more_ends_the_process(monkeypatch, tmp_path):
+    path = tmp_path / "run.json"
+
+    def run(case, *args, careful):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(command, "answers", lambda device: False)
+    with pytest.raises(SystemExit) as ended:
+        saved_run(monkeypatch, path, run)
+    assert ended.value.code == command.DEAD
+    assert load(path)["died"] == [{"case": "tiny", "optimizer": "sgd"}]
+
+
+def test_device_is_asked_whether_it_answers(monkeypatch):
+    def synchronize():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    assert command.answers(CPU)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert not command.answers(torch.device("cuda"))
+
+
+def test_training_that_fails_is_left_out(monkeypatch, tmp_path):
+    def fail():
+        raise ImportError("torchvision")
+
+    broken = training.Training("train_resnet50", fail, batch=2, small=1)
+    monkeypatch.setattr(command, "trainings", lambda: [broken])
+    monkeypatch.setattr(command.runs, "run_once", lambda *args: {})
+    path = tmp_path / "run.json"
+    words = ["--rehearse", "--case", "train_resnet50", "--json", str(path)]
+    command.measure(command.parse(words))
+    assert [left["error"] for left in load(path)["left_out"]] == ["torchvision"] * 2
+
+
+def test_launches_are_counted_once_all_is_measured(monkeypatch, tmp_path):
+    def run(case, *args, careful):
+        return {**record_of(case.name), "arms": {OURS: {"launches": None}}}
+
+    def count(case, *args):
+        if case.name == "tiny":
+            raise RuntimeError("no profiler")
+        return {OURS: 55}
+
+    saved_run(monkeypatch, tmp_path / "run.json", run)
+    monkeypatch.setattr(command.gpu, "count_launches", count)
+    results = load(tmp_path / "run.json")
+    args = command.parse(["--rehearse", "--json", str(tmp_path / "run.json")])
+    command.add_launches(results, args)
+    counts = [each["arms"][OURS]["launches"] for each in results["cases"]]
+    assert counts == [None, 55]
+    command.add_launches({**results, "counting": True}, None)  # it ended a process
+
+
+def test_commit_is_noted_where_there_is_no_git(monkeypatch, tmp_path):
+    def run(case, *args, careful):
+        return record_of(case.name)
+
+    saved = saved_run(monkeypatch, tmp_path / "run.json", run, "--commit", "abc1234")
+    assert saved["run"]["commit"] == "abc1234"
+
+
+def test_goals_that_nothing_says_anything_of_are_shown():
+    """A goal is never met by an arm that failed, or is missing."""
+    arms = {OURS: arm(0.1, 0.1), ONE_LAUNCH: {"round_host_ms": [1.0]}}
+    errors = {FUSED: "RuntimeError: no"}
+    record = {**record_of("tiny_layers", "adamw"), "arms": arms, "errors": errors}
+    results = {"cases": [record]}
+    reasons = dict(goals.unjudged(results))
+    tiny = "tiny_layers, adamw: device of"
+    assert reasons[f"{tiny} ours at most 1.02 x torch fused"] == (
+        "torch fused cannot: RuntimeError: no"
+    )
+    assert reasons[f"{tiny} ours, Triton at most 0.5 x ours"] == (
+        "no such time of ours, Triton"
+    )
+    assert "vit_l, sgd" in goals.not_run(results)
+    assert "tiny_layers, adamw" not in goals.not_run(results)
+    judged = {verdict.goal for verdict in goals.verdicts(results)}
+    assert judged == {"tiny_layers, adamw: host of ours, Triton at most 0.8 x ours"}
+    assert not judged & set(reasons)
+    assert "UNKNOWN  tiny_layers" in "\n".join(goal_lines(results))
+
+
+RUN = {"device": "cuda", "device_name": "H100", "torch": "2.11", "date": "2026-1-1"}
+
+
+@pytest.mark.parametrize("key", ["device_name", "torch", "commit"])
+def test_pieces_of_two_runs_are_not_joined(tmp_path, key):
+    for name, run in (("steps", RUN), ("models", {**RUN, key: "another"})):
+        save({"run": run, "cases": []}, tmp_path / f"{name}.json")
+    with pytest.raises(SystemExit, match=rf"differ in {key}: .*models.json has anoth"):
+        on_gpu.join(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_a_piece_was_at_is_not_joined_as_measured(tmp_path, capsys):
+    (tmp_path / "steps.json").write_text("{}")
+    under_way = {"case": "vit_l", "optimizer": "sgd"}
+    part = {"run": RUN, "once": {}, "cases": [], "under_way": under_way}
+    save(part, tmp_path / "models.json")
+    joined = load(on_gpu.join(tmp_path))
+    assert joined["left_out"] == [{**under_way, "error": "was under way"}]
+    assert "under_way" not in joined
+    said = capsys.readouterr().out
+    assert "steps: not there" in said
+    assert "training: not there" in said
+    assert "vit_l, sgd: left out, was under way" in said
+
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+print("begun", sys.argv[2:], flush=True)
+if "--resume" not in sys.argv:
+    Path(sys.argv[1]).write_text("{}")
+    END
+"""
+DEATHS = {"killed": "os.kill(os.getpid(), 9)", "dead": f"sys.exit({command.DEAD})"}
+
+
+@pytest.mark.parametrize("death", DEATHS.values(), ids=DEATHS)
+def test_piece_whose_process_dies_goes_on_in_another(work, tmp_path, death):
+    work.write_text(DYING.replace("END", death))
+    assert on_gpu.run(STEPS, "cpu", tmp_path, seconds=60) == 0
+    lines = (tmp_path / "steps.log").read_text().splitlines()
+    begun = [line for line in lines if line.startswith("begun")]
+    assert begun == ["begun []", "begun ['--resume']"]
+
+
+def test_piece_that_fails_is_not_begun_again(work, tmp_path):
+    work.write_text(DYING.replace("END", "sys.exit(1)"))
+    assert on_gpu.run(STEPS, "cpu", tmp_path, seconds=60) == 1
+    assert (tmp_path / "steps.log").read_text().count("begun") == 1
+
+
+def test_piece_that_hangs_is_killed_before_its_limit(work, monkeypatch, tmp_path):
+    monkeypatch.setattr(on_gpu, "MOST_SILENCE", 1)
+    work.write_text(WORK.replace("write_text", "exists # "))
+    assert on_gpu.run(STEPS, "cpu", tmp_path, seconds=60) == -signal.SIGKILL
+
+
+def test_piece_that_says_something_is_not_taken_for_hanging(
+    work, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(on_gpu, "MOST_SILENCE", 3)
+    work.write_text(
+        "import time\nfor i in range(8):\n    print(i, flush=True)\n    time.sleep(0.5)"
+    )
+    assert on_gpu.run(STEPS, "cpu", tmp_path, seconds=60) == 0
+
+
+def test_tests_without_pytest_are_no_success(monkeypatch, tmp_path):
+    monkeypatch.setattr(on_gpu, "find_spec", lambda name: None)
+    assert on_gpu.main(["--piece", "tests", "--out", str(tmp_path)]) == 1
+
+
+def test_tests_are_run_without_plugins_of_the_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "")
+    say = "import os; print(os.environ['PYTEST_DISABLE_PLUGIN_AUTOLOAD'])"
+    monkeypatch.setattr(on_gpu, "command", lambda *args: [sys.executable, "-c", say])
+    on_gpu.run(on_gpu.PIECES[0], "cpu", tmp_path, seconds=20)
+    assert (tmp_path / "tests.log").read_text().startswith("1\n")
+
+
+def test_saved_run_is_shown(capsys, tmp_path):
+    case = Case("tiny", "", (SMALL,))
+    record = run_case(case, "sgd", CPU, EFFORT, compiled=False, limit=1.0)
+    left = [{"case": "vit_l", "optimizer": "sgd", "error": "no memory"}]
+    path = tmp_path / "run.json"
+    save({"run": RUN, "once": {}, "cases": [record], "left_out": left}, path)
+    command.main(["--show", str(path)])
+    said = capsys.readouterr().out
+    assert "1,000 tiny tensors, sgd" in said
+    assert "vit_l, sgd: left out, no memory" in said
+    assert "Not measured: tiny, adamw; tiny_scaled" in said
+
+
+def test_picture_needs_cases(tmp_path):
+    pytest.importorskip("matplotlib", reason="draws with matplotlib")
+    path = tmp_path / "run.json"
+    save({"run": RUN, "cases": [], "training": []}, path)
+    with pytest.raises(SystemExit, match="holds no case to draw"):
+        command.main(["--picture", str(path)])
+
+
+def test_mesh_of_a_gpu_needs_no_network(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        workload.dist, "init_process_group", lambda b, **own: asked.append(b)
+    )
+    monkeypatch.setattr(workload.dist, "destroy_process_group", lambda: None)
+    mesh = pytest.importorskip("torch.distributed.device_mesh")
+    monkeypatch.setattr(mesh, "init_device_mesh", lambda *args: "mesh")
+    with workload.one_process_mesh(torch.device("cuda")) as made:
+        assert made == "mesh"
+    assert asked == ["nccl"]
+
+
+def test_files_that_are_not_collected_hold_no_test_of_cuda():
+    files = [path for each in on_gpu.IGNORED for path in ROOT.glob(each)]
+    assert len(files) > 5
+    marks = re.compile(r"support\.devices|mark\.cuda|def test\w*\([^)]*\bdevice\b")
+    assert not [path for path in files if marks.search(path.read_text())]
+
+
+@pytest.mark.parametrize("triton", [False, True])
+def test_schedule_is_timed_where_groups_have_rates(monkeypatch, triton):
+    monkeypatch.setattr(command.gpu, "switched_on", lambda: triton)
+    monkeypatch.setattr(triton_adamw, "DEVICES", {"cpu"})
+    load = Workload(Case("tiny", "", (SMALL[:2], SMALL[2:]), own_lr=True), CPU)
+    first = command.gpu._one_launch(load, "adamw")
+    arms = command.gpu._scheduled(load, "adamw", first)
+    names = [SCHEDULED, ONE_LAUNCH_SCHEDULED]
+    assert [arm.name for arm in arms] == names[: 1 + triton]
+    for arm in arms:
+        groups = step_groups(arm)
+        before = [group["lr"] for group in groups]
+        arm.prepare()
+        arm.step()
+        assert [group["lr"] for group in groups] == [lr * 0.999999 for lr in before]
+    plain = Workload(Case("tiny", "", (SMALL,)), CPU)
+    assert command.gpu._scheduled(plain, "adamw", first) == []
+
+
+def step_groups(arm):
+    """Find the groups of the optimizer that an arm's preparation changes."""
+    (optimizer,) = [
+        cell.cell_contents
+        for cell in arm.prepare.__closure__
+        if isinstance(cell.cell_contents, torch.optim.Optimizer)
+    ]
+    return optimizer.param_groups

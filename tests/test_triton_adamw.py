@@ -323,3 +323,167 @@ def test_powers_are_those_of_torchs_kernel(device):
         call()
     for one, other in zip(*moved):
         assert_same(list(one.args), list(other.args))
+
+
+@needs_triton
+def test_chunks_are_those_of_the_sizes(interpreted):
+    shapes = [(0, 3), (1,), (1023,), (1024,), (0,), (1025,), (3, 1000), (0,)]
+    call = bound(0.1, 0.1, shapes, 1)
+    one = OneLaunch([call])
+    one()
+    sizes = [param.numel() for param in call.args[0]]
+    expected = [
+        [tensor, chunk, size - 1024 * chunk]
+        for tensor, size in enumerate(sizes)
+        for chunk in range((size + 1023) // 1024)
+    ]
+    assert one._chunks.tolist() == expected
+    assert one._grid == (len(expected),)
+
+
+@needs_triton
+def test_call_of_empty_tensors_launches_nothing(interpreted, monkeypatch):
+    monkeypatch.setattr(OneLaunch, "_launch", lambda self: pytest.fail("launches"))
+    OneLaunch([bound(0.1, 0.1, [(0, 3), (0,)], 1)])()
+
+
+@needs_triton
+def test_tables_are_not_made_while_a_graph_is_captured(interpreted, monkeypatch):
+    """What is copied then is recorded and not done; an eager step would read it."""
+    capturing = True
+    monkeypatch.setattr(_torch, "is_capturing", lambda device: capturing)
+    made = []
+    on_device = OneLaunch._on_device
+
+    def noted(self, *args):
+        made.append(capturing)
+        return on_device(self, *args)
+
+    monkeypatch.setattr(OneLaunch, "_on_device", noted)
+    captured, eager = bound(0.1, 0.1, SHAPES, 1), bound(0.1, 0.1, SHAPES, 1)
+    one, torchs = OneLaunch([captured]), partial(eager)
+    one()
+    torchs()
+    assert_same(captured.args[0], eager.args[0])
+    capturing = False
+    one()
+    assert made == [False] * 3
+    powers = powers_of([eager])
+    (expected,) = [restated(eager, powers)]
+    actual = [list(row) for row in zip(*(captured.args[i] for i in (0, 2, 3)))]
+    assert_same(actual, expected)
+
+
+@needs_triton
+def test_zeros_keep_the_sign_that_torch_gives_them(interpreted):
+    """As at the first step of a warm-up, with a rate of 0; betas of 0 are rare."""
+    zeros = torch.tensor([-0.0, 0.0, -0.0, 0.0])
+    calls = [
+        bound(0.0, 0.1, [(4,)], 1, maximize=maximize, beta1=beta)
+        for maximize, beta in [(False, 0.9), (True, 0.9), (False, 0.0), (True, 0.0)]
+    ]
+    for call in calls:
+        call.args[0][0].copy_(zeros)
+        call.args[1][0].copy_(zeros.flip(0))
+        call.args[2][0].copy_(-zeros)
+    steps = torch.stack([call.args[5][0] for call in calls])
+    betas = torch.tensor(
+        [[call.keywords[b] for call in calls] for b in ("beta1", "beta2")]
+    )
+    powers = iter(torch.pow(betas, steps).unbind(1))
+    for call in calls:
+        (expected,) = restated(call, powers)
+        OneLaunch([call])()
+        for i, value in zip((0, 2, 3), expected):
+            assert torch.equal(call.args[i][0].signbit(), value.signbit()), i
+
+
+@pytest.mark.parametrize("which", [0, 2, 3], ids=["params", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_dtypes_are_left_to_torch(monkeypatch, which, dtype):
+    monkeypatch.setattr(triton_adamw, "DEVICES", {"cpu"})
+    calls = [bound(lr, 0.1, [(2,)], 1) for lr in RATES]
+    assert [*map(type, join(calls, range(1, 13), lambda run: "one")[0])] == [str]
+    for call in calls:
+        call.args[which][:] = [tensor.to(dtype) for tensor in call.args[which]]
+    assert join(calls, range(1, 13), pytest.fail) == (calls, [*range(1, 13)])
+
+
+@needs_triton
+def test_rates_that_change_are_read(interpreted, monkeypatch):
+    """As a schedule has them, and as `torch.optim.lr_scheduler` sets them."""
+    outcomes = []
+    for switch in ("1", "0"):
+        monkeypatch.setenv(SWITCH, switch)
+        params, optimizer = make("AdamW")
+        for _ in range(3):
+            train(params, optimizer, 1)
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.3
+        outcomes.append(params)
+        joined = [type(call) for call in calls_of(optimizer)] == [OneLaunch]
+        assert joined is (switch == "1")
+    # As above, over three steps of up to 0.6.
+    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-5)
+
+
+@on_cuda
+@pytest.mark.skipif(not triton_adamw.find_spec("triton"), reason="compiles with Triton")
+@pytest.mark.skipif(not _torch.FUSED_IN_FLOAT32, reason="torch computes otherwise")
+@pytest.mark.parametrize("maximize", [False, True])
+def test_zeros_have_the_sign_that_torchs_kernel_gives_them(device, maximize):
+    def made() -> list[Any]:
+        calls = [
+            bound(lr, wd, [(4,)], 1, maximize=maximize, beta1=beta)
+            for lr in (0.0, 0.1)
+            for wd in (0.0, 0.1)
+            for beta in (0.0, 0.9)
+        ]
+        for call in calls:
+            for i, signs in ((0, [-1, 1, -1, 1]), (1, [1, 1, -1, -1])):
+                call.args[i][0].copy_(torch.tensor(signs) * 0.0)
+            call.args[2][0].zero_()
+            for tensors in call.args:
+                tensors[:] = [tensor.to(device) for tensor in tensors]
+        return calls
+
+    ours, theirs = made(), made()
+    OneLaunch(ours)()
+    for one, other in zip(ours, theirs):
+        other()
+        for i in (0, 2, 3):
+            assert torch.equal(one.args[i][0].signbit(), other.args[i][0].signbit())
+
+
+@needs_triton
+@pytest.mark.skipif(not _torch.FUSED_IN_FLOAT32, reason="comes with an older Triton")
+@pytest.mark.parametrize("wide", [1, triton_adamw.WIDE])
+def test_tensors_may_have_more_elements_than_32_bits_count(wide):
+    """Compiled without a device: every address of an element is reckoned in 64."""
+    compiler = pytest.importorskip("triton.compiler")
+    backends = pytest.importorskip("triton.backends.compiler")
+    _, kernel = triton_adamw.kernels()
+    fixed = {"maximize": True, "wide": wide, "size": triton_adamw.SIZE}
+    types = {"pointers": "*i64", "numbers": "*fp32", "powers": "*fp32"}
+    types |= {"chunks": "*i64", "count": "i32", **dict.fromkeys(fixed, "constexpr")}
+    source = compiler.ASTSource(kernel, types, constexprs=fixed)
+    target = backends.GPUTarget("cuda", 90, 32)
+    own = {"enable_fp_fusion": False}
+    text = compiler.compile(source, target=target, options=own).asm["ttir"]
+    places = re.findall(r"tt\.addptr .*!tt\.ptr<f32>>, tensor<1024xi(\d+)>", text)
+    assert places == ["64"] * 4
+
+
+def test_every_launch_says_that_nothing_is_to_be_contracted(monkeypatch):
+    """Triton 3.9 warns where it is not said, and 3.10 does otherwise."""
+    said = []
+
+    class Launched:
+        def __getitem__(self, grid):
+            return lambda *args, enable_fp_fusion=None, **own: said.append(
+                enable_fp_fusion
+            )
+
+    monkeypatch.setattr(triton_adamw, "kernels", lambda: (Launched(), Launched()))
+    OneLaunch([bound(0.1, 0.1, SHAPES, 1)])()
+    assert said == [False, False]

@@ -6,12 +6,14 @@ Examples::
     python -m benchmarks.step --json
     python -m benchmarks.step --device cuda --json
     python -m benchmarks.step --picture benchmarks/results/NAME.json
+    python -m benchmarks.step --show benchmarks/results/NAME_OF_A_GPU.json
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
@@ -23,13 +25,19 @@ from benchmarks import require
 from benchmarks.step import results as runs
 from benchmarks.step import tables
 from benchmarks.step.arms import CLASSES
-from benchmarks.step.cases import CASES, Case
+from benchmarks.step.cases import CASES, Case, case_named
 from benchmarks.step.gpu import run as gpu
 from benchmarks.step.gpu import tables as gpu_tables
 from benchmarks.step.gpu.device import device_for
-from benchmarks.step.gpu.training import TRAININGS, run_training, trainings
+from benchmarks.step.gpu.training import (
+    TRAININGS,
+    Training,
+    run_training,
+    trainings,
+)
 from benchmarks.step.measure import clock_for
 
+DEAD = 3  # exit code where the device answers no more
 THREADS = 2  # as on the machine that the goals for a CPU are written for
 
 
@@ -71,11 +79,18 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         help="measure on the CPU as on a GPU: shows that all runs",
     )
     add(
+        "--resume",
+        action="store_true",
+        help="go on with the file of --json, whose process ended",
+    )
+    add("--commit", help="to note where there is no git to ask")
+    add(
         "--picture",
         type=Path,
         metavar="FILE",
         help="draw a saved run beside its file and measure nothing",
     )
+    add("--show", type=Path, metavar="FILE", help="print a saved run of a GPU")
     args = parser.parse_args(words)
     args.on_gpu = args.rehearse or args.device.type != "cpu"
     return args
@@ -89,29 +104,101 @@ def chosen_cases(names: Sequence[str] | None, device: torch.device) -> list[Case
     return [case for case in CASES if not case.large]
 
 
+def chosen_trainings(names: Sequence[str] | None) -> list[Training]:
+    return [each for each in trainings() if names is None or each.name in names]
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run the chosen cases; show and save each as soon as it is measured."""
     effort = runs.QUICK if args.quick else runs.FULL
+    results = begin(args, effort)
+    chosen: list[Case | Training] = [*chosen_cases(args.case, args.device)]
+    if args.on_gpu:
+        chosen += chosen_trainings(args.case)
+    for work, optimizer in product(chosen, args.optimizer):
+        if (work.name, optimizer) not in done(results):
+            attempt(results, work, optimizer, args, effort)
+    if args.on_gpu:
+        add_launches(results, args)
+    return results
+
+
+def begin(args: argparse.Namespace, effort: runs.Effort) -> dict[str, Any]:
+    """Start a record, or go on with one whose process ended."""
+    if args.resume and args.json and Path(args.json).exists():
+        results = runs.load(Path(args.json))
+        if lost := results.pop("under_way", None):
+            note_death(results, lost, "the process ended")
+        return results
     run = runs.describe_run(args.device, args.quick)
+    if args.commit:
+        run["commit"] = args.commit
     once = runs.run_once(args.device, clock_for(args.device), effort)
-    results: dict[str, Any] = {"run": run, "once": once, "cases": []}
+    return {"run": run, "once": once, "cases": []}
+
+
+def done(results: dict[str, Any]) -> set[tuple[str, str]]:
+    """Name what was measured, or could not be."""
+    records = [*results["cases"], *results.get("training", ())]
+    records += results.get("left_out", ())
+    return {(record["case"], record["optimizer"]) for record in records}
+
+
+def leave_out(results: dict[str, Any], names: dict[str, str], error: str) -> None:
+    show([f"{names['case']}, {names['optimizer']}: left out, {error}"])
+    entry = {**names, "error": error[:1000]}
+    results.setdefault("left_out", []).append(entry)
+
+
+def note_death(results: dict[str, Any], names: dict[str, str], error: str) -> None:
+    """Note what took its process with it; the first time, another may try it."""
+    died = results.setdefault("died", [])
+    if names in died:
+        leave_out(results, names, error)
+    died.append(names)
+
+
+def attempt(
+    results: dict[str, Any],
+    work: Case | Training,
+    optimizer: str,
+    args: argparse.Namespace,
+    effort: runs.Effort,
+) -> None:
+    """Measure a case or a training and save it, or what kept it from being measured.
+
+    Raises:
+        SystemExit: The device answers no more; a new process can go on.
+    """
+    names = {"case": work.name, "optimizer": optimizer}
+    results["under_way"] = names
+    save(results, args.json)
     # On a GPU one case that fails does not cost the others their results.
     caught = Exception if args.on_gpu else torch.OutOfMemoryError
-    for case, optimizer in product(
-        chosen_cases(args.case, args.device), args.optimizer
-    ):
-        try:
-            add_case(results, case, optimizer, args, effort)
-        except caught as error:
-            show([f"{case.title}, {optimizer}: left out, {error}"])
-            results.setdefault("left_out", []).append(
-                {"case": case.name, "optimizer": optimizer, "error": str(error)[:1000]}
-            )
-        save(results, args.json)
-        free_memory(args.device)
-    if args.on_gpu:
-        add_trainings(results, args, effort)
-    return results
+    add = add_case if isinstance(work, Case) else add_training
+    failed: str | None = None
+    try:
+        add(results, work, optimizer, args, effort)
+    except caught as error:
+        failed = str(error) or type(error).__name__
+    alive = answers(args.device)
+    if failed is not None:
+        (leave_out if alive else note_death)(results, names, failed)
+    del results["under_way"]
+    save(results, args.json)
+    if not alive:
+        sys.exit(DEAD)
+    free_memory(args.device)
+
+
+def answers(device: torch.device) -> bool:
+    """Tell whether a device works: after some errors it does for no one here."""
+    try:
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def add_case(
@@ -123,7 +210,8 @@ def add_case(
 ) -> None:
     own = (case, optimizer, args.device, effort, args.compile)
     if args.on_gpu:
-        record = gpu.run_case(*own, args.limit)
+        again = {"case": case.name, "optimizer": optimizer} in results.get("died", ())
+        record = gpu.run_case(*own, args.limit, careful=again)
         show(gpu_tables.case_lines(record, results["once"]["copy_gb_per_s"]))
     else:
         record = runs.run_case(*own)
@@ -131,21 +219,41 @@ def add_case(
     results["cases"].append(record)
 
 
-def add_trainings(
-    results: dict[str, Any], args: argparse.Namespace, effort: runs.Effort
+def add_training(
+    results: dict[str, Any],
+    training: Training,
+    optimizer: str,
+    args: argparse.Namespace,
+    effort: runs.Effort,
 ) -> None:
-    results["training"] = []
-    for training, optimizer in product(trainings(), args.optimizer):
-        if args.case is not None and training.name not in args.case:
+    record = run_training(
+        *(training, optimizer, args.device, device_for(args.device)),
+        *(effort.rounds, args.limit, args.quick),
+    )
+    show(gpu_tables.training_lines(record))
+    results.setdefault("training", []).append(record)
+
+
+def add_launches(results: dict[str, Any], args: argparse.Namespace) -> None:
+    """Count the launches of every case, when there is nothing left to time."""
+    if results.get("counting"):  # a process ended of it
+        return
+    results["counting"] = True
+    for record in results["cases"]:
+        try:
+            counts = gpu.count_launches(
+                case_named(record["case"]), record["optimizer"], args.device
+            )
+        except Exception as error:
+            show([f"{record['case']}: launches not counted, {error}"])
             continue
-        record = run_training(
-            *(training, optimizer, args.device, device_for(args.device)),
-            *(effort.rounds, args.limit, args.quick),
-        )
-        show(gpu_tables.training_lines(record))
-        results["training"].append(record)
+        for name, arm in record["arms"].items():
+            arm["launches"] = counts.get(name)
+        show([gpu_tables.launch_line(record)])
         save(results, args.json)
         free_memory(args.device)
+    del results["counting"]
+    save(results, args.json)
 
 
 def save(results: dict[str, Any], wanted: str | None) -> Path | None:
@@ -174,7 +282,13 @@ def main(words: Sequence[str] | None = None) -> None:
         require("matplotlib")
         from benchmarks.step.picture import draw
 
-        print(draw(runs.load(args.picture), args.picture.with_suffix(".png")))
+        saved = runs.load(args.picture)
+        if not saved["cases"]:
+            sys.exit(f"{args.picture} holds no case to draw: --show prints what it has")
+        print(draw(saved, args.picture.with_suffix(".png")))
+        return
+    if args.show:
+        show(gpu_tables.all_lines(runs.load(args.show)))
         return
     if args.device.type == "cpu":
         torch.set_num_threads(THREADS)

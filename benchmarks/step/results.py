@@ -107,11 +107,18 @@ def _extra(arm: Arm, device: torch.device) -> int:
 
 
 def run_once(device: torch.device, clock: Clock, effort: Effort) -> dict[str, Any]:
-    """Measure what no case has a part in."""
+    """Measure what no case has a part in.
+
+    On a GPU the copy alone: the rest is the host's, and importing torch several times
+    over takes half a minute of what a GPU is lent for.
+    """
+    copied = {"copy_gb_per_s": copy_rate(device, clock, effort.copied)}
+    if device.type != "cpu":
+        return copied
     return {
         "build_ms": {n: s._asdict() for n, s in build_times(effort.repeats).items()},
         "import_ms": import_time(max(3, effort.repeats // 4))._asdict(),
-        "copy_gb_per_s": copy_rate(device, clock, effort.copied),
+        **copied,
     }
 
 

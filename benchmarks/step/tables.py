@@ -39,9 +39,10 @@ def case_lines(record: Record) -> Iterator[str]:
 def once_lines(results: Record) -> Iterator[str]:
     once = results["once"]
     yield "Paid once"
-    for name, build in once["build_ms"].items():
+    for name, build in once.get("build_ms", {}).items():
         yield f"  build, {name:21s}{_spread(build)} ms"
-    yield f"  import after torch          {_spread(once['import_ms'])} ms"
+    if "import_ms" in once:
+        yield f"  import after torch          {_spread(once['import_ms'])} ms"
     yield f"  copy bandwidth {once['copy_gb_per_s']:.1f} GB/s"
 
 

@@ -79,7 +79,8 @@ def one_process_mesh(device: torch.device) -> Iterator[Any]:
     """Make a mesh of this process alone; nothing leaves it."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    # On a GPU not gloo beside it, which fails where there is no network at all.
+    backend = "gloo" if device.type == "cpu" else "nccl"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield init_device_mesh(device.type, (1,))

@@ -16,8 +16,7 @@ from benchmarks.step.arms import Arm
 from benchmarks.step.gpu.device import Device
 from benchmarks.step.measure import collecting_by_hand, in_turn
 
-# Launches that wait for a device at a time: beyond some 1,000, CUDA has the host wait.
-QUEUE = 900
+# CUDA queues some 1,000 launches, then the host waits: fewer steps are tried in turn.
 MOST_STEPS = 20
 FIRST_NAP, LONGEST_NAP = 4.0, 400.0  # milliseconds
 LONGEST_VISIT = 60.0  # milliseconds, as far as one step is shorter
@@ -30,7 +29,6 @@ class Times:
     """Milliseconds of an arm's steps, one entry per round.
 
     Args:
-        launches: That a step makes, if they can be counted.
         steps: How many are launched during a nap; 0 where not even one can be, as it
             waits for the device or makes more launches than fit into the queue.
         nap: For how long the device is kept busy meanwhile.
@@ -40,7 +38,6 @@ class Times:
             as they do not overlap.
     """
 
-    launches: int | None
     steps: int = 0
     nap: float = 0.0
     host: list[float] = field(default_factory=list)
@@ -88,20 +85,23 @@ def launched(
 
 
 def learn(device: Device, arm: Arm) -> Times:
-    """Find out how many steps can be launched during a nap, and how long it must be."""
-    launches = device.launches(arm.step)
+    """Find out how many steps can be launched during a nap, and how long it must be.
+
+    Launches are not counted for it: torch's profiler, once it ran, may make all that
+    follow slower, and a replayed graph is one launch of many kernels.
+    """
     brief = max(1, int(LONGEST_VISIT / from_idle(device, arm)))
-    most = min(MOST_STEPS, QUEUE // (launches or 1), brief)
-    for steps in (most, most // 4, min(most, 1)):
+    most = min(MOST_STEPS, brief)
+    for steps in dict.fromkeys((most, max(1, most // 4), 1)):
         nap = FIRST_NAP
-        for _ in range(TRIES if steps else 0):
+        for _ in range(TRIES):
             began = time.perf_counter()
             _, ran = launched(device, arm, steps, nap)
             if ran is not None:
-                return Times(launches, steps, nap)
+                return Times(steps, nap)
             took = (time.perf_counter() - began) * 1e3
             nap = min(LONGEST_NAP, SPARE * took)
-    return Times(launches)
+    return Times()
 
 
 def visit(device: Device, arm: Arm, times: Times) -> None:

@@ -19,17 +19,20 @@ from benchmarks.step.arms import (
     build_torch,
     make_arms,
 )
-from benchmarks.step.cases import Case
+from benchmarks.step.cases import LAYERS, Case
 from benchmarks.step.gpu.clock import Times, measure
 from benchmarks.step.gpu.device import Device, device_for
 from benchmarks.step.measure import clock_for, spread, warm_up
 from benchmarks.step.once import first_steps
 from benchmarks.step.results import Effort, step_bytes, workloads
 from benchmarks.step.workload import Workload
+from selective_optim.step import triton_adamw
 from selective_optim.step.triton_adamw import SWITCH, switched_on
 
 FUSED_GRAPH, OURS_GRAPH = f"{FUSED}, graph", f"{OURS}, graph"
 ONE_LAUNCH = f"{OURS}, Triton"
+SCHEDULED = f"{OURS}, schedule"
+ONE_LAUNCH_SCHEDULED = f"{ONE_LAUNCH}, schedule"
 # What is measured on a GPU where nobody chooses.
 CASES = (
     *("tiny", "tiny_scaled", "tiny_layers", "tiny_layers_tensors"),
@@ -45,19 +48,16 @@ def run_case(
     effort: Effort,
     compiled: bool,
     limit: float,
+    careful: bool = False,
 ) -> dict[str, Any]:
-    """Measure one case with one optimizer, for about ``limit`` seconds."""
+    """Measure one case with one optimizer, for about ``limit`` seconds.
+
+    ``careful`` leaves out what a process may have ended of: graphs, and Triton.
+    """
     began = time.monotonic()
     gpu, clock = device_for(device), clock_for(device)
     with workloads(case, device) as (load, plain):
-        arms = make_arms(load, plain, optimizer, compiled)
-        arms += _one_launch(load, optimizer)
-        able, errors = warm_up([arm for arm in arms if _makes_sense(arm, case)], clock)
-        for name, build in _graphs_of(case).items():
-            try:
-                able.append(_replaying(name, build(load, optimizer), load, gpu))
-            except Exception as error:  # of a capture; the other arms can still run
-                errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        able, errors = _able(load, plain, optimizer, gpu, compiled, careful)
         left = limit - (time.monotonic() - began)
         times = measure(gpu, able, effort.rounds, left)
         extra = {arm.name: _extra(gpu, arm) for arm in able}
@@ -75,6 +75,47 @@ def run_case(
         "step_bytes": moved,
         "seconds": round(time.monotonic() - began, 1),
     }
+
+
+def count_launches(
+    case: Case, optimizer: str, device: torch.device
+) -> dict[str, int | None]:
+    """Count what a step of each arm has the device do.
+
+    Apart from all timing, and after it: torch's profiler stays attached to the device,
+    and may make each launch slower.
+    """
+    gpu = device_for(device)
+    with workloads(case, device) as (load, plain):
+        able, _ = _able(load, plain, optimizer, gpu)
+        counts: dict[str, int | None] = {}
+        for arm in able:
+            arm.prepare()
+            counts[arm.name] = gpu.launches(arm.step)
+    return counts
+
+
+def _able(
+    load: Workload,
+    plain: Workload | None,
+    optimizer: str,
+    gpu: Device,
+    compiled: bool = False,
+    careful: bool = False,
+) -> tuple[list[Arm], dict[str, str]]:
+    """Make the arms and step them until they are warm; tell which cannot, and why."""
+    case, clock = load.case, clock_for(load.params[0].device)
+    arms = make_arms(load, plain, optimizer, compiled)
+    arms += [] if careful else _one_launch(load, optimizer)
+    arms += _scheduled(load, optimizer, arms)
+    able, errors = warm_up([arm for arm in arms if _makes_sense(arm, case)], clock)
+    graphs = has_graphs(case) and not careful
+    for name, build in _GRAPHS.items() if graphs else ():
+        try:
+            able.append(_replaying(name, build(load, optimizer), load, gpu))
+        except Exception as error:  # of a capture; the other arms can still run
+            errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return able, errors
 
 
 def _makes_sense(arm: Arm, case: Case) -> bool:
@@ -101,9 +142,8 @@ _GRAPHS = {FUSED_GRAPH: _build_fused, OURS_GRAPH: _build_ours}
 MOST_FOR_GRAPHS = 1_000_000_000
 
 
-def _graphs_of(case: Case) -> dict[str, Callable[[Workload, str], Any]]:
-    fits = case.elements < MOST_FOR_GRAPHS
-    return _GRAPHS if fits and not case.sharded else {}
+def has_graphs(case: Case) -> bool:
+    return case.elements < MOST_FOR_GRAPHS and not case.sharded
 
 
 def _replaying(name: str, optimizer: Any, load: Workload, gpu: Device) -> Arm:
@@ -112,17 +152,45 @@ def _replaying(name: str, optimizer: Any, load: Workload, gpu: Device) -> Arm:
 
 
 def _one_launch(load: Workload, optimizer: str) -> list[Arm]:
-    """Make the arm of the kernel that reads rates per tensor, where it can help."""
+    """Make the arm of the kernel that reads rates per tensor, where it has any."""
+    # Elsewhere it would be measured under its name, and torch's kernel would run.
+    taken = load.case.own_lr and not load.case.tensor_lr and optimizer == "adamw"
+    taken = taken and load.params[0].device.type in triton_adamw.DEVICES
     with asked_for():
-        if len(load.groups) == 1 or optimizer != "adamw" or not switched_on():
+        if not taken or not switched_on():
             return []
-    step = build_ours(load, optimizer).step
+    return [Arm(ONE_LAUNCH, _asking(build_ours(load, optimizer).step), load.refresh)]
 
+
+def _asking(step: Callable[[], object]) -> Callable[[], None]:
     def asking() -> None:
         with asked_for():
             step()
 
-    return [Arm(ONE_LAUNCH, asking, load.refresh)]
+    return asking
+
+
+def _scheduled(load: Workload, optimizer: str, arms: list[Arm]) -> list[Arm]:
+    """Make arms whose rates are others at every step, beside those where they stay.
+
+    Then numbers are read anew, and the tables of the one launch are made anew.
+    """
+    if not load.case.own_lr or load.case.tensor_lr or len(load.groups) > LAYERS:
+        return []
+    made = [_changing(SCHEDULED, load, build_ours(load, optimizer))]
+    if ONE_LAUNCH in {arm.name for arm in arms}:
+        other = _changing(ONE_LAUNCH_SCHEDULED, load, build_ours(load, optimizer))
+        made.append(other._replace(step=_asking(other.step)))
+    return made
+
+
+def _changing(name: str, load: Workload, optimizer: Any) -> Arm:
+    def prepare() -> None:
+        load.refresh()
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.999999
+
+    return Arm(name, optimizer.step, prepare)
 
 
 @contextmanager
@@ -143,7 +211,7 @@ def _extra(gpu: Device, arm: Arm) -> int:
 def _arm_record(times: Times, moved: int, extra: int) -> dict[str, Any]:
     """Sum up an arm; ``ms`` is the device's time, where it could be had."""
     record: dict[str, Any] = {
-        "launches": times.launches,
+        "launches": None,  # counted when all is timed
         "host_ms": spread(times.host)._asdict(),
         "round_host_ms": _rounded(times.host),
         "idle_ms": spread(times.idle)._asdict(),

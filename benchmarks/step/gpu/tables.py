@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.step.cases import case_named
-from benchmarks.step.gpu.goals import verdicts
+from benchmarks.step.gpu.goals import not_run, unjudged, verdicts
 
 Record = dict[str, Any]
 NONE = "-"
-HEAD = f"{'':20s}{'device ms':>27s}{'host ms':>10s}{'idle ms':>10s}{'launches':>9s}"
+HEAD = f"{'':22s}{'device ms':>27s}{'host ms':>10s}{'idle ms':>10s}{'launches':>9s}"
 
 
 def case_lines(record: Record, copy_gb_per_s: float | None = None) -> Iterator[str]:
@@ -21,11 +21,11 @@ def case_lines(record: Record, copy_gb_per_s: float | None = None) -> Iterator[s
     )
     yield f"  {HEAD}{'GB/s':>8s}{'of copy':>8s}{'MB more':>9s}"
     for name, arm in record["arms"].items():
-        yield f"  {name:20s}" + _arm_line(arm, copy_gb_per_s)
+        yield f"  {name:22s}" + _arm_line(arm, copy_gb_per_s)
     for name, error in record["errors"].items():
-        yield f"  {name:20s} cannot: {error[:100]}"
+        yield f"  {name:22s} cannot: {error[:100]}"
     for name, first in record["first_step_ms"].items():
-        yield f"  first step, {name:8s}{_spread(first):>27s}"
+        yield f"  first step, {name:12s}{_spread(first):>23s}"
 
 
 def _spread(value: Record | None) -> str:
@@ -47,13 +47,41 @@ def _arm_line(arm: Record, copy_gb_per_s: float | None) -> str:
     )
 
 
+def launch_line(record: Record) -> str:
+    counts = ", ".join(
+        f"{name} {arm['launches']}" for name, arm in record["arms"].items()
+    )
+    return f"Launches of {record['case']}, {record['optimizer']}: {counts}"
+
+
 def training_lines(record: Record) -> Iterator[str]:
     yield f"Training {record['case']}, {record['optimizer']}: batch {record['batch']}"
     for name, arm in record["arms"].items():
-        yield f"  {name:20s}{_spread(arm['ms']):>27s} ms a step"
+        yield f"  {name:22s}{_spread(arm['ms']):>27s} ms a step"
 
 
 def goal_lines(results: Record) -> Iterator[str]:
+    """Show every goal: met, not met, or why nothing says."""
     yield "Goals"
     for goal, measured, met in verdicts(results):
         yield f"  {'met    ' if met else 'NOT MET'}  {goal:74s} {measured}"
+    for goal, reason in unjudged(results):
+        yield f"  UNKNOWN  {goal:74s} {reason}"
+
+
+def left_lines(results: Record) -> Iterator[str]:
+    """Show what a whole run would have, and this has not."""
+    for left in results.get("left_out", ()):
+        yield f"{left['case']}, {left['optimizer']}: left out, {left['error']}"
+    if missing := "; ".join(not_run(results)):
+        yield f"Not measured: {missing}"
+
+
+def all_lines(results: Record) -> Iterator[str]:
+    """Show a whole run."""
+    for record in results["cases"]:
+        yield from case_lines(record, results["once"].get("copy_gb_per_s"))
+    for record in results.get("training", ()):
+        yield from training_lines(record)
+    yield from left_lines(results)
+    yield from goal_lines(results)
