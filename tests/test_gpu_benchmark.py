@@ -262,6 +262,9 @@ except KeyboardInterrupt:
 STUBBORN = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + WORK
 
 
+TIMER = threading.Timer
+
+
 def written(path):
     return path.exists() and path.stat().st_size > 0
 
@@ -613,6 +616,7 @@ def test_piece_that_fails_is_not_begun_again(work, tmp_path):
 
 def test_piece_that_hangs_is_killed_before_its_limit(work, monkeypatch, tmp_path):
     monkeypatch.setattr(on_gpu, "MOST_SILENCE", 1)
+    monkeypatch.setattr(threading, "Timer", TIMER)  # nothing will be saved
     work.write_text(WORK.replace("write_text", "exists # "))
     assert on_gpu.run(STEPS, "cpu", tmp_path, seconds=60) == -signal.SIGKILL
 
@@ -620,9 +624,10 @@ def test_piece_that_hangs_is_killed_before_its_limit(work, monkeypatch, tmp_path
 def test_piece_that_says_something_is_not_taken_for_hanging(
     work, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(on_gpu, "MOST_SILENCE", 3)
+    monkeypatch.setattr(on_gpu, "MOST_SILENCE", 2)
+    monkeypatch.setattr(threading, "Timer", TIMER)
     work.write_text(
-        "import time\nfor i in range(8):\n    print(i, flush=True)\n    time.sleep(0.5)"
+        "import time\nfor i in range(5):\n    print(i, flush=True)\n    time.sleep(0.5)"
     )
     assert on_gpu.run(STEPS, "cpu", tmp_path, seconds=60) == 0
 
