@@ -219,7 +219,8 @@ class Kernel:
     ) -> None:
         """Step the lists that torch's ``_init_group`` filled."""
         params, grads, *moments = lists[:3]
-        batch = Batch(params, list(filter(None, moments)), [], targets, grads)
+        begun = [moment for moment in moments if moment]  # 2.7 traces no `filter`
+        batch = Batch(params, begun, [], targets, grads)
         before, scaling = self._ahead(setting, batch, scaling)
         for call in before:
             call()
