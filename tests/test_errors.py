@@ -282,6 +282,13 @@ CASES = {
         "norms by their class: a word such as 'ln_' misses those that a model calls "
         "otherwise.",
     ),
+    "words beside a number as policy": Case(
+        net,
+        ["bias", "LayerNorm.weight", 3],
+        TypeError,
+        "`wd_policy` must be a name, ... not ['bias', 'LayerNorm.weight', 3] (list). "
+        'Write for example wd_policy="no_bias_norm".',
+    ),
     "words without norms as policy": Case(
         net,
         ["bias", "pos_embed"],

@@ -252,6 +252,14 @@ GPT = {
 }
 
 
+class GainedLinear(nn.Linear):
+    """Holds something that is called neither weight nor bias."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.gain = nn.Parameter(torch.ones(2))
+
+
 def test_mingpt_decays_linear_weights_alone():
     # minGPT, mingpt/model.py.
     expected = {"wte.weight", "ln.weight", "ln.bias", "fc.bias"}
@@ -265,6 +273,7 @@ def test_mingpt_decays_linear_weights_alone():
         (nn.Sequential(nn.Conv2d(1, 1, 1)), r"'0.weight', held by Conv2d, nowhere"),
         (nn.Sequential(nn.BatchNorm1d(3)), r"'0.weight', held by BatchNorm1d, nowhere"),
         (nn.MultiheadAttention(4, 2), r"'in_proj_weight', held by .*, nowhere"),
+        (GainedLinear(2, 2), r"'gain', held by GainedLinear, nowhere"),
     ],
 )
 def test_mingpt_names_what_it_cannot_place(model, words):

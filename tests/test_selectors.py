@@ -347,6 +347,7 @@ WEIGHTS = {
     "mixing": ("fn", (24, 64), "HyperConnection", True),
     "adapter": ("lora_embedding_A", (8, 10), "Embedding", True),
     "projection": ("text_projection", (4, 4), "CLIP", True),
+    "table of one row": ("weight", (1, 8), "VocabParallelEmbedding", True),
     "layer scale": ("gamma", (4, 1, 1), "ConvNeXtBlock", False),
     "wide scale": ("scale", (48, 128), "ScaledClip", False),
     "gate": ("cross_attn_attn_gate", (1,), "DecoderLayer", False),
