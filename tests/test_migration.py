@@ -197,6 +197,55 @@ def test_groups_split_by_decay_alone_are_laid_out_by_rate():
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, msg=name)
 
 
+def test_groups_of_as_many_parameters_that_hold_others_are_told():
+    models = net(), net()
+    groups = hand_split(models[0])
+    split = torch.optim.AdamW([dict(g) for g in groups])
+    train(models[0], split, range(2))
+    params = list(models[1].parameters())
+    ours = selective_optim.AdamW(
+        [{"params": params[:2]}, {"params": params[2:]}],
+        weight_decay=WD,
+        wd_policy="no_bias_norm",
+        model=models[1],
+    )
+    with pytest.raises(ValueError, match="split by hand") as caught:
+        ours.load_state_dict(split.state_dict())
+    assert str(caught.value) == (
+        "'exp_avg' of '0.weight' in the loaded state dict has shape 4 x 4, and must "
+        "have shape 4. It has 2 groups, split by hand by weight_decay (0.9 and 0). "
+        "Load split_groups(state_dict, [{**g, 'params': own} for g, own in zip("
+        "optimizer.param_groups, group_names(optimizer.param_groups, model))], "
+        "names=group_names(groups, model)) of selective_optim.checkpoint instead, "
+        "where groups are those split by hand."
+    )
+
+
+@pytest.mark.parametrize(
+    "cls", [selective_optim.AdamW, selective_optim.selective(torch.optim.NAdam)]
+)
+def test_names_in_another_order_are_told(cls):
+    """By position, as torch goes, moments of one shape would change places unseen."""
+    model = net(width=1)
+    pairs = list(model.named_parameters())
+    swapped = [pairs[i] for i in (0, 3, 2, 1, 4, 5)]
+    make = {"weight_decay": WD, "wd_policy": "no_bias_norm", "model": model}
+    saver, ours = cls(swapped, **make), cls(pairs, **make)
+    train(model, saver, range(2))
+    with pytest.raises(ValueError, match="stands there") as caught:
+        ours.load_state_dict(saver.state_dict())
+    assert str(caught.value) == (
+        "parameter 1 of the loaded state dict is '1.bias', and here '0.bias' stands "
+        "there. Order it with selective_optim.checkpoint.merge_groups(state_dict, "
+        "order=[n for n, _ in model.named_parameters()])."
+    )
+    order = [name for name, _ in pairs]
+    ours.load_state_dict(merge_groups(saver.state_dict(), order=order))
+    for name, param in pairs:
+        expected, actual = saver.state[param]["exp_avg"], ours.state[param]["exp_avg"]
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, msg=name)
+
+
 def test_frozen_parameters_that_the_split_left_out_are_told():
     models = net(), net()
     for model in models:

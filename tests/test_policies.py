@@ -289,6 +289,15 @@ def test_multiplier_follows_the_group_and_never_undoes_an_exemption():
     assert {row.weight_decay for row in rows if row.name.endswith("weight")} == {0.5}
 
 
+def test_callable_may_print_what_it_is_asked_about():
+    told = []
+    params = [nn.Parameter(torch.ones(2))]
+    AdamW(params, wd_policy=lambda info: told.append(repr(info)) or True)
+    known = "name=None, names=(), leaf=None, owner=None, path=(), parameter=Parameter"
+    assert told[0].startswith(f"ParameterInfo({known}")
+    assert told[0].endswith("shape=torch.Size([2]), ndim=1, group=0, own_name=None)")
+
+
 def test_policy_looks_at_the_model_once_for_all_groups():
     looks = []
 

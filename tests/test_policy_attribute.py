@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import warnings
 
 import pytest
@@ -164,6 +165,24 @@ def pickled(optimizer):
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 def test_copies_keep_the_policy(copied):
     assert copied(make(wd_policy="timm")).wd_policy == named("timm")
+
+
+def test_callable_that_does_not_pickle_is_known_by_name_and_asked_no_more():
+    optimizer = pickled(make(SGD, lambda info: info.ndim > 1))
+    step(optimizer)
+    assert exempt(optimizer) == ["0.bias", "1.weight", "1.bias", "2.bias"]
+    shown = repr(optimizer.wd_policy)
+    assert re.fullmatch(r"<lambda at test_policy_attribute\.py:\d+>", shown)
+    late = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="did not pickle") as caught:
+        optimizer.add_param_group({"params": late.parameters()})
+    assert str(caught.value).endswith(
+        f"ValueError: {shown} did not pickle, and a new parameter is to be decided "
+        f"for. Type optimizer.wd_policy = ..., or write the policy as a function."
+    )
+    optimizer.wd_policy = "no_bias"
+    optimizer.add_param_group({"params": late.parameters()})
+    assert exempt(optimizer)[-1] == "bias"
 
 
 # What an optimizer prints.

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -426,6 +427,12 @@ def test_report_knows_the_form_of_the_classes_of_torch(case):
     cls, settings, expected = case
     optimizer = cls(Net().parameters(), weight_decay=0.5, **settings)
     assert {row.form for row in decay_report(optimizer).rows} == {expected}
+
+
+def test_report_knows_no_form_of_what_is_no_class_of_torch():
+    inner = torch.optim.SGD(Net().parameters())
+    rows = decay_report(SimpleNamespace(param_groups=inner.param_groups)).rows
+    assert {row.form for row in rows} == {None}
 
 
 def test_report_of_what_is_no_optimizer_says_so():
