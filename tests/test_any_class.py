@@ -57,6 +57,7 @@ class Counting(torch.optim.Optimizer):
             group["gamma"] = group.get("gamma", 1.0) + norm  # AvaGrad
             group["span"] = (0.0, float(group["k"]))  # a new tuple, of equal numbers
             group["ones"] = (1.0,) * len(used)  # of another length in each part
+            group["pair"] = (0.0, group["gamma"])
             rate = group["lr"] / (group["gamma"] + group["k"] + float(group["step"]))
             for p in used:
                 p.add_(p.grad + group["weight_decay"] * p, alpha=-rate)
@@ -507,7 +508,7 @@ def test_what_is_the_same_in_all_parts_shows_in_the_group():
         assert group["step"] == STEPS
         assert group["span"] == (0.0, STEPS)
         # Each part has its own.
-        assert group.keys().isdisjoint({"gamma", "ones"})
+        assert group.keys().isdisjoint({"gamma", "ones", "pair"})
 
 
 def test_tensor_rate_is_followed_by_all_parts():

@@ -302,6 +302,21 @@ def test_merged_in_the_order_of_the_groups_is_told():
     )
 
 
+def test_state_dict_that_lists_a_parameter_twice_is_refused():
+    """Of two moments of one shape torch would load one, and lose the other unseen."""
+    model = net()
+    ours = selective_optim.AdamW(model.parameters(), wd_policy="no_bias_norm")
+    train(model, ours, range(1))
+    saved = copy.deepcopy(ours.state_dict())
+    saved["param_groups"][0]["params"][1] = 0
+    with pytest.raises(ValueError, match="lists a parameter twice") as caught:
+        ours.load_state_dict(saved)
+    assert str(caught.value) == (
+        "group 0 of the loaded state dict lists a parameter twice. Load a state dict "
+        "of the same class, made for the same model."
+    )
+
+
 def test_same_split_here_and_there_loads_as_in_torch():
     models = net(), net()
     split = torch.optim.AdamW(hand_split(models[0]))

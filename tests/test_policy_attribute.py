@@ -99,6 +99,28 @@ def test_policy_written_into_a_group_is_refused_at_the_next_step(cls):
     step(optimizer)
 
 
+def name_of_none(optimizer):
+    optimizer.param_groups[0]["wd_policy"] = "no_bais"
+
+
+def no_policy(optimizer):
+    optimizer.param_groups[0]["wd_policy"] = 3
+
+
+def group_of_its_own(optimizer):
+    late = list(nn.Linear(2, 2).parameters())
+    like = optimizer.param_groups[0]
+    optimizer.param_groups.append({**like, "params": late, "wd_policy": "no_bias"})
+
+
+@pytest.mark.parametrize("write", [name_of_none, no_policy, group_of_its_own])
+def test_policy_written_by_hand_is_told_whatever_it_says(write):
+    optimizer = make()
+    write(optimizer)
+    with pytest.raises(ValueError, match=r"^a `wd_policy` was written into group \d, "):
+        step(optimizer)
+
+
 @each_class
 def test_policy_that_a_group_was_decided_by_may_be_written_back(cls):
     # ZeroRedundancyOptimizer does.

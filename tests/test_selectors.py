@@ -3,7 +3,7 @@
 import copy
 import pickle
 import re
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -101,6 +101,7 @@ REPRS = {
     "predicate": (is_norm, "is_norm"),
     "function": (matrix, "matrix"),
     "method": (str.islower, "str.islower"),
+    "cached lambda": (cache(lambda info: True), "<lambda>"),
     "partial": (partial(print, 1), "functools.partial(<built-in function print>, 1)"),
 }
 

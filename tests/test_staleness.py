@@ -405,6 +405,29 @@ def test_parameter_that_never_stepped_is_not_kept_alive():
 
 
 @pytest.mark.parametrize("steps", [0, 3])
+def test_counters_that_fail_to_advance_stand_as_before(steps, monkeypatch):
+    params = make_arrays()
+    optimizer = ours(CASES[-1], params, VERDICTS, **HYPER)
+    train(optimizer, params, range(steps))
+    before = [param.detach().clone() for param in params]
+    add_ = torch.Tensor.add_
+
+    def fails(*args: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_torch, "adding", lambda *_: fails)
+        patch.setattr(torch.Tensor, "add_", fails)
+        optimizer._stepper.forget()
+        with pytest.raises(torch.OutOfMemoryError):
+            train(optimizer, params, [steps])
+    assert torch.Tensor.add_ is add_
+    assert_same(params, before)
+    stepped = {own["step"].item() for own in optimizer.state.values()}
+    assert stepped == {float(steps)}
+
+
+@pytest.mark.parametrize("steps", [0, 3])
 @pytest.mark.parametrize("failing", range(4))
 def test_call_that_fails_leaves_the_counters_of_its_parameters(
     failing, steps, monkeypatch

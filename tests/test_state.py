@@ -405,9 +405,6 @@ BAD_STATE_DICTS = {
         "params"
     ].pop(),
     "other order": lambda state_dict: state_dict["param_groups"][0]["params"].reverse(),
-    "a parameter twice": lambda state_dict: state_dict["param_groups"][0].update(
-        params=[0, 0, *state_dict["param_groups"][0]["params"][2:]]
-    ),
     "moment of another shape": first_state(exp_avg=torch.ones(7)),
     "None for a moment": first_state(exp_avg=None),
     "scalar moment": lambda state_dict: state_dict["state"][2].update(
