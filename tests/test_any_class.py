@@ -784,6 +784,15 @@ def test_state_dict_goes_to_the_class_and_back():
     assert_same(params, others)
 
 
+def test_keys_that_a_checkpoint_lacks_are_gone_as_in_torch():
+    for make in (selective(NAdam), NAdam):
+        optimizer = make(make_params()[:3], weight_decay=0.1)
+        saved = optimizer.state_dict()
+        optimizer.param_groups[0]["mine"] = 1
+        optimizer.load_state_dict(saved)
+        assert "mine" not in optimizer.param_groups[0]
+
+
 def test_loading_another_policy_warns_and_keeps_the_constructors():
     params = make_params()[:3]
     first = selective(NAdam)(named(params), weight_decay=0.1, wd_policy="matrices")

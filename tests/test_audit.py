@@ -49,7 +49,7 @@ def needs_arguments(width):
 
 
 def lazy():
-    return nn.LazyLinear(2)
+    return nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))
 
 
 def broken():

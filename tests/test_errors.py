@@ -721,6 +721,9 @@ def test_no_policy_and_no_decay_is_silent(optimizer):
         optimizer(flat(), lr=0.1, weight_decay=0.1)
 
 
+NAMES = [name for name, _ in net().named_parameters()]
+
+
 def saved(wd_policy, **arguments):
     optimizer = SGD(net(), lr=0.1, weight_decay=0.1, wd_policy=wd_policy, **arguments)
     return optimizer, optimizer.state_dict()
@@ -734,6 +737,19 @@ def test_another_policy_on_resume_warns_once_and_names_what_changed():
     assert len(caught) == 1
     assert all(name in str(caught[0].message) for name in ("'0.bias'", "'1.weight'"))
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("changed", "ending"), [(3, "decays in full (l2). The"), (4, " and 1 more. The")]
+)
+def test_another_policy_on_resume_names_three_parameters(changed, ending):
+    _, state_dict = saved(dict.fromkeys(NAMES[:changed], 0.5))
+    optimizer, _ = saved("all")
+    with pytest.warns(UserWarning, match="another weight decay policy") as caught:
+        optimizer.load_state_dict(state_dict)
+    told = str(caught[0].message)
+    assert [name in told for name in NAMES] == [True] * 3 + [False]
+    assert f"{ending} policy of the constructor is kept" in told
 
 
 def test_same_policy_on_resume_is_silent():

@@ -295,12 +295,14 @@ def test_cautious_reads_moments_in_half_precision_as_the_formula_says(maximize):
         assert_same(actual, torch.tensor(expected))
 
 
-@pytest.mark.parametrize("how", FORMS)
+@all_forms
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
-def test_differentiable_step_without_gradients_leaves_everything_alone(name, how):
+def test_differentiable_step_without_gradients_leaves_everything_alone(
+    name, how, target
+):
     params, before = make_params(), make_params()
     own = {"differentiable": True, "foreach": False}
-    make(name, params, policy_of(how, 0.5), **own).step()
+    make(name, params, policy_of(how, target), **own).step()
     assert_same(params, before)
 
 

@@ -1,6 +1,7 @@
 """What policies decide, and that they are values: equal, picklable, printed as made."""
 
 import copy
+import dataclasses
 import math
 import pickle
 import re
@@ -20,6 +21,8 @@ from selective_optim.policies import (
     form,
     is_bias,
     is_norm,
+    layerwise,
+    marked,
     named,
     only,
     scale,
@@ -178,11 +181,15 @@ def test_different_policies_differ():
     assert exclude("*.bias") != only("*.bias")
 
 
-@pytest.mark.parametrize("text", WRITTEN)
-def test_policy_is_frozen(text):
-    policy = evaluated(text)
+FROZEN = [*map(evaluated, WRITTEN), as_policy(len), as_policy("timm"), layerwise(0.5)]
+
+
+@pytest.mark.parametrize("policy", [*FROZEN, marked()], ids=repr)
+def test_policy_is_frozen(policy):
+    field, *_ = dataclasses.fields(policy)
     with pytest.raises(AttributeError):
-        policy.missing_ok = True
+        setattr(policy, field.name, None)
+    assert hash(policy) == hash(copy.copy(policy))
 
 
 DECAYS = [(1.0, "Decay(1)"), (0.1, "Decay(0.1)"), (1 / 3, f"Decay({1 / 3!r})")]

@@ -295,6 +295,24 @@ class Wrapper(nn.Module):
         self.module = module
 
 
+# Of torchvision's, say, module types are asked for, and of nanoGPT's shapes alone.
+ASKS_NAMES = {"rtdetr", "dinov2", "dinov3", "olmo"}
+ASKS_NAMES_AND_SHAPES = {"open_clip_2025", "megatron", "rwkv"}
+ASKS_SHAPES = {"nanogpt"}
+ASKS_ALL = {"timm", "swin", "convnext", "mae", "open_clip"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_says_what_it_has_to_know(recipe):
+    by_name = recipe in ASKS_NAMES | ASKS_NAMES_AND_SHAPES
+    by_shape = recipe in ASKS_SHAPES | ASKS_NAMES_AND_SHAPES | ASKS_ALL
+    types = not by_name and recipe not in ASKS_SHAPES
+    needs = RECIPES[recipe].needs
+    assert ("modules" in needs, "shapes" in needs) == (types, by_shape)
+    of_modules = {"fastai", "detectron2"}  # by the attribute alone, whatever its name
+    assert ("names" in needs) == (recipe not in ASKS_SHAPES | of_modules)
+
+
 @pytest.mark.parametrize("recipe", EXPECTED)
 def test_recipe_decides_alike_behind_a_wrapper(recipe):
     assert exempt(Wrapper(Zoo()), recipe) == exempt(Zoo(), recipe)

@@ -207,6 +207,21 @@ def test_plot_draws_the_smallest_of_many_kinds_as_one():
     assert labels_of(ax)[-2:] == ["Sequential.w14", "5 other kinds"]
 
 
+@pytest.mark.parametrize("kinds", [1, 4, MANY_BARS])
+def test_legend_stands_right_below_the_picture(kinds):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="draws with matplotlib")
+    pyplot.switch_backend("Agg")
+    model = nn.Sequential()
+    for i in range(kinds):
+        setattr(model, f"w{i}", nn.Parameter(torch.ones(2, 2)))
+    ax = report_of(model, wd_policy="all").plot()
+    ax.figure.canvas.draw()
+    label, line = ax.xaxis.label.get_window_extent(), ax.xaxis.label.get_fontsize()
+    top = ax.get_legend().get_window_extent().y1
+    pyplot.close(ax.figure)
+    assert 0 <= label.y0 - top <= 3 * line * ax.figure.dpi / 72
+
+
 def test_plot_makes_a_figure_when_no_axes_are_given():
     pytest.importorskip("matplotlib", reason="draws with matplotlib").use("Agg")
     pyplot = pytest.importorskip("matplotlib.pyplot")
@@ -432,7 +447,8 @@ def test_report_knows_the_form_of_the_classes_of_torch(case):
 def test_report_knows_no_form_of_what_is_no_class_of_torch():
     inner = torch.optim.SGD(Net().parameters())
     rows = decay_report(SimpleNamespace(param_groups=inner.param_groups)).rows
-    assert {row.form for row in rows} == {None}
+    assert {(row.form, row.target, row.lr0) for row in rows} == {(None, None, None)}
+    assert {row.owner for row in rows} == {""}
 
 
 def test_report_of_what_is_no_optimizer_says_so():

@@ -1,6 +1,7 @@
 """What each kind of selector matches, needs and prints."""
 
 import copy
+import dataclasses
 import pickle
 import re
 from functools import cache, partial
@@ -152,9 +153,18 @@ def test_selectors_of_two_equal_modules_differ():
     assert as_selector(nn.Linear(2, 2)) != as_selector(nn.Linear(2, 2))
 
 
-def test_selector_is_frozen():
+FROZEN = [
+    *("*.bias", re.compile("bias"), nn.LayerNorm, MODEL.head, MODEL.head.bias),
+    *(is_norm, matrix, is_norm | "*.bias", is_norm & matrix, ~is_norm),
+]
+
+
+@pytest.mark.parametrize("item", FROZEN, ids=repr)
+def test_selector_is_frozen(item):
+    selector = as_selector(item)
+    field, *_ = dataclasses.fields(selector)
     with pytest.raises(AttributeError):
-        as_selector("*.bias").pattern = "*"
+        setattr(selector, field.name, None)
 
 
 def test_selector_passes_through():
@@ -298,6 +308,9 @@ EMBEDDED = {
     "class_pos": ("PositionalEncoding", True, False),
     "patch_pos": ("TNT", True, False),
     "seg_embed": ("XLNetRelativeAttention", True, False),
+    "cls_pos_embed": ("VisionTransformer", True, False),
+    "mask_embed_scale": ("MaskDecoder", False, False),
+    "pos_token": ("Model", True, False),
     "rel_pos_h": ("MultiScaleAttention", True, False),
     "relative_position_bias_table": ("WindowAttention", True, False),
     "relative_attention_bias": ("CpmAntSegmentPosition", True, False),
