@@ -295,17 +295,6 @@ def test_cautious_reads_moments_in_half_precision_as_the_formula_says(maximize):
         assert_same(actual, torch.tensor(expected))
 
 
-@all_forms
-@pytest.mark.parametrize("name", ["SGD", "AdamW"])
-def test_differentiable_step_without_gradients_leaves_everything_alone(
-    name, how, target
-):
-    params, before = make_params(), make_params()
-    own = {"differentiable": True, "foreach": False}
-    make(name, params, policy_of(how, target), **own).step()
-    assert_same(params, before)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, of itself
 @pytest.mark.parametrize(("how", "target"), TRACED_FORMS)
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
