@@ -518,6 +518,29 @@ def test_modules_of_which_blocks_are_nine_tenths_may_be_stages():
     assert len(layerwise_groups(alike, lr=1.0, rate=0.5)) == 3
 
 
+def of_parts(*sizes):
+    """Make a module of modules that hold so many elements each."""
+    return nn.Sequential(*(nn.Linear(1, size, bias=False) for size in sizes))
+
+
+def test_blocks_have_three_parts_or_more():
+    pieces = nn.ModuleDict({"body": nn.ModuleList(of_parts(4, 4) for _ in range(6))})
+    with pytest.raises(ValueError, match="none were found"):
+        layerwise_groups(pieces, lr=1.0, rate=0.5)
+    blocks = nn.ModuleDict({"body": nn.ModuleList(of_parts(4, 4, 4) for _ in range(6))})
+    assert len(layerwise_groups(blocks, lr=1.0, rate=0.5)) == 6
+
+
+def test_blocks_that_hold_a_tenth_of_the_largest_could_be_meant_as_well():
+    small = [of_parts(1, 1, 1), of_parts(1, 1, 2)]
+    large = [of_parts(10, 10, 10), of_parts(10, 10, 20)]
+    model = nn.ModuleDict({"a": nn.ModuleList(small), "b": nn.ModuleList(large)})
+    with pytest.raises(ValueError, match=r"'b\.\*' .*70 elements\), 'a\.\*' "):
+        layerwise_groups(model, lr=1.0, rate=0.5)
+    large[1].append(nn.Linear(1, 1, bias=False))
+    assert len(layerwise_groups(model, lr=1.0, rate=0.5)) == 2
+
+
 def clip():
     """Two towers as in CLIP, with what belongs to neither around them."""
     model = Model(text=gpt(tied=False).transformer, image=vit(), proj=nn.Linear(4, 4))

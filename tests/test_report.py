@@ -141,6 +141,26 @@ def test_many_groups_print_with_the_range_of_their_decay():
     ]
 
 
+@pytest.mark.parametrize(("count", "lines"), [(8, 8), (9, 1)])
+def test_up_to_eight_groups_have_a_line_each(count, lines):
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(count)))
+    assert len(report_of(group_per_tensor(model), model=model).table()) == 1 + lines
+
+
+RUNS = {
+    "three ranges": ({0, 2, 4}, ["0, 2, 4", "1, 3, 5-8"]),
+    "four ranges": ({0, 2, 4, 6}, ["4 groups", "5 groups"]),
+}
+
+
+@pytest.mark.parametrize(("without", "expected"), RUNS.values(), ids=RUNS)
+def test_groups_of_a_line_are_spelled_out_in_up_to_three_ranges(without, expected):
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(9)))
+    groups = group_per_tensor(model, weight_decay=lambda i: float(i not in without))
+    table = report_of(groups, model=model).table()
+    assert [line[0] for line in table[1:]] == expected
+
+
 def test_html_holds_the_table_with_everything_escaped():
     policy = exclude(re.compile("(?<=head.)bias|a&b"))
     report = report_of(Net(), wd_policy=policy)
