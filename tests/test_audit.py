@@ -141,6 +141,11 @@ def test_audit_prints_the_first_of_many_mistakes():
     assert lines[-2:] == ["  9.weight  2  only everything", "  and 3 more"]
 
 
+def test_audit_prints_ten_mistakes_whole():
+    model = nn.Sequential(*(nn.LayerNorm(2, bias=False) for _ in range(10)))
+    assert str(audit(model, "all")).endswith("  9.weight  2  only everything")
+
+
 def test_audit_as_dict_has_the_same_content():
     told = audit(Tiny(), "no_norm", against="no_bias_norm").as_dict()
     assert json.loads(json.dumps(told)) == told

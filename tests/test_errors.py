@@ -512,6 +512,13 @@ def test_constructor_refuses_with_the_whole_text(optimizer, case):
     assert type(caught.value) is case.kind
 
 
+def test_message_gives_three_of_the_closest_names():
+    with pytest.raises(ValueError, match="matches none of 4 parameters") as caught:
+        SGD(net(), lr=0.1, wd_policy=exclude("0.wieght"))
+    _, told, _ = re.split(r"closest names are |\. Correct it", str(caught.value))
+    assert len(told.split(", ")) == 3
+
+
 # torch wants names in every group or in none.
 READ = {pairs: "named_parameters", flattened: "named_parameters"}
 

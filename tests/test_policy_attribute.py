@@ -73,6 +73,7 @@ def test_misspelt_key_is_told_with_the_one_that_was_meant(key, meant):
     [
         *("lr_scale", "name", "initial_lr", "weight_decay_mult"),
         *("weight_decay_1", "my_weight_decay"),  # nearer than misspelt ones are
+        "reach",  # five letters of eight of "foreach"
     ],
 )
 def test_keys_of_others_are_left_alone(key):
