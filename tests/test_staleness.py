@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from selective_optim import Decay, _torch
+from selective_optim.step.plan import Plan
 from tests.support.compare import assert_same
 from tests.support.devices import MARKS
 from tests.support.problems import (
@@ -390,6 +391,15 @@ def test_state_is_not_searched_for_edits_until_someone_has_looked():
     assert not optimizer._stepper._lent
     assert optimizer.state
     assert optimizer._stepper._lent
+
+
+@pytest.mark.parametrize("case", EACH, ids=lambda case: case.id)
+def test_hyperparameters_that_stay_are_not_read_anew_at_every_step(case, monkeypatch):
+    params = make_arrays()
+    optimizer = ours(case, params, VERDICTS, **HYPER)
+    train(optimizer, params, range(3))
+    monkeypatch.delattr(Plan, "_reread")
+    train(optimizer, params, range(3, 5))
 
 
 def test_parameter_that_never_stepped_is_not_kept_alive():
