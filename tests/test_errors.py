@@ -324,6 +324,13 @@ CASES = {
         "`wd_policy` must be a name, ... not [Linear(...)] (list). Write for example "
         'wd_policy="no_bias_norm".',
     ),
+    "selectors of which one cannot be typed as policy": Case(
+        net,
+        [is_norm, nn.Linear(2, 2)],
+        TypeError,
+        "`wd_policy` must be a name, ... not [is_norm, Linear(...)] (list). Write for "
+        'example wd_policy="no_bias_norm".',
+    ),
     "nothing as policy": Case(
         net,
         (),
