@@ -284,6 +284,29 @@ def test_hand_split_state_dict_of_another_model_is_no_migration():
         ours.load_state_dict(split.state_dict())
 
 
+def test_hand_split_state_dict_that_names_a_part_has_to_be_named():
+    split = torch.optim.AdamW(hand_split(net(), named=True))
+    state_dict = split.state_dict()
+    del state_dict["param_groups"][1]["param_names"]
+    ours = selective_optim.AdamW(net().parameters(), wd_policy="no_bias_norm")
+    with pytest.raises(ValueError, match="split by hand") as caught:
+        ours.load_state_dict(state_dict)
+    assert str(caught.value) == SPLIT.format(*UNNAMED)
+
+
+def test_state_dict_of_another_width_is_told():
+    models = net(5), net(4)
+    wide, ours = [selective_optim.AdamW(model.parameters()) for model in models]
+    train(models[0], wide, range(1))
+    with pytest.raises(ValueError, match="must have shape") as caught:
+        ours.load_state_dict(wide.state_dict())
+    assert str(caught.value) == (
+        "'exp_avg' of '0.weight' in the loaded state dict has shape 5, and "
+        "must have shape 4. Load a state dict of the same class, made for the same "
+        "model."
+    )
+
+
 def test_merged_in_the_order_of_the_groups_is_told():
     model = net()
     groups = hand_split(model)
