@@ -478,7 +478,7 @@ class Decider:
         def ask() -> bool:
             try:
                 decisions = self._ask(policy, self.index.everyone())
-            except ValueError:  # it was not asked to decide for these
+            except (TypeError, ValueError):  # it was not asked to decide for these
                 return False
             return any(decision.decay.multiplier for decision in decisions)
 

@@ -55,6 +55,9 @@ class Counting(torch.optim.Optimizer):
             used = [p for p in group["params"] if p.grad is not None]
             norm = sum((float(p.grad.norm()) for p in used), 0.0)
             group["gamma"] = group.get("gamma", 1.0) + norm  # AvaGrad
+            group["span"] = (0.0, float(group["k"]))  # a new tuple, of equal numbers
+            group["ones"] = (1.0,) * len(used)  # of another length in each part
+            group["pair"] = (0.0, group["gamma"])
             rate = group["lr"] / (group["gamma"] + group["k"] + float(group["step"]))
             for p in used:
                 p.add_(p.grad + group["weight_decay"] * p, alpha=-rate)
@@ -74,6 +77,27 @@ class Listing(Counting):
             for p in group["params"]:
                 if p.grad is not None:
                     p.add_(p.grad + group["weight_decay"] * p, alpha=-base)
+
+
+class Fading(Counting):
+    """Lets its decay fade, and sets its own mode, while it steps."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.train()
+        loss = super().step(closure)
+        for group in self.param_groups:
+            group["weight_decay"] *= 0.9
+        return loss
+
+
+class Strict(torch.optim.NAdam):
+    """Takes matrices alone, and says so late, as torch's Muon does."""
+
+    def add_param_group(self, group: Any) -> None:
+        super().add_param_group(group)
+        if any(p.ndim != 2 for p in self.param_groups[-1]["params"]):
+            raise ValueError("matrices alone")
 
 
 class Rating(Counting):
@@ -115,6 +139,13 @@ class Regrouping(torch.optim.Optimizer):
     def __init__(self, params: Any, weight_decay: float = 0.0) -> None:
         listed = [p for group in params for p in group["params"]]
         super().__init__([{"params": listed}], {"weight_decay": weight_decay})
+
+
+class OfModel(torch.optim.Optimizer):
+    """Makes groups from a model, as some implementations of Muon do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        raise NotImplementedError
 
 
 class Lookahead(torch.optim.Optimizer):
@@ -179,7 +210,7 @@ def reload(optimizer: Any) -> dict[str, Any]:
     return torch.load(saved, weights_only=True)
 
 
-CLASSES = [Counting, Listing, Alone, NAdam, RMSprop, torch.optim.Adadelta]
+CLASSES = [Counting, Listing, Fading, Alone, NAdam, RMSprop, torch.optim.Adadelta]
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
 
@@ -475,7 +506,9 @@ def test_what_is_the_same_in_all_parts_shows_in_the_group():
     for group in optimizer.param_groups:
         assert group["k"] == STEPS
         assert group["step"] == STEPS
-        assert "gamma" not in group  # each part has its own
+        assert group["span"] == (0.0, STEPS)
+        # Each part has its own.
+        assert group.keys().isdisjoint({"gamma", "ones", "pair"})
 
 
 def test_tensor_rate_is_followed_by_all_parts():
@@ -562,6 +595,36 @@ def test_group_that_cannot_be_added_changes_nothing():
         optimizer.add_param_group({"params": [extra]})
     assert len(optimizer.param_groups) == 2
     train(optimizer, params, range(1, 3))
+
+
+def test_group_that_the_class_refuses_in_part_changes_nothing():
+    actual, expected = make_params(), make_params()
+    square, late = [[p for p in params if p.ndim == 2] for params in (actual, expected)]
+    optimizer = selective(Strict)(square, weight_decay=0.1, wd_policy="matrices")
+    train(optimizer, actual, range(1))
+    others = [nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))]
+    with pytest.raises(ValueError, match="matrices alone"):
+        optimizer.add_param_group({"params": others})
+    assert len(optimizer.param_groups) == 1
+    train(optimizer, [*actual, *others], range(1, 3))
+    assert_same(others, [torch.ones(2, 2), torch.ones(2)])
+    oracle = Strict(late, weight_decay=0.1)
+    train(oracle, expected, range(1))
+    train(oracle, expected, range(1, 3))
+    assert_same(actual, expected)
+
+
+def test_copies_in_place_of_groups_keep_the_rates_that_the_class_set_for_each_part():
+    actual, expected = make_params(), make_params()
+    for each, params in (
+        (ours(Rating, actual), actual),
+        (by_hand(Rating, expected), expected),
+    ):
+        for step in range(STEPS):
+            set_grads(params, step)
+            each.param_groups[:] = map(dict, each.param_groups)
+            each.step()
+    assert_same(actual, expected)
 
 
 def test_groups_that_are_cleared_may_come_again():
@@ -721,6 +784,15 @@ def test_state_dict_goes_to_the_class_and_back():
     assert_same(params, others)
 
 
+def test_keys_that_a_checkpoint_lacks_are_gone_as_in_torch():
+    for make in (selective(NAdam), NAdam):
+        optimizer = make(make_params()[:3], weight_decay=0.1)
+        saved = optimizer.state_dict()
+        optimizer.param_groups[0]["mine"] = 1
+        optimizer.load_state_dict(saved)
+        assert "mine" not in optimizer.param_groups[0]
+
+
 def test_loading_another_policy_warns_and_keeps_the_constructors():
     params = make_params()[:3]
     first = selective(NAdam)(named(params), weight_decay=0.1, wd_policy="matrices")
@@ -769,6 +841,10 @@ REFUSALS = [
     (selective, 3, TypeError, "must be a subclass of torch.optim.Optimizer, not 3"),
     (selective, nn.Linear, TypeError, r"Write selective\(torch.optim.NAdam\)"),
     (selective, Lookahead, TypeError, r"Lookahead\(selective\(...\)\(...\)\)"),
+    (
+        *(selective, OfModel, TypeError),
+        r"OfModel takes 'model' itself .*\. Use a class that takes parameters\.$",
+    ),
     (two_params, Wrapping, ValueError, rf"keeps another .* in 'base'.*{BY_HAND}"),
     (two_params, Regrouping, ValueError, rf"makes groups of its own.*{BY_HAND}"),
     (

@@ -49,7 +49,7 @@ def needs_arguments(width):
 
 
 def lazy():
-    return nn.LazyLinear(2)
+    return nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))
 
 
 def broken():
@@ -139,6 +139,11 @@ def test_audit_prints_the_first_of_many_mistakes():
     lines = str(audit(model, "all")).splitlines()
     assert "looks wrong: norms that decay, 13" in lines
     assert lines[-2:] == ["  9.weight  2  only everything", "  and 3 more"]
+
+
+def test_audit_prints_ten_mistakes_whole():
+    model = nn.Sequential(*(nn.LayerNorm(2, bias=False) for _ in range(10)))
+    assert str(audit(model, "all")).endswith("  9.weight  2  only everything")
 
 
 def test_audit_as_dict_has_the_same_content():
@@ -269,6 +274,10 @@ def test_building_takes_no_memory_where_the_model_allows_it():
     assert all(param.is_meta for param in built.model.parameters())
 
 
+def test_model_that_is_named_itself_is_taken_as_found():
+    assert tuple(build(f"{HERE}:ready_made")) == (ready_made, "as found", None)
+
+
 def test_building_falls_back_to_the_cpu_and_says_so(capsys):
     built = build(f"{HERE}:needs_values")
     assert built.device == "cpu"
@@ -304,7 +313,9 @@ def test_target_is_read(text, expected):
     assert tuple(read_target(text)) == expected
 
 
+ready_made = Tiny()
 BUILT = {
+    "model": f"{HERE}:ready_made",
     "module": f"{HERE}:tiny",
     "dotted": f"{HERE}.tiny",
     "file": f"{Path(__file__).parent}/test_audit.py:tiny",
@@ -331,6 +342,31 @@ def test_file_sees_its_neighbors(tmp_path, monkeypatch, capsys):
     file = tmp_path / "own_train.py"
     assert main(["audit", f"{file}:build(2)", "--policy", f"{file}:policy"]) == 0
     assert "exclude('bias') on Linear" in capsys.readouterr().out
+
+
+def test_command_finds_a_module_of_the_folder_it_runs_in(tmp_path, monkeypatch):
+    (tmp_path / "own_net.py").write_text("import torch\nnet = torch.nn.Linear(2, 3)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["audit", "own_net:net"]) == 0
+    assert sys.path.count(str(Path.cwd())) == 1
+    assert main(["audit", "own_net:net"]) == 0
+    assert sys.path.count(str(Path.cwd())) == 1
+
+
+class Closed:
+    """A pipe whose reader has left, as in ``... | head``."""
+
+    def write(self, text):
+        raise BrokenPipeError
+
+
+def test_command_ends_in_silence_where_nobody_reads_on(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert main(["audit", f"{HERE}:ready_made"]) == 0
+    # Python flushes what is there at its exit, and would complain of the pipe.
+    assert sys.stdout is None
+    assert capsys.readouterr().err == ""
 
 
 def test_command_tells_its_version(capsys):

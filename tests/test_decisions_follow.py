@@ -7,13 +7,16 @@ import pickle
 import sys
 import warnings
 from collections import deque
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
 import selective_optim
-from selective_optim import SGD, AdamW
+from selective_optim import SGD, AdamW, Decay
+from selective_optim.decay import Verdict
+from selective_optim.policies.base import Policy
 from tests.support import twins
 
 COPIES = {
@@ -286,6 +289,40 @@ def test_tensor_that_cannot_be_decided_is_named_and_nothing_moves():
     assert all(map(torch.equal, before, net.parameters()))
 
 
+def test_report_tells_of_known_tensors_beside_one_that_cannot_be_decided():
+    net = Net()
+    optimizer = SGD(net, lr=0.1, weight_decay=0.5, wd_policy="no_bias_norm")
+    expected = optimizer.decay_report().rows[::-1]
+    optimizer.param_groups[0]["params"].reverse()
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(2, 2)))
+    *known, last = optimizer.decay_report().rows
+    assert known == list(expected)
+    assert (last.reason, last.weight_decay, last.name) == ("not decided yet", 0.5, None)
+
+
+def test_tensors_that_stand_in_for_others_until_they_are_decided_report_as_these():
+    """Frameworks that shard put such in the place of all parameters."""
+    net = Net()
+    optimizer = SGD(net, lr=0.1, weight_decay=0.5, wd_policy="no_bias_norm")
+    expected = [row.weight_decay for row in optimizer.decay_report().rows]
+    stand_ins = [nn.Parameter(torch.ones(0)) for _ in expected]
+    optimizer.param_groups[0]["params"][:] = stand_ins
+    assert [row.weight_decay for row in optimizer.decay_report().rows] == expected
+
+
+def test_what_is_known_of_tensors_long_gone_is_forgotten():
+    """Whoever rebuilds parameters at every step would fill the memory with it."""
+    param = nn.Parameter(torch.ones(2, 2))
+    optimizer = SGD([param], lr=0.1, weight_decay=0.5, wd_policy="matrices")
+    known = []
+    for _ in range(150):
+        optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(2, 2))
+        optimizer.step()
+        known.append(len(optimizer._decider._table._rows))
+    assert max(known) == 2 * 1 + 64
+    assert len(decaying(optimizer)) == 1
+
+
 # Copies of model and optimizer.
 
 
@@ -371,6 +408,40 @@ def test_one_exempt_parameter_does_not_warn_that_nothing_decays():
     net = Net()
     for param in net.parameters():
         SGD([param], lr=0.1, weight_decay=0.5, wd_policy="no_bias_norm", model=net)
+
+
+@dataclass(frozen=True)
+class Listed(Policy):
+    """A policy of a user's own, which holds a list and so has no hash."""
+
+    names: list[str]
+
+    def decide(self, info):
+        return Verdict(Decay(float(info.name in self.names)), "listed")
+
+
+def answers_biases(info):
+    return {"bias": 0}[info.leaf]
+
+
+def answers_biases_alone(info):
+    return {"bias": 0}.get(info.leaf)
+
+
+@pytest.mark.parametrize("policy", [answers_biases, answers_biases_alone, Listed([])])
+def test_exempt_parameters_of_a_model_that_cannot_be_asked_about_warn(policy):
+    """The others of the model are no concern of an optimizer that lacks them."""
+    net = Net()
+    biases = [net.embed.bias, net.head.bias]
+    with pytest.warns(UserWarning, match="exempts all 2 parameters"):
+        SGD(biases, lr=0.1, weight_decay=0.5, wd_policy=policy, model=net)
+
+
+def test_exempt_parameters_of_a_model_that_decays_elsewhere_do_not_warn():
+    net = Net()
+    biases = [net.embed.bias, net.head.bias]
+    policy = Listed(["embed.weight"])
+    SGD(biases, lr=0.1, weight_decay=0.5, wd_policy=policy, model=net)
 
 
 def test_optimizers_per_parameter_decay_what_one_would():

@@ -166,6 +166,20 @@ def test_bad_params_are_refused_as_in_torch(name):
         assert str(actual.value) == str(expected.value)
 
 
+@each_name
+@pytest.mark.parametrize("group", [3, {"lr": 0.1}], ids=str)
+def test_what_is_no_group_is_refused_as_in_torch(name, group):
+    def message(make: Any) -> tuple[type, str]:
+        params = tensors((2, 2))
+        optimizer = make(name, params)
+        with pytest.raises((TypeError, KeyError)) as caught:
+            optimizer.add_param_group(group)
+        assert len(optimizer.param_groups) == 1
+        return caught.type, str(caught.value)
+
+    assert message(ours) == message(torchs)
+
+
 # Closures and hooks
 
 

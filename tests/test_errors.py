@@ -282,6 +282,13 @@ CASES = {
         "norms by their class: a word such as 'ln_' misses those that a model calls "
         "otherwise.",
     ),
+    "words beside a number as policy": Case(
+        net,
+        ["bias", "LayerNorm.weight", 3],
+        TypeError,
+        "`wd_policy` must be a name, ... not ['bias', 'LayerNorm.weight', 3] (list). "
+        'Write for example wd_policy="no_bias_norm".',
+    ),
     "words without norms as policy": Case(
         net,
         ["bias", "pos_embed"],
@@ -316,6 +323,13 @@ CASES = {
         TypeError,
         "`wd_policy` must be a name, ... not [Linear(...)] (list). Write for example "
         'wd_policy="no_bias_norm".',
+    ),
+    "selectors of which one cannot be typed as policy": Case(
+        net,
+        [is_norm, nn.Linear(2, 2)],
+        TypeError,
+        "`wd_policy` must be a name, ... not [is_norm, Linear(...)] (list). Write for "
+        'example wd_policy="no_bias_norm".',
     ),
     "nothing as policy": Case(
         net,
@@ -503,6 +517,13 @@ def test_constructor_refuses_with_the_whole_text(optimizer, case):
     with pytest.raises(case.kind, match=whole(case.text)) as caught:
         optimizer(case.params(), lr=0.1, weight_decay=0.1, wd_policy=case.policy)
     assert type(caught.value) is case.kind
+
+
+def test_message_gives_three_of_the_closest_names():
+    with pytest.raises(ValueError, match="matches none of 4 parameters") as caught:
+        SGD(net(), lr=0.1, wd_policy=exclude("0.wieght"))
+    _, told, _ = re.split(r"closest names are |\. Correct it", str(caught.value))
+    assert len(told.split(", ")) == 3
 
 
 # torch wants names in every group or in none.
@@ -714,6 +735,9 @@ def test_no_policy_and_no_decay_is_silent(optimizer):
         optimizer(flat(), lr=0.1, weight_decay=0.1)
 
 
+NAMES = [name for name, _ in net().named_parameters()]
+
+
 def saved(wd_policy, **arguments):
     optimizer = SGD(net(), lr=0.1, weight_decay=0.1, wd_policy=wd_policy, **arguments)
     return optimizer, optimizer.state_dict()
@@ -727,6 +751,19 @@ def test_another_policy_on_resume_warns_once_and_names_what_changed():
     assert len(caught) == 1
     assert all(name in str(caught[0].message) for name in ("'0.bias'", "'1.weight'"))
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("changed", "ending"), [(3, "decays in full (l2). The"), (4, " and 1 more. The")]
+)
+def test_another_policy_on_resume_names_three_parameters(changed, ending):
+    _, state_dict = saved(dict.fromkeys(NAMES[:changed], 0.5))
+    optimizer, _ = saved("all")
+    with pytest.warns(UserWarning, match="another weight decay policy") as caught:
+        optimizer.load_state_dict(state_dict)
+    told = str(caught[0].message)
+    assert [name in told for name in NAMES] == [True] * 3 + [False]
+    assert f"{ending} policy of the constructor is kept" in told
 
 
 def test_same_policy_on_resume_is_silent():

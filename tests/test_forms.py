@@ -7,6 +7,7 @@ import gc
 import io
 import weakref
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from selective_optim import AdamW
 from selective_optim.decay import FORMS as FORM_KINDS
 from selective_optim.decay import Decay
 from selective_optim.policies import diff, exclude, form, towards
+from selective_optim.step.adam_kernel import AdamKernel
 from tests.support.compare import assert_same
 from tests.support.devices import CPU, CUDA
 from tests.support.graphs import captured, side_stream, static_grads
@@ -263,6 +265,34 @@ def test_tensor_rates_do_what_numbers_do(name, how, target, kind):
     (mine, _), (theirs, _) = outcomes
     # Tensors of no dimension multiply in another order than numbers.
     assert_same(mine, theirs, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["automatic", "fused", "for-loop"])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("target", [None, 0.5])
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_cautious_reads_tensor_betas_as_numbers(name, target, maximize, kind):
+    policy, outcomes = policy_of("cautious", target), []
+    for as_given in (float, torch.tensor):
+        params = make_params()
+        betas = as_given(0.75), as_given(0.9375)  # which float32 holds to the bit
+        own = {"lr": torch.tensor(LR), "betas": betas, "maximize": maximize}
+        train(make(name, params, policy, **own, **KINDS[kind]), params)
+        outcomes.append(params)
+    assert_same(*outcomes, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_cautious_reads_moments_in_half_precision_as_the_formula_says(maximize):
+    """As fused kernels on CUDA keep them beside float32: see ``takes_beside``."""
+    setting = SimpleNamespace(arguments={"beta1": 0.75, "maximize": maximize})
+    grad = torch.tensor([4.0, -4.0, 1.0])
+    first = torch.tensor([1.0, 1.0, -8.0])
+    # 0.75 of the moment and 0.25 of the gradient.
+    expected = [[1.75, -0.25, -5.75], [-0.25, 1.75, -6.25]][maximize]
+    for moment in (first, first.bfloat16()):
+        actual = AdamKernel.direction(setting, grad, [moment])
+        assert_same(actual, torch.tensor(expected))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, of itself

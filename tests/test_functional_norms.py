@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import layer_norm
 
 from selective_optim import AdamW
 from selective_optim.parameters import ModuleIndex
@@ -60,6 +61,18 @@ class Normalized(Holding):
         return F.batch_norm(x, None, None, weight=(self.gamma * self.scale).view(-1))
 
 
+class ByName(Holding):
+    def forward(self, x):
+        return layer_norm(x, (3,), self.gamma)
+
+
+class ByIndex(Holding):
+    """What is called has no name to tell a norm by."""
+
+    def forward(self, x):
+        return [layer_norm][0](x, (3,), self.gamma)
+
+
 class OwnMethod(Holding):
     """A method or module of the model's own may do anything with it."""
 
@@ -78,6 +91,8 @@ FOUND = {
     Derived: {"gamma", "beta"},
     Fused: {"gamma"},
     Normalized: set(),
+    ByName: {"gamma"},
+    ByIndex: set(),
     OwnMethod: set(),
 }
 

@@ -494,6 +494,53 @@ def test_advice_on_layers_is_never_what_was_written():
     )
 
 
+def test_glob_matches_modules_that_hold_parameters_and_not_the_model_itself():
+    layers = {"a1": nn.Linear(2, 2), "act": nn.ReLU(), "a2": nn.Linear(2, 2)}
+    for glob in ("a*", "*"):
+        groups = layerwise_groups(Model(**layers), lr=1.0, rate=0.5, layers=glob)
+        assert [group["lr"] for group in groups] == [1.0, 0.5, 0.25]
+
+
+class Rested(nn.Module):
+    """Three alike blocks of 84 elements each, and a rest."""
+
+    def __init__(self, rest):
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block(), Block())
+        self.rest = nn.Linear(rest, 1, bias=False)
+
+
+def test_modules_of_which_blocks_are_nine_tenths_may_be_stages():
+    alike = nn.ModuleDict({"parts": nn.ModuleList(Rested(28) for _ in range(3))})
+    with pytest.raises(ValueError, match=r"are alike, and so are 'parts\.\*\.blocks"):
+        layerwise_groups(alike, lr=1.0, rate=0.5)
+    alike = nn.ModuleDict({"parts": nn.ModuleList(Rested(29) for _ in range(3))})
+    assert len(layerwise_groups(alike, lr=1.0, rate=0.5)) == 3
+
+
+def of_parts(*sizes):
+    """Make a module of modules that hold so many elements each."""
+    return nn.Sequential(*(nn.Linear(1, size, bias=False) for size in sizes))
+
+
+def test_blocks_have_three_parts_or_more():
+    pieces = nn.ModuleDict({"body": nn.ModuleList(of_parts(4, 4) for _ in range(6))})
+    with pytest.raises(ValueError, match="none were found"):
+        layerwise_groups(pieces, lr=1.0, rate=0.5)
+    blocks = nn.ModuleDict({"body": nn.ModuleList(of_parts(4, 4, 4) for _ in range(6))})
+    assert len(layerwise_groups(blocks, lr=1.0, rate=0.5)) == 6
+
+
+def test_blocks_that_hold_a_tenth_of_the_largest_could_be_meant_as_well():
+    small = [of_parts(1, 1, 1), of_parts(1, 1, 2)]
+    large = [of_parts(10, 10, 10), of_parts(10, 10, 20)]
+    model = nn.ModuleDict({"a": nn.ModuleList(small), "b": nn.ModuleList(large)})
+    with pytest.raises(ValueError, match=r"'b\.\*' .*70 elements\), 'a\.\*' "):
+        layerwise_groups(model, lr=1.0, rate=0.5)
+    large[1].append(nn.Linear(1, 1, bias=False))
+    assert len(layerwise_groups(model, lr=1.0, rate=0.5)) == 2
+
+
 def clip():
     """Two towers as in CLIP, with what belongs to neither around them."""
     model = Model(text=gpt(tied=False).transformer, image=vit(), proj=nn.Linear(4, 4))

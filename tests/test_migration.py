@@ -197,6 +197,55 @@ def test_groups_split_by_decay_alone_are_laid_out_by_rate():
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, msg=name)
 
 
+def test_groups_of_as_many_parameters_that_hold_others_are_told():
+    models = net(), net()
+    groups = hand_split(models[0])
+    split = torch.optim.AdamW([dict(g) for g in groups])
+    train(models[0], split, range(2))
+    params = list(models[1].parameters())
+    ours = selective_optim.AdamW(
+        [{"params": params[:2]}, {"params": params[2:]}],
+        weight_decay=WD,
+        wd_policy="no_bias_norm",
+        model=models[1],
+    )
+    with pytest.raises(ValueError, match="split by hand") as caught:
+        ours.load_state_dict(split.state_dict())
+    assert str(caught.value) == (
+        "'exp_avg' of '0.weight' in the loaded state dict has shape 4 x 4, and must "
+        "have shape 4. It has 2 groups, split by hand by weight_decay (0.9 and 0). "
+        "Load split_groups(state_dict, [{**g, 'params': own} for g, own in zip("
+        "optimizer.param_groups, group_names(optimizer.param_groups, model))], "
+        "names=group_names(groups, model)) of selective_optim.checkpoint instead, "
+        "where groups are those split by hand."
+    )
+
+
+@pytest.mark.parametrize(
+    "cls", [selective_optim.AdamW, selective_optim.selective(torch.optim.NAdam)]
+)
+def test_names_in_another_order_are_told(cls):
+    """By position, as torch goes, moments of one shape would change places unseen."""
+    model = net(width=1)
+    pairs = list(model.named_parameters())
+    swapped = [pairs[i] for i in (0, 3, 2, 1, 4, 5)]
+    make = {"weight_decay": WD, "wd_policy": "no_bias_norm", "model": model}
+    saver, ours = cls(swapped, **make), cls(pairs, **make)
+    train(model, saver, range(2))
+    with pytest.raises(ValueError, match="stands there") as caught:
+        ours.load_state_dict(saver.state_dict())
+    assert str(caught.value) == (
+        "parameter 1 of the loaded state dict is '1.bias', and here '0.bias' stands "
+        "there. Order it with selective_optim.checkpoint.merge_groups(state_dict, "
+        "order=[n for n, _ in model.named_parameters()])."
+    )
+    order = [name for name, _ in pairs]
+    ours.load_state_dict(merge_groups(saver.state_dict(), order=order))
+    for name, param in pairs:
+        expected, actual = saver.state[param]["exp_avg"], ours.state[param]["exp_avg"]
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, msg=name)
+
+
 def test_frozen_parameters_that_the_split_left_out_are_told():
     models = net(), net()
     for model in models:
@@ -235,6 +284,29 @@ def test_hand_split_state_dict_of_another_model_is_no_migration():
         ours.load_state_dict(split.state_dict())
 
 
+def test_hand_split_state_dict_that_names_a_part_has_to_be_named():
+    split = torch.optim.AdamW(hand_split(net(), named=True))
+    state_dict = split.state_dict()
+    del state_dict["param_groups"][1]["param_names"]
+    ours = selective_optim.AdamW(net().parameters(), wd_policy="no_bias_norm")
+    with pytest.raises(ValueError, match="split by hand") as caught:
+        ours.load_state_dict(state_dict)
+    assert str(caught.value) == SPLIT.format(*UNNAMED)
+
+
+def test_state_dict_of_another_width_is_told():
+    models = net(5), net(4)
+    wide, ours = [selective_optim.AdamW(model.parameters()) for model in models]
+    train(models[0], wide, range(1))
+    with pytest.raises(ValueError, match="must have shape") as caught:
+        ours.load_state_dict(wide.state_dict())
+    assert str(caught.value) == (
+        "'exp_avg' of '0.weight' in the loaded state dict has shape 5, and "
+        "must have shape 4. Load a state dict of the same class, made for the same "
+        "model."
+    )
+
+
 def test_merged_in_the_order_of_the_groups_is_told():
     model = net()
     groups = hand_split(model)
@@ -250,6 +322,21 @@ def test_merged_in_the_order_of_the_groups_is_told():
         "merge_groups(state_dict, names, order=[n for n, _ in "
         "model.named_parameters()]) of selective_optim.checkpoint, where names are in "
         "the order that was saved."
+    )
+
+
+def test_state_dict_that_lists_a_parameter_twice_is_refused():
+    """Of two moments of one shape torch would load one, and lose the other unseen."""
+    model = net()
+    ours = selective_optim.AdamW(model.parameters(), wd_policy="no_bias_norm")
+    train(model, ours, range(1))
+    saved = copy.deepcopy(ours.state_dict())
+    saved["param_groups"][0]["params"][1] = 0
+    with pytest.raises(ValueError, match="lists a parameter twice") as caught:
+        ours.load_state_dict(saved)
+    assert str(caught.value) == (
+        "group 0 of the loaded state dict lists a parameter twice. Load a state dict "
+        "of the same class, made for the same model."
     )
 
 

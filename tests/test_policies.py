@@ -1,6 +1,7 @@
 """What policies decide, and that they are values: equal, picklable, printed as made."""
 
 import copy
+import dataclasses
 import math
 import pickle
 import re
@@ -20,6 +21,8 @@ from selective_optim.policies import (
     form,
     is_bias,
     is_norm,
+    layerwise,
+    marked,
     named,
     only,
     scale,
@@ -178,11 +181,15 @@ def test_different_policies_differ():
     assert exclude("*.bias") != only("*.bias")
 
 
-@pytest.mark.parametrize("text", WRITTEN)
-def test_policy_is_frozen(text):
-    policy = evaluated(text)
+FROZEN = [*map(evaluated, WRITTEN), as_policy(len), as_policy("timm"), layerwise(0.5)]
+
+
+@pytest.mark.parametrize("policy", [*FROZEN, marked()], ids=repr)
+def test_policy_is_frozen(policy):
+    field, *_ = dataclasses.fields(policy)
     with pytest.raises(AttributeError):
-        policy.missing_ok = True
+        setattr(policy, field.name, None)
+    assert hash(policy) == hash(copy.copy(policy))
 
 
 DECAYS = [(1.0, "Decay(1)"), (0.1, "Decay(0.1)"), (1 / 3, f"Decay({1 / 3!r})")]
@@ -287,6 +294,15 @@ def test_multiplier_follows_the_group_and_never_undoes_an_exemption():
     rows = optimizer.decay_report().rows
     assert {row.weight_decay for row in rows if row.name.endswith("bias")} == {0}
     assert {row.weight_decay for row in rows if row.name.endswith("weight")} == {0.5}
+
+
+def test_callable_may_print_what_it_is_asked_about():
+    told = []
+    params = [nn.Parameter(torch.ones(2))]
+    AdamW(params, wd_policy=lambda info: told.append(repr(info)) or True)
+    known = "name=None, names=(), leaf=None, owner=None, path=(), parameter=Parameter"
+    assert told[0].startswith(f"ParameterInfo({known}")
+    assert told[0].endswith("shape=torch.Size([2]), ndim=1, group=0, own_name=None)")
 
 
 def test_policy_looks_at_the_model_once_for_all_groups():

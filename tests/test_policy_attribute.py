@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import warnings
 
 import pytest
@@ -72,6 +73,7 @@ def test_misspelt_key_is_told_with_the_one_that_was_meant(key, meant):
     [
         *("lr_scale", "name", "initial_lr", "weight_decay_mult"),
         *("weight_decay_1", "my_weight_decay"),  # nearer than misspelt ones are
+        "reach",  # five letters of eight of "foreach"
     ],
 )
 def test_keys_of_others_are_left_alone(key):
@@ -96,6 +98,28 @@ def test_policy_written_into_a_group_is_refused_at_the_next_step(cls):
         step(optimizer)
     del optimizer.param_groups[0]["wd_policy"]
     step(optimizer)
+
+
+def name_of_none(optimizer):
+    optimizer.param_groups[0]["wd_policy"] = "no_bais"
+
+
+def no_policy(optimizer):
+    optimizer.param_groups[0]["wd_policy"] = 3
+
+
+def group_of_its_own(optimizer):
+    late = list(nn.Linear(2, 2).parameters())
+    like = optimizer.param_groups[0]
+    optimizer.param_groups.append({**like, "params": late, "wd_policy": "no_bias"})
+
+
+@pytest.mark.parametrize("write", [name_of_none, no_policy, group_of_its_own])
+def test_policy_written_by_hand_is_told_whatever_it_says(write):
+    optimizer = make()
+    write(optimizer)
+    with pytest.raises(ValueError, match=r"^a `wd_policy` was written into group \d, "):
+        step(optimizer)
 
 
 @each_class
@@ -164,6 +188,24 @@ def pickled(optimizer):
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 def test_copies_keep_the_policy(copied):
     assert copied(make(wd_policy="timm")).wd_policy == named("timm")
+
+
+def test_callable_that_does_not_pickle_is_known_by_name_and_asked_no_more():
+    optimizer = pickled(make(SGD, lambda info: info.ndim > 1))
+    step(optimizer)
+    assert exempt(optimizer) == ["0.bias", "1.weight", "1.bias", "2.bias"]
+    shown = repr(optimizer.wd_policy)
+    assert re.fullmatch(r"<lambda at test_policy_attribute\.py:\d+>", shown)
+    late = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="did not pickle") as caught:
+        optimizer.add_param_group({"params": late.parameters()})
+    assert str(caught.value).endswith(
+        f"ValueError: {shown} did not pickle, and a new parameter is to be decided "
+        f"for. Type optimizer.wd_policy = ..., or write the policy as a function."
+    )
+    optimizer.wd_policy = "no_bias"
+    optimizer.add_param_group({"params": late.parameters()})
+    assert exempt(optimizer)[-1] == "bias"
 
 
 # What an optimizer prints.

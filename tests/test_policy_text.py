@@ -213,6 +213,21 @@ WRONG = {
         "9: missing ), unterminated subpattern at position 0.",
         EXAMPLE,
     ),
+    "regex of nothing": (
+        "exclude(re.compile())",
+        "9: re.compile takes a text and flags.",
+        r"Write for example re.compile('\\.bias$').",
+    ),
+    "regex of a selector": (
+        "exclude(re.compile(is_bias))",
+        "9: re.compile takes a text and flags.",
+        r"Write for example re.compile('\\.bias$').",
+    ),
+    "regex with too much": (
+        "exclude(re.compile('a', re.I, re.M))",
+        "9: re.compile takes a text and flags.",
+        r"Write for example re.compile('\\.bias$').",
+    ),
     "regex flags": (
         "exclude(re.compile('a', os.O_RDONLY))",
         "25: os.O_RDONLY is no flag.",
@@ -270,10 +285,20 @@ def test_long_text_is_cut_around_the_place():
     assert len(shown) == 4 + 76  # as a traceback is indented
 
 
-@pytest.mark.parametrize("text", ["~" * 90_000 + "x", " * ".join(["no_bias"] * 9_000)])
+ENDLESS = {  # the last is too deep for the reader, and not for Python's parser
+    "signs": "~" * 90_000 + "x",
+    "names": " * ".join(["no_bias"] * 9_000),
+    "fewer names": " * ".join(["no_bias"] * 1_500),
+}
+
+
+@pytest.mark.parametrize("text", ENDLESS.values(), ids=ENDLESS)
 def test_text_without_end_is_refused(text):
-    with pytest.raises(PolicyTextError, match=r"cannot be read at character"):
+    with pytest.raises(PolicyTextError) as caught:
         parse(text)
+    told, shown, *_, rest = str(caught.value).split("\n")
+    assert told.startswith("`wd_policy` cannot be read at character 1: ")
+    assert (shown, rest) == (f"    {text[:76]}", EXAMPLE)
 
 
 @pytest.mark.parametrize("text", [None, 3, is_bias])

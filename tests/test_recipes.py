@@ -252,6 +252,14 @@ GPT = {
 }
 
 
+class GainedLinear(nn.Linear):
+    """Holds something that is called neither weight nor bias."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.gain = nn.Parameter(torch.ones(2))
+
+
 def test_mingpt_decays_linear_weights_alone():
     # minGPT, mingpt/model.py.
     expected = {"wte.weight", "ln.weight", "ln.bias", "fc.bias"}
@@ -265,6 +273,7 @@ def test_mingpt_decays_linear_weights_alone():
         (nn.Sequential(nn.Conv2d(1, 1, 1)), r"'0.weight', held by Conv2d, nowhere"),
         (nn.Sequential(nn.BatchNorm1d(3)), r"'0.weight', held by BatchNorm1d, nowhere"),
         (nn.MultiheadAttention(4, 2), r"'in_proj_weight', held by .*, nowhere"),
+        (GainedLinear(2, 2), r"'gain', held by GainedLinear, nowhere"),
     ],
 )
 def test_mingpt_names_what_it_cannot_place(model, words):
@@ -284,6 +293,24 @@ class Wrapper(nn.Module):
     def __init__(self, module):
         super().__init__()
         self.module = module
+
+
+# Of torchvision's, say, module types are asked for, and of nanoGPT's shapes alone.
+ASKS_NAMES = {"rtdetr", "dinov2", "dinov3", "olmo"}
+ASKS_NAMES_AND_SHAPES = {"open_clip_2025", "megatron", "rwkv"}
+ASKS_SHAPES = {"nanogpt"}
+ASKS_ALL = {"timm", "swin", "convnext", "mae", "open_clip"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_says_what_it_has_to_know(recipe):
+    by_name = recipe in ASKS_NAMES | ASKS_NAMES_AND_SHAPES
+    by_shape = recipe in ASKS_SHAPES | ASKS_NAMES_AND_SHAPES | ASKS_ALL
+    types = not by_name and recipe not in ASKS_SHAPES
+    needs = RECIPES[recipe].needs
+    assert ("modules" in needs, "shapes" in needs) == (types, by_shape)
+    of_modules = {"fastai", "detectron2"}  # by the attribute alone, whatever its name
+    assert ("names" in needs) == (recipe not in ASKS_SHAPES | of_modules)
 
 
 @pytest.mark.parametrize("recipe", EXPECTED)

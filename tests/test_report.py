@@ -2,6 +2,7 @@
 
 import re
 import sys
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -140,6 +141,26 @@ def test_many_groups_print_with_the_range_of_their_decay():
     ]
 
 
+@pytest.mark.parametrize(("count", "lines"), [(8, 8), (9, 1)])
+def test_up_to_eight_groups_have_a_line_each(count, lines):
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(count)))
+    assert len(report_of(group_per_tensor(model), model=model).table()) == 1 + lines
+
+
+RUNS = {
+    "three ranges": ({0, 2, 4}, ["0, 2, 4", "1, 3, 5-8"]),
+    "four ranges": ({0, 2, 4, 6}, ["4 groups", "5 groups"]),
+}
+
+
+@pytest.mark.parametrize(("without", "expected"), RUNS.values(), ids=RUNS)
+def test_groups_of_a_line_are_spelled_out_in_up_to_three_ranges(without, expected):
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(9)))
+    groups = group_per_tensor(model, weight_decay=lambda i: float(i not in without))
+    table = report_of(groups, model=model).table()
+    assert [line[0] for line in table[1:]] == expected
+
+
 def test_html_holds_the_table_with_everything_escaped():
     policy = exclude(re.compile("(?<=head.)bias|a&b"))
     report = report_of(Net(), wd_policy=policy)
@@ -204,6 +225,21 @@ def test_plot_draws_the_smallest_of_many_kinds_as_one():
     ax = report_of(model, wd_policy="all").plot(axes())
     assert len(labels_of(ax)) == MANY_BARS
     assert labels_of(ax)[-2:] == ["Sequential.w14", "5 other kinds"]
+
+
+@pytest.mark.parametrize("kinds", [1, 4, MANY_BARS])
+def test_legend_stands_right_below_the_picture(kinds):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="draws with matplotlib")
+    pyplot.switch_backend("Agg")
+    model = nn.Sequential()
+    for i in range(kinds):
+        setattr(model, f"w{i}", nn.Parameter(torch.ones(2, 2)))
+    ax = report_of(model, wd_policy="all").plot()
+    ax.figure.canvas.draw()
+    label, line = ax.xaxis.label.get_window_extent(), ax.xaxis.label.get_fontsize()
+    top = ax.get_legend().get_window_extent().y1
+    pyplot.close(ax.figure)
+    assert 0 <= label.y0 - top <= 3 * line * ax.figure.dpi / 72
 
 
 def test_plot_makes_a_figure_when_no_axes_are_given():
@@ -426,6 +462,13 @@ def test_report_knows_the_form_of_the_classes_of_torch(case):
     cls, settings, expected = case
     optimizer = cls(Net().parameters(), weight_decay=0.5, **settings)
     assert {row.form for row in decay_report(optimizer).rows} == {expected}
+
+
+def test_report_knows_no_form_of_what_is_no_class_of_torch():
+    inner = torch.optim.SGD(Net().parameters())
+    rows = decay_report(SimpleNamespace(param_groups=inner.param_groups)).rows
+    assert {(row.form, row.target, row.lr0) for row in rows} == {(None, None, None)}
+    assert {row.owner for row in rows} == {""}
 
 
 def test_report_of_what_is_no_optimizer_says_so():

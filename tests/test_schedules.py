@@ -157,6 +157,18 @@ def test_rate_may_cycle_momentum_beside_a_schedule_of_decay():
     assert optimizer.param_groups[0]["betas"][0] == pytest.approx(0.9)
 
 
+class Wrapper(torch.optim.Optimizer):
+    """Stands before an optimizer, as Accelerate's does."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+
+def test_view_is_of_the_optimizer_inside_wrappers():
+    optimizer = two_groups(selective_optim.SGD)
+    assert WeightDecay(Wrapper(Wrapper(optimizer))).optimizer is optimizer
+
+
 def test_views_of_one_optimizer_are_one():
     """SequentialLR takes schedulers whose views were made one by one."""
     first, second = two_groups(torch.optim.SGD), two_groups(torch.optim.SGD)

@@ -125,6 +125,11 @@ def test_copy_warns_of_the_order_as_the_original():
         scheduler.step()
 
 
+def test_view_that_is_not_made_yet_has_no_attributes():
+    """Debuggers and copiers may look while pickle fills it."""
+    assert not hasattr(WeightDecay.__new__(WeightDecay), "state")
+
+
 def test_view_hands_state_dicts_to_the_optimizer():
     optimizer = two_groups(selective_optim.SGD)
     view = WeightDecay(optimizer)

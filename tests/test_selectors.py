@@ -1,9 +1,10 @@
 """What each kind of selector matches, needs and prints."""
 
 import copy
+import dataclasses
 import pickle
 import re
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -101,6 +102,7 @@ REPRS = {
     "predicate": (is_norm, "is_norm"),
     "function": (matrix, "matrix"),
     "method": (str.islower, "str.islower"),
+    "cached lambda": (cache(lambda info: True), "<lambda>"),
     "partial": (partial(print, 1), "functools.partial(<built-in function print>, 1)"),
 }
 
@@ -151,9 +153,18 @@ def test_selectors_of_two_equal_modules_differ():
     assert as_selector(nn.Linear(2, 2)) != as_selector(nn.Linear(2, 2))
 
 
-def test_selector_is_frozen():
+FROZEN = [
+    *("*.bias", re.compile("bias"), nn.LayerNorm, MODEL.head, MODEL.head.bias),
+    *(is_norm, matrix, is_norm | "*.bias", is_norm & matrix, ~is_norm),
+]
+
+
+@pytest.mark.parametrize("item", FROZEN, ids=repr)
+def test_selector_is_frozen(item):
+    selector = as_selector(item)
+    field, *_ = dataclasses.fields(selector)
     with pytest.raises(AttributeError):
-        as_selector("*.bias").pattern = "*"
+        setattr(selector, field.name, None)
 
 
 def test_selector_passes_through():
@@ -297,6 +308,9 @@ EMBEDDED = {
     "class_pos": ("PositionalEncoding", True, False),
     "patch_pos": ("TNT", True, False),
     "seg_embed": ("XLNetRelativeAttention", True, False),
+    "cls_pos_embed": ("VisionTransformer", True, False),
+    "mask_embed_scale": ("MaskDecoder", False, False),
+    "pos_token": ("Model", True, False),
     "rel_pos_h": ("MultiScaleAttention", True, False),
     "relative_position_bias_table": ("WindowAttention", True, False),
     "relative_attention_bias": ("CpmAntSegmentPosition", True, False),
@@ -347,6 +361,7 @@ WEIGHTS = {
     "mixing": ("fn", (24, 64), "HyperConnection", True),
     "adapter": ("lora_embedding_A", (8, 10), "Embedding", True),
     "projection": ("text_projection", (4, 4), "CLIP", True),
+    "table of one row": ("weight", (1, 8), "VocabParallelEmbedding", True),
     "layer scale": ("gamma", (4, 1, 1), "ConvNeXtBlock", False),
     "wide scale": ("scale", (48, 128), "ScaledClip", False),
     "gate": ("cross_attn_attn_gate", (1,), "DecoderLayer", False),

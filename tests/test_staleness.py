@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from selective_optim import Decay, _torch
+from selective_optim.step.plan import Plan
 from tests.support.compare import assert_same
 from tests.support.devices import MARKS
 from tests.support.problems import (
@@ -392,6 +393,15 @@ def test_state_is_not_searched_for_edits_until_someone_has_looked():
     assert optimizer._stepper._lent
 
 
+@pytest.mark.parametrize("case", EACH, ids=lambda case: case.id)
+def test_hyperparameters_that_stay_are_not_read_anew_at_every_step(case, monkeypatch):
+    params = make_arrays()
+    optimizer = ours(case, params, VERDICTS, **HYPER)
+    train(optimizer, params, range(3))
+    monkeypatch.delattr(Plan, "_reread")
+    train(optimizer, params, range(3, 5))
+
+
 def test_parameter_that_never_stepped_is_not_kept_alive():
     params = make_arrays()
     optimizer = ours(CASES[-1], params, VERDICTS, **HYPER)
@@ -402,6 +412,29 @@ def test_parameter_that_never_stepped_is_not_kept_alive():
     del optimizer.param_groups[0]["params"][-1], params[-1]
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_counters_that_fail_to_advance_stand_as_before(steps, monkeypatch):
+    params = make_arrays()
+    optimizer = ours(CASES[-1], params, VERDICTS, **HYPER)
+    train(optimizer, params, range(steps))
+    before = [param.detach().clone() for param in params]
+    add_ = torch.Tensor.add_
+
+    def fails(*args: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_torch, "adding", lambda *_: fails)
+        patch.setattr(torch.Tensor, "add_", fails)
+        optimizer._stepper.forget()
+        with pytest.raises(torch.OutOfMemoryError):
+            train(optimizer, params, [steps])
+    assert torch.Tensor.add_ is add_
+    assert_same(params, before)
+    stepped = {own["step"].item() for own in optimizer.state.values()}
+    assert stepped == {float(steps)}
 
 
 @pytest.mark.parametrize("steps", [0, 3])

@@ -11,6 +11,7 @@ from torch import nn
 
 from selective_optim import policies
 from selective_optim.checkpoint import group_names, merge_groups
+from tests.support import twins
 from tests.support.compare import assert_same
 from tests.support.problems import IMPLEMENTATIONS
 from tests.support.resuming import (
@@ -405,6 +406,7 @@ BAD_STATE_DICTS = {
     ].pop(),
     "other order": lambda state_dict: state_dict["param_groups"][0]["params"].reverse(),
     "moment of another shape": first_state(exp_avg=torch.ones(7)),
+    "None for a moment": first_state(exp_avg=None),
     "scalar moment": lambda state_dict: state_dict["state"][2].update(
         exp_avg_sq=torch.tensor(1.0)
     ),
@@ -431,6 +433,18 @@ def test_bad_state_dict_changes_nothing_and_can_be_retried(spoil):
         each[1].load_state_dict(copy.deepcopy(good))
         train(*each, SECOND)
     assert_same_run(*run, *twin)
+
+
+@pytest.mark.parametrize("kind", twins.KINDS)
+def test_buffer_that_is_none_in_a_checkpoint_begins_as_in_torch(kind):
+    def load_without_buffers(optimizer, _):
+        saved = copy.deepcopy(optimizer.state_dict())
+        for own in saved["state"].values():
+            begun = own["momentum_buffer"]
+            own["momentum_buffer"] = begun if begun.ndim < 2 else None
+        optimizer.load_state_dict(saved)
+
+    twins.both("SGD", kind, load_without_buffers)
 
 
 @pytest.mark.parametrize("record", [None, "x", [], [[1.0]], [[[]]]])

@@ -18,6 +18,7 @@ SHOWN = {
         [nn.ModuleList([nn.ReLU(), nn.ReLU(True)])],
         "[ModuleList( (0): ReLU() (1): ReLU(inplace=True) )] (list)",
     ),
+    "just short enough": ("a" * 58, f"'{'a' * 58}' (str)"),
     "large": ({"a": "b" * 99}, f"{{'a': '{'b' * 53}... (dict)"),
 }
 

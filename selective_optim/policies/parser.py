@@ -201,8 +201,9 @@ class Reader:
         return as_selector(cls)
 
     def _pattern(self, node: ast.Call) -> re.Pattern[str]:
-        pattern, *flags = [*node.args, *(keyword.value for keyword in node.keywords)]
-        text = getattr(pattern, "value", None)
+        given = [*node.args, *(keyword.value for keyword in node.keywords)]
+        text = getattr(given[0], "value", None) if given else None
+        flags = given[1:]
         if not isinstance(text, str) or len(flags) > 1:
             told = "re.compile takes a text and flags."
             raise self._wrong(node, told, r"Write for example re.compile('\\.bias$').")

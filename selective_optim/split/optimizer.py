@@ -376,6 +376,8 @@ class SplitOptimizer(PolicyOptimizer):
         for split, own in zip(self._splits, saved):
             computed = {key: own[key] for key in COMPUTED if key in own}
             split.group.update(copy.deepcopy(computed))
+            # The parts have it, or what the class had made of it when it was saved.
+            split.shown.update({key: split.group[key] for key in computed})
 
     def __getstate__(self) -> dict[str, Any]:
         # What was written into a group since the last step is not in its parts yet.
@@ -399,4 +401,6 @@ class SplitOptimizer(PolicyOptimizer):
             return
         self._decider = Decider.restored(copied["decider"], self.param_groups)
         self._splits = copied["splits"]
+        for split in self._splits:
+            split.recognize()
         self._groups = [p.group for split in self._splits for p in split.parts]

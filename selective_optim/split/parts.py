@@ -182,6 +182,12 @@ class Split:
                 f"selective_optim.param_groups(model, ...)."
             )
 
+    def recognize(self) -> None:
+        """Take equal numbers for those that were shown: pickle makes new objects."""
+        for key, value in self.shown.items():
+            if same(value, now := self.group.get(key, _ABSENT)):
+                self.shown[key] = now
+
     def show(self) -> None:
         """Write what the class wrote into all parts alike into the group.
 
@@ -287,6 +293,9 @@ def split_again(
             own = known[0][1].own if known else without_apart(group)
             taken = {k: v if k in keys else apart(v) for k, v in own.items()}
             parts.append(Part(terms, taken, held))
+    going = {p.terms for split in mine for p in split.parts}
+    if shown is not None and going.issuperset(part.terms for part in parts):
+        return Split(group, parts, shown)  # the class may have written their decay
     return Split(group, parts, without_computed(shown or {}))
 
 
