@@ -265,6 +265,13 @@ CASES = {
         "`wd_policy` must be a name, ... not ('no_bias', 'no_norm') (tuple). Write "
         'wd_policy=named("no_bias") * named("no_norm").',
     ),
+    "names beside others as policy": Case(
+        net,
+        ["no_bias", nn.LayerNorm, "head.*"],
+        TypeError,
+        "`wd_policy` must be a name, ... not ['no_bias', <class ... (list). Write "
+        'wd_policy=named("no_bias") * exclude(nn.LayerNorm, "head.*").',
+    ),
     "words as policy": Case(
         net,
         ["bias", "LayerNorm.weight"],

@@ -20,7 +20,6 @@ WAYS_OUT = (
     "a framework makes the optimizer, write with selective_optim.deciding_for(model): "
     "around it."
 )
-SHOWN = 3  # names that a message gives
 
 
 def decide(

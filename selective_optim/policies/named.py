@@ -207,22 +207,26 @@ def as_policy(value: object) -> Policy:
     )
 
 
+EXAMPLE = 'for example wd_policy="no_bias_norm"'
+
+
 def _meant(value: object) -> str:
     """Write the policy that a user may have meant who gave selectors or names."""
     several = isinstance(value, (list, tuple, set, frozenset))
     items = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
     items = list(items) if several else [items]  # type: ignore[call-overload]
-    if several and items and all(isinstance(i, str) and i in NAMED for i in items):
-        return "wd_policy=" + " * ".join(f'named("{name}")' for name in items)
-    if several and (meant := _meant_by_words(items)):
+    names = [i for i in items if several and isinstance(i, str) and i in NAMED]
+    if several and not names and (meant := _meant_by_words(items)):
         return meant
+    rest = [i for i in items if not isinstance(i, str) or i not in names]
     try:
-        texts = [_selector_text(item) for item in items]
+        texts = [_selector_text(item) for item in rest]
     except TypeError:
-        texts = []
-    if texts and not any(text.startswith("<") for text in texts):
-        return f"wd_policy=exclude({', '.join(texts)})"
-    return 'for example wd_policy="no_bias_norm"'
+        return EXAMPLE
+    if not items or any(text.startswith("<") for text in texts):
+        return EXAMPLE
+    excluded = [f"exclude({', '.join(texts)})"] if rest else []
+    return "wd_policy=" + " * ".join([*(f'named("{n}")' for n in names), *excluded])
 
 
 def _meant_by_words(items: Sequence[object]) -> str | None:

@@ -56,8 +56,6 @@ def ahead_calls(
         direction: Of the kernel, see :class:`Direction`.
         scaling: What the kernel would be given of a ``GradScaler``.
     """
-    if not batch.params:
-        return [], scaling
     lr = lr_on_device(setting.arguments["lr"], batch.params)
     maximize = setting.arguments["maximize"]
     if ahead.applied == "decoupled" and ahead.target == 0.0:
