@@ -364,6 +364,18 @@ def test_gradients_that_never_come_leave_everything_alone(name, kind):
     assert not any(optimizer.state.values())
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@each_kind
+def test_counters_are_of_the_dtype_that_torch_gives_them(name, kind, default):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        train_alike(name, [(2, 3), (3,)], kind, explicit(kind))
+    finally:
+        torch.set_default_dtype(before)
+
+
 @each_name
 @each_kind
 def test_odd_shapes_step_as_in_torch(name, kind):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from dataclasses import FrozenInstanceError
 from itertools import chain, islice
 from operator import itemgetter
 
@@ -148,6 +149,13 @@ WRAPPED = {
     "leaf kept": ("module.module", "module"),
     "plain": ("original0", "original0"),
 }
+
+
+def test_what_is_known_of_a_parameter_cannot_be_written_to():
+    model = nn.Linear(2, 3)
+    info = ModuleIndex(model).everyone()[0]
+    with pytest.raises(FrozenInstanceError):
+        info.shape = torch.Size((1,))
 
 
 @pytest.mark.parametrize(("name", "expected"), WRAPPED.values(), ids=WRAPPED)
