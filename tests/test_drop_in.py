@@ -158,7 +158,10 @@ def test_torchs_own_errors_come_as_they_are(name, arguments):
 
 @each_name
 def test_bad_params_are_refused_as_in_torch(name):
-    for params, kind in [([], ValueError), (torch.ones(2), TypeError)]:
+    mixed = [nn.Linear(2, 2), *tensors((2, 2))]  # not a list of modules
+    for params, kind in [
+        *(([], ValueError), (torch.ones(2), TypeError), (mixed, TypeError)),
+    ]:
         with pytest.raises(kind) as actual:
             ours(name, params)
         with pytest.raises(kind) as expected:

@@ -121,6 +121,13 @@ def test_tie_leaves_exempt_parameters_of_a_corrected_form_alone():
     proportional_to_lr(selective_optim.AdamW(named, lr=0.3, wd_policy=policy))
 
 
+@pytest.mark.parametrize("kind", ["l2", "decoupled", "independent", "cautious"])
+def test_tie_takes_the_forms_that_do_not_follow_the_rate_twice(kind):
+    named = [("p", nn.Parameter(torch.ones(2)))]
+    optimizer = selective_optim.AdamW(named, lr=0.3, wd_policy=form(kind))
+    proportional_to_lr(optimizer)
+
+
 def test_tie_ends_with_its_handle():
     optimizer = two_groups(torch.optim.SGD)
     handle = proportional_to_lr(optimizer)
