@@ -322,6 +322,18 @@ def test_layerwise_groups_take_several_modules_in_order():
     assert len(groups) == 4
 
 
+def test_layerwise_policy_counts_over_several_modules_as_the_groups_do():
+    parts = [Model(blocks=nn.Sequential(Block(), Block())), nn.Linear(4, 2)]
+    rates = {p: g["lr"] for g in layerwise_groups(parts, 1.0, 0.5) for p in g["params"]}
+
+    optimizer = SGD(parts, weight_decay=1.0, wd_policy=layerwise(0.5))
+
+    rows = optimizer.decay_report().rows
+    params = optimizer.param_groups[0]["params"]
+    assert [row.weight_decay for row in rows] == [rates[param] for param in params]
+    assert len(set(rates.values())) == 4
+
+
 def test_layerwise_groups_and_policies_train_together():
     model = vit()
     groups = layerwise_groups(model, lr=0.1, rate=0.5)
