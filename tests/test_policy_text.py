@@ -292,6 +292,16 @@ ENDLESS = {  # the last is too deep for the reader, and not for Python's parser
 }
 
 
+@pytest.fixture
+def _a_thousand_calls():
+    """Python's own limit, which compilers raise for all that comes after them."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1_000)
+    yield
+    sys.setrecursionlimit(before)
+
+
+@pytest.mark.usefixtures("_a_thousand_calls")
 @pytest.mark.parametrize("text", ENDLESS.values(), ids=ENDLESS)
 def test_text_without_end_is_refused(text):
     with pytest.raises(PolicyTextError) as caught:
