@@ -286,7 +286,8 @@ class SelectiveOptimizer(PolicyOptimizer):
             setting = self._kernel.setting(group, terms)
             *mine, inits = ([each[i] for i in chosen] if each else [] for each in lists)
             self._kernel.traced(setting, mine, flag, inits, scaling)
-            self._kernel.keep(self.state, mine)
+            states = self.state
+            self._kernel.keep((states[param] for param in mine[0]), mine)
 
     @_torch.disable_dynamo
     def _init_group(

@@ -180,7 +180,7 @@ class Kernel:
         """Step with torch's functional: for-loop, foreach, or torch's own choice."""
         lists = [params, grads, *self.columns(setting, owns)]
         self.traced(setting, lists, self.flag(params, grads), targets)
-        self.keep(dict(zip(params, owns)), lists)
+        self.keep(owns, lists)
 
     def columns(self, setting: Setting, owns: Sequence[State]) -> list[list[Any]]:
         """List the state as torch's functional takes it: see ``traced_lists``."""
@@ -233,7 +233,7 @@ class Kernel:
         """Call torch's functional."""
         raise NotImplementedError  # pragma: no cover
 
-    def keep(self, states: States, lists: list[list[Any]]) -> None:
+    def keep(self, owns: Iterable[State], lists: list[list[Any]]) -> None:
         """Write into the state what a step on lists made anew."""
 
     def takes_numbers(self, group: Group) -> bool:

@@ -19,7 +19,6 @@ from selective_optim.step.setting import (
     Group,
     Setting,
     State,
-    States,
     lr_on_device,
 )
 
@@ -147,11 +146,11 @@ class SGDKernel(Kernel):
     ) -> None:
         _torch.sgd(*lists, has_sparse_grad=flag, **arguments)
 
-    def keep(self, states: States, lists: list[list[Any]]) -> None:
-        params, _, buffers = lists
-        for param, buffer in zip(params, buffers):
+    def keep(self, owns: Iterable[State], lists: list[list[Any]]) -> None:
+        # Buffers first: where torch lists none, no state is asked for, nor made.
+        for buffer, own in zip(lists[2], owns):
             if buffer is not None:  # without momentum none is made
-                states[param]["momentum_buffer"] = buffer
+                own["momentum_buffer"] = buffer
 
     def hyperparameters(self, group: Group) -> Iterable[tuple[str, Any]]:
         names = ("lr", "momentum", "dampening", "weight_decay")
