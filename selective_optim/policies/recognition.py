@@ -15,7 +15,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache, lru_cache
 from textwrap import dedent
 from types import CodeType, FunctionType, NoneType
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from selective_optim.parameters import own_classes
+from selective_optim.parameters import ParameterInfo, own_classes
 
 NORM_CALL = re.compile(r"(?:\w+_)?(?:batch|group|instance|layer|rms)_?norm(?:_fn)?$")
 # What may stand between the attribute and the call without making it another value.
@@ -263,12 +263,11 @@ def bias_part(module: nn.Module | None, leaf: str | None) -> bool:
     return bias_leaf(leaf) or known_part(module, leaf, KNOWN_BIASES)
 
 
-def attribute(name: str | None, path: Sequence[nn.Module]) -> str | None:
+def attribute(place: ParameterInfo) -> str | None:
     """Return what a class calls its parameter: of one in a list, the list's name."""
-    parts = (name or "").split(".")
-    lists = (nn.ParameterList, nn.ParameterDict)
-    inside = path and isinstance(path[-1], lists) and len(parts) > 1
-    return parts[-2] if inside else parts[-1] or None
+    parts = (place.name or "").split(".")
+    inside = isinstance(place.owner, (nn.ParameterList, nn.ParameterDict))
+    return parts[-2] if inside and len(parts) > 1 else parts[-1] or None
 
 
 @cache
