@@ -53,36 +53,15 @@ from selective_optim.policies.selectors import is_norm as is_norm
 from selective_optim.policies.selectors import is_token as is_token
 from selective_optim.policies.selectors import is_vector as is_vector
 
+# fmt: off
 __all__ = [
-    "Decay",
-    "Difference",
-    "Differences",
-    "Form",
-    "Policy",
-    "PolicyName",
-    "Selector",
-    "WdPolicy",
-    "as_policy",
-    "diff",
-    "everything",
-    "exclude",
-    "exempt_",
-    "first_match",
-    "form",
-    "is_bias",
-    "is_embedding",
-    "is_layer_weight",
-    "is_norm",
-    "is_token",
-    "is_vector",
-    "layerwise",
-    "marked",
-    "named",
-    "only",
-    "parse",
-    "scale",
-    "towards",
+    "Decay", "Difference", "Differences", "Form", "Policy", "PolicyName",
+    "Selector", "WdPolicy", "as_policy", "diff", "everything", "exclude", "exempt_",
+    "first_match", "form", "is_bias", "is_embedding", "is_layer_weight", "is_norm",
+    "is_token", "is_vector", "layerwise", "marked", "named", "only", "parse",
+    "scale", "towards",
 ]
+# fmt: on
 
 
 def __dir__() -> list[str]:

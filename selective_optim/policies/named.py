@@ -199,9 +199,6 @@ def as_policy(value: object) -> Policy:
     )
 
 
-EXAMPLE = 'for example wd_policy="no_bias_norm"'
-
-
 def _meant(value: object) -> str:
     several = isinstance(value, (list, tuple, set, frozenset))
     items = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
@@ -210,12 +207,9 @@ def _meant(value: object) -> str:
     if several and not names and (meant := _meant_by_words(items)):
         return meant
     rest = [i for i in items if not isinstance(i, str) or i not in names]
-    try:
-        texts = [_selector_text(item) for item in rest]
-    except TypeError:
-        return EXAMPLE
-    if not items or any(text.startswith("<") for text in texts):
-        return EXAMPLE
+    texts = _selector_texts(rest)
+    if not items or texts is None or any(text.startswith("<") for text in texts):
+        return 'for example wd_policy="no_bias_norm"'
     excluded = [f"exclude({', '.join(texts)})"] if rest else []
     return "wd_policy=" + " * ".join([*(f'named("{n}")' for n in names), *excluded])
 
@@ -233,22 +227,24 @@ def _meant_by_words(items: Sequence[object]) -> str | None:
     biases = [word for word in words if word.lower().strip(".") == "bias"]
     name = "no_bias_norm" if biases else "no_norm"
     rest = [item for item in items if item not in (*norms, *biases)]
-    try:
-        texts = ", ".join(map(_selector_text, rest))
-    except TypeError:
+    texts = _selector_texts(rest)
+    if texts is None:
         return None
-    policy = f'named("{name}") * exclude({texts})' if rest else f'"{name}"'
+    policy = f'named("{name}") * exclude({", ".join(texts)})' if rest else f'"{name}"'
     return (
         f"wd_policy={policy}, which knows norms by their class: a word such as "
         f"{norms[0]!r} misses those that a model calls otherwise"
     )
 
 
-def _selector_text(item: object) -> str:
-    if not isinstance(item, str):
-        return repr(as_selector(item))
+def _selector_texts(items: Sequence[object]) -> list[str] | None:
     # Lists of plain words are searched for words, as in transformers' examples.
-    return f'"{item}"' if GLOB.search(item) else f'"*{item}*"'
+    plain = [isinstance(item, str) and not GLOB.search(item) for item in items]
+    given = [f"*{item}*" if each else item for item, each in zip(items, plain)]
+    try:
+        return [f'"{i}"' if isinstance(i, str) else repr(as_selector(i)) for i in given]
+    except TypeError:
+        return None
 
 
 TYPE_THIS = "Write for example exclude('*.bias', is_norm) * layerwise(0.75)."
@@ -344,8 +340,10 @@ class Reader:
 
     def _argument(self, node: ast.expr) -> Any:
         """Read a number, a text, a mapping, a decay or a selector."""
-        if isinstance(node, ast.Constant) and _is_plain(node.value):
-            return node.value
+        if isinstance(node, ast.Constant):
+            value = node.value
+            if value is None or isinstance(value, str | int | float):
+                return value
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             value = self._argument(node.operand)
             if isinstance(value, int | float):
@@ -435,10 +433,6 @@ def _dotted(node: ast.expr) -> str:
         above = _dotted(node.value)
         return f"{above}.{node.attr}" if above else ""
     return node.id if isinstance(node, ast.Name) else ""
-
-
-def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, str | int | float)
 
 
 def _closest(name: str, known: Iterable[str]) -> str:

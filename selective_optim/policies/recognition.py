@@ -37,15 +37,10 @@ NORM_INPUTS = frozenset({"input", "x"})
 def handed_to_norm(cls: type, leaf: str) -> str | None:
     """Tell which call takes an attribute of a class as a norm's gain or shift.
 
-    Args:
-        cls: Class of a module that is not called a norm.
-        leaf: Name of the attribute.
-
-    Returns:
-        ``"layer_norm takes gamma in FeatureMap.forward"``, or ``None`` where no
-        such call stands in the source, or there is no source.
+    Returns ``"layer_norm takes gamma in FeatureMap.forward"``, or ``None`` where no
+    such call stands in the source, or there is no source.
     """
-    # `vars` of a class holds its own methods alone, so bases are walked.
+    # `vars` of a class holds none of its bases' methods.
     for base in own_classes(cls):
         for name, method in vars(base).items():
             if _mentions(method, leaf) and (call := _norm_call(method, leaf)):
@@ -197,11 +192,8 @@ def says_norm(cls: type) -> bool:
 
 
 def original_class(module: nn.Module | None) -> str:
-    """Name the class that a scripted or unflattened module was of; else "".
-
-    ``torch.jit`` and ``torch.export.unflatten`` make modules of their own classes,
-    which say what they were made of. Those of ``ExportedProgram.module()`` do not.
-    """
+    """Name the class that a scripted or unflattened module was of; else ""."""
+    # Modules of ExportedProgram.module() do not say what they were made of.
     if isinstance(module, torch.jit.ScriptModule):
         return str(module.original_name)
     if type(module).__module__ == "torch.export.unflatten":

@@ -347,14 +347,10 @@ is_vector = Predicate(
 everything = Predicate("everything", lambda place: True)
 
 # What a parameter is; the first that matches says so, so a norm's bias is a norm's.
-KINDS = {
-    "norm": is_norm,
-    "bias": is_bias,
-    "embedding": is_embedding,
-    "vector": is_vector,
-}
+KINDS = (is_norm, is_bias, is_embedding, is_vector)
 
 
 def kind_of(info: ParameterInfo) -> str:
     """Say what a parameter is: norm, bias, embedding, vector or weight."""
-    return next((k for k, known in KINDS.items() if known.matches(info)), "weight")
+    found = next((kind.name for kind in KINDS if kind.matches(info)), "weight")
+    return found.removeprefix("is_")

@@ -65,8 +65,7 @@ class StrictInfo(ParameterInfo):
 class LostCallable:
     """Stands for a callable that does not pickle; raises where it is asked.
 
-    Decisions that were taken are pickled with their optimizer, so a copy needs it for
-    new parameters alone.
+    Decisions are pickled with their optimizer: only a new parameter asks it.
     """
 
     text: str
