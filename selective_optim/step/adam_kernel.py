@@ -22,6 +22,7 @@ from selective_optim.step.setting import (
     State,
     lr_on_device,
 )
+from selective_optim.step.share import share
 
 # What a group says and torch's fused kernel is not told.
 CHOICES = ("capturable", "differentiable", "foreach", "fused", "decoupled_weight_decay")
@@ -39,7 +40,10 @@ class AdamKernel(Kernel):
         return "decoupled" if group["decoupled_weight_decay"] else "l2"
 
     def setting(self, group: Group, terms: Terms, reading: bool = True) -> Setting:
-        form, wd, ahead, fleeting = self.share(group, terms, reading)
+        default = self.default_form(group)
+        wd, form, decay_pass, fleeting = share(
+            group, terms, default, self.own_forms, reading
+        )
         beta1, beta2 = group["betas"]
         return Setting(
             {
@@ -56,7 +60,7 @@ class AdamKernel(Kernel):
                 "foreach": group["foreach"],
                 "fused": group["fused"],
             },
-            ahead,
+            decay_pass,
             fleeting,
         )
 

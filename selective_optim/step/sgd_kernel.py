@@ -20,6 +20,7 @@ from selective_optim.step.setting import (
     State,
     lr_on_device,
 )
+from selective_optim.step.share import share
 
 
 class SGDKernel(Kernel):
@@ -48,7 +49,10 @@ class SGDKernel(Kernel):
         return "decoupled" if decoupled else "l2"
 
     def setting(self, group: Group, terms: Terms, reading: bool = True) -> Setting:
-        _, wd, ahead, fleeting = self.share(group, terms, reading)
+        default = self.default_form(group)
+        wd, _, decay_pass, fleeting = share(
+            group, terms, default, self.own_forms, reading
+        )
         return Setting(
             {
                 "lr": group["lr"],
@@ -60,7 +64,7 @@ class SGDKernel(Kernel):
                 "foreach": group["foreach"],
                 "fused": group["fused"],
             },
-            ahead,
+            decay_pass,
             fleeting,
         )
 

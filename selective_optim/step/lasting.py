@@ -1,16 +1,15 @@
-"""Parameter groups as a class sees them inside its step: one part per decay.
+"""Parts that last: what a class writes into its groups stays with each of them.
 
 A user's group is split by what was decided into parts, which are groups in their
 own right and live as long as the optimizer. What a user writes into the group goes
 down into its parts before the class runs; what the class wrote into all of them
-alike shows in the group afterwards.
-
-In a state dict of the class stand the parts; outside, the user's groups. What a part
-keeps for itself and its group does not show stands beside them, under ``"parts"``.
+alike shows in the group afterwards. In a state dict stand the user's groups, and under
+``"parts"`` what a part keeps that its group does not show.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective_optim._state_dict import MEMBERS, PARTS
-from selective_optim.decay import FORMS, FULLY, Decision, Terms
+from selective_optim.decay import FORMS, FULLY, Decision, Form, Terms
+from selective_optim.step.class_step import View
+from selective_optim.step.share import Share, share
 
 Group = dict[str, Any]
 WD = "weight_decay"
+MEMBERS = ("params", "param_names")  # what a group lists per parameter
 # Keys by which classes let a group choose its form: of torch, timm, Prodigy and
 # D-Adaptation, pytorch_optimizer, optimi. True is decoupled.
 FLAGS = (
@@ -37,28 +38,24 @@ PLAIN = (int, float, bool, str)
 _ABSENT = object()
 
 
-def wd_of(group: Group, terms: Terms) -> Any:
-    """Compute the decay of a part: a number that the class takes as its own."""
-    decay, lr0 = terms
-    wd = decay.of(group[WD])
-    if decay.form is None or lr0 is None:
-        return wd
-    form, lr = FORMS[decay.form], group["lr"]
-    # A number also where the rate is a tensor: classes take no other.
-    return form.strength(wd, float(lr) if form.follows_lr else lr, lr0)
-
-
 def flag_of(group: Group) -> str | None:
     """Find the key by which the class lets a group choose its form."""
     return next((key for key in FLAGS if key in group), None)
 
 
-def computed(group: Group, terms: Terms, key: str) -> Any:
-    """Compute what a part has under one of the keys in ``COMPUTED``."""
-    if key == WD:
-        return wd_of(group, terms)
-    form = terms.decay.form
-    return group[key] if form is None else FORMS[form].applied == "decoupled"
+def share_of(group: Group, terms: Terms, form: Form | None) -> Share:
+    """Share the decay of a part out between the class and a pass.
+
+    Args:
+        group: The user's group.
+        terms: What was decided for the part.
+        form: The form of the class where no group can choose it, if that is known.
+    """
+    flag = flag_of(group)
+    if flag is None:
+        return share(group, terms, form, (form,) if form else ())
+    form = "decoupled" if group[flag] else "l2"
+    return share(group, terms, form, ("l2", "decoupled"))
 
 
 def same(a: object, b: object) -> bool:
@@ -91,11 +88,13 @@ class Part:
         terms: What was decided for them.
         group: What the class sees and writes to.
         held: The parameters and their names.
+        inits: What they decay towards, where that is a tensor for each.
     """
 
     terms: Terms
     group: Group
     held: Group
+    inits: list[Tensor] = field(default_factory=list)
 
     @property
     def own(self) -> Group:
@@ -110,14 +109,16 @@ class Split:
     Args:
         group: The user's.
         parts: At least one, which has no parameters where the group has none.
+        form: The form of the class where no group can choose it, if that is known.
         shown: What stood in the group when it was last looked at.
     """
 
     group: Group
     parts: list[Part]
+    form: Form | None = None
     shown: Group = field(default_factory=dict)
 
-    def settle(self) -> None:
+    def fill(self) -> None:
         """Give the parts their parameters, with the decay yet to be handed down."""
         for part in self.parts:
             part.group.update(part.held)
@@ -128,8 +129,26 @@ class Split:
             part.group = group
         first = self.parts[0].group
         self.group.update({k: v for k, v in first.items() if k not in MEMBERS})
-        self.share(keys)
+        self.share_tensors(keys)
         self.shown = without_computed(self.group)
+
+    def computed(self, part: Part, key: str) -> Any:
+        """Compute what a part has under one of the keys in ``COMPUTED``."""
+        shared = share_of(self.group, part.terms, self.form)
+        return shared.wd if key == WD else shared.form == "decoupled"
+
+    def views(self) -> list[View]:
+        """Show the parts with the decay that the class does not do."""
+        shares = [share_of(self.group, part.terms, self.form) for part in self.parts]
+        return [
+            View(part.group, part.inits, shared.decay_pass)
+            for part, shared in zip(self.parts, shares)
+        ]
+
+    def lay_inits(self, decisions: Sequence[Decision]) -> None:
+        """Take over what parameters decay towards, as it lies beside them now."""
+        for part, chosen in zip(self.parts, by_terms(decisions).values()):
+            part.inits = inits_of(decisions, chosen)
 
     def hand_down(self, keys: Collection[str]) -> None:
         """Write what has changed in the group into its parts.
@@ -152,7 +171,7 @@ class Split:
                 continue
             if key in COMPUTED:
                 for part in self.parts:
-                    part.group[key] = computed(group, part.terms, key)
+                    part.group[key] = self.computed(part, key)
             elif key not in MEMBERS and not same(value, shown.get(key, _ABSENT)):
                 self._require_common(key)
                 for part in self.parts:
@@ -207,7 +226,7 @@ class Split:
                 del self.group[key]
         self.shown = dict(self.group)
 
-    def share(self, keys: Collection[str]) -> None:
+    def share_tensors(self, keys: Collection[str]) -> None:
         """Let all parts read one tensor for each hyperparameter.
 
         Some classes turn a rate into a tensor of each group; schedulers write into
@@ -249,16 +268,22 @@ def by_terms(decisions: Sequence[Decision]) -> dict[Terms, list[int]]:
     return found or {FULLY: []}
 
 
-def split_group(group: Group, decisions: Sequence[Decision]) -> Split:
+def split_group(
+    group: Group, decisions: Sequence[Decision], form: Form | None
+) -> Split:
     """Split a group that no class has seen yet; decay is still that of the group."""
-    return Split(
-        group,
-        [
-            Part(terms, {**group, **held}, held)
-            for terms, chosen in by_terms(decisions).items()
-            for held in [members(group, chosen)]
-        ],
-    )
+    parts = []
+    for terms, chosen in by_terms(decisions).items():
+        held = members(group, chosen)
+        inits = inits_of(decisions, chosen)
+        parts.append(Part(terms, {**group, **held}, held, inits))
+    return Split(group, parts, form)
+
+
+def inits_of(decisions: Sequence[Decision], chosen: Sequence[int]) -> list[Tensor]:
+    """List what some parameters of a group decay towards, if that is a tensor each."""
+    inits = (decisions[i].init for i in chosen)
+    return [init for init in inits if init is not None]
 
 
 def split_again(
@@ -267,7 +292,7 @@ def split_again(
     before: Sequence[Split],
     keys: Collection[str],
 ) -> Split:
-    """Split a group whose parameters or decisions have changed; see :meth:`settle`.
+    """Split a group whose parameters or decisions have changed; see :meth:`fill`.
 
     The part with the same decay goes on. A new one takes over what the parts that its
     parameters come from keep for themselves.
@@ -279,7 +304,7 @@ def split_again(
     shown = mine[0].shown if mine else None
     parts = []
     for terms, chosen in by_terms(decisions).items():
-        held = members(group, chosen)
+        held, inits = members(group, chosen), inits_of(decisions, chosen)
         known = _holders(held["params"], mine or before)
         going_on = [p for split in mine for p in split.parts if p.terms == terms]
         _require_agreement([*going_on, *(part for _, part in known)], decisions)
@@ -287,16 +312,18 @@ def split_again(
             shown = known[0][0].shown
         # The same dict, which the class may know by identity.
         if going_on:
-            parts.append(Part(terms, going_on[0].group, held))
+            parts.append(Part(terms, going_on[0].group, held, inits))
         else:
             # A counter that the class keeps in a group goes where its parameters go.
             own = known[0][1].own if known else without_apart(group)
             taken = {k: v if k in keys else apart(v) for k, v in own.items()}
-            parts.append(Part(terms, taken, held))
+            parts.append(Part(terms, taken, held, inits))
+    form = before[0].form if before else None
     going = {p.terms for split in mine for p in split.parts}
     if shown is not None and going.issuperset(part.terms for part in parts):
-        return Split(group, parts, shown)  # the class may have written their decay
-    return Split(group, parts, without_computed(shown or {}))
+        # The class may have written their decay.
+        return Split(group, parts, form, shown)
+    return Split(group, parts, form, without_computed(shown or {}))
 
 
 def _holders(
@@ -325,50 +352,22 @@ def _require_agreement(parts: Sequence[Part], decisions: Sequence[Decision]) -> 
                 )
 
 
-StateDict = dict[str, Any]
+# State dicts.
 
 
-def joined(state_dict: StateDict, splits: Sequence[Split]) -> StateDict:
-    """Turn what the class saved of its parts into a state dict of the user's groups."""
-    numbers = _numbers([split.group for split in splits])
-    parts = [part for split in splits for part in split.parts]
-    renumbered = {
-        number: numbers[id(param)]
-        for part, packed in zip(parts, state_dict["param_groups"], strict=True)
-        for number, param in zip(packed["params"], part.group["params"], strict=True)
+def record_of_parts(splits: Sequence[Split]) -> list[list[Group]] | None:
+    """Write down what parts keep that no group shows; ``None`` if nothing."""
+    kept = [[_kept(split, part) for part in split.parts] for split in splits]
+    return kept if any(len(own) > 1 for group in kept for own in group) else None
+
+
+def _kept(split: Split, part: Part) -> Group:
+    own = {
+        k: v for k, v in part.own.items() if not same(v, split.group.get(k, _ABSENT))
     }
-    result = {
-        **state_dict,
-        "state": {renumbered.get(k, k): v for k, v in state_dict["state"].items()},
-        "param_groups": [_packed(split.group, numbers) for split in splits],
-    }
-    kept = [_kept(split) for split in splits]
-    if any(own for group in kept for _, own in group):
-        result[PARTS] = [
-            [{"positions": positions, **own} for positions, own in group]
-            for group in kept
-        ]
-    return result
-
-
-def _numbers(groups: Sequence[Group]) -> dict[int, int]:
-    """Number parameters as torch does."""
-    numbers: dict[int, int] = {}
-    start = 0
-    for group in groups:
-        for number, param in enumerate(group["params"], start):
-            numbers.setdefault(id(param), number)
-        start += len(group["params"])
-    return numbers
-
-
-def _packed(group: Group, numbers: Mapping[int, int]) -> Group:
-    return {**group, "params": [numbers[id(param)] for param in group["params"]]}
-
-
-def _kept(split: Split) -> list[tuple[list[int], Group]]:
-    """List what each part keeps that its group does not show."""
-    return [(_positions(split, part), _own(split.group, part)) for part in split.parts]
+    if not same(part.group[WD], split.computed(part, WD)):
+        own[WD] = part.group[WD]  # the class writes it itself
+    return {"positions": _positions(split, part), **own}
 
 
 def _positions(split: Split, part: Part) -> list[int]:
@@ -376,48 +375,44 @@ def _positions(split: Split, part: Part) -> list[int]:
     return [places[id(param)] for param in part.group["params"]]
 
 
-def _own(group: Group, part: Part) -> Group:
-    own = {k: v for k, v in part.own.items() if not same(v, group.get(k, _own))}
-    if not same(part.group[WD], wd_of(group, part.terms)):
-        own[WD] = part.group[WD]  # the class writes it itself
-    return own
-
-
-def taken_apart(
-    state_dict: StateDict, splits: Sequence[Split], keys: Collection[str]
-) -> StateDict:
-    """Turn a state dict of the user's groups into one of the class's parts.
-
-    Args:
-        state_dict: Of an optimizer whose groups were not split, or of :func:`joined`.
-        splits: The groups and parts that it is for.
-        keys: Hyperparameters, whose tensors serve all parts at once.
+def saved_parts(
+    state_dict: Mapping[str, Any], record: Any, splits: Sequence[Split]
+) -> list[list[Group]]:
+    """Read what a state dict holds for each part alone, before anything is loaded.
 
     Raises:
         ValueError: Parameters of one part were saved in parts that differ.
     """
-    records = state_dict.get(PARTS) or [[] for _ in splits]
-    groups = [
-        _part_dict(part, saved, _positions(split, part), record, keys)
-        for split, saved, record in zip(splits, state_dict["param_groups"], records)
-        for part in split.parts
+    records = record or [[] for _ in splits]
+    return [
+        [_saved_own(saved, _positions(split, part), own) for part in split.parts]
+        for split, saved, own in zip(splits, state_dict["param_groups"], records)
     ]
-    rest = {key: value for key, value in state_dict.items() if key != PARTS}
-    return {**rest, "param_groups": groups}
 
 
-def _part_dict(
-    part: Part,
-    saved: Group,
-    positions: Sequence[int],
-    record: Sequence[Group],
+def load_parts(
+    splits: Sequence[Split],
+    groups: Sequence[Group],
+    saved: Sequence[Sequence[Group]],
     keys: Collection[str],
-) -> Group:
-    held = {key: [saved[key][i] for i in positions] for key in MEMBERS if key in saved}
-    own = {**without_apart(saved), **_saved_own(saved, positions, record)}
-    values = {key: v if key in keys else apart(v) for key, v in own.items()}
-    numbers = {k: computed(saved, part.terms, k) for k in COMPUTED if k in saved}
-    return {**numbers, **values, **held}
+) -> None:
+    """Give the parts what was saved for them, in the groups that loading has made.
+
+    Args:
+        splits: The parts.
+        groups: The user's groups, which torch makes anew on loading.
+        saved: Of :func:`saved_parts`.
+        keys: Hyperparameters, whose tensors serve all parts at once.
+    """
+    for split, group, owns in zip(splits, groups, saved):
+        split.group = group
+        for part, own in zip(split.parts, owns):
+            numbers = {k: split.computed(part, k) for k in COMPUTED if k in group}
+            values = without_apart(group).items()
+            common = {k: v if k in keys else apart(v) for k, v in values}
+            part.group = {**numbers, **common, **copy.deepcopy(own), **part.held}
+        split.share_tensors(keys)
+        split.shown = dict(group)
 
 
 def _saved_own(
