@@ -8,6 +8,7 @@ import io
 import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
