@@ -17,11 +17,11 @@ from selective_optim import audit as audit
 from selective_optim import checkpoint as checkpoint
 from selective_optim import policies as policies
 from selective_optim import schedules as schedules
-from selective_optim._deciding_for import deciding_for as deciding_for
 from selective_optim.adam import Adam as Adam
 from selective_optim.adamw import AdamW as AdamW
 from selective_optim.any_class import selective as selective
 from selective_optim.decay import Decay as Decay
+from selective_optim.decisions.deciding_for import deciding_for as deciding_for
 from selective_optim.hand_split import param_groups as param_groups
 from selective_optim.layers import layerwise_groups as layerwise_groups
 from selective_optim.parameters import ParameterInfo as ParameterInfo

@@ -14,9 +14,16 @@ from torch import nn
 
 from selective_optim import _torch
 from selective_optim._arguments import require_numbers
-from selective_optim._decider import OWN_KEYS, Decider
-from selective_optim._deciding_for import given
-from selective_optim._state_dict import (
+from selective_optim._warnings import (
+    warn_of_changes,
+    warn_of_lost_inits,
+    warn_of_lost_policy,
+    warn_of_lost_rates,
+)
+from selective_optim.decay import Form
+from selective_optim.decisions.decider import OWN_KEYS, Decider
+from selective_optim.decisions.deciding_for import given
+from selective_optim.decisions.state_dict import (
     RECORD,
     Decided,
     Record,
@@ -25,13 +32,6 @@ from selective_optim._state_dict import (
     require_dict,
     require_loadable,
 )
-from selective_optim._warnings import (
-    warn_of_changes,
-    warn_of_lost_inits,
-    warn_of_lost_policy,
-    warn_of_lost_rates,
-)
-from selective_optim.decay import Form
 from selective_optim.fused.guards import params_of
 from selective_optim.fused.stepper import Stepper
 from selective_optim.policies.base import Policy
@@ -96,8 +96,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         require_numbers(numbers)
         self._decider = Decider(*given(model, wd_policy))
         self._kernel = kernel
-        yield self._decider.begin(params)
-        self._decider.settle(self.param_groups)
+        yield self._decider.read(params)
+        self._decider.finish(self.param_groups)
         self._decider.index.let_go()
         alive.add(self)
 
@@ -114,10 +114,10 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             ValueError: The policy cannot be decided; then nothing is added.
         """
         filled = isinstance(param_group, dict) and param_group.keys() >= FILLED
-        policy, group = self._decider.open(param_group, self._group_keys())
+        policy, group = self._decider.unpack(param_group, self._group_keys())
         self._append_group(group)
         try:
-            self._decider.arrive(self.param_groups, policy, group is not param_group)
+            self._decider.add_group(self.param_groups, policy, group is not param_group)
         except BaseException:
             # torch appended it already, and would refuse its parameters the next time.
             self.param_groups.pop()

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from selective_optim import _torch
-from selective_optim._decider import Decider
-from selective_optim._deciding_for import given
 from selective_optim._optimizer import Model, SelectiveOptimizer
-from selective_optim._state_dict import PARTS, Decided, require_groups_like
 from selective_optim.adam import Adam
 from selective_optim.adamw import AdamW
 from selective_optim.decay import Form
+from selective_optim.decisions.decider import Decider
+from selective_optim.decisions.deciding_for import given
+from selective_optim.decisions.state_dict import PARTS, Decided, require_groups_like
 from selective_optim.report import form_of_class
 from selective_optim.sgd import SGD
 from selective_optim.step import refusals
@@ -113,7 +113,7 @@ class AnyOptimizer(SelectiveOptimizer):
         """
         self._keys = tuple(keys)
         reading = {**READING, "lr": lr}
-        torch.optim.Optimizer.__init__(self, self._decider.begin(params), reading)
+        torch.optim.Optimizer.__init__(self, self._decider.read(params), reading)
         self._decider.decide_pending()
         return self._groups
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from selective_optim._decider import Decider
-from selective_optim._deciding_for import given
 from selective_optim._optimizer import Model
 from selective_optim._text import aligned
 from selective_optim.any_class import AnyOptimizer
 from selective_optim.decay import FULL, Decision
+from selective_optim.decisions.decider import Decider
+from selective_optim.decisions.deciding_for import given
 from selective_optim.report import DecayReport, Row, make_row
-from selective_optim.step.lasting import WD, Group, by_terms, members, share_of
+from selective_optim.step.lasting import WD, Group, by_decay, pick, share_of
 
 HEADERS = ("group", "lr", "decay", "tensors", "elements", "reason")
 
@@ -158,14 +158,14 @@ def _parts(
         )
     if named:
         group = {**group, "param_names": [decision.name for decision in decisions]}
-    for terms, chosen in by_terms(decisions).items():
-        if stated := terms.decay.stated:
+    for decay_key, chosen in by_decay(decisions).items():
+        if stated := decay_key.decay.stated:
             raise ValueError(
                 f"`wd_policy` states {stated}, and a group holds numbers alone. Leave "
                 f"that out, or use selective_optim.AdamW."
             )
         yield (
-            {**group, **members(group, chosen), WD: share_of(group, terms, None).wd},
+            {**group, **pick(group, chosen), WD: share_of(group, decay_key, None).wd},
             chosen,
         )
 

@@ -98,7 +98,7 @@ def view_of(
         params: All parameters of all groups, in order.
         reading: See ``Kernel.setting``.
     """
-    setting = kernel.setting(group, part.key.terms, reading)
+    setting = kernel.setting(group, part.key.decay_key, reading)
     mine = [params[i] for i in part.positions]
     shown = {**group, **kernel.shown(setting), "params": mine}
     if part.key.fused:

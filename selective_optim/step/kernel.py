@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from selective_optim.decay import Decay, Form, Terms
+from selective_optim.decay import Decay, DecayKey, Form
 from selective_optim.step.grad_scaler import Scaling
 from selective_optim.step.passes import pass_calls
 from selective_optim.step.setting import (
@@ -42,12 +42,14 @@ class Kernel:
         """Return the form of parameters for which no other was decided."""
         raise NotImplementedError  # pragma: no cover
 
-    def setting(self, group: Group, terms: Terms, reading: bool = True) -> Setting:
+    def setting(
+        self, group: Group, decay_key: DecayKey, reading: bool = True
+    ) -> Setting:
         """Read what the kernel is given from the group as it is now.
 
         Args:
             group: A parameter group.
-            terms: What was decided for the parameters.
+            decay_key: What was decided for the parameters.
             reading: Whether to read the number in a rate that is a tensor. A compiled
                 step compiles anew where that number is another.
         """

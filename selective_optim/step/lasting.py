@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective_optim.decay import FORMS, FULLY, Decision, Form, Terms
+from selective_optim.decay import FORMS, FULL_KEY, DecayKey, Decision, Form
 from selective_optim.step.class_step import View
 from selective_optim.step.share import Share, share
 
 Group = dict[str, Any]
 WD = "weight_decay"
-MEMBERS = ("params", "param_names")  # what a group lists per parameter
+PER_PARAM = ("params", "param_names")  # what a group lists per parameter
+
 # Keys by which classes let a group choose its form: of torch, timm, Prodigy and
 # D-Adaptation, pytorch_optimizer, optimi. True is decoupled.
 FLAGS = (
@@ -31,9 +32,9 @@ FLAGS = (
     *("weight_decouple", "decouple_wd"),
 )
 # What is computed for each part from the group and the decay of the part.
-COMPUTED = (WD, *FLAGS)
+DECAY_KEYS = (WD, *FLAGS)
 # Not written from a group into its parts, nor back, as they stand.
-APART = (*MEMBERS, *COMPUTED)
+NOT_SHARED = (*PER_PARAM, *DECAY_KEYS)
 PLAIN = (int, float, bool, str)
 _ABSENT = object()
 
@@ -43,19 +44,19 @@ def flag_of(group: Group) -> str | None:
     return next((key for key in FLAGS if key in group), None)
 
 
-def share_of(group: Group, terms: Terms, form: Form | None) -> Share:
+def share_of(group: Group, decay_key: DecayKey, form: Form | None) -> Share:
     """Share the decay of a part out between the class and a pass.
 
     Args:
         group: The user's group.
-        terms: What was decided for the part.
+        decay_key: What was decided for the part.
         form: The form of the class where no group can choose it, if that is known.
     """
     flag = flag_of(group)
     if flag is None:
-        return share(group, terms, form, (form,) if form else ())
+        return share(group, decay_key, form, (form,) if form else ())
     form = "decoupled" if group[flag] else "l2"
-    return share(group, terms, form, ("l2", "decoupled"))
+    return share(group, decay_key, form, ("l2", "decoupled"))
 
 
 def same(a: object, b: object) -> bool:
@@ -85,13 +86,13 @@ class Part:
     """Parameters of one group with one decay, and the group that the class sees.
 
     Args:
-        terms: What was decided for them.
+        decay_key: What was decided for them.
         group: What the class sees and writes to.
         held: The parameters and their names.
         inits: What they decay towards, where that is a tensor for each.
     """
 
-    terms: Terms
+    decay_key: DecayKey
     group: Group
     held: Group
     inits: list[Tensor] = field(default_factory=list)
@@ -99,7 +100,7 @@ class Part:
     @property
     def own(self) -> Group:
         """What the part holds besides its parameters and their decay."""
-        return without_apart(self.group)
+        return without_decay(self.group)
 
 
 @dataclass(eq=False)
@@ -128,18 +129,20 @@ class Split:
         for part, group in zip(self.parts, made, strict=True):
             part.group = group
         first = self.parts[0].group
-        self.group.update({k: v for k, v in first.items() if k not in MEMBERS})
+        self.group.update({k: v for k, v in first.items() if k not in PER_PARAM})
         self.share_tensors(keys)
         self.shown = without_computed(self.group)
 
     def computed(self, part: Part, key: str) -> Any:
-        """Compute what a part has under one of the keys in ``COMPUTED``."""
-        shared = share_of(self.group, part.terms, self.form)
+        """Compute what a part has under one of the keys in ``DECAY_KEYS``."""
+        shared = share_of(self.group, part.decay_key, self.form)
         return shared.wd if key == WD else shared.form == "decoupled"
 
     def views(self) -> list[View]:
         """Show the parts with the decay that the class does not do."""
-        shares = [share_of(self.group, part.terms, self.form) for part in self.parts]
+        shares = [
+            share_of(self.group, part.decay_key, self.form) for part in self.parts
+        ]
         return [
             View(part.group, part.inits, shared.decay_pass)
             for part, shared in zip(self.parts, shares)
@@ -147,7 +150,7 @@ class Split:
 
     def lay_inits(self, decisions: Sequence[Decision]) -> None:
         """Take over what parameters decay towards, as it lies beside them now."""
-        for part, chosen in zip(self.parts, by_terms(decisions).values()):
+        for part, chosen in zip(self.parts, by_decay(decisions).values()):
             part.inits = inits_of(decisions, chosen)
 
     def hand_down(self, keys: Collection[str]) -> None:
@@ -169,13 +172,13 @@ class Split:
         for key, value in group.items():
             if key not in moved:
                 continue
-            if key in COMPUTED:
+            if key in DECAY_KEYS:
                 for part in self.parts:
                     part.group[key] = self.computed(part, key)
-            elif key not in MEMBERS and not same(value, shown.get(key, _ABSENT)):
+            elif key not in PER_PARAM and not same(value, shown.get(key, _ABSENT)):
                 self._require_common(key)
                 for part in self.parts:
-                    part.group[key] = value if key in keys else apart(value)
+                    part.group[key] = value if key in keys else own_copy(value)
         # A key that the user removed goes from the parts; one that is only there stays.
         for key in shown.keys() - group.keys():
             for part in self.parts:
@@ -185,7 +188,7 @@ class Split:
     @property
     def _follows_rate(self) -> bool:
         """Whether the decay of a part is computed with the rate of the group."""
-        forms = [part.terms.decay.form for part in self.parts]
+        forms = [part.decay_key.decay.form for part in self.parts]
         return any(FORMS[form].follows_lr for form in forms if form is not None)
 
     def _require_common(self, key: str) -> None:
@@ -215,14 +218,14 @@ class Split:
         """
         first, *others = [part.group for part in self.parts]
         for key, value in first.items():
-            if key in APART or value is self.group.get(key, _ABSENT):
+            if key in NOT_SHARED or value is self.group.get(key, _ABSENT):
                 continue
             tensor = isinstance(value, Tensor)
             # Compared, tensors of a device would make every step wait for it.
             if tensor or all(same(value, o.get(key, _ABSENT)) for o in others):
                 self.group[key] = value
         for key in self.group.keys() - first.keys():
-            if key not in APART and not any(key in other for other in others):
+            if key not in NOT_SHARED and not any(key in other for other in others):
                 del self.group[key]
         self.shown = dict(self.group)
 
@@ -234,38 +237,38 @@ class Split:
         """
         first, *others = [part.group for part in self.parts]
         for key in keys:
-            if key not in APART and isinstance(first.get(key), Tensor):
+            if key not in NOT_SHARED and isinstance(first.get(key), Tensor):
                 for other in others:
                     other[key] = first[key]
 
 
 def without_computed(group: Group) -> Group:
     """Take what a group has shown; the rest is yet to be handed down."""
-    return {key: value for key, value in group.items() if key not in COMPUTED}
+    return {key: value for key, value in group.items() if key not in DECAY_KEYS}
 
 
-def without_apart(group: Group) -> Group:
+def without_decay(group: Group) -> Group:
     """Take what is neither parameters nor their decay."""
-    return {key: value for key, value in group.items() if key not in APART}
+    return {key: value for key, value in group.items() if key not in NOT_SHARED}
 
 
-def apart(value: Any) -> Any:
+def own_copy(value: Any) -> Any:
     """Copy a tensor that each part counts in by itself."""
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def members(group: Group, chosen: Sequence[int]) -> Group:
+def pick(group: Group, chosen: Sequence[int]) -> Group:
     """Take some parameters of a group, with their names if it has any."""
-    return {key: [group[key][i] for i in chosen] for key in MEMBERS if key in group}
+    return {key: [group[key][i] for i in chosen] for key in PER_PARAM if key in group}
 
 
-def by_terms(decisions: Sequence[Decision]) -> dict[Terms, list[int]]:
-    """List the positions of a group by terms, in the order of first appearance."""
-    found: dict[Terms, list[int]] = {}
+def by_decay(decisions: Sequence[Decision]) -> dict[DecayKey, list[int]]:
+    """List the positions of a group by decay_key, in the order of first appearance."""
+    found: dict[DecayKey, list[int]] = {}
     for position, decision in enumerate(decisions):
-        found.setdefault(decision.terms, []).append(position)
+        found.setdefault(decision.decay_key, []).append(position)
     # An empty group still needs a part: torch's classes iterate over groups.
-    return found or {FULLY: []}
+    return found or {FULL_KEY: []}
 
 
 def split_group(
@@ -273,10 +276,10 @@ def split_group(
 ) -> Split:
     """Split a group that no class has seen yet; decay is still that of the group."""
     parts = []
-    for terms, chosen in by_terms(decisions).items():
-        held = members(group, chosen)
+    for decay_key, chosen in by_decay(decisions).items():
+        held = pick(group, chosen)
         inits = inits_of(decisions, chosen)
-        parts.append(Part(terms, {**group, **held}, held, inits))
+        parts.append(Part(decay_key, {**group, **held}, held, inits))
     return Split(group, parts, form)
 
 
@@ -303,24 +306,26 @@ def split_again(
     mine = [split for split in before if split.group is group]
     shown = mine[0].shown if mine else None
     parts = []
-    for terms, chosen in by_terms(decisions).items():
-        held, inits = members(group, chosen), inits_of(decisions, chosen)
+    for decay_key, chosen in by_decay(decisions).items():
+        held, inits = pick(group, chosen), inits_of(decisions, chosen)
         known = _holders(held["params"], mine or before)
-        going_on = [p for split in mine for p in split.parts if p.terms == terms]
+        going_on = [
+            p for split in mine for p in split.parts if p.decay_key == decay_key
+        ]
         _require_agreement([*going_on, *(part for _, part in known)], decisions)
         if known and shown is None:
             shown = known[0][0].shown
         # The same dict, which the class may know by identity.
         if going_on:
-            parts.append(Part(terms, going_on[0].group, held, inits))
+            parts.append(Part(decay_key, going_on[0].group, held, inits))
         else:
             # A counter that the class keeps in a group goes where its parameters go.
-            own = known[0][1].own if known else without_apart(group)
-            taken = {k: v if k in keys else apart(v) for k, v in own.items()}
-            parts.append(Part(terms, taken, held, inits))
+            own = known[0][1].own if known else without_decay(group)
+            taken = {k: v if k in keys else own_copy(v) for k, v in own.items()}
+            parts.append(Part(decay_key, taken, held, inits))
     form = before[0].form if before else None
-    going = {p.terms for split in mine for p in split.parts}
-    if shown is not None and going.issuperset(part.terms for part in parts):
+    going = {p.decay_key for split in mine for p in split.parts}
+    if shown is not None and going.issuperset(part.decay_key for part in parts):
         # The class may have written their decay.
         return Split(group, parts, form, shown)
     return Split(group, parts, form, without_computed(shown or {}))
@@ -407,9 +412,9 @@ def load_parts(
     for split, group, owns in zip(splits, groups, saved):
         split.group = group
         for part, own in zip(split.parts, owns):
-            numbers = {k: split.computed(part, k) for k in COMPUTED if k in group}
-            values = without_apart(group).items()
-            common = {k: v if k in keys else apart(v) for k, v in values}
+            numbers = {k: split.computed(part, k) for k in DECAY_KEYS if k in group}
+            values = without_decay(group).items()
+            common = {k: v if k in keys else own_copy(v) for k, v in values}
             part.group = {**numbers, **common, **copy.deepcopy(own), **part.held}
         split.share_tensors(keys)
         split.shown = dict(group)

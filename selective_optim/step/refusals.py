@@ -96,7 +96,7 @@ def require_forms(optimizer: Any, split: Split) -> None:
     """
     known = flag_of(split.group) is not None or split.form is not None
     for part in split.parts:
-        decay = part.terms.decay
+        decay = part.decay_key.decay
         if is_zero(decay.multiplier) or not (decay.form or decay.target):
             continue
         name = type(optimizer).__name__

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from selective_optim.decay import FORMS, Form, Target, Terms, is_zero
+from selective_optim.decay import FORMS, DecayKey, Form, Target, is_zero
 
 Group = dict[str, Any]
 
@@ -45,7 +45,7 @@ class Share(NamedTuple):
 
 def share(
     group: Group,
-    terms: Terms,
+    decay_key: DecayKey,
     default: Form | None,
     own_forms: Collection[str],
     reading: bool = True,
@@ -54,13 +54,13 @@ def share(
 
     Args:
         group: The user's group.
-        terms: What was decided for the part.
+        decay_key: What was decided for the part.
         default: The form in which the class decays by itself, if that is known.
         own_forms: The forms that it can be told, given a number.
         reading: Whether to read the number in a rate that is a tensor on the CPU. A
             compiled step compiles anew where that number is another.
     """
-    decay, lr0 = terms
+    decay, lr0 = decay_key
     wd = decay.of(group["weight_decay"])
     if is_zero(wd):
         return Share(0.0, default)
