@@ -145,6 +145,14 @@ def assert_whole(optimizer: Any, groups: int = 1) -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [WD] * groups
 
 
+def built(name: str, **more: Any) -> tuple[Net, Any]:
+    """Make an optimizer that has taken a step, and found right in it."""
+    model = net()
+    optimizer = make(name, model, **more)
+    assert_right(model, optimizer)
+    return model, optimizer
+
+
 class Judge:
     """torch's class with a group for each parameter, the finest split by hand.
 
