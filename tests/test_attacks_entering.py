@@ -78,7 +78,7 @@ def writes_a_policy(model, optimizer):
 
 
 def writes_a_model(model, optimizer):
-    optimizer.param_groups[0]["model"] = model
+    optimizer.param_groups[0]["model"] = nn.Linear(2, 2)
 
 
 SPOILERS = [
