@@ -77,13 +77,9 @@ def net(value: float | None = None) -> Net:
 
 def make(name: str, given: Any, wd_policy: Any = "no_bias_norm", **more: Any) -> Any:
     """Make the optimizer of a class over a model, or over groups."""
-    return SERVED[name](
-        given.parameters() if isinstance(given, nn.Module) else given,
-        lr=LR,
-        weight_decay=WD,
-        wd_policy=wd_policy,
-        **{**DECOUPLED.get(name, {}), **more},
-    )
+    numbers = {"lr": LR, "weight_decay": WD, **DECOUPLED.get(name, {}), **more}
+    params = given.parameters() if isinstance(given, nn.Module) else given
+    return SERVED[name](params, wd_policy=wd_policy, **numbers)
 
 
 def set_grads(params: Sequence[Tensor], step: int) -> None:
