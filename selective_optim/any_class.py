@@ -93,6 +93,7 @@ class AnyOptimizer(SelectiveOptimizer):
         groups = iter(made)
         for split in splits:
             split.adopt([next(groups) for _ in split.parts], self.defaults)
+            split.empty()
             split.form = self._form_without_flag(split.group)
             refusals.require_forms(self, split)
 
@@ -180,6 +181,7 @@ class AnyOptimizer(SelectiveOptimizer):
         try:
             self._arrange()
             for split in self._splits:
+                split.fill()
                 split.hand_down(self.defaults)
             refusals.require_no_index_overrides(self, self._parts)
         except BaseException:
@@ -194,6 +196,7 @@ class AnyOptimizer(SelectiveOptimizer):
             self._show(None)
             for split in self._splits:
                 split.show()
+                split.empty()
             self._lock.release()
 
     def _arrange(self) -> None:
@@ -215,8 +218,6 @@ class AnyOptimizer(SelectiveOptimizer):
         parts = [part.group for split in splits for part in split.parts]
         if list(map(id, parts)) != list(map(id, self._parts)):
             refusals.require_no_lists(self, len(self._parts))
-        for split in splits:
-            split.fill()
         self._splits, self._layout = splits, layout
         self._parts[:] = parts
 

@@ -133,7 +133,8 @@ class Stepper:
             ValueError: A hyperparameter is NaN.
             RuntimeError: A gradient is sparse where that cannot be stepped.
         """
-        if not (PLANNING and planned):
+        # A group may be a dict that computes what is read, which no guard sees.
+        if not (PLANNING and planned and set(map(type, groups)) <= {dict}):
             self._plan = None
             return self._unplanned(groups, owner, states, choosing=planned)
         self._busy = True

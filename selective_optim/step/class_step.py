@@ -106,7 +106,9 @@ def view_of(
     """
     setting = kernel.setting(group, part.key.decay_key, reading)
     mine = [params[i] for i in part.positions]
-    shown = {**group, **kernel.shown(setting), "params": mine}
+    # Asked for key by key: a group may be a dict that computes what is read.
+    shown = {key: group[key] for key in group}
+    shown |= {**kernel.shown(setting), "params": mine}
     if part.key.fused:
         shown["fused"] = True
     if "param_names" in group:
