@@ -5,8 +5,8 @@ To which tensor each decision applies is the business of ``_decision_table``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
 
@@ -44,6 +44,26 @@ _INSTEAD = {
     "model": "optimizer.add_param_group(dict(params=..., model=model)) for new "
     "parameters",
 }
+
+
+@contextmanager
+def kept_on_error(groups: Any) -> Iterator[None]:
+    """Leave a caller's group dicts as they were where what is done with them raises.
+
+    torch fills them in, and takes them one by one.
+    """
+    listed = groups if isinstance(groups, (list, tuple)) else []
+    given = [(group, dict(group)) for group in listed if isinstance(group, dict)]
+    try:
+        yield
+    except BaseException:
+        for group, before in given:
+            params = group.get("params")
+            group.clear()
+            group.update(before)
+            if isinstance(before.get("params"), Iterator):  # used up by now
+                group["params"] = params
+        raise
 
 
 class Pending(NamedTuple):

@@ -163,6 +163,13 @@ class ClassStep:
         return True
 
     @_torch.disable_dynamo
+    def pull_again(self, views: Sequence[View]) -> None:
+        """Pull gradients that the class has asked for anew, as those before."""
+        for view in views:
+            if view.decay_pass and view.decay_pass.applied == "l2" and view.present:
+                self._run(view, view.decay_pass)
+
+    @_torch.disable_dynamo
     def finish(self) -> None:
         """Decay what is decayed after the step, and undo a step that is dropped."""
         for decay_pass, rate, batch, before in self._cautious:
