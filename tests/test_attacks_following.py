@@ -387,7 +387,10 @@ MOVES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("SGD", "automatic"), ("AdamW", "foreach"), ("AdamW", "fused"), *CASES[-2:]],
+)
 @pytest.mark.parametrize("write", WRITING)
 @pytest.mark.parametrize("stepped", [0, 2])
 @pytest.mark.parametrize("number", range(len(MOVES)))
