@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
-import sys
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import selective_optim
 from selective_optim import selective
 from tests.support import attacks
 from tests.support.attacks import (
@@ -28,6 +26,7 @@ from tests.support.attacks import (
     RIGHT,
     SERVED,
     WD,
+    Lines,
     Own,
     assert_right,
     assert_whole,
@@ -38,6 +37,7 @@ from tests.support.attacks import (
 from tests.support.compare import assert_same
 
 each_name = pytest.mark.parametrize("name", SERVED)
+SOME = ["SGD", "AdamW", "NAdam", "Own"]  # where every line is tried
 
 
 def undo(optimizer, groups):
@@ -235,34 +235,6 @@ def test_operation_that_is_interrupted_leaves_the_groups_whole(name, kind):
     assert number
 
 
-class Lines:
-    """Raises at one line of the package, counted from 0, as Ctrl+C may."""
-
-    def __init__(self, number):
-        self.number = number
-        self.folder = selective_optim.__file__.removesuffix("__init__.py")
-
-    def __call__(self, frame, event, arg):
-        if not frame.f_code.co_filename.startswith(self.folder):
-            return None
-        if event == "line":
-            self.number -= 1
-            if self.number == -1:
-                raise KeyboardInterrupt
-        return self
-
-    def run(self, function):
-        before = sys.gettrace()
-        sys.settrace(self)
-        try:
-            function()
-        except KeyboardInterrupt:
-            return True
-        finally:
-            sys.settrace(before)
-        return False
-
-
 def prepared(name, fresh):
     """Make an optimizer; one that has a step behind it, or has its plan to make."""
     model = net()
@@ -274,7 +246,7 @@ def prepared(name, fresh):
 
 
 @pytest.mark.parametrize("fresh", [True, False])
-@each_name
+@pytest.mark.parametrize("name", SOME)
 def test_interrupt_at_any_line_of_a_step_is_over_with_the_next_step(name, fresh):
     """Between two lines there is no place from which nothing can be left behind."""
     number, interrupted = 0, True
@@ -287,7 +259,7 @@ def test_interrupt_at_any_line_of_a_step_is_over_with_the_next_step(name, fresh)
 
 
 @pytest.mark.parametrize("save", ["state_dict", "__getstate__", "decay_report"])
-@each_name
+@pytest.mark.parametrize("name", SOME)
 def test_interrupt_at_any_line_of_saving_is_over_with_the_next_step(name, save):
     number, interrupted = 0, True
     while interrupted:

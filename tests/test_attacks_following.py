@@ -360,6 +360,67 @@ def test_parameter_that_moves_to_a_group_of_its_own_is_served(name, edit, copied
     assert attacks.reported(optimizer) == RIGHT
 
 
+# Parameters that go to a group of other numbers.
+
+
+def in_place(optimizer, index, params):
+    optimizer.param_groups[index]["params"][:] = params
+
+
+def by_a_new_list(optimizer, index, params):
+    optimizer.param_groups[index]["params"] = list(params)
+
+
+def by_a_new_group(optimizer, index, params):
+    group = optimizer.param_groups[index]
+    optimizer.param_groups[index] = {**group, "params": list(params)}
+
+
+WRITING = [in_place, by_a_new_list, by_a_new_group]
+# Two groups of the parameters of `Net`, by number, and how they stand later.
+MOVES = [
+    ([0, 1, 2, 3], [4, 5], [1, 2, 3], [4, 5, 0]),
+    ([0], [1, 2, 3, 4, 5], [0, 1], [2, 3, 4, 5]),
+    ([0, 1, 2], [3, 4, 5], [3, 4, 5], [0, 1, 2]),
+    ([0, 1, 4], [2, 3, 5], [0], [1, 2, 3, 4, 5]),
+    ([4, 0], [1, 2, 3, 5], [0], [1, 2, 3, 5, 4]),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("SGD", "automatic"), ("AdamW", "foreach"), ("AdamW", "fused"), *CASES[-2:]],
+)
+@pytest.mark.parametrize("write", WRITING)
+@pytest.mark.parametrize("stepped", [0, 2])
+@pytest.mark.parametrize("number", range(len(MOVES)))
+def test_parameter_that_moves_to_another_rate_has_that_rate(
+    name, kind, write, stepped, number
+):
+    first, second, *later = MOVES[number]
+    model = net()
+    params = [*model.parameters()]
+    groups = [
+        {"params": [params[i] for i in first]},
+        {"params": [params[i] for i in second], "lr": LR / 2},
+    ]
+    _, judge = pair(name, kind, model)
+    optimizer = make(name, groups, "no_bias_norm", model=model, **KINDS[kind])
+    judge.decay([*RIGHT.values()])
+    for step in range(4):
+        if step == stepped:
+            for index, own in enumerate(later):
+                write(optimizer, index, [params[i] for i in own])
+        standing = later if step >= stepped else (first, second)
+        for i, group in enumerate(judge.optimizer.param_groups):
+            group["lr"] = LR if i in standing[0] else LR / 2
+        attacks.set_grads(params, step)
+        attacks.set_grads(judge.params, step)
+        optimizer.step()
+        judge.optimizer.step()
+        judge.require(params, optimizer)
+
+
 def test_classes_of_three_keys_are_found_by_pickle():
     things: Any = [*THREE.values()]
     assert pickled(things) == things

@@ -25,8 +25,8 @@ SHARES = {
     "corrected": lambda wd, lr, lr0: lr**2 / lr0 * wd,
     "cautious": lambda wd, lr, lr0: lr * wd,
 }
-RATES = [LR0, 0.02, 0.05, 0.2]
-MULTIPLIERS = [1, 0.5, 0.25]
+RATES = [LR0, 0.02, 0.2]
+MULTIPLIERS = [1, 0.25]
 each_name = pytest.mark.parametrize("name", SERVED)
 each_form = pytest.mark.parametrize("shape", SHARES)
 each_rate = pytest.mark.parametrize("rate", RATES)

@@ -18,6 +18,7 @@ from tests.support.attacks import (
     RIGHT,
     SERVED,
     WD,
+    Lines,
     Own,
     assert_right,
     assert_whole,
@@ -411,3 +412,51 @@ def test_class_that_fails_while_it_loads_leaves_groups_whole():
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     optimizer.refuses = False
     assert_right(model, optimizer)
+
+
+# Interrupts, between any two lines.
+
+
+@pytest.mark.parametrize("name", ["AdamW", "NAdam"])
+def test_interrupt_at_any_line_of_loading_leaves_decisions_and_groups(name):
+    number, interrupted = 0, True
+    while interrupted:
+        model, optimizer = built(name)
+        load = partial(optimizer.load_state_dict, copy.deepcopy(optimizer.state_dict()))
+        interrupted = Lines(number).run(load)
+        assert_right(model, optimizer)
+        number += 1
+    assert number > 1
+
+
+@pytest.mark.parametrize("name", ["AdamW", "NAdam"])
+def test_interrupt_at_any_line_of_adding_adds_a_group_or_none(name):
+    number, interrupted = 0, True
+    while interrupted:
+        model, optimizer = built(name)
+        extra = nn.Linear(3, 3)
+        group = {"params": list(extra.parameters()), "model": extra}
+        interrupted = Lines(number).run(partial(optimizer.add_param_group, group))
+        groups = len(optimizer.param_groups)
+        assert groups in (1, 2)
+        assert_whole(optimizer, groups)
+        assert attacks.decays(model, optimizer) == RIGHT
+        acted = attacks.moved(optimizer.step, [*extra.parameters()])
+        assert acted == [groups == 2, False]
+        number += 1
+    assert groups == 2
+
+
+@pytest.mark.parametrize("name", ["AdamW", "NAdam"])
+def test_interrupt_at_any_line_of_an_assignment_leaves_one_policy_in_force(name):
+    number, interrupted = 0, True
+    while interrupted:
+        model, optimizer = built(name)
+        interrupted = Lines(number).run(partial(setattr, optimizer, "wd_policy", "all"))
+        acted = attacks.decays(model, optimizer)
+        assert acted in (RIGHT, dict.fromkeys(RIGHT, True))
+        assert attacks.reported(optimizer) == acted
+        optimizer.wd_policy = "no_bias_norm"
+        assert_right(model, optimizer)
+        number += 1
+    assert all(acted.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -185,3 +186,32 @@ def seen(optimizer: Any) -> list[dict[str, Any]]:
         {k: [*map(id, v)] if k == "params" else copy.deepcopy(v) for k, v in g.items()}
         for g in optimizer.param_groups
     ]
+
+
+class Lines:
+    """Raises at one line of the package, counted from 0, as Ctrl+C may."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.folder = selective_optim.__file__.removesuffix("__init__.py")
+
+    def __call__(self, frame: Any, event: str, arg: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(self.folder):
+            return None
+        if event == "line":
+            self.number -= 1
+            if self.number == -1:
+                raise KeyboardInterrupt
+        return self
+
+    def run(self, function: Callable[[], Any]) -> bool:
+        """Call a function, and tell whether it was interrupted."""
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            function()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
