@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat
-from threading import RLock, local
+from threading import Lock, local
 from types import CodeType
 from typing import Any
 from weakref import WeakSet
@@ -194,7 +194,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _set_groups(self, groups: list[Group]) -> None:
         self._groups = groups
         if "_shown" not in vars(self):  # torch's constructor, or a copy
-            self._shown, self._lock = Shown(), RLock()
+            self._shown, self._lock = Shown(), Lock()
 
     @property
     def _inside(self) -> bool:
@@ -254,22 +254,33 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         choosing = not (compiling or differentiable)
         # A subclass's own may make state, and choose the gradients.
         own = type(self)._init_group is not SelectiveOptimizer._init_group
-        stepper, scaling = self._stepper, scaling_of(self)
         if not WRITTEN.isdisjoint(self.defaults):  # a plan sees new keys of groups
             self._decider.refuse_written(self.param_groups, self.defaults)
-        with self._lock, torch.set_grad_enabled(differentiable):
-            given = (self.param_groups, self, self._states, choosing)
-            parts = stepper.begin(*given, planned=choosing and not own)
-            try:
-                if parts:
-                    self._step_parts(parts, compiling)
-                stepper.run(scaling)
-            except BaseException:
-                stepper.forget()  # how far a failed step came is not known
-                raise
-            finally:
-                stepper.end(self._states)
+        # A plan serves one thread at a time; others let the class step all parts.
+        alone = self._lock.acquire(blocking=False)
+        try:
+            with torch.set_grad_enabled(differentiable):
+                self._step_all(choosing, choosing and alone and not own, compiling)
+        finally:
+            if alone:
+                self._lock.release()
         return loss
+
+    @_torch.run_as_is
+    def _step_all(self, choosing: bool, planned: bool, compiling: bool) -> None:
+        """Step the parts: the class those that are not planned, then the plan."""
+        stepper, scaling = self._stepper, scaling_of(self)
+        given = (self.param_groups, self, self._states)
+        begun = stepper.begin(*given, choosing, planned)
+        try:
+            if begun.parts:
+                self._step_parts(begun.parts, compiling)
+            stepper.run(begun, scaling)
+        except BaseException:
+            stepper.forget()  # how far a failed step came is not known
+            raise
+        finally:
+            stepper.end(begun, self._states)
 
     @_torch.run_as_is
     def _step_parts(self, parts: Sequence[Part], compiling: bool) -> None:

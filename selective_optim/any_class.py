@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from selective_optim import _torch
+from selective_optim._arguments import require_numbers
 from selective_optim._optimizer import Model, SelectiveOptimizer, constants_of
 from selective_optim.decay import Form
 from selective_optim.decisions.decider import Decider, kept_on_error
@@ -55,6 +56,7 @@ class AnyOptimizer(SelectiveOptimizer):
     _parts: list[Group]  # in the list that the class made
     _class_adds = False  # the class adds parts now, which are decided
     _layout: object = None
+    _threads_inside = 0
     _class_step: object = None  # the code of the class's own step
 
     # Construction.
@@ -72,6 +74,7 @@ class AnyOptimizer(SelectiveOptimizer):
         signature = inspect.signature(type(self))
         bound = signature.bind_partial(params, *args, **kwargs)
         bound.apply_defaults()
+        require_numbers(bound.arguments)
         with kept_on_error(params):
             lr = bound.arguments.get("lr")
             groups = self._read(params, signature.parameters, lr)
@@ -184,27 +187,32 @@ class AnyOptimizer(SelectiveOptimizer):
     @_torch.disable_dynamo
     def _enter(self) -> None:
         """Bring the parts up to date and show them to the class."""
-        self._lock.acquire()
-        try:
-            self._arrange()
+        with self._lock:
+            self._hand_down()
+            refusals.require_no_index_overrides(self, self._parts)
             for split in self._splits:
                 split.fill()
-                split.hand_down(self.defaults)
-            refusals.require_no_index_overrides(self, self._parts)
-        except BaseException:
-            self._lock.release()
-            raise
+            self._threads_inside += 1
         self._show(self._parts)
 
     @_torch.disable_dynamo
     def _leave(self) -> None:
         """Show the user's groups again, with what the class wrote into their parts."""
-        if self._inside:
-            self._show(None)
+        if not self._inside:
+            return
+        self._show(None)
+        with self._lock:
+            self._threads_inside -= 1
             for split in self._splits:
                 split.show()
-                split.empty()
-            self._lock.release()
+                if not self._threads_inside:
+                    split.empty()
+
+    def _hand_down(self) -> None:
+        """Write what the user wrote into groups into their parts."""
+        self._arrange()
+        for split in self._splits:
+            split.hand_down(self.defaults)
 
     def _arrange(self) -> None:
         """Split the groups as they now stand, or raise with nothing changed."""
@@ -346,8 +354,7 @@ class AnyOptimizer(SelectiveOptimizer):
 
     def _kept_apart(self) -> dict[str, Any]:
         with suppress(ValueError):  # what cannot be decided is told at the next step
-            self._enter()
-            self._leave()
+            self._hand_down()
         record = record_of_parts(self._splits)
         return {} if record is None else {PARTS: record}
 
@@ -370,8 +377,7 @@ class AnyOptimizer(SelectiveOptimizer):
     def _copied(self) -> dict[str, Any]:
         # What was written into a group since the last step is not in its parts yet.
         with suppress(ValueError):  # what cannot be decided is told at the next step
-            self._enter()
-            self._leave()
+            self._hand_down()
         return {"splits": self._splits}
 
     def _take_state(self) -> None:

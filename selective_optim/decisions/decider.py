@@ -122,7 +122,7 @@ class Decider:
         group["params"] = self.index.learn(group["params"])
         if group.keys().isdisjoint(OWN_KEYS):
             return self.policy, group
-        if not isinstance(group["params"], Tensor):
+        if not isinstance(group["params"], (Tensor, set)):  # which torch refuses
             # torch fills a copy; a generator in the caller's dict would be used up.
             group["params"] = list(group["params"])
         policy = group.get("wd_policy", self.policy)

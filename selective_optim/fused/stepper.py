@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,20 @@ Place = tuple[torch.dtype, torch.device]
 PLANNING = _torch.CAN_PLAN
 
 
+class Begun(NamedTuple):
+    """A step that has begun.
+
+    Args:
+        parts: What the optimizer's class steps.
+        plan: What steps the other parts, if there are any.
+        grads: Their gradients.
+    """
+
+    parts: list[Part]
+    plan: Plan | None = None
+    grads: Grads | None = None
+
+
 class Owner(Protocol):
     """What a plan asks an optimizer for, at the steps that need it."""
 
@@ -51,7 +65,6 @@ class Stepper:
         self._stepped: Mapping[int, object] = {}
         self._exposed = False
         self._busy, self._seen = False, False  # in a step; state was seen in it
-        self._grads: Grads | None = None  # of a step that has begun
         # Where each parameter was when its state was last known to fit it.
         self._places: dict[int, tuple[object, Place]] = {}
 
@@ -124,8 +137,8 @@ class Stepper:
         states: States,
         choosing: bool,
         planned: bool,
-    ) -> list[Part]:
-        """Begin a step, and return the parts that the optimizer's class steps.
+    ) -> Begun:
+        """Begin a step, and tell what the optimizer's class is to step.
 
         Args:
             groups: The optimizer's parameter groups.
@@ -142,7 +155,7 @@ class Stepper:
         # A group may be a dict that computes what is read, which no guard sees.
         if not (PLANNING and planned and set(map(type, groups)) <= {dict}):
             self._plan = None
-            return self._unplanned(groups, owner, states, choosing)
+            return Begun(self._unplanned(groups, owner, states, choosing))
         self._busy = True
         try:
             plan = self._plan
@@ -151,10 +164,9 @@ class Stepper:
                 plan = self._new_plan(groups, owner.decided_params(), states)
                 grads = plan.first_grads()
         except BaseException:
-            self.end(states)
+            self.end(None, states)
             raise
-        self._grads = grads
-        return plan.rest
+        return Begun(plan.rest, plan, grads)
 
     def _unplanned(
         self, groups: Groups, owner: Owner, states: States, choosing: bool
@@ -168,24 +180,24 @@ class Stepper:
         return make_layout(self.kernel, groups, params, states, (), choosing).parts
 
     @_torch.disable_dynamo
-    def run(self, scaling: Scaling) -> None:
+    def run(self, begun: Begun, scaling: Scaling) -> None:
         """Step the parts that are planned.
 
         Args:
+            begun: The step.
             scaling: ``grad_scale`` and ``found_inf`` of a ``GradScaler``, or ``None``.
         """
-        plan, grads = self._plan, self._grads
-        if plan is None or grads is None:
-            return
-        plan.run(grads, scaling)
-        if plan.once:
-            self._plan = None
+        if begun.plan is not None and begun.grads is not None:
+            begun.plan.run(begun.grads, scaling)
+            if begun.plan.once:
+                self._plan = None
 
     @_torch.disable_dynamo
-    def end(self, states: States) -> None:
+    def end(self, begun: Begun | None, states: States) -> None:
         """End a step, however it went."""
-        self._busy, self._grads = False, None
-        if self._seen:
+        if begun is None or begun.plan is not None:
+            self._busy = False
+        if self._seen and not self._busy:
             self.expose(states)
 
     def _new_plan(
