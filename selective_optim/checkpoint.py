@@ -14,7 +14,7 @@ this library gives torch's hand-split exempt group the full decay. Set
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count, islice
 from typing import Any
@@ -39,7 +39,6 @@ from selective_optim.parameters import as_modules
 StateDict = dict[str, Any]
 Hyper = dict[str, Any]  # of a group: all but its parameters and their names
 Names = Sequence[Sequence[str]]
-Record = list[Any]  # a multiplier, a form, and where needed what training began with
 
 
 @dataclass(frozen=True)
@@ -65,37 +64,25 @@ class Entry:
         return f"{self.name!r} (group {self.group})"
 
 
-def form_of(hyper: Hyper) -> str | None:
+def _form_of(hyper: Hyper) -> str | None:
     """Tell the form that torch's class gives a group; Adam before 2.7 does not say."""
     if "betas" in hyper and "decoupled_weight_decay" not in hyper:
         return None
     return "decoupled" if hyper.get("decoupled_weight_decay") else "l2"
 
 
-def _require_lists(names: object) -> None:
-    listed = names if isinstance(names, Iterable) else [names]
-    if isinstance(names, str) or any(isinstance(name, str) for name in listed):
-        raise TypeError(
-            f"`names` must be one list of names per group, not {received(names)}. "
-            f"Pass names=group_names(optimizer.param_groups, model)."
-        )
-
-
-def read(state_dict: StateDict, names: Names | None) -> dict[str, Entry]:
-    """List the parameters of a state dict by canonical name.
-
-    Raises:
-        TypeError: The state dict is no dict, or ``names`` no list of lists.
-        ValueError: A parameter has no name, or two have the same.
-    """
+def _read(state_dict: StateDict, names: Names | None) -> dict[str, Entry]:
+    """List the parameters of a state dict by canonical name."""
     require_dict(state_dict)
-    _require_lists(names)
     require_whole(state_dict)
-    listed = [
-        entry
-        for index, group in enumerate(state_dict["param_groups"])
-        for entry in _entries_of(state_dict, group, index, names)
-    ]
+    listed: list[Entry] = []
+    for index, group in enumerate(state_dict["param_groups"]):
+        hyper = {key: value for key, value in group.items() if key not in MEMBERS}
+        plain = [[1.0, _form_of(hyper)]] * len(group["params"])
+        records = state_dict[RECORD][index] if RECORD in state_dict else plain
+        own = _names_of(group, index, names)
+        for name, key, record in zip(own, group["params"], records, strict=True):
+            listed.append(Entry(name, key, index, hyper, *record))
     entries: dict[str, Entry] = {}
     for key, entry in zip(told_apart([entry.name for entry in listed]), listed):
         known = entries.setdefault(key, entry)
@@ -107,27 +94,20 @@ def read(state_dict: StateDict, names: Names | None) -> dict[str, Entry]:
     return entries
 
 
-def _entries_of(
-    state_dict: StateDict, group: Mapping[str, Any], index: int, names: Names | None
-) -> Iterable[Entry]:
-    keys = group["params"]
-    own = _names_of(group, index, names)
-    hyper = {key: value for key, value in group.items() if key not in MEMBERS}
-    records: list[Record] = [[1.0, form_of(hyper)]] * len(keys)
-    if RECORD in state_dict:
-        records = state_dict[RECORD][index]
-    for name, key, record in zip(own, keys, records, strict=True):
-        yield Entry(name, key, index, hyper, *record)
-
-
 def _names_of(group: Mapping[str, Any], index: int, names: Names | None) -> list[str]:
     keys = group["params"]
-    if names is not None:
+    if names is None:
+        # torch.distributed.checkpoint lists parameters by name
+        by_name = [key for key in keys if isinstance(key, str)]
+        own = list(group.get("param_names", by_name))
+    else:
+        listed = names if isinstance(names, Iterable) else [names]
+        if isinstance(names, str) or any(isinstance(name, str) for name in listed):
+            raise TypeError(
+                f"`names` must be one list of names per group, not {received(names)}. "
+                f"Pass names=group_names(optimizer.param_groups, model)."
+            )
         own = list(names[index]) if index < len(names) else []
-    elif "param_names" in group:
-        own = list(group["param_names"])
-    else:  # torch.distributed.checkpoint lists parameters by name
-        own = [key for key in keys if isinstance(key, str)]
     if len(own) < len(keys):
         raise ValueError(
             f"parameter {len(own)} of group {index} of the state dict has no name. "
@@ -141,20 +121,14 @@ def _names_of(group: Mapping[str, Any], index: int, names: Names | None) -> list
     return own
 
 
-def choose(
+def _choose(
     entries: dict[str, Entry], names: Iterable[str], argument: str
 ) -> list[Entry]:
-    """Put all parameters into the order of ``names``.
-
-    Raises:
-        ValueError: A name is missing, doubled or unknown.
-    """
+    """Put all parameters into the order of ``names``, which names each once."""
     chosen: dict[str, Entry] = {}
     for name in names:
-        key = canonical_name(name)
-        # What a parametrization made several of goes by names of its own.
-        key = key if key in entries else without_wrappers(name)
-        if key not in entries:
+        key = _key_in(entries, name)
+        if key is None:
             raise ValueError(
                 f"{name!r} in `{argument}` names no parameter of the state dict. "
                 f"Correct it, or leave it out."
@@ -173,21 +147,29 @@ def choose(
     return list(chosen.values())
 
 
-def recorded(
-    state_dict: StateDict, groups: Iterable[tuple[Hyper, Sequence[Entry]]]
-) -> list[list[Record]] | None:
+def _key_in(entries: Mapping[str, Entry], name: str) -> str | None:
+    # What a parametrization made several of goes by names of its own.
+    both = (canonical_name(name), without_wrappers(name))
+    return next((key for key in both if key in entries), None)
+
+
+def _records(
+    state_dict: StateDict, groups: Sequence[tuple[Hyper, Sequence[Entry]]]
+) -> dict[str, Any]:
     """Record what part of its group's decay each parameter has, where known."""
-    records = [
-        [_record(entry, hyper["weight_decay"]) for entry in mine]
-        for hyper, mine in groups
-    ]
-    known = RECORD in state_dict or all(
+    if RECORD not in state_dict and not all(
         hyper["weight_decay"] and entry.form for hyper, mine in groups for entry in mine
-    )
-    return records if known else None
+    ):
+        return {}
+    return {
+        RECORD: [
+            [_record(entry, hyper["weight_decay"]) for entry in mine]
+            for hyper, mine in groups
+        ]
+    }
 
 
-def _record(entry: Entry, largest: Any) -> Record:
+def _record(entry: Entry, largest: Any) -> list[Any]:
     multiplier = entry.multiplier
     if entry.hyper["weight_decay"] != largest:
         # To 15 digits, so that 0.01 of 0.1 is the 0.1 that a policy says.
@@ -195,15 +177,12 @@ def _record(entry: Entry, largest: Any) -> Record:
     return [multiplier, entry.form, *([entry.begin] if entry.begin else [])]
 
 
-def write(
-    state_dict: StateDict,
-    groups: Sequence[tuple[Hyper, Sequence[Entry]]],
-    records: list[list[Record]] | None,
+def _write(
+    state_dict: StateDict, groups: Sequence[tuple[Hyper, Sequence[Entry]]]
 ) -> StateDict:
     """Put a state dict together: these groups, and the state of their parameters.
 
-    Parameters that were numbered are numbered anew. Dicts and lists are new, tensors
-    and what else a state dict of ``state_dict`` holds are shared.
+    Dicts and lists are new, tensors and what else ``state_dict`` holds are shared.
     """
     entries = list(chain.from_iterable(mine for _, mine in groups))
     numbers = count()
@@ -225,8 +204,7 @@ def write(
     # What parts of other groups kept for themselves fits no group of these.
     left = (RECORD, PARTS)
     others = {key: value for key, value in state_dict.items() if key not in left}
-    record = {} if records is None else {RECORD: records}
-    return {**others, "state": state, "param_groups": packed, **record}
+    return {**others, "state": state, "param_groups": packed}
 
 
 def group_names(
@@ -249,33 +227,24 @@ def group_names(
     named = [pair for m in as_modules(model) for pair in m.named_parameters()]
     own = told_apart([name for name, _ in named])
     names = {id(param): name for name, (_, param) in zip(own, named)}
-
-    def name_of(index: int, position: int, param: Any) -> str:
-        if id(param) not in names:
-            raise ValueError(
-                f"parameter {position} of group {index} (shape "
-                f"{shape_text(param.shape)}) is in none of the modules given as "
-                f"`model`. Pass every module that holds parameters: [model, ...]."
-            )
-        return names[id(param)]
-
-    return [
-        [name_of(index, position, p) for position, p in enumerate(group["params"])]
-        for index, group in enumerate(_as_groups(param_groups))
-    ]
-
-
-def _as_groups(param_groups: Any) -> list[Mapping[str, Any]]:
-    groups = list(
-        param_groups if isinstance(param_groups, Iterable) else [param_groups]
-    )
-    for group in groups:
+    groups = param_groups if isinstance(param_groups, Iterable) else [param_groups]
+    found: list[list[str]] = []
+    for index, group in enumerate(groups):
         if not isinstance(group, Mapping):
             raise TypeError(
                 f"`param_groups` must be a list of dicts, and holds "
                 f"{received(group)}. Pass optimizer.param_groups."
             )
-    return groups
+        found.append([])
+        for position, param in enumerate(group["params"]):
+            if id(param) not in names:
+                raise ValueError(
+                    f"parameter {position} of group {index} (shape "
+                    f"{shape_text(param.shape)}) is in none of the modules given as "
+                    f"`model`. Pass every module that holds parameters: [model, ...]."
+                )
+            found[-1].append(names[id(param)])
+    return found
 
 
 def merge_groups(
@@ -321,11 +290,21 @@ def merge_groups(
         >>> group["param_names"], group["weight_decay"]
         (['weight', 'bias'], 0.1)
     """
-    entries = read(state_dict, names)
-    ordered = entries.values() if order is None else choose(entries, order, "order")
-    apart = (by,) if isinstance(by, str) else tuple(by)
-    groups = [(_merged(mine, apart), mine) for mine in _kept_apart(ordered, apart)]
-    return write(state_dict, groups, recorded(state_dict, groups))
+    entries = _read(state_dict, names)
+    ordered = entries.values() if order is None else _choose(entries, order, "order")
+    apart = [by] if isinstance(by, str) else list(by)
+    together: list[tuple[list[Any], list[Entry]]] = []
+    for entry in ordered:
+        values = [entry.hyper.get(key) for key in apart]
+        # Compared, not hashed: a learning rate may be a tensor.
+        mine = next((mine for known, mine in together if known == values), None)
+        if mine is None:
+            together.append((values, mine := []))
+        mine.append(entry)
+    keys = "".join(f"{key!r}, " for key in apart)
+    way_out = f"Keep such groups apart: by=[{keys}{{!r}}]."
+    groups = [(_merged(mine, way_out), mine) for _, mine in together]
+    return _write(state_dict, groups) | _records(state_dict, groups)
 
 
 def split_groups(
@@ -363,55 +342,37 @@ def split_groups(
     """
     wanted = [dict(group) for group in groups]
     listed = [list(group.pop("params")) for group in wanted]
-    entries = read(state_dict, names)
-    chosen = iter(choose(entries, chain.from_iterable(listed), "groups"))
+    entries = _read(state_dict, names)
+    chosen = iter(_choose(entries, chain.from_iterable(listed), "groups"))
     parts = [list(islice(chosen, len(part))) for part in listed]
     # A group without parameters takes its hyperparameters from any.
     anyone = list(entries.values())[:1]
-    return write(
-        state_dict,
-        [
-            (_split(part or anyone, own), part)
-            for part, own in zip(parts, wanted, strict=True)
-        ],
-        None,
-    )
+    pairs = zip(wanted, parts, strict=True)
+    return _write(state_dict, [(_split(p or anyone, own), p) for own, p in pairs])
 
 
-def _kept_apart(
-    entries: Iterable[Entry], apart: tuple[str, ...]
-) -> Iterator[list[Entry]]:
-    """Collect the parameters whose groups agree on what keeps groups apart."""
-    together: list[tuple[list[Any], list[Entry]]] = []
-    for entry in entries:
-        values = [entry.hyper.get(key) for key in apart]
-        # Compared, not hashed: a learning rate may be a tensor.
-        for known, mine in together:
-            if known == values:
-                mine.append(entry)
-                break
-        else:
-            together.append((values, [entry]))
-    return (mine for _, mine in together)
-
-
-def _merged(entries: list[Entry], apart: tuple[str, ...]) -> Hyper:
-    way_out = (
-        f"Keep such groups apart: by=[{''.join(f'{key!r}, ' for key in apart)}{{!r}}]."
-    )
+def _merged(entries: Sequence[Entry], way_out: str) -> Hyper:
     hypers = [entry.hyper for entry in entries]
     _require_agreement(entries, hypers, ["weight_decay"], way_out)
     largest = max((hyper["weight_decay"] for hyper in hypers), key=float)
     return {**hypers[0], "weight_decay": largest}
 
 
-def _split(entries: list[Entry], own: Hyper) -> Hyper:
+def _split(entries: Sequence[Entry], own: Hyper) -> Hyper:
     hypers = [{**entry.hyper, "weight_decay": entry.wd} for entry in entries]
-    _require_agreement(
-        entries, hypers, own, "Make it two groups, or set {!r} in this one."
-    )
+    way_out = "Make it two groups, or set {!r} in this one."
+    _require_agreement(entries, hypers, own, way_out)
     hyper = {**hypers[0], **own}
-    _require_form(entries, hyper)
+    form = _form_of(hyper)
+    for entry in entries if hyper["weight_decay"] and form else ():
+        target = entry.begin.get("target")
+        if entry.multiplier and (entry.form != form or target):
+            towards = f" towards {target!r}" if target else ""
+            raise ValueError(
+                f"{entry.label()} decays in form {entry.form!r}{towards}, and torch "
+                f"gives its group form {form!r}. If it is to change, set weight_decay "
+                f"in every group and del state_dict['decay'] first."
+            )
     return hyper
 
 
@@ -430,17 +391,3 @@ def _require_agreement(
                     f"{key!r} is {mine} for {first.label()} and {other} for "
                     f"{entry.label()}, but one group has one. {way_out.format(key)}"
                 )
-
-
-def _require_form(entries: Iterable[Entry], hyper: Hyper) -> None:
-    """Check that torch decays these parameters in the form that was recorded."""
-    form = form_of(hyper)
-    for entry in entries if hyper["weight_decay"] and form else ():
-        target = entry.begin.get("target")
-        if entry.multiplier and (entry.form != form or target):
-            towards = f" towards {target!r}" if target else ""
-            raise ValueError(
-                f"{entry.label()} decays in form {entry.form!r}{towards}, and torch "
-                f"gives its group form {form!r}. If it is to change, set weight_decay "
-                f"in every group and del state_dict['decay'] first."
-            )
