@@ -21,7 +21,7 @@ from selective_optim._deciding_for import deciding_for as deciding_for
 from selective_optim.adam import Adam as Adam
 from selective_optim.adamw import AdamW as AdamW
 from selective_optim.decay import Decay as Decay
-from selective_optim.layers import layerwise_groups as layerwise_groups
+from selective_optim.groups import layerwise_groups as layerwise_groups
 from selective_optim.parameters import ParameterInfo as ParameterInfo
 from selective_optim.report import DecayReport as DecayReport
 from selective_optim.report import decay_report as decay_report

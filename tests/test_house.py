@@ -27,7 +27,7 @@ FLOORS = [
     ("_arguments", "_canonical_names", "_warnings"),
     ("parameters", "step", "schedules"),
     ("policies", "_state_dict", "_initial_values"),
-    ("checkpoint", "_deciding_for", "layers", "report", "_decision_table"),
+    ("checkpoint", "_deciding_for", "groups", "report", "_decision_table"),
     ("_decider",),
     ("_optimizer", "audit"),
     ("sgd", "adam", "adamw"),

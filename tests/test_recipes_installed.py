@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from selective_optim import AdamW
-from selective_optim.layers import layerwise_groups
+from selective_optim.groups import layerwise_groups
 from tests.projects import PROJECTS, decayed_by, decayed_in, installed, names_of
 
 for package in ("timm", "torchvision", "transformers", "fastai", "mmengine"):

@@ -1,9 +1,13 @@
-"""Layerwise learning rates: one parameter group per layer."""
+"""Parameter groups by rule: a learning rate per layer, per pattern or per width.
+
+They say nothing about decay: pass ``wd_policy`` to the optimizer for that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,80 +18,101 @@ from selective_optim.parameters import ModelIndex, ParameterInfo, as_modules
 from selective_optim.policies.blocks import require_arguments
 from selective_optim.policies.layerwise import Distances
 
+Model = nn.Module | Sequence[nn.Module]
+MANY_PLACES = 8  # of a group; a table with a hundred biases in a line is unreadable
+
 
 @dataclass(frozen=True)
-class LayerRow:
-    """Where one parameter lies.
+class GroupRow:
+    """Which group one parameter is in.
 
     Args:
-        layer: Distance from the top layer, which is 0.
+        place: What makes the group: the distance of its layer from the top layer,
+            its selector as text, or its width over that of the base.
         name: Canonical name.
         shape: Original shape.
         numel: Number of elements.
-        lr: Learning rate of its group, times its ``"lr_scale"``.
+        lr: Learning rate of its group, times its ``"lr_scale"``; ``None`` where the
+            group leaves it to the optimizer.
     """
 
-    layer: int
+    place: Any
     name: str | None
     shape: torch.Size
     numel: int
-    lr: float | Tensor
+    lr: float | Tensor | None
+
+    @property
+    def layer(self) -> int:
+        """Distance from the top layer, which is 0, in layerwise groups."""
+        return int(self.place)
 
 
-class LayerGroups(list[dict[str, Any]]):
-    """Parameter groups, the top layer first; prints which parameters share a layer.
+class RateGroups(list[dict[str, Any]]):
+    """Parameter groups; ``print`` shows which parameters share one.
 
     Args:
         groups: The groups.
         rows: One record per parameter.
+        by: What sets the groups apart, as a word.
     """
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]] = (), rows: Iterable[LayerRow] = ()
+        self,
+        groups: Iterable[dict[str, Any]] = (),
+        rows: Iterable[GroupRow] = (),
+        by: str = "",
     ) -> None:
         super().__init__(groups)
         self.rows = tuple(rows)
+        self.by = by
 
     def __str__(self) -> str:
-        places = _places([(row.name or "", row.layer) for row in self.rows])
-        lines = [("layer", "lr", "tensors", "elements", "parameters")]
-        for layer, names in places.items():
-            rows = [row for row in self.rows if row.layer == layer]
-            tensors, elements = len(rows), sum(row.numel for row in rows)
-            lr = f"{float(rows[0].lr):.4g}"
-            cells = (str(layer), lr, f"{tensors:,}", f"{elements:,}", ", ".join(names))
+        lines = [(self.by, "lr", "tensors", "elements", "parameters")]
+        for place, names in _prefixes_by_place(self.rows).items():
+            rows = [row for row in self.rows if row.place == place]
+            lr = "-" if rows[0].lr is None else f"{float(rows[0].lr):.4g}"
+            if more := names[MANY_PLACES:]:
+                names = [*names[:MANY_PLACES], f"{len(more)} more"]
+            numel = sum(row.numel for row in rows)
+            cells = str(place), lr, f"{len(rows):,}", f"{numel:,}", ", ".join(names)
             lines.append(cells)
         return "\n".join(aligned(lines, right=range(4)))
 
 
-def _places(named: Sequence[tuple[str, int]]) -> dict[int, list[str]]:
-    """Name what each layer holds by the shortest prefixes that lie in it alone."""
-    layers: dict[str, set[int]] = {}
-    for name, layer in named:
-        for prefix in _prefixes(name):
-            layers.setdefault(prefix, set()).add(layer)
-    places: dict[int, list[str]] = {}
-    for name, layer in named:
+def _prefixes_by_place(rows: Sequence[GroupRow]) -> dict[Any, list[str]]:
+    """Name what each group holds by the shortest prefixes that lie in it alone."""
+    prefixes = [list(accumulate(_parts(row.name or ""))) for row in rows]
+    places: dict[str, set[Any]] = {}
+    for row, own in zip(rows, prefixes):
+        for prefix in own:
+            places.setdefault(prefix, set()).add(row.place)
+    found: dict[Any, dict[str, None]] = {}
+    for row, own in zip(rows, prefixes):
         # `blocks.0`, and not each of its parameters.
-        prefix = next((p for p in _prefixes(name) if len(layers[p]) == 1), name)
-        held = places.setdefault(layer, [])
-        if prefix not in held:
-            held.append(prefix)
-    return dict(sorted(places.items()))
+        prefix = next((p for p in own if len(places[p]) == 1), own[-1])
+        found.setdefault(row.place, {})[prefix] = None
+    return {place: list(held) for place, held in found.items()}
 
 
-def _prefixes(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    return (".".join(parts[: i + 1]) for i in range(len(parts)))
+def _parts(name: str) -> list[str]:
+    first, *others = name.split(".")
+    return [first, *(f".{part}" for part in others)]
+
+
+def _infos(roots: Sequence[nn.Module]) -> list[ParameterInfo]:
+    # Modules may share parameters, and torch takes each in one group.
+    everyone = ModelIndex(roots).everyone()
+    return list({id(info.parameter): info for info in everyone}.values())
 
 
 def layerwise_groups(
-    model: nn.Module | Sequence[nn.Module],
+    model: Model,
     lr: float | Tensor,
     rate: float,
     layers: str | Sequence[str] | None = None,
     lr_scale: bool = False,
-) -> LayerGroups:
+) -> RateGroups:
     """Make one parameter group per layer, each with its own learning rate.
 
     The top layer, the head, comes first and learns at ``lr``; a layer that lies
@@ -131,24 +156,20 @@ def layerwise_groups(
     roots = as_modules(model)
     distances = Distances(roots, layers)
     found: dict[int, list[ParameterInfo]] = {}
-    # Modules may share parameters, and torch takes each in one group.
-    infos = {id(i.parameter): i for i in ModelIndex(roots).everyone()}
-    for info in infos.values():
+    for info in _infos(roots):
         found.setdefault(distances.of(info), []).append(info)
-    layered = [(n, lr * rate**n, held) for n, held in sorted(found.items())]
-    return LayerGroups(
-        (
-            {"params": [i.parameter for i in held], **_rate(lr, rate**n, lr_scale)}
-            for n, _, held in layered
-        ),
-        (_row(n, own, info) for n, own, held in layered for info in held),
-    )
+    layers_up = sorted(found.items())
+    groups = [
+        {
+            "params": [info.parameter for info in held],
+            **({"lr": lr, "lr_scale": rate**n} if lr_scale else {"lr": lr * rate**n}),
+        }
+        for n, held in layers_up
+    ]
+    rows = [_row(n, info, lr * rate**n) for n, held in layers_up for info in held]
+    return RateGroups(groups, rows, "layer")
 
 
-def _rate(lr: float | Tensor, factor: float, lr_scale: bool) -> dict[str, Any]:
-    return {"lr": lr, "lr_scale": factor} if lr_scale else {"lr": lr * factor}
-
-
-def _row(layer: int, lr: float | Tensor, info: ParameterInfo) -> LayerRow:
+def _row(place: Any, info: ParameterInfo, lr: float | Tensor | None) -> GroupRow:
     shape = info.parameter.shape if info.shape is None else info.shape
-    return LayerRow(layer, info.name, shape, shape.numel(), lr)
+    return GroupRow(place, info.name, shape, shape.numel(), lr)
