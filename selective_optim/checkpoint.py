@@ -1,10 +1,11 @@
-"""Convert optimizer state dicts between hand-split groups and one group, by name.
+"""Convert optimizer state dicts by name: to other groups, and to a changed model.
 
 A state dict keeps state by position, so one saved with a group of decayed and a
-group of exempt parameters does not fit an optimizer with one group. Here names say
-which state belongs to which parameter: state dicts go in, and new ones come out
-that share the tensors. The form of ``torch.distributed.checkpoint.state_dict``
-(not flattened), which lists parameters by name, is taken too and kept.
+group of exempt parameters does not fit an optimizer with one group, nor does that of
+a model that has other layers by now. Here names say which state belongs to which
+parameter: state dicts go in, and new ones come out that share the tensors. The form
+of ``torch.distributed.checkpoint.state_dict`` (not flattened), which lists parameters
+by name, is taken too and kept.
 
 A flattened one keeps one ``weight_decay`` per parameter, that of its group. Loaded
 into other groups, torch takes for each group that of one of its parameters: one of
@@ -15,16 +16,29 @@ this library gives torch's hand-split exempt group the full decay. Set
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain, count, islice
-from typing import Any
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from inspect import signature
+from itertools import chain, islice, product
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from selective_optim._canonical_names import (
-    canonical_name,
-    told_apart,
-    without_wrappers,
+from selective_optim._canonical_names import told_apart, without_wrappers
+from selective_optim._entries import (
+    Entry,
+    Hyper,
+    Names,
+    StateDict,
+    choose,
+    form_of,
+    merged,
+    read,
+    recorded,
+    require_agreement,
+    write,
 )
 from selective_optim._state_dict import (
     MEMBERS,
@@ -33,188 +47,22 @@ from selective_optim._state_dict import (
     require_dict,
     require_whole,
 )
-from selective_optim._text import received, shape_text
+from selective_optim._text import aligned, received, shape_text
 from selective_optim.parameters import as_modules
-
-StateDict = dict[str, Any]
-Hyper = dict[str, Any]  # of a group: all but its parameters and their names
-Names = Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One parameter of a state dict: its name, where its state is, how it decays."""
-
-    name: str
-    key: int | str
-    group: int
-    hyper: Hyper
-    multiplier: float = 1.0
-    form: str | None = None
-    begin: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def wd(self) -> Any:
-        """Effective decay: the group's times the multiplier."""
-        wd = self.hyper["weight_decay"]
-        return wd if self.multiplier == 1 else wd * self.multiplier
-
-    def label(self) -> str:
-        """Name the parameter and its group, as a message should."""
-        return f"{self.name!r} (group {self.group})"
-
-
-def _form_of(hyper: Hyper) -> str | None:
-    """Tell the form that torch's class gives a group; Adam before 2.7 does not say."""
-    if "betas" in hyper and "decoupled_weight_decay" not in hyper:
-        return None
-    return "decoupled" if hyper.get("decoupled_weight_decay") else "l2"
-
-
-def _read(state_dict: StateDict, names: Names | None) -> dict[str, Entry]:
-    """List the parameters of a state dict by canonical name."""
-    require_dict(state_dict)
-    require_whole(state_dict)
-    listed: list[Entry] = []
-    for index, group in enumerate(state_dict["param_groups"]):
-        hyper = {key: value for key, value in group.items() if key not in MEMBERS}
-        plain = [[1.0, _form_of(hyper)]] * len(group["params"])
-        records = state_dict[RECORD][index] if RECORD in state_dict else plain
-        own = _names_of(group, index, names)
-        for name, key, record in zip(own, group["params"], records, strict=True):
-            listed.append(Entry(name, key, index, hyper, *record))
-    entries: dict[str, Entry] = {}
-    for key, entry in zip(told_apart([entry.name for entry in listed]), listed):
-        known = entries.setdefault(key, entry)
-        if known is not entry:
-            raise ValueError(
-                f"{entry.name!r} names two parameters of the state dict, in groups "
-                f"{known.group} and {entry.group}. Name each once: names=[[...], ...]."
-            )
-    return entries
-
-
-def _names_of(group: Mapping[str, Any], index: int, names: Names | None) -> list[str]:
-    keys = group["params"]
-    if names is None:
-        # torch.distributed.checkpoint lists parameters by name
-        by_name = [key for key in keys if isinstance(key, str)]
-        own = list(group.get("param_names", by_name))
-    else:
-        listed = names if isinstance(names, Iterable) else [names]
-        if isinstance(names, str) or any(isinstance(name, str) for name in listed):
-            raise TypeError(
-                f"`names` must be one list of names per group, not {received(names)}. "
-                f"Pass names=group_names(optimizer.param_groups, model)."
-            )
-        own = list(names[index]) if index < len(names) else []
-    if len(own) < len(keys):
-        raise ValueError(
-            f"parameter {len(own)} of group {index} of the state dict has no name. "
-            f"Pass names=group_names(optimizer.param_groups, model)."
-        )
-    if len(own) > len(keys):
-        raise ValueError(
-            f"{own[len(keys)]!r} is one name too many for group {index} of the state "
-            f"dict, which has {len(keys)} parameters. Leave it out of `names`."
-        )
-    return own
-
-
-def _choose(
-    entries: dict[str, Entry], names: Iterable[str], argument: str
-) -> list[Entry]:
-    """Put all parameters into the order of ``names``, which names each once."""
-    chosen: dict[str, Entry] = {}
-    for name in names:
-        key = _key_in(entries, name)
-        if key is None:
-            raise ValueError(
-                f"{name!r} in `{argument}` names no parameter of the state dict. "
-                f"Correct it, or leave it out."
-            )
-        if key in chosen:
-            raise ValueError(
-                f"{name!r} stands in `{argument}` twice. Leave one of them out."
-            )
-        chosen[key] = entries[key]
-    missing = [entry for name, entry in entries.items() if name not in chosen]
-    if missing:
-        more = f", and so are {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(
-            f"{missing[0].label()} is missing in `{argument}`{more}. Add its name."
-        )
-    return list(chosen.values())
-
-
-def _key_in(entries: Mapping[str, Entry], name: str) -> str | None:
-    # What a parametrization made several of goes by names of its own.
-    both = (canonical_name(name), without_wrappers(name))
-    return next((key for key in both if key in entries), None)
-
-
-def _records(
-    state_dict: StateDict, groups: Sequence[tuple[Hyper, Sequence[Entry]]]
-) -> dict[str, Any]:
-    """Record what part of its group's decay each parameter has, where known."""
-    if RECORD not in state_dict and not all(
-        hyper["weight_decay"] and entry.form for hyper, mine in groups for entry in mine
-    ):
-        return {}
-    return {
-        RECORD: [
-            [_record(entry, hyper["weight_decay"]) for entry in mine]
-            for hyper, mine in groups
-        ]
-    }
-
-
-def _record(entry: Entry, largest: Any) -> list[Any]:
-    multiplier = entry.multiplier
-    if entry.hyper["weight_decay"] != largest:
-        # To 15 digits, so that 0.01 of 0.1 is the 0.1 that a policy says.
-        multiplier = float(f"{float(entry.wd) / float(largest):.15g}")
-    return [multiplier, entry.form, *([entry.begin] if entry.begin else [])]
-
-
-def _write(
-    state_dict: StateDict, groups: Sequence[tuple[Hyper, Sequence[Entry]]]
-) -> StateDict:
-    """Put a state dict together: these groups, and the state of their parameters.
-
-    Dicts and lists are new, tensors and what else ``state_dict`` holds are shared.
-    """
-    entries = list(chain.from_iterable(mine for _, mine in groups))
-    numbers = count()
-    # torch numbers parameters through all groups; DCP's names stay.
-    keys = {e.key: e.key if isinstance(e.key, str) else next(numbers) for e in entries}
-    state = {
-        keys.get(key, key): dict(own) if isinstance(own, dict) else own
-        for key, own in state_dict["state"].items()
-    }
-    named = any("param_names" in group for group in state_dict["param_groups"])
-    packed = [
-        {
-            **hyper,
-            "params": [keys[entry.key] for entry in mine],
-            **({"param_names": [entry.name for entry in mine]} if named else {}),
-        }
-        for hyper, mine in groups
-    ]
-    # What parts of other groups kept for themselves fits no group of these.
-    left = (RECORD, PARTS)
-    others = {key: value for key, value in state_dict.items() if key not in left}
-    return {**others, "state": state, "param_groups": packed}
 
 
 def group_names(
-    param_groups: Iterable[Mapping[str, Any]], model: nn.Module | Sequence[nn.Module]
+    param_groups: Iterable[Mapping[str, Any]],
+    model: nn.Module | Sequence[nn.Module],
+    *,
+    missing_ok: bool = False,
 ) -> list[list[str]]:
     """Name the parameters of every group, for a state dict saved without names.
 
     Args:
         param_groups: ``optimizer.param_groups``, or the groups given to a constructor.
         model: The module, or modules, that the parameters live in.
+        missing_ok: Give parameters that have left the model names of no parameter.
 
     Returns:
         Canonical names, group by group; where a parametrization made several
@@ -224,9 +72,7 @@ def group_names(
         TypeError: The arguments are no groups, or no modules.
         ValueError: A parameter is in none of the modules.
     """
-    named = [pair for m in as_modules(model) for pair in m.named_parameters()]
-    own = told_apart([name for name, _ in named])
-    names = {id(param): name for name, (_, param) in zip(own, named)}
+    names = {id(param): name for name, _, param in _named(model)}
     groups = param_groups if isinstance(param_groups, Iterable) else [param_groups]
     found: list[list[str]] = []
     for index, group in enumerate(groups):
@@ -237,14 +83,24 @@ def group_names(
             )
         found.append([])
         for position, param in enumerate(group["params"]):
-            if id(param) not in names:
+            if id(param) not in names and not missing_ok:
                 raise ValueError(
                     f"parameter {position} of group {index} (shape "
                     f"{shape_text(param.shape)}) is in none of the modules given as "
                     f"`model`. Pass every module that holds parameters: [model, ...]."
                 )
-            found[-1].append(names[id(param)])
+            gone = f"(group {index}, parameter {position})"
+            found[-1].append(names.get(id(param), gone))
     return found
+
+
+def _named(model: Any) -> list[tuple[str, str, Tensor]]:
+    """List parameters by canonical name and by their own."""
+    named = [pair for m in as_modules(model) for pair in m.named_parameters()]
+    # Modules may share parameters.
+    own = {id(param): (without_wrappers(name), param) for name, param in named}
+    told = told_apart([name for name, _ in own.values()])
+    return [(name, *pair) for name, pair in zip(told, own.values())]
 
 
 def merge_groups(
@@ -290,8 +146,8 @@ def merge_groups(
         >>> group["param_names"], group["weight_decay"]
         (['weight', 'bias'], 0.1)
     """
-    entries = _read(state_dict, names)
-    ordered = entries.values() if order is None else _choose(entries, order, "order")
+    entries = read(state_dict, names)
+    ordered = entries.values() if order is None else choose(entries, order, "order")
     apart = [by] if isinstance(by, str) else list(by)
     together: list[tuple[list[Any], list[Entry]]] = []
     for entry in ordered:
@@ -303,8 +159,8 @@ def merge_groups(
         mine.append(entry)
     keys = "".join(f"{key!r}, " for key in apart)
     way_out = f"Keep such groups apart: by=[{keys}{{!r}}]."
-    groups = [(_merged(mine, way_out), mine) for _, mine in together]
-    return _write(state_dict, groups) | _records(state_dict, groups)
+    groups = [(merged(mine, way_out), mine) for _, mine in together]
+    return write(state_dict, groups) | recorded(state_dict, groups)
 
 
 def split_groups(
@@ -342,52 +198,257 @@ def split_groups(
     """
     wanted = [dict(group) for group in groups]
     listed = [list(group.pop("params")) for group in wanted]
-    entries = _read(state_dict, names)
-    chosen = iter(_choose(entries, chain.from_iterable(listed), "groups"))
+    entries = read(state_dict, names)
+    chosen = iter(choose(entries, chain.from_iterable(listed), "groups"))
     parts = [list(islice(chosen, len(part))) for part in listed]
     # A group without parameters takes its hyperparameters from any.
     anyone = list(entries.values())[:1]
     pairs = zip(wanted, parts, strict=True)
-    return _write(state_dict, [(_split(p or anyone, own), p) for own, p in pairs])
-
-
-def _merged(entries: Sequence[Entry], way_out: str) -> Hyper:
-    hypers = [entry.hyper for entry in entries]
-    _require_agreement(entries, hypers, ["weight_decay"], way_out)
-    largest = max((hyper["weight_decay"] for hyper in hypers), key=float)
-    return {**hypers[0], "weight_decay": largest}
+    split = write(state_dict, [(_split(p or anyone, own), p) for own, p in pairs])
+    split.pop(PARTS, None)  # each in a group of its own now
+    return split
 
 
 def _split(entries: Sequence[Entry], own: Hyper) -> Hyper:
-    hypers = [{**entry.hyper, "weight_decay": entry.wd} for entry in entries]
+    hypers = [{**e.hyper, **(e.apart or {}), "weight_decay": e.wd} for e in entries]
     way_out = "Make it two groups, or set {!r} in this one."
-    _require_agreement(entries, hypers, own, way_out)
+    require_agreement(entries, hypers, own, way_out)
     hyper = {**hypers[0], **own}
-    form = _form_of(hyper)
+    form = form_of(hyper)
     for entry in entries if hyper["weight_decay"] and form else ():
-        target = entry.begin.get("target")
-        if entry.multiplier and (entry.form != form or target):
+        multiplier, own_form, *begin = entry.record
+        target = begin[0].get("target") if begin else None
+        if multiplier and (own_form != form or target):
             towards = f" towards {target!r}" if target else ""
             raise ValueError(
-                f"{entry.label()} decays in form {entry.form!r}{towards}, and torch "
+                f"{entry.label()} decays in form {own_form!r}{towards}, and torch "
                 f"gives its group form {form!r}. If it is to change, set weight_decay "
                 f"in every group and del state_dict['decay'] first."
             )
     return hyper
 
 
-def _require_agreement(
-    entries: Sequence[Entry],
-    hypers: Sequence[Hyper],
-    free: Iterable[str],
-    way_out: str,
-) -> None:
-    """Check that parameters that come together differ in nothing but what is free."""
-    first, own = entries[0], hypers[0]
-    for entry, hyper in zip(entries, hypers, strict=True):
-        for key in [key for key in {**own, **hyper} if key not in free]:
-            if (mine := own.get(key)) != (other := hyper.get(key)):
-                raise ValueError(
-                    f"{key!r} is {mine} for {first.label()} and {other} for "
-                    f"{entry.label()}, but one group has one. {way_out.format(key)}"
-                )
+SHOWN = 5  # names that a line of ``Fit`` gives
+# Entries that torch's classes begin at 0, and so can begin for new rows alone. Others,
+# such as an average of weights, cannot.
+MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer"}
+MOMENTS |= {"square_avg", "grad_avg", "acc_delta", "sum", "prev", "init"}
+SEVERAL = (
+    "Pass the new optimizer, whose groups and {!r} count: fit(state_dict, optimizer)."
+)
+OLD_NAMES = (
+    "Pass names=group_names(old_optimizer.param_groups, old_model).",
+    "Pass names=[n for n, _ in old_model.named_parameters()].",
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A state dict for a changed model; ``print`` tells what became of the old one.
+
+    Args:
+        state_dict: What to load into the new optimizer.
+        kept: Parameters whose state stays as it was.
+        resized: Parameters of which one dimension changed: the state of its leading
+            part stays, moments of the rest are 0, and the tensor's one step counter
+            goes on.
+        new: Parameters that begin without state.
+        dropped: Old parameters whose state is left out.
+    """
+
+    state_dict: StateDict = field(repr=False)
+    kept: list[str]
+    resized: list[str]
+    new: list[str]
+    dropped: list[str]
+
+    def __str__(self) -> str:
+        lines = [("kept", f"{len(self.kept)}", "")]
+        for fate in ("resized", "new", "dropped"):
+            names = getattr(self, fate)
+            told = ", ".join([*names[:SHOWN], *(["..."] if names[SHOWN:] else [])])
+            if names and fate == "resized":
+                told += "; what was added has moments of 0 and shares the step counter"
+            lines.append((fate, f"{len(names)}", told))
+        return "\n".join(aligned(lines, right=[1]))
+
+
+class Place(NamedTuple):
+    """A parameter of the changed model, and what its new optimizer records of it."""
+
+    name: str
+    key: str  # in state dicts of torch.distributed.checkpoint
+    param: Tensor
+    record: Sequence[Any] = ()
+
+
+def fit(
+    state_dict: StateDict,
+    model: nn.Module | Sequence[nn.Module] | Optimizer,
+    names: Sequence[str] | Names | None = None,
+) -> Fit:
+    """Keep, by name, what still fits of the state saved for a model that has changed.
+
+    Layers may have come, gone or moved, vocabularies and heads grown or shrunk, parts
+    been frozen or unfrozen. A parameter without a counterpart begins anew.
+
+    Args:
+        state_dict: Of an optimizer of this library, of torch, or of any class; with
+            any groups. It stays as it is.
+        model: The changed model, for an optimizer with one group over
+            ``model.parameters()`` and the hyperparameters of the state dict. Or the
+            new optimizer: then groups and hyperparameters are its own, and what its
+            class counts in its groups goes on.
+        names: Names of the parameters in the order that was saved, where the state
+            dict has none: one list per group, or names where it has one group. They
+            go before those of the state dict: where layers were renumbered, give the
+            old parameters their names in ``model``, as ``group_names(
+            old_optimizer.param_groups, model, missing_ok=True)`` reads them from a
+            model that was changed in place.
+
+    Returns:
+        The state dict to load, and what became of each parameter.
+
+    Raises:
+        TypeError: ``model`` is neither, or ``names`` is one list for several groups.
+        ValueError: A parameter has no name or one that is not its own; no name is in
+            both; or groups that become one differ in more than ``weight_decay``.
+
+    Example:
+        >>> import torch
+        >>> old, new = torch.nn.Linear(2, 3), torch.nn.Linear(2, 5)
+        >>> optimizer = torch.optim.SGD(old.parameters(), momentum=0.9)
+        >>> old(torch.ones(2)).sum().backward()
+        >>> optimizer.step()
+        >>> fitted = fit(optimizer.state_dict(), new, names=["weight", "bias"])
+        >>> print(fitted.resized, fitted.state_dict["state"][1]["momentum_buffer"])
+        ['weight', 'bias'] tensor([1., 1., 1., 0., 0.])
+    """
+    require_dict(state_dict)
+    require_whole(state_dict)
+    single = len(state_dict["param_groups"]) == 1
+    flat = single and names and all(isinstance(name, str) for name in names)
+    per_group: Any = [names] if flat else names
+    old = read(state_dict, per_group, OLD_NAMES[single])
+    by_name = any(isinstance(entry.key, str) for entry in old.values())
+    optimizer = model if isinstance(model, Optimizer) else None
+    fates: dict[str, list[str]] = {"kept": [], "resized": [], "new": []}
+    groups: list[tuple[Hyper, list[Entry]]] = []
+    for hyper, places in _places(model):
+        groups.append((hyper, []))
+        for place in places:
+            fate, entry = _fitted(place, old.get(place.name))
+            fates[fate].append(place.name)
+            key = place.key if by_name else 0
+            groups[-1][1].append(replace(entry, name=place.name, key=key))
+    going_on = {*fates["kept"], *fates["resized"]}
+    dropped = [name for name in old if name not in going_on]
+    if not going_on:
+        first = next(iter(old), "")
+        near = get_close_matches(first, fates["new"], n=1, cutoff=0.0) or ["..."]
+        raise ValueError(
+            f"none of the {len(old)} parameters of the state dict, {first!r} among "
+            f"them, is in the model. Pass names=[...] that say what each is called "
+            f"there, as {near[0]!r}."
+        )
+    written, decided = [], []
+    for hyper, mine in groups:
+        fitted = [entry for entry in mine if entry.hyper]
+        own = (
+            _counted(optimizer, hyper, fitted) if optimizer else merged(fitted, SEVERAL)
+        )
+        written.append(({**hyper, **own}, mine))
+        # Of the old groups: an optimizer may have another decay by now.
+        decays = [entry.hyper["weight_decay"] for entry in fitted]
+        decided.append(({"weight_decay": max(decays, key=float, default=1.0)}, mine))
+    whole = write(state_dict, written) | recorded(state_dict, decided)
+    return Fit(whole, **fates, dropped=dropped)
+
+
+def _places(model: Any) -> list[tuple[Hyper, list[Place]]]:
+    """List the groups that a state dict must fit, and who is in each."""
+    if not isinstance(model, Optimizer):
+        return [({}, [Place(name, raw, param) for name, raw, param in _named(model)])]
+    saved, groups = model.state_dict(), model.param_groups
+    names = [name for group in groups for name in group.get("param_names", ())]
+    if hasattr(model, "decay_report"):
+        names = [row.name for row in model.decay_report().rows]
+    params = [param for group in groups for param in group["params"]]
+    if len(names) < len(params) or None in names:
+        raise ValueError(
+            f"the new {type(model).__name__} knows no names of its {len(params)} "
+            f"parameters. Make it of model.named_parameters(), or pass the model."
+        )
+    raw = map(without_wrappers, names)
+    records = chain(*saved.get(RECORD, [[()] * len(params)]))
+    places = map(Place, told_apart(names), raw, params, records)
+    return [
+        ({k: v for k, v in group.items() if k not in MEMBERS}, list(own))
+        for group in saved["param_groups"]
+        for own in [islice(places, len(group["params"]))]
+    ]
+
+
+def _fitted(place: Place, entry: Entry | None) -> tuple[str, Entry]:
+    """Tell what becomes of a parameter, and what goes on for it."""
+    new = Entry(place.name, place.key, record=place.record)
+    if entry is None:
+        return "new", new
+    shape = place.param.shape
+    state = dict(entry.state) if isinstance(entry.state, Mapping) else {}
+    begin, begin_here = dict(*entry.record[2:]), dict(*place.record[2:])
+    begin.update({key: begin_here[key] for key in ("lr0",) if key in begin_here})
+    dims = _changed_dims({**state, **begin}, shape)
+    if dims is None:
+        return "new", new
+    for dim, values in product(dims, (state, begin)):
+        for key in MOMENTS & values.keys():
+            saved = values[key]
+            # A new row decays towards what it is now.
+            whole = (
+                place.param.detach().clone()
+                if key == "init"
+                else saved.new_zeros(shape)
+            )
+            kept = min(saved.shape[dim], shape[dim])
+            whole.narrow(dim, 0, kept).copy_(saved.narrow(dim, 0, kept))
+            values[key] = whole
+    record = [*entry.record[:2], *([begin] if begin else [])]
+    fate = "resized" if dims else "kept"
+    return fate, replace(entry, state=state or entry.state, record=record)
+
+
+def _changed_dims(values: Mapping[str, Any], shape: torch.Size) -> list[int] | None:
+    """Tell the dimension in which a parameter's state has another size, if any.
+
+    ``None``: it fits not at all, or nobody knows what its new rows begin with.
+    """
+    tensors = {k: v for k, v in values.items() if isinstance(v, Tensor) and k != "step"}
+    like = {k: v.shape for k, v in tensors.items() if v.ndim == len(shape)}
+    if not like:  # nothing, or sums over rows and columns, as of Adafactor
+        sizes = {size for value in tensors.values() for size in value.shape}
+        return [] if sizes <= {1, *shape} and MOMENTS.isdisjoint(tensors) else None
+    saved = tuple(map(max, zip(*like.values())))
+    if shape in like.values() or saved == shape:
+        return []
+    others = [value for key, value in tensors.items() if key not in like]
+    plain = MOMENTS.issuperset(like) and all(value.numel() == 1 for value in others)
+    changed = [dim for dim, size in enumerate(shape) if saved[dim] != size]
+    return changed if plain and len(changed) == 1 else None
+
+
+def _counted(optimizer: Optimizer, hyper: Hyper, entries: Sequence[Entry]) -> Hyper:
+    """Take what a class counts in its groups, as Prodigy the size of its steps."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    classes = type(optimizer).__mro__
+    arguments = {name for cls in classes for name in signature(cls).parameters}
+    # What a user or a scheduler has written stays, too.
+    taken = arguments | (hyper.keys() - optimizer.defaults.keys())
+    own = [
+        {k: v for k, v in e.hyper.items() if k not in taken and not k.endswith("_lr")}
+        for e in entries
+    ]
+    if own:
+        require_agreement(entries, own, (), "Make it two groups of the new optimizer.")
+    return own[0] if own else {}

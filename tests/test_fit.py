@@ -1,0 +1,491 @@
+"""State that survives a changed model: what goes on is what torch would have done."""
+
+import copy
+import zlib
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+import selective_optim
+from selective_optim import AdamW, policies, selective
+from selective_optim.checkpoint import fit, group_names
+from tests.support.compare import assert_same
+from tests.support.resuming import through_file
+from tests.test_any_class import Counting
+
+FIRST, SECOND = range(1, 4), range(4, 8)
+POLICY = "no_bias_norm"
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.qkv = nn.Linear(8, 24)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+
+class ViT(nn.Module):
+    def __init__(self, classes=3, depth=3):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.randn(1, 1, 8))
+        self.patch_embed = nn.Conv2d(3, 8, 2)
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, classes)
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, tokens=11):
+        super().__init__()
+        self.embed = nn.Embedding(tokens, 8)
+        self.blocks = nn.ModuleList([Block()])
+        self.lm_head = nn.Linear(8, tokens, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+
+# Surgeries change a model in place, and tell the old names of renamed parameters.
+
+
+def resized(layer, **sizes):
+    """Make a layer of another size that begins with the old weights."""
+    arguments = {"bias": layer.bias is not None} if hasattr(layer, "bias") else {}
+    names = {nn.Linear: ("in_features", "out_features")}
+    default = names.get(type(layer), ("num_embeddings", "embedding_dim"))
+    wanted = {name: sizes.get(name, getattr(layer, name)) for name in default}
+    new = type(layer)(**wanted, **arguments)
+    with torch.no_grad():
+        for name, param in new.named_parameters():
+            old = getattr(layer, name)
+            leading(param, old.shape).copy_(leading(old, param.shape))
+    return new
+
+
+def leading(tensor, shape):
+    return tensor[tuple(slice(0, size) for size in shape)]
+
+
+def more_classes(model):
+    model.head = resized(model.head, out_features=5)
+    return {}
+
+
+def fewer_classes(model):
+    model.head = resized(model.head, out_features=2)
+    return {}
+
+
+def more_tokens(model):
+    model.embed = resized(model.embed, num_embeddings=14)
+    model.lm_head = nn.Linear(8, 14, bias=False)
+    model.lm_head.weight = model.embed.weight
+    return {}
+
+
+def layer_pruned(model):
+    del model.blocks[1]
+    return {
+        name: name.replace("blocks.1", "blocks.2")
+        for name, _ in model.named_parameters()
+        if name.startswith("blocks.1")
+    }
+
+
+def layer_added(model):
+    model.blocks.append(Block())
+    return {}
+
+
+def reordered(model):
+    for name in ("blocks", "patch_embed"):
+        module = getattr(model, name)
+        delattr(model, name)
+        setattr(model, name, module)
+    return {}
+
+
+SURGERIES = {
+    "more classes": (ViT, more_classes, ("head.weight", "head.bias"), 0),
+    "fewer classes": (ViT, fewer_classes, ("head.weight", "head.bias"), 0),
+    "more tokens": (LanguageModel, more_tokens, ("embed.weight",), 0),
+    "layer pruned": (ViT, layer_pruned, (), 0),
+    "layer added": (ViT, layer_added, (), 8),
+    "reordered": (ViT, reordered, (), 0),
+}
+# torch's default on the CPU, in which an element's bits are those of any shape.
+PLAIN = {"foreach": False, "fused": False}
+ARGUMENTS = {
+    "sgd": ("SGD", {"lr": 0.1, "momentum": 0.9, **PLAIN}),
+    "adam": ("Adam", {"lr": 0.01, "amsgrad": True, **PLAIN}),
+    "adamw": ("AdamW", {"lr": 0.01, **PLAIN}),
+}
+
+
+def torch_s(kind, params, **more):
+    name, arguments = ARGUMENTS[kind]
+    return getattr(torch.optim, name)(params, **arguments, **more)
+
+
+def ours(kind, params, **more):
+    name, arguments = ARGUMENTS[kind]
+    more = {"weight_decay": 0.1, "wd_policy": POLICY, **more}
+    return getattr(selective_optim, name)(params, **arguments, **more)
+
+
+def hand_split(model, named=False):
+    """Groups as users write them: vectors are exempt."""
+    pairs = list(model.named_parameters())
+    parts = [
+        [pair for pair in pairs if (pair[1].ndim > 1) is big] for big in (True, False)
+    ]
+    return [
+        {"params": own if named else [p for _, p in own], "weight_decay": wd}
+        for own, wd in zip(parts, (0.1, 0.0))
+    ]
+
+
+def train(model, optimizer, steps, old_names=None, shapes=None):
+    """Step on gradients of name and step; of what was resized the leading part."""
+    for step in steps:
+        for name, param in model.named_parameters():
+            old = (old_names or {}).get(name, name)
+            torch.manual_seed(zlib.crc32(f"{old} {step}".encode()))
+            shape = (shapes or {}).get(old, param.shape)
+            grad = torch.randn(shape)
+            param.grad = torch.randn(param.shape)
+            leading(param.grad, shape).copy_(leading(grad, param.shape))
+        optimizer.step()
+
+
+def state_of(optimizer, param):
+    return dict(optimizer.state[param]) if optimizer.state.get(param) else {}
+
+
+def assert_goes_on(model, optimizer, whole, whole_optimizer, old_names):
+    """Compare with the model that nothing was done to, as far as both reach."""
+    params = dict(whole.named_parameters())
+    compared = 0
+    for name, param in model.named_parameters():
+        other = params.get(old_names.get(name, name))
+        if other is None:
+            continue
+        mine, theirs = state_of(optimizer, param), state_of(whole_optimizer, other)
+        assert mine.keys() == theirs.keys()
+        pairs = [(param, other), *((mine[key], theirs[key]) for key in theirs)]
+        for actual, expected in pairs:
+            shape = [min(each) for each in zip(actual.shape, expected.shape)]
+            alike = leading(actual, shape), leading(expected, shape)
+            assert_same(*alike, strides=False, where=name)
+        compared += 1
+    return compared
+
+
+def old_run(case, made):
+    torch.manual_seed(0)
+    model = SURGERIES[case][0]()
+    optimizer = made(model)
+    train(model, optimizer, FIRST)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("kind", ARGUMENTS)
+@pytest.mark.parametrize("case", SURGERIES)
+def test_training_goes_on_as_without_the_surgery(case, kind):
+    _, surgery, changed, fresh = SURGERIES[case]
+    model, old = old_run(case, lambda model: torch_s(kind, hand_split(model)))
+    whole, whole_optimizer = copy.deepcopy((model, old))
+    shapes = {name: param.shape for name, param in model.named_parameters()}
+    names = group_names(old.param_groups, model)
+    old_names = surgery(model)
+    if old_names:
+        names = group_names(old.param_groups, model, missing_ok=True)
+
+    fitted = fit(through_file(old.state_dict()), model, names)
+    new = ours(kind, model.parameters())
+    new.load_state_dict(fitted.state_dict)
+
+    train(whole, whole_optimizer, SECOND)
+    train(model, new, SECOND, old_names, shapes)
+    count = assert_goes_on(model, new, whole, whole_optimizer, old_names)
+    assert fitted.resized == list(changed)
+    assert len(fitted.new) == fresh
+    assert count == len(fitted.kept) + len(fitted.resized)
+    assert count + fresh == len(list(model.parameters()))
+
+
+def head_only(model):
+    return [(n, p) for n, p in model.named_parameters() if n.startswith("head")]
+
+
+def test_unfrozen_backbone_begins_anew_beside_a_head_that_goes_on():
+    torch.manual_seed(0)
+    model = ViT()
+    old = torch_s("adamw", head_only(model), weight_decay=0.1)
+    train(model, old, FIRST)
+    whole, head = copy.deepcopy((model, old))
+
+    new = ours("adamw", model.parameters(), wd_policy=None)
+    fitted = fit(old.state_dict(), new)
+    new.load_state_dict(fitted.state_dict)
+
+    backbone = [p for n, p in whole.named_parameters() if not n.startswith("head")]
+    fresh = torch_s("adamw", backbone, weight_decay=0.1)
+    train(model, new, SECOND)
+    for step in SECOND:
+        train(whole, head, [step])
+        fresh.step()
+    assert fitted.kept == ["head.weight", "head.bias"]
+    assert fitted.new == [n for n, _ in model.named_parameters() if "head" not in n]
+    assert_same(model, whole)
+    states = [*fresh.state.values(), *head.state.values()]
+    assert_same([state_of(new, p) for p in model.parameters()], states)
+
+
+def test_frozen_backbone_leaves_the_head_what_it_had():
+    model, old = old_run("more classes", lambda m: ours("adamw", m.named_parameters()))
+    whole, whole_optimizer = copy.deepcopy((model, old))
+    for param in model.parameters():
+        param.requires_grad_(False)
+    model.head.requires_grad_()
+    new = torch_s(
+        "adamw",
+        [
+            {"params": [pair], "weight_decay": wd}
+            for pair, wd in zip(head_only(model), (0.1, 0.0))
+        ],
+    )
+
+    fitted = fit(old.state_dict(), new)
+    new.load_state_dict(fitted.state_dict)
+
+    train(whole, whole_optimizer, SECOND)
+    train(model, new, SECOND)
+    assert_same(model.head, whole.head)
+    assert fitted.kept == ["head.weight", "head.bias"]
+    assert len(fitted.dropped) == len(list(model.parameters())) - 2
+
+
+# Where state dicts come from, and where they go
+
+
+def by_torch_unnamed(model):
+    return torch_s("adamw", hand_split(model))
+
+
+def by_torch(model):
+    return torch_s("adamw", hand_split(model, named=True))
+
+
+def by_torch_in_one(model):
+    return torch_s("adamw", model.parameters(), weight_decay=0.1)
+
+
+def by_us(model):
+    return ours("adamw", model.named_parameters())
+
+
+def by_us_unnamed(model):
+    return ours("adamw", model.parameters())
+
+
+def by_layers(model):
+    return ours(
+        "adamw", selective_optim.layerwise_groups(model, 0.01, 1.0), model=model
+    )
+
+
+def through_dcp(model, optimizer):
+    return get_optimizer_state_dict(model, optimizer)
+
+
+SOURCES = {
+    "torch, hand-split": (
+        by_torch_unnamed,
+        lambda m, o: group_names(o.param_groups, m),
+    ),
+    "torch, named": (by_torch, lambda m, o: None),
+    "torch, one group": (
+        by_torch_in_one,
+        lambda m, o: [n for n, _ in m.named_parameters()],
+    ),
+    "ours": (by_us, lambda m, o: None),
+    "ours, unnamed": (by_us_unnamed, lambda m, o: [n for n, _ in m.named_parameters()]),
+    "ours, by layers": (by_layers, lambda m, o: group_names(o.param_groups, m)),
+}
+TARGETS = [by_torch, by_us, by_us_unnamed, by_layers]
+
+
+# One group of torch's decayed everything, which is another policy.
+@pytest.mark.filterwarnings("ignore:the loaded checkpoint was made with another")
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_any_groups_fit_those_of_the_new_optimizer(source, target):
+    made, names_of = SOURCES[source]
+    model, old = old_run("more classes", made)
+    names = names_of(model, old)
+    moments = {n: state_of(old, p) for n, p in model.named_parameters()}
+    more_classes(model)
+    new = target(model)
+    groups = copy.deepcopy(new.state_dict()["param_groups"])
+
+    fitted = fit(through_file(old.state_dict()), new, names)
+    new.load_state_dict(fitted.state_dict)
+
+    for name, param in model.named_parameters():
+        for key, value in state_of(new, param).items():
+            saved = moments[name][key]
+            assert_same(leading(value, saved.shape), saved, strides=False)
+            assert value.numel() == saved.numel() or not value[3:].any()
+    assert_same(without_names(new.state_dict()["param_groups"]), without_names(groups))
+
+
+def without_names(groups):
+    return [{k: v for k, v in g.items() if k != "param_names"} for g in groups]
+
+
+def test_state_dict_by_name_stays_one_by_name():
+    model, old = old_run("layer added", by_us)
+    saved = through_dcp(model, old)
+    layer_added(model)
+
+    fitted = fit(saved, model)
+    new = ours("adamw", model.parameters())
+    # torch asks for that where a parameter is new.
+    options = StateDictOptions(strict=False)
+    set_optimizer_state_dict(model, new, fitted.state_dict, options=options)
+
+    names = [name for name, _ in model.named_parameters()]
+    assert fitted.state_dict["param_groups"][0]["params"] == names
+    for name in fitted.kept:
+        actual = state_of(new, model.get_parameter(name))
+        assert_same(actual, saved["state"][name], strides=False)
+    assert not any(state_of(new, model.get_parameter(name)) for name in fitted.new)
+
+
+# Classes that keep values of their own in groups
+
+
+def counting(model):
+    return selective(Counting)(model.named_parameters(), 0.1, 0.1, wd_policy=POLICY)
+
+
+def kept_by_parts(optimizer):
+    """Name what each part keeps for itself, by the parameters in it."""
+    saved = optimizer.state_dict()
+    [group], [parts] = saved["param_groups"], saved["parts"]
+    return {
+        frozenset(group["param_names"][i] for i in part["positions"]): [
+            (group | part)[key] for key in ("gamma", "pair")
+        ]
+        for part in parts
+    }
+
+
+@pytest.mark.parametrize("target", ["model", "optimizer"])
+def test_what_a_class_keeps_for_each_decay_goes_on(target):
+    model, old = old_run("reordered", counting)
+    parts, saved = kept_by_parts(old), old.state_dict()
+    reordered(model)
+
+    new = counting(model)
+    fitted = fit(through_file(saved), {"model": model, "optimizer": new}[target])
+    new.load_state_dict(fitted.state_dict)
+
+    assert len(parts) == 2
+    assert kept_by_parts(new) == parts
+    [group], [before] = new.param_groups, saved["param_groups"]
+    assert [group[key] for key in ("k", "step", "span")] == [
+        before[key] for key in ("k", "step", "span")
+    ]
+    train(model, new, [9])
+    assert new.param_groups[0]["k"] == len(FIRST) + 1
+
+
+def test_new_parameters_join_the_part_of_their_decay():
+    model, old = old_run("layer added", counting)
+    gammas = sorted(kept_by_parts(old).values())
+    layer_added(model)
+    new = counting(model)
+    new.load_state_dict(fit(old.state_dict(), new).state_dict)
+
+    assert sorted(kept_by_parts(new).values()) == gammas
+
+
+def test_values_of_the_new_optimizer_stay_but_for_what_the_class_counts():
+    model, old = old_run("reordered", lambda m: Counting(m.named_parameters(), 0.1))
+    old.param_groups[0] |= {"initial_lr": 0.5, "max_lr": 0.5}
+    new = Counting(model.named_parameters(), 0.01, 0.3)
+    new.param_groups[0] |= {"tag": "mine", "initial_lr": 0.01}
+
+    [group] = fit(old.state_dict(), new).state_dict["param_groups"]
+
+    counted = {key: old.param_groups[0][key] for key in ("k", "step", "gamma", "span")}
+    own = {"lr": 0.01, "weight_decay": 0.3, "tag": "mine", "initial_lr": 0.01}
+    assert {key: group[key] for key in (counted | own)} == counted | own
+    assert "max_lr" not in group
+
+
+# Shapes that say more or less than the first dimension
+
+
+def state_dict_of(name, **entries):
+    group = {"params": [0], "param_names": [name], "lr": 0.1, "weight_decay": 0.1}
+    return {
+        "state": {0: {"step": torch.tensor(5.0), **entries}},
+        "param_groups": [group],
+    }
+
+
+def zeros(*shape):
+    return torch.ones(shape)
+
+
+SHAPES = {
+    "the same": ({"exp_avg": (4, 3)}, "kept"),
+    "more columns": ({"exp_avg": (4, 2)}, "resized"),
+    "both dimensions": ({"exp_avg": (2, 2)}, "new"),
+    "another rank": ({"exp_avg": (12,)}, "new"),
+    "a scalar before": ({"exp_avg": ()}, "new"),
+    "nothing but a counter": ({}, "kept"),
+    "rows and columns, as torch's Adafactor": (
+        {"row_var": (4, 1), "col_var": (1, 3)},
+        "kept",
+    ),
+    "other columns": ({"row_var": (4, 1), "col_var": (1, 2)}, "new"),
+    "sums, as transformers' Adafactor": (
+        {"exp_avg_sq_row": (4,), "exp_avg_sq_col": (3,)},
+        "kept",
+    ),
+    "other sums": ({"exp_avg_sq_row": (2,), "exp_avg_sq_col": (3,)}, "new"),
+    "blocks beside it, as bitsandbytes": ({"state1": (4, 3), "absmax1": (7,)}, "kept"),
+    "other blocks": ({"state1": (2, 3), "absmax1": (7,)}, "new"),
+    "moments and a table": ({"exp_avg": (2, 3), "qmap": (256,)}, "new"),
+    "an average of weights": ({"z": (2, 3), "exp_avg": (2, 3)}, "new"),
+    "one number for the tensor": ({"exp_avg": (2, 3), "mu_product": ()}, "resized"),
+}
+
+
+@pytest.mark.parametrize(("entries", "fate"), SHAPES.values(), ids=SHAPES)
+def test_state_fits_by_its_shapes(entries, fate):
+    model = nn.Module()
+    model.weight, model.other = nn.Parameter(zeros(4, 3)), nn.Parameter(zeros(2))
+    saved = state_dict_of(
+        "weight", **{k: zeros(*shape) for k, shape in entries.items()}
+    )
+    saved["param_groups"][0]["params"].append(1)
+    saved["param_groups"][0]["param_names"].append("other")
+    saved["state"][1] = {"exp_avg": zeros(2)}
+
+    fitted = fit(saved, model)
+
+    assert "weight" in getattr(fitted, fate)
+    assert fitted.dropped == ["weight"] * (fate == "new")
+    state = fitted.state_dict["state"]
+    assert (0 in state) is (fate != "new")
+    assert all(state[0]["step"] == 5 for _ in range(fate != "new"))
