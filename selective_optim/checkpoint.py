@@ -452,3 +452,59 @@ def _counted(optimizer: Optimizer, hyper: Hyper, entries: Sequence[Entry]) -> Hy
     if own:
         require_agreement(entries, own, (), "Make it two groups of the new optimizer.")
     return own[0] if own else {}
+
+
+def keep_hyperparameters(
+    optimizer: Optimizer, state_dict: StateDict, key: str, *keys: str
+) -> StateDict:
+    """Let hyperparameters of an optimizer win over those that a state dict brings.
+
+    ``load_state_dict`` takes all of them from the state dict, as torch's does. To
+    resume with another rate or decay, load what this returns.
+
+    Args:
+        optimizer: The one that is to load, with the values to keep in its groups.
+        state_dict: Of an optimizer with the same groups; stays as it is.
+        key: What to keep: ``"lr"``, with ``"initial_lr"`` and the rate by which
+            forms of decay divide, ``"weight_decay"`` or any other key of the groups.
+        *keys: Further ones.
+
+    Raises:
+        TypeError: The state dict is no dict.
+        ValueError: No group has the key, or the groups are others.
+
+    Example:
+        >>> import torch
+        >>> param = torch.nn.Parameter(torch.ones(2))
+        >>> saved = torch.optim.AdamW([param], lr=0.1, weight_decay=0.1).state_dict()
+        >>> optimizer = torch.optim.AdamW([param], lr=0.01, weight_decay=0.3)
+        >>> optimizer.load_state_dict(keep_hyperparameters(optimizer, saved, "lr"))
+        >>> [group] = optimizer.param_groups
+        >>> group["lr"], group["weight_decay"]
+        (0.01, 0.1)
+    """
+    require_dict(state_dict)
+    require_whole(state_dict)
+    saved, here = state_dict["param_groups"], optimizer.param_groups
+    known = dict.fromkeys(chain.from_iterable(here))
+    for wanted in (key, *keys):
+        if wanted not in known:
+            near = get_close_matches(wanted, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"no group of this {type(optimizer).__name__} has {wanted!r}. "
+                f"Did you mean {near!r}?"
+            )
+    if [len(g["params"]) for g in saved] != [len(g["params"]) for g in here]:
+        raise ValueError(
+            f"the state dict has groups of {[len(g['params']) for g in saved]} "
+            f"parameters, and the optimizer of {[len(g['params']) for g in here]}. "
+            f"Load fit(state_dict, optimizer).state_dict, which keeps all "
+            f"hyperparameters of the optimizer."
+        )
+    kept = {key, *keys, *(["initial_lr"] if "lr" in (key, *keys) else [])}
+    groups = [
+        {k: v for k, v in old.items() if k not in kept}
+        | {k: v for k, v in new.items() if k in kept}
+        for old, new in zip(saved, here)
+    ]
+    return {**state_dict, "param_groups": groups}

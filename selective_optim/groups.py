@@ -5,20 +5,28 @@ They say nothing about decay: pass ``wd_policy`` to the optimizer for that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from itertools import accumulate
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from selective_optim._text import aligned
+from selective_optim._text import aligned, received, shape_text
 from selective_optim.parameters import ModelIndex, ParameterInfo, as_modules
 from selective_optim.policies.blocks import require_arguments
 from selective_optim.policies.layerwise import Distances
+from selective_optim.policies.named import parse
+from selective_optim.policies.selectors import Selector, as_selector
 
 Model = nn.Module | Sequence[nn.Module]
+NUMBER = re.compile(r"\d+")
 MANY_PLACES = 8  # of a group; a table with a hundred biases in a line is unreadable
 
 
@@ -158,18 +166,170 @@ def layerwise_groups(
     found: dict[int, list[ParameterInfo]] = {}
     for info in _infos(roots):
         found.setdefault(distances.of(info), []).append(info)
-    layers_up = sorted(found.items())
-    groups = [
-        {
-            "params": [info.parameter for info in held],
-            **({"lr": lr, "lr_scale": rate**n} if lr_scale else {"lr": lr * rate**n}),
-        }
-        for n, held in layers_up
-    ]
-    rows = [_row(n, info, lr * rate**n) for n, held in layers_up for info in held]
-    return RateGroups(groups, rows, "layer")
+    scales = [(n, rate**n, held) for n, held in sorted(found.items())]
+    if lr_scale:
+        entries = [(n, {"lr": lr, "lr_scale": by}, held) for n, by, held in scales]
+    else:
+        entries = [(n, {"lr": lr * by}, held) for n, by, held in scales]
+    return _listed("layer", entries, named=False)
 
 
-def _row(place: Any, info: ParameterInfo, lr: float | Tensor | None) -> GroupRow:
-    shape = info.parameter.shape if info.shape is None else info.shape
-    return GroupRow(place, info.name, shape, shape.numel(), lr)
+def _listed(
+    by: str,
+    entries: Iterable[tuple[Any, dict[str, Any], list[ParameterInfo]]],
+    named: bool = True,
+) -> RateGroups:
+    groups, rows = [], []
+    for place, hyper, held in entries:
+        groups.append({**hyper, "params": [info.parameter for info in held]})
+        if named:
+            groups[-1]["param_names"] = [info.telling_name for info in held]
+        lr = hyper["lr"] * hyper.get("lr_scale", 1) if "lr" in hyper else None
+        for info in held:
+            shape = _shape(info)
+            rows.append(GroupRow(place, info.name, shape, shape.numel(), lr))
+    return RateGroups(groups, rows, by)
+
+
+def _shape(info: ParameterInfo) -> torch.Size:
+    return info.parameter.shape if info.shape is None else info.shape
+
+
+def rate_groups(model: Model, rates: Mapping[Any, Any]) -> RateGroups:
+    """Make one parameter group per entry; the first key that matches takes a parameter.
+
+    Args:
+        model: Module or modules that hold the parameters.
+        rates: From selector to learning rate, or to a dict of hyperparameters. Keys
+            are selectors as in policies, or their text, as a YAML file holds it:
+            ``"backbone.*"``, ``"is_bias"``, ``"nn.LayerNorm & ~is_bias"``.
+
+    Returns:
+        The groups, with names, in the order of ``rates``; ``print`` shows which
+        parameters share one.
+
+    Raises:
+        TypeError: A key is no selector, or a value neither a rate nor a dict.
+        ValueError: A key gets no parameter, or a parameter no group.
+
+    Example:
+        >>> model = nn.ModuleDict({"body": nn.Linear(3, 2), "head": nn.Linear(2, 1)})
+        >>> print(rate_groups(model, {"body.*": 1e-5, "*": {"lr": 0.1, "eps": 1e-6}}))
+        selector     lr  tensors  elements  parameters
+        'body.*'  1e-05        2         8  body
+             '*'    0.1        2         3  head
+    """
+    infos = _infos(as_modules(model))
+    names = [name for info in infos for name in info.names]
+    selectors = [_selector(key, names) for key in rates]
+    held: list[list[ParameterInfo]] = [[] for _ in rates]
+    for info in infos:
+        place = next((i for i, s in enumerate(selectors) if s.matches(info)), None)
+        if place is None:
+            raise ValueError(
+                f"{info.describe(0)} is selected by no key of `rates`. "
+                f'Add a last entry for the rest: "*": 1e-3.'
+            )
+        held[place].append(info)
+    for selector in [s for s, own in zip(selectors, held) if not own]:
+        if any(map(selector.matches, infos)):
+            raise ValueError(
+                f"entries of `rates` before {selector!r} take all that it selects. "
+                f"Put it before them."
+            )
+        near = get_close_matches(repr(selector), names, n=3, cutoff=0.0)
+        raise ValueError(
+            f"{selector!r} in `rates` selects none of {len(infos)} parameters; the "
+            f"closest names are {', '.join(map(repr, near))}. Correct it, or leave it "
+            f"out."
+        )
+    hypers = [_hyper(key, value) for key, value in rates.items()]
+    return _listed("selector", zip(map(repr, selectors), hypers, held))
+
+
+def _selector(key: Any, names: Iterable[str]) -> Selector:
+    # A configuration holds text alone. A glob is no expression but for plain words.
+    if isinstance(key, str) and not any(fnmatchcase(name, key) for name in names):
+        with suppress(ValueError):
+            return next(iter(parse(f"exclude({key})").required))
+    return as_selector(key)
+
+
+def _hyper(key: Any, value: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (Real, Tensor)):
+        return {"lr": value}
+    raise TypeError(
+        f"`rates` at {key!r} must be a learning rate or a dict of hyperparameters, not "
+        f"{received(value)}. Write a number, in YAML with a point: 1.0e-5."
+    )
+
+
+def width_groups(model: Model, base_model: Model, lr: float | Tensor) -> RateGroups:
+    """Make one parameter group per width, with the rates of muP for Adam.
+
+    A matrix of which two dimensions differ from those of the base model learns at
+    ``lr`` over the ratio of its fan-in to the base's; all else learns at ``lr``. So
+    also do CompleteP's rates, of which those of alpha 1 do not depend on depth.
+
+    Weight decay follows as in ``mup.MuAdamW`` with
+    ``wd_policy=form("independent")`` and ``weight_decay=lr * wd``. Initial values and
+    the factor on what the model puts out are the model's own affair.
+
+    Args:
+        model: Module or modules that hold the parameters.
+        base_model: The same of the width, and if need be fewer layers, that ``lr``
+            was found for; its values are not read: make it under
+            ``torch.device("meta")``.
+        lr: Learning rate at the width of the base.
+
+    Returns:
+        The groups, with names; ``print`` shows which parameters share one.
+
+    Raises:
+        ValueError: A parameter has no counterpart in the base, or differs from it in
+            more than two dimensions.
+
+    Example:
+        >>> def mlp(width):
+        ...     return nn.Sequential(nn.Linear(3, width), nn.Linear(width, width))
+        >>> print(width_groups(mlp(8), mlp(4), lr=0.1))
+        width    lr  tensors  elements  parameters
+            1   0.1        3        40  0, 1.bias
+            2  0.05        1        64  1.weight
+
+    Source:
+        Yang et al. 2022, "Tensor Programs V", Table 8; ``MuAdam`` in mup 1.0.0. Dey et
+        al. 2025, "Don't be lazy: CompleteP", Table 1.
+    """
+    base: dict[str, set[torch.Size]] = {}
+    for info in _infos(as_modules(base_model)):
+        for name in info.names:
+            for key in (name, NUMBER.sub("*", name)):
+                base.setdefault(key, set()).add(_shape(info))
+    held: dict[float, list[ParameterInfo]] = {}
+    for info in _infos(as_modules(model)):
+        held.setdefault(_width(info, base), []).append(info)
+    entries = [(f"{w:g}", {"lr": lr / w}, infos) for w, infos in sorted(held.items())]
+    return _listed("width", entries)
+
+
+def _width(info: ParameterInfo, base: Mapping[str, set[torch.Size]]) -> float:
+    name, shape = info.name or "", _shape(info)
+    # A model with more layers has names that the base lacks.
+    shapes = base.get(name) or base.get(NUMBER.sub("*", name), set())
+    alike = [each for each in shapes if len(each) == len(shape)]
+    if len(alike) != 1:
+        raise ValueError(
+            f"{info.describe(0)} has no counterpart in `base_model`. Make that of the "
+            f"same class, with another width."
+        )
+    ratios = [size / of for size, of in zip(shape, alike[0]) if size != of]
+    if len(ratios) > 2:
+        raise ValueError(
+            f"{info.describe(0)} differs from `base_model` (shape "
+            f"{shape_text(alike[0])}) in {len(ratios)} dimensions, and muP knows two. "
+            f"Make that of the same class, with another width."
+        )
+    return ratios[-1] if len(ratios) == 2 else 1.0

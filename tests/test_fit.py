@@ -489,3 +489,238 @@ def test_state_fits_by_its_shapes(entries, fate):
     state = fitted.state_dict["state"]
     assert (0 in state) is (fate != "new")
     assert all(state[0]["step"] == 5 for _ in range(fate != "new"))
+
+
+# What was decided before the surgery
+
+
+def test_policy_that_changed_with_the_model_warns():
+    model, old = old_run("layer added", by_us)
+    layer_added(model)
+    new = ours("adamw", model.named_parameters(), wd_policy="no_bias")
+
+    fitted = fit(old.state_dict(), model)
+    with pytest.warns(UserWarning, match=r"'blocks\.0\.norm\.weight' was exempt"):
+        new.load_state_dict(fitted.state_dict)
+
+
+@pytest.mark.parametrize("target", [by_us, by_layers])
+def test_decay_that_changed_with_the_model_is_no_other_policy(target):
+    model, old = old_run("layer added", by_torch)
+    layer_added(model)
+    new = target(model)
+    for group in new.param_groups:
+        group["weight_decay"] = 0.3
+
+    new.load_state_dict(fit(old.state_dict(), new).state_dict)  # warnings are errors
+    assert {group["weight_decay"] for group in new.param_groups} == {0.3}
+
+
+def l2_sp(model):
+    return ours("adamw", model.named_parameters(), wd_policy=policies.towards("init"))
+
+
+def test_new_rows_decay_towards_what_they_are_when_they_come():
+    model, old = old_run("more classes", l2_sp)
+    begun = {
+        entry[2]["init"].shape: entry[2]["init"]
+        for entry in old.state_dict()["decay"][0]
+    }
+    more_classes(model)
+    new = l2_sp(model)
+    now = model.head.weight.detach().clone()
+
+    new.load_state_dict(fit(old.state_dict(), new).state_dict)
+
+    record = new.state_dict()["decay"][0]
+    init = record[-2][2]["init"]
+    assert_same(init, torch.cat([begun[(3, 8)], now[3:]]))
+
+
+def independent(model, lr):
+    policy = policies.form("independent")
+    return AdamW(model.named_parameters(), lr, weight_decay=0.1, wd_policy=policy)
+
+
+@pytest.mark.parametrize(("given", "lr"), [("model", 0.1), ("optimizer", 0.02)])
+def test_rate_of_the_beginning_is_that_of_whose_rate_counts(given, lr):
+    model, old = old_run("layer added", lambda model: independent(model, 0.1))
+    layer_added(model)
+    new = independent(model, lr)
+
+    new.load_state_dict(
+        fit(old.state_dict(), {"model": model, "optimizer": new}[given]).state_dict
+    )
+
+    [record] = new.state_dict()["decay"]
+    assert all(entry[2] == {"lr0": lr} for entry in record)
+
+
+# What it tells
+
+
+def test_fit_prints_the_four_in_sum():
+    model, old = old_run("layer added", by_us)
+    layer_added(model)
+    model.head = resized(model.head, out_features=5)
+    del model.norm, model.cls_token
+
+    assert str(fit(old.state_dict(), model)).splitlines() == [
+        "kept     26",
+        "resized   2  head.weight, head.bias; what was added has moments of 0 and "
+        "shares the step counter",
+        "new       8  blocks.3.norm.weight, blocks.3.norm.bias, blocks.3.qkv.weight, "
+        "blocks.3.qkv.bias, blocks.3.mlp.0.weight, ...",
+        "dropped   3  cls_token, norm.weight, norm.bias",
+    ]
+
+
+def test_fit_leaves_its_input():
+    model, old = old_run("more classes", by_us)
+    saved = copy.deepcopy(old.state_dict())
+    before = copy.deepcopy(saved)
+    more_classes(model)
+    fitted = fit(saved, model).state_dict
+    fitted["state"][0]["step"] = torch.tensor(99.0)
+    fitted["param_groups"][0]["lr"] = 99.0
+    assert_same(saved, before)
+
+
+# Errors, each with its line to type
+
+
+def wrapped(model):
+    return nn.ModuleDict({"backbone": model})
+
+
+def two_rates(model):
+    groups = hand_split(model, named=True)
+    return torch_s("adamw", [groups[0], {**groups[1], "lr": 0.5}])
+
+
+ERRORS = {
+    "no names": (
+        by_torch_in_one,
+        lambda saved, model: fit(saved, model),
+        ValueError,
+        r"parameter 0 of group 0 of the state dict has no name\. Pass "
+        r"names=\[n for n, _ in old_model\.named_parameters\(\)\]\.",
+    ),
+    "no names of several groups": (
+        by_torch_unnamed,
+        lambda saved, model: fit(saved, model),
+        ValueError,
+        r"Pass names=group_names\(old_optimizer\.param_groups, old_model\)\.",
+    ),
+    "one list of names for several groups": (
+        by_torch_unnamed,
+        lambda saved, model: fit(
+            saved, model, [n for n, _ in model.named_parameters()]
+        ),
+        TypeError,
+        r"`names` must be one list of names per group.* Pass names=group_names\(old_",
+    ),
+    "other names": (
+        by_us,
+        lambda saved, model: fit(saved, wrapped(model)),
+        ValueError,
+        r"none of the 31 parameters of the state dict, 'cls_token' among them, is in "
+        r"the model\. Pass names=\[\.\.\.\] .*, as 'backbone\.cls_token'\.",
+    ),
+    "an optimizer without names": (
+        by_us,
+        lambda saved, model: fit(saved, by_torch_in_one(model)),
+        ValueError,
+        r"the new AdamW knows no names of its 31 parameters\. Make it of "
+        r"model\.named_parameters\(\), or pass the model\.",
+    ),
+    "two rates in one group": (
+        two_rates,
+        lambda saved, model: fit(saved, model),
+        ValueError,
+        r"'lr' is 0\.01 for .* and 0\.5 for .*\. Pass the new optimizer, whose "
+        r"groups and 'lr' count: fit\(state_dict, optimizer\)\.",
+    ),
+    "what a class counts differs": (
+        lambda model: apart(Counting(hand_split(model, named=True))),
+        lambda saved, model: fit(saved, Counting(model.named_parameters())),
+        ValueError,
+        r"'k' is 7 for .* and 0 for .*\. Make it two groups of the new optimizer\.",
+    ),
+    "no state dict": (
+        by_us,
+        lambda saved, model: fit(model, saved),
+        TypeError,
+        r"`state_dict` must be a dict, not ViT\. Pass what optimizer\.state_dict\(\)",
+    ),
+    "no model": (
+        by_us,
+        lambda saved, model: fit(saved, "model"),
+        TypeError,
+        r"`model` must be a module or a sequence of modules.*Pass model=model\.",
+    ),
+}
+
+
+def apart(optimizer):
+    optimizer.param_groups[0]["k"] = 7
+    optimizer.step = lambda: None
+    return optimizer
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_what_cannot_be_fitted_is_refused(case):
+    made, call, kind, words = ERRORS[case]
+    model, old = old_run("reordered", made)
+    with pytest.raises(kind, match=words):
+        call(old.state_dict(), model)
+
+
+ADVICE = {
+    "no names": (
+        by_torch_in_one,
+        lambda o, model: fit(
+            o.state_dict(), model, names=[n for n, _ in model.named_parameters()]
+        ),
+    ),
+    "no names of several groups": (
+        by_torch_unnamed,
+        lambda o, model: fit(
+            o.state_dict(), model, names=group_names(o.param_groups, model)
+        ),
+    ),
+    "other names": (
+        by_us,
+        lambda o, model: fit(
+            o.state_dict(),
+            wrapped(model),
+            names=[f"backbone.{n}" for n, _ in model.named_parameters()],
+        ),
+    ),
+    "an optimizer without names": (
+        by_us,
+        lambda o, model: fit(
+            o.state_dict(), torch_s("adamw", model.named_parameters())
+        ),
+    ),
+    "or the model": (by_us, lambda o, model: fit(o.state_dict(), model)),
+    "two rates in one group": (
+        two_rates,
+        lambda o, model: fit(
+            o.state_dict(), torch_s("adamw", model.named_parameters())
+        ),
+    ),
+    "what a class counts differs": (
+        lambda model: apart(Counting(hand_split(model, named=True))),
+        lambda o, model: fit(o.state_dict(), Counting(hand_split(model, named=True))),
+    ),
+    "no model": (by_us, lambda o, model: fit(o.state_dict(), model=model)),
+}
+
+
+@pytest.mark.parametrize("case", ADVICE)
+def test_line_that_an_error_gives_leads_there(case):
+    made, typed = ADVICE[case]
+    model, old = old_run("reordered", made)
+    fitted = typed(old, model)
+    assert len(fitted.kept) == len(list(model.parameters()))
