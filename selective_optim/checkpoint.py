@@ -396,8 +396,8 @@ def _fitted(place: Place, entry: Entry | None) -> tuple[str, Entry]:
         return "new", new
     shape = place.param.shape
     state = dict(entry.state) if isinstance(entry.state, Mapping) else {}
-    begin, begin_here = dict(*entry.record[2:]), dict(*place.record[2:])
-    begin.update({key: begin_here[key] for key in ("lr0",) if key in begin_here})
+    record = _with_rate_of(entry.record, place.record)
+    begin = dict(*record[2:])
     dims = _changed_dims({**state, **begin}, shape)
     if dims is None:
         return "new", new
@@ -413,7 +413,7 @@ def _fitted(place: Place, entry: Entry | None) -> tuple[str, Entry]:
             kept = min(saved.shape[dim], shape[dim])
             whole.narrow(dim, 0, kept).copy_(saved.narrow(dim, 0, kept))
             values[key] = whole
-    record = [*entry.record[:2], *([begin] if begin else [])]
+    record = [*record[:2], *([begin] if begin else [])]
     fate = "resized" if dims else "kept"
     return fate, replace(entry, state=state or entry.state, record=record)
 
@@ -465,8 +465,8 @@ def keep_hyperparameters(
     Args:
         optimizer: The one that is to load, with the values to keep in its groups.
         state_dict: Of an optimizer with the same groups; stays as it is.
-        key: What to keep: ``"lr"``, with ``"initial_lr"`` and the rate by which
-            forms of decay divide, ``"weight_decay"`` or any other key of the groups.
+        key: What to keep: ``"weight_decay"``, ``"lr"`` or any other key of a group.
+            With ``"lr"`` goes the rate that schedules and forms of decay begin from.
         *keys: Further ones.
 
     Raises:
@@ -475,17 +475,17 @@ def keep_hyperparameters(
 
     Example:
         >>> import torch
-        >>> param = torch.nn.Parameter(torch.ones(2))
-        >>> saved = torch.optim.AdamW([param], lr=0.1, weight_decay=0.1).state_dict()
-        >>> optimizer = torch.optim.AdamW([param], lr=0.01, weight_decay=0.3)
-        >>> optimizer.load_state_dict(keep_hyperparameters(optimizer, saved, "lr"))
-        >>> [group] = optimizer.param_groups
-        >>> group["lr"], group["weight_decay"]
-        (0.01, 0.1)
+        >>> model = torch.nn.Linear(2, 1)
+        >>> saved = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        >>> kept = keep_hyperparameters(optimizer, saved.state_dict(), "lr")
+        >>> optimizer.load_state_dict(kept)
+        >>> [(group["lr"], group["momentum"]) for group in optimizer.param_groups]
+        [(0.02, 0.9)]
     """
     require_dict(state_dict)
     require_whole(state_dict)
-    saved, here = state_dict["param_groups"], optimizer.param_groups
+    own, here = optimizer.state_dict(), optimizer.param_groups
     known = dict.fromkeys(chain.from_iterable(here))
     for wanted in (key, *keys):
         if wanted not in known:
@@ -494,17 +494,35 @@ def keep_hyperparameters(
                 f"no group of this {type(optimizer).__name__} has {wanted!r}. "
                 f"Did you mean {near!r}?"
             )
-    if [len(g["params"]) for g in saved] != [len(g["params"]) for g in here]:
+    saved = state_dict["param_groups"]
+    sizes, mine = ([len(group["params"]) for group in each] for each in (saved, here))
+    if sizes != mine:
         raise ValueError(
-            f"the state dict has groups of {[len(g['params']) for g in saved]} "
-            f"parameters, and the optimizer of {[len(g['params']) for g in here]}. "
-            f"Load fit(state_dict, optimizer).state_dict, which keeps all "
+            f"the state dict has groups of {sizes} parameters, and the optimizer of "
+            f"{mine}. Load fit(state_dict, optimizer).state_dict, which keeps all "
             f"hyperparameters of the optimizer."
         )
-    kept = {key, *keys, *(["initial_lr"] if "lr" in (key, *keys) else [])}
+    kept = {key, *keys} | ({"initial_lr"} if "lr" in (key, *keys) else set())
     groups = [
         {k: v for k, v in old.items() if k not in kept}
         | {k: v for k, v in new.items() if k in kept}
         for old, new in zip(saved, here)
     ]
-    return {**state_dict, "param_groups": groups}
+    whole = {**state_dict, "param_groups": groups}
+    if PARTS in whole:
+        whole[PARTS] = [
+            [{k: v for k, v in part.items() if k not in kept} for part in parts]
+            for parts in whole[PARTS]
+        ]
+    if RECORD in whole and RECORD in own and "lr" in kept:
+        whole[RECORD] = [
+            list(map(_with_rate_of, *pair)) for pair in zip(whole[RECORD], own[RECORD])
+        ]
+    return whole
+
+
+def _with_rate_of(record: Sequence[Any], own: Sequence[Any]) -> list[Any]:
+    """Let training begin with the rate that another record says, if it says one."""
+    begin, begin_here = dict(*record[2:]), dict(*own[2:])
+    begin.update({k: begin_here[k] for k in ("lr0",) if k in begin_here})
+    return [*record[:2], *([begin] if begin else [])]

@@ -110,8 +110,10 @@ def _parts(name: str) -> list[str]:
 
 def _infos(roots: Sequence[nn.Module]) -> list[ParameterInfo]:
     # Modules may share parameters, and torch takes each in one group.
-    everyone = ModelIndex(roots).everyone()
-    return list({id(info.parameter): info for info in everyone}.values())
+    found: dict[int, ParameterInfo] = {}
+    for info in ModelIndex(roots).everyone():
+        found.setdefault(id(info.parameter), info)
+    return list(found.values())
 
 
 def layerwise_groups(
@@ -251,7 +253,8 @@ def _selector(key: Any, names: Iterable[str]) -> Selector:
     # A configuration holds text alone. A glob is no expression but for plain words.
     if isinstance(key, str) and not any(fnmatchcase(name, key) for name in names):
         with suppress(ValueError):
-            return next(iter(parse(f"exclude({key})").required))
+            selector: Selector = parse(f"exclude({key})").selectors[0]
+            return selector
     return as_selector(key)
 
 
