@@ -6,7 +6,7 @@ It may be torch's, one of this library, or one of ``torch.distributed.checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import Any
@@ -68,6 +68,11 @@ class Entry:
         return f"{self.name!r} (group {self.group})"
 
 
+def without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """Copy a dict, but for some keys."""
+    return {key: value for key, value in values.items() if key not in keys}
+
+
 def form_of(hyper: Hyper) -> str | None:
     """Tell the form that torch's class gives a group; Adam before 2.7 does not say."""
     if "betas" in hyper and "decoupled_weight_decay" not in hyper:
@@ -78,24 +83,18 @@ def form_of(hyper: Hyper) -> str | None:
 def read(
     state_dict: StateDict, names: Names | None, way_out: str = NAME_THEM
 ) -> dict[str, Entry]:
-    """List the parameters of a state dict by canonical name.
-
-    Args:
-        state_dict: The state dict.
-        names: Names of the parameters, group by group; ``None`` reads them there.
-        way_out: What a message says where a name is missing.
-    """
+    """List the parameters of a state dict by canonical name."""
     require_dict(state_dict)
     require_whole(state_dict)
     listed: list[Entry] = []
     for index, group in enumerate(state_dict["param_groups"]):
         keys = group["params"]
-        hyper = {key: value for key, value in group.items() if key not in MEMBERS}
+        hyper = without(group, MEMBERS)
         plain = [[1.0, form_of(hyper)]] * len(keys)
         records = state_dict[RECORD][index] if RECORD in state_dict else plain
         aparts: list[Any] = [None] * len(keys)
         for part in state_dict[PARTS][index] if PARTS in state_dict else ():
-            own = {key: value for key, value in part.items() if key != "positions"}
+            own = without(part, ["positions"])
             for position in part["positions"]:
                 aparts[position] = own
         columns = _names_of(group, index, names, way_out), keys, records, aparts
@@ -173,7 +172,6 @@ def write(state_dict: StateDict, groups: Groups) -> StateDict:
     """Put a state dict together: these groups, and the state of their parameters.
 
     Dicts and lists are new, tensors and what else ``state_dict`` holds are shared.
-    What parameters decay by is not in it.
     """
     saved = state_dict["param_groups"]
     named = any("param_names" in group for group in saved)
@@ -190,8 +188,8 @@ def write(state_dict: StateDict, groups: Groups) -> StateDict:
             if entry.state is not None:
                 own = entry.state
                 state[key] = dict(own) if isinstance(own, dict) else own
-    others = {k: v for k, v in state_dict.items() if k not in (RECORD, PARTS)}
     parts = {PARTS: [_parts(mine) for _, mine in groups]} if PARTS in state_dict else {}
+    others = without(state_dict, [RECORD, PARTS])
     return {**others, "state": state, "param_groups": packed, **parts}
 
 
@@ -227,12 +225,7 @@ def _record(entry: Entry, largest: Any) -> list[Any]:
 
 
 def merged(entries: Sequence[Entry], way_out: str) -> Hyper:
-    """Make the hyperparameters of one group from several that differ in decay alone.
-
-    Args:
-        entries: The parameters that come together.
-        way_out: What a message says, with a place for the key that differs.
-    """
+    """Make the hyperparameters of one group from several that differ in decay alone."""
     hypers = [entry.hyper for entry in entries]
     require_agreement(entries, hypers, ["weight_decay"], way_out)
     largest = max((hyper["weight_decay"] for hyper in hypers), key=float)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from inspect import signature
 from itertools import chain, islice, product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from selective_optim._entries import (
     read,
     recorded,
     require_agreement,
+    without,
     write,
 )
 from selective_optim._state_dict import (
@@ -273,15 +274,6 @@ class Fit:
         return "\n".join(aligned(lines, right=[1]))
 
 
-class Place(NamedTuple):
-    """A parameter of the changed model, and what its new optimizer records of it."""
-
-    name: str
-    key: str  # in state dicts of torch.distributed.checkpoint
-    param: Tensor
-    record: Sequence[Any] = ()
-
-
 def fit(
     state_dict: StateDict,
     model: nn.Module | Sequence[nn.Module] | Optimizer,
@@ -331,19 +323,25 @@ def fit(
     per_group: Any = [names] if flat else names
     old = read(state_dict, per_group, OLD_NAMES[single])
     by_name = any(isinstance(entry.key, str) for entry in old.values())
-    optimizer = model if isinstance(model, Optimizer) else None
     fates: dict[str, list[str]] = {"kept": [], "resized": [], "new": []}
-    groups: list[tuple[Hyper, list[Entry]]] = []
-    for hyper, places in _places(model):
-        groups.append((hyper, []))
-        for place in places:
-            fate, entry = _fitted(place, old.get(place.name))
-            fates[fate].append(place.name)
-            key = place.key if by_name else 0
-            groups[-1][1].append(replace(entry, name=place.name, key=key))
-    going_on = {*fates["kept"], *fates["resized"]}
-    dropped = [name for name in old if name not in going_on]
-    if not going_on:
+    written, decided = [], []
+    for hyper, places in _layout(model):
+        mine = []
+        for new, param in places:
+            fate, entry = _fitted(new, param, old.get(new.name))
+            fates[fate].append(new.name)
+            key = new.key if by_name else 0
+            mine.append(replace(entry, name=new.name, key=key))
+        fitted = [entry for entry in mine if entry.hyper]
+        if isinstance(model, Optimizer):
+            hyper |= _counted(model, hyper, fitted)
+        elif fitted:
+            hyper = merged(fitted, SEVERAL)
+        written.append((hyper, mine))
+        # Of the old groups: an optimizer may have another decay by now.
+        decays = [entry.hyper["weight_decay"] for entry in fitted]
+        decided.append(({"weight_decay": max(decays, key=float, default=1.0)}, mine))
+    if not (fates["kept"] or fates["resized"]):
         first = next(iter(old), "")
         near = get_close_matches(first, fates["new"], n=1, cutoff=0.0) or ["..."]
         raise ValueError(
@@ -351,24 +349,15 @@ def fit(
             f"them, is in the model. Pass names=[...] that say what each is called "
             f"there, as {near[0]!r}."
         )
-    written, decided = [], []
-    for hyper, mine in groups:
-        fitted = [entry for entry in mine if entry.hyper]
-        own = (
-            _counted(optimizer, hyper, fitted) if optimizer else merged(fitted, SEVERAL)
-        )
-        written.append(({**hyper, **own}, mine))
-        # Of the old groups: an optimizer may have another decay by now.
-        decays = [entry.hyper["weight_decay"] for entry in fitted]
-        decided.append(({"weight_decay": max(decays, key=float, default=1.0)}, mine))
+    dropped = [name for name in old if name not in fates["kept"] + fates["resized"]]
     whole = write(state_dict, written) | recorded(state_dict, decided)
     return Fit(whole, **fates, dropped=dropped)
 
 
-def _places(model: Any) -> list[tuple[Hyper, list[Place]]]:
-    """List the groups that a state dict must fit, and who is in each."""
+def _layout(model: Any) -> list[tuple[Hyper, list[tuple[Entry, Tensor]]]]:
+    """List the groups that a state dict must fit, and the parameters in each."""
     if not isinstance(model, Optimizer):
-        return [({}, [Place(name, raw, param) for name, raw, param in _named(model)])]
+        return [({}, [(Entry(name, key), param) for name, key, param in _named(model)])]
     saved, groups = model.state_dict(), model.param_groups
     names = [name for group in groups for name in group.get("param_names", ())]
     if hasattr(model, "decay_report"):
@@ -379,38 +368,37 @@ def _places(model: Any) -> list[tuple[Hyper, list[Place]]]:
             f"the new {type(model).__name__} knows no names of its {len(params)} "
             f"parameters. Make it of model.named_parameters(), or pass the model."
         )
-    raw = map(without_wrappers, names)
+    keys = map(without_wrappers, names)
     records = chain(*saved.get(RECORD, [[()] * len(params)]))
-    places = map(Place, told_apart(names), raw, params, records)
+    places = zip(told_apart(names), keys, params, records)
     return [
-        ({k: v for k, v in group.items() if k not in MEMBERS}, list(own))
+        (
+            without(group, MEMBERS),
+            [
+                (Entry(name, key, record=record), param)
+                for name, key, param, record in islice(places, len(group["params"]))
+            ],
+        )
         for group in saved["param_groups"]
-        for own in [islice(places, len(group["params"]))]
     ]
 
 
-def _fitted(place: Place, entry: Entry | None) -> tuple[str, Entry]:
+def _fitted(new: Entry, param: Tensor, entry: Entry | None) -> tuple[str, Entry]:
     """Tell what becomes of a parameter, and what goes on for it."""
-    new = Entry(place.name, place.key, record=place.record)
     if entry is None:
         return "new", new
-    shape = place.param.shape
     state = dict(entry.state) if isinstance(entry.state, Mapping) else {}
-    record = _with_rate_of(entry.record, place.record)
+    record = _with_rate_of(entry.record, new.record)
     begin = dict(*record[2:])
-    dims = _changed_dims({**state, **begin}, shape)
+    dims = _changed_dims({**state, **begin}, param.shape)
     if dims is None:
         return "new", new
     for dim, values in product(dims, (state, begin)):
         for key in MOMENTS & values.keys():
-            saved = values[key]
-            # A new row decays towards what it is now.
-            whole = (
-                place.param.detach().clone()
-                if key == "init"
-                else saved.new_zeros(shape)
-            )
-            kept = min(saved.shape[dim], shape[dim])
+            saved, whole = values[key], values[key].new_zeros(param.shape)
+            if key == "init":  # a new row decays towards what it is now
+                whole.copy_(param.detach())
+            kept = min(saved.shape[dim], whole.shape[dim])
             whole.narrow(dim, 0, kept).copy_(saved.narrow(dim, 0, kept))
             values[key] = whole
     record = [*record[:2], *([begin] if begin else [])]
@@ -445,10 +433,8 @@ def _counted(optimizer: Optimizer, hyper: Hyper, entries: Sequence[Entry]) -> Hy
     arguments = {name for cls in classes for name in signature(cls).parameters}
     # What a user or a scheduler has written stays, too.
     taken = arguments | (hyper.keys() - optimizer.defaults.keys())
-    own = [
-        {k: v for k, v in e.hyper.items() if k not in taken and not k.endswith("_lr")}
-        for e in entries
-    ]
+    taken |= {key for e in entries for key in e.hyper if key.endswith("_lr")}
+    own = [without(entry.hyper, taken) for entry in entries]
     if own:
         require_agreement(entries, own, (), "Make it two groups of the new optimizer.")
     return own[0] if own else {}
@@ -504,20 +490,15 @@ def keep_hyperparameters(
         )
     kept = {key, *keys} | ({"initial_lr"} if "lr" in (key, *keys) else set())
     groups = [
-        {k: v for k, v in old.items() if k not in kept}
-        | {k: v for k, v in new.items() if k in kept}
+        without(old, kept) | without(new, new.keys() - kept)
         for old, new in zip(saved, here)
     ]
     whole = {**state_dict, "param_groups": groups}
     if PARTS in whole:
-        whole[PARTS] = [
-            [{k: v for k, v in part.items() if k not in kept} for part in parts]
-            for parts in whole[PARTS]
-        ]
+        whole[PARTS] = [[without(p, kept) for p in parts] for parts in whole[PARTS]]
     if RECORD in whole and RECORD in own and "lr" in kept:
-        whole[RECORD] = [
-            list(map(_with_rate_of, *pair)) for pair in zip(whole[RECORD], own[RECORD])
-        ]
+        pairs = zip(whole[RECORD], own[RECORD])
+        whole[RECORD] = [list(map(_with_rate_of, *pair)) for pair in pairs]
     return whole
 
 
