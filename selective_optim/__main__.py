@@ -23,8 +23,7 @@ from torch.nn.parameter import is_lazy
 
 import selective_optim
 from selective_optim.audit import audit
-from selective_optim.policies.named import NAMED, as_policy
-from selective_optim.policies.parser import is_expression
+from selective_optim.policies.named import NAMED, as_policy, is_expression
 
 EXAMPLE = "Write for example torchvision.models:resnet50."
 EXAMPLE_CALL = "Write for example 'timm:create_model(vit_base_patch16_224)'."
