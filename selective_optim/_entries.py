@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import Any
 
+from torch import Tensor
+
 from selective_optim._canonical_names import (
     canonical_name,
     told_apart,
@@ -24,6 +26,7 @@ from selective_optim._state_dict import (
     require_whole,
 )
 from selective_optim._text import received
+from selective_optim.parameters import as_modules
 
 StateDict = dict[str, Any]
 Hyper = dict[str, Any]  # of a group: all but its parameters and their names
@@ -34,27 +37,19 @@ NAME_THEM = "Pass names=group_names(optimizer.param_groups, model)."
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter of a state dict: its name, its state and how it decays.
-
-    Args:
-        name: As the state dict or the user calls it.
-        key: Under which its state is saved.
-        group: Index of its group.
-        hyper: Hyperparameters of that.
-        state: Its state; ``None`` where there is none.
-        apart: What its class keeps for the part of the group that it is in; ``None``
-            where groups have no parts.
-        record: Multiplier, form and, where needed, what training began with; empty
-            where nothing was decided yet.
-    """
+    """One parameter of a state dict: its name, its state and how it decays."""
 
     name: str
     key: int | str
     group: int = 0
-    hyper: Hyper = field(default_factory=dict)
+    hyper: Hyper = field(default_factory=dict)  # of the group
     state: Any = None
-    apart: Mapping[str, Any] | None = None
-    record: Sequence[Any] = ()
+    apart: Mapping[str, Any] | None = (
+        None  # what its part of the group keeps for itself
+    )
+    record: Sequence[
+        Any
+    ] = ()  # multiplier, form and, where needed, what began training
 
     @property
     def wd(self) -> Any:
@@ -177,11 +172,11 @@ def write(state_dict: StateDict, groups: Groups) -> StateDict:
     named = any("param_names" in group for group in saved)
     listed = set(chain.from_iterable(group["params"] for group in saved))
     state = {key: own for key, own in state_dict["state"].items() if key not in listed}
-    numbers = count()
+    by_name, numbers = any(isinstance(key, str) for key in listed), count()
     packed: list[Hyper] = []
     for hyper, mine in groups:
         # torch numbers parameters through all groups; DCP's names stay.
-        keys = [e.key if isinstance(e.key, str) else next(numbers) for e in mine]
+        keys = [entry.key if by_name else next(numbers) for entry in mine]
         names = {"param_names": [entry.name for entry in mine]} if named else {}
         packed.append({**hyper, "params": keys, **names})
         for key, entry in zip(keys, mine):
@@ -247,3 +242,19 @@ def require_agreement(
                     f"{key!r} is {mine} for {first.label()} and {other} for "
                     f"{entry.label()}, but one group has one. {way_out.format(key)}"
                 )
+
+
+def with_rate_of(record: Sequence[Any], own: Sequence[Any]) -> list[Any]:
+    """Let training begin with the rate that another record says, if it says one."""
+    begin, begin_here = dict(*record[2:]), dict(*own[2:])
+    begin.update({k: begin_here[k] for k in ("lr0",) if k in begin_here})
+    return [*record[:2], *([begin] if begin else [])]
+
+
+def named_parameters(model: Any) -> list[tuple[Tensor, str, str]]:
+    """List parameters with their canonical names, and with those that DCP gives."""
+    named = [pair for m in as_modules(model) for pair in m.named_parameters()]
+    # Modules may share parameters.
+    own = {id(param): (param, without_wrappers(name)) for name, param in named}
+    told = told_apart([name for _, name in own.values()])
+    return [(param, name, raw) for (param, raw), name in zip(own.values(), told)]

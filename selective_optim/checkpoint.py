@@ -16,17 +16,13 @@ this library gives torch's hand-split exempt group the full decay. Set
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from inspect import signature
-from itertools import chain, islice, product
+from itertools import chain, islice
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from selective_optim._canonical_names import told_apart, without_wrappers
 from selective_optim._entries import (
     Entry,
     Hyper,
@@ -35,21 +31,18 @@ from selective_optim._entries import (
     choose,
     form_of,
     merged,
+    named_parameters,
     read,
     recorded,
     require_agreement,
+    with_rate_of,
     without,
     write,
 )
-from selective_optim._state_dict import (
-    MEMBERS,
-    PARTS,
-    RECORD,
-    require_dict,
-    require_whole,
-)
-from selective_optim._text import aligned, received, shape_text
-from selective_optim.parameters import as_modules
+from selective_optim._fit import Fit as Fit
+from selective_optim._fit import fit as fit
+from selective_optim._state_dict import PARTS, RECORD, require_dict, require_whole
+from selective_optim._text import received, shape_text
 
 
 def group_names(
@@ -73,7 +66,7 @@ def group_names(
         TypeError: The arguments are no groups, or no modules.
         ValueError: A parameter is in none of the modules.
     """
-    names = {id(param): name for name, _, param in _named(model)}
+    names = {id(param): name for param, name, _ in named_parameters(model)}
     groups = param_groups if isinstance(param_groups, Iterable) else [param_groups]
     found: list[list[str]] = []
     for index, group in enumerate(groups):
@@ -93,15 +86,6 @@ def group_names(
             gone = f"(group {index}, parameter {position})"
             found[-1].append(names.get(id(param), gone))
     return found
-
-
-def _named(model: Any) -> list[tuple[str, str, Tensor]]:
-    """List parameters by canonical name and by their own."""
-    named = [pair for m in as_modules(model) for pair in m.named_parameters()]
-    # Modules may share parameters.
-    own = {id(param): (without_wrappers(name), param) for name, param in named}
-    told = told_apart([name for name, _ in own.values()])
-    return [(name, *pair) for name, pair in zip(told, own.values())]
 
 
 def merge_groups(
@@ -229,217 +213,6 @@ def _split(entries: Sequence[Entry], own: Hyper) -> Hyper:
     return hyper
 
 
-SHOWN = 5  # names that a line of ``Fit`` gives
-# Entries that torch's classes begin at 0, and so can begin for new rows alone. Others,
-# such as an average of weights, cannot.
-MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer"}
-MOMENTS |= {"square_avg", "grad_avg", "acc_delta", "sum", "prev", "init"}
-SEVERAL = (
-    "Pass the new optimizer, whose groups and {!r} count: fit(state_dict, optimizer)."
-)
-OLD_NAMES = (
-    "Pass names=group_names(old_optimizer.param_groups, old_model).",
-    "Pass names=[n for n, _ in old_model.named_parameters()].",
-)
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A state dict for a changed model; ``print`` tells what became of the old one.
-
-    Args:
-        state_dict: What to load into the new optimizer.
-        kept: Parameters whose state stays as it was.
-        resized: Parameters of which one dimension changed: the state of its leading
-            part stays, moments of the rest are 0, and the tensor's one step counter
-            goes on.
-        new: Parameters that begin without state.
-        dropped: Old parameters whose state is left out.
-    """
-
-    state_dict: StateDict = field(repr=False)
-    kept: list[str]
-    resized: list[str]
-    new: list[str]
-    dropped: list[str]
-
-    def __str__(self) -> str:
-        lines = [("kept", f"{len(self.kept)}", "")]
-        for fate in ("resized", "new", "dropped"):
-            names = getattr(self, fate)
-            told = ", ".join([*names[:SHOWN], *(["..."] if names[SHOWN:] else [])])
-            if names and fate == "resized":
-                told += "; what was added has moments of 0 and shares the step counter"
-            lines.append((fate, f"{len(names)}", told))
-        return "\n".join(aligned(lines, right=[1]))
-
-
-def fit(
-    state_dict: StateDict,
-    model: nn.Module | Sequence[nn.Module] | Optimizer,
-    names: Sequence[str] | Names | None = None,
-) -> Fit:
-    """Keep, by name, what still fits of the state saved for a model that has changed.
-
-    Layers may have come, gone or moved, vocabularies and heads grown or shrunk, parts
-    been frozen or unfrozen. A parameter without a counterpart begins anew.
-
-    Args:
-        state_dict: Of an optimizer of this library, of torch, or of any class; with
-            any groups. It stays as it is.
-        model: The changed model, for an optimizer with one group over
-            ``model.parameters()`` and the hyperparameters of the state dict. Or the
-            new optimizer: then groups and hyperparameters are its own, and what its
-            class counts in its groups goes on.
-        names: Names of the parameters in the order that was saved, where the state
-            dict has none: one list per group, or names where it has one group. They
-            go before those of the state dict: where layers were renumbered, give the
-            old parameters their names in ``model``, as ``group_names(
-            old_optimizer.param_groups, model, missing_ok=True)`` reads them from a
-            model that was changed in place.
-
-    Returns:
-        The state dict to load, and what became of each parameter.
-
-    Raises:
-        TypeError: ``model`` is neither, or ``names`` is one list for several groups.
-        ValueError: A parameter has no name or one that is not its own; no name is in
-            both; or groups that become one differ in more than ``weight_decay``.
-
-    Example:
-        >>> import torch
-        >>> old, new = torch.nn.Linear(2, 3), torch.nn.Linear(2, 5)
-        >>> optimizer = torch.optim.SGD(old.parameters(), momentum=0.9)
-        >>> old(torch.ones(2)).sum().backward()
-        >>> optimizer.step()
-        >>> fitted = fit(optimizer.state_dict(), new, names=["weight", "bias"])
-        >>> print(fitted.resized, fitted.state_dict["state"][1]["momentum_buffer"])
-        ['weight', 'bias'] tensor([1., 1., 1., 0., 0.])
-    """
-    require_dict(state_dict)
-    require_whole(state_dict)
-    single = len(state_dict["param_groups"]) == 1
-    flat = single and names and all(isinstance(name, str) for name in names)
-    per_group: Any = [names] if flat else names
-    old = read(state_dict, per_group, OLD_NAMES[single])
-    by_name = any(isinstance(entry.key, str) for entry in old.values())
-    fates: dict[str, list[str]] = {"kept": [], "resized": [], "new": []}
-    written, decided = [], []
-    for hyper, places in _layout(model):
-        mine = []
-        for new, param in places:
-            fate, entry = _fitted(new, param, old.get(new.name))
-            fates[fate].append(new.name)
-            key = new.key if by_name else 0
-            mine.append(replace(entry, name=new.name, key=key))
-        fitted = [entry for entry in mine if entry.hyper]
-        if isinstance(model, Optimizer):
-            hyper |= _counted(model, hyper, fitted)
-        elif fitted:
-            hyper = merged(fitted, SEVERAL)
-        written.append((hyper, mine))
-        # Of the old groups: an optimizer may have another decay by now.
-        decays = [entry.hyper["weight_decay"] for entry in fitted]
-        decided.append(({"weight_decay": max(decays, key=float, default=1.0)}, mine))
-    if not (fates["kept"] or fates["resized"]):
-        first = next(iter(old), "")
-        near = get_close_matches(first, fates["new"], n=1, cutoff=0.0) or ["..."]
-        raise ValueError(
-            f"none of the {len(old)} parameters of the state dict, {first!r} among "
-            f"them, is in the model. Pass names=[...] that say what each is called "
-            f"there, as {near[0]!r}."
-        )
-    dropped = [name for name in old if name not in fates["kept"] + fates["resized"]]
-    whole = write(state_dict, written) | recorded(state_dict, decided)
-    return Fit(whole, **fates, dropped=dropped)
-
-
-def _layout(model: Any) -> list[tuple[Hyper, list[tuple[Entry, Tensor]]]]:
-    """List the groups that a state dict must fit, and the parameters in each."""
-    if not isinstance(model, Optimizer):
-        return [({}, [(Entry(name, key), param) for name, key, param in _named(model)])]
-    saved, groups = model.state_dict(), model.param_groups
-    names = [name for group in groups for name in group.get("param_names", ())]
-    if hasattr(model, "decay_report"):
-        names = [row.name for row in model.decay_report().rows]
-    params = [param for group in groups for param in group["params"]]
-    if len(names) < len(params) or None in names:
-        raise ValueError(
-            f"the new {type(model).__name__} knows no names of its {len(params)} "
-            f"parameters. Make it of model.named_parameters(), or pass the model."
-        )
-    keys = map(without_wrappers, names)
-    records = chain(*saved.get(RECORD, [[()] * len(params)]))
-    places = zip(told_apart(names), keys, params, records)
-    return [
-        (
-            without(group, MEMBERS),
-            [
-                (Entry(name, key, record=record), param)
-                for name, key, param, record in islice(places, len(group["params"]))
-            ],
-        )
-        for group in saved["param_groups"]
-    ]
-
-
-def _fitted(new: Entry, param: Tensor, entry: Entry | None) -> tuple[str, Entry]:
-    """Tell what becomes of a parameter, and what goes on for it."""
-    if entry is None:
-        return "new", new
-    state = dict(entry.state) if isinstance(entry.state, Mapping) else {}
-    record = _with_rate_of(entry.record, new.record)
-    begin = dict(*record[2:])
-    dims = _changed_dims({**state, **begin}, param.shape)
-    if dims is None:
-        return "new", new
-    for dim, values in product(dims, (state, begin)):
-        for key in MOMENTS & values.keys():
-            saved, whole = values[key], values[key].new_zeros(param.shape)
-            if key == "init":  # a new row decays towards what it is now
-                whole.copy_(param.detach())
-            kept = min(saved.shape[dim], whole.shape[dim])
-            whole.narrow(dim, 0, kept).copy_(saved.narrow(dim, 0, kept))
-            values[key] = whole
-    record = [*record[:2], *([begin] if begin else [])]
-    fate = "resized" if dims else "kept"
-    return fate, replace(entry, state=state or entry.state, record=record)
-
-
-def _changed_dims(values: Mapping[str, Any], shape: torch.Size) -> list[int] | None:
-    """Tell the dimension in which a parameter's state has another size, if any.
-
-    ``None``: it fits not at all, or nobody knows what its new rows begin with.
-    """
-    tensors = {k: v for k, v in values.items() if isinstance(v, Tensor) and k != "step"}
-    like = {k: v.shape for k, v in tensors.items() if v.ndim == len(shape)}
-    if not like:  # nothing, or sums over rows and columns, as of Adafactor
-        sizes = {size for value in tensors.values() for size in value.shape}
-        return [] if sizes <= {1, *shape} and MOMENTS.isdisjoint(tensors) else None
-    saved = tuple(map(max, zip(*like.values())))
-    if shape in like.values() or saved == shape:
-        return []
-    others = [value for key, value in tensors.items() if key not in like]
-    plain = MOMENTS.issuperset(like) and all(value.numel() == 1 for value in others)
-    changed = [dim for dim, size in enumerate(shape) if saved[dim] != size]
-    return changed if plain and len(changed) == 1 else None
-
-
-def _counted(optimizer: Optimizer, hyper: Hyper, entries: Sequence[Entry]) -> Hyper:
-    """Take what a class counts in its groups, as Prodigy the size of its steps."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    classes = type(optimizer).__mro__
-    arguments = {name for cls in classes for name in signature(cls).parameters}
-    # What a user or a scheduler has written stays, too.
-    taken = arguments | (hyper.keys() - optimizer.defaults.keys())
-    taken |= {key for e in entries for key in e.hyper if key.endswith("_lr")}
-    own = [without(entry.hyper, taken) for entry in entries]
-    if own:
-        require_agreement(entries, own, (), "Make it two groups of the new optimizer.")
-    return own[0] if own else {}
-
-
 def keep_hyperparameters(
     optimizer: Optimizer, state_dict: StateDict, key: str, *keys: str
 ) -> StateDict:
@@ -498,12 +271,5 @@ def keep_hyperparameters(
         whole[PARTS] = [[without(p, kept) for p in parts] for parts in whole[PARTS]]
     if RECORD in whole and RECORD in own and "lr" in kept:
         pairs = zip(whole[RECORD], own[RECORD])
-        whole[RECORD] = [list(map(_with_rate_of, *pair)) for pair in pairs]
+        whole[RECORD] = [list(map(with_rate_of, *pair)) for pair in pairs]
     return whole
-
-
-def _with_rate_of(record: Sequence[Any], own: Sequence[Any]) -> list[Any]:
-    """Let training begin with the rate that another record says, if it says one."""
-    begin, begin_here = dict(*record[2:]), dict(*own[2:])
-    begin.update({k: begin_here[k] for k in ("lr0",) if k in begin_here})
-    return [*record[:2], *([begin] if begin else [])]

@@ -35,13 +35,12 @@ class GroupRow:
     """Which group one parameter is in.
 
     Args:
-        place: What makes the group: the distance of its layer from the top layer,
-            its selector as text, or its width over that of the base.
+        place: What makes the group: a layer's distance from the top layer, a selector
+            as text, or a width over that of the base.
         name: Canonical name.
         shape: Original shape.
         numel: Number of elements.
-        lr: Learning rate of its group, times its ``"lr_scale"``; ``None`` where the
-            group leaves it to the optimizer.
+        lr: Rate of the group, times its ``"lr_scale"``; ``None`` where it has none.
     """
 
     place: Any
@@ -203,12 +202,11 @@ def rate_groups(model: Model, rates: Mapping[Any, Any]) -> RateGroups:
     Args:
         model: Module or modules that hold the parameters.
         rates: From selector to learning rate, or to a dict of hyperparameters. Keys
-            are selectors as in policies, or their text, as a YAML file holds it:
+            are selectors as in policies, or their text as a YAML file holds it:
             ``"backbone.*"``, ``"is_bias"``, ``"nn.LayerNorm & ~is_bias"``.
 
     Returns:
-        The groups, with names, in the order of ``rates``; ``print`` shows which
-        parameters share one.
+        The groups, with names; ``print`` shows which parameters share one.
 
     Raises:
         TypeError: A key is no selector, or a value neither a rate nor a dict.
@@ -272,19 +270,19 @@ def _hyper(key: Any, value: Any) -> dict[str, Any]:
 def width_groups(model: Model, base_model: Model, lr: float | Tensor) -> RateGroups:
     """Make one parameter group per width, with the rates of muP for Adam.
 
-    A matrix of which two dimensions differ from those of the base model learns at
-    ``lr`` over the ratio of its fan-in to the base's; all else learns at ``lr``. So
-    also do CompleteP's rates, of which those of alpha 1 do not depend on depth.
+    A matrix of which two dimensions differ from the base model's learns at ``lr`` over
+    the ratio of the last of them, the fan-in; all else learns at ``lr``. CompleteP's
+    rates are the same, since those of alpha 1 do not depend on depth.
 
-    Weight decay follows as in ``mup.MuAdamW`` with
-    ``wd_policy=form("independent")`` and ``weight_decay=lr * wd``. Initial values and
-    the factor on what the model puts out are the model's own affair.
+    ``wd_policy=form("independent")`` with ``weight_decay=lr * wd`` decays as
+    ``mup.MuAdamW(lr=lr, weight_decay=wd)``. Initial values, multipliers of the output
+    and Adam's ``eps`` are left to the model and to you.
 
     Args:
         model: Module or modules that hold the parameters.
-        base_model: The same of the width, and if need be fewer layers, that ``lr``
-            was found for; its values are not read: make it under
-            ``torch.device("meta")``.
+        base_model: The same in the width that ``lr`` was found for, with as many
+            layers or fewer; of its parameters only shapes are read, so that it may be
+            made under ``torch.device("meta")``.
         lr: Learning rate at the width of the base.
 
     Returns:
@@ -303,8 +301,7 @@ def width_groups(model: Model, base_model: Model, lr: float | Tensor) -> RateGro
             2  0.05        1        64  1.weight
 
     Source:
-        Yang et al. 2022, "Tensor Programs V", Table 8; ``MuAdam`` in mup 1.0.0. Dey et
-        al. 2025, "Don't be lazy: CompleteP", Table 1.
+        Yang et al. 2022, "Tensor Programs V", Table 8; ``MuAdam`` in mup 1.0.0.
     """
     base: dict[str, set[torch.Size]] = {}
     for info in _infos(as_modules(base_model)):

@@ -639,7 +639,7 @@ ERRORS = {
         lambda saved, model: fit(saved, model),
         ValueError,
         r"'lr' is 0\.01 for .* and 0\.5 for .*\. Pass the new optimizer, whose "
-        r"groups and 'lr' count: fit\(state_dict, optimizer\)\.",
+        r"'lr' counts: fit\(state_dict, optimizer\)\.",
     ),
     "what a class counts differs": (
         lambda model: apart(Counting(hand_split(model, named=True))),
