@@ -32,6 +32,7 @@ StateDict = dict[str, Any]
 Hyper = dict[str, Any]  # of a group: all but its parameters and their names
 Names = Sequence[Sequence[str]]
 Groups = Sequence[tuple[Hyper, Sequence["Entry"]]]
+WD = "weight_decay"
 NAME_THEM = "Pass names=group_names(optimizer.param_groups, model)."
 
 
@@ -54,9 +55,9 @@ class Entry:
     @property
     def wd(self) -> Any:
         """Effective decay: the group's times the multiplier."""
-        wd, multiplier = self.hyper["weight_decay"], self.record[0]
+        wd, multiplier = self.hyper[WD], self.record[0]
         own = wd if multiplier == 1 else wd * multiplier
-        return (self.apart or {}).get("weight_decay", own)
+        return (self.apart or {}).get(WD, own)
 
     def label(self) -> str:
         """Name the parameter and its group, as a message should."""
@@ -201,18 +202,18 @@ def _parts(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 def recorded(state_dict: StateDict, groups: Groups) -> dict[str, Any]:
     """Record what part of its group's decay each parameter has, where known."""
     known = RECORD in state_dict or all(
-        hyper["weight_decay"] and (not entry.record or entry.record[1])
+        hyper.get(WD) and (not entry.record or entry.record[1])
         for hyper, mine in groups
         for entry in mine
     )
     if not known:
         return {}
-    largest = [(hyper["weight_decay"], mine) for hyper, mine in groups]
+    largest = [(hyper.get(WD), mine) for hyper, mine in groups]
     return {RECORD: [[_record(e, wd) for e in mine] for wd, mine in largest]}
 
 
 def _record(entry: Entry, largest: Any) -> list[Any]:
-    if entry.hyper.get("weight_decay", largest) == largest:
+    if entry.hyper.get(WD, largest) == largest:
         return list(entry.record)
     # To 15 digits, so that 0.01 of 0.1 is the 0.1 that a policy says.
     multiplier = float(f"{float(entry.wd) / float(largest):.15g}")
@@ -222,9 +223,9 @@ def _record(entry: Entry, largest: Any) -> list[Any]:
 def merged(entries: Sequence[Entry], way_out: str) -> Hyper:
     """Make the hyperparameters of one group from several that differ in decay alone."""
     hypers = [entry.hyper for entry in entries]
-    require_agreement(entries, hypers, ["weight_decay"], way_out)
-    largest = max((hyper["weight_decay"] for hyper in hypers), key=float)
-    return {**hypers[0], "weight_decay": largest}
+    require_agreement(entries, hypers, [WD], way_out)
+    decays = [hyper[WD] for hyper in hypers if WD in hyper]  # Rprop has none
+    return hypers[0] | ({WD: max(decays, key=float)} if decays else {})
 
 
 def require_agreement(

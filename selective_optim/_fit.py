@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from selective_optim._canonical_names import told_apart, without_wrappers
 from selective_optim._entries import (
+    WD,
     Entry,
     Hyper,
     Names,
@@ -130,8 +131,8 @@ def fit(
         fitted = [entry for entry in mine if entry.hyper]
         written.append((_hyper(model, hyper, fitted), mine))
         # Of the old groups: an optimizer may have another decay by now.
-        decays = [entry.hyper["weight_decay"] for entry in fitted]
-        decided.append(({"weight_decay": max(decays, key=float, default=1.0)}, mine))
+        decays = [entry.hyper.get(WD, 1.0) for entry in fitted]
+        decided.append(({WD: max(decays, key=float, default=1.0)}, mine))
     going_on = {*fates["kept"], *fates["resized"]}
     if not going_on:
         first = next(iter(old), "")
@@ -162,8 +163,13 @@ def _layout(model: Any) -> list[tuple[Hyper, list[tuple[Tensor, Entry]]]]:
             f"parameters. Make it of model.named_parameters(), or pass the model."
         )
     records = chain(*saved.get(RECORD, [[()] * len(params)]))
-    columns = zip(told_apart(names), map(without_wrappers, names), records)
-    entries = (Entry(name, key, record=record) for name, key, record in columns)
+    # A class may have made state when it was constructed, as Adagrad does.
+    keys = chain.from_iterable(group["params"] for group in saved["param_groups"])
+    states = map(saved["state"].get, keys)
+    columns = zip(told_apart(names), map(without_wrappers, names), states, records)
+    entries = (
+        Entry(n, key, state=own, record=record) for n, key, own, record in columns
+    )
     return [
         (without(saved_group, MEMBERS), list(zip(group["params"], entries)))
         for saved_group, group in zip(saved["param_groups"], groups)

@@ -203,7 +203,7 @@ def _split(entries: Sequence[Entry], own: Hyper) -> Hyper:
     for entry in entries if hyper["weight_decay"] and form else ():
         multiplier, own_form, *begin = entry.record
         target = begin[0].get("target") if begin else None
-        if multiplier and (own_form != form or target):
+        if multiplier and (own_form not in (None, form) or target):
             towards = f" towards {target!r}" if target else ""
             raise ValueError(
                 f"{entry.label()} decays in form {own_form!r}{towards}, and torch "
