@@ -43,21 +43,19 @@ class Entry:
     name: str
     key: int | str
     group: int = 0
-    hyper: Hyper = field(default_factory=dict)  # of the group
+    hyper: Hyper = field(default_factory=dict)
     state: Any = None
-    apart: Mapping[str, Any] | None = (
-        None  # what its part of the group keeps for itself
-    )
-    record: Sequence[
-        Any
-    ] = ()  # multiplier, form and, where needed, what began training
+    # What its class keeps for its part of the group alone.
+    part_values: Mapping[str, Any] | None = None
+    # Multiplier, form, and a dict of what training began with where that is needed.
+    record: Sequence[Any] = ()
 
     @property
     def wd(self) -> Any:
         """Effective decay: the group's times the multiplier."""
         wd, multiplier = self.hyper[WD], self.record[0]
         own = wd if multiplier == 1 else wd * multiplier
-        return (self.apart or {}).get(WD, own)
+        return (self.part_values or {}).get(WD, own)
 
     def label(self) -> str:
         """Name the parameter and its group, as a message should."""
@@ -88,15 +86,15 @@ def read(
         hyper = without(group, MEMBERS)
         plain = [[1.0, form_of(hyper)]] * len(keys)
         records = state_dict[RECORD][index] if RECORD in state_dict else plain
-        aparts: list[Any] = [None] * len(keys)
+        part_values: list[Any] = [None] * len(keys)
         for part in state_dict[PARTS][index] if PARTS in state_dict else ():
-            own = without(part, ["positions"])
+            shared = without(part, ["positions"])
             for position in part["positions"]:
-                aparts[position] = own
-        columns = _names_of(group, index, names, way_out), keys, records, aparts
-        for name, key, record, apart in zip(*columns, strict=True):
+                part_values[position] = shared
+        columns = _names_of(group, index, names, way_out), keys, records, part_values
+        for name, key, record, values in zip(*columns, strict=True):
             state = state_dict["state"].get(key)
-            listed.append(Entry(name, key, index, hyper, state, apart, record))
+            listed.append(Entry(name, key, index, hyper, state, values, record))
     entries: dict[str, Entry] = {}
     for name, entry in zip(told_apart([entry.name for entry in listed]), listed):
         known = entries.setdefault(name, entry)
@@ -193,8 +191,10 @@ def _parts(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """Collect what parts of other groups kept, for their parameters in this one."""
     parts: dict[int, dict[str, Any]] = {}
     for position, entry in enumerate(entries):
-        if entry.apart is not None:
-            part = parts.setdefault(id(entry.apart), {"positions": [], **entry.apart})
+        if entry.part_values is not None:
+            part = parts.setdefault(
+                id(entry.part_values), {"positions": [], **entry.part_values}
+            )
             part["positions"].append(position)
     return list(parts.values())
 

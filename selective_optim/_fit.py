@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from inspect import signature
@@ -77,7 +77,7 @@ class Fit:
 def fit(
     state_dict: StateDict,
     model: nn.Module | Sequence[nn.Module] | Optimizer,
-    names: Sequence[str] | Names | None = None,
+    names: Iterable[str] | Names | None = None,
 ) -> Fit:
     """Keep, by name, what still fits of the state saved for a model that has changed.
 
@@ -117,8 +117,10 @@ def fit(
     require_dict(state_dict)
     require_whole(state_dict)
     single = len(state_dict["param_groups"]) == 1
-    flat = single and names and all(isinstance(name, str) for name in names)
-    per_group: Any = [names] if flat else names
+    per_group: Any = names
+    if single and isinstance(names, Iterable) and not isinstance(names, str):
+        flat = list(names)
+        per_group = [flat] if all(isinstance(name, str) for name in flat) else flat
     old = read(state_dict, per_group, OLD_NAMES[single])
     fates: dict[str, list[str]] = {"kept": [], "resized": [], "new": []}
     written, decided, rest = [], [], dict(old)
@@ -133,8 +135,8 @@ def fit(
         # Of the old groups: an optimizer may have another decay by now.
         decays = [entry.hyper.get(WD, 1.0) for entry in fitted]
         decided.append(({WD: max(decays, key=float, default=1.0)}, mine))
-    going_on = {*fates["kept"], *fates["resized"]}
-    if not going_on:
+    fitting = {*fates["kept"], *fates["resized"]}
+    if not fitting:
         first = next(iter(old), "")
         near = get_close_matches(first, fates["new"], n=1, cutoff=0.0) or ["..."]
         raise ValueError(
@@ -142,7 +144,7 @@ def fit(
             f"them, is in the model. Pass names=[...] that say what each is called "
             f"there, as {near[0]!r}."
         )
-    dropped = [name for name in old if name not in going_on]
+    dropped = [name for name in old if name not in fitting]
     whole = write(state_dict, written) | recorded(state_dict, decided)
     return Fit(whole, **fates, dropped=dropped)
 

@@ -24,6 +24,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from selective_optim._entries import (
+    WD,
     Entry,
     Hyper,
     Names,
@@ -133,17 +134,17 @@ def merge_groups(
     """
     entries = read(state_dict, names)
     ordered = entries.values() if order is None else choose(entries, order, "order")
-    apart = [by] if isinstance(by, str) else list(by)
+    keys = [by] if isinstance(by, str) else list(by)
     together: list[tuple[list[Any], list[Entry]]] = []
     for entry in ordered:
-        values = [entry.hyper.get(key) for key in apart]
+        values = [entry.hyper.get(key) for key in keys]
         # Compared, not hashed: a learning rate may be a tensor.
         mine = next((mine for known, mine in together if known == values), None)
         if mine is None:
             together.append((values, mine := []))
         mine.append(entry)
-    keys = "".join(f"{key!r}, " for key in apart)
-    way_out = f"Keep such groups apart: by=[{keys}{{!r}}]."
+    listed = "".join(f"{key!r}, " for key in keys)
+    way_out = f"Keep such groups apart: by=[{listed}{{!r}}]."
     groups = [(merged(mine, way_out), mine) for _, mine in together]
     return write(state_dict, groups) | recorded(state_dict, groups)
 
@@ -195,12 +196,14 @@ def split_groups(
 
 
 def _split(entries: Sequence[Entry], own: Hyper) -> Hyper:
-    hypers = [{**e.hyper, **(e.apart or {}), "weight_decay": e.wd} for e in entries]
+    hypers = [
+        {**e.hyper, **(e.part_values or {}), "weight_decay": e.wd} for e in entries
+    ]
     way_out = "Make it two groups, or set {!r} in this one."
     require_agreement(entries, hypers, own, way_out)
     hyper = {**hypers[0], **own}
     form = form_of(hyper)
-    for entry in entries if hyper["weight_decay"] and form else ():
+    for entry in entries if hyper[WD] and form else ():
         multiplier, own_form, *begin = entry.record
         target = begin[0].get("target") if begin else None
         if multiplier and (own_form not in (None, form) or target):

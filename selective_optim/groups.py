@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selective_optim._text import aligned, received, shape_text
+from selective_optim._text import aligned, received
 from selective_optim.parameters import ModelIndex, ParameterInfo, as_modules
 from selective_optim.policies.blocks import require_arguments
 from selective_optim.policies.layerwise import Distances
@@ -167,11 +167,10 @@ def layerwise_groups(
     found: dict[int, list[ParameterInfo]] = {}
     for info in _infos(roots):
         found.setdefault(distances.of(info), []).append(info)
-    scales = [(n, rate**n, held) for n, held in sorted(found.items())]
-    if lr_scale:
-        entries = [(n, {"lr": lr, "lr_scale": by}, held) for n, by, held in scales]
-    else:
-        entries = [(n, {"lr": lr * by}, held) for n, by, held in scales]
+    entries = [
+        (n, {"lr": lr, "lr_scale": rate**n} if lr_scale else {"lr": lr * rate**n}, held)
+        for n, held in sorted(found.items())
+    ]
     return _listed("layer", entries, named=False)
 
 
@@ -320,16 +319,11 @@ def _width(info: ParameterInfo, base: Mapping[str, set[torch.Size]]) -> float:
     # A model with more layers has names that the base lacks.
     shapes = base.get(name) or base.get(NUMBER.sub("*", name), set())
     alike = [each for each in shapes if len(each) == len(shape)]
-    if len(alike) != 1:
+    pairs = zip(shape, alike[0]) if len(alike) == 1 else ()
+    ratios = [size / of for size, of in pairs if size != of]
+    if len(alike) != 1 or len(ratios) > 2:
         raise ValueError(
-            f"{info.describe(0)} has no counterpart in `base_model`. Make that of the "
-            f"same class, with another width."
-        )
-    ratios = [size / of for size, of in zip(shape, alike[0]) if size != of]
-    if len(ratios) > 2:
-        raise ValueError(
-            f"{info.describe(0)} differs from `base_model` (shape "
-            f"{shape_text(alike[0])}) in {len(ratios)} dimensions, and muP knows two. "
-            f"Make that of the same class, with another width."
+            f"{info.describe(0)} has no counterpart in `base_model` of which at most "
+            f"two dimensions differ. Make that of the same class, with another width."
         )
     return ratios[-1] if len(ratios) == 2 else 1.0

@@ -316,7 +316,7 @@ SOURCES = {
         lambda m, o: [n for n, _ in m.named_parameters()],
     ),
     "ours": (by_us, lambda m, o: None),
-    "ours, unnamed": (by_us_unnamed, lambda m, o: [n for n, _ in m.named_parameters()]),
+    "ours, unnamed": (by_us_unnamed, lambda m, o: (n for n, _ in m.named_parameters())),
     "ours, by layers": (by_layers, lambda m, o: group_names(o.param_groups, m)),
 }
 TARGETS = [by_torch, by_us, by_us_unnamed, by_layers]
