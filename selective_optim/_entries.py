@@ -18,15 +18,15 @@ from selective_optim._canonical_names import (
     told_apart,
     without_wrappers,
 )
-from selective_optim._state_dict import (
-    MEMBERS,
+from selective_optim._text import received
+from selective_optim.decisions.state_dict import (
     PARTS,
     RECORD,
     require_dict,
     require_whole,
 )
-from selective_optim._text import received
 from selective_optim.parameters import as_modules
+from selective_optim.step.lasting import PER_PARAM
 
 StateDict = dict[str, Any]
 Hyper = dict[str, Any]  # of a group: all but its parameters and their names
@@ -83,7 +83,7 @@ def read(
     listed: list[Entry] = []
     for index, group in enumerate(state_dict["param_groups"]):
         keys = group["params"]
-        hyper = without(group, MEMBERS)
+        hyper = without(group, PER_PARAM)
         plain = [[1.0, form_of(hyper)]] * len(keys)
         records = state_dict[RECORD][index] if RECORD in state_dict else plain
         part_values: list[Any] = [None] * len(keys)

@@ -29,8 +29,9 @@ from selective_optim._entries import (
     without,
     write,
 )
-from selective_optim._state_dict import MEMBERS, RECORD, require_dict, require_whole
 from selective_optim._text import aligned
+from selective_optim.decisions.state_dict import RECORD, require_dict, require_whole
+from selective_optim.step.lasting import PER_PARAM
 
 SHOWN = 5  # names that a line of ``Fit`` gives
 # Entries that torch's classes begin at 0, and so can begin for new rows alone. Others,
@@ -173,7 +174,7 @@ def _layout(model: Any) -> list[tuple[Hyper, list[tuple[Tensor, Entry]]]]:
         Entry(n, key, state=own, record=record) for n, key, own, record in columns
     )
     return [
-        (without(saved_group, MEMBERS), list(zip(group["params"], entries)))
+        (without(saved_group, PER_PARAM), list(zip(group["params"], entries)))
         for saved_group, group in zip(saved["param_groups"], groups)
     ]
 

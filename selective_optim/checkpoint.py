@@ -42,8 +42,13 @@ from selective_optim._entries import (
 )
 from selective_optim._fit import Fit as Fit
 from selective_optim._fit import fit as fit
-from selective_optim._state_dict import PARTS, RECORD, require_dict, require_whole
 from selective_optim._text import received, shape_text
+from selective_optim.decisions.state_dict import (
+    PARTS,
+    RECORD,
+    require_dict,
+    require_whole,
+)
 
 
 def group_names(

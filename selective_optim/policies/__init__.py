@@ -5,7 +5,7 @@ a name, a mapping, a callable, or an expression, in Python or as text, of
 :func:`exclude`, :func:`only`, :func:`scale`, :func:`form`, :func:`towards`,
 :func:`first_match`, :func:`layerwise`, :func:`marked`, :func:`named` and ``*``.
 
-How a decision is made, by ``selective_optim._decider`` for an optimizer and by
+How a decision is made, by ``selective_optim.decisions.decider`` for an optimizer and by
 ``decide.decide_alone`` where there is none:
 
 1. ``as_policy`` in ``named.py`` makes a policy of a name, a text, a mapping or a
