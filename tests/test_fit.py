@@ -519,6 +519,12 @@ def test_state_fits_by_its_shapes(entries, fate):
     assert all(state[0]["step"] == 5 for _ in range(fate != "new"))
 
 
+def test_vector_fits_beside_a_table_that_is_longer():
+    model = nn.ParameterDict({"bias": nn.Parameter(zeros(4))})
+    saved = state_dict_of("bias", state1=zeros(4), qmap1=zeros(256))
+    assert fit(saved, model).kept == ["bias"]
+
+
 # What was decided before the surgery
 
 
