@@ -805,7 +805,9 @@ def test_class_with_values_for_each_decay_goes_on_split_by_hand():
     groups = with_tensors(twin, by_decay(twin))
     by_hand = Counting([{**g, "weight_decay": wd} for g, wd in zip(groups, (0.1, 0.0))])
 
-    by_hand.load_state_dict(checkpoint.split_groups(old.state_dict(), by_decay(model)))
+    split = checkpoint.split_groups(old.state_dict(), by_decay(model))
+    by_hand.load_state_dict(split)
+    assert split.keys() == {"state", "param_groups"}
     train(model, old, SECOND)
     train(twin, by_hand, SECOND)
 
