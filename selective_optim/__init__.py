@@ -20,11 +20,11 @@ from selective_optim import schedules as schedules
 from selective_optim._deciding_for import deciding_for as deciding_for
 from selective_optim.adam import Adam as Adam
 from selective_optim.adamw import AdamW as AdamW
+from selective_optim.any_optimizer import decay_report as decay_report
 from selective_optim.decay import Decay as Decay
 from selective_optim.layers import layerwise_groups as layerwise_groups
 from selective_optim.parameters import ParameterInfo as ParameterInfo
 from selective_optim.report import DecayReport as DecayReport
-from selective_optim.report import decay_report as decay_report
 from selective_optim.schedules import WeightDecay as WeightDecay
 from selective_optim.schedules import proportional_to_lr as proportional_to_lr
 from selective_optim.sgd import SGD as SGD

@@ -121,7 +121,8 @@ class PolicyOptimizer(torch.optim.Optimizer):
         """Tell what decays: in sum when printed, per parameter in ``rows``."""
         # Not `decisions`: who looks is told later, by the step, what is wrong.
         decided = self._decider.readable(self.param_groups, self.defaults)
-        return make_report(self.param_groups, decided, self._default_form)
+        groups, index = self.param_groups, self._decider.index
+        return make_report(groups, decided, self._default_form, index)
 
     def __repr__(self) -> str:
         text = super().__repr__()

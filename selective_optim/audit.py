@@ -18,7 +18,7 @@ from selective_optim.parameters import ModelIndex, ParameterInfo
 from selective_optim.policies import Policy
 from selective_optim.policies.decide import decide_alone
 from selective_optim.policies.selectors import kind_of
-from selective_optim.report import DecayReport, make_report
+from selective_optim.report import DecayReport, make_rows
 
 HEADINGS = {
     "norm": "looks wrong: norms that decay",
@@ -71,14 +71,15 @@ def model_report(
     Example:
         >>> print(model_report(nn.Linear(3, 2), "no_bias"))
         group  reason           decay  form     tensors  elements
-            0  no match             1  default        1         6
+            0  decays in full       1  default        1         6
             0  exclude is_bias      0  exempt         1         2
         decayed: 1 tensor, 6 elements; exempt: 1 tensor, 2 elements
     """
     infos, decisions = _decided(model, wd_policy)
     params = [info.parameter for info in infos]
     group = {"params": params, "lr": math.nan, "weight_decay": weight_decay}
-    return make_report([group], [decisions], lambda group: None)
+    index = ModelIndex(model)
+    return DecayReport(make_rows([group], [decisions], lambda group: None, index))
 
 
 def _decided(

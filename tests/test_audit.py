@@ -88,7 +88,10 @@ def test_decay_towards_another_target_is_no_mistake(target):
 def test_tied_parameter_with_two_verdicts_names_both_places():
     [finding] = find_mistakes(Tiny(), {"scale": 0, "head.*": 0.5, "norm.*": 0})[:1]
     assert (finding.kind, finding.shape) == ("tied", (5, 4))
-    assert finding.reason == "embed.weight: 1 (no match); head.weight: 0.5 ('head.*')"
+    assert (
+        finding.reason
+        == "embed.weight: 1 (decays in full); head.weight: 0.5 ('head.*')"
+    )
 
 
 def test_frozen_parameters_are_no_mistake():
@@ -114,7 +117,7 @@ def test_audit_prints_report_disagreements_and_mistakes():
         [
             "no_norm on Tiny, per unit of weight_decay",
             "group  reason           decay  form     tensors  elements",
-            "    0  no match             1  default        3        26",
+            "    0  decays in full       1  default        3        26",
             "    0  exclude is_norm      0  exempt         2         8",
             "decayed: 3 tensors, 26 elements; exempt: 2 tensors, 8 elements",
             "",
@@ -122,10 +125,10 @@ def test_audit_prints_report_disagreements_and_mistakes():
             str(policies.diff(Tiny(), "no_norm", "no_bias_norm")),
             "",
             "looks wrong: biases that decay, 1",
-            "  head.bias  5  no match",
+            "  head.bias  5  decays in full",
             "",
             "looks wrong: tensors of fewer than two dimensions that decay, 1",
-            "  scale  scalar  no match",
+            "  scale  scalar  decays in full",
         ]
     )
 
@@ -163,7 +166,7 @@ def test_audit_as_dict_has_the_same_content():
         "requires_grad": True,
         "form": None,
         "target": None,
-        "reason": "no match",
+        "reason": "decays in full",
     }
     assert told["disagreements"] == [
         {
@@ -171,7 +174,7 @@ def test_audit_as_dict_has_the_same_content():
             "shape": [5],
             "a": {"multiplier": 1.0, "form": None, "target": None},
             "b": {"multiplier": 0.0, "form": None, "target": None},
-            "reason_a": "no match",
+            "reason_a": "decays in full",
             "reason_b": "exclude is_bias",
         }
     ]
@@ -179,7 +182,7 @@ def test_audit_as_dict_has_the_same_content():
         "kind": "bias",
         "name": "head.bias",
         "shape": [5],
-        "reason": "no match",
+        "reason": "decays in full",
     }
 
 
@@ -244,9 +247,9 @@ def test_audit_tells_what_the_author_marked_and_hints_at_the_rest():
         "  cls_token  1 x 1 x 8  Vision.no_weight_decay() lists 'cls_token'\n"
         "  pos_embed  1 x 5 x 8  Vision.no_weight_decay() lists 'pos_embed'",
         "worth a look: decay, and are neither weights of layers, norms nor biases, 3\n"
-        "  mask_token  1 x 1 x 8  no match\n"
-        "  gamma       8 x 1 x 1  no match\n"
-        "  gates       2 x 4      no match",
+        "  mask_token  1 x 1 x 8  decays in full\n"
+        "  gamma       8 x 1 x 1  decays in full\n"
+        "  gates       2 x 4      decays in full",
     ]
 
 

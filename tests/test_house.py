@@ -29,7 +29,7 @@ FLOORS = [
     ("policies", "_state_dict", "_initial_values"),
     ("checkpoint", "_deciding_for", "layers", "report", "_decision_table"),
     ("_decider",),
-    ("_optimizer", "audit"),
+    ("_optimizer", "any_optimizer", "audit"),
     ("sgd", "adam", "adamw"),
     ("split",),
     ("__init__",),

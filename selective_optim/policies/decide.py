@@ -15,6 +15,7 @@ from selective_optim.policies.callables import UnknownError
 from selective_optim.policies.rules import AnswerError
 from selective_optim.policies.unmatched import require_matches
 
+NO_POLICY = "no policy"
 WAYS_OUT = (
     'Pass model=model or model.named_parameters(), or use wd_policy="matrices"; where '
     "a framework makes the optimizer, write with selective_optim.deciding_for(model): "
@@ -39,7 +40,7 @@ def decide(
         TypeError: The policy yields something other than a decay.
     """
     if policy is None:
-        verdicts = [Verdict(FULL, "no policy")] * len(infos)
+        verdicts = [Verdict(FULL, NO_POLICY)] * len(infos)
     else:
         verdicts = _verdicts(policy, infos, places or range(len(infos)))
     shapes = [shape_now(i.parameter) if i.shape is None else i.shape for i in infos]

@@ -27,6 +27,8 @@ from selective_optim.policies.base import Policy
 from selective_optim.policies.callables import StrictInfo, callable_text, picklable
 from selective_optim.policies.selectors import Selector, as_selector
 
+UNMATCHED = "decays in full"  # the reason where no selector matches
+
 
 @dataclass(frozen=True, repr=False)
 class Rule(Policy):
@@ -57,7 +59,7 @@ class Rule(Policy):
         if not self.selectors:
             return Verdict(self.inside, repr(self))
         return Verdict(
-            self.outside, f"not in {self!r}" if self.verb == "only" else "no match"
+            self.outside, f"not in {self!r}" if self.verb == "only" else UNMATCHED
         )
 
 
@@ -79,7 +81,7 @@ class FirstMatch(Policy):
         for selector, decay in zip(self.selectors, self.decays):
             if selector.matches(info):
                 return Verdict(decay, selector.told(info))
-        return Verdict(FULL, "no match")
+        return Verdict(FULL, UNMATCHED)
 
 
 def _decay_text(decay: Decay) -> str:
