@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import gc
+from collections.abc import Mapping
 from itertools import chain
 from types import FunctionType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from selective_optim._text import received
@@ -54,56 +56,42 @@ def require_decay(optimizer: Any, purpose: str) -> None:
             )
 
 
+def is_optimizer(item: object) -> bool:
+    """Tell whether this is one of torch, and no wrapper that skips its constructor."""
+    return isinstance(item, torch.optim.Optimizer) and "defaults" in vars(item)
+
+
+# Leads to the process and not to what a wrapper holds, or to nothing.
+NOT_SEARCHED = (type, ModuleType, FunctionType, Tensor, nn.Module, str)
+
+
 def held_optimizers(wrapper: object) -> list[Any]:
-    """List the optimizers that a wrapper steps: those in its attributes and lists.
+    """List the optimizers that a wrapper holds in attributes and lists, and steps.
 
-    If it has groups, the parameters must be its own. What it holds is looked into, too,
-    down to the first of three levels on which there is an optimizer.
+    The parameters must be its own, if it has groups. The nearest are taken.
     """
-    groups = groups_of(wrapper)
-    own = None if groups is None else _ids(groups)
-    level = _attributes(wrapper)
-    for _ in range(3):
-        found, taken = [], set[int]()
+    own = param_ids(wrapper)
+    found, covered, level, seen = [], set[int](), [wrapper], {id(wrapper)}
+    for _ in range(6):  # references, of which dicts and lists take one each
+        near = chain(*map(gc.get_referents, level))
+        level = [item for item in near if not isinstance(item, NOT_SEARCHED)]
+        level = list(
+            {id(item): item for item in level if id(item) not in seen}.values()
+        )
+        seen.update(map(id, level))
         for item in level:
-            ids = _ids(groups_of(item) or ()) if item is not wrapper else set()
-            # One that is held twice, or a twin with the same parameters, counts once.
-            if ids and taken.isdisjoint(ids) and (own is None or ids <= own):
+            ids = param_ids(item)
+            if ids and covered.isdisjoint(ids) and (ids <= own or not own):
                 found.append(item)
-                taken |= ids
-        if found:
-            return found
-        inside = (item for item in level if not isinstance(item, NOT_SEARCHED))
-        level = [each for item in inside for each in _attributes(item)]
-    return []
+                covered |= ids
+        if found and covered >= own:
+            break
+    return found
 
 
-NOT_SEARCHED = (type, ModuleType, FunctionType, Tensor, nn.Module)
-
-
-def groups_of(optimizer: object) -> Any:
-    """Return the parameter groups of what steps, or ``None`` of all else."""
+def param_ids(optimizer: object) -> set[int]:
+    """Identify the parameters of what steps and has groups; none of all else."""
     groups = getattr(optimizer, "param_groups", None)
-    steps = isinstance(groups, (list, tuple)) and hasattr(optimizer, "step")
-    return groups if steps else None
-
-
-def _ids(groups: Iterable[Any]) -> set[int]:
+    if not (isinstance(groups, (list, tuple)) and hasattr(optimizer, "step")):
+        return set()
     return {id(param) for group in groups for param in group["params"]}
-
-
-def _attributes(item: object) -> list[object]:
-    """List the values of attributes, and what is in dicts and lists among them."""
-    slots = chain(*[getattr(c, "__slots__", ()) for c in type(item).__mro__])
-    values = [getattr(item, name, None) for name in slots]
-    stack = [*getattr(item, "__dict__", {}).values(), *values][::-1]
-    flat: list[object] = []
-    seen: set[int] = set()  # a list may hold itself
-    while stack:
-        value = stack.pop()
-        if not isinstance(value, (dict, list, tuple, set)):
-            flat.append(value)
-        elif id(value) not in seen:
-            seen.add(id(value))
-            stack += [*(value.values() if isinstance(value, dict) else value)][::-1]
-    return flat

@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice, repeat
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from selective_optim._arguments import held_optimizers, require_decay
+from selective_optim._arguments import held_optimizers, is_optimizer, require_decay
 from selective_optim._state_dict import RECORD
 from selective_optim._text import received
 from selective_optim.decay import FORMS, Decay, Decision
@@ -89,79 +89,64 @@ def decay_report(
     """
     index = ModelIndex(model)
     found = list(_optimizers_in(optimizer, index))
-    reports = [_report_of(each, index) for each in found]
-    rows, told = _numbered_through(found, reports), list[str]()
-    if measure:
-        rows, told = _measured(found, rows)
-    if len(found) > 1 or model is not None:
+    alone = len(found) == 1
+    rows, told, first = list[Row](), list[str](), 0
+    for each in found:
+        report = _report_of(each, index)
+        own, note = _measured(each, report.rows) if measure else (report.rows, "")
+        route = "" if alone else type(each).__name__
+        rows += [replace(r, group=first + r.group, route=r.route or route) for r in own]
+        # One of this library knows its modules, if not by `model`.
+        told += [report.remark if alone and model is None else "", note]
+        first += len(each.param_groups)
+    if not alone or model is not None:
         groups = [group for each in found for group in each.param_groups]
-        told = [split_wrongly(rows), left_out(index, groups), *told]
-    else:
-        # An optimizer of this library knows its modules, if not by `model`.
-        told = [reports[0].remark, *told]
-    return DecayReport(rows, remark_of(*told))
+        told += [split_wrongly(rows), left_out(index, groups)]
+    return DecayReport(tuple(rows), remark_of(*told, _other_than_promised(rows)))
 
 
 def _optimizers_in(given: Any, index: ModelIndex) -> Iterator[Any]:
     """Find the optimizers in a list, a wrapper or a state dict."""
-    several = isinstance(given, (list, tuple))
-    if isinstance(given, Mapping) and "param_groups" in given:
-        yield _saved(given, index)
-    elif several and given and all(map(_is_group, given)):
+    if isinstance(given, Mapping):
+        given = _saved(given, index) if "param_groups" in given else [*given.values()]
+    own = is_optimizer(given) and hasattr(given, "decay_report")
+    listed = isinstance(given, list)
+    if listed and all(isinstance(each, Mapping) and "params" in each for each in given):
         yield Groups(given)
-    elif several or isinstance(given, Mapping):
-        for each in given.values() if isinstance(given, Mapping) else given:
-            yield from _optimizers_in(each, index)
-    elif hasattr(type(given), "decay_report") and "defaults" in vars(given):
+    elif own or isinstance(given, Groups):
         yield given
-    elif held := held_optimizers(given):
-        for each in held:
+    elif several := given if listed else held_optimizers(given):
+        for each in several:
             yield from _optimizers_in(each, index)
-    elif not hasattr(given, "param_groups"):
+    elif hasattr(given, "param_groups"):
+        yield given
+    else:
         raise TypeError(
             f"`optimizer` must have param_groups, and {received(given)} has none. "
             f"Pass the optimizer first, then the model: decay_report(optimizer, model)."
         )
-    else:
-        yield given
-
-
-def _is_group(item: object) -> bool:
-    return isinstance(item, Mapping) and "params" in item
 
 
 def _report_of(optimizer: Any, index: ModelIndex) -> DecayReport:
-    if own := getattr(optimizer, "decay_report", None):
-        report: DecayReport = own()
+    if hasattr(optimizer, "decay_report"):
+        report: DecayReport = optimizer.decay_report()
         return report
     require_decay(optimizer, "report")
     groups, form_of = list(optimizer.param_groups), partial(form_of_class, optimizer)
     return make_report(groups, getattr(optimizer, "decided", None), form_of, index)
 
 
-def _numbered_through(
-    found: Sequence[Any], reports: Sequence[DecayReport]
-) -> tuple[Row, ...]:
-    rows: list[Row] = []
-    for each, report in zip(found, reports):
-        first = 1 + max([row.group for row in rows], default=-1)
-        route = type(each).__name__ if len(found) > 1 else ""
-        for row in report.rows:
-            rows.append(replace(row, group=first + row.group, route=row.route or route))
-    return tuple(rows)
-
-
 def _saved(state_dict: Mapping[str, Any], index: ModelIndex) -> Groups:
     """Stand in for the optimizer of a state dict, with tensors that have no values."""
     known = {info.telling_name: info.parameter for info in index.everyone()}
     groups, decided = [], []
-    records = state_dict.get(RECORD) or repeat(None)
+    records = state_dict.get(RECORD) or repeat(repeat(None))
     for group, record in zip(state_dict["param_groups"], records):
         names = group.get("param_names") or [None] * len(group["params"])
         entries = [state_dict["state"].get(key, {}) for key in group["params"]]
         params = [known.get(n, _shaped_as(e)) for n, e in zip(names, entries)]
         groups.append({**group, "params": params, "param_names": names})
-        decided.append(list(map(_recorded, record or repeat(()), names, params)))
+        decided.append([_recorded(each) for each, _ in zip(record, params)])
     return Groups(groups, decided)
 
 
@@ -171,34 +156,23 @@ def _shaped_as(entries: Mapping[str, Any]) -> Tensor:
     return torch.empty(shape, device="meta", requires_grad=True)
 
 
-def _recorded(entry: Sequence[Any], name: str | None, param: Tensor) -> Any:
-    """Read one entry of a record; ``None`` leaves the reason to what it is."""
-    if not entry and (name or param.numel()):
+def _recorded(entry: Sequence[Any] | None) -> Decision | None:
+    if entry is None:
         return None
-    multiplier, form, *more = entry or (1.0, None)
-    begin = more[0] if more else {}
-    decay = Decay(multiplier, form, begin.get("target"))
-    told = "recorded" if entry else "unknown"
-    return Decision(decay, told, name, param.shape, (), lr0=begin.get("lr0"))
+    begin = entry[2] if len(entry) > 2 else {}
+    decay = Decay(entry[0], entry[1], begin.get("target"))
+    return Decision(decay, "recorded", None, torch.Size((0,)), (), lr0=begin.get("lr0"))
 
 
-def _measured(
-    found: Sequence[Any], rows: Sequence[Row]
-) -> tuple[tuple[Row, ...], list[str]]:
+def _measured(optimizer: Any, rows: Sequence[Row]) -> tuple[Sequence[Row], str]:
     """Step copies with no, half and the whole decay, and tell what that changes."""
-    left, measured, notes = iter(rows), list[Row](), list[str]()
-    for optimizer in found:
-        groups = optimizer.param_groups
-        decays = [group["weight_decay"] for group in groups for _ in group["params"]]
-        mine = list(islice(left, len(decays)))
-        try:
-            steps = [_stepped(optimizer, share) for share in (0.0, 0.5, 1.0)]
-        except Exception as error:  # whatever a class raises that is stepped like this
-            measured += mine
-            notes.append(f"{NOTE}not measured, {type(error).__name__}: {error}")
-        else:
-            measured += map(_with_effect, mine, decays, *steps)
-    return tuple(measured), [*notes, _other_than_promised(measured)]
+    try:
+        steps = [_stepped(optimizer, share) for share in (0.0, 0.5, 1.0)]
+    except Exception as error:  # whatever a class raises that is stepped like this
+        return rows, f"{NOTE}not measured, {type(error).__name__}: {error}"
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    ends = zip(*steps)
+    return [_with_effect(r, decays[r.group], *own) for r, own in zip(rows, ends)], ""
 
 
 def _stepped(optimizer: Any, share: float) -> Sequence[Tensor]:
@@ -228,8 +202,8 @@ def _with_effect(row: Row, decay: float | Tensor, *steps: Tensor) -> Row:
     if row.fate == "frozen" or row.target is not None or not row.numel:
         return row
     none, half, full = (step.detach().reshape(-1)[0].item() for step in steps)
-    # Where half the decay does not do half as much, as of L2 in an adaptive class, the
-    # update says nothing of its strength.
+    # Half the decay does not do half as much in L2 of an adaptive class: then the size
+    # of the update tells nothing.
     direct = math.isclose(none - full, 2 * (none - half), rel_tol=0.01)
     unit = FORMS[row.form].strength(1.0, RATE, row.lr0) if row.form and row.lr0 else 1.0
     value = float(f"{(none - full) / RATE / unit * float(decay):.4g}")
@@ -244,7 +218,7 @@ def _other_than_promised(rows: Sequence[Row]) -> str:
     other = [
         row.name
         for row in known
-        if row.applied and row.form != "l2" and row.measured is not None
+        if row.measured and row.form != "l2"
         if not math.isclose(row.measured, row.weight_decay, rel_tol=0.02)
     ]
     return remark_of(

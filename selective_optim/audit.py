@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -191,20 +191,22 @@ class Audit:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, strings and numbers, ready for JSON."""
-        rows, fates = self.report.rows, ("decayed", "exempt", "frozen")
-        sizes = {fate: [r.numel for r in rows if r.fate == fate] for fate in fates}
-        told = {
+        told = self.report.as_dict()
+        rows = [
+            {key: row[key] for key in ROW_KEYS} | {"multiplier": row["weight_decay"]}
+            for row in told.pop("rows")
+        ]
+        del told["remark"]
+        found = {
             "disagreements": getattr(self.difference, "rows", ()),
             "findings": self.findings,
             "hints": self.hints,
         }
         return {
             **{key: getattr(self, key) for key in ("model", "policy", "against")},
-            "rows": [
-                {**_plain(r, ROW_KEYS), "multiplier": r.weight_decay} for r in rows
-            ],
-            **{k: {"tensors": len(n), "elements": sum(n)} for k, n in sizes.items()},
-            **{key: [_plain(record) for record in told[key]] for key in told},
+            "rows": rows,
+            **told,
+            **{key: list(map(_plain, records)) for key, records in found.items()},
         }
 
 
@@ -219,9 +221,8 @@ def _listing(kind: str, findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def _plain(record: Any, keys: Collection[str] = ()) -> dict[str, Any]:
-    values = {**asdict(record), "shape": list(record.shape)}
-    return {key: values[key] for key in keys or values}
+def _plain(record: Any) -> dict[str, Any]:
+    return {**asdict(record), "shape": list(record.shape)}
 
 
 def audit(

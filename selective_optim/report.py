@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from html import escape
 from importlib import import_module
@@ -189,6 +189,13 @@ class DecayReport:
         right = [i for i, key in enumerate(table[0]) if key in NUMBERS]
         lines = [*aligned(table, right), self.summary(), self.remark]
         return "\n".join(filter(None, lines))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain lists, dicts, strings and numbers, ready for JSON."""
+        rows = [{**asdict(row), "shape": list(row.shape)} for row in self.rows]
+        sizes = {f: [r.numel for r in self.rows if r.fate == f] for f in COLORS}
+        sums = {f: {"tensors": len(n), "elements": sum(n)} for f, n in sizes.items()}
+        return {"rows": rows, **sums, "remark": self.remark}
 
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""

@@ -50,7 +50,7 @@ NAMED: dict[str, Policy] = {
     **RECIPES,
 }
 
-# For type checkers: a misspelt name is an error. A test holds it to ``NAMED``.
+# For editors, which offer the names. A test holds it to ``NAMED``.
 PolicyName: TypeAlias = Literal[
     "all",
     "none",
@@ -85,9 +85,10 @@ PolicyName: TypeAlias = Literal[
     "rwkv",
     "olmo",
 ]
-# A text that is no name is for type checkers a case for :func:`parse`.
+# Any text: a policy may stand in a configuration, as an expression.
 WdPolicy: TypeAlias = (
     PolicyName
+    | str
     | Policy
     | Mapping[Any, float | Decay]
     | Callable[[ParameterInfo], float | Decay]
