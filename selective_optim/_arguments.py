@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from types import FunctionType, ModuleType
 from typing import Any
@@ -73,12 +73,10 @@ def held_optimizers(wrapper: object) -> list[Any]:
     own = param_ids(wrapper)
     found, covered, level, seen = [], set[int](), [wrapper], {id(wrapper)}
     for _ in range(6):  # references, of which dicts and lists take one each
-        near = chain(*map(gc.get_referents, level))
-        level = [item for item in near if not isinstance(item, NOT_SEARCHED)]
-        level = list(
-            {id(item): item for item in level if id(item) not in seen}.values()
-        )
-        seen.update(map(id, level))
+        near = chain(*map(_references, level))
+        new = {id(item): item for item in near if id(item) not in seen}
+        level = [item for item in new.values() if not isinstance(item, NOT_SEARCHED)]
+        seen.update(new)
         for item in level:
             ids = param_ids(item)
             if ids and covered.isdisjoint(ids) and (ids <= own or not own):
@@ -87,6 +85,11 @@ def held_optimizers(wrapper: object) -> list[Any]:
         if found and covered >= own:
             break
     return found
+
+
+def _references(item: object) -> Sequence[object]:
+    # The collector reads lists from behind.
+    return item if isinstance(item, (list, tuple)) else gc.get_referents(item)
 
 
 def param_ids(optimizer: object) -> set[int]:

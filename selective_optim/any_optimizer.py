@@ -98,6 +98,8 @@ def decay_report(
         rows += [replace(r, group=first + r.group, route=r.route or route) for r in own]
         # One of this library knows its modules, if not by `model`.
         told += [report.remark if alone and model is None else "", note]
+        if not (is_optimizer(each) or isinstance(each, Groups)):
+            told.append(f"{NOTE}read from the groups of {type(each).__name__} alone")
         first += len(each.param_groups)
     if not alone or model is not None:
         groups = [group for each in found for group in each.param_groups]
