@@ -164,11 +164,10 @@ def test_report_of_several_is_one_report():
 
 def test_weights_that_one_of_several_does_not_decay_are_no_mistake():
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
-    parts = [
-        torch.optim.SGD(part.parameters(), lr=0.1, weight_decay=wd)
-        for part, wd in zip(model, (0.1, 0.0))
+    several = [
+        torch.optim.SGD(model[0].parameters(), weight_decay=0.1),
+        torch.optim.AdamW(model[1].parameters(), weight_decay=0.0),
     ]
-    several = [parts[0], torch.optim.AdamW(model[1].parameters(), weight_decay=0.0)]
     assert decay_report(several, model).remark == ""
 
 

@@ -208,6 +208,58 @@ def test_command_takes_a_policy_of_the_users_own(capsys):
     assert "exclude('*.bias') on Tiny" in capsys.readouterr().out
 
 
+def own_optimizer(lr=0.5):
+    policy = policies.exclude("*.bias")
+    return selective_optim.AdamW(Tiny(), lr=lr, weight_decay=0.5, wd_policy=policy)
+
+
+def wrong_optimizer():
+    return torch.optim.SGD(Tiny().named_parameters(), weight_decay=0.5)
+
+
+def test_command_reports_what_an_optimizer_decays(capsys):
+    assert main(["audit", f"{HERE}:own_optimizer(0.25)", "--strict"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{HERE}:own_optimizer(0.25), device: meta\ngroup  reason")
+    assert "decayed: 3 tensors, 25 elements" in out
+
+
+def test_command_reports_an_optimizer_as_json_and_strictly(capsys):
+    arguments = ["audit", f"{HERE}:wrong_optimizer", "--json", "--strict"]
+    assert main(arguments) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["decayed"] == {"tensors": 5, "elements": 34}
+    assert told["remark"].startswith("looks wrong: ")
+
+
+CHECKPOINTS = {
+    "alone": lambda saved: saved,
+    "among others": lambda saved: {"model": {"w": torch.ones(2)}, "optimizer": saved},
+    "as Lightning": lambda saved: {"epoch": 3, "optimizer_states": [saved]},
+}
+
+
+@pytest.mark.parametrize("pack", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_command_reports_a_checkpoint(pack, tmp_path, capsys):
+    optimizer = own_optimizer()
+    file = tmp_path / "last.ckpt"
+    torch.save(pack(optimizer.state_dict()), file)
+    assert main(["audit", str(file)]) == 0
+    told = selective_optim.decay_report(optimizer.state_dict())
+    assert capsys.readouterr().out == f"{file}, device: as saved\n{told}\n"
+
+
+def test_command_lists_policies_and_recipes_with_a_sentence_each(capsys):
+    told = {}
+    for command in ("policies", "recipes"):
+        assert main([command]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        told |= dict(line.split(maxsplit=1) for line in lines)
+    assert told.keys() == NAMED.keys()
+    assert all(text[0].isupper() and text[-1] == "." for text in told.values())
+    assert all("\n" not in text and "  " not in text for text in told.values())
+
+
 STRICT = {
     "findings": (["--policy", "all"], 1),
     "no findings": (["--policy", "matrices"], 0),
@@ -401,7 +453,16 @@ ERRORS = {
     "no module": (["no_such_module:x"], "No module named 'no_such_module'"),
     "no name": ([f"{HERE}:tinny"], "Did you mean 'tiny'?"),
     "number": ([f"{HERE}:no_policy"], "is 3.5 (float), not a callable"),
-    "not a model": (["builtins:dict"], "returned {} (dict), not a module"),
+    "not a model": (
+        ["builtins:dict"],
+        "returned {} (dict), not a module or optimizer. Write",
+    ),
+    "policy beside an optimizer": (
+        [f"{HERE}:own_optimizer", "--policy", "all"],
+        "--policy and --against are for a model, which `tests.test_audit:own_optimizer`"
+        " is not. Leave them out.",
+    ),
+    "no checkpoint": (["README.md"], "`README.md` cannot be read: "),
     "arguments": ([f"{HERE}:needs_arguments"], "missing 1 required positional"),
     "raises": (
         [f"{HERE}:broken"],
@@ -410,7 +471,10 @@ ERRORS = {
     ),
     "open bracket": ([f"{HERE}:tiny("], "is not of the form MODULE:CALLABLE"),
     "no file": (["no_such.py:tiny"], "there is no file no_such.py"),
-    "file without a name": (["no_such.py"], "is not of the form MODULE:CALLABLE"),
+    "file without a name": (
+        ["train.py"],
+        "is not of the form MODULE:CALLABLE. Write for example train.py:build_model.",
+    ),
     "wrong argument": ([f"{HERE}:tiny(3)"], "takes 0 positional arguments but 1 was"),
     "lazy": ([f"{HERE}:lazy"], "uninitialized parameters. Run one batch"),
     "policy": ([f"{HERE}:tiny", "--policy", "no_bais"], 'Did you mean wd_policy="no_b'),
@@ -428,6 +492,15 @@ def test_command_tells_what_is_wrong_in_one_line(case, capsys):
     assert out == ""
     assert expected in err.splitlines()[-1]
     assert "Traceback" not in err
+
+
+def test_command_says_that_a_file_holds_no_state_dict(tmp_path, capsys):
+    file = tmp_path / "model.pt"
+    torch.save({"w": torch.ones(2)}, file)
+    assert main(["audit", str(file)]) == 2
+    assert "holds no state dict of an optimizer. Save one, as in torch.save(" in (
+        capsys.readouterr().err
+    )
 
 
 def test_command_runs_as_a_module_from_the_folder_of_the_model(tmp_path: Path):

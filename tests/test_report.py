@@ -1,5 +1,6 @@
 """The decay report: records, printed table, notebook table and picture."""
 
+import json
 import re
 import sys
 from types import SimpleNamespace
@@ -78,6 +79,46 @@ def test_rows_follow_what_the_groups_say_now():
     rows = {row.name: row for row in optimizer.decay_report().rows}
     assert (rows["head.bias"].lr, rows["head.bias"].weight_decay) == (0.125, 0.125)
     assert rows["scale"].weight_decay == 0.25
+
+
+def test_report_is_a_sequence_of_rows_and_finds_them_by_name():
+    report = report_of(Net())
+    assert (len(report), list(report)) == (8, list(report.rows))
+    assert report[-1] is report["head.bias"] is report.rows[-1]
+    assert report[:2] == report.rows[:2]
+    with pytest.raises(KeyError, match=r"haed\.bias.*Did you mean 'head\.bias'"):
+        report["haed.bias"]
+    with pytest.raises(KeyError, match="no such name"):
+        report_of([torch.ones(2)], wd_policy="matrices")["x"]
+
+
+def test_report_is_short_where_its_repr_is_shown():
+    assert repr(report_of(Net())) == (
+        "DecayReport(decayed: 4 tensors, 21 elements; exempt: 4 tensors, 14 elements)"
+    )
+
+
+def test_report_as_dict_is_ready_for_json():
+    report = report_of(Net(), lr=0.5)
+    told = report.as_dict()
+    assert json.loads(json.dumps(told)) == told
+    assert told["rows"][2]["shape"] == [4, 3]
+    assert told["exempt"] == {"tensors": 4, "elements": 14}
+    assert told["remark"] == report.remark
+
+
+def test_reason_of_a_group_without_decay_is_that_and_no_selector():
+    model = Net()
+    groups = [
+        {"params": list(model.body.parameters()), "weight_decay": 0.0},
+        {"params": list(model.head.parameters())},
+    ]
+    rows = report_of(groups, model=model).rows
+    assert [(row.name, row.reason) for row in rows if row.name.endswith("weight")] == [
+        ("body.0.weight", "weight_decay=0"),
+        ("body.1.weight", "exclude is_norm"),
+        ("head.weight", "decays in full"),
+    ]
 
 
 def test_report_prints_an_aligned_table_by_group_and_reason():
