@@ -150,8 +150,10 @@ def build(text: str) -> Built:
     """Call what a text names, without memory for weights where that can be done.
 
     Raises:
-        CommandError: It cannot be called, or what it returns is not a module.
+        CommandError: It cannot be called, or returns neither module nor optimizer.
     """
+    if Path(text).is_file() and not text.endswith(".py"):
+        return Built(_read_checkpoint(text), "as saved", None)
     module, path, arguments, keywords = read_target(text)
     made, device, note = load(module, path), "as found", None
     if keywords is not None or not _is_audited(made):
@@ -178,30 +180,21 @@ def _is_audited(made: object) -> bool:
     return isinstance(made, nn.Module) or bool(param_ids(made))
 
 
-def read_checkpoint(path: str) -> Built:
-    """Read a file and find the state dicts of optimizers in it.
-
-    Raises:
-        CommandError: It cannot be read, or holds none.
-    """
+def _read_checkpoint(path: str) -> list[Any]:
+    """Find the state dicts of optimizers in what was saved."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        level: list[Any] = [[torch.load(path, map_location="cpu", weights_only=True)]]
     except Exception as error:
         raise CommandError(f"`{path}` cannot be read: {told(error)}.") from error
-    if not (found := list(_state_dicts(saved))):
-        raise CommandError(
-            f"`{path}` holds no state dict of an optimizer. Save one, as in "
-            f"torch.save(optimizer.state_dict(), path)."
-        )
-    return Built(found, "as saved", None)
-
-
-def _state_dicts(saved: Any) -> Iterator[Any]:
-    if isinstance(saved, dict) and saved.keys() >= {"state", "param_groups"}:
-        yield saved
-    elif isinstance(saved, (dict, list, tuple)):
-        for each in saved.values() if isinstance(saved, dict) else saved:
-            yield from _state_dicts(each)
+    while level:
+        if found := [s for s in level if isinstance(s, dict) and "param_groups" in s]:
+            return found
+        inside = [s.values() if isinstance(s, dict) else s for s in level]
+        level = [s for each in inside for s in each if isinstance(s, (dict, list))]
+    raise CommandError(
+        f"`{path}` holds no state dict of an optimizer. Save one, as in "
+        f"torch.save(optimizer.state_dict(), path)."
+    )
 
 
 def _make(make: Callable[[], Any], text: str) -> tuple[Any, str, str | None]:
@@ -259,23 +252,19 @@ def run_audit(options: argparse.Namespace) -> int:
     Raises:
         CommandError: The target or a policy does not work.
     """
-    asked = (options.policy or "no_bias_norm", options.against)
-    saved = Path(options.target).is_file() and not options.target.endswith(".py")
     try:
         with redirect_stdout(sys.stderr):  # what models print is no part of the audit
-            given = [_policy(text) for text in asked]
-            built = (read_checkpoint if saved else build)(options.target)
+            given = [_policy(text) for text in (options.policy, options.against)]
+            built = build(options.target)
         if isinstance(built.model, nn.Module):
-            found: Any = audit(built.model, *given)
-            agrees = found.agrees
-        elif options.policy or options.against:
+            found: Any = audit(built.model, given[0] or "no_bias_norm", given[1])
+        elif given == [None, None]:
+            found = decay_report(built.model)
+        else:
             raise CommandError(
                 f"--policy and --against are for a model, which `{options.target}` is "
                 f"not. Leave them out."
             )
-        else:
-            found = decay_report(built.model)
-            agrees = not found.remark
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
     if options.json:
@@ -283,7 +272,7 @@ def run_audit(options: argparse.Namespace) -> int:
         print(json.dumps({**source, **found.as_dict()}))
     else:
         print(f"{options.target}, device: {built.device}\n{found}")
-    return int(options.strict and not agrees)
+    return int(options.strict and not found.agrees)
 
 
 def _policy(text: str | None) -> Any:

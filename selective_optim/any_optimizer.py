@@ -35,7 +35,7 @@ RATE = 1e-2  # of the step that is measured
 
 
 class Groups(NamedTuple):
-    """Parameter groups without an optimizer, and what a state dict says was decided."""
+    """Groups without an optimizer, and what a state dict says was decided."""
 
     param_groups: Sequence[Any]
     decided: Sequence[Any] | None = None
@@ -92,7 +92,13 @@ def decay_report(
     alone = len(found) == 1
     rows, told, first = list[Row](), list[str](), 0
     for each in found:
-        report = _report_of(each, index)
+        groups = list(each.param_groups)
+        if hasattr(each, "decay_report"):
+            report = each.decay_report()
+        else:
+            require_decay(each, "report")
+            form_of = partial(form_of_class, each)
+            report = make_report(groups, getattr(each, "decided", None), form_of, index)
         own, note = _measured(each, report.rows) if measure else (report.rows, "")
         route = "" if alone else type(each).__name__
         rows += [replace(r, group=first + r.group, route=r.route or route) for r in own]
@@ -100,7 +106,7 @@ def decay_report(
         told += [report.remark if alone and model is None else "", note]
         if not (is_optimizer(each) or isinstance(each, Groups)):
             told.append(f"{NOTE}read from the groups of {type(each).__name__} alone")
-        first += len(each.param_groups)
+        first += len(groups)
     if not alone or model is not None:
         groups = [group for each in found for group in each.param_groups]
         told += [split_wrongly(rows), left_out(index, groups)]
@@ -127,15 +133,6 @@ def _optimizers_in(given: Any, index: ModelIndex) -> Iterator[Any]:
             f"`optimizer` must have param_groups, and {received(given)} has none. "
             f"Pass the optimizer first, then the model: decay_report(optimizer, model)."
         )
-
-
-def _report_of(optimizer: Any, index: ModelIndex) -> DecayReport:
-    if hasattr(optimizer, "decay_report"):
-        report: DecayReport = optimizer.decay_report()
-        return report
-    require_decay(optimizer, "report")
-    groups, form_of = list(optimizer.param_groups), partial(form_of_class, optimizer)
-    return make_report(groups, getattr(optimizer, "decided", None), form_of, index)
 
 
 def _saved(state_dict: Mapping[str, Any], index: ModelIndex) -> Groups:
@@ -215,14 +212,10 @@ def _with_effect(row: Row, decay: float | Tensor, *steps: Tensor) -> Row:
 def _other_than_promised(rows: Sequence[Row]) -> str:
     """Tell of decay that was measured and is not what the groups say."""
     known = [row for row in rows if row.fate == "decayed" and row.applied is not None]
-    never = [row.name for row in known if not row.applied]
+    never = [row for row in known if not row.applied]
     # The first step of momentum may add to L2, which is no other decay.
-    other = [
-        row.name
-        for row in known
-        if row.measured and row.form != "l2"
-        if not math.isclose(row.measured, row.weight_decay, rel_tol=0.02)
-    ]
+    direct = [row for row in known if row.measured and row.form != "l2"]
+    other = [r for r in direct if abs((r.measured or 0) / r.weight_decay - 1) > 0.02]
     return remark_of(
         clause(never, "parameter", "is decayed by no step", "are decayed by no step"),
         clause(other, "parameter", "decays at another rate", "decay at another rate"),

@@ -13,12 +13,11 @@ from torch import nn
 
 from selective_optim import policies
 from selective_optim._text import aligned, shape_text
-from selective_optim.decay import Decision, Verdict
+from selective_optim.decay import Decision
 from selective_optim.parameters import ModelIndex, ParameterInfo
-from selective_optim.policies import Policy
 from selective_optim.policies.decide import decide_alone
 from selective_optim.policies.selectors import kind_of
-from selective_optim.report import DecayReport, make_rows
+from selective_optim.report import DecayReport, make_report
 
 HEADINGS = {
     "norm": "looks wrong: norms that decay",
@@ -78,8 +77,8 @@ def model_report(
     infos, decisions = _decided(model, wd_policy)
     params = [info.parameter for info in infos]
     group = {"params": params, "lr": math.nan, "weight_decay": weight_decay}
-    index = ModelIndex(model)
-    return DecayReport(make_rows([group], [decisions], lambda group: None, index))
+    report = make_report([group], [decisions], lambda group: None, ModelIndex(model))
+    return replace(report, remark="")  # an audit lists what looks wrong
 
 
 def _decided(
@@ -115,33 +114,25 @@ def _findings(model: nn.Module, wd_policy: object) -> Iterator[Finding]:
     policy = policies.as_policy(wd_policy).bind([model])
     author = policies.marked().bind([model])
     for info, decision in zip(*_decided(model, wd_policy), strict=True):
+        found, kind, marked = dict[str, str](), kind_of(info), author.decide(info)
+        if decays := decision.decay.multiplier != 0:
+            # What decays towards anything else than 0 was meant to.
+            if kind in HEADINGS and decision.decay.target is None:
+                found[kind] = decision.reason
+            elif not marked.decay.multiplier:
+                found["marked"] = marked.reason
+        # Each place by itself: asked as one parameter, all would answer alike.
+        alone = [replace(p, names=(p.name or "",), elsewhere=()) for p in info.places]
+        verdicts = [policy.decide(place) for place in alone]
+        if len({verdict.decay for verdict in verdicts}) > 1:
+            told = zip(alone, verdicts)
+            parts = [f"{p.name}: {v.decay.multiplier:g} ({v.reason})" for p, v in told]
+            found["tied"] = "; ".join(parts)
+        if decays and not found and _is_other(info):
+            found["other"] = decision.reason
         if info.parameter.requires_grad:
-            marked = author.decide(info)
-            found = dict(_mistakes(policy, decision, marked, info))
-            if decision.decay.multiplier and not found and _is_other(info):
-                found["other"] = decision.reason
-            for kind, reason in found.items():
-                shape = info.parameter.shape
-                yield Finding(kind, info.telling_name, shape, reason)
-
-
-def _mistakes(
-    policy: Policy, decision: Decision, marked: Verdict, info: ParameterInfo
-) -> Iterator[tuple[str, str]]:
-    if decision.decay.multiplier:
-        # What decays towards anything else than 0 was meant to.
-        kind = kind_of(info)
-        if kind in HEADINGS and decision.decay.target is None:
-            yield kind, decision.reason
-        elif not marked.decay.multiplier:
-            yield "marked", marked.reason
-    # Each place by itself: asked as one parameter, all would answer alike.
-    alone = [replace(p, names=(p.name or "",), elsewhere=()) for p in info.places]
-    verdicts = [policy.decide(place) for place in alone]
-    if len({verdict.decay for verdict in verdicts}) > 1:
-        told = (f"{p.name}: {v.decay.multiplier:g} ({v.reason})"
-                for p, v in zip(alone, verdicts))  # fmt: skip
-        yield "tied", "; ".join(told)
+            where = (info.telling_name, info.parameter.shape)
+            yield from (Finding(kind, *where, reason) for kind, reason in found.items())
 
 
 def _is_other(info: ParameterInfo) -> bool:

@@ -6,7 +6,6 @@ import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from html import escape
 from importlib import import_module
 from itertools import chain, islice, repeat
@@ -148,13 +147,8 @@ class DecayReport:
         return iter(self.rows)
 
     def __getitem__(self, key: Any) -> Any:
-        if not isinstance(key, str):
-            return self.rows[key]
-        for row in self.rows:
-            if row.name == key:
-                return row
-        close = get_close_matches(key, [row.name for row in self.rows if row.name], 1)
-        raise KeyError(key, f"Did you mean {close[0]!r}?" if close else "no such name")
+        by_name = {row.name: row for row in self.rows[::-1]}
+        return by_name[key] if isinstance(key, str) else self.rows[key]
 
     def __repr__(self) -> str:
         return f"DecayReport({self.summary()})"
@@ -189,6 +183,11 @@ class DecayReport:
         right = [i for i, key in enumerate(table[0]) if key in NUMBERS]
         lines = [*aligned(table, right), self.summary(), self.remark]
         return "\n".join(filter(None, lines))
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing looks wrong."""
+        return not self.remark.startswith(WRONG)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, strings and numbers, ready for JSON."""
@@ -322,12 +321,7 @@ def _new_axes(bars: int) -> Any:
 
 
 def make_row(
-    index: int,
-    group: Group,
-    decision: Decision,
-    form: Form | None,
-    param: Tensor,
-    **more: Any,
+    index: int, group: Group, decision: Decision, form: Form | None, param: Tensor
 ) -> Row:
     """Join one decision with what its group and the parameter say now."""
     shape = decision.shape
@@ -350,17 +344,16 @@ def make_row(
         lr0=decision.terms.lr0,
         # torch steps whatever has a gradient.
         left_over=not param.requires_grad and param.grad is not None,
-        **more,
     )
 
 
-def make_rows(
+def make_report(
     groups: Sequence[Group],
-    decided: Sequence[Sequence[Decision]] | None,
+    decided: Sequence[Sequence[Decision | None]] | None,
     form_of: Callable[[Group], Form | None],
     index: ModelIndex,
-) -> tuple[Row, ...]:
-    """Join what was decided, if anything was, with what groups and parameters are."""
+) -> DecayReport:
+    """Join what was decided, if anything was, with what groups and modules are now."""
     asked = [
         wanted(group["params"], group.get("param_names", ()), number)
         for number, group in enumerate(groups)
@@ -371,30 +364,17 @@ def make_rows(
         # Where nothing was decided, all decay as the group says, for what they are.
         own = decided[number] if decided else repeat(None)
         for info, known in zip(islice(infos, len(group["params"])), own):
-            decision = known or decide(None, [info])[0]._replace(reason=kind_of(info))
-            form, param = decision.decay.form or form_of(group), info.parameter
-            row = make_row(number, group, decision, form, param)
+            kind = kind_of(info)
+            role = "norm's bias" if kind == "norm" and is_bias.matches(info) else kind
+            decision = known or decide(None, [info])[0]._replace(reason=kind)
+            form = decision.decay.form or form_of(group)
+            row = make_row(number, group, decision, form, info.parameter)
             by_policy = known is not None and known.reason != NO_POLICY
             if by_policy and decision.decay.multiplier and not row.weight_decay:
                 row = replace(row, reason=ZERO)
-            rows.append(replace(row, role=_role(info), decided=by_policy))
-    return tuple(rows)
-
-
-def _role(info: ParameterInfo) -> str:
-    kind = kind_of(info)
-    return "norm's bias" if kind == "norm" and is_bias.matches(info) else kind
-
-
-def make_report(
-    groups: Sequence[Group],
-    decided: Sequence[Sequence[Decision]] | None,
-    form_of: Callable[[Group], Form | None],
-    index: ModelIndex,
-) -> DecayReport:
-    """Report what was decided, and what of the known modules is in no group."""
-    rows = make_rows(groups, decided, form_of, index)
-    return DecayReport(rows, remark_of(split_wrongly(rows), left_out(index, groups)))
+            rows.append(replace(row, role=role, decided=by_policy))
+    told = split_wrongly(rows), left_out(index, groups)
+    return DecayReport(tuple(rows), remark_of(*told))
 
 
 ZERO = "weight_decay=0"  # the reason where a policy decays and a group does not
@@ -426,13 +406,16 @@ def remark_of(*told: str) -> str:
     return "\n".join([*([WRONG + wrong] if wrong else []), *notes])
 
 
-def clause(names: Sequence[str | None], noun: str, one: str, several: str) -> str:
+def clause(
+    told: Sequence[Row | ParameterInfo], noun: str, one: str, several: str
+) -> str:
     """Tell in one clause what some parameters do, with the name of the first."""
-    if not names:
+    if not told:
         return ""
-    first = repr(names[0]) if names[0] else "without a name"
-    more = f" and {len(names) - 1:,} more" if names[1:] else ""
-    return f"{amount(len(names), noun)} {several if names[1:] else one} ({first}{more})"
+    name = told[0].name if isinstance(told[0], Row) else told[0].telling_name
+    first = repr(name) if name else "without a name"
+    more = f" and {len(told) - 1:,} more" if told[1:] else ""
+    return f"{amount(len(told), noun)} {several if told[1:] else one} ({first}{more})"
 
 
 def split_wrongly(rows: Sequence[Row]) -> str:
@@ -440,29 +423,24 @@ def split_wrongly(rows: Sequence[Row]) -> str:
 
     Where a policy decides, norms may decay, but not some beside others that it exempts.
     """
-    at_0 = [row for row in rows if row.target is None and row.applied is not False]
-    decayed = [row for row in at_0 if row.fate == "decayed"]
+    decayed = [r for r in rows if r.fate == "decayed" and r.applied is not False]
     exempt = [row for row in rows if row.fate == "exempt" and row.reason != ZERO]
     # A selector that exempts weights, too, as "head.*", is no rule for biases.
     broad = {row.reason for row in exempt if row.role in ("weight", "embedding")}
     ruled = {row.role for row in exempt if row.decided and row.reason not in broad}
-    wrong = [row for row in decayed if not row.decided or row.role in ruled]
-    weights = [row for row in exempt if not row.decided and row.role == "weight"]
-    kept = [row.name for row in weights if row.route in {r.route for r in decayed}]
-    others = ", others do not" if any(row.decided for row in wrong) else ""
-    told = [
-        clause(
-            [row.name for row in wrong if row.role.partition("'")[0] == kind],
-            *(kind, f"decays{others}", f"decay{others}"),
-        )
-        for kind in ("norm", "bias")
-    ]
-    verbs = ("does not decay", "do not decay")
-    told.append(clause(kept, "weight", *verbs))
-    left = [row.name for row in decayed if row.left_over]
+    told = []
+    for kind in ("norm", "bias"):
+        own = [r for r in decayed if r.role.startswith(kind) and r.target is None]
+        wrong = [row for row in own if not row.decided or row.role in ruled]
+        others = ", others do not" if any(row.decided for row in wrong) else ""
+        told.append(clause(wrong, kind, f"decays{others}", f"decay{others}"))
+    routes = {row.route for row in decayed if not row.decided}
+    weights = [r for r in exempt if r.role == "weight" and not r.decided]
+    kept = [row for row in weights if row.route in routes]
+    left = [row for row in decayed if row.left_over]
     verbs = ("has a gradient left and decays", "have a gradient left and decay")
-    told.append(clause(left, "frozen parameter", *verbs))
-    return remark_of(*told)
+    told.append(clause(kept, "weight", "does not decay", "do not decay"))
+    return remark_of(*told, clause(left, "frozen parameter", *verbs))
 
 
 def left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
@@ -470,19 +448,13 @@ def left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
     held = {id(p): shape_now(p) for group in groups for p in group["params"]}
     everyone = [info for info in index.everyone() if info.parameter.requires_grad]
     out = [info for info in everyone if id(info.parameter) not in held]
+    shapes = {shape_now(info.parameter) for info in out}
     # Flat tensors of an engine stand for all parameters, and look like none.
-    flat = len(out) == len(everyone) and all(
-        shape_now(info.parameter) not in held.values() for info in out
-    )
-    if out and not flat:
-        stepped = _stepped_by_anyone()
-        out = [info for info in out if id(info.parameter) not in stepped]
-    names = [] if flat else [info.telling_name for info in out]
-    verbs = ("trains and is in no group", "train and are in no group")
-    return clause(names, "parameter", *verbs)
-
-
-def _stepped_by_anyone() -> set[int]:
+    if not out or (len(out) == len(everyone) and shapes.isdisjoint(held.values())):
+        return ""
     living = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
-    groups = chain(*[vars(each).get("param_groups", ()) for each in living])
-    return {id(param) for group in groups for param in group["params"]}
+    others = chain(*[vars(each).get("param_groups", ()) for each in living])
+    stepped = {id(param) for group in others for param in group["params"]}
+    missing = [info for info in out if id(info.parameter) not in stepped]
+    verbs = ("trains and is in no group", "train and are in no group")
+    return clause(missing, "parameter", *verbs)
