@@ -66,8 +66,11 @@ def read_target(text: str) -> Target:
     if not colon and not head.endswith(".py"):
         module, _, path = head.rpartition(".")
     if matched is None or not (module and path):
-        own = head.endswith(".py")
-        example = f"Write for example {head}:build_model." if own else EXAMPLE
+        example = EXAMPLE
+        if head.endswith(".py"):
+            found = re.findall(r"^(?:def|class) (\w+)", _read(head), re.MULTILINE)
+            close = get_close_matches("build_model", found, 1, 0.0) or ["build_model"]
+            example = f"Write for example {head}:{close[0]}."
         raise CommandError(f"`{text}` is not of the form MODULE:CALLABLE. {example}")
     if matched["arguments"] is None:
         return module, path, (), None
@@ -78,6 +81,10 @@ def read_target(text: str) -> Target:
         else:
             arguments.append(_value(part))
     return module, path, tuple(arguments), keywords
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text("utf-8", "replace") if Path(path).is_file() else ""
 
 
 def _split(text: str) -> Iterator[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
+from selective_optim._arguments import param_ids
 from selective_optim._text import aligned
 from selective_optim.decay import FORMS, Decision, Form, Target, target_text
 from selective_optim.parameters import ModelIndex, ParameterInfo, shape_now, wanted
@@ -363,7 +364,7 @@ def make_report(
     for number, group in enumerate(groups):
         # Where nothing was decided, all decay as the group says, for what they are.
         own = decided[number] if decided else repeat(None)
-        for info, known in zip(islice(infos, len(group["params"])), own):
+        for info, known in zip([*islice(infos, len(group["params"]))], own):
             kind = kind_of(info)
             role = "norm's bias" if kind == "norm" and is_bias.matches(info) else kind
             decision = known or decide(None, [info])[0]._replace(reason=kind)
@@ -453,8 +454,7 @@ def left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
     if not out or (len(out) == len(everyone) and shapes.isdisjoint(held.values())):
         return ""
     living = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
-    others = chain(*[vars(each).get("param_groups", ()) for each in living])
-    stepped = {id(param) for group in others for param in group["params"]}
+    stepped = set[int]().union(*map(param_ids, living))
     missing = [info for info in out if id(info.parameter) not in stepped]
     verbs = ("trains and is in no group", "train and are in no group")
     return clause(missing, "parameter", *verbs)

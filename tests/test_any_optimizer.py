@@ -248,9 +248,10 @@ def test_own_report_tells_of_stale_tensors(change, count):
     assert "in no group" in optimizer.decay_report().remark
 
 
-def test_what_another_optimizer_steps_is_not_missing():
+@pytest.mark.parametrize("cls", [AdamW, selective(torch.optim.NAdam)])
+def test_what_another_optimizer_steps_is_not_missing(cls):
     model = Net()
-    parts = [AdamW(p, model=model, **POLICY) for p in (model.body, model.head)]
+    parts = [cls(p, model=model, **POLICY) for p in (model.body, model.head)]
     others = ("2 parameters train and are in no group ('scale' and 1 more)",) * 2
     told = tuple(p.decay_report().remark.partition(": ")[2] for p in parts)
     assert told == others

@@ -494,6 +494,15 @@ def test_command_tells_what_is_wrong_in_one_line(case, capsys):
     assert "Traceback" not in err
 
 
+def test_command_names_a_callable_of_the_file(tmp_path, capsys):
+    file = tmp_path / "own_nets.py"
+    file.write_text("from torch import nn\ndef make():\n    return nn.Linear(2, 3)\n")
+    assert main(["audit", str(file)]) == 2
+    advice = capsys.readouterr().err.split()[-1].removesuffix(".")
+    assert advice == f"{file}:make"
+    assert main(["audit", advice]) == 0
+
+
 def test_command_says_that_a_file_holds_no_state_dict(tmp_path, capsys):
     file = tmp_path / "model.pt"
     torch.save({"w": torch.ones(2)}, file)
