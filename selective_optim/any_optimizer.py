@@ -145,7 +145,7 @@ def _saved(state_dict: Mapping[str, Any], index: ModelIndex) -> Groups:
         entries = [state_dict["state"].get(key, {}) for key in group["params"]]
         params = [known.get(n, _shaped_as(e)) for n, e in zip(names, entries)]
         groups.append({**group, "params": params, "param_names": names})
-        decided.append([_recorded(each) for each, _ in zip(record, params)])
+        decided.append([*map(_recorded, record, names)])
     return Groups(groups, decided)
 
 
@@ -155,12 +155,13 @@ def _shaped_as(entries: Mapping[str, Any]) -> Tensor:
     return torch.empty(shape, device="meta", requires_grad=True)
 
 
-def _recorded(entry: Sequence[Any] | None) -> Decision | None:
+def _recorded(entry: Sequence[Any] | None, name: str | None) -> Decision | None:
     if entry is None:
         return None
     begin = entry[2] if len(entry) > 2 else {}
     decay = Decay(entry[0], entry[1], begin.get("target"))
-    return Decision(decay, "recorded", None, torch.Size((0,)), (), lr0=begin.get("lr0"))
+    shape, lr0 = torch.Size((0,)), begin.get("lr0")
+    return Decision(decay, "recorded", name, shape, (), lr0=lr0)
 
 
 def _measured(optimizer: Any, rows: Sequence[Row]) -> tuple[Sequence[Row], str]:

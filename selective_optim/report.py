@@ -355,15 +355,16 @@ def make_report(
     index: ModelIndex,
 ) -> DecayReport:
     """Join what was decided, if anything was, with what groups and modules are now."""
-    asked = [
-        wanted(group["params"], group.get("param_names", ()), number)
-        for number, group in enumerate(groups)
-    ]
+    # Where nothing was decided, all decay as the group says, for what they are.
+    decided = decided or [[None] * len(group["params"]) for group in groups]
+    asked = []
+    for number, (group, own) in enumerate(zip(groups, decided, strict=True)):
+        names = group.get("param_names") or repeat(None)
+        names = [known.telling_name if known else n for known, n in zip(own, names)]
+        asked.append(wanted(group["params"], names, number))
     infos = iter(index.infos(list(chain(*asked))))
     rows = []
-    for number, group in enumerate(groups):
-        # Where nothing was decided, all decay as the group says, for what they are.
-        own = decided[number] if decided else repeat(None)
+    for number, (group, own) in enumerate(zip(groups, decided)):
         for info, known in zip([*islice(infos, len(group["params"]))], own):
             kind = kind_of(info)
             role = "norm's bias" if kind == "norm" and is_bias.matches(info) else kind

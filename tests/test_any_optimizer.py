@@ -189,6 +189,17 @@ def test_report_of_a_state_dict_is_what_was_decided():
     assert {row.reason for row in told} == {"recorded"}
 
 
+def test_report_of_a_state_dict_has_the_names_that_were_saved():
+    model = Net()
+    optimizer = AdamW(model.named_parameters(), model=model, **POLICY)
+    report = decay_report(optimizer.state_dict(), model)
+    assert report["body.1.weight"].weight_decay == 0
+    assert report["body.1.weight"].shape == (4,)
+    assert [row.name for row in report] == [
+        name for name, _ in model.named_parameters()
+    ]
+
+
 def test_report_of_a_state_dict_of_torch_knows_what_has_names():
     model = Net()
     optimizer = torch.optim.AdamW(model.named_parameters(), weight_decay=0.5)
