@@ -66,18 +66,19 @@ NOT_SEARCHED = (type, ModuleType, FunctionType, Tensor, nn.Module, str)
 
 
 def held_optimizers(wrapper: object) -> list[Any]:
-    """List the optimizers that a wrapper holds in attributes and lists, and steps.
+    """List the nearest optimizers that a wrapper holds, in attributes, lists, wrappers.
 
-    The parameters must be its own, if it has groups. The nearest are taken.
+    Their parameters must be its own, if it has groups.
     """
-    own = param_ids(wrapper)
-    found, covered, level, seen = [], set[int](), [wrapper], {id(wrapper)}
-    for _ in range(6):  # references, of which dicts and lists take one each
+    own, found, covered = param_ids(wrapper), [], set[int]()
+    level, seen = [wrapper], {id(wrapper)}
+    # Of references; a dict or list takes one. An optimizer may lead far, to a trainer.
+    for _ in range(3 if is_optimizer(wrapper) else 6):
         near = chain(*map(_references, level))
         new = {id(item): item for item in near if id(item) not in seen}
         level = [item for item in new.values() if not isinstance(item, NOT_SEARCHED)]
         seen.update(new)
-        for item in level:
+        for item in filter(is_optimizer, level):
             ids = param_ids(item)
             if ids and covered.isdisjoint(ids) and (ids <= own or not own):
                 found.append(item)
@@ -93,7 +94,7 @@ def _references(item: object) -> Sequence[object]:
 
 
 def param_ids(optimizer: object) -> set[int]:
-    """Identify the parameters of what steps and has groups; none of all else."""
+    """Identify the parameters of what has groups and steps; none of all else."""
     groups = getattr(optimizer, "param_groups", None)
     if not (isinstance(groups, (list, tuple)) and hasattr(optimizer, "step")):
         return set()

@@ -113,7 +113,9 @@ def decay_report(
     return DecayReport(tuple(rows), remark_of(*told, _other_than_promised(rows)))
 
 
-def _optimizers_in(given: Any, index: ModelIndex) -> Iterator[Any]:
+def _optimizers_in(
+    given: Any, index: ModelIndex, above: tuple[Any, ...] = ()
+) -> Iterator[Any]:
     """Find the optimizers in a list, a wrapper or a state dict."""
     if isinstance(given, Mapping):
         given = _saved(given, index) if "param_groups" in given else [*given.values()]
@@ -123,9 +125,14 @@ def _optimizers_in(given: Any, index: ModelIndex) -> Iterator[Any]:
         yield Groups(given)
     elif own or isinstance(given, Groups):
         yield given
-    elif several := given if listed else held_optimizers(given):
+    # One that is held may hold its wrapper.
+    elif several := [
+        each
+        for each in (given if listed else held_optimizers(given))
+        if all(each is not other for other in above)
+    ]:
         for each in several:
-            yield from _optimizers_in(each, index)
+            yield from _optimizers_in(each, index, (*above, given))
     elif hasattr(given, "param_groups"):
         yield given
     else:
@@ -142,7 +149,7 @@ def _saved(state_dict: Mapping[str, Any], index: ModelIndex) -> Groups:
     records = state_dict.get(RECORD) or repeat(repeat(None))
     for group, record in zip(state_dict["param_groups"], records):
         names = group.get("param_names") or [None] * len(group["params"])
-        entries = [state_dict["state"].get(key, {}) for key in group["params"]]
+        entries = [state_dict.get("state", {}).get(key, {}) for key in group["params"]]
         params = [known.get(n, _shaped_as(e)) for n, e in zip(names, entries)]
         groups.append({**group, "params": params, "param_names": names})
         decided.append([*map(_recorded, record, names)])
@@ -190,7 +197,8 @@ def _stepped(optimizer: Any, share: float) -> Sequence[Tensor]:
     for group in twin.param_groups:
         group.update(lr=RATE, weight_decay=share if group["weight_decay"] else 0.0)
     for param, one in zip(params, ones):
-        one.grad = torch.zeros_like(one) if param.requires_grad else None
+        if param.requires_grad or param.grad is not None:
+            one.grad = torch.zeros_like(one)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nothing decays is meant here
         type(twin).step(twin)

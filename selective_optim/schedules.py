@@ -77,7 +77,7 @@ class GroupView(ChainMap[str, Any]):
 
 def stepping_optimizer(optimizer: object) -> Optimizer:
     """Find the optimizer inside wrappers such as Accelerate's, whose hooks fire."""
-    while not is_optimizer(optimizer) and len(held := held_optimizers(optimizer)) == 1:
+    if not is_optimizer(optimizer) and len(held := held_optimizers(optimizer)) == 1:
         optimizer = held[0]
     if not (isinstance(optimizer, Optimizer) and is_optimizer(optimizer)):
         raise TypeError(

@@ -127,6 +127,17 @@ def test_optimizer_inside_that_steps_other_tensors_is_not_the_one():
     assert {(row.weight_decay, row.form) for row in rows} == {(0.25, "l2")}
 
 
+@pytest.mark.parametrize("wrap", [Forwarding, Sharpness, Trainer])
+def test_optimizer_that_refers_to_its_wrapper_is_the_one(wrap):
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.25)
+    expected = decay_report(optimizer, model)
+    optimizer.around = wrap(optimizer)
+    assert decay_report(optimizer.around, model) == expected
+    if wrap is not Sharpness:  # whose own groups are the same ones
+        assert decay_report(optimizer, model) == expected
+
+
 def test_report_says_where_it_read_groups_alone():
     inner = torch.optim.SGD(Net().parameters(), weight_decay=0.1)
 
@@ -284,6 +295,7 @@ def test_frozen_parameter_with_a_gradient_left_decays_and_is_told():
     assert report.remark == (
         "looks wrong: 1 frozen parameter has a gradient left and decays ('head.weight')"
     )
+    assert decay_report(optimizer, measure=True)["head.weight"].measured == 0.5
     before = model.head.weight.clone()
     optimizer.step()
     assert not torch.equal(model.head.weight, before)
