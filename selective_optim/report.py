@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from importlib import import_module
 from itertools import chain, islice, repeat
@@ -19,7 +19,13 @@ from selective_optim import _torch
 from selective_optim._arguments import param_ids
 from selective_optim._text import aligned
 from selective_optim.decay import FORMS, Decision, Form, Target, target_text
-from selective_optim.parameters import ModelIndex, ParameterInfo, shape_now, wanted
+from selective_optim.parameters import (
+    ModelIndex,
+    ParameterInfo,
+    index_of,
+    shape_now,
+    wanted,
+)
 from selective_optim.policies.decide import NO_POLICY, decide
 from selective_optim.policies.selectors import is_bias, kind_of
 
@@ -76,7 +82,7 @@ class Row:
     target: Target | None = None
     lr0: float | None = None
     left_over: bool = False
-    role: str = ""
+    role: str = field(default="", compare=False)  # less is known after unpickling
     decided: bool = False
     route: str = ""
     applied: bool | None = None
@@ -405,7 +411,7 @@ def remark_of(*told: str) -> str:
     lines = [line for part in told for line in part.splitlines()]
     notes = [line for line in lines if line.startswith(NOTE)]
     wrong = "; ".join(line.removeprefix(WRONG) for line in lines if line not in notes)
-    return "\n".join([*([WRONG + wrong] if wrong else []), *notes])
+    return "\n".join(filter(None, [wrong and WRONG + wrong, *notes]))
 
 
 def clause(
@@ -448,14 +454,22 @@ def split_wrongly(rows: Sequence[Row]) -> str:
 def left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
     """Tell which parameters of the model train, and no living optimizer steps."""
     held = {id(p): shape_now(p) for group in groups for p in group["params"]}
-    everyone = [info for info in index.everyone() if info.parameter.requires_grad]
-    out = [info for info in everyone if id(info.parameter) not in held]
-    shapes = {shape_now(info.parameter) for info in out}
-    # Flat tensors of an engine stand for all parameters, and look like none.
-    if not out or (len(out) == len(everyone) and shapes.isdisjoint(held.values())):
-        return ""
-    living = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
-    stepped = set[int]().union(*map(param_ids, living))
-    missing = [info for info in out if id(info.parameter) not in stepped]
+    known = {id(info.parameter) for info in index.everyone()}
+    strange = {shape for key, shape in held.items() if key not in known}
+    missing: dict[int, ParameterInfo] = {}
+    for module in index.modules():
+        trained = [i for i in index_of(module).everyone() if i.parameter.requires_grad]
+        out = {id(i.parameter): i for i in trained if id(i.parameter) not in held}
+        shapes = {shape_now(info.parameter) for info in out.values()}
+        # A module of which there is nothing was replaced by the flat tensors of an
+        # engine, or was met in a group that was refused.
+        absent = len(out) == len(trained) and strange.isdisjoint(shapes)
+        if not (absent and (strange or not index.explicit)):
+            missing |= out
+    if missing:
+        kinds = torch.optim.Optimizer
+        living = [each for each in gc.get_objects() if issubclass(type(each), kinds)]
+        stepped = set[int]().union(*map(param_ids, living))
+        missing = {key: info for key, info in missing.items() if key not in stepped}
     verbs = ("trains and is in no group", "train and are in no group")
-    return clause(missing, "parameter", *verbs)
+    return clause(list(missing.values()), "parameter", *verbs)

@@ -285,6 +285,13 @@ def test_flat_tensors_of_an_engine_are_not_missing():
     assert "no group" not in decay_report(torch.optim.SGD([flat]), model).remark
 
 
+def test_second_model_that_nobody_steps_is_missing_where_it_was_given():
+    one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+    assert "2 parameters train" in decay_report(optimizer, [one, other]).remark
+    assert decay_report(optimizer, one).remark == ""
+
+
 def test_frozen_parameter_with_a_gradient_left_decays_and_is_told():
     model = Net()
     model.head.weight.grad = torch.zeros(2, 4)
