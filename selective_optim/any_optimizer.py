@@ -189,10 +189,10 @@ def _stepped(optimizer: Any, share: float) -> Sequence[Tensor]:
     memo: dict[int, Any] = {id(p): one for p, one in zip(params, ones)}
     twin = copy.deepcopy(optimizer, memo)
     if not hasattr(twin, "decay_report"):
-        # torch copies what all optimizers have, and nothing that a class adds.
-        for name in vars(optimizer).keys() - vars(twin).keys():
-            if not callable(vars(optimizer)[name]):  # a patched step is the original's
-                vars(twin)[name] = copy.deepcopy(vars(optimizer)[name], memo)
+        # torch copies what all optimizers have, and nothing that a class adds. A step
+        # that was patched is that of the original.
+        for name in vars(optimizer).keys() - vars(twin).keys() - {"step"}:
+            vars(twin)[name] = copy.deepcopy(vars(optimizer)[name], memo)
     twin.state.clear()
     for group in twin.param_groups:
         group.update(lr=RATE, weight_decay=share if group["weight_decay"] else 0.0)

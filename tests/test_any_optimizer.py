@@ -119,6 +119,28 @@ def test_report_of_a_container_is_of_all_that_it_holds():
     assert {row.weight_decay for row in rows} == {0.0, 0.5}
 
 
+def test_report_is_of_optimizers_in_attributes_and_lists_alike():
+    model = Net()
+    parts = [AdamW(m, **POLICY) for m in (model.body, model.head)]
+    wrapper = Container(*parts)
+    wrapper.first = wrapper.optimizers.pop(0)
+    assert {row.group for row in decay_report(wrapper, model)} == {0, 1}
+
+
+def test_twin_over_the_same_parameters_counts_once():
+    model = Net()
+    optimizer, twin = ours(model), ours(model)
+    wrapper = Slotted([optimizer, twin, optimizer])
+    assert decay_report(wrapper, model) == optimizer.decay_report()
+
+
+def test_optimizer_that_leads_to_another_one_far_away_is_itself():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.25)
+    optimizer.callback = SimpleNamespace(trainer=Trainer(ours(model)))
+    assert {row.weight_decay for row in decay_report(optimizer, model)} == {0.25}
+
+
 def test_optimizer_inside_that_steps_other_tensors_is_not_the_one():
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.25)
@@ -312,6 +334,14 @@ def test_frozen_parameter_with_a_gradient_left_decays_and_is_told():
 
 # Which splits look wrong where a policy decides.
 
+
+def two_norms():
+    return nn.Sequential(
+        *(nn.Linear(2, 2), nn.LayerNorm(2, bias=False)),
+        *(nn.Linear(2, 2), nn.LayerNorm(2, bias=False)),
+    )
+
+
 SPLITS = {
     "no_bias": "",
     "no_norm": "",
@@ -329,12 +359,16 @@ SPLITS = {
 
 @pytest.mark.parametrize(("policy", "expected"), SPLITS.items(), ids=SPLITS)
 def test_own_report_calls_a_split_wrong_and_never_a_wish(policy, expected):
-    model = nn.Sequential(
-        *(nn.Linear(2, 2), nn.LayerNorm(2, bias=False)),
-        *(nn.Linear(2, 2), nn.LayerNorm(2, bias=False)),
-    )
+    model = two_norms()
     remark = ours(model, wd_policy=policy).decay_report().remark
     assert remark.removeprefix("looks wrong: ") == expected
+
+
+def test_group_that_does_not_decay_is_no_rule_for_others():
+    model = two_norms()
+    groups = [{"params": model[:2], "weight_decay": 0.0}, {"params": model[2:]}]
+    told = AdamW(groups, model=model, weight_decay=0.5, wd_policy="no_bias")
+    assert told.decay_report().remark == ""
 
 
 def test_own_report_without_a_policy_is_judged_as_any():
@@ -347,6 +381,8 @@ def test_own_report_without_a_policy_is_judged_as_any():
 
 # Measured.
 
+TORCH = torch.optim
+
 
 class Forgetful(torch.optim.Optimizer):
     """Carries a decay and never applies it; what it needs beside is an attribute."""
@@ -355,7 +391,7 @@ class Forgetful(torch.optim.Optimizer):
 
     def __init__(self, params, lr=0.1, weight_decay=0.1):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.sign = -1
+        self.sign = lambda: -1  # as the update of lion_pytorch
 
     def decay(self, group):
         return 0.0
@@ -366,7 +402,7 @@ class Forgetful(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     p.mul_(1 - self.decay(group))
-                    p.add_(p.grad, alpha=self.sign * group["lr"])
+                    p.add_(p.grad, alpha=self.sign() * group["lr"])
 
 
 class Unscaled(Forgetful):
@@ -383,17 +419,25 @@ class Constant(Forgetful):
         return group["lr"] * self.defaults["weight_decay"]
 
 
+class Fresh(TORCH.AdamW):
+    """Steps once and never again."""
+
+    def step(self, closure=None):
+        assert not self.state
+        super().step(closure)
+
+
 class Picky(Forgetful):
     @torch.no_grad()
     def step(self, closure):
         super().step()
 
 
-TORCH = torch.optim
 MEASURED = {
     "forgetful": (Forgetful, {}, False, 0.0),
     "constant": (Constant, {}, False, 0.0),
     "unscaled": (Unscaled, {}, True, 10.0),
+    "fresh": (Fresh, {}, True, 0.1),
     "torch.SGD": (TORCH.SGD, {}, True, 0.1),
     "torch.SGD momentum": (TORCH.SGD, {"momentum": 0.9}, True, 0.1),
     "torch.AdamW": (TORCH.AdamW, {}, True, 0.1),
@@ -440,6 +484,20 @@ def test_decay_that_is_not_as_promised_is_told():
     ]
     remark = decay_report(Unscaled([model.weight]), measure=True).remark
     assert remark == "looks wrong: 1 parameter decays at another rate (without a name)"
+
+
+def test_state_and_momentum_do_not_enter_the_measure():
+    model = nn.Linear(4, 4)
+    optimizer = Fresh(model.parameters(), weight_decay=0.1)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert decay_report(optimizer, measure=True).rows[0].measured == 0.1
+    nesterov = {"momentum": 0.9, "nesterov": True}
+    optimizer = torch.optim.SGD([model.weight], weight_decay=0.1, **nesterov)
+    report = decay_report(optimizer, measure=True)
+    # The first step adds g to 0.9 times the momentum that g began.
+    assert (report.rows[0].measured, report.remark) == (0.19, "")
 
 
 def test_l2_of_an_adaptive_class_is_some_decay_of_no_known_strength():

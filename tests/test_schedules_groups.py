@@ -131,6 +131,14 @@ def test_tie_through_a_wrapper_is_that_of_the_optimizer(kind, wrap):
     assert values(optimizer, "weight_decay") == [0.02, 0.02]
 
 
+def test_wrapper_that_is_an_optimizer_itself_is_scheduled_itself():
+    """As SAM, whose groups the inner one shares, and which frameworks know."""
+    inner = two_groups(torch.optim.SGD)
+    outer = torch.optim.SGD(inner.param_groups, lr=0.1)
+    outer.base_optimizer = inner
+    assert WeightDecay(outer) == outer
+
+
 # What the view refuses
 
 ONE_CYCLE = {"max_lr": 0.4, "total_steps": 10}
