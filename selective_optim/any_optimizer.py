@@ -189,9 +189,8 @@ def _stepped(optimizer: Any, share: float) -> Sequence[Tensor]:
     memo: dict[int, Any] = {id(p): one for p, one in zip(params, ones)}
     twin = copy.deepcopy(optimizer, memo)
     if not hasattr(twin, "decay_report"):
-        # torch copies what all optimizers have, and nothing that a class adds. A step
-        # that was patched is that of the original.
-        for name in vars(optimizer).keys() - vars(twin).keys() - {"step"}:
+        # torch copies what all optimizers have, and nothing that a class adds.
+        for name in vars(optimizer).keys() - vars(twin).keys():
             vars(twin)[name] = copy.deepcopy(vars(optimizer)[name], memo)
     twin.state.clear()
     for group in twin.param_groups:
@@ -201,7 +200,7 @@ def _stepped(optimizer: Any, share: float) -> Sequence[Tensor]:
             one.grad = torch.zeros_like(one)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nothing decays is meant here
-        type(twin).step(twin)
+        type(twin).step(twin)  # one that was patched is the original's
     return ones
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -137,7 +138,7 @@ def test_twin_over_the_same_parameters_counts_once():
 def test_optimizer_that_leads_to_another_one_far_away_is_itself():
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.25)
-    optimizer.callback = SimpleNamespace(trainer=Trainer(ours(model)))
+    optimizer.callback = SimpleNamespace(other=ours(model))
     assert {row.weight_decay for row in decay_report(optimizer, model)} == {0.25}
 
 
@@ -269,6 +270,12 @@ def test_own_report_tells_a_parameter_that_came_later():
     assert optimizer.decay_report().remark == ""
 
 
+def test_bias_is_known_by_its_name_where_no_module_is():
+    model = Net()
+    twin = pickle.loads(pickle.dumps(ours(model)))
+    assert twin.decay_report()["head.bias"].role == "bias"
+
+
 def pruned(model):
     prune.l1_unstructured(model.body[0], "weight", amount=0.5)
     # torch keeps the parameter under a new name; it is the same one.
@@ -366,14 +373,18 @@ def test_own_report_calls_a_split_wrong_and_never_a_wish(policy, expected):
 
 def test_group_that_does_not_decay_is_no_rule_for_others():
     model = two_norms()
-    groups = [{"params": model[:2], "weight_decay": 0.0}, {"params": model[2:]}]
-    told = AdamW(groups, model=model, weight_decay=0.5, wd_policy="no_bias")
-    assert told.decay_report().remark == ""
+    first, *rest = [model[1].weight, *model[0].parameters(), *model[2:].parameters()]
+    exempt = {"params": [first], "weight_decay": 0.0}
+    groups = [[exempt, {"params": rest, "wd_policy": "no_bias"}]]
+    for wd_policy in (None, "no_bias"):
+        told = AdamW(*groups, model=model, weight_decay=0.5, wd_policy=wd_policy)
+        assert told.decay_report().remark == ""
 
 
 def test_own_report_without_a_policy_is_judged_as_any():
     model = Net()
     told = AdamW(model.parameters()).decay_report()
+    assert decay_report(AdamW(model.parameters())) == told
     torchs = torch.optim.AdamW(model.parameters())
     assert told.remark == decay_report(torchs, model).remark
     assert "2 norms decay" in told.remark
