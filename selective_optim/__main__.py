@@ -23,8 +23,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 import selective_optim
+from selective_optim._arguments import param_ids
+from selective_optim._text import aligned
+from selective_optim.any_optimizer import decay_report
 from selective_optim.audit import audit
 from selective_optim.policies.named import NAMED, as_policy, is_expression
+from selective_optim.policies.recipes import RECIPES
 
 EXAMPLE = "Write for example torchvision.models:resnet50."
 EXAMPLE_CALL = "Write for example 'timm:create_model(vit_base_patch16_224)'."
@@ -39,9 +43,9 @@ class CommandError(Exception):
 
 
 class Built(NamedTuple):
-    """A model, where it was built, and why there if that is not the meta device."""
+    """A model or optimizer, where it was built, and why not on the meta device."""
 
-    model: nn.Module
+    model: Any
     device: str
     note: str | None
 
@@ -61,7 +65,12 @@ def read_target(text: str) -> Target:
     if not colon and not head.endswith(".py"):
         module, _, path = head.rpartition(".")
     if matched is None or not (module and path):
-        raise CommandError(f"`{text}` is not of the form MODULE:CALLABLE. {EXAMPLE}")
+        example = EXAMPLE
+        if head.endswith(".py"):
+            found = re.findall(r"^(?:def|class) (\w+)", _read(head), re.MULTILINE)
+            close = get_close_matches("build_model", found, 1, 0.0) or ["build_model"]
+            example = f"Write for example {head}:{close[0]}."
+        raise CommandError(f"`{text}` is not of the form MODULE:CALLABLE. {example}")
     if matched["arguments"] is None:
         return module, path, (), None
     arguments, keywords = [], {}
@@ -71,6 +80,10 @@ def read_target(text: str) -> Target:
         else:
             arguments.append(_value(part))
     return module, path, tuple(arguments), keywords
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text("utf-8", "replace") if Path(path).is_file() else ""
 
 
 def _split(text: str) -> Iterator[str]:
@@ -143,28 +156,51 @@ def build(text: str) -> Built:
     """Call what a text names, without memory for weights where that can be done.
 
     Raises:
-        CommandError: It cannot be called, or what it returns is not a module.
+        CommandError: It cannot be called, or returns neither module nor optimizer.
     """
+    if Path(text).is_file() and not text.endswith(".py"):
+        return Built(_read_checkpoint(text), "as saved", None)
     module, path, arguments, keywords = read_target(text)
     made, device, note = load(module, path), "as found", None
-    if keywords is not None or not isinstance(made, nn.Module):
+    if keywords is not None or not _is_audited(made):
         if not callable(made):
             raise CommandError(
                 f"`{text}` is {made!r} ({type(made).__name__}), not a callable that"
                 f" returns a model. {EXAMPLE}"
             )
         made, device, note = _make(partial(made, *arguments, **(keywords or {})), text)
-    if not isinstance(made, nn.Module):
+    if not _is_audited(made):
         raise CommandError(
-            f"`{text}` returned {made!r} ({type(made).__name__}), not a module. "
-            f"{EXAMPLE}"
+            f"`{text}` returned {made!r} ({type(made).__name__}), not a module or "
+            f"optimizer. {EXAMPLE}"
         )
-    if any(map(is_lazy, made.parameters())):
+    if isinstance(made, nn.Module) and any(map(is_lazy, made.parameters())):
         raise CommandError(
             f"`{text}` returned a model with uninitialized parameters. "
             f"Run one batch through the model before returning it."
         )
     return Built(made, device, note)
+
+
+def _is_audited(made: object) -> bool:
+    return isinstance(made, nn.Module) or bool(param_ids(made))
+
+
+def _read_checkpoint(path: str) -> list[Any]:
+    """Find the state dicts of optimizers in what was saved."""
+    try:
+        level: list[Any] = [[torch.load(path, map_location="cpu", weights_only=True)]]
+    except Exception as error:
+        raise CommandError(f"`{path}` cannot be read: {told(error)}.") from error
+    while level:
+        if found := [s for s in level if isinstance(s, dict) and "param_groups" in s]:
+            return found
+        inside = [s.values() if isinstance(s, dict) else s for s in level]
+        level = [s for each in inside for s in each if isinstance(s, (dict, list))]
+    raise CommandError(
+        f"`{path}` holds no state dict of an optimizer. Save one, as in "
+        f"torch.save(optimizer.state_dict(), path)."
+    )
 
 
 def _make(make: Callable[[], Any], text: str) -> tuple[Any, str, str | None]:
@@ -186,18 +222,21 @@ def _make(make: Callable[[], Any], text: str) -> tuple[Any, str, str | None]:
 
 ABOUT_AUDIT = """\
 Build a model, without memory for its weights where it allows that, and tell what a
-policy decays in it and what looks wrong.
+policy decays in it and what looks wrong. Of an optimizer or a checkpoint, tell what
+decays in the training.
 """
 ABOUT_EXAMPLE = """\
 example:
   selective_optim audit torchvision.models:resnet50 --against huggingface
 """
 ABOUT_TARGETS = """\
-models:
+models, optimizers and checkpoints:
   torchvision.models:resnet50                    a callable of a module
   experiments/train.py:build_model               a callable of a file
   'timm:create_model(vit_base_patch16_224)'      one that takes arguments: Python
   'timm:create_model(resnet50, num_classes=10)'    literals, or words without quotes
+  experiments/train.py:build_optimizer           a callable of an optimizer
+  runs/checkpoint.pt                             what torch.save wrote
 """
 ABOUT_THE_REST = f"""
 policies:
@@ -223,7 +262,15 @@ def run_audit(options: argparse.Namespace) -> int:
         with redirect_stdout(sys.stderr):  # what models print is no part of the audit
             given = [_policy(text) for text in (options.policy, options.against)]
             built = build(options.target)
-        found = audit(built.model, *given)
+        if isinstance(built.model, nn.Module):
+            found: Any = audit(built.model, given[0] or "no_bias_norm", given[1])
+        elif given == [None, None]:
+            found = decay_report(built.model)
+        else:
+            raise CommandError(
+                f"--policy and --against are for a model, which `{options.target}` is "
+                f"not. Leave them out."
+            )
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
     if options.json:
@@ -244,6 +291,31 @@ def _policy(text: str | None) -> Any:
     return policy
 
 
+SENTENCES = {
+    "all": "Decay everything.",
+    "none": "Exempt everything.",
+    "no_bias": "Exempt biases.",
+    "no_norm": "Exempt what normalization layers hold.",
+    "no_bias_norm": "Exempt biases and what normalization layers hold.",
+    "no_bias_norm_embedding": "Exempt biases, norms, embeddings, positions and tokens.",
+    "matrices": "Exempt tensors of fewer than two dimensions; needs shapes only.",
+    "layer_weights": "Decay weights of layers; exempt tokens, scales and all else.",
+}
+
+
+def run_list(options: argparse.Namespace) -> int:
+    """Print the names of policies, or of recipes, with a sentence each."""
+    recipes: dict[str, Any] = RECIPES
+    told = SENTENCES
+    if options.command == "recipes":
+        told = {name: recipe.exempts.__doc__ or "" for name, recipe in recipes.items()}
+    first = {name: text.partition("\n\n")[0].split() for name, text in told.items()}
+    print(
+        "\n".join(aligned([(name, " ".join(words)) for name, words in first.items()]))
+    )
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     plain: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
@@ -253,7 +325,11 @@ def parser() -> argparse.ArgumentParser:
     )
     version = f"selective_optim {selective_optim.__version__}"
     top.add_argument("--version", action="version", version=version)
-    sub = top.add_subparsers(required=True, metavar="COMMAND").add_parser(
+    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for name in ("policies", "recipes"):
+        sub = commands.add_parser(name, help=f"list the {name}, with a sentence each")
+        sub.set_defaults(run=run_list)
+    sub = commands.add_parser(
         "audit",
         help="tell what a policy decays in a model, and what looks wrong",
         description=ABOUT_AUDIT,
@@ -262,9 +338,9 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.set_defaults(run=run_audit)
     add = sub.add_argument
-    add("target", metavar="MODEL", help="MODULE:CALLABLE, see below")
+    add("target", metavar="TARGET", help="MODULE:CALLABLE or a file, see below")
     told = "whom to ask who decays (default: no_bias_norm)"
-    add("--policy", default="no_bias_norm", help=told)
+    add("--policy", help=told)
     add("--against", metavar="POLICY", help="another one, to list disagreements with")
     add("--json", action="store_true", help="print one JSON object")
     told = "exit with 1 if something looks wrong or the policies disagree"

@@ -365,7 +365,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         """Tell what decays: in sum when printed, per parameter in ``rows``."""
         # Not `decisions`: who looks is told later, by the step, what is wrong.
         decided = self._decider.readable(self.param_groups, self.defaults)
-        return make_report(self.param_groups, decided, self._default_form)
+        groups, index = self.param_groups, self._decider.index
+        return make_report(groups, decided, self._default_form, index)
 
     def _default_form(self, group: Group) -> Form | None:
         """Tell in which form a group decays by itself; ``None`` if unknown."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,9 +13,8 @@ from torch import nn
 
 from selective_optim import policies
 from selective_optim._text import aligned, shape_text
-from selective_optim.decay import Decision, Verdict
+from selective_optim.decay import Decision
 from selective_optim.parameters import ModelIndex, ParameterInfo
-from selective_optim.policies import Policy
 from selective_optim.policies.decide import decide_alone
 from selective_optim.policies.selectors import kind_of
 from selective_optim.report import DecayReport, make_report
@@ -71,14 +70,15 @@ def model_report(
     Example:
         >>> print(model_report(nn.Linear(3, 2), "no_bias"))
         group  reason           decay  form     tensors  elements
-            0  no match             1  default        1         6
+            0  decays in full       1  default        1         6
             0  exclude is_bias      0  exempt         1         2
         decayed: 1 tensor, 6 elements; exempt: 1 tensor, 2 elements
     """
     infos, decisions = _decided(model, wd_policy)
     params = [info.parameter for info in infos]
     group = {"params": params, "lr": math.nan, "weight_decay": weight_decay}
-    return make_report([group], [decisions], lambda group: None)
+    report = make_report([group], [decisions], lambda group: None, ModelIndex(model))
+    return replace(report, remark="")  # an audit lists what looks wrong
 
 
 def _decided(
@@ -114,33 +114,25 @@ def _findings(model: nn.Module, wd_policy: object) -> Iterator[Finding]:
     policy = policies.as_policy(wd_policy).bind([model])
     author = policies.marked().bind([model])
     for info, decision in zip(*_decided(model, wd_policy), strict=True):
+        found, kind, marked = dict[str, str](), kind_of(info), author.decide(info)
+        if decays := decision.decay.multiplier != 0:
+            # What decays towards anything else than 0 was meant to.
+            if kind in HEADINGS and decision.decay.target is None:
+                found[kind] = decision.reason
+            elif not marked.decay.multiplier:
+                found["marked"] = marked.reason
+        # Each place by itself: asked as one parameter, all would answer alike.
+        alone = [replace(p, names=(p.name or "",), elsewhere=()) for p in info.places]
+        verdicts = [policy.decide(place) for place in alone]
+        if len({verdict.decay for verdict in verdicts}) > 1:
+            told = zip(alone, verdicts)
+            parts = [f"{p.name}: {v.decay.multiplier:g} ({v.reason})" for p, v in told]
+            found["tied"] = "; ".join(parts)
+        if decays and not found and _is_other(info):
+            found["other"] = decision.reason
         if info.parameter.requires_grad:
-            marked = author.decide(info)
-            found = dict(_mistakes(policy, decision, marked, info))
-            if decision.decay.multiplier and not found and _is_other(info):
-                found["other"] = decision.reason
-            for kind, reason in found.items():
-                shape = info.parameter.shape
-                yield Finding(kind, info.telling_name, shape, reason)
-
-
-def _mistakes(
-    policy: Policy, decision: Decision, marked: Verdict, info: ParameterInfo
-) -> Iterator[tuple[str, str]]:
-    if decision.decay.multiplier:
-        # What decays towards anything else than 0 was meant to.
-        kind = kind_of(info)
-        if kind in HEADINGS and decision.decay.target is None:
-            yield kind, decision.reason
-        elif not marked.decay.multiplier:
-            yield "marked", marked.reason
-    # Each place by itself: asked as one parameter, all would answer alike.
-    alone = [replace(p, names=(p.name or "",), elsewhere=()) for p in info.places]
-    verdicts = [policy.decide(place) for place in alone]
-    if len({verdict.decay for verdict in verdicts}) > 1:
-        told = (f"{p.name}: {v.decay.multiplier:g} ({v.reason})"
-                for p, v in zip(alone, verdicts))  # fmt: skip
-        yield "tied", "; ".join(told)
+            where = (info.telling_name, info.parameter.shape)
+            yield from (Finding(kind, *where, reason) for kind, reason in found.items())
 
 
 def _is_other(info: ParameterInfo) -> bool:
@@ -190,20 +182,22 @@ class Audit:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, strings and numbers, ready for JSON."""
-        rows, fates = self.report.rows, ("decayed", "exempt", "frozen")
-        sizes = {fate: [r.numel for r in rows if r.fate == fate] for fate in fates}
-        told = {
+        told = self.report.as_dict()
+        rows = [
+            {key: row[key] for key in ROW_KEYS} | {"multiplier": row["weight_decay"]}
+            for row in told.pop("rows")
+        ]
+        del told["remark"]
+        found = {
             "disagreements": getattr(self.difference, "rows", ()),
             "findings": self.findings,
             "hints": self.hints,
         }
         return {
             **{key: getattr(self, key) for key in ("model", "policy", "against")},
-            "rows": [
-                {**_plain(r, ROW_KEYS), "multiplier": r.weight_decay} for r in rows
-            ],
-            **{k: {"tensors": len(n), "elements": sum(n)} for k, n in sizes.items()},
-            **{key: [_plain(record) for record in told[key]] for key in told},
+            "rows": rows,
+            **told,
+            **{key: list(map(_plain, records)) for key, records in found.items()},
         }
 
 
@@ -218,9 +212,8 @@ def _listing(kind: str, findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def _plain(record: Any, keys: Collection[str] = ()) -> dict[str, Any]:
-    values = {**asdict(record), "shape": list(record.shape)}
-    return {key: values[key] for key in keys or values}
+def _plain(record: Any) -> dict[str, Any]:
+    return {**asdict(record), "shape": list(record.shape)}
 
 
 def audit(

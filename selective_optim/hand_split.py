@@ -110,7 +110,7 @@ def param_groups(
         >>> groups = param_groups(model, "no_bias_norm", weight_decay=0.1, lr=0.01)
         >>> print(groups)
         group    lr  decay  tensors  elements  reason
-            0  0.01    0.1        1         6  no match
+            0  0.01    0.1        1         6  decays in full
             1  0.01      0        3         6  exclude is_bias, exclude is_norm
         decayed: 1 tensor, 6 elements; exempt: 3 tensors, 6 elements
         >>> optimizer = torch.optim.RMSprop(groups)

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from importlib import import_module
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._arguments import require_decay
-from selective_optim._text import aligned, received
+from selective_optim._arguments import param_ids
+from selective_optim._text import aligned
 from selective_optim.decay import FORMS, Decision, Form, Target, target_text
-from selective_optim.parameters import ModelIndex, wanted
-from selective_optim.policies.decide import decide
-from selective_optim.policies.selectors import kind_of
+from selective_optim.parameters import (
+    ModelIndex,
+    ParameterInfo,
+    index_of,
+    shape_now,
+    wanted,
+)
+from selective_optim.policies.decide import NO_POLICY, decide
+from selective_optim.policies.selectors import is_bias, kind_of
 
 Group = dict[str, Any]
 # Columns of numbers stand to the right.
-NUMBERS = ("group", "lr", "decay", "timescale", "tensors", "elements")
+NUMBERS = ("group", "lr", "decay", "measured", "timescale", "tensors", "elements")
 MANY_GROUPS = 8  # more are summed up together: a group per layer would fill pages
 FEW_RUNS = 3  # group numbers are spelled out up to so many ranges
 MANY_BARS = 16  # the rest of the kinds is one bar
@@ -53,6 +59,14 @@ class Row:
         owner: Class name of the module that holds it; empty where none is known.
         target: What it decays towards: a number, or ``"init"``; ``None`` is 0.
         lr0: The rate that its training began with, where its form needs that.
+        left_over: Whether it is frozen and has a gradient, by which it decays.
+        role: What it is: ``"norm"``, ``"norm's bias"``, ``"bias"``, ``"embedding"``,
+            ``"vector"`` or ``"weight"``.
+        decided: Whether a policy decided.
+        route: Class that steps it, where the report is of several optimizers.
+        applied: Whether a step decays it, if that was measured.
+        measured: By how much, on the scale of ``weight_decay``, if that was measured
+            and the decay moves the parameter directly.
     """
 
     group: int
@@ -67,11 +81,17 @@ class Row:
     owner: str = ""
     target: Target | None = None
     lr0: float | None = None
+    left_over: bool = False
+    role: str = field(default="", compare=False)  # less is known after unpickling
+    decided: bool = False
+    route: str = ""
+    applied: bool | None = None
+    measured: float | None = None
 
     @property
     def fate(self) -> str:
         """What becomes of the parameter: ``decayed``, ``exempt`` or ``frozen``."""
-        if not self.requires_grad:
+        if not (self.requires_grad or self.left_over):
             return "frozen"
         return "decayed" if self.weight_decay else "exempt"
 
@@ -100,12 +120,15 @@ class Row:
         return f"{self.owner}.{leaf}" if self.owner and leaf else self.reason
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DecayReport:
     """One record per parameter in ``rows``; prints as a table by group and reason.
 
     The timescale, ``1 / (lr * decay)`` at the rate of now, is the number of steps
     after which decoupled decay has left 37 % of a weight that no gradient renews.
+
+    ``len``, iteration, and an index are those of the rows; a row is also found by its
+    name, as in ``report["head.bias"]``.
 
     Args:
         rows: The records.
@@ -116,13 +139,26 @@ class DecayReport:
         >>> model = torch.nn.Linear(3, 2)
         >>> print(AdamW(model, weight_decay=0.1, wd_policy="no_bias").decay_report())
         group  reason              lr  decay  form          timescale  tensors  elements
-            0  no match         0.001    0.1  decoupled  10,000 steps        1         6
+            0  decays in full   0.001    0.1  decoupled  10,000 steps        1         6
             0  exclude is_bias  0.001      0  exempt                         1         2
         decayed: 1 tensor, 6 elements; exempt: 1 tensor, 2 elements
     """
 
     rows: tuple[Row, ...]
     remark: str = ""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __getitem__(self, key: Any) -> Any:
+        by_name = {row.name: row for row in self.rows[::-1]}
+        return by_name[key] if isinstance(key, str) else self.rows[key]
+
+    def __repr__(self) -> str:
+        return f"DecayReport({self.summary()})"
 
     def table(self) -> list[tuple[str, ...]]:
         """Sum the rows up by group, reason, decay and form, below a line of headers.
@@ -135,7 +171,8 @@ class DecayReport:
         sums: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
             group = () if many else (row.group, row.weight_decay)
-            sums.setdefault((row.reason, row.effect, *group), []).append(row)
+            key = (row.reason, row.effect, row.route, row.applied, *group)
+            sums.setdefault(key, []).append(row)
         lines = [_line(rows) for rows in sums.values()]
         headers = lines[0] if lines else ()
         known = [key for key in headers if any(line[key] for line in lines)]
@@ -153,6 +190,18 @@ class DecayReport:
         right = [i for i, key in enumerate(table[0]) if key in NUMBERS]
         lines = [*aligned(table, right), self.summary(), self.remark]
         return "\n".join(filter(None, lines))
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing looks wrong."""
+        return not self.remark.startswith(WRONG)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain lists, dicts, strings and numbers, ready for JSON."""
+        rows = [{**asdict(row), "shape": list(row.shape)} for row in self.rows]
+        sizes = {f: [r.numel for r in self.rows if r.fate == f] for f in COLORS}
+        sums = {f: {"tensors": len(n), "elements": sum(n)} for f, n in sizes.items()}
+        return {"rows": rows, **sums, "remark": self.remark}
 
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""
@@ -232,13 +281,16 @@ def _amount(rows: Sequence[Row]) -> str:
 def _line(rows: Sequence[Row]) -> dict[str, str]:
     first = rows[0]
     timescales = [row.timescale for row in rows if row.timescale is not None]
+    measured = [row.measured for row in rows if row.measured is not None]
     decays = [row.weight_decay for row in rows if first.fate != "frozen"]
     return {
         "group": _runs({row.group for row in rows}),
+        "route": first.route,
         "reason": first.reason,
         "lr": _span([row.lr for row in rows if not math.isnan(row.lr)]),
         "decay": _span(decays) or "-",
         "form": first.effect,
+        "measured": "some" if first.applied and not measured else _span(measured),
         "timescale": _span(timescales, ",.0f", " steps"),
         "tensors": f"{len(rows):,}",
         "elements": f"{_elements(rows):,}",
@@ -289,7 +341,7 @@ def make_row(
         shape=shape,
         numel=shape.numel(),
         # A tensor waits for the device, which a report may and a step may not.
-        lr=float(group["lr"]),
+        lr=float(group.get("lr", math.nan)),
         weight_decay=float(group["weight_decay"]) * decision.decay.multiplier,
         form=form,
         reason=decision.reason,
@@ -297,116 +349,49 @@ def make_row(
         owner=decision.kinds[0].rpartition(".")[2] if decision.kinds else "",
         target=decision.decay.target,
         lr0=decision.decay_key.lr0,
+        # torch steps whatever has a gradient.
+        left_over=not param.requires_grad and param.grad is not None,
     )
 
 
 def make_report(
     groups: Sequence[Group],
-    decided: Iterable[Sequence[Decision]],
+    decided: Sequence[Sequence[Decision | None]] | None,
     form_of: Callable[[Group], Form | None],
+    index: ModelIndex,
 ) -> DecayReport:
-    """Join decisions with what the groups say now."""
-    rows = [
-        make_row(index, group, decision, decision.decay.form or form_of(group), param)
-        for index, (group, own) in enumerate(zip(groups, decided, strict=True))
-        for param, decision in zip(group["params"], own)
-    ]
-    return DecayReport(tuple(rows))
+    """Join what was decided, if anything was, with what groups and modules are now."""
+    # Where nothing was decided, all decay as the group says, for what they are.
+    decided = decided or [[None] * len(group["params"]) for group in groups]
+    asked = []
+    for number, (group, own) in enumerate(zip(groups, decided, strict=True)):
+        names = group.get("param_names") or repeat(None)
+        names = [known.telling_name if known else n for known, n in zip(own, names)]
+        asked.append(wanted(group["params"], names, number))
+    infos = iter(index.infos(list(chain(*asked))))
+    rows = []
+    for number, (group, own) in enumerate(zip(groups, decided)):
+        for info, known in zip([*islice(infos, len(group["params"]))], own):
+            kind = kind_of(info)
+            role = "norm's bias" if kind == "norm" and is_bias.matches(info) else kind
+            decision = known or decide(None, [info])[0]._replace(reason=kind)
+            form = decision.decay.form or form_of(group)
+            row = make_row(number, group, decision, form, info.parameter)
+            by_policy = known is not None and known.reason != NO_POLICY
+            if by_policy and decision.decay.multiplier and not row.weight_decay:
+                row = replace(row, reason=ZERO)
+            rows.append(replace(row, role=role, decided=by_policy))
+    told = split_wrongly(rows), left_out(index, groups)
+    return DecayReport(tuple(rows), remark_of(*told))
 
 
-# What looks wrong with hand-split groups: its fate, and how one and several read.
-MISTAKES = {
-    "norm": ("decayed", "decays", "decay"),
-    "bias": ("decayed", "decays", "decay"),
-    "weight": ("exempt", "does not decay", "do not decay"),
-}
+ZERO = "weight_decay=0"  # the reason where a policy decays and a group does not
 # Classes of torch, whose groups do not always say what their decay is.
 L2_CLASSES = ("SGD", "Adam", "Adagrad", "Adadelta", "Adamax", "ASGD", "RMSprop")
 CLASS_FORMS: dict[str, Form] = {
     **dict.fromkeys(L2_CLASSES, "l2"),
     **dict.fromkeys(("AdamW", "Adafactor", "Muon"), "decoupled"),
 }
-
-
-def decay_report(
-    optimizer: Any, model: nn.Module | Sequence[nn.Module] | None = None
-) -> DecayReport:
-    """Tell what really decays in a training, whatever the optimizer.
-
-    The reason of a row is what the parameter is: ``norm``, ``bias``, ``embedding``,
-    ``vector`` (fewer than two dimensions) or ``weight``. The last line tells what
-    looks wrong, and which parameters of the model train and are in no group.
-
-    Args:
-        optimizer: One whose groups have a ``"weight_decay"``: of torch, of another
-            library, or of this one, which then tells its own reasons.
-        model: The module, or modules, that the parameters live in. Without it, names
-            are those of ``named_parameters()`` if the optimizer was given any.
-
-    Returns:
-        The report, as that of ``optimizer.decay_report()``.
-
-    Raises:
-        TypeError: ``optimizer`` has no groups.
-        ValueError: A group of it has no weight decay.
-
-    Example:
-        >>> import torch
-        >>> model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
-        >>> decayed, *exempt = model.parameters()  # is this split right for the model?
-        >>> decayed = [decayed, exempt.pop(1)]
-        >>> groups = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
-        >>> optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
-        >>> print(decay_report(optimizer, model))
-        group  reason    lr  decay  form         timescale  tensors  elements
-            0  weight  0.01    0.1  decoupled  1,000 steps        1         6
-            0  norm    0.01    0.1  decoupled  1,000 steps        1         2
-            1  bias    0.01      0  exempt                        1         2
-            1  norm    0.01      0  exempt                        1         2
-        decayed: 2 tensors, 8 elements; exempt: 2 tensors, 4 elements
-        looks wrong: 1 norm decays ('1.weight')
-    """
-    optimizer = _with_groups(optimizer)
-    own = getattr(optimizer, "decay_report", None)
-    if own is not None:
-        report: DecayReport = own()
-        return report
-    index, groups = ModelIndex(model), list(optimizer.param_groups)
-    asked = [
-        wanted(group["params"], group.get("param_names", ()), number)
-        for number, group in enumerate(groups)
-    ]
-    infos = iter(index.infos(list(chain(*asked))))
-    # Nothing was decided: each decays as its group says, and the reason is its kind.
-    decided = [
-        [d._replace(reason=kind_of(i)) for i in own for d in decide(None, [i])]
-        for own in (list(islice(infos, len(group))) for group in asked)
-    ]
-    report = make_report(groups, decided, partial(form_of_class, optimizer))
-    known = {id(each.param) for each in chain(*asked)}
-    left_out = [
-        info.telling_name
-        for info in index.everyone()
-        if info.parameter.requires_grad and id(info.parameter) not in known
-    ]
-    return replace(report, remark=_remark(report.rows, left_out))
-
-
-def _with_groups(optimizer: Any) -> Any:
-    """Find the optimizer inside wrappers such as Accelerate's."""
-    # Accelerate and Lightning call it `optimizer`, fastai `opt`.
-    while not hasattr(optimizer, "decay_report"):
-        inner = getattr(optimizer, "optimizer", getattr(optimizer, "opt", None))
-        if inner is None:
-            break
-        optimizer = inner
-    if not hasattr(optimizer, "param_groups"):
-        raise TypeError(
-            f"`optimizer` must have param_groups, and {received(optimizer)} has none. "
-            f"Pass the optimizer first, then the model: decay_report(optimizer, model)."
-        )
-    require_decay(optimizer, "report")
-    return optimizer
 
 
 def form_of_class(optimizer: Any, group: Group) -> Form | None:
@@ -418,25 +403,73 @@ def form_of_class(optimizer: Any, group: Group) -> Form | None:
     return CLASS_FORMS.get(next(torchs, ""))
 
 
-def _remark(rows: Sequence[Row], left_out: Sequence[str | None]) -> str:
-    """Say in one line what looks wrong with groups that were split by hand."""
-    wrong = {
-        kind: ([r.name for r in rows if (r.reason, r.fate) == (kind, fate)], *verbs)
-        for kind, (fate, *verbs) in MISTAKES.items()
-    }
-    if all(row.fate != "decayed" for row in rows):
-        del wrong["weight"]
-    alone = ("trains and is in no group", "train and are in no group")
-    wrong["parameter"] = (list(left_out), *alone)
-    told = [
-        f"{amount(len(names), kind)} {one if len(names) == 1 else several} "
-        f"({_first_names(names)})"
-        for kind, (names, one, several) in wrong.items()
-        if names
-    ]
-    return f"looks wrong: {'; '.join(told)}" if told else ""
+WRONG, NOTE = "looks wrong: ", "note: "
 
 
-def _first_names(names: Sequence[str | None]) -> str:
-    first = repr(names[0]) if names[0] else "without a name"
-    return first if len(names) == 1 else f"{first} and {len(names) - 1:,} more"
+def remark_of(*told: str) -> str:
+    """Join what looks wrong on one line, above the lines of notes."""
+    lines = [line for part in told for line in part.splitlines()]
+    notes = [line for line in lines if line.startswith(NOTE)]
+    wrong = "; ".join(line.removeprefix(WRONG) for line in lines if line not in notes)
+    return "\n".join(filter(None, [wrong and WRONG + wrong, *notes]))
+
+
+def clause(
+    told: Sequence[Row | ParameterInfo], noun: str, one: str, several: str
+) -> str:
+    """Tell in one clause what some parameters do, with the name of the first."""
+    if not told:
+        return ""
+    name = told[0].name if isinstance(told[0], Row) else told[0].telling_name
+    first = repr(name) if name else "without a name"
+    more = f" and {len(told) - 1:,} more" if told[1:] else ""
+    return f"{amount(len(told), noun)} {several if told[1:] else one} ({first}{more})"
+
+
+def split_wrongly(rows: Sequence[Row]) -> str:
+    """Tell of norms and biases that decay though nobody wished it, and of weights.
+
+    Where a policy decides, norms may decay, but not some beside others that it exempts.
+    """
+    decayed = [r for r in rows if r.fate == "decayed" and r.applied is not False]
+    exempt = [row for row in rows if row.fate == "exempt" and row.reason != ZERO]
+    # A selector that exempts weights, too, as "head.*", is no rule for biases.
+    broad = {row.reason for row in exempt if row.role in ("weight", "embedding")}
+    ruled = {row.role for row in exempt if row.decided and row.reason not in broad}
+    told = []
+    for kind in ("norm", "bias"):
+        own = [r for r in decayed if r.role.startswith(kind) and r.target is None]
+        wrong = [row for row in own if not row.decided or row.role in ruled]
+        others = ", others do not" if any(row.decided for row in wrong) else ""
+        told.append(clause(wrong, kind, f"decays{others}", f"decay{others}"))
+    routes = {row.route for row in decayed if not row.decided}
+    weights = [r for r in exempt if r.role == "weight" and not r.decided]
+    kept = [row for row in weights if row.route in routes]
+    left = [row for row in decayed if row.left_over]
+    verbs = ("has a gradient left and decays", "have a gradient left and decay")
+    told.append(clause(kept, "weight", "does not decay", "do not decay"))
+    return remark_of(*told, clause(left, "frozen parameter", *verbs))
+
+
+def left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
+    """Tell which parameters of the model train, and no living optimizer steps."""
+    held = {id(p): shape_now(p) for group in groups for p in group["params"]}
+    known = {id(info.parameter) for info in index.everyone()}
+    strange = {shape for key, shape in held.items() if key not in known}
+    missing: dict[int, ParameterInfo] = {}
+    for module in index.modules():
+        trained = [i for i in index_of(module).everyone() if i.parameter.requires_grad]
+        out = {id(i.parameter): i for i in trained if id(i.parameter) not in held}
+        shapes = {shape_now(info.parameter) for info in out.values()}
+        # A module of which there is nothing was replaced by the flat tensors of an
+        # engine, or was met in a group that was refused.
+        absent = len(out) == len(trained) and strange.isdisjoint(shapes)
+        if not (absent and (strange or not index.explicit)):
+            missing |= out
+    if missing:
+        kinds = torch.optim.Optimizer
+        living = [each for each in gc.get_objects() if issubclass(type(each), kinds)]
+        stepped = set[int]().union(*map(param_ids, living))
+        missing = {key: info for key, info in missing.items() if key not in stepped}
+    verbs = ("trains and is in no group", "train and are in no group")
+    return clause(list(missing.values()), "parameter", *verbs)

@@ -16,7 +16,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from selective_optim import _torch
-from selective_optim._arguments import require_decay
+from selective_optim._arguments import held_optimizers, is_optimizer, require_decay
 from selective_optim.decay import FORMS, is_zero
 
 Group = dict[str, Any]
@@ -77,9 +77,9 @@ class GroupView(ChainMap[str, Any]):
 
 def stepping_optimizer(optimizer: object) -> Optimizer:
     """Find the optimizer inside wrappers such as Accelerate's, whose hooks fire."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    if not isinstance(optimizer, Optimizer):
+    if not is_optimizer(optimizer) and len(held := held_optimizers(optimizer)) == 1:
+        optimizer = held[0]
+    if not (isinstance(optimizer, Optimizer) and is_optimizer(optimizer)):
         raise TypeError(
             f"`optimizer` must be a torch.optim.Optimizer, not {optimizer!r:.80} "
             f"({type(optimizer).__name__}). Write WeightDecay(optimizer)."

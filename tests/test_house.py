@@ -29,7 +29,7 @@ FLOORS = [
     ("fused", "policies"),
     ("decisions",),
     ("_entries", "groups", "report"),
-    ("_optimizer", "_fit", "audit"),
+    ("_optimizer", "_fit", "audit", "any_optimizer"),
     ("sgd", "adam", "adamw", "checkpoint"),
     ("any_class",),
     ("hand_split",),

@@ -73,7 +73,9 @@ def test_contents_lead_to_headings():
 
 def test_commands_of_the_readme_work(capsys):
     text = README.read_text("utf-8")
-    commands = re.findall(r"^selective_optim (audit .*)$", text, re.M)
-    assert len(commands) == 2
+    commands = re.findall(
+        r"^selective_optim ((?:audit|policies|recipes).*)$", text, re.M
+    )
+    assert len(commands) == 6
     for command in commands:
         parser().parse_args(shlex.split(command))

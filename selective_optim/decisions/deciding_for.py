@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from selective_optim._warnings import warn
 from selective_optim.parameters import as_modules
 from selective_optim.policies.named import WdPolicy, as_policy
 
@@ -20,8 +21,9 @@ class Given(NamedTuple):
     model: object = None
 
 
+Block = tuple[Given, list[Given]]  # and what each optimizer was made with inside
 # Not a global: two threads, or two async tasks, may build two models.
-_given: ContextVar[Given | None] = ContextVar("selective_optim", default=None)
+_block: ContextVar[Block | None] = ContextVar("selective_optim", default=None)
 
 
 @contextmanager
@@ -34,7 +36,8 @@ def deciding_for(
 
     For factories that own the constructor and hand over bare tensors: peft's LoRA+,
     the ``Trainer`` of transformers, containers of optimizers. Put the block around
-    the call that makes the optimizer, or around the training that does.
+    the call that makes the optimizer, or around the training that does. Warns at the
+    end of the block if it has a policy and no optimizer of this library was made.
 
     Args:
         model: As for the optimizers; or, where the framework makes the model too,
@@ -59,11 +62,21 @@ def deciding_for(
     policy = None if wd_policy is None else as_policy(wd_policy)
     if isinstance(model, nn.Module) or not callable(model):
         as_modules(model)
-    token = _given.set(Given(policy, model))
+    around, made = _block.get(), list[Given]()
+    token = _block.set((Given(policy, model), made))
     try:
         yield
     finally:
-        _given.reset(token)
+        _block.reset(token)
+        if around is not None:
+            around[1].extend(made)
+    if policy is not None and not made:
+        warn(
+            f"no optimizer of selective_optim was made inside deciding_for, so its "
+            f"`wd_policy` {policy!r} decides nothing. Make selective_optim.AdamW or "
+            f"selective_optim.selective(cls)(...) inside, or give the framework that "
+            f"class."
+        )
 
 
 def given(model: object, wd_policy: object) -> Given:
@@ -71,10 +84,11 @@ def given(model: object, wd_policy: object) -> Given:
 
     Without a policy nothing is to decide, and nothing of a model needs to be known.
     """
-    around = _given.get() or Given()
+    around, made = _block.get() or (Given(), [])
     wd_policy = around.wd_policy if wd_policy is None else wd_policy
     if model is None and wd_policy is not None:
         model = around.model
         if callable(model) and not isinstance(model, nn.Module):
             model = model()
-    return Given(wd_policy, model)
+    made.append(Given(wd_policy, model))
+    return made[-1]

@@ -95,6 +95,9 @@ def _not_joined(left: object, sign: str, right: object) -> str:
     return f"{shown}. Write {way_out}."
 
 
+UNMATCHED = "decays in full"  # the reason where no selector matches
+
+
 @dataclass(frozen=True, repr=False)
 class Product(Policy):
     """Two policies at once: multipliers multiply, the right-hand form wins."""
@@ -151,7 +154,7 @@ class Rule(Policy):
                 return Verdict(self.inside, f"{self.verb} {selector.told(info)}")
         if not self.selectors:
             return Verdict(self.inside, repr(self))
-        reason = f"not in {self!r}" if self.verb == "only" else "no match"
+        reason = f"not in {self!r}" if self.verb == "only" else UNMATCHED
         return Verdict(self.outside, reason)
 
 
@@ -176,7 +179,7 @@ class FirstMatch(Policy):
         for selector, decay in zip(self.selectors, self.decays):
             if selector.matches(info):
                 return Verdict(decay, selector.told(info))
-        return Verdict(FULL, "no match")
+        return Verdict(FULL, UNMATCHED)
 
 
 class AnswerError(Exception):

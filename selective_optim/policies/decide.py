@@ -18,6 +18,7 @@ from selective_optim.policies.base import AnswerError, Policy
 from selective_optim.policies.selectors import NamePattern, Selector
 from selective_optim.policies.user_code import UnknownError
 
+NO_POLICY = "no policy"
 WAYS_OUT = (
     'Pass model=model or model.named_parameters(), or use wd_policy="matrices"; where '
     "a framework makes the optimizer, write with selective_optim.deciding_for(model): "
@@ -48,7 +49,7 @@ def decide(
     decisions = []
     for info, place in zip(infos, places):
         try:
-            verdict = policy.decide(info) if policy else Verdict(FULL, "no policy")
+            verdict = policy.decide(info) if policy else Verdict(FULL, NO_POLICY)
         # Whatever a user's callable raises is told with the parameter's name.
         except Exception as error:
             raise _explained(error, policy, info.describe(place), info) from error

@@ -59,7 +59,7 @@ NAMED: dict[str, Policy] = {
     **RECIPES,
 }
 
-# For type checkers: a misspelt name is an error. A test holds it to ``NAMED``.
+# For editors, which offer the names. A test holds it to ``NAMED``.
 # fmt: off
 PolicyName: TypeAlias = Literal[
     "all", "none", "no_bias", "no_norm", "no_bias_norm", "no_bias_norm_embedding",
@@ -70,9 +70,10 @@ PolicyName: TypeAlias = Literal[
     "smollm3", "qwen3_next", "kimi", "dion", "marin",
 ]
 # fmt: on
-# A text that is no name is for type checkers a case for :func:`parse`.
+# Any text: a policy may stand in a configuration, as an expression.
 WdPolicy: TypeAlias = (
     PolicyName
+    | str
     | Policy
     | Mapping[Any, float | Decay]
     | Callable[[ParameterInfo], float | Decay]
