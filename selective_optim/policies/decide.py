@@ -15,6 +15,7 @@ from selective_optim import _torch
 from selective_optim.decay import FULL, REMEDY, Decision, Verdict
 from selective_optim.parameters import ParameterInfo, owner_kinds, shape_now
 from selective_optim.policies.base import AnswerError, Policy
+from selective_optim.policies.outputs import UnsureError
 from selective_optim.policies.selectors import NamePattern, Selector
 from selective_optim.policies.user_code import UnknownError
 
@@ -73,6 +74,12 @@ def _explained(
         lost = _lost(info) if field in ("shape", "ndim") else f"not known. {WAYS_OUT}"
         return ValueError(
             f"`wd_policy` {policy!r} read `{field}` of {parameter}, which is {lost}"
+        )
+    if isinstance(error, UnsureError):
+        written = repr(policy).replace("is_output", repr(error.likeliest))
+        return ValueError(
+            f"`wd_policy` {policy!r} asks for the output layer, and {error}. "
+            f'Write wd_policy="{written}" if that is the one.'
         )
     kind = TypeError if isinstance(error, TypeError) else ValueError
     return kind(
