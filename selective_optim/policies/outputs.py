@@ -8,12 +8,12 @@ an accessor or a tie says so, or where name and order agree.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
+from selective_optim._warnings import warn
 from selective_optim.parameters import ParameterInfo, index_of
 
 # Tells whether a place is that of a matrix, convolution or stack of them.
@@ -29,30 +29,20 @@ NUMBERED = re.compile(r".*\d$")
 
 
 class UnsureError(ValueError):
-    """A selector asks for the output layer of a model, and it is not known."""
+    """A selector asks for the output layer, and it is not known: text, likeliest."""
 
-    def __init__(self, outputs: Outputs) -> None:
-        names = ", ".join(map(repr, outputs.names))
-        told = f"of {outputs.model} it is not sure which layer is the output"
-        super().__init__(f"{told}; candidates are {names}")
-        self.likeliest = outputs.names[-1]
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass
 class Outputs:
-    """The output layers of a model by the names of their weights.
-
-    Args:
-        model: The name of its class.
-        names: All candidates; where ``sure``, the output layers and no others.
-        sure: Whether they are known.
-        told: Whether a warning has named the candidates.
-    """
+    """The output layers of a model by the names of their weights."""
 
     model: str
-    names: tuple[str, ...]
-    sure: bool
-    told: bool = False
+    names: tuple[str, ...]  # all candidates; where `sure`, the outputs and no others
+    sure: bool = True
+    told: bool = False  # whether a warning has named the candidates
 
 
 def is_output_of(place: ParameterInfo, is_weight: IsWeight) -> bool:
@@ -62,28 +52,26 @@ def is_output_of(place: ParameterInfo, is_weight: IsWeight) -> bool:
         UnsureError: It is not known which layer that is.
     """
     outputs = _outputs(place, is_weight)
-    if outputs.sure:
-        weight = (place.name or "").rpartition(".")[0]
-        return weight in {name.rpartition(".")[0] for name in outputs.names}
-    raise UnsureError(outputs)
+    if not outputs.sure:
+        told = f"of {outputs.model} it is not sure which layer is the output"
+        names = ", ".join(map(repr, outputs.names))
+        raise UnsureError(f"{told}; candidates are {names}", outputs.names[-1])
+    layers = {name.rpartition(".")[0] for name in outputs.names}
+    return (place.name or "").rpartition(".")[0] in layers
 
 
 def is_hidden(place: ParameterInfo, is_weight: IsWeight) -> bool:
-    """Tell whether a parameter is a weight that is neither embedding nor output.
-
-    Where the output layer is not known, every candidate is left out, with a warning.
-    """
+    """Tell whether a weight is no candidate for the output; warns of several once."""
     if not is_weight(place):
         return False
     outputs = _outputs(place, is_weight)
     if not (outputs.sure or outputs.told):
         outputs.told = True
-        warnings.warn(
+        warn(
             f"which layer of {outputs.model} is its output is not sure, so "
             f"{', '.join(map(repr, outputs.names))} count as none of its hidden "
             f"weights. Select by name what should, as in is_hidden_matrix | "
-            f"{outputs.names[-1]!r}.",
-            stacklevel=2,
+            f"{outputs.names[-1]!r}."
         )
     return place.name not in outputs.names
 
@@ -100,16 +88,13 @@ def _find(root: nn.Module, is_weight: IsWeight) -> Outputs:
     for module in _whole(root):
         found = _said(module, weights)
         if found is not None:
-            return Outputs(model, found, sure=True)
-    tied = [
-        info
-        for info in weights
-        if any(isinstance(place.owner, nn.Embedding) for place in info.places)
-    ]
-    if tied:
-        return Outputs(model, tuple(n for i in tied for n in i.names), sure=True)
-    if not weights:
-        return Outputs(model, (), sure=True)
+            return Outputs(model, found)
+    embedded = (
+        i for i in weights for p in i.places if isinstance(p.owner, nn.Embedding)
+    )
+    names = tuple(name for info in embedded for name in info.names)
+    if names or not weights:
+        return Outputs(model, names)
     last = weights[-1]
     candidates = [i for i in weights if i is last or _head(i) is not None]
     names = tuple(str(info.name) for info in candidates)

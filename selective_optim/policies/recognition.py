@@ -9,7 +9,8 @@ all of them.
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import cache, lru_cache
+from itertools import takewhile
 from types import NoneType
 from typing import Any
 
@@ -111,7 +112,12 @@ def _name_says_norm(name: str) -> bool:
     return OTHER_NOUNS.isdisjoint(words[norms[-1] + 1 :])
 
 
-def says_norm(cls: type) -> bool:
+def _kind(module: nn.Module) -> Any:
+    return type(module)  # mypy holds that classes of modules have no hash
+
+
+@lru_cache(4096)
+def says_norm(cls: Any) -> bool:
     """Tell whether a class, or one it derives from, is called a normalization."""
     return any(_name_says_norm(base.__name__) for base in cls.__mro__)
 
@@ -135,19 +141,19 @@ def norm_module(module: nn.Module | None) -> bool:
     """
     if isinstance(module, (NoneType, *WEIGHT_MODULES)):
         return False
-    if not says_norm(type(module)) and not _name_says_norm(original_class(module)):
+    if not says_norm(_kind(module)) and not _name_says_norm(original_class(module)):
         return _dynamic_tanh(module)
     return not any(norm_module(m) and has_parameters(m) for m in module.children())
 
 
 def _dynamic_tanh(module: nn.Module) -> bool:
     # Stands where a norm stood: gamma * tanh(alpha * x) + beta, alpha of one number.
-    kind: Any = type(module)  # mypy holds that classes of modules have no hash
-    if not squashes(kind) or next(module.children(), None):
+    if not squashes(_kind(module)) or next(module.children(), None):
         return False
-    shapes = [param.shape for param in module.parameters() if param.numel() > 1]
-    one = len(shapes) < len(list(module.parameters()))
-    return one and len(shapes) == 2 and len(shapes[0]) == 1 and shapes[0] == shapes[1]
+    shapes = sorted(param.shape for param in module.parameters())
+    one, vectors = shapes[:-2], shapes[-2:]
+    wide = vectors == vectors[:1] * 2 and len(vectors[0]) == 1 < vectors[0].numel()
+    return wide and bool(one) and all(shape.numel() == 1 for shape in one)
 
 
 def has_parameters(module: nn.Module) -> bool:
@@ -160,12 +166,11 @@ def holder(place: ParameterInfo) -> tuple[nn.Module | None, str]:
 
     It holds one in a list or dictionary by the list's own name.
     """
-    module, parts = place.owner, (place.name or "").split(".")
-    path = list(place.path) if isinstance(module, LISTS) else []
-    while len(path) > 1 and isinstance(path[-1], LISTS) and len(parts) > 1:
-        path.pop()
-        parts.pop()
-    return path[-1] if path else module, parts[-1]
+    module = place.owner
+    if not isinstance(module, LISTS) or not place.name:
+        return module, place.leaf or ""
+    modules = list(takewhile(lambda m: isinstance(m, LISTS), reversed(place.path[1:])))
+    return place.path[-1 - len(modules)], place.name.split(".")[-1 - len(modules)]
 
 
 @cache
@@ -187,8 +192,7 @@ def bias_part(place: ParameterInfo) -> bool:
         return bias_leaf(leaf)
     if not MAY_BE_BIAS.match(leaf):
         return False
-    kind: Any = type(module)  # mypy holds that classes of modules have no hash
-    added = only_added(kind, leaf)
+    added = only_added(_kind(module), leaf)
     if added is None and leaf != "beta":  # other modules use it
         keys = (key for key, _ in module.named_parameters("", False))
         return place.ndim == 1 or goes_with(leaf, keys)
@@ -206,12 +210,16 @@ def norm_part(place: ParameterInfo) -> str | None:
         return ""
     if module is None or isinstance(module, WEIGHT_MODULES):
         return None
-    for cls in own_classes(type(module)):
-        package = cls.__module__.partition(".")[0]
-        if leaf in KNOWN_GAINS.get((package, cls.__name__), ()):
-            return f"{type(module).__name__}.{leaf} is known as a gain"
-    kind: Any = type(module)
-    return None if TEMPERATURE.match(leaf) else scales_normalized(kind, leaf)
+    return _gain(_kind(module), leaf)
+
+
+@lru_cache(4096)
+def _gain(cls: Any, leaf: str) -> str | None:
+    for base in own_classes(cls):
+        package = base.__module__.partition(".")[0]
+        if leaf in KNOWN_GAINS.get((package, base.__name__), ()):
+            return f"{cls.__name__}.{leaf} is known as a gain"
+    return None if TEMPERATURE.match(leaf) else scales_normalized(cls, leaf)
 
 
 @cache

@@ -57,9 +57,9 @@ class Selector:
         raise NotImplementedError  # pragma: no cover
 
     @property
-    def required(self) -> tuple[Selector, ...]:
-        """The selectors in this one that must match at least one parameter."""
-        return (self,) if self.by_name else ()
+    def leaves(self) -> tuple[Selector, ...]:
+        """The selectors that this one is joined of, or itself."""
+        return (self,)
 
     def __or__(self, other: object) -> Selector:
         return _joined(AnyOf, "|", self, other)
@@ -233,8 +233,8 @@ class Joined(Selector):
         return frozenset[Need]().union(*(part.needs for part in self.parts))
 
     @property
-    def required(self) -> tuple[Selector, ...]:
-        return tuple(chain.from_iterable(part.required for part in self.parts))
+    def leaves(self) -> tuple[Selector, ...]:
+        return tuple(chain.from_iterable(part.leaves for part in self.parts))
 
 
 class AnyOf(Joined):
@@ -271,8 +271,8 @@ class Not(Selector):
         return self.part.needs
 
     @property
-    def required(self) -> tuple[Selector, ...]:
-        return self.part.required
+    def leaves(self) -> tuple[Selector, ...]:
+        return self.part.leaves
 
     def matches(self, info: ParameterInfo) -> bool:
         return not self.part.matches(info)

@@ -17,6 +17,7 @@ from functools import lru_cache
 from itertools import takewhile
 from textwrap import dedent
 from types import CodeType, FunctionType
+from typing import Any
 
 from torch import nn
 
@@ -26,10 +27,12 @@ UNIT_CALL = re.compile(r"(?:(?!un|de)\w+_)?(?:l2_?norm(?:ali[sz]e)?|normali[sz]e
 # What such a division divides by, as in `x / self.stdev`.
 SPREAD = re.compile(r"(?:\w+_)?(?:std|stdev|stddev|rms|norm)$")
 # What may stand between the attribute and the call without making it another value.
-CASTS = frozenset({"contiguous", "float", "to", "type", "type_as"})
-VIEWS = CASTS.union(
-    ("expand", "flatten", "permute", "rearrange", "repeat", "reshape", "squeeze"),
-    ("transpose", "unsqueeze", "view"),
+VIEWS = frozenset(
+    (
+        *("contiguous", "expand", "flatten", "float", "permute", "rearrange", "repeat"),
+        *("reshape", "squeeze", "to", "transpose", "type", "type_as", "unsqueeze"),
+        "view",
+    )
 )
 NORM_INPUTS = frozenset({"input", "x"})
 # Calls that add one of their arguments.
@@ -39,8 +42,6 @@ SETS = re.compile(r"__init__|extra_repr|fold_\w+|_?(?:re)?(?:init|set)\w*")
 DESCRIBES = frozenset({"data", "device", "dtype", "hasattr", "isinstance", "shape"})
 
 
-# Asked again for every layer of a class, and for every policy.
-@lru_cache(4096)
 def scales_normalized(cls: type, leaf: str) -> str | None:
     """Tell which call takes an attribute of a class as a norm's gain or shift.
 
@@ -56,8 +57,9 @@ def scales_normalized(cls: type, leaf: str) -> str | None:
     return None
 
 
+# Asked again for every layer of a class, and for every policy.
 @lru_cache(4096)
-def only_added(cls: type, leaf: str) -> bool | None:
+def only_added(cls: Any, leaf: str) -> bool | None:
     """Tell whether methods only add an attribute; ``None`` where none uses it."""
     methods = [m for _, m, _ in _methods(cls, leaf) if not SETS.fullmatch(m.__name__)]
     trees = list(map(_tree, methods))
@@ -65,7 +67,7 @@ def only_added(cls: type, leaf: str) -> bool | None:
 
 
 @lru_cache(4096)
-def squashes(cls: type) -> bool:
+def squashes(cls: Any) -> bool:  # mypy holds that classes of modules have no hash
     """Tell whether a method bounds what it returns, as dynamic tanh does: by tanh."""
     forwards = [vars(base).get("forward") for base in _own_classes(cls)]
     codes = [f.__code__ for f in forwards if isinstance(f, FunctionType)][:1]
