@@ -1,6 +1,6 @@
 """Every optimizer class at hand, through `selective` and with groups split by hand.
 
-`python -m tests.any_class_survey` prints the table of the README, and with `--all` a
+`python -m tests.any_class_survey` prints the table of the page on any optimizer, and with `--all` a
 line per class.
 """
 

@@ -1,8 +1,7 @@
-"""Sentences of the README that no other test holds."""
+"""Figures and sentences of README and pages, held to saved results and to torch."""
 
 import copy
-import json
-from pathlib import Path
+import re
 from statistics import mean, stdev
 
 import pytest
@@ -14,10 +13,152 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from benchmarks.pages import PAGES, ROOT, newest
+from benchmarks.step.arms import BARE, DEFAULT, FUSED, OURS
 from selective_optim import AdamW
+from selective_optim.policies.recipes import RECIPES
+from tests import judgement, test_cuda_calls, test_errors
 from tests.support.framework_cases import hand_split
+from tests.support.pages import page_id
 
-README = Path(__file__).parents[1] / "README.md"
+TEXTS = {page_id(path): " ".join(path.read_text("utf-8").split()) for path in PAGES}
+LARGE = "resnet50", "vit_s", "vit_s_layers"  # few tensors of some size
+MANY = (
+    *("tiny", "small", "tiny_layers", "tiny_groups", "tiny_groups_lr", "dtensor"),
+    "small_busy",
+)
+
+
+def cases(names, optimizers=("adamw", "sgd")):
+    """Yield the arms of saved cases."""
+    for record in newest("cpu_torch*.json")["cases"]:
+        if record["case"] in names and record["optimizer"] in optimizers:
+            yield record["arms"]
+
+
+def times(name, optimizer, *arms, key="median"):
+    """Return the median, or the mean, of some arms of one case."""
+    [known] = cases([name], [optimizer])
+    told = [known[arm]["ms"] | {"mean": known[arm]["mean_ms"]} for arm in arms]
+    return [own[key] for own in told]
+
+
+def ratios(names, arm, over, optimizers=("adamw", "sgd")):
+    """Return the smallest and largest ratio of two arms, of medians as in the table."""
+    found = [
+        known[arm]["ms"]["median"] / known[over]["ms"]["median"]
+        for known in cases(names, optimizers)
+        if arm in known and over in known
+    ]
+    return min(found), max(found)
+
+
+def first_steps(name, optimizer):
+    for record in newest("cpu_torch*.json")["cases"]:
+        if (record["case"], record["optimizer"]) == (name, optimizer):
+            return [record["first_step_ms"][arm]["median"] for arm in (OURS, FUSED)]
+    raise AssertionError(name)
+
+
+def compared():
+    """Return how many optimizer classes were exact and refused, by the table."""
+    rows = re.findall(r"^\| .*? \| (\d+) \| (\d+) \| \d+", survey(), re.M)
+    return [sum(int(row[column]) for row in rows) for column in (0, 1)]
+
+
+def survey():
+    return (ROOT / "selective_optim/docs/any_optimizer.md").read_text("utf-8")
+
+
+def percent(low, high):
+    return round(100 * low - 100), round(100 * high - 100)
+
+
+FIGURES = {
+    "fast": (
+        "README.md",
+        "it takes {:.2f} ms on two CPU threads. Over groups split by hand, torch takes "
+        "{:.2f} ms fused and {:.2f} ms by default",
+        lambda: times("small", "adamw", OURS, FUSED, DEFAULT),
+    ),
+    "exact": (
+        "README.md",
+        "{} optimizer classes of eleven libraries were compared",
+        lambda: compared()[:1],
+    ),
+    "refused": (
+        "README.md",
+        "{} of {} optimizer classes are refused",
+        lambda: (compared()[1], sum(compared())),
+    ),
+    "together": (
+        "any_optimizer.md",
+        "**together** | **{}** | **{}** |",
+        compared,
+    ),
+    "recipes": ("README.md", "what {} projects decay", lambda: [len(RECIPES)]),
+    "losing": (
+        "README.md",
+        "torch's fused SGD is up to {} % faster than ours",
+        lambda: [percent(*ratios(LARGE, OURS, FUSED, ["sgd"]))[1]],
+    ),
+    "losing on the page": (
+        "speed.md",
+        "torch's fused SGD was up to {} % faster than ours",
+        lambda: [percent(*ratios(LARGE, OURS, FUSED, ["sgd"]))[1]],
+    ),
+    "first step": (
+        "README.md",
+        "With 1,000 small tensors and AdamW it takes {:.0f} ms, torch's {:.0f} ms",
+        lambda: first_steps("small", "adamw"),
+    ),
+    "over the kernel": (
+        "speed.md",
+        "Ours took {} to {} % more than the bare kernel",
+        lambda: percent(*ratios(LARGE, OURS, BARE)),
+    ),
+    "busy machine": (
+        "speed.md",
+        "the mean step of AdamW took {:.1f} ms. torch's took {:.0f} ms by default and "
+        "{:.0f} ms fused",
+        lambda: times("small_busy", "adamw", OURS, DEFAULT, FUSED, key="mean"),
+    ),
+    "norms of all models": (
+        "policies.md",
+        "except for {} attributes",
+        lambda: [len(judgement.REASONS)],
+    ),
+}
+
+
+@pytest.mark.parametrize(("page", "text", "numbers"), FIGURES.values(), ids=FIGURES)
+def test_figure_is_that_of_the_saved_result(page, text, numbers):
+    assert text.format(*numbers()) in TEXTS[page]
+
+
+def test_many_small_tensors_take_between_a_twentieth_and_two_fifths():
+    assert "between a twentieth and two fifths" in TEXTS["speed.md"]
+    low, high = ratios(MANY, OURS, FUSED)
+    assert 0.025 < low < 0.075
+    assert 0.35 < high < 0.45
+
+
+def test_error_texts_are_as_many_as_the_readme_says():
+    assert "More than 60 error texts" in TEXTS["README.md"]
+    assert len(test_errors.CASES) + len(test_errors.MISWRITTEN) > 60
+
+
+def test_calls_on_a_gpu_are_those_that_were_counted():
+    for groups, each, _, mine, theirs in test_cuda_calls.STEADY:
+        told = {False: "with one setting", True: "with a rate each"}[each]
+        row = f"| {groups:,} {told}" if groups > 1 else "| 1"
+        if groups != 2:
+            assert f"{row} | {mine:,} | {theirs:,} |" in TEXTS["speed.md"]
+
+
+def test_digits_of_half_precision_are_in_the_page():
+    for norm in (46.7, 42.3, 43.9, 46.8):
+        assert f"| {norm} |" in TEXTS["differences.md"]
 
 
 def norm_after(cls, dtype, steps=100, **choice):
@@ -82,10 +223,7 @@ def test_flattened_state_of_ours_gives_torchs_exempt_group_the_full_decay():
 
 
 def saved_effect():
-    path = (
-        README.parent / "benchmarks/results/digits_effect_torch2.13.0_2026-11-21.json"
-    )
-    results = json.loads(path.read_text())["results"]
+    results = newest("digits_effect*.json")["results"]
     return {
         (r["network"], r["weight_decay"], r["norms_and_biases"]): r for r in results
     }
