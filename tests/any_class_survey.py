@@ -1,7 +1,7 @@
 """Every optimizer class at hand, through `selective` and with groups split by hand.
 
-`python -m tests.any_class_survey` prints the table of the page on any optimizer, and with `--all` a
-line per class.
+`python -m tests.any_class_survey` prints the table of the page on any optimizer, and
+with `--all` a line per class.
 """
 
 from __future__ import annotations
