@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -23,14 +24,14 @@ from torch.nn.parameter import is_lazy
 
 import selective_optim
 from selective_optim.audit import audit
-from selective_optim.policies.named import NAMED, as_policy
-from selective_optim.policies.parser import is_expression
+from selective_optim.policies.named import NAMED, as_policy, is_expression
 
 EXAMPLE = "Write for example torchvision.models:resnet50."
 EXAMPLE_CALL = "Write for example 'timm:create_model(vit_base_patch16_224)'."
 CALL = re.compile(r"(?P<head>[^()]+)(?:\((?P<arguments>.*)\))?", re.DOTALL)
 KEYWORD = re.compile(r"\s*([A-Za-z_]\w*)\s*=(?!=)(.*)", re.DOTALL)
-BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+Target = tuple[str, str, tuple[Any, ...], dict[str, Any] | None]
 
 
 class CommandError(Exception):
@@ -45,20 +46,11 @@ class Built(NamedTuple):
     note: str | None
 
 
-class Target(NamedTuple):
-    """Where a thing is, what it is called there, and what it is to be called with.
-
-    ``keywords`` is ``None`` where neither arguments nor empty parentheses were given.
-    """
-
-    module: str
-    path: str
-    arguments: tuple[Any, ...] = ()
-    keywords: dict[str, Any] | None = None
-
-
 def read_target(text: str) -> Target:
     """Take apart ``MODULE:NAME``, ``FILE.py:NAME`` or ``MODULE.NAME``, with arguments.
+
+    Returns:
+        Module, name, arguments and keywords, the last ``None`` without parentheses.
 
     Raises:
         CommandError: It is none of these.
@@ -71,28 +63,29 @@ def read_target(text: str) -> Target:
     if matched is None or not (module and path):
         raise CommandError(f"`{text}` is not of the form MODULE:CALLABLE. {EXAMPLE}")
     if matched["arguments"] is None:
-        return Target(module, path)
+        return module, path, (), None
     arguments, keywords = [], {}
-    for part in _split(matched["arguments"]):
+    for part in filter(str.strip, _split(matched["arguments"])):
         if named := KEYWORD.fullmatch(part):
             keywords[named[1]] = _value(named[2])
         else:
             arguments.append(_value(part))
-    return Target(module, path, tuple(arguments), keywords)
+    return module, path, tuple(arguments), keywords
 
 
 def _split(text: str) -> Iterator[str]:
     """Split at the commas that stand in no brackets and no quotes."""
-    depth, quote, start = 0, "", 0
-    for i, sign in enumerate(text):
-        if quote or sign in "'\"":
-            quote = "" if sign == quote else quote or sign
-        depth += 0 if quote else BRACKETS.get(sign, 0)
-        if sign == "," and not (quote or depth):
-            yield text[start:i]
-            start = i + 1
-    if text[start:].strip():
-        yield text[start:]
+    part = ""
+    for piece in text.split(","):
+        part += piece
+        bare = QUOTED.sub("", part)
+        # A quote that is left has no end yet, as a bracket that is open.
+        if sum(map(bare.count, "([{'\"")) != sum(map(bare.count, ")]}")):
+            part += ","
+        else:
+            yield part
+            part = ""
+    yield part
 
 
 def _value(text: str) -> Any:
@@ -103,28 +96,24 @@ def _value(text: str) -> Any:
         return text.strip()
 
 
-def load(text: str) -> Any:
-    """Import what a text without arguments names; the name may be dotted.
+def load(module: str, path: str) -> Any:
+    """Import a module or file and return what a dotted path names in it.
 
     Raises:
         CommandError: There is no such thing.
     """
-    return _find(read_target(text), text)
-
-
-def _find(target: Target, text: str) -> Any:
     try:
-        found: Any = _module(target.module)
+        found: Any = _module(module)
     except (Exception, SystemExit) as error:
         raise CommandError(
-            f"`{target.module}` cannot be imported: {told(error)}. "
+            f"`{module}` cannot be imported: {told(error)}. "
             f"Run in the folder that holds it, or correct the name."
         ) from error
-    for name in target.path.split("."):
+    for name in path.split("."):
         if not hasattr(found, name):
             close = get_close_matches(name, dir(found), n=1)
             hint = f"Did you mean {close[0]!r}?" if close else EXAMPLE
-            raise CommandError(f"`{text}`: there is no {name!r} in it. {hint}")
+            raise CommandError(f"`{module}:{path}`: there is no {name!r} in it. {hint}")
         found = getattr(found, name)
     return found
 
@@ -147,8 +136,7 @@ def _module(name: str) -> ModuleType:
 
 def told(error: BaseException) -> str:
     """Put an exception on one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return ": ".join(filter(None, [type(error).__name__, " ".join(str(error).split())]))
 
 
 def build(text: str) -> Built:
@@ -157,34 +145,38 @@ def build(text: str) -> Built:
     Raises:
         CommandError: It cannot be called, or what it returns is not a module.
     """
-    target = read_target(text)
-    factory = _find(target, text)
-    if isinstance(factory, nn.Module) and target.keywords is None:
-        return Built(_checked(factory, text), "as found", None)
-    if not callable(factory):
+    module, path, arguments, keywords = read_target(text)
+    made, device, note = load(module, path), "as found", None
+    if keywords is not None or not isinstance(made, nn.Module):
+        if not callable(made):
+            raise CommandError(
+                f"`{text}` is {made!r} ({type(made).__name__}), not a callable that"
+                f" returns a model. {EXAMPLE}"
+            )
+        made, device, note = _make(partial(made, *arguments, **(keywords or {})), text)
+    if not isinstance(made, nn.Module):
         raise CommandError(
-            f"`{text}` is {factory!r} ({type(factory).__name__}), not a callable that"
-            f" returns a model. {EXAMPLE}"
+            f"`{text}` returned {made!r} ({type(made).__name__}), not a module. "
+            f"{EXAMPLE}"
         )
+    if any(map(is_lazy, made.parameters())):
+        raise CommandError(
+            f"`{text}` returned a model with uninitialized parameters. "
+            f"Run one batch through the model before returning it."
+        )
+    return Built(made, device, note)
 
-    def make() -> Any:
-        return factory(*target.arguments, **(target.keywords or {}))
 
+def _make(make: Callable[[], Any], text: str) -> tuple[Any, str, str | None]:
     try:
         # There parameters have shapes and no memory: a model of any size is built.
         with torch.device("meta"):
-            return Built(_checked(make(), text), "meta", None)
-    except CommandError:
-        raise
+            return make(), "meta", None
     except Exception as error:
         note = f"not built on the meta device: {told(error)}"
-        return Built(_checked(_build_on_cpu(make, text, note), text), "cpu", note)
-
-
-def _build_on_cpu(make: Callable[[], Any], text: str, note: str) -> Any:
     print(f"note: {note}; building on the cpu", file=sys.stderr)
     try:
-        return make()
+        return make(), "cpu", note
     except Exception as error:
         raise CommandError(
             f"`{text}` failed: {told(error)}. Give it the arguments that it needs, or "
@@ -192,27 +184,6 @@ def _build_on_cpu(make: Callable[[], Any], text: str, note: str) -> Any:
         ) from error
 
 
-def _checked(model: Any, text: str) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise CommandError(
-            f"`{text}` returned {model!r} ({type(model).__name__}), not a module. "
-            f"{EXAMPLE}"
-        )
-    if any(map(is_lazy, model.parameters())):
-        raise CommandError(
-            f"`{text}` returned a model with uninitialized parameters. "
-            f"Run one batch through the model before returning it."
-        )
-    return model
-
-
-ABOUT_POLICIES = f"""\
-policies:
-  a name:
-{fill(", ".join(NAMED), 76, initial_indent="    ", subsequent_indent="    ")}
-  an expression: "exclude('*.bias', is_norm) * layerwise(0.75)"
-  one of your own: MODULE:NAME or FILE.py:NAME
-"""
 ABOUT_AUDIT = """\
 Build a model, without memory for its weights where it allows that, and tell what a
 policy decays in it and what looks wrong.
@@ -228,7 +199,13 @@ models:
   'timm:create_model(vit_base_patch16_224)'      one that takes arguments: Python
   'timm:create_model(resnet50, num_classes=10)'    literals, or words without quotes
 """
-ABOUT_CODES = """\
+ABOUT_THE_REST = f"""
+policies:
+  a name:
+{fill(", ".join(NAMED), 76, initial_indent="    ", subsequent_indent="    ")}
+  an expression: "exclude('*.bias', is_norm) * layerwise(0.75)"
+  one of your own: MODULE:NAME or FILE.py:NAME
+
 exit status:
   0  the audit was printed
   1  with --strict: something looks wrong, or --against disagrees
@@ -262,46 +239,36 @@ def _policy(text: str | None) -> Any:
     if text is None:
         return None
     own = ":" in text and not is_expression(text)
-    policy = load(text) if own else text
+    policy = load(*read_target(text)[:2]) if own else text
     as_policy(policy)  # before the model is built, which may take a while
     return policy
 
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    layout = argparse.RawDescriptionHelpFormatter
+    plain: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    epilog = ABOUT_EXAMPLE + ABOUT_THE_REST
     top = argparse.ArgumentParser(
-        "selective_optim",
-        description=__doc__,
-        epilog=f"{ABOUT_EXAMPLE}\n{ABOUT_POLICIES}\n{ABOUT_CODES}",
-        formatter_class=layout,
+        "selective_optim", description=__doc__, epilog=epilog, **plain
     )
     version = f"selective_optim {selective_optim.__version__}"
     top.add_argument("--version", action="version", version=version)
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-    sub = commands.add_parser(
+    sub = top.add_subparsers(required=True, metavar="COMMAND").add_parser(
         "audit",
         help="tell what a policy decays in a model, and what looks wrong",
         description=ABOUT_AUDIT,
-        epilog=f"{ABOUT_TARGETS}\n{ABOUT_POLICIES}\n{ABOUT_CODES}",
-        formatter_class=layout,
-    )
-    sub.add_argument("target", metavar="MODEL", help="MODULE:CALLABLE, see below")
-    sub.add_argument(
-        "--policy",
-        default="no_bias_norm",
-        help="whom to ask who decays (default: no_bias_norm)",
-    )
-    sub.add_argument(
-        "--against", metavar="POLICY", help="another one, to list disagreements with"
-    )
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
-    sub.add_argument(
-        "--strict",
-        action="store_true",
-        help="exit with 1 if something looks wrong or the policies disagree",
+        epilog=ABOUT_TARGETS + ABOUT_THE_REST,
+        **plain,
     )
     sub.set_defaults(run=run_audit)
+    add = sub.add_argument
+    add("target", metavar="MODEL", help="MODULE:CALLABLE, see below")
+    told = "whom to ask who decays (default: no_bias_norm)"
+    add("--policy", default="no_bias_norm", help=told)
+    add("--against", metavar="POLICY", help="another one, to list disagreements with")
+    add("--json", action="store_true", help="print one JSON object")
+    told = "exit with 1 if something looks wrong or the policies disagree"
+    add("--strict", action="store_true", help=told)
     return top
 
 

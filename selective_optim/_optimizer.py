@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat
+from threading import RLock, local
 from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from selective_optim import _torch
 from selective_optim._arguments import require_numbers
@@ -30,16 +31,18 @@ from selective_optim._warnings import (
     warn_of_lost_policy,
     warn_of_lost_rates,
 )
-from selective_optim.decay import Decay, Form, Terms
+from selective_optim.decay import Form
+from selective_optim.fused.guards import params_of
+from selective_optim.fused.stepper import Stepper
 from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy
 from selective_optim.report import DecayReport, make_report
-from selective_optim.step.cells import Member
-from selective_optim.step.fused import free_choice
-from selective_optim.step.grad_scaler import NO_SCALING, Scaling, scaling_of
+from selective_optim.step.grad_scaler import scaling_of
+from selective_optim.step.implementation import free_choice
 from selective_optim.step.kernel import Kernel
+from selective_optim.step.parts import DecidedParam, Part
 from selective_optim.step.setting import States
-from selective_optim.step.stepper import Stepper
+from selective_optim.step.views import ClassStep, View
 
 Model = nn.Module | Sequence[nn.Module] | None
 
@@ -50,10 +53,38 @@ FILLED = {"lr", "weight_decay", "maximize", "foreach", "differentiable"}
 alive: WeakSet[PolicyOptimizer] = WeakSet()
 
 
+class Shown(local):
+    """What stands for the groups in a thread that is inside a step; else ``None``.
+
+    ``torch.compile`` runs ``_init_group`` as it is for groups under this name alone.
+    """
+
+    param_groups: list[dict[str, Any]] | None = None
+
+
 class PolicyOptimizer(torch.optim.Optimizer):
     """Knows who decays in its groups; how that is applied is left to subclasses."""
 
     _decider: Decider
+    _groups: list[dict[str, Any]]
+    _shown: Shown
+    _lock: Any
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The user's groups, as in torch; inside a step its class sees the parts."""
+        shown = self._shown.param_groups
+        return self._groups if shown is None else shown
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._groups = groups
+        if "_shown" not in vars(self):  # torch's constructor, or a copy
+            self._shown, self._lock = Shown(), RLock()
+
+    @property
+    def _inside(self) -> bool:
+        return self._shown.param_groups is not None
 
     def _default_form(self, group: dict[str, Any]) -> Form | None:
         """Tell in which form a group decays by itself; ``None`` if unknown."""
@@ -164,7 +195,6 @@ class SelectiveOptimizer(PolicyOptimizer):
     stay what they are. What is added lives in attributes of its own.
     """
 
-    # Not ``state``: __dict__["state"] cannot be read inside a compiled step of 2.7.
     _states: States
     _kernel: Kernel
     _stepper: Stepper
@@ -194,19 +224,20 @@ class SelectiveOptimizer(PolicyOptimizer):
     @property
     def state(self) -> Any:
         """State tensors by parameter, as in torch."""
-        if not torch.compiler.is_compiling():  # which cannot set attributes in 2.7
-            self._stepper.lend(self._states)
+        # The class's own step is no outsider. And 2.7 cannot set attributes as it
+        # compiles.
+        if not self._inside and not torch.compiler.is_compiling():
+            self._stepper.expose(self._states)
         return self._states
 
     @state.setter
     def state(self, value: Any) -> None:
         self._states = value
         if "_stepper" in vars(self):
-            self._stepper.lend({})  # what was there goes; counters need no parting
+            self._stepper.expose({})  # what was there goes; counters need no parting
         else:  # torch's constructor, which does not keep the dict that it makes
             self._stepper = Stepper(self._kernel)
 
-    @_torch.use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient, each with its own decay.
 
@@ -220,8 +251,12 @@ class SelectiveOptimizer(PolicyOptimizer):
             ValueError: A hyperparameter is NaN, or a new parameter cannot be decided.
             RuntimeError: A parameter with a sparse gradient decays.
         """
-        kernel = self._kernel
-        if kernel.counts:
+        # Only code that is compiled can tell that it is.
+        return self._step(closure, torch.compiler.is_compiling())
+
+    @_torch.run_as_is
+    def _step(self, closure: Callable[[], Any] | None, compiling: bool) -> Any:
+        if self._kernel.counts:
             # As torch does: Adam asks, whose counters must then live on the device, and
             # SGD does not.
             _torch.check_graph_capture(self)
@@ -229,111 +264,62 @@ class SelectiveOptimizer(PolicyOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling() or self.defaults["differentiable"]:
-            for group in self.param_groups:
-                self._step_traced(group)
-            return loss
+        differentiable = self.defaults["differentiable"]
+        # A subclass's own `_init_group` may make state, and choose the gradients.
+        own = type(self)._init_group is not SelectiveOptimizer._init_group
+        planned = not (compiling or differentiable or own)
+        step, stepper = _torch.unhooked(super().step), self._stepper
         scaling = scaling_of(self)
-        if type(self)._init_group is SelectiveOptimizer._init_group:
-            self._stepper.step(self.param_groups, self._members, self._states, scaling)
-        else:
-            self._step_begun_elsewhere(scaling)
+        with torch.set_grad_enabled(differentiable):
+            parts = stepper.begin(self.param_groups, self, self._states, planned)
+            try:
+                if parts:
+                    views = self._views(parts, reading=not compiling)
+                    around = (self, views, self._kernel, self._states, scaling)
+                    with ClassStep(*around) as stepping:
+                        if stepping:
+                            step(self)
+                stepper.run(scaling)
+            except BaseException:
+                stepper.forget()  # how far a failed step came is not known
+                raise
+            finally:
+                stepper.end(self._states)
         return loss
 
-    def _members(self) -> list[Member]:
+    def decided_params(self) -> list[DecidedParam]:
+        """List every parameter, in order, with what was decided for it."""
         decided = self._decider.fitting(self.param_groups, self.defaults)
         return [
-            Member(param, index, position, decision)
+            DecidedParam(param, index, position, decision)
             for index, (group, decisions) in enumerate(zip(self.param_groups, decided))
             for position, (param, decision) in enumerate(
                 zip(group["params"], decisions)
             )
         ]
 
-    def _step_traced(self, group: dict[str, Any]) -> None:
-        """Step a group as torch does, for compilation and autograd to trace."""
-        lists: list[list[Any]] = [[] for _ in (*self._kernel.traced_lists, "inits")]
-        flag, parts = self._init_group(group, *lists, split=True)
-        self._step_lists(group, lists, flag, parts, NO_SCALING)
+    @_torch.disable_dynamo
+    def _views(self, parts: Sequence[Part], reading: bool) -> list[View]:
+        params, groups = params_of(self.param_groups), self.param_groups
+        return [
+            View(part, groups[part.key.group], self._kernel, params, reading)
+            for part in parts
+        ]
 
-    def _step_begun_elsewhere(self, scaling: Scaling) -> None:
-        """Step as torch does where a subclass has its own ``_init_group``.
-
-        It may make state, and choose or change the gradients, at every step.
-        """
-        for group in self.param_groups:
-            lists: list[list[Any]] = [[] for _ in self._kernel.traced_lists]
-            self._filling = True
-            try:
-                flag = self._init_group(group, *lists)
-            finally:
-                del self._filling
-            inits: list[Any] = []
-            parts = self._parts(group, lists[0], inits)
-            self._step_lists(group, [*lists, inits], flag, parts, scaling)
-
-    def _step_lists(
-        self,
-        group: dict[str, Any],
-        lists: list[list[Any]],
-        flag: bool,
-        parts: Sequence[Any],
-        scaling: Scaling,
-    ) -> None:
-        """Step lists that were filled as torch fills them, by torch's functional."""
-        for multiplier, form, target, lr0, chosen in parts:
-            terms = Terms(Decay(multiplier, form, target), lr0)
-            setting = self._kernel.setting(group, terms)
-            *mine, inits = ([each[i] for i in chosen] if each else [] for each in lists)
-            self._kernel.traced(setting, mine, flag, inits, scaling)
-            states = self.state
-            self._kernel.keep((states[param] for param in mine[0]), mine)
+    def _show(self, views: list[dict[str, Any]] | None) -> None:
+        """Let the class see parts where its groups are, in this thread alone."""
+        self._shown.param_groups = views
 
     @_torch.disable_dynamo
-    def _init_group(
-        self, group: dict[str, Any], *lists: list[Any], split: bool = False
-    ) -> Any:
-        """Fill the lists as torch does; also return which of them were decided alike.
-
-        ``torch.compile`` runs a method of this name as it is, and compiles what is
-        done with the lists.
-
-        Args:
-            group: A parameter group.
-            lists: What to fill.
-            split: Whether to return the parts, too. torch's own step does not ask.
+    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> Any:
+        """Fill the lists as torch does, for a step of ours alone.
 
         Raises:
             RuntimeError: torch's own step asks, which knows no policy.
         """
-        *filled, inits = lists if split else (*lists, [])
-        if not split and not hasattr(self, "_filling"):
+        if not self._inside:
             self._refuse_foreign_step(group)
-        fill = getattr(super(), "_init_group", None)
-        if fill is None:
-            flag = self._kernel.fill(group, self.state, filled)
-        else:
-            flag = fill(group, *filled)
-        return (flag, self._parts(group, filled[0], inits)) if split else flag
-
-    def _parts(
-        self, group: dict[str, Any], params: Sequence[Tensor], inits: list[Any]
-    ) -> Sequence[Any]:
-        """Tell which parameters of a group were decided alike, and fill ``inits``."""
-        index = next(i for i, own in enumerate(self.param_groups) if own is group)
-        decided = self._decider.fitting(self.param_groups, self.defaults)[index]
-        known = {id(p): d for p, d in zip(group["params"], decided)}
-        present = [known[id(param)] for param in params]
-        if any(decision.init is not None for decision in present):
-            inits.extend(decision.init for decision in present)
-        # Plain values: the compiler guards on what leaves this method, and knows how
-        # to for numbers, texts and tuples.
-        parts: dict[tuple[Any, ...], list[int]] = {}
-        for position, decision in enumerate(present):
-            decay, lr0 = decision.terms
-            key = (decay.multiplier, decay.form, decay.target, lr0)
-            parts.setdefault(key, []).append(position)
-        return tuple((*key, tuple(chosen)) for key, chosen in parts.items())
+        return super()._init_group(group, *lists)  # type: ignore[misc]  # torch's
 
     def _refuse_foreign_step(self, group: dict[str, Any]) -> None:
         policy = self._decider.decided_by(group["params"])
@@ -409,13 +395,17 @@ class SelectiveOptimizer(PolicyOptimizer):
         self._resume(saved[0], now)
 
     def _left_open(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
-        """Leave the implementation open where it is open now, whoever saved."""
+        """Leave the implementation open where it is open now, whoever saved.
+
+        Where it is not, a choice that the checkpoint left open does not undo it.
+        """
         # More groups than there are here are torch's to refuse.
-        now = chain(self.param_groups, repeat(None))
-        open_choice = {"foreach": None, "fused": None}
+        pairs = zip(state_dict["param_groups"], chain(self.param_groups, repeat(None)))
         return [
-            {**group, **open_choice} if mine and free_choice(mine) else group
-            for group, mine in zip(state_dict["param_groups"], now)
+            {**saved, **{key: mine[key] for key in ("foreach", "fused")}}
+            if mine and (free_choice(mine) or free_choice(saved))
+            else saved
+            for saved, mine in pairs
         ]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -434,9 +424,10 @@ class SelectiveOptimizer(PolicyOptimizer):
         if copied is not None:
             self._kernel = copied["kernel"]
             self._stepper = Stepper(self._kernel)
-        # Loading sets the state by this method, too, with neither kernel nor decider.
-        if "state" in rest:  # torch would write it into __dict__, past the property
-            self.state = rest.pop("state")
+        # Loading sets these by this method, too, with neither kernel nor decider. torch
+        # would write them into __dict__, past the properties.
+        for name in rest.keys() & {"state", "param_groups"}:
+            setattr(self, name, rest.pop(name))
         super().__setstate__(rest)
         if copied is not None:
             self._decider = Decider.restored(copied["decider"], self.param_groups)
@@ -444,4 +435,4 @@ class SelectiveOptimizer(PolicyOptimizer):
         # `copy.copy` shares the state, whose counters the original has in hand.
         shared = copied is not None and copied["states"] == id(self._states)
         if "state" in state and not shared:
-            self._stepper.settle(self.param_groups, self._states)
+            self._stepper.adopt(self.param_groups, self._states)

@@ -422,6 +422,15 @@ def shard_of(tensor: Any) -> Tensor:
     return local_tensor(tensor) if sharded else tensor
 
 
+def sharded_as(shard: Tensor, param: Any) -> Any:
+    """Make a ``DTensor`` of a shard that lies as that of a parameter does."""
+    if type(param) is not dtensor_class() or shard.shape != local_tensor(param).shape:
+        return shard
+    mesh, places = placement(spec_of(param))
+    sizes = {"shape": param.shape, "stride": param.stride()}
+    return type(param).from_local(shard, mesh, places, run_check=False, **sizes)
+
+
 def lies_as(tensor: Any, param: Any) -> bool:
     """Tell whether a tensor has a parameter's dtype and shape, and lies as it does."""
     same = (tensor.dtype, tensor.device) == (param.dtype, param.device)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from html import escape
 from importlib import import_module
-from itertools import groupby
-from typing import Any, Protocol
+from itertools import chain, islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +18,13 @@ from torch.nn.parameter import is_lazy
 from selective_optim import _torch
 from selective_optim._arguments import require_decay
 from selective_optim._text import aligned, received
-from selective_optim.decay import FORMS, FULL, Decision, Form, Target, target_text
-from selective_optim.parameters import (
-    ModelIndex,
-    ParameterInfo,
-    owner_kinds,
-    shape_now,
-    wanted,
-)
+from selective_optim.decay import FORMS, Decision, Form, Target, target_text
+from selective_optim.parameters import ModelIndex, wanted
+from selective_optim.policies.decide import decide
 from selective_optim.policies.selectors import kind_of
 
+Group = dict[str, Any]
+# Columns of numbers stand to the right.
 NUMBERS = ("group", "lr", "decay", "timescale", "tensors", "elements")
 MANY_GROUPS = 8  # more are summed up together: a group per layer would fill pages
 FEW_RUNS = 3  # group numbers are spelled out up to so many ranges
@@ -40,9 +38,8 @@ class Row:
 
     Args:
         group: Index of its parameter group.
-        name: Canonical name, or ``None`` where no name is known. What a
-            parametrization made several of, as weight norm its gain and direction,
-            bear their own names: ``"0.parametrizations.weight.original0"``.
+        name: Canonical name, if known; of what a parametrization made several of its
+            own one, as of weight norm ``"0.parametrizations.weight.original0"``.
         shape: Original shape.
         numel: Number of elements.
         lr: Learning rate of the group now; NaN where there is no optimizer.
@@ -107,9 +104,8 @@ class Row:
 class DecayReport:
     """One record per parameter in ``rows``; prints as a table by group and reason.
 
-    The rate is that of the group now. The timescale, ``1 / (lr * decay)``, is the
-    number of steps over which decoupled decay forgets: after it 37 % of a weight
-    are left that no gradient renews. Frozen parameters are counted apart.
+    The timescale, ``1 / (lr * decay)`` at the rate of now, is the number of steps
+    after which decoupled decay has left 37 % of a weight that no gradient renews.
 
     Args:
         rows: The records.
@@ -129,11 +125,10 @@ class DecayReport:
     remark: str = ""
 
     def table(self) -> list[tuple[str, ...]]:
-        """Sum the rows up by group, reason, decay and form, in the order of the groups.
+        """Sum the rows up by group, reason, decay and form, below a line of headers.
 
-        The first line are the headers. Beyond eight groups, those that share reason
-        and form are one line, with the range of their rates and decays. Columns in
-        which nothing is known are left out.
+        Beyond eight groups, those that share reason and form are one line, with the
+        range of their rates and decays. Columns without an entry are left out.
         """
         # Layerwise groups differ in rate alone, and would fill a page.
         many = len({row.group for row in self.rows}) > MANY_GROUPS
@@ -142,37 +137,37 @@ class DecayReport:
             group = () if many else (row.group, row.weight_decay)
             sums.setdefault((row.reason, row.effect, *group), []).append(row)
         lines = [_line(rows) for rows in sums.values()]
-        known = [key for key in _line(self.rows) if any(line[key] for line in lines)]
+        headers = lines[0] if lines else ()
+        known = [key for key in headers if any(line[key] for line in lines)]
         return [tuple(known), *(tuple(line[key] for key in known) for line in lines)]
 
     def summary(self) -> str:
         """Say in one line how much decays."""
         parts = {fate: [r for r in self.rows if r.fate == fate] for fate in COLORS}
-        told = [f"{fate}: {_amount(parts[fate])}" for fate in ("decayed", "exempt")]
-        if parts["frozen"]:
-            told.append(f"frozen: {_amount(parts['frozen'])}")
-        return "; ".join(told)
+        if not parts["frozen"]:
+            del parts["frozen"]
+        return "; ".join(f"{fate}: {_amount(rows)}" for fate, rows in parts.items())
 
     def __str__(self) -> str:
-        table = self.table() if self.rows else []
-        right = [i for i, key in enumerate(table[0]) if key in NUMBERS] if table else []
-        lines = aligned(table, right) if table else []
-        return "\n".join(filter(None, [*lines, self.summary(), self.remark]))
+        table = self.table()
+        right = [i for i, key in enumerate(table[0]) if key in NUMBERS]
+        lines = [*aligned(table, right), self.summary(), self.remark]
+        return "\n".join(filter(None, lines))
 
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""
-        headers, *lines = self.table() if self.rows else [()]
-        head = _html_row("th", headers, headers)
-        body = "\n".join(_html_row("td", headers, line) for line in lines)
-        told = "; ".join(filter(None, [self.summary(), self.remark]))
-        parts = f"<thead>\n{head}\n</thead>\n<tbody>\n{body}\n</tbody>"
-        return f"<table>\n<caption>{escape(told)}</caption>\n{parts}\n</table>"
+        headers, *lines = self.table()
+        sides = ["right" if key in NUMBERS else "left" for key in headers]
+        head, *body = [
+            f"<tr>{''.join(_cell(tag, *pair) for pair in zip(sides, cells))}</tr>"
+            for tag, cells in [("th", headers), *(("td", line) for line in lines)]
+        ]
+        told = escape("; ".join(filter(None, [self.summary(), self.remark])))
+        parts = f"<thead>{head}</thead>\n<tbody>{''.join(body)}</tbody>"
+        return f"<table>\n<caption>{told}</caption>\n{parts}\n</table>"
 
     def plot(self, ax: Any = None) -> Any:
-        """Draw the share of each kind of parameter that decays, counts beside it.
-
-        A kind is the class of the module that holds the parameter and the name there,
-        as ``Linear.weight``; where no module is known, the reason.
+        """Draw the share of each kind, as ``Linear.weight``, that decays, with counts.
 
         Args:
             ax: Axes of matplotlib to draw into; ``None`` makes a figure.
@@ -186,8 +181,11 @@ class DecayReport:
         kinds = _by_kind(self.rows)
         ax = _new_axes(len(kinds)) if ax is None else ax
         left = [0.0] * len(kinds)
-        for fate in dict.fromkeys(row.fate for row in _in_order(self.rows)):
-            shares = [_share(rows, fate) for rows in kinds.values()]
+        for fate in [f for f in COLORS if any(row.fate == f for row in self.rows)]:
+            sizes = [
+                (_elements(rows, fate), _elements(rows)) for rows in kinds.values()
+            ]
+            shares = [100 * part / (whole or 1) for part, whole in sizes]
             color = COLORS[fate]
             ax.barh(range(len(kinds)), shares, 0.7, left, color=color, label=fate)
             left = [a + b for a, b in zip(left, shares)]
@@ -204,8 +202,8 @@ class DecayReport:
         return ax
 
 
-def _in_order(rows: Sequence[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: list(COLORS).index(row.fate))
+def _elements(rows: Iterable[Row], fate: str | None = None) -> int:
+    return sum(row.numel for row in rows if fate in (None, row.fate))
 
 
 def _by_kind(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -213,76 +211,57 @@ def _by_kind(rows: Sequence[Row]) -> dict[str, list[Row]]:
     kinds: dict[str, list[Row]] = {}
     for row in rows:
         kinds.setdefault(row.kind, []).append(row)
-    ordered = sorted(kinds.items(), key=lambda item: -sum(r.numel for r in item[1]))
-    if len(ordered) <= MANY_BARS:
-        return dict(ordered)
-    rest = [row for _, own in ordered[MANY_BARS - 1 :] for row in own]
-    count = len(ordered) - MANY_BARS + 1
-    return {**dict(ordered[: MANY_BARS - 1]), f"{count} other kinds": rest}
+    ordered = sorted(kinds.items(), key=lambda item: -_elements(item[1]))
+    if len(ordered) > MANY_BARS:
+        rest = ordered[MANY_BARS - 1 :]
+        merged = [row for _, own in rest for row in own]
+        ordered[MANY_BARS - 1 :] = [(f"{len(rest)} other kinds", merged)]
+    return dict(ordered)
 
 
-def _share(rows: Sequence[Row], fate: str) -> float:
-    total = sum(row.numel for row in rows)
-    return 100 * sum(r.numel for r in rows if r.fate == fate) / total if total else 0.0
-
-
-def amount(count: int, noun: str, plural: str | None = None) -> str:
-    """Count a noun: ``1 tensor``, ``1,000 tensors``."""
-    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+def amount(count: int, noun: str) -> str:
+    """Count a noun: ``1 tensor``, ``1,000 tensors``, ``2 biases``."""
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"
 
 
 def _amount(rows: Sequence[Row]) -> str:
-    elements = sum(row.numel for row in rows)
-    return f"{amount(len(rows), 'tensor')}, {amount(elements, 'element')}"
+    return f"{amount(len(rows), 'tensor')}, {amount(_elements(rows), 'element')}"
 
 
 def _line(rows: Sequence[Row]) -> dict[str, str]:
-    frozen = rows[0].effect == "frozen"
+    first = rows[0]
+    timescales = [row.timescale for row in rows if row.timescale is not None]
+    decays = [row.weight_decay for row in rows if first.fate != "frozen"]
     return {
-        "group": _runs(sorted({row.group for row in rows})),
-        "reason": rows[0].reason,
+        "group": _runs({row.group for row in rows}),
+        "reason": first.reason,
         "lr": _span([row.lr for row in rows if not math.isnan(row.lr)]),
-        "decay": "-" if frozen else _span([row.weight_decay for row in rows]),
-        "form": rows[0].effect,
-        "timescale": _steps([row.timescale for row in rows]),
+        "decay": _span(decays) or "-",
+        "form": first.effect,
+        "timescale": _span(timescales, ",.0f", " steps"),
         "tensors": f"{len(rows):,}",
-        "elements": f"{sum(row.numel for row in rows):,}",
+        "elements": f"{_elements(rows):,}",
     }
 
 
-def _runs(groups: Sequence[int]) -> str:
-    """Write ``[0, 1, 2, 5]`` as ``0-2, 5``, and more ranges as ``4 groups``."""
-    runs = [
-        [group for _, group in run]
-        for _, run in groupby(enumerate(groups), lambda pair: pair[1] - pair[0])
-    ]
-    if len(runs) > FEW_RUNS:
+def _runs(groups: set[int]) -> str:
+    """Write ``{0, 1, 2, 5}`` as ``0-2, 5``, and more ranges as ``4 groups``."""
+    starts = sorted(group for group in groups if group - 1 not in groups)
+    ends = sorted(group for group in groups if group + 1 not in groups)
+    if len(starts) > FEW_RUNS:
         return f"{len(groups)} groups"
-    return ", ".join(f"{r[0]}-{r[-1]}" if r[1:] else f"{r[0]}" for r in runs)
+    return ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in zip(starts, ends))
 
 
-def _span(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    low, high = f"{min(values):g}", f"{max(values):g}"
-    return low if low == high else f"{low} to {high}"
+def _span(values: Sequence[float], kind: str = "g", unit: str = "") -> str:
+    """Write the least and the greatest value, once where they read alike."""
+    ends = [f"{end(values):{kind}}" for end in (min, max) if values]
+    return " to ".join(dict.fromkeys(ends)) + unit * bool(ends)
 
 
-def _steps(timescales: Sequence[float | None]) -> str:
-    known = [value for value in timescales if value is not None]
-    if not known:
-        return ""
-    low, high = f"{min(known):,.0f}", f"{max(known):,.0f}"
-    return f"{low} steps" if low == high else f"{low} to {high} steps"
-
-
-def _html_row(tag: str, headers: Sequence[str], cells: Sequence[str]) -> str:
-    sides = ("right" if key in NUMBERS else "left" for key in headers)
-    styled = (
-        f'<{tag} style="text-align: {side}">{escape(cell)}</{tag}>'
-        for side, cell in zip(sides, cells)
-    )
-    return f"<tr>{''.join(styled)}</tr>"
+def _cell(tag: str, side: str, text: str) -> str:
+    return f'<{tag} style="text-align: {side}">{escape(text)}</{tag}>'
 
 
 def _new_axes(bars: int) -> Any:
@@ -293,31 +272,25 @@ def _new_axes(bars: int) -> Any:
             "`plot` draws with matplotlib, which is not installed. "
             "Type pip install matplotlib, or pass axes of your own as ax."
         ) from error
-    _, ax = pyplot.subplots(figsize=(8, 1.8 + 0.35 * bars), layout="constrained")
-    return ax
-
-
-def _number(value: float | Tensor) -> float:
-    # Waits for the device, which a report may and a step may not.
-    return value.item() if isinstance(value, Tensor) else value
+    return pyplot.subplots(figsize=(8, 1.8 + 0.35 * bars), layout="constrained")[1]
 
 
 def make_row(
-    index: int,
-    group: dict[str, Any],
-    decision: Decision,
-    form: Form | None,
-    param: Tensor,
+    index: int, group: Group, decision: Decision, form: Form | None, param: Tensor
 ) -> Row:
     """Join one decision with what its group and the parameter say now."""
-    shape = _shape(decision.shape, param)
+    shape = decision.shape
+    # Shapes of lazy parameters come with the first batch, after the decision.
+    if shape == (0,) and not is_lazy(param) and not _torch.flattened([param]):
+        shape = param.shape
     return Row(
         group=index,
         name=decision.telling_name,
         shape=shape,
         numel=shape.numel(),
-        lr=_number(group["lr"]),
-        weight_decay=_number(group["weight_decay"]) * decision.decay.multiplier,
+        # A tensor waits for the device, which a report may and a step may not.
+        lr=float(group["lr"]),
+        weight_decay=float(group["weight_decay"]) * decision.decay.multiplier,
         form=form,
         reason=decision.reason,
         requires_grad=param.requires_grad,
@@ -327,51 +300,42 @@ def make_row(
     )
 
 
-def _shape(decided: torch.Size, param: Tensor) -> torch.Size:
-    """Return the shape that was decided on, or that of a lazy parameter since then."""
-    # Shapes of lazy parameters come with the first batch, after the decision.
-    had_none = decided == (0,) and not is_lazy(param)
-    return param.shape if had_none and not _torch.flattened([param]) else decided
-
-
 def make_report(
-    param_groups: Sequence[dict[str, Any]],
+    groups: Sequence[Group],
     decided: Iterable[Sequence[Decision]],
-    default_form: Callable[[dict[str, Any]], Form | None],
+    form_of: Callable[[Group], Form | None],
 ) -> DecayReport:
     """Join decisions with what the groups say now."""
     rows = [
-        make_row(index, group, decision, decision.decay.form or default, param)
-        for index, (group, decisions) in enumerate(
-            zip(param_groups, decided, strict=True)
-        )
-        for default in [default_form(group)]
-        for param, decision in zip(group["params"], decisions)
+        make_row(index, group, decision, decision.decay.form or form_of(group), param)
+        for index, (group, own) in enumerate(zip(groups, decided, strict=True))
+        for param, decision in zip(group["params"], own)
     ]
     return DecayReport(tuple(rows))
 
 
-PLURALS = {"norm": "norms", "bias": "biases", "weight": "weights"}
-# Classes of torch whose decay is L2, and those whose groups do not say otherwise.
+# What looks wrong with hand-split groups: its fate, and how one and several read.
+MISTAKES = {
+    "norm": ("decayed", "decays", "decay"),
+    "bias": ("decayed", "decays", "decay"),
+    "weight": ("exempt", "does not decay", "do not decay"),
+}
+# Classes of torch, whose groups do not always say what their decay is.
 L2_CLASSES = ("SGD", "Adam", "Adagrad", "Adadelta", "Adamax", "ASGD", "RMSprop")
-DECOUPLED_CLASSES = ("AdamW", "Adafactor", "Muon")
-
-
-class Groups(Protocol):
-    """What a report needs of an optimizer."""
-
-    param_groups: Any
+CLASS_FORMS: dict[str, Form] = {
+    **dict.fromkeys(L2_CLASSES, "l2"),
+    **dict.fromkeys(("AdamW", "Adafactor", "Muon"), "decoupled"),
+}
 
 
 def decay_report(
-    optimizer: Groups, model: nn.Module | Sequence[nn.Module] | None = None
+    optimizer: Any, model: nn.Module | Sequence[nn.Module] | None = None
 ) -> DecayReport:
     """Tell what really decays in a training, whatever the optimizer.
 
     The reason of a row is what the parameter is: ``norm``, ``bias``, ``embedding``,
-    ``vector`` (fewer than two dimensions) or ``weight``. The last line tells norms
-    and biases that decay, weights that do not beside others that do, and parameters
-    of the model that train and are in no group.
+    ``vector`` (fewer than two dimensions) or ``weight``. The last line tells what
+    looks wrong, and which parameters of the model train and are in no group.
 
     Args:
         optimizer: One whose groups have a ``"weight_decay"``: of torch, of another
@@ -389,13 +353,9 @@ def decay_report(
     Example:
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
-        >>> no_decay = ["bias", "norm.weight"]  # is this list right for the model?
-        >>> named = list(model.named_parameters())
-        >>> parts = {}
-        >>> for name, param in model.named_parameters():
-        ...     exempt = any(word in name for word in no_decay)
-        ...     parts.setdefault(exempt, []).append(param)
-        >>> groups = [{"params": parts[0]}, {"params": parts[1], "weight_decay": 0.0}]
+        >>> decayed, *exempt = model.parameters()  # is this split right for the model?
+        >>> decayed = [decayed, exempt.pop(1)]
+        >>> groups = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
         >>> optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
         >>> print(decay_report(optimizer, model))
         group  reason    lr  decay  form         timescale  tensors  elements
@@ -411,24 +371,25 @@ def decay_report(
     if own is not None:
         report: DecayReport = own()
         return report
-    index = ModelIndex(model)
-    groups = list(optimizer.param_groups)
+    index, groups = ModelIndex(model), list(optimizer.param_groups)
     asked = [
-        each
+        wanted(group["params"], group.get("param_names", ()), number)
         for number, group in enumerate(groups)
-        for each in wanted(group["params"], group.get("param_names", ()), number)
     ]
-    forms = [form_of_class(optimizer, group) for group in groups]
-    rows = [
-        _row_without_policy(groups[info.group], forms[info.group], info)
-        for info in index.infos(asked)
+    infos = iter(index.infos(list(chain(*asked))))
+    # Nothing was decided: each decays as its group says, and the reason is its kind.
+    decided = [
+        [d._replace(reason=kind_of(i)) for i in own for d in decide(None, [i])]
+        for own in (list(islice(infos, len(group))) for group in asked)
     ]
-    known = {id(each.param) for each in asked}
-    trained = [i for i in index.everyone() if i.parameter.requires_grad]
+    report = make_report(groups, decided, partial(form_of_class, optimizer))
+    known = {id(each.param) for each in chain(*asked)}
     left_out = [
-        info.telling_name for info in trained if id(info.parameter) not in known
+        info.telling_name
+        for info in index.everyone()
+        if info.parameter.requires_grad and id(info.parameter) not in known
     ]
-    return DecayReport(tuple(rows), _remark(rows, left_out))
+    return replace(report, remark=_remark(report.rows, left_out))
 
 
 def _with_groups(optimizer: Any) -> Any:
@@ -448,49 +409,31 @@ def _with_groups(optimizer: Any) -> Any:
     return optimizer
 
 
-def form_of_class(optimizer: Any, group: dict[str, Any]) -> Form | None:
+def form_of_class(optimizer: Any, group: Group) -> Form | None:
     """Tell the form of torch's classes; others do not say theirs."""
     if "decoupled_weight_decay" in group:
         return "decoupled" if group["decoupled_weight_decay"] else "l2"
-    for cls in type(optimizer).__mro__:
-        if cls.__module__.startswith("torch.optim"):
-            if cls.__name__ in DECOUPLED_CLASSES:
-                return "decoupled"
-            return "l2" if cls.__name__ in L2_CLASSES else None
-    return None
-
-
-def _row_without_policy(
-    group: dict[str, Any], form: Form | None, info: ParameterInfo
-) -> Row:
-    shape = shape_now(info.parameter) if info.shape is None else info.shape
-    kinds, name = owner_kinds(info), info.telling_name
-    decision = Decision(FULL, kind_of(info), name, shape, kinds)
-    return make_row(info.group, group, decision, form, info.parameter)
+    classes = type(optimizer).__mro__
+    torchs = (c.__name__ for c in classes if c.__module__.startswith("torch.optim"))
+    return CLASS_FORMS.get(next(torchs, ""))
 
 
 def _remark(rows: Sequence[Row], left_out: Sequence[str | None]) -> str:
     """Say in one line what looks wrong with groups that were split by hand."""
-    decayed = [row for row in rows if row.fate == "decayed"]
-    wrong = [
-        (kind, "decays", "decay", [row.name for row in decayed if row.reason == kind])
-        for kind in ("norm", "bias")
-    ]
-    if decayed:
-        exempt = [r.name for r in rows if r.fate == "exempt" and r.reason == "weight"]
-        wrong.append(("weight", "does not decay", "do not decay", exempt))
+    wrong = {
+        kind: ([r.name for r in rows if (r.reason, r.fate) == (kind, fate)], *verbs)
+        for kind, (fate, *verbs) in MISTAKES.items()
+    }
+    if all(row.fate != "decayed" for row in rows):
+        del wrong["weight"]
+    alone = ("trains and is in no group", "train and are in no group")
+    wrong["parameter"] = (list(left_out), *alone)
     told = [
-        f"{amount(len(names), kind, PLURALS[kind])} "
-        f"{one if len(names) == 1 else several} ({_first_names(names)})"
-        for kind, one, several, names in wrong
+        f"{amount(len(names), kind)} {one if len(names) == 1 else several} "
+        f"({_first_names(names)})"
+        for kind, (names, one, several) in wrong.items()
         if names
     ]
-    if left_out:
-        verb = "trains and is" if len(left_out) == 1 else "train and are"
-        told.append(
-            f"{amount(len(left_out), 'parameter')} {verb} in no group "
-            f"({_first_names(left_out)})"
-        )
     return f"looks wrong: {'; '.join(told)}" if told else ""
 
 

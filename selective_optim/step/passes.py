@@ -41,7 +41,6 @@ def _limit(param: Tensor) -> int:
 
 
 def ahead_calls(
-    ahead: Ahead,
     setting: Setting,
     batch: Batch,
     direction: Direction,
@@ -50,12 +49,14 @@ def ahead_calls(
     """Return the calls of the pass, and what of the scale is left for the kernel.
 
     Args:
-        ahead: What to do, as ``setting`` has it.
-        setting: What the kernel is given.
+        setting: What the kernel is given, and what to do before it runs.
         batch: The tensors; gradients are read when the calls run, and written to.
         direction: Of the kernel, see :class:`Direction`.
         scaling: What the kernel would be given of a ``GradScaler``.
     """
+    if setting.ahead is None:
+        return [], scaling
+    ahead = setting.ahead
     lr = lr_on_device(setting.arguments["lr"], batch.params)
     maximize = setting.arguments["maximize"]
     if ahead.applied == "decoupled" and ahead.target == 0.0:

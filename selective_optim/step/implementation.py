@@ -18,7 +18,7 @@ from selective_optim.step.setting import PLAIN, Group, State
 
 def free_choice(group: Group) -> bool:
     """Tell whether the user left the implementation open."""
-    return group["fused"] is None and group["foreach"] is None
+    return group.get("fused") is None and group.get("foreach") is None
 
 
 def fused_choice(kernel: Kernel, group: Group) -> bool | None:
@@ -95,29 +95,34 @@ def fusable(kernel: Kernel, param: Tensor, moments: Sequence[Tensor]) -> bool:
     )
 
 
-def goes_fused(
+def takes_fused(
     kernel: Kernel,
+    group: Group,
     choice: bool | None,
     param: Tensor,
-    local: Sequence[Tensor] | None,
     own: State,
+    sharded: bool,
 ) -> bool:
-    """Choose the way of a parameter: torch's fused kernel, or its functional.
+    """Tell whether torch's fused kernel is to step a parameter, and steps it right.
 
     Args:
         kernel: Of the optimizer's class.
-        choice: Of its group, see :func:`fused_choice`.
+        group: The parameter's group.
+        choice: Of that group, see :func:`fused_choice`.
         param: The parameter.
-        local: It and its moments, as the kernel would get them; ``None`` where they are
-            sharded in different ways.
         own: Its state.
+        sharded: Whether it is a ``DTensor``; the kernel gets its shard.
     """
-    return (
-        local is not None
-        and wants_fused(kernel, choice, param)
-        and fusable(kernel, local[0], local[1:])
-        and ("step" not in own or counts_beside(local[0], own["step"]))
-    )
+    if not wants_fused(kernel, choice, param):
+        return False
+    tensors = [param]
+    if own:
+        found = [own.get(entry) for entry in kernel.entries(group)]
+        tensors += [entry for entry in found if entry is not None]
+    local = local_tensors(tensors) if sharded else tensors
+    if local is None or not fusable(kernel, local[0], local[1:]):
+        return False
+    return "step" not in own or counts_beside(local[0], own["step"])
 
 
 def joins(param: Tensor, grad: Tensor) -> bool:
