@@ -34,25 +34,25 @@ COLORS = {"decayed": "C0", "exempt": "C1", "frozen": "0.8"}
 
 @dataclass(frozen=True)
 class Row:
-    """What happens to one parameter.
+    """One parameter: how it decays, and why.
 
     Args:
         group: Index of its parameter group.
-        name: Canonical name, if known; of what a parametrization made several of its
-            own one, as of weight norm ``"0.parametrizations.weight.original0"``.
+        name: Canonical name, if known. Both halves of weight norm keep names of their
+            own, such as ``"0.parametrizations.weight.original0"``.
         shape: Original shape.
         numel: Number of elements.
-        lr: Learning rate of the group now; NaN where there is no optimizer.
-        weight_decay: Effective decay, ``group["weight_decay"] * multiplier``, of a
-            frozen parameter what it would be.
-        form: ``"l2"``, ``"decoupled"`` or another of ``policies.form``; ``None``
-            where the optimizer will decide, or does not say.
-        reason: The selector that decided; for an optimizer without a policy, what
-            the parameter is.
+        lr: Learning rate of the group now; NaN without an optimizer.
+        weight_decay: Effective decay, ``group["weight_decay"] * multiplier``. A frozen
+            parameter has the one that it would have.
+        form: ``"l2"``, ``"decoupled"`` or another of ``policies.form``; ``None`` if
+            the optimizer will decide, or does not say.
+        reason: The selector that decided. Without a policy, the kind of parameter:
+            norm, bias, embedding, vector or weight.
         requires_grad: Whether it trains; a frozen parameter does not decay.
-        owner: Class name of the module that holds it; empty where none is known.
-        target: What it decays towards: a number, or ``"init"``; ``None`` is 0.
-        lr0: The rate that its training began with, where its form needs that.
+        owner: Class name of the module that holds it; empty if none is known.
+        target: Value that it decays towards: a number, or ``"init"``; ``None`` is 0.
+        lr0: The rate that its training began with, if its form needs it.
     """
 
     group: int
@@ -70,7 +70,7 @@ class Row:
 
     @property
     def fate(self) -> str:
-        """What becomes of the parameter: ``decayed``, ``exempt`` or ``frozen``."""
+        """The fate of the parameter: ``decayed``, ``exempt`` or ``frozen``."""
         if not self.requires_grad:
             return "frozen"
         return "decayed" if self.weight_decay else "exempt"
@@ -95,7 +95,7 @@ class Row:
 
     @property
     def kind(self) -> str:
-        """What it is, as ``Linear.weight``; the reason where that is not known."""
+        """Its class and attribute, as ``Linear.weight``; else the reason."""
         leaf = self.name.rpartition(".")[2] if self.name else ""
         return f"{self.owner}.{leaf}" if self.owner and leaf else self.reason
 
@@ -104,12 +104,12 @@ class Row:
 class DecayReport:
     """One record per parameter in ``rows``; prints as a table by group and reason.
 
-    The timescale, ``1 / (lr * decay)`` at the rate of now, is the number of steps
-    after which decoupled decay has left 37 % of a weight that no gradient renews.
+    The timescale is ``1 / (lr * decay)`` steps, at the present rate. After so many
+    steps decoupled decay has left 37 % of a weight that no gradient renews.
 
     Args:
         rows: The records.
-        remark: What looks wrong, in one line; printed at the end.
+        remark: Line at the end that tells if something looks wrong.
 
     Example:
         >>> from selective_optim import AdamW
@@ -333,9 +333,9 @@ def decay_report(
 ) -> DecayReport:
     """Tell what really decays in a training, whatever the optimizer.
 
-    The reason of a row is what the parameter is: ``norm``, ``bias``, ``embedding``,
-    ``vector`` (fewer than two dimensions) or ``weight``. The last line tells what
-    looks wrong, and which parameters of the model train and are in no group.
+    The reason of a row is the kind of parameter: ``norm``, ``bias``, ``embedding``,
+    ``vector`` (fewer than two dimensions) or ``weight``. The last line tells if
+    something looks wrong, and which trained parameters of the model are in no group.
 
     Args:
         optimizer: One whose groups have a ``"weight_decay"``: of torch, of another
