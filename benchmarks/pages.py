@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,22 +65,24 @@ STEP_ARMS = {
 STEPS = "cpu_torch*.json"
 
 
-def step_table(names: Sequence[str] | None = None) -> str:
-    """Write the time of a step in every case, or in those named, and every arm."""
+def step_table() -> str:
+    """Write the time of a step in every case and arm."""
     lines = [
         [titled(record), *(milliseconds(record, arm) for arm in STEP_ARMS)]
         for record in newest(STEPS)["cases"]
-        if names is None or record["case"] in names
     ]
     return table(["case", *STEP_ARMS.values()], lines, 1)
 
 
 def first_step_table() -> str:
-    """Write the time of the first step, beside that of later ones."""
+    """Write the time of the first step in every case."""
+    arms = OURS, FUSED
     lines = [
-        [titled(record), *(_median(record["first_step_ms"], arm) for arm in arms)]
+        [
+            titled(record),
+            *(_median(record["first_step_ms"], arm) for arm in (OURS, FUSED)),
+        ]
         for record in newest(STEPS)["cases"]
-        for arms in [(OURS, FUSED)]
     ]
     headers = ["first step", "ours", "torch, split by hand, fused"]
     return table(headers, lines, 1)
@@ -154,15 +155,28 @@ def recipes_table() -> str:
     return recipes_page.page(newest("recipes_*.json")) + "\n"
 
 
+def any_class_table() -> str:
+    """Write how many optimizer classes do what they do over groups split by hand."""
+    found = sorted(
+        newest("any_class*.json")["libraries"], key=lambda own: -own["exact"]
+    )
+    counts = [[own["exact"], len(own["refused"]), len(own["not run"])] for own in found]
+    names = [f"{own['library']} {own['version'].partition('+')[0]}" for own in found]
+    lines = [[name, *map(str, row)] for name, row in zip(names, counts, strict=True)]
+    sums = [f"**{sum(column)}**" for column in zip(*counts, strict=True)]
+    headers = ["library", "exact", "refused", "not run"]
+    return table(headers, [*lines, ["**together**", *sums]], 1)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
-    "step_in_short": partial(step_table, ("small", "resnet50", "tiny_groups")),
     "first_step": first_step_table,
     "once": once_table,
     "forms": forms_table,
     "effect": effect_table,
     "finetune": finetune_table,
     "recipes": recipes_table,
+    "any_class": any_class_table,
 }
 
 

@@ -1,7 +1,6 @@
 """Figures and sentences of README and pages, held to saved results and to torch."""
 
 import copy
-import re
 from statistics import mean, stdev
 
 import pytest
@@ -13,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from benchmarks.pages import PAGES, ROOT, newest
+from benchmarks.pages import PAGES, newest
 from benchmarks.step.arms import BARE, DEFAULT, FUSED, OURS
 from selective_optim import AdamW
 from selective_optim.policies.recipes import RECIPES
@@ -61,13 +60,9 @@ def first_steps(name, optimizer):
 
 
 def compared():
-    """Return how many optimizer classes were exact and refused, by the table."""
-    rows = re.findall(r"^\| .*? \| (\d+) \| (\d+) \| \d+", survey(), re.M)
-    return [sum(int(row[column]) for row in rows) for column in (0, 1)]
-
-
-def survey():
-    return (ROOT / "selective_optim/docs/any_optimizer.md").read_text("utf-8")
+    """Return how many optimizer classes were exact, and how many were refused."""
+    found = newest("any_class*.json")["libraries"]
+    return sum(each["exact"] for each in found), sum(len(r["refused"]) for r in found)
 
 
 def percent(low, high):
@@ -91,10 +86,10 @@ FIGURES = {
         "{} of {} optimizer classes are refused",
         lambda: (compared()[1], sum(compared())),
     ),
-    "together": (
+    "version of the survey": (
         "any_optimizer.md",
-        "**together** | **{}** | **{}** |",
-        compared,
+        "with torch {}.{} on a CPU",
+        lambda: newest("any_class*.json")["torch"].split(".")[:2],
     ),
     "recipes": ("README.md", "what {} projects decay", lambda: [len(RECIPES)]),
     "losing": (

@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.pages import PAGES, ROOT, written
 from selective_optim.__main__ import parser
+from selective_optim.policies import Policy, parse
 from tests.support.pages import (
     anchors,
     blocks,
@@ -115,6 +116,16 @@ def test_commands_of_the_pages_work():
     assert len(commands) > 3
     for command in commands:
         parser().parse_args(shlex.split(command))
+
+
+@pytest.mark.parametrize("path", [README, DOCS / "policies.md"], ids=page_id)
+def test_policies_that_the_tables_name_can_be_used(path):
+    rows = re.findall(r"^\| .*\|$", path.read_text("utf-8"), re.M)
+    named = [text for row in rows for text in re.findall(r'`"([^"]+)"`', row)]
+    policies = [text for text in named if "." not in text]  # the others are globs
+    assert len(policies) > 7
+    for text in policies:
+        assert isinstance(parse(text), Policy)
 
 
 def test_main_job_and_tests_are_one_line_each():
