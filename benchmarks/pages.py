@@ -76,13 +76,10 @@ def step_table() -> str:
 
 def first_step_table() -> str:
     """Write the time of the first step in every case."""
-    arms = OURS, FUSED
     lines = [
-        [
-            titled(record),
-            *(_median(record["first_step_ms"], arm) for arm in (OURS, FUSED)),
-        ]
+        [titled(record), *(_median(record["first_step_ms"], arm) for arm in arms)]
         for record in newest(STEPS)["cases"]
+        for arms in [(OURS, FUSED)]
     ]
     headers = ["first step", "ours", "torch, split by hand, fused"]
     return table(headers, lines, 1)
