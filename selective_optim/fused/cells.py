@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import Terms
+from selective_optim.decay import DecayKey
 from selective_optim.fused.counters import Counters
 from selective_optim.step.kernel import Kernel
 from selective_optim.step.parts import DecidedParam, Part
@@ -32,7 +32,7 @@ class CellKey(NamedTuple):
     """What the parameters of a cell have in common; see also ``parts.Key``."""
 
     group: int
-    terms: Terms
+    decay_key: DecayKey
     single_thread: bool
     sharded: bool
     device: torch.device
@@ -62,12 +62,12 @@ def make_cells(parts: Sequence[Part], params: Sequence[DecidedParam]) -> list[Ce
     """
     cells: dict[CellKey, Cell] = {}
     for part in parts:
-        group, terms, _, sharded, _ = part.key
+        group, decay_key, _, sharded, _ = part.key
         for place, number in enumerate(part.positions):
             param = params[number].param
             size = _torch.shard_of(param).numel() if param.is_cpu else ONE_THREAD + 1
             small = size <= ONE_THREAD
-            key = CellKey(group, terms, small, sharded, param.device, param.dtype)
+            key = CellKey(group, decay_key, small, sharded, param.device, param.dtype)
             cell = cells.get(key)
             if cell is None:
                 cell = cells[key] = Cell(key, part.label, [], [])

@@ -142,7 +142,7 @@ class GroupsGuard:
         self._tokens: list[Any] = []
         self.take(groups)
         if not held:
-            self.let_go()
+            self.release()
 
     def take(self, groups: Groups) -> None:
         """Take over new hyperparameters of the same parameters."""
@@ -176,7 +176,7 @@ class GroupsGuard:
         unseen = holds_params and not self._lists_tell
         return _Unseen() if unseen else copy.copy(value)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Hold no parameter from now on."""
         if self._params is not None:
             self._tokens = list(map(_torch.token_of, self._params))

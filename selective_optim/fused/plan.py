@@ -167,9 +167,9 @@ class Plan:
         self._threads = _torch.thread_count()
         together: dict[Any, tuple[Setting, bool, list[Cell]]] = {}
         for cell in self._cells:
-            index, terms, single, *kind = cell.key
+            index, decay_key, single, *kind = cell.key
             # The group's numbers of now: cells outlive a schedule, settings do not.
-            setting = self._kernel.setting(groups[index], terms)
+            setting = self._kernel.setting(groups[index], decay_key)
             single &= self._threads > 1
             key = (setting.key, single, *kind)
             together.setdefault(key, (setting, single, []))[2].append(cell)
@@ -262,7 +262,7 @@ class Plan:
         """Keep no tensor from now on, and look at each at every step."""
         if not self._exposed:
             self._exposed, self._keeps = True, False
-            self._guard.let_go()
+            self._guard.release()
             self._tensors = TensorsGuard()  # of moments and counters, too
             self._program = None  # whose counters were views
             self._release()

@@ -29,7 +29,7 @@ from selective_optim.step.setting import Groups, State, States
 
 Place = tuple[torch.dtype, torch.device]
 # Off, the class steps what a plan would: the same bits, more calls.
-PLANNING = True
+PLANNING = _torch.CAN_PLAN
 
 
 class Owner(Protocol):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import Decay, Form, Terms
+from selective_optim.decay import Decay, DecayKey, Form
 from selective_optim.step.grad_scaler import Scaling
 from selective_optim.step.kernel import Kernel
 from selective_optim.step.setting import (
@@ -22,6 +22,7 @@ from selective_optim.step.setting import (
     State,
     lr_on_device,
 )
+from selective_optim.step.share import share
 
 # What a group says and torch's fused kernel is not told.
 CHOICES = ("capturable", "differentiable", "foreach", "fused", "decoupled_weight_decay")
@@ -38,8 +39,13 @@ class AdamKernel(Kernel):
     def default_form(self, group: Group) -> Form:
         return "decoupled" if group["decoupled_weight_decay"] else "l2"
 
-    def setting(self, group: Group, terms: Terms, reading: bool = True) -> Setting:
-        form, wd, ahead, fleeting = self.share(group, terms, reading)
+    def setting(
+        self, group: Group, decay_key: DecayKey, reading: bool = True
+    ) -> Setting:
+        default = self.default_form(group)
+        wd, form, decay_pass, fleeting = share(
+            group, decay_key, default, self.own_forms, reading
+        )
         beta1, beta2 = group["betas"]
         return Setting(
             {
@@ -56,7 +62,7 @@ class AdamKernel(Kernel):
                 "foreach": group["foreach"],
                 "fused": group["fused"],
             },
-            ahead,
+            decay_pass,
             fleeting,
         )
 
@@ -73,7 +79,7 @@ class AdamKernel(Kernel):
         return (*[group[name] for name in names], self.takes_numbers(group))
 
     def trusted(self, param: Tensor) -> bool:
-        return _torch.fused_adam_ is not None and _torch.fused_adamw_ is not None
+        return True
 
     def takes_beside(self, param: Tensor, moment: Tensor) -> bool:
         if moment.dtype == param.dtype:

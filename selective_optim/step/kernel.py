@@ -7,17 +7,17 @@ group, makes state as torch does, and binds torch's fused kernel to lists of ten
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import repeat
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-from selective_optim.decay import FORMS, Decay, Form, Terms, is_zero
+from selective_optim.decay import Decay, DecayKey, Form
 from selective_optim.step.grad_scaler import Scaling
-from selective_optim.step.passes import ahead_calls
+from selective_optim.step.passes import pass_calls
 from selective_optim.step.setting import (
-    Ahead,
     Batch,
     Call,
     Group,
@@ -27,22 +27,6 @@ from selective_optim.step.setting import (
 )
 
 NUMBERS = (float, int, Tensor, Real)  # the common ones first: asked at every change
-
-
-class Share(NamedTuple):
-    """How the decay of parameters is parted.
-
-    Args:
-        form: The form that torch's kernel is told.
-        wd: The decay that it is given.
-        ahead: What goes ahead of it.
-        fleeting: See :class:`Setting`.
-    """
-
-    form: Form
-    wd: float | Tensor
-    ahead: Ahead | None = None
-    fleeting: bool = False
 
 
 class Kernel:
@@ -58,34 +42,18 @@ class Kernel:
         """Return the form of parameters for which no other was decided."""
         raise NotImplementedError  # pragma: no cover
 
-    def setting(self, group: Group, terms: Terms, reading: bool = True) -> Setting:
+    def setting(
+        self, group: Group, decay_key: DecayKey, reading: bool = True
+    ) -> Setting:
         """Read what the kernel is given from the group as it is now.
 
         Args:
             group: A parameter group.
-            terms: What was decided for the parameters.
+            decay_key: What was decided for the parameters.
             reading: Whether to read the number in a rate that is a tensor. A compiled
                 step compiles anew where that number is another.
         """
         raise NotImplementedError  # pragma: no cover
-
-    def share(self, group: Group, terms: Terms, reading: bool) -> Share:
-        """Part the decay: what torch's kernel does by itself, and what goes ahead."""
-        (decay, lr0), default = terms, self.default_form(group)
-        wd = decay.of(group["weight_decay"])
-        if is_zero(wd):
-            return Share(default, 0.0)
-        form = FORMS[decay.form or default]
-        fleeting = form.follows_lr and isinstance(group["lr"], Tensor)
-        if lr0 is not None:
-            lr = _rate(group["lr"]) if fleeting and reading else group["lr"]
-            wd = form.strength(wd, lr, lr0)
-        # A kernel's decay is a number; one on a device is not to be waited for.
-        waits = fleeting and isinstance(wd, Tensor)
-        if form.applied in self.own_forms and not decay.target and not waits:
-            return Share(form.applied, wd, None, fleeting)
-        ahead = Ahead(form.applied, wd, decay.target or 0.0)
-        return Share(default, 0.0, ahead, fleeting)
 
     def shown(self, setting: Setting) -> Group:
         """Return what a setting says otherwise than its group, by the class's keys."""
@@ -148,8 +116,14 @@ class Kernel:
         The lists are read when the calls run, so a batch whose gradients are
         replaced in place is stepped again by the same calls.
         """
-        ahead, scaling = ahead_calls(setting, batch, self.direction, scaling)
-        return [*ahead, self.fused_call(setting, batch, scaling)]
+        calls: list[Call] = []
+        if setting.decay_pass is not None:
+            own = setting.arguments
+            calls, scaling = pass_calls(
+                *(setting.decay_pass, own["lr"], own["maximize"], batch),
+                *(partial(self.direction, setting), scaling),
+            )
+        return [*calls, self.fused_call(setting, batch, scaling)]
 
     def fused_call(self, setting: Setting, batch: Batch, scaling: Scaling) -> Call:
         """Bind torch's fused kernel."""
@@ -176,11 +150,6 @@ class Kernel:
     def refuse_sparse(self, group: Group, decay: Decay, label: str) -> None:
         """Raise if a parameter with a sparse gradient cannot be stepped."""
         raise NotImplementedError  # pragma: no cover
-
-
-def _rate(lr: Tensor) -> float | Tensor:
-    """Read a rate where that waits for no device and leaves no graph of autograd."""
-    return lr.item() if lr.is_cpu and not lr.requires_grad else lr
 
 
 def require_no_nan(kernel: Kernel, groups: Groups) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import Decision, Terms
+from selective_optim.decay import DecayKey, Decision
 from selective_optim.step.implementation import fused_choice, joined, takes_fused
 from selective_optim.step.kernel import Kernel
 from selective_optim.step.setting import Group, Groups, State, States
@@ -46,7 +46,7 @@ class Key(NamedTuple):
 
     Args:
         group: Index of their group.
-        terms: What was decided for them.
+        decay_key: What was decided for them.
         fused: Whether torch's fused kernel steps them right; else they go where the
             flags of their group say.
         sharded: Whether that kernel gets the local shards of ``DTensor``s.
@@ -55,7 +55,7 @@ class Key(NamedTuple):
     """
 
     group: int
-    terms: Terms
+    decay_key: DecayKey
     fused: bool = False
     sharded: bool = False
     first: bool = False
@@ -136,7 +136,7 @@ def make_layout(
         asked = fused or bool(group["fused"])
         first = asked and not (begun or absent or kernel.counts)
         once |= misfit or first
-        key = Key(each.group, each.decision.terms, fused, sharded, first)
+        key = Key(each.group, each.decision.decay_key, fused, sharded, first)
         part = parts.get(key) or parts.setdefault(key, Part(key, each.label))
         part.positions.append(number)
         if each.decision.init is not None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import copysign
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from selective_optim.decay import Target
+from selective_optim.step.share import DecayPass
 
 Group = dict[str, Any]
 Groups = Sequence[Group]
@@ -20,44 +20,31 @@ Call = Callable[[], object]
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
-class Ahead(NamedTuple):
-    """Decay that torch's kernel does not do, and that runs ahead of it.
-
-    Args:
-        applied: What it does to the tensors, see ``decay.FORMS``.
-        wd: How strongly; the rate multiplies it, but for ``"l2"``.
-        target: Towards what; ``"init"`` is a tensor per parameter.
-    """
-
-    applied: Literal["l2", "decoupled", "cautious"]
-    wd: float | Tensor
-    target: Target = 0.0
-
-
 class Setting(NamedTuple):
     """What a kernel is given besides tensors.
 
     Args:
         arguments: Of torch's functional, by name.
-        ahead: Decay to apply before the kernel runs, which then decays nothing.
+        decay_pass: Decay to apply before the kernel runs, which then decays nothing.
         fleeting: Whether it must be read anew at every step, as it depends on the
             value of a tensor.
     """
 
     arguments: dict[str, Any]
-    ahead: Ahead | None = None
+    decay_pass: DecayPass | None = None
     fleeting: bool = False
 
     @property
     def live(self) -> bool:
         """Tell whether calls must be bound anew at every step: a tensor may change."""
         own = isinstance(self.arguments["lr"], Tensor)
-        return own or (self.ahead is not None and isinstance(self.ahead.wd, Tensor))
+        other = self.decay_pass
+        return own or (other is not None and isinstance(other.wd, Tensor))
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What must be equal for parameters to share a call."""
-        values = (*self.arguments.values(), *(self.ahead or ()))
+        values = (*self.arguments.values(), *(self.decay_pass or ()))
         try:
             hash(values)
         except TypeError:  # an array as a rate, which is itself alone
@@ -73,20 +60,22 @@ class Batch:
 
     Args:
         params: Parameters as the kernel gets them: local shards where sharded.
-        moments: One list per state entry that is shaped like the parameter.
+        moments: One list per state entry that is shaped like the parameter; ``None``
+            stands for one that is yet to begin.
         steps: Step counters; empty where the kernel has none.
         targets: What parameters decay towards, where that is a tensor for each.
         grads: Gradients, filled anew at every step.
     """
 
     params: list[Tensor]
-    moments: list[list[Tensor]]
+    moments: list[list[Any]]
     steps: list[Tensor]
     targets: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
 
 
-Direction = Callable[[Setting, Tensor, Sequence[Tensor | None]], Tensor]
+# Of a gradient and its moments before the step: what has the sign of the update.
+Direction = Callable[[Tensor, Sequence[Tensor | None]], Tensor]
 
 
 def lr_on_device(lr: float | Tensor, params: Sequence[Tensor]) -> float | Tensor:

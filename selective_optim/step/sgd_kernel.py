@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import Decay, Form, Terms, is_zero
+from selective_optim.decay import Decay, DecayKey, Form, is_zero
 from selective_optim.step.grad_scaler import Scaling
 from selective_optim.step.kernel import Kernel
 from selective_optim.step.setting import (
@@ -20,6 +20,7 @@ from selective_optim.step.setting import (
     State,
     lr_on_device,
 )
+from selective_optim.step.share import share
 
 
 class SGDKernel(Kernel):
@@ -47,8 +48,13 @@ class SGDKernel(Kernel):
         decoupled = group.get("decoupled_weight_decay", self._decoupled)
         return "decoupled" if decoupled else "l2"
 
-    def setting(self, group: Group, terms: Terms, reading: bool = True) -> Setting:
-        _, wd, ahead, fleeting = self.share(group, terms, reading)
+    def setting(
+        self, group: Group, decay_key: DecayKey, reading: bool = True
+    ) -> Setting:
+        default = self.default_form(group)
+        wd, _, decay_pass, fleeting = share(
+            group, decay_key, default, self.own_forms, reading
+        )
         return Setting(
             {
                 "lr": group["lr"],
@@ -60,7 +66,7 @@ class SGDKernel(Kernel):
                 "foreach": group["foreach"],
                 "fused": group["fused"],
             },
-            ahead,
+            decay_pass,
             fleeting,
         )
 
@@ -74,8 +80,7 @@ class SGDKernel(Kernel):
 
     def trusted(self, param: Tensor) -> bool:
         half = param.dtype in _torch.HALF and param.is_cpu
-        right = _torch.HALF_SGD_ON_CPU or not half
-        return right and _torch.fused_sgd_ is not None
+        return _torch.HALF_SGD_ON_CPU or not half
 
     def has_state(self, own: State | None, group: Group) -> bool:
         if not group["momentum"]:

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim._arguments import require_numbers
-from selective_optim._decision_table import (
+from selective_optim._warnings import warn_if_idle, warn_of_misspelt
+from selective_optim.decay import FULL, Decision
+from selective_optim.decisions.initial_values import base_rate, begun, beside, is_rate
+from selective_optim.decisions.table import (
     DecisionTable,
     Group,
     Infos,
@@ -22,9 +25,6 @@ from selective_optim._decision_table import (
     may_be,
     trusted_names,
 )
-from selective_optim._initial_values import base_rate, begun, beside, is_rate
-from selective_optim._warnings import warn_if_idle, warn_of_misspelt
-from selective_optim.decay import FULL, Decision
 from selective_optim.parameters import (
     ModelIndex,
     ParameterInfo,
@@ -65,9 +65,9 @@ class Decider:
         self._pending: list[Pending] | None = None
         self._cleared: list[list[Row]] = []
 
-    # Groups that arrive.
+    # Groups that come in.
 
-    def begin(self, params: Any) -> Any:
+    def read(self, params: Any) -> Any:
         """Collect the groups of a constructor, to decide for them together.
 
         Returns:
@@ -76,7 +76,7 @@ class Decider:
         self._pending = []
         return self.index.learn(params)
 
-    def open(self, group: Any, keys: Iterable[str]) -> tuple[Policy | None, Any]:
+    def unpack(self, group: Any, keys: Iterable[str]) -> tuple[Policy | None, Any]:
         """Take out what a group brings for us, and learn from its parameters.
 
         Args:
@@ -103,8 +103,10 @@ class Decider:
         rest = {key: value for key, value in group.items() if key not in OWN_KEYS}
         return _as_policy(policy), rest
 
-    def arrive(self, groups: Sequence[Group], policy: Policy | None, own: bool) -> None:
-        """Decide for the last group, or take note of it until :meth:`settle`.
+    def add_group(
+        self, groups: Sequence[Group], policy: Policy | None, own: bool
+    ) -> None:
+        """Decide for the last group, or take note of it until :meth:`finish`.
 
         Args:
             groups: The optimizer's groups, the new one included.
@@ -133,7 +135,7 @@ class Decider:
         finally:
             self.index.let_go()
 
-    def settle(self, groups: Sequence[Group]) -> None:
+    def finish(self, groups: Sequence[Group]) -> None:
         """Decide for all groups of a constructor, and warn if nothing decays."""
         self.decide_pending()
         self.warn_if_idle(groups)
@@ -146,9 +148,9 @@ class Decider:
         strict = [self.policy, *(each.policy for each in pending)]
         self._decide_for(pending, infos, strict)
 
-    def _infos(self, arriving: Sequence[Pending]) -> list[list[ParameterInfo]]:
+    def _infos(self, coming: Sequence[Pending]) -> list[list[ParameterInfo]]:
         """Describe the parameters of all groups in one go."""
-        asked = [wanted(each.params, each.names, each.group) for each in arriving]
+        asked = [wanted(each.params, each.names, each.group) for each in coming]
         infos = iter(self.index.infos(list(chain.from_iterable(asked))))
         return [list(islice(infos, len(own))) for own in asked]
 
@@ -175,23 +177,23 @@ class Decider:
 
     def _decide_for(
         self,
-        arriving: Sequence[Pending],
+        coming: Sequence[Pending],
         infos: Sequence[Infos],
         strict: Iterable[Policy | None],
     ) -> None:
-        """Decide for groups that arrive together, or raise with nothing recorded.
+        """Decide for groups that come in together, or raise with nothing recorded.
 
         Args:
-            arriving: The groups.
+            coming: The groups.
             infos: What is known of their parameters.
             strict: Policies whose globs must each match something.
         """
-        together = list(zip(arriving, infos, strict=True))
+        together = list(zip(coming, infos, strict=True))
         for policy in {id(p): p for p in strict if p is not None}.values():
             mine = [i for each, own in together if each.policy is policy for i in own]
             require_matches(policy, mine, self._matches, self.index.everyone)
         # All are asked before anything is recorded, so that an error leaves nothing.
-        bound = self._bound(each.policy for each in arriving)
+        bound = self._bound(each.policy for each in coming)
         decided = [
             begun(decide(bound[id(each.policy)], own), own, each.lr0s)
             for each, own in together
