@@ -15,14 +15,11 @@ import torch
 
 from selective_optim import _torch
 from selective_optim._optimizer import Model, SelectiveOptimizer
-from selective_optim.adam import Adam
-from selective_optim.adamw import AdamW
 from selective_optim.decay import Form
 from selective_optim.decisions.decider import Decider
 from selective_optim.decisions.deciding_for import given
 from selective_optim.decisions.state_dict import PARTS, Decided, require_groups_like
 from selective_optim.report import form_of_class
-from selective_optim.sgd import SGD
 from selective_optim.step import refusals
 from selective_optim.step.class_step import ClassStep
 from selective_optim.step.lasting import (
@@ -37,7 +34,6 @@ from selective_optim.step.lasting import (
 )
 
 OptimizerClass = type[torch.optim.Optimizer]
-OURS = {torch.optim.SGD: SGD, torch.optim.Adam: Adam, torch.optim.AdamW: AdamW}
 # Methods of schedule-free optimizers, which read and write their groups.
 MODES = ("train", "eval")
 # Differentiable: torch leaves it to the class to refuse tensors that are no leaves.
@@ -383,19 +379,16 @@ def selective(optimizer_class: OptimizerClass) -> Any:
         >>> [(row.name, row.weight_decay) for row in optimizer.decay_report().rows]
         [('weight', 0.1), ('bias', 0.0)]
     """
-    if optimizer_class in OURS:
-        return OURS[optimizer_class]
     if isinstance(optimizer_class, type) and issubclass(
         optimizer_class, SelectiveOptimizer
     ):
         return optimizer_class
     refusals.require_class(optimizer_class)
-    # Found again, and not kept: classes refer to their subclasses weakly.
+    # Found again, and not kept: classes refer to their subclasses weakly. SGD, Adam and
+    # AdamW of this library stand before torch's themselves.
     for subclass in optimizer_class.__subclasses__():
-        if issubclass(subclass, AnyOptimizer) and subclass.__bases__ == (
-            AnyOptimizer,
-            optimizer_class,
-        ):
+        before, *others = subclass.__bases__
+        if before in (SelectiveOptimizer, AnyOptimizer) and others == [optimizer_class]:
             return subclass
     return _make(optimizer_class)
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.fused.buckets import Bucket
-from selective_optim.fused.cells import Cell, begin_state, make_cells
+from selective_optim.fused.buckets import Bucket, Cell, begin_state, make_cells
 from selective_optim.fused.counters import Advance, Counters
 from selective_optim.fused.guards import (
     GroupsGuard,
@@ -32,13 +31,9 @@ from selective_optim.fused.guards import (
     without_gradients,
 )
 from selective_optim.step.grad_scaler import NO_SCALING, Scaling, Scalings
+from selective_optim.step.implementation import make_layout, require_dense
 from selective_optim.step.kernel import Kernel, require_no_nan
-from selective_optim.step.parts import (
-    DecidedParam,
-    Part,
-    make_layout,
-    require_dense,
-)
+from selective_optim.step.parts import DecidedParam, Part
 from selective_optim.step.setting import Call, Groups, Setting, States
 
 _call = methodcaller("__call__")
@@ -416,7 +411,7 @@ class Plan:
                     single = bucket.single_thread
                     calls.append(self._on(1 if single else self._threads))
                 own = scalings.on(bucket.key.device)
-                calls += self._kernel.calls(bucket.setting, batch, own)
+                calls += bucket.calls(batch, own)
             ends.append(len(calls))
         if single:
             calls.append(self._on(self._threads))

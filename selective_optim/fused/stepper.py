@@ -16,15 +16,12 @@ from selective_optim.step.grad_scaler import Scaling
 from selective_optim.step.implementation import (
     counts_beside,
     fused_choice,
+    make_layout,
+    require_dense,
     wants_fused,
 )
 from selective_optim.step.kernel import Kernel, require_no_nan
-from selective_optim.step.parts import (
-    DecidedParam,
-    Part,
-    make_layout,
-    require_dense,
-)
+from selective_optim.step.parts import DecidedParam, Part
 from selective_optim.step.setting import Groups, State, States
 
 Place = tuple[torch.dtype, torch.device]

@@ -21,8 +21,8 @@ from selective_optim.step.setting import (
     Setting,
     State,
     lr_on_device,
+    share,
 )
-from selective_optim.step.share import share
 
 # What a group says and torch's fused kernel is not told.
 CHOICES = ("capturable", "differentiable", "foreach", "fused", "decoupled_weight_decay")

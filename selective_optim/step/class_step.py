@@ -26,8 +26,14 @@ from selective_optim.step.grad_scaler import (
 from selective_optim.step.kernel import Kernel
 from selective_optim.step.parts import Part
 from selective_optim.step.passes import decay_agreeing_, pass_calls
-from selective_optim.step.setting import Batch, Direction, Group, State, States
-from selective_optim.step.share import DecayPass
+from selective_optim.step.setting import (
+    Batch,
+    DecayPass,
+    Direction,
+    Group,
+    State,
+    States,
+)
 
 
 @dataclass(eq=False)

@@ -7,7 +7,6 @@ group, makes state as torch does, and binds torch's fused kernel to lists of ten
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from itertools import repeat
 from numbers import Real
 from typing import Any
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from selective_optim.decay import Decay, DecayKey, Form
 from selective_optim.step.grad_scaler import Scaling
-from selective_optim.step.passes import pass_calls
 from selective_optim.step.setting import (
     Batch,
     Call,
@@ -109,21 +107,6 @@ class Kernel:
             step: The counter to use; ``None`` for one of its own.
         """
         raise NotImplementedError  # pragma: no cover
-
-    def calls(self, setting: Setting, batch: Batch, scaling: Scaling) -> list[Call]:
-        """Return calls that step a batch: torch's fused kernel, bound to its lists.
-
-        The lists are read when the calls run, so a batch whose gradients are
-        replaced in place is stepped again by the same calls.
-        """
-        calls: list[Call] = []
-        if setting.decay_pass is not None:
-            own = setting.arguments
-            calls, scaling = pass_calls(
-                *(setting.decay_pass, own["lr"], own["maximize"], batch),
-                *(partial(self.direction, setting), scaling),
-            )
-        return [*calls, self.fused_call(setting, batch, scaling)]
 
     def fused_call(self, setting: Setting, batch: Batch, scaling: Scaling) -> Call:
         """Bind torch's fused kernel."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from selective_optim.decay import FORMS, FULL_KEY, DecayKey, Decision, Form
 from selective_optim.step.class_step import View
-from selective_optim.step.share import Share, share
+from selective_optim.step.setting import Share, share
 
 Group = dict[str, Any]
 WD = "weight_decay"

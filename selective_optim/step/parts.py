@@ -7,17 +7,12 @@ for one step, so that everything else in it is what the user's group says now.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
-from selective_optim import _torch
 from selective_optim.decay import DecayKey, Decision
-from selective_optim.step.implementation import fused_choice, joined, takes_fused
-from selective_optim.step.kernel import Kernel
-from selective_optim.step.setting import Group, Groups, State, States
 
 
 class DecidedParam(NamedTuple):
@@ -92,82 +87,3 @@ class Layout(NamedTuple):
     parts: list[Part]
     idle: list[int]
     once: bool
-
-
-def make_layout(
-    kernel: Kernel,
-    groups: Groups,
-    params: Sequence[DecidedParam],
-    states: States,
-    stepped: Container[int],
-    choosing: bool = True,
-) -> Layout:
-    """Sort the parameters into parts, and choose the implementation of each.
-
-    Args:
-        kernel: Of the optimizer's class.
-        groups: Its parameter groups.
-        params: All of their parameters, in order.
-        states: Its state, by parameter.
-        stepped: Ids of the tokens of those that the last layout had a part for. They
-            keep one while they have no gradient, so that a gradient that comes and
-            goes needs no other layout.
-        choosing: Whether to choose fused where that is open; else all of them go
-            where the flags of their group say.
-    """
-    choices = [choosing and fused_choice(kernel, group) for group in groups]
-    parts: dict[Key, Part] = {}
-    idle: list[int] = []
-    once = False
-    for number, each in enumerate(params):
-        group, choice = groups[each.group], choices[each.group]
-        own = {} if choice is False and not group["fused"] else states.get(each.param)
-        absent = each.param.grad is None
-        begun = kernel.has_state(own, group)
-        known = begun and id(_torch.token_of(each.param)) in stepped
-        if choice is not False and absent and not known:
-            idle.append(number)
-            continue
-        fused, sharded, misfit = (
-            (False, False, False)
-            if choice is False
-            else _takes_fused(kernel, group, choice, each.param, own or {})
-        )
-        asked = fused or bool(group["fused"])
-        first = asked and not (begun or absent or kernel.counts)
-        once |= misfit or first
-        key = Key(each.group, each.decision.decay_key, fused, sharded, first)
-        part = parts.get(key) or parts.setdefault(key, Part(key, each.label))
-        part.positions.append(number)
-        if each.decision.init is not None:
-            part.inits.append(each.decision.init)
-    return Layout(list(parts.values()), idle, once)
-
-
-def _takes_fused(
-    kernel: Kernel, group: Group, choice: bool | None, param: Tensor, own: State
-) -> tuple[bool, bool, bool]:
-    """Tell whether a parameter is fused, by shards, and misfit by its gradient alone.
-
-    A gradient that is absent now is taken to fit; it is looked at when it comes.
-    """
-    sharded = type(param) is _torch.dtensor_class()
-    fused = takes_fused(kernel, group, choice, param, own, sharded)
-    misfit = fused and not (param.grad is None or joined(param, param.grad, sharded))
-    fused = fused and not misfit
-    return fused, fused and sharded, misfit
-
-
-def require_dense(
-    kernel: Kernel, groups: Groups, params: Sequence[DecidedParam]
-) -> None:
-    """Check that sparse gradients are those of parameters that step with them.
-
-    Raises:
-        RuntimeError: The kernel steps none, or the parameter decays.
-    """
-    for each in params:
-        grad = each.param.grad
-        if grad is not None and grad.is_sparse:
-            decay = each.decision.decay
-            kernel.refuse_sparse(groups[each.group], decay, each.label)

@@ -25,10 +25,10 @@ from selective_optim.step.setting import (
     PLAIN,
     Batch,
     Call,
+    DecayPass,
     Direction,
     lr_on_device,
 )
-from selective_optim.step.share import DecayPass
 
 # Elements that are at hand at a time. On ResNet-50 and two cores 2 ** 17 to 2 ** 19
 # were level, and all at once took five to nine times as long. A GPU wants few launches.

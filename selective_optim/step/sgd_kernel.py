@@ -19,8 +19,8 @@ from selective_optim.step.setting import (
     Setting,
     State,
     lr_on_device,
+    share,
 )
-from selective_optim.step.share import share
 
 
 class SGDKernel(Kernel):
