@@ -71,9 +71,7 @@ def test_imports_go_down_and_never_between_the_wings(name):
     room = room_of(name)
     for other in map(room_of, imports_of(FILES[name])):
         below = FLOOR[other] < FLOOR[room]
-        assert below or other == room in WINGS, (
-            f"{name}: {other}"
-        )
+        assert below or other == room in WINGS, f"{name}: {other}"
 
 
 @functools.cache
