@@ -1,6 +1,7 @@
 """Figures and sentences of README and pages, held to saved results and to torch."""
 
 import copy
+from math import ceil
 from statistics import mean, stdev
 
 import pytest
@@ -13,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from benchmarks.pages import PAGES, newest
+from benchmarks.step import on_gpu
 from benchmarks.step.arms import BARE, DEFAULT, FUSED, OURS
 from selective_optim import AdamW
 from selective_optim.policies.recipes import RECIPES
@@ -90,6 +92,20 @@ FIGURES = {
         "any_optimizer.md",
         "with torch {}.{} on a CPU",
         lambda: newest("any_class*.json")["torch"].split(".")[:2],
+    ),
+    "classes of timm": (
+        "start/timm.md",
+        "{} of timm's classes give the same bits",
+        lambda: [
+            each["exact"]
+            for each in newest("any_class*.json")["libraries"]
+            if each["library"] == "timm"
+        ],
+    ),
+    "minutes on a GPU": (
+        "speed.md",
+        "measures the rest in {} minutes",
+        lambda: [ceil(sum(piece.seconds for piece in on_gpu.PIECES) / 60)],
     ),
     "recipes": ("README.md", "what {} projects decay", lambda: [len(RECIPES)]),
     "losing": (
