@@ -21,7 +21,7 @@ from selective_optim._warnings import (
     warn_of_lost_rates,
 )
 from selective_optim.decay import Form
-from selective_optim.decisions.decider import OWN_KEYS, Decider
+from selective_optim.decisions.decider import OWN_KEYS, WRITTEN, Decider
 from selective_optim.decisions.deciding_for import given
 from selective_optim.decisions.state_dict import (
     RECORD,
@@ -215,6 +215,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         own = type(self)._init_group is not SelectiveOptimizer._init_group
         planned = not (compiling or differentiable or own)
         stepper, scaling = self._stepper, scaling_of(self)
+        if not WRITTEN.isdisjoint(self.defaults):  # a plan sees new keys of groups
+            self._decider.refuse_written(self.param_groups, self.defaults)
         with self._lock, torch.set_grad_enabled(differentiable):
             parts = stepper.begin(self.param_groups, self, self._states, planned)
             try:

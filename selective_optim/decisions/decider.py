@@ -10,7 +10,7 @@ from contextlib import suppress
 from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from selective_optim import _torch
 from selective_optim._arguments import require_numbers
@@ -38,6 +38,12 @@ from selective_optim.policies.selectors import Selector
 
 # What a group may bring and does not keep; ZeroRedundancyOptimizer writes them back.
 OWN_KEYS = ("wd_policy", "model")
+WRITTEN = frozenset(OWN_KEYS)
+_INSTEAD = {
+    "wd_policy": "optimizer.wd_policy = ... to decide anew",
+    "model": "optimizer.add_param_group(dict(params=..., model=model)) for new "
+    "parameters",
+}
 
 
 class Pending(NamedTuple):
@@ -241,7 +247,7 @@ class Decider:
         Raises:
             ValueError: A policy stands where none is read, or cannot decide.
         """
-        self._refuse_written(groups, defaults)
+        self.refuse_written(groups, defaults)
         if not self._table.stands(groups):
             self._follow(groups)
         return self._table.layout
@@ -394,26 +400,35 @@ class Decider:
             for i, group in enumerate(groups)
         ]
 
-    def _refuse_written(
+    def refuse_written(
         self, groups: Sequence[Group], defaults: Mapping[str, Any]
     ) -> None:
-        for index, group in enumerate(groups):
-            if "wd_policy" in group and not self._obeyed(index, group["wd_policy"]):
-                raise ValueError(
-                    f"a `wd_policy` was written into group {index}, whose parameters "
-                    f"were decided for before. Type optimizer.wd_policy = ... to "
-                    f"decide anew, and del optimizer.param_groups[{index}]"
-                    f"['wd_policy']."
-                )
-        if "wd_policy" in defaults:
-            raise ValueError(
-                "a `wd_policy` was written into optimizer.defaults, where nothing "
-                "reads it. Type optimizer.wd_policy = ... to decide anew, and "
-                "del optimizer.defaults['wd_policy']."
-            )
+        """Check that no policy and no module stands where nothing reads it.
 
-    def _obeyed(self, index: int, written: object) -> bool:
+        Raises:
+            ValueError: One does; nothing was read.
+        """
+        for index, group in enumerate(groups):
+            for key in WRITTEN & group.keys():
+                if not self._obeyed(index, key, group[key]):
+                    raise ValueError(
+                        f"a `{key}` was written into group {index}, where nothing "
+                        f"reads it. Type {_INSTEAD[key]}, and "
+                        f"del optimizer.param_groups[{index}][{key!r}]."
+                    )
+        for key in WRITTEN & defaults.keys():
+            if key == "wd_policy" or _modules_in(defaults[key]):
+                raise ValueError(
+                    f"a `{key}` was written into optimizer.defaults, where nothing "
+                    f"reads it. Type {_INSTEAD[key]}, and "
+                    f"del optimizer.defaults[{key!r}]."
+                )
+
+    def _obeyed(self, index: int, key: str, written: object) -> bool:
         """Tell whether a group was decided by what now stands in it."""
+        if key == "model":  # a user's own tag may be of any other kind
+            known = self.index.modules()
+            return all(any(m is k for k in known) for m in _modules_in(written))
         if index >= len(self._table.layout):
             return False
         try:
@@ -484,6 +499,11 @@ class Decider:
             return any(decision.decay.multiplier for decision in decisions)
 
         return self.index.remember(("decays", policy), ask)
+
+
+def _modules_in(value: object) -> list[nn.Module]:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return [item for item in items if isinstance(item, nn.Module)]
 
 
 def _as_policy(value: object) -> Policy | None:
