@@ -16,6 +16,7 @@ from benchmarks.pages import PAGES, ROOT, written
 from selective_optim.__main__ import parser
 from selective_optim.policies import Policy, parse
 from tests.support.pages import (
+    UNCLEAR,
     anchors,
     blocks,
     heavy_packages,
@@ -154,12 +155,6 @@ def test_page_begins_with_the_case_that_it_serves(path):
     assert front or first.startswith("For you, ")
 
 
-# Nobody reads these once: a metaphor, or a claim without its number.
-UNCLEAR = re.compile(
-    r"\b(?:hardly|as a rule|nearly always|mostly|easily|simply|just|whoever"
-    r"|goes? its way|verdicts?|lent|settles?|odd|spared?)\b",
-    re.IGNORECASE,
-)
 WRITTEN = [path for path in PAGES if path.stem != "changelog"]
 
 

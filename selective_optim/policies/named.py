@@ -99,6 +99,9 @@ NORM_WORDS = frozenset(
 def named(name: str) -> Policy:
     """Look up a ready-made policy or a recipe.
 
+    Args:
+        name: Name of the policy, such as ``"no_bias_norm"`` or ``"timm"``.
+
     Raises:
         ValueError: No policy has that name; the message lists the known ones.
     """
@@ -174,6 +177,9 @@ def is_expression(text: str) -> bool:
 
 def as_policy(value: object) -> Policy:
     """Make a policy of a name, a text, a mapping, a callable or a policy object.
+
+    Args:
+        value: As ``wd_policy`` of an optimizer.
 
     Raises:
         TypeError: ``value`` is none of these.

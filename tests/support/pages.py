@@ -32,6 +32,13 @@ HEAVY = (
     *("schedulefree", "bitsandbytes"),
 )
 
+# Nobody reads these once: a metaphor, or a claim without its number.
+UNCLEAR = re.compile(
+    r"\b(?:hardly|as a rule|nearly always|mostly|easily|simply|just|whoever"
+    r"|goes? its way|verdicts?|lent|settles?|odd|spared?)\b",
+    re.IGNORECASE,
+)
+
 
 @dataclass(frozen=True)
 class Block:
