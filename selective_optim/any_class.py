@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -14,15 +15,16 @@ from typing import Any
 import torch
 
 from selective_optim import _torch
-from selective_optim._optimizer import Model, SelectiveOptimizer
+from selective_optim._optimizer import Model, SelectiveOptimizer, constants_of
 from selective_optim.decay import Form
-from selective_optim.decisions.decider import Decider
+from selective_optim.decisions.decider import Decider, kept_on_error
 from selective_optim.decisions.deciding_for import given
 from selective_optim.decisions.state_dict import PARTS, Decided, require_groups_like
 from selective_optim.report import form_of_class
 from selective_optim.step import refusals
-from selective_optim.step.class_step import ClassStep
+from selective_optim.step.class_step import ClassStep, View
 from selective_optim.step.lasting import (
+    WD,
     Group,
     Split,
     flag_of,
@@ -53,6 +55,7 @@ class AnyOptimizer(SelectiveOptimizer):
     _parts: list[Group]  # in the list that the class made
     _class_adds = False  # the class adds parts now, which are decided
     _layout: object = None
+    _class_step: object = None  # the code of the class's own step
 
     # Construction.
 
@@ -69,7 +72,15 @@ class AnyOptimizer(SelectiveOptimizer):
         signature = inspect.signature(type(self))
         bound = signature.bind_partial(params, *args, **kwargs)
         bound.apply_defaults()
-        groups = self._read(params, signature.parameters, bound.arguments.get("lr"))
+        with kept_on_error(params):
+            lr = bound.arguments.get("lr")
+            groups = self._read(params, signature.parameters, lr)
+            self._construct(groups, args, kwargs)
+        self._decider.warn_if_idle(groups)
+        self._made()
+
+    def _construct(self, groups: list[Group], args: Any, kwargs: Any) -> None:
+        """Let the class make its groups of the parts of the user's."""
         decided = self._decider.decisions(groups, {})
         splits = [split_group(*pair, None) for pair in zip(groups, decided)]
         self._class_adds = True
@@ -82,14 +93,13 @@ class AnyOptimizer(SelectiveOptimizer):
         self._parts, self.param_groups = self.param_groups, groups
         self._adopt(splits, self._parts)
         self._splits = splits
-        self._decider.warn_if_idle(groups)
-        self._decider.index.let_go()
 
     def _adopt(self, splits: Iterable[Split], made: Iterable[Group]) -> None:
         """Take over the groups that the class made of parts."""
         groups = iter(made)
         for split in splits:
             split.adopt([next(groups) for _ in split.parts], self.defaults)
+            split.empty()
             split.form = self._form_without_flag(split.group)
             refusals.require_forms(self, split)
 
@@ -138,16 +148,17 @@ class AnyOptimizer(SelectiveOptimizer):
             self._read_group(param_group)
             return
         self._drop_removed()
-        self._read_group(param_group)
-        decided = self._decider.decisions(self._groups, self.defaults)
-        split = split_group(self._groups[-1], decided[-1], None)
-        count = len(self._parts)
-        try:
-            self._add_parts(split)
-            self._adopt([split], self._parts[count:])
-        except BaseException:
-            del self._parts[count:], self._groups[-1:]
-            raise
+        with kept_on_error([param_group]):
+            self._read_group(param_group)
+            decided = self._decider.decisions(self._groups, self.defaults)
+            split = split_group(self._groups[-1], decided[-1], None)
+            count = len(self._parts)
+            try:
+                self._add_parts(split)
+                self._adopt([split], self._parts[count:])
+            except BaseException:
+                del self._parts[count:], self._groups[-1:]
+                raise
         self._splits = [*self._splits, split]
 
     def _add_parts(self, split: Split) -> None:
@@ -177,6 +188,7 @@ class AnyOptimizer(SelectiveOptimizer):
         try:
             self._arrange()
             for split in self._splits:
+                split.fill()
                 split.hand_down(self.defaults)
             refusals.require_no_index_overrides(self, self._parts)
         except BaseException:
@@ -191,6 +203,7 @@ class AnyOptimizer(SelectiveOptimizer):
             self._show(None)
             for split in self._splits:
                 split.show()
+                split.empty()
             self._lock.release()
 
     def _arrange(self) -> None:
@@ -212,8 +225,6 @@ class AnyOptimizer(SelectiveOptimizer):
         parts = [part.group for split in splits for part in split.parts]
         if list(map(id, parts)) != list(map(id, self._parts)):
             refusals.require_no_lists(self, len(self._parts))
-        for split in splits:
-            split.fill()
         self._splits, self._layout = splits, layout
         self._parts[:] = parts
 
@@ -223,6 +234,21 @@ class AnyOptimizer(SelectiveOptimizer):
     def _default_form(self, group: Group) -> Form | None:
         flag = flag_of(group)
         return None if flag is None else "decoupled" if group[flag] else "l2"
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The user's groups, as in torch; inside a step its class sees the parts."""
+        shown = self._shown.param_groups
+        if shown is not None:
+            return shown
+        # The step of the class itself, called on this object, would see no parts.
+        if sys._getframe(1).f_code is self._class_step and self._splits:
+            self._refuse_foreign_step(self._groups)
+        return self._groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[Group]) -> None:
+        self._set_groups(groups)
 
     @property
     def state(self) -> Any:
@@ -253,6 +279,7 @@ class AnyOptimizer(SelectiveOptimizer):
             ValueError: A new parameter cannot be decided, or the class cannot be
                 served; then nothing is stepped.
         """
+        self._reached = True
         refusals.require_plain_arguments(self, (*args, *kwargs.values()))
         step = _torch.unhooked(super(SelectiveOptimizer, self).step)
         around = ClassStep(self, self._states)
@@ -260,8 +287,9 @@ class AnyOptimizer(SelectiveOptimizer):
             args = (closure and self._outside(closure, around), *args)
         try:
             self._enter()
-            if closure is None and not self._begin(around):
-                return None
+            with torch.no_grad():
+                if closure is None and not around.begin(self._part_views()):
+                    return None
             # Hooks ran before; a class that calls its base's step has them run again.
             with _torch.without_hooks(self, *STEP_HOOKS):
                 result = step(self, *args, **kwargs)
@@ -273,20 +301,18 @@ class AnyOptimizer(SelectiveOptimizer):
             self._leave()
 
     @_torch.disable_dynamo
-    def _begin(self, around: ClassStep) -> bool:
-        """Run the passes before the class's step, and tell whether to step at all."""
+    def _part_views(self) -> list[View]:
         splits = self._splits
         if any(part.inits for split in splits for part in split.parts):
             decided = self._decider.fitting(self._groups, self.defaults)
             for split, decisions in zip(splits, decided):
                 split.lay_inits(decisions)
-        with torch.no_grad():
-            return around.begin([view for split in splits for view in split.views()])
+        return [view for split in splits for view in split.views()]
 
     def _outside(
         self, closure: Callable[[], Any], around: ClassStep
     ) -> Callable[[], Any]:
-        """Let a closure see the user's groups; passes run once, after it returns."""
+        """Let a closure see the user's groups; passes run once it has returned."""
         begun = False
 
         def called(*args: Any, **kwargs: Any) -> Any:
@@ -295,9 +321,12 @@ class AnyOptimizer(SelectiveOptimizer):
             self._leave()
             result = closure(*args, **kwargs)
             self._enter()
-            if not begun:
-                begun = True
-                self._begin(around)
+            with torch.no_grad():
+                if begun:
+                    around.pull_again(self._part_views())
+                else:
+                    around.begin(self._part_views())
+            begun = True
             return result
 
         return called
@@ -305,7 +334,7 @@ class AnyOptimizer(SelectiveOptimizer):
     def _seeing_parts(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Run a method of the class with its groups as parts."""
         own = getattr(super(SelectiveOptimizer, self), method)
-        if self._inside:
+        if self._inside or self._class_adds:
             return own(*args, **kwargs)
         self._enter()
         try:
@@ -394,12 +423,13 @@ def selective(optimizer_class: OptimizerClass) -> Any:
 
 
 def _make(cls: OptimizerClass) -> OptimizerClass:
-    methods = {name: _seeing_parts(name) for name in MODES if hasattr(cls, name)}
+    methods = {name: _seeing_parts(name) for name in _group_readers(cls)}
     namespace = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "__init__": _constructor(cls),
+        "_class_step": getattr(inspect.unwrap(cls.step), "__code__", None),
         **methods,
     }
     # pickle looks a class up by its name, unless copyreg knows its metaclass.
@@ -416,6 +446,19 @@ def _constructor(cls: OptimizerClass) -> Callable[..., None]:
 
     vars(__init__)["__signature__"] = _signature(cls)
     return __init__
+
+
+def _group_readers(cls: OptimizerClass) -> set[str]:
+    """Name the methods that read groups outside of a step: modes, and what decays."""
+    own = {
+        name: function
+        for base in cls.__mro__
+        if base not in torch.optim.Optimizer.__mro__
+        for name, function in vars(base).items()
+        if inspect.isfunction(function) and not hasattr(AnyOptimizer, name)
+    }
+    decaying = {n for n, function in own.items() if WD in constants_of(function)}
+    return decaying | (own.keys() & set(MODES))
 
 
 def _seeing_parts(name: str) -> Callable[..., Any]:
