@@ -258,6 +258,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         own = type(self)._init_group is not SelectiveOptimizer._init_group
         if not WRITTEN.isdisjoint(self.defaults):  # a plan sees new keys of groups
             self._decider.refuse_written(self.param_groups, self.defaults)
+        self._begin_training()
         # A plan serves one thread at a time; others let the class step all parts. No
         # lock: after an interrupt anywhere the next step of a thread plans again.
         mine = self._planning.setdefault("thread", get_ident()) == get_ident()
@@ -268,6 +269,13 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             if mine:
                 self._planning.clear()
         return loss
+
+    @_torch.disable_dynamo
+    def _begin_training(self) -> None:
+        """Take what parameters decay towards, if that is what they are now."""
+        decider = self._decider
+        if decider.waits and decider.begin_training(self.param_groups, self.defaults):
+            self._decided_anew()
 
     @_torch.run_as_is
     def _step_all(self, choosing: bool, planned: bool, compiling: bool) -> None:

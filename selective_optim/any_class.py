@@ -187,6 +187,7 @@ class AnyOptimizer(SelectiveOptimizer):
     @_torch.disable_dynamo
     def _enter(self) -> None:
         """Bring the parts up to date and show them to the class."""
+        self._begin_training()
         self._hand_down()
         refusals.require_no_index_overrides(self, self._parts)
         # Not a count: after an interrupt anywhere the next step of a thread is right.

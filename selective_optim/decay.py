@@ -232,7 +232,8 @@ class Decision(NamedTuple):
             parametrization made several of, as weight norm; else ``None``.
         lr0: Its group's rate when it was added, or the ``"initial_lr"`` that the
             group came with; ``None`` where no optimizer steps it.
-        init: What it was when it was decided, where it decays towards that.
+        init: What it was when training began, where it decays towards that; ``None``
+            until then.
     """
 
     decay: Decay
@@ -245,8 +246,15 @@ class Decision(NamedTuple):
     init: Tensor | None = None
 
     @property
+    def waits(self) -> bool:
+        """Whether what it decays towards is yet to be taken, and nothing pulls."""
+        return self.init is None and self.decay.needs_init
+
+    @property
     def decay_key(self) -> DecayKey:
         """What it comes to in numbers."""
+        if self.waits:
+            return DecayKey(EXEMPT)
         return DecayKey(self.decay, self.lr0 if self.decay.needs_lr0 else None)
 
     def begin(self) -> dict[str, Any]:

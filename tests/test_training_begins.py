@@ -135,7 +135,8 @@ def test_weights_that_a_closure_or_hook_brings_are_the_start(name):
     handle = optimizer.register_step_pre_hook(lambda *args: filled(model))
     step(model, optimizer)
     handle.remove()
-    require_pull_to(dict.fromkeys(PULLED, torch.tensor(0.125)), model, optimizer)
+    start = {n: torch.full_like(p, 0.125) for n, p in model.named_parameters()}
+    require_pull_to(start, model, optimizer)
 
 
 @each_name

@@ -15,8 +15,14 @@ from torch import Tensor, nn
 from selective_optim import _torch
 from selective_optim._arguments import require_numbers
 from selective_optim._warnings import warn_if_idle, warn_of_misspelt
-from selective_optim.decay import FULL, Decision
-from selective_optim.decisions.initial_values import base_rate, begun, beside, is_rate
+from selective_optim.decay import FULL, INIT, Decision
+from selective_optim.decisions.initial_values import (
+    base_rate,
+    beside,
+    is_moving,
+    is_rate,
+    with_rates,
+)
 from selective_optim.decisions.table import (
     DecisionTable,
     Group,
@@ -90,6 +96,7 @@ class Decider:
         self._table = DecisionTable()
         self._pending: list[Pending] | None = None
         self._cleared: list[list[Row]] = []
+        self._waiting_in: object = None  # a layout in which nothing is yet to be taken
 
     # Groups that come in.
 
@@ -221,7 +228,7 @@ class Decider:
         # All are asked before anything is recorded, so that an error leaves nothing.
         bound = self._bound(each.policy for each in coming)
         decided = [
-            begun(decide(bound[id(each.policy)], own), own, each.lr0s)
+            with_rates(decide(bound[id(each.policy)], own), own, each.lr0s)
             for each, own in together
         ]
         for (each, own), decisions in zip(together, decided):
@@ -335,7 +342,7 @@ class Decider:
         places = [i for i, row in enumerate(completed) if row is None]
         new = [infos[i] for i in places]
         decisions = self._ask(policy, new, places) if new else ()
-        for i, decision in zip(places, begun(decisions, new, repeat(lr0))):
+        for i, decision in zip(places, with_rates(decisions, new, repeat(lr0))):
             completed[i] = self._table.record(infos[i].parameter, decision, policy)
         return [row for row in completed if row is not None]
 
@@ -360,6 +367,38 @@ class Decider:
                     fitted = beside(init, param, row.decision.telling_name)
                     rows[place] = self._renewed(param, row, init=fitted)
         return [[row.decision for row in rows] for rows in self._table.layout]
+
+    @property
+    def waits(self) -> bool:
+        """Whether what some parameters decay towards is yet to be taken."""
+        return self._waiting_in is not self._table.layout and self._look_for_waiting()
+
+    def _look_for_waiting(self) -> bool:
+        layout = self._table.layout
+        waiting = any(row.decision.waits for rows in layout for row in rows)
+        if not waiting:
+            self._waiting_in = layout
+        return waiting
+
+    def begin_training(
+        self, groups: Sequence[Group], defaults: Mapping[str, Any]
+    ) -> bool:
+        """Take what parameters decay towards, in groups that a step now moves.
+
+        Returns:
+            Whether anything was taken.
+        """
+        taken = False
+        for group, rows in zip(groups, self.rows(groups, defaults)):
+            if not is_moving(group):
+                continue
+            for place, (param, row) in enumerate(zip(group["params"], rows)):
+                if row.decision.waits:
+                    rows[place] = self._renewed(param, row, init=param.detach().clone())
+                    taken = True
+        if taken:  # another list tells those who look
+            self._table.layout = list(map(list, self._table.layout))
+        return taken
 
     def resume(
         self, groups: Sequence[Group], begins: Iterable[Mapping[str, Any]]
@@ -390,7 +429,9 @@ class Decider:
                 if decay.needs_init and getattr(init, "shape", None) == param.shape:
                     row = self._renewed(param, row, init=init)
                 elif decay.needs_init:
-                    inits.append(row.decision.label(index, place))
+                    row = self._renewed(param, row, init=None)
+                    if begin.get("target") != INIT:  # or training had not begun
+                        inits.append(row.decision.label(index, place))
                 rows[place] = row
         return inits, rates
 

@@ -1,8 +1,9 @@
 """What training began with: the rate and the values that some decay depends on.
 
-Forms that follow a schedule divide by the rate of then; decay towards ``"init"`` pulls
-to the values of then. Both are taken when a parameter is decided, stay outside of
-groups and state, and are recorded in the state dict.
+Forms that follow a schedule divide by the rate that a group was added with; decay
+towards ``"init"`` pulls to the values before the first step in which the rate of the
+group is not 0. Both stay outside of groups and state, and are recorded in the state
+dict.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from numbers import Real
 from typing import Any
 
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
 from selective_optim._text import shape_text
@@ -30,43 +30,35 @@ def base_rate(group: Mapping[str, Any]) -> float | None:
         return None
 
 
-def begun(
+def with_rates(
     decisions: Iterable[Decision],
     infos: Sequence[ParameterInfo],
     lr0s: Iterable[float | None],
 ) -> list[Decision]:
-    """Add to decisions what the training of their parameters begins with.
+    """Add to decisions the rates that the training of their parameters begins with.
 
     Raises:
-        ValueError: A form needs the rate or the values, and there are none.
+        ValueError: A form needs the rate, and there is none.
     """
-    return [
-        decision._replace(lr0=lr0, init=_init(info, decision, lr0))
-        for decision, info, lr0 in zip(decisions, infos, lr0s)
-    ]
+    made = []
+    for decision, info, lr0 in zip(decisions, infos, lr0s):
+        if decision.decay.needs_lr0 and not is_rate(lr0):
+            known = decision.telling_name
+            name = repr(known) if known else f"a parameter of group {info.group}"
+            raise ValueError(
+                f"{name} decays in form {decision.decay.form!r}, which divides by the "
+                f"rate that training begins with, and that is {lr0}. Give its group "
+                f"that rate: dict(params=..., lr=0.0, initial_lr=3e-4)."
+            )
+        made.append(decision._replace(lr0=lr0))
+    return made
 
 
-def _init(info: ParameterInfo, decision: Decision, lr0: float | None) -> Tensor | None:
-    """Copy what a parameter is now, if that is what it decays towards."""
-    decay, param = decision.decay, info.parameter
-    if not (decay.needs_lr0 or decay.needs_init):  # nearly always
-        return None
-    known = decision.telling_name
-    name = repr(known) if known else f"a parameter of group {info.group}"
-    if decay.needs_lr0 and not is_rate(lr0):
-        raise ValueError(
-            f"{name} decays in form {decay.form!r}, which divides by the rate that "
-            f"training begins with, and that is {lr0}. Give its group that rate: "
-            f"dict(params=..., lr=0.0, initial_lr=3e-4)."
-        )
-    if not decay.needs_init:
-        return None
-    if param.is_meta or is_lazy(param):
-        raise ValueError(
-            f"{name} decays towards what it is now, and it has no values yet. Make "
-            f"the optimizer, or assign optimizer.wd_policy, when the weights are there."
-        )
-    return param.detach().clone()
+def is_moving(group: Mapping[str, Any]) -> bool:
+    """Tell whether a step moves parameters; a rate on a device is not waited for."""
+    rate = group.get("lr", 1.0)
+    on_device = isinstance(rate, Tensor) and not rate.is_cpu
+    return on_device or bool(rate != 0)
 
 
 def is_rate(value: Any) -> bool:

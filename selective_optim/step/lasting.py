@@ -339,7 +339,10 @@ def split_again(
             shown_group = going_on[0].group
         else:
             # A counter that the class keeps in a group goes where its parameters go.
-            own = known[0][1].own if known else without_decay(group)
+            # One that comes from none begins with what the others were last given.
+            own = (
+                known[0][1].own if known else without_decay({**group, **(shown or {})})
+            )
             shown_group = {k: v if k in keys else own_copy(v) for k, v in own.items()}
         parts.append(_part(decay_key, shown_group, group, decisions, chosen))
     form = before[0].form if before else None
