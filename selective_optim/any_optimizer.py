@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from selective_optim._arguments import held_optimizers, is_optimizer, require_decay
-from selective_optim._state_dict import RECORD
 from selective_optim._text import received
 from selective_optim.decay import FORMS, Decay, Decision
+from selective_optim.decisions.state_dict import RECORD
 from selective_optim.parameters import ModelIndex
 from selective_optim.report import (
     NOTE,

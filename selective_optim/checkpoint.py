@@ -26,15 +26,15 @@ from selective_optim._canonical_names import (
     told_apart,
     without_wrappers,
 )
-from selective_optim._state_dict import (
-    MEMBERS,
+from selective_optim._text import received, shape_text
+from selective_optim.decisions.state_dict import (
     PARTS,
     RECORD,
     require_dict,
     require_whole,
 )
-from selective_optim._text import received, shape_text
 from selective_optim.parameters import as_modules
+from selective_optim.step.lasting import PER_PARAM
 
 StateDict = dict[str, Any]
 Hyper = dict[str, Any]  # of a group: all but its parameters and their names
@@ -112,7 +112,7 @@ def _entries_of(
 ) -> Iterable[Entry]:
     keys = group["params"]
     own = _names_of(group, index, names)
-    hyper = {key: value for key, value in group.items() if key not in MEMBERS}
+    hyper = {key: value for key, value in group.items() if key not in PER_PARAM}
     records: list[Record] = [[1.0, form_of(hyper)]] * len(keys)
     if RECORD in state_dict:
         records = state_dict[RECORD][index]

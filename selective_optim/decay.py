@@ -196,8 +196,8 @@ def as_decay(value: object) -> Decay:
     return Decay(value)  # type: ignore[arg-type]  # Decay checks it
 
 
-class Terms(NamedTuple):
-    """All of a decision that a number depends on: parameters of like terms decay alike.
+class DecayKey(NamedTuple):
+    """All of a decision that a number depends on; what is equal in it decays alike.
 
     Args:
         decay: What was decided.
@@ -208,7 +208,7 @@ class Terms(NamedTuple):
     lr0: float | None = None
 
 
-FULLY = Terms(FULL)
+FULL_KEY = DecayKey(FULL)
 
 
 class Verdict(NamedTuple):
@@ -245,15 +245,15 @@ class Decision(NamedTuple):
     init: Tensor | None = None
 
     @property
-    def terms(self) -> Terms:
+    def decay_key(self) -> DecayKey:
         """What it comes to in numbers."""
-        return Terms(self.decay, self.lr0 if self.decay.needs_lr0 else None)
+        return DecayKey(self.decay, self.lr0 if self.decay.needs_lr0 else None)
 
     def begin(self) -> dict[str, Any]:
         """Return what its decay depends on besides multiplier and form, if anything."""
         known = {
             "target": self.decay.target if self.decay.multiplier else None,
-            "lr0": self.terms.lr0,
+            "lr0": self.decay_key.lr0,
             "init": self.init,
         }
         return {key: value for key, value in known.items() if value is not None}

@@ -3,7 +3,7 @@
 A model is walked once and not for every optimizer or group that asks: one
 optimizer per parameter, stepped in a hook, is how people save memory. What was
 read is checked where it is used, place by place, and costs nothing to keep:
-modules are referred to weakly, and parameters by identity alone.
+modules are referred to weakly, and parameters by identity.
 """
 
 from __future__ import annotations
@@ -125,21 +125,12 @@ def own_classes(cls: type[nn.Module]) -> list[type]:
 def _named_info(
     param: Tensor, group: int, shape: torch.Size | None, name: str | None
 ) -> ParameterInfo:
-    """Describe a parameter of which at most a name is known."""
     own_name = name and name_of_its_own(name)
     name = canonical_name(name) if name else None
-    return ParameterInfo(
-        name=name,
-        names=(name,) if name else (),
-        leaf=name.rpartition(".")[2] if name else None,
-        owner=None,
-        path=(),
-        parameter=param,
-        shape=shape,
-        ndim=None if shape is None else len(shape),
-        group=group,
-        own_name=own_name,
-    )
+    leaf = name.rpartition(".")[2] if name else None
+    here = (param, shape, None if shape is None else len(shape), group)
+    names = (name,) if name else ()
+    return ParameterInfo(name, names, leaf, None, (), *here, own_name=own_name)
 
 
 def as_modules(model: object) -> list[nn.Module]:
@@ -167,30 +158,16 @@ Path = tuple[nn.Module, ...]
 
 @dataclass(frozen=True)
 class Place:
-    """One spot in a tree at which a parameter is registered.
+    """One spot in a tree at which a parameter is registered; keeps nothing alive."""
 
-    Modules are remembered without keeping them alive.
-
-    Args:
-        modules: The modules from the root to the one that registered it.
-        keys: Under which name each registered the next, and the last the parameter.
-        name: Its canonical dotted name.
-        leaf: Last part of that.
-        own_name: What tells it from others with the same canonical name, if need be.
-    """
-
-    modules: tuple[weakref.ref[nn.Module], ...]
-    keys: tuple[str, ...]
+    modules: tuple[weakref.ref[nn.Module], ...]  # from the root to the owner
+    keys: tuple[str, ...]  # under which each registered the next, at last the parameter
     name: str
     leaf: str
     own_name: str | None = None
 
     def path(self, param: Tensor) -> Path | None:
-        """Return the modules from the root to the owner if ``param`` stands here.
-
-        What a parametrization was made of belongs to the module that it was
-        registered on.
-        """
+        """Return the modules from the root to the owner if ``param`` stands here."""
         path = [module for ref in self.modules if (module := ref()) is not None]
         if len(path) < len(self.modules):
             return None
@@ -200,6 +177,7 @@ class Place:
             # Not `get`: scripted modules keep theirs in mappings without it.
             if key not in entries or entries[key] is not value:
                 return None
+        # A parametrization's originals belong to the module that it is registered on.
         made = isinstance(path[-1], ParametrizationList)
         own = made and self.keys[-1].startswith("original")
         return tuple(path[:-2] if own else path)
@@ -264,11 +242,8 @@ _watching: list[Any] = []
 
 
 def _forget_all(*_: object) -> None:
-    """Forget every index: somewhere a parameter or module was registered.
-
-    A place that is gone shows when it is looked up; one that is new, as when two
-    weights are tied, would not.
-    """
+    # Somewhere a parameter or module was registered. A place that is gone shows when it
+    # is looked up; one that is new, as when two weights are tied, would not.
     _indices.clear()
 
 
@@ -346,7 +321,7 @@ class ModelIndex:
     """What is known of an optimizer's parameters, from the best source at hand.
 
     In this order: ``model=``; a module, or the generator of one, given as
-    parameters; names; else shapes alone.
+    parameters; names; else only shapes.
 
     Args:
         model: A module, modules, or ``None``.
@@ -356,7 +331,7 @@ class ModelIndex:
         modules = as_modules(model)
         self._given = bool(modules)
         self._modules = list(map(weakref.ref, modules))
-        # Until it is decided for, a module may live through a generator alone.
+        # Until it is decided for, nothing but a generator may keep a module alive.
         self._held = modules
 
     @property
@@ -410,9 +385,9 @@ class ModelIndex:
             hash(question)
         except TypeError:
             return ask()
-        return (
-            index_of(modules[0]).remember(question, ask) if len(modules) == 1 else ask()
-        )
+        if len(modules) != 1:
+            return ask()
+        return index_of(modules[0]).remember(question, ask)
 
     def everyone(self) -> list[ParameterInfo]:
         """Describe every parameter of the known modules, in the optimizer or not."""

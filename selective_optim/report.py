@@ -348,7 +348,7 @@ def make_row(
         requires_grad=param.requires_grad,
         owner=decision.kinds[0].rpartition(".")[2] if decision.kinds else "",
         target=decision.decay.target,
-        lr0=decision.terms.lr0,
+        lr0=decision.decay_key.lr0,
         # torch steps whatever has a gradient.
         left_over=not param.requires_grad and param.grad is not None,
     )

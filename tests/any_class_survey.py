@@ -23,7 +23,7 @@ from torch import nn
 
 from selective_optim import selective
 from selective_optim.policies import form
-from selective_optim.split.parts import flag_of
+from selective_optim.step.lasting import flag_of
 
 STEPS = 8
 RESUMED_AT = 4

@@ -28,8 +28,7 @@ from selective_optim.policies import (
     scale,
     towards,
 )
-from selective_optim.policies.named import NAMED
-from selective_optim.policies.parser import PolicyTextError
+from selective_optim.policies.named import NAMED, PolicyTextError
 from selective_optim.policies.selectors import Selector, as_selector
 from tests.test_errors import whole
 

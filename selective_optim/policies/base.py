@@ -1,17 +1,34 @@
-"""What every policy can do: decide, say what it needs, be multiplied by another."""
+"""Policies: what each can do, and the verbs, mappings and callables that write them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 from torch import nn
 
 from selective_optim._text import received
-from selective_optim.decay import FULL, Decay, Verdict
+from selective_optim.decay import (
+    EXEMPT,
+    FORM_NAMES,
+    FORMS,
+    FULL,
+    TARGET_RULE,
+    TARGET_WAY_OUT,
+    Decay,
+    Form,
+    Target,
+    Verdict,
+    as_decay,
+    broken_rule,
+    number_text,
+    target_text,
+)
 from selective_optim.parameters import ParameterInfo
-from selective_optim.policies.selectors import Need, Selector
+from selective_optim.policies.selectors import Need, Selector, as_selector
+from selective_optim.policies.user_code import StrictInfo, callable_text, picklable
 
 
 class Policy:
@@ -61,7 +78,6 @@ class Policy:
 
 
 def _not_joined(left: object, sign: str, right: object) -> str:
-    """Tell how two things are joined that someone tried to join otherwise."""
     what = "policies multiply with policies" if sign == "*" else "policies are joined"
     shown = f"{what}, not {received(left)} {sign} {received(right)}"
     policy, other = (left, right) if isinstance(left, Policy) else (right, left)
@@ -87,10 +103,8 @@ class Product(Policy):
     right: Policy
 
     def __repr__(self) -> str:
-        nested = isinstance(self.right, Product)
-        return f"{self.left!r} * " + (
-            f"({self.right!r})" if nested else f"{self.right!r}"
-        )
+        right = f"({self.right!r})" if isinstance(self.right, Product) else self.right
+        return f"{self.left!r} * {right}"
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -107,3 +121,220 @@ class Product(Policy):
         left, right = self.left.decide(info), self.right.decide(info)
         reasons = [v.reason for v in (left, right) if v.decay != FULL] or [right.reason]
         return Verdict(left.decay * right.decay, ", ".join(reasons))
+
+
+UNMATCHED = "decays in full"  # the reason where no selector matches
+
+
+@dataclass(frozen=True, repr=False)
+class Rule(Policy):
+    """One decay for the parameters that the selectors match, another for the rest."""
+
+    verb: str  # as it is printed, and before what its selectors match
+    selectors: tuple[Selector, ...]
+    inside: Decay = FULL
+    outside: Decay = FULL
+    missing_ok: bool = False
+
+    def __repr__(self) -> str:
+        arguments = [repr(selector) for selector in self.selectors]
+        if self.verb == "scale":
+            arguments.append(f"by={number_text(self.inside.multiplier)}")
+        if self.verb == "form":
+            arguments.insert(0, repr(self.inside.form))
+        if self.inside.target is not None:
+            arguments.insert(0, target_text(self.inside.target))
+        if self.missing_ok:
+            arguments.append("missing_ok=True")
+        return f"{self.verb}({', '.join(arguments)})"
+
+    def decide(self, info: ParameterInfo) -> Verdict:
+        for selector in self.selectors:
+            if selector.matches(info):
+                return Verdict(self.inside, f"{self.verb} {selector.told(info)}")
+        if not self.selectors:
+            return Verdict(self.inside, repr(self))
+        reason = f"not in {self!r}" if self.verb == "only" else UNMATCHED
+        return Verdict(self.outside, reason)
+
+
+@dataclass(frozen=True, repr=False)
+class FirstMatch(Policy):
+    """The decay of the first selector that matches; full decay where none does."""
+
+    selectors: tuple[Selector, ...]
+    decays: tuple[Decay, ...] = ()
+    missing_ok: bool = False
+
+    def __repr__(self) -> str:
+        pairs = zip(self.selectors, self.decays)
+        plain = ((s, d, d == Decay(d.multiplier)) for s, d in pairs)
+        cases = ", ".join(
+            f"{s!r}: {number_text(d.multiplier) if bare else d}" for s, d, bare in plain
+        )
+        missing = ", missing_ok=True" if self.missing_ok else ""
+        return f"first_match({{{cases}}}{missing})"
+
+    def decide(self, info: ParameterInfo) -> Verdict:
+        for selector, decay in zip(self.selectors, self.decays):
+            if selector.matches(info):
+                return Verdict(decay, selector.told(info))
+        return Verdict(FULL, UNMATCHED)
+
+
+class AnswerError(Exception):
+    """A callable policy returned no decay: the value, kind of error, broken rule."""
+
+
+@dataclass(frozen=True, repr=False)
+class Function(Policy):
+    """Any callable from ``ParameterInfo`` to number, bool or ``Decay``."""
+
+    function: Callable[[ParameterInfo], Any]
+
+    def __repr__(self) -> str:
+        return callable_text(self.function)
+
+    def decide(self, info: ParameterInfo) -> Verdict:
+        value = self.function(StrictInfo(info))
+        broken = None if isinstance(value, Decay) else broken_rule(value)
+        if broken is not None:
+            raise AnswerError(value, *broken)
+        return Verdict(as_decay(value), repr(self))
+
+    def __deepcopy__(self, memo: object) -> Function:
+        return self  # frozen, and functions are not copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Function, (picklable(self.function),)
+
+
+def _rule(
+    verb: str,
+    selectors: tuple[object, ...],
+    inside: Decay,
+    missing_ok: bool,
+    outside: Decay = FULL,
+) -> Rule:
+    if not selectors and verb not in ("form", "towards"):
+        raise ValueError(
+            f'`{verb}` needs at least one selector. Write for example {verb}("*.bias").'
+        )
+    return Rule(verb, tuple(map(as_selector, selectors)), inside, outside, missing_ok)
+
+
+def exclude(*selectors: object, missing_ok: bool = False) -> Policy:
+    """Exempt the matched parameters.
+
+    Args:
+        selectors: What to match: globs on the canonical name, compiled regular
+            expressions, module classes or instances, parameters, predicates.
+        missing_ok: Accept a glob or regular expression that matches nothing.
+
+    Example:
+        >>> from selective_optim.policies import is_norm
+        >>> exclude("*.bias", is_norm)
+        exclude('*.bias', is_norm)
+    """
+    return _rule("exclude", selectors, EXEMPT, missing_ok)
+
+
+def only(*selectors: object, missing_ok: bool = False) -> Policy:
+    """Exempt all but the matched parameters; arguments as for :func:`exclude`."""
+    return _rule("only", selectors, FULL, missing_ok, outside=EXEMPT)
+
+
+def scale(*selectors: object, by: float, missing_ok: bool = False) -> Policy:
+    """Multiply the decay of the matched parameters by ``by``, finite and >= 0.
+
+    Raises:
+        TypeError: ``by`` is not a number.
+        ValueError: ``by`` is negative, infinite or NaN.
+    """
+    return _rule("scale", selectors, Decay(by), missing_ok)
+
+
+def form(kind: Form, *selectors: object, missing_ok: bool = False) -> Policy:
+    """Decay the matched parameters, or all, in one form.
+
+    Per step, for a parameter ``p`` with gradient ``g``, rate ``lr`` and effective
+    decay ``wd``, towards ``t``, which is 0 but for :func:`towards`, and before torch's
+    update, which lowers ``p`` by ``lr * u``::
+
+        "l2"           g += wd * (p - t)         -= where the optimizer maximizes
+        "decoupled"    p -= lr * wd * (p - t)
+        "independent"  p -= lr / lr0 * wd * (p - t)
+        "corrected"    p -= lr ** 2 / lr0 * wd * (p - t)
+        "cautious"     p -= lr * wd * (p - t)    where u * (p - t) >= 0
+
+    ``lr0`` is the rate of the group when it was added, or the ``"initial_lr"`` that it
+    came with. The sign of ``u`` is for Adam and AdamW that of the new first moment;
+    for SGD ``u`` is the gradient, its new momentum buffer, or with ``nesterov`` the
+    sum of both. Where the optimizer maximizes, gradients count negated.
+
+    Args:
+        kind: The form.
+        selectors: As for :func:`exclude`; none is all parameters.
+        missing_ok: As for :func:`exclude`.
+
+    Raises:
+        ValueError: ``kind`` is no form.
+
+    Source:
+        "decoupled": Loshchilov and Hutter 2019, Algorithm 2. "corrected": Defazio
+        2025, "Why Gradients Rapidly Increase Near the End of Training", AdamC.
+        "cautious": Chen et al. 2025, "Cautious Weight Decay", Algorithm 1.
+    """
+    if kind not in FORMS:
+        raise ValueError(
+            f"`form` takes one of {FORM_NAMES} first, not {kind!r}. "
+            f'Write for example form("l2", "*.weight").'
+        )
+    return _rule("form", selectors, Decay(1.0, kind), missing_ok)
+
+
+def towards(target: Target, *selectors: object, missing_ok: bool = False) -> Policy:
+    """Decay the matched parameters, or all, towards ``target`` instead of 0.
+
+    Args:
+        target: A finite number, as 1 for the gains of norms; or ``"init"``, what a
+            parameter was when it was decided, which costs one tensor per parameter
+            and is saved in the state dict. ``torch.distributed.checkpoint`` leaves
+            that out: decide before it loads, while the values are those.
+        selectors: As for :func:`exclude`; none is all parameters.
+        missing_ok: As for :func:`exclude`.
+
+    Raises:
+        TypeError: ``target`` is neither a number nor a text.
+        ValueError: It is infinite, NaN, or another text than ``"init"``.
+
+    Example:
+        >>> from selective_optim.policies import is_norm
+        >>> towards(1, is_norm)
+        towards(1, is_norm)
+
+    Source:
+        Li, Grandvalet and Davoine 2018, "Explicit Inductive Bias for Transfer Learning
+        with Convolutional Networks", L2-SP, Eq. 2, for ``"init"``.
+    """
+    if target is None:
+        raise TypeError(f"{TARGET_RULE}, not None. {TARGET_WAY_OUT}")
+    return _rule("towards", selectors, Decay(1.0, target=target), missing_ok)
+
+
+def first_match(cases: Mapping[Any, Any], *, missing_ok: bool = False) -> Policy:
+    """Let the first selector that matches decide, as a plain mapping does.
+
+    Args:
+        cases: From selector to number, bool or :class:`Decay`, in order.
+        missing_ok: Accept a glob or regular expression that matches nothing.
+    """
+    selectors, decays = [], []
+    for item, value in cases.items():
+        selectors.append(as_selector(item))
+        try:
+            decays.append(as_decay(value))
+        except (TypeError, ValueError) as error:
+            told = f"`wd_policy` at {selectors[-1]!r}: {error}"
+            raise type(error)(told) from error
+    return FirstMatch(tuple(selectors), tuple(decays), missing_ok)

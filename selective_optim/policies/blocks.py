@@ -49,14 +49,9 @@ def _may_be_block(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Run:
-    """Modules that stand side by side under names that only count, as blocks do.
+    """Modules that stand side by side under names that only count, as blocks do."""
 
-    Args:
-        glob: Matches their names.
-        items: The modules, in order.
-    """
-
-    glob: str
+    glob: str  # matches their names
     items: tuple[nn.Module, ...]
 
     def __str__(self) -> str:
@@ -99,11 +94,9 @@ def _inside_stage(stage: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def _blocks_in(run: Run) -> list[nn.Module]:
-    """Return the items of a run or, where the items are stages, the blocks inside.
-
-    Stages differ in width; blocks that stand side by side are mostly alike, even
-    where each holds a list of experts.
-    """
+    """Return the items of a run or, where the items are stages, the blocks inside."""
+    # Stages differ in width; blocks that stand side by side are mostly alike, even
+    # where each holds a list of experts.
     inner = {item: _inside_stage(item) for item in run.items}
     staged = {type(item) for item, blocks in inner.items() if blocks}
     # A plain container never is a block itself, however alike its neighbors are.
@@ -118,19 +111,12 @@ def _blocks_in(run: Run) -> list[nn.Module]:
 
 
 def _require_blocks(run: Run) -> None:
-    """Check that modules which are all alike are blocks, and not stages of blocks.
-
-    Raises:
-        ValueError: Each consists of further modules that are all alike, and these
-            are no experts: then either could be meant.
-    """
+    # Where each consists of further modules that are all alike, and these are no
+    # experts, either could be meant; the rest of a stage is a norm or a projection.
     inner = [run for run in runs_in(run.items[0]) if "expert" not in run.glob]
-    if any(
-        each.uniform and len(set(map(type, each.items))) == 1
-        # The rest of a stage is at most a norm or a projection.
-        and 10 * each.size >= 9 * _size(run.items[0])
-        for each in inner
-    ):  # fmt: skip
+    most = 0.9 * _size(run.items[0])
+    alike = (r for r in inner if r.uniform and len(set(map(type, r.items))) == 1)
+    if any(each.size >= most for each in alike):
         deeper = f"{run.glob}.{inner[0].glob}"
         raise ValueError(
             f"`layers` must say what counts as a block; {run} are alike, and so are "
@@ -139,13 +125,7 @@ def _require_blocks(run: Run) -> None:
 
 
 def require_arguments(rate: float, layers: object) -> None:
-    """Check what layerwise rates are made of.
-
-    Raises:
-        TypeError: ``rate`` is no number, or ``layers`` neither a string, a list or
-            tuple of strings, nor ``None``.
-        ValueError: ``rate`` is negative, infinite or NaN, or ``layers`` is empty.
-    """
+    """Check what layerwise rates are made of; raises TypeError or ValueError."""
     globs = layers if isinstance(layers, (list, tuple)) else [layers]
     if layers is not None and not all(isinstance(glob, str) for glob in globs):
         raise TypeError(
@@ -171,17 +151,13 @@ def require_arguments(rate: float, layers: object) -> None:
 def find_stacks(roots: Sequence[nn.Module], layers: Layers) -> list[list[nn.Module]]:
     """Return the stacks of repeated blocks that hold parameters, each in order.
 
-    Args:
-        roots: Where to look.
-        layers: Glob on module names; of nested matches the outer counts, and the
-            name of one container stands for what it contains. A list of globs is
-            one stack each. ``None`` takes the run of blocks that holds most of the
-            parameters.
+    Of nested matches of a glob the outer counts, and the name of one container stands
+    for what it contains. A list of globs is one stack each. ``None`` takes the run of
+    blocks that holds most of the parameters.
 
     Raises:
-        ValueError: A glob matches none or names a single module, two globs match
-            one module, or ``layers`` is ``None`` and no run of blocks, or no single
-            one, holds most of the parameters.
+        ValueError: A glob names no blocks, two globs match one module, or no single
+            run of blocks holds most of the parameters.
     """
     if layers is None:
         return [_found(roots)]
@@ -243,18 +219,13 @@ def _matching(roots: Sequence[nn.Module], layers: str) -> list[nn.Module]:
     names = list(dict.fromkeys(name for name, _ in named))
     close = ", ".join(map(repr, get_close_matches(layers, names, n=3, cutoff=0.0)))
     globs = [glob for glob in dict.fromkeys(_counting_globs(roots)) if glob != layers]
+    way_out = "Name modules that repeat; this model has none that are numbered."
+    for glob in get_close_matches(layers, globs, n=1, cutoff=0.0):
+        way_out = f'Write for example layers="{glob}".'
     raise ValueError(
         f"`layers` {layers!r} matches none of {len(names)} modules with parameters; "
-        f"the closest are {close}. "
-        f"{_example(get_close_matches(layers, globs, n=1, cutoff=0.0))}"
+        f"the closest are {close}. {way_out}"
     )
-
-
-def _example(globs: Sequence[str]) -> str:
-    """Write what may have been meant, or what names such blocks by themselves."""
-    if globs:
-        return f'Write for example layers="{globs[0]}".'
-    return "Name modules that repeat; this model has none that are numbered."
 
 
 def _in_single_match(
@@ -278,13 +249,7 @@ def _in_single_match(
 
 
 def tower(modules: Modules, stack: Modules, others: set[nn.Module]) -> Modules:
-    """Return the outermost module around a stack and none of the others, with its own.
-
-    Args:
-        modules: All modules, parents before children.
-        stack: Blocks of the stack.
-        others: Blocks of the other stacks.
-    """
+    """Return the modules of the outermost one around a stack and none of the others."""
     # Parents come first, so the first that fits is the outermost.
     for module in modules:
         inside = set(module.modules())
@@ -297,20 +262,15 @@ def tower(modules: Modules, stack: Modules, others: set[nn.Module]) -> Modules:
 
 
 def distances_in(modules: Modules, blocks: Modules) -> dict[nn.Module, int]:
-    """Tell how far above each module the top of a stack of blocks lies.
-
-    Args:
-        modules: The modules of a model or a tower, parents before children.
-        blocks: Its blocks, in order.
-    """
+    """Tell how far above each module, parents first, the top of a stack lies."""
     numbers = {block: i for i, block in enumerate(blocks, start=1)}
     layer: dict[nn.Module, int] = {}
-    begun = 0
+    block = 0
     for module in modules:
         if module in numbers:
-            begun = numbers[module]
-            layer.update(dict.fromkeys(module.modules(), begun))
-        layer.setdefault(module, begun + 1 if begun else 0)
+            block = numbers[module]
+            layer.update(dict.fromkeys(module.modules(), block))
+        layer.setdefault(module, block + 1 if block else 0)
     if norm := final_norm(modules, blocks[-1]):
         layer.update(dict.fromkeys(norm.modules(), len(blocks)))
     for parent in modules:
@@ -346,19 +306,10 @@ def _span(item: nn.Module, numbers: dict[nn.Module, int]) -> list[int]:
 
 
 def final_norm(modules: Sequence[nn.Module], last: nn.Module) -> nn.Module | None:
-    """Return the norm that comes right after the last block, if one does.
-
-    Args:
-        modules: All modules, parents before children.
-        last: The block.
-    """
+    """Return the norm that comes right after the last block, if one does."""
     inside = set(last.modules())
-    after = iter(modules[modules.index(last) :])
-    following = next((m for m in after if m not in inside), None)
-    while following is not None and _is_wrapper(following):
-        following = next(after, None)
-    return following if norm_module(following) else None
-
-
-def _is_wrapper(module: nn.Module) -> bool:
-    return any(name in _torch.WRAPPERS for name, _ in module.named_children())
+    for module in modules[modules.index(last) :]:
+        keys = (key for key, _ in module.named_children())
+        if module not in inside and _torch.WRAPPERS.isdisjoint(keys):
+            return module if norm_module(module) else None
+    return None

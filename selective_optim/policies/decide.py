@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
+from fnmatch import fnmatchcase
+from functools import cache
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -10,10 +14,9 @@ from torch.nn.parameter import is_lazy
 from selective_optim import _torch
 from selective_optim.decay import FULL, REMEDY, Decision, Verdict
 from selective_optim.parameters import ParameterInfo, owner_kinds, shape_now
-from selective_optim.policies.base import Policy
-from selective_optim.policies.callables import UnknownError
-from selective_optim.policies.rules import AnswerError
-from selective_optim.policies.unmatched import require_matches
+from selective_optim.policies.base import AnswerError, Policy
+from selective_optim.policies.selectors import NamePattern, Selector
+from selective_optim.policies.user_code import UnknownError
 
 NO_POLICY = "no policy"
 WAYS_OUT = (
@@ -21,6 +24,7 @@ WAYS_OUT = (
     "a framework makes the optimizer, write with selective_optim.deciding_for(model): "
     "around it."
 )
+SHOWN = 3  # names that a message gives
 
 
 def decide(
@@ -39,48 +43,37 @@ def decide(
         ValueError: The policy needs what is not known of a parameter, or fails.
         TypeError: The policy yields something other than a decay.
     """
-    if policy is None:
-        verdicts = [Verdict(FULL, NO_POLICY)] * len(infos)
-    else:
-        verdicts = _verdicts(policy, infos, places or range(len(infos)))
-    shapes = [shape_now(i.parameter) if i.shape is None else i.shape for i in infos]
-    return [
-        Decision(
-            *(verdict.decay.settled, verdict.reason, info.name, shape),
-            *(owner_kinds(info), info.own_name),
-        )
-        for verdict, info, shape in zip(verdicts, infos, shapes)
-    ]
-
-
-def _verdicts(
-    policy: Policy, infos: Sequence[ParameterInfo], places: Sequence[int]
-) -> list[Verdict]:
-    _require_knowledge(policy, infos, places)
-    verdicts = []
+    places = places or range(len(infos))
+    if policy is not None:
+        _require_knowledge(policy, infos, places)
+    decisions = []
     for info, place in zip(infos, places):
         try:
-            verdicts.append(policy.decide(info))
+            verdict = policy.decide(info) if policy else Verdict(FULL, NO_POLICY)
         # Whatever a user's callable raises is told with the parameter's name.
         except Exception as error:
-            raise _explained(error, policy, info, place) from error
-    return verdicts
+            raise _explained(error, policy, info.describe(place), info) from error
+        shape = shape_now(info.parameter) if info.shape is None else info.shape
+        known = (info.name, shape, owner_kinds(info), info.own_name)
+        decisions.append(Decision(verdict.decay.settled, verdict.reason, *known))
+    return decisions
 
 
 def _explained(
-    error: Exception, policy: Policy, info: ParameterInfo, position: int
+    error: Exception, policy: Policy | None, parameter: str, info: ParameterInfo
 ) -> Exception:
-    parameter = info.describe(position)
     if isinstance(error, AnswerError):
-        return error.kind(
-            f"`wd_policy` returned {error.value!r} for {parameter}; {error.rule}. "
+        value, kind, rule = error.args
+        explained: Exception = kind(
+            f"`wd_policy` returned {value!r} for {parameter}; {rule}. "
             f"{REMEDY.replace('Use', 'Return')}"
         )
+        return explained
     if isinstance(error, UnknownError):
-        of_shape = error.field in ("shape", "ndim")
+        field = error.args[0]
+        lost = _lost(info) if field in ("shape", "ndim") else f"not known. {WAYS_OUT}"
         return ValueError(
-            f"`wd_policy` {policy!r} read `{error.field}` of {parameter}, "
-            f"which is {_lost(info) if of_shape else f'not known. {WAYS_OUT}'}"
+            f"`wd_policy` {policy!r} read `{field}` of {parameter}, which is {lost}"
         )
     kind = TypeError if isinstance(error, TypeError) else ValueError
     return kind(
@@ -92,11 +85,6 @@ def _explained(
 def _require_knowledge(
     policy: Policy, infos: Sequence[ParameterInfo], places: Sequence[int]
 ) -> None:
-    """Check that of every parameter all is known that the policy asks about.
-
-    Raises:
-        ValueError: It is not; the message gives the first such parameter.
-    """
     needs = policy.needs
     for info, place in zip(infos, places):
         if info.shape is None and _torch.is_flat_parameter(info.parameter):
@@ -125,6 +113,77 @@ def _lost(info: ParameterInfo) -> str:
         "lost where FSDP flattened it. Wrap with use_orig_params=True and pass "
         "model=model, or decide before wrapping."
     )
+
+
+def require_matches(
+    policy: Policy,
+    infos: Sequence[ParameterInfo],
+    elsewhere: Callable[[Selector], bool],
+    everyone: Callable[[], Sequence[ParameterInfo]],
+) -> None:
+    """Check that every glob, regular expression and object matches some parameter.
+
+    Args:
+        policy: The policy that decides for ``infos``.
+        infos: What is known of the optimizer's parameters.
+        elsewhere: Tells whether a selector matches any parameter of the model, a
+            frozen part included.
+        everyone: Gives what is known of the model's parameters.
+
+    Raises:
+        ValueError: One matches none; the message gives the closest names.
+    """
+    missing = [s for s in policy.required if not any(map(s.matches, infos))]
+    for selector in missing:
+        if elsewhere(selector):
+            continue
+        # Who trains a part of a model may have written for all of it.
+        infos = [*infos, *everyone()]
+        names = list(dict.fromkeys(name for info in infos for name in info.names))
+        # A pattern without names to search in: deciding raises and says so.
+        if names or not isinstance(selector, NamePattern):
+            count = len({id(info.parameter) for info in infos})
+            closest, way_out = _advice(selector, names)
+            raise ValueError(
+                f"{selector!r} in `wd_policy` matches none of {count} parameters"
+                f"{closest}. {way_out}, or pass missing_ok=True to its policy."
+            )
+
+
+def _advice(selector: Selector, names: Sequence[str]) -> tuple[str, str]:
+    if not isinstance(selector, NamePattern):
+        return "", "Correct it"
+    pattern = selector.pattern
+    text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+    word = text.strip("*.^$\\")
+    holders = [name for name in names if word and word.lower() in name.lower()]
+    close = (holders or _closest(word, names))[:SHOWN]
+    told = f"; the closest names are {', '.join(map(repr, close))}"
+    if isinstance(pattern, str) and holders:
+        start = holders[0].lower().index(word.lower())
+        meant = holders[0][start : start + len(word)]
+        meant = f"*.{meant}" if holders[0].endswith(f".{meant}") else f"*{meant}*"
+        if fnmatchcase(holders[0], meant):
+            why = "Case counts" if pattern[:1] == "*" else "A glob is for whole names"
+            return told, f'{why}: write "{meant}"'
+    return told, "Correct it"
+
+
+def _closest(text: str, names: Sequence[str]) -> list[str]:
+    # A name is long, as base_model.model.layers.0.lora_A.default.weight, and what was
+    # misspelt is a word of it: the likest part of each name counts, in any case.
+    size = text.count(".") + 1
+
+    @cache
+    def likeness(part: str) -> float:
+        return SequenceMatcher(None, text.lower(), part.lower()).ratio()
+
+    def best(name: str) -> float:
+        parts = name.split(".")
+        starts = range(max(1, len(parts) - size + 1))
+        return max(likeness(".".join(parts[i : i + size])) for i in starts)
+
+    return sorted(names, key=best, reverse=True)
 
 
 def decide_alone(

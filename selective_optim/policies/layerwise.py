@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,22 +28,17 @@ from selective_optim.policies.recognition import embedding_part
 from selective_optim.policies.selectors import Need
 
 Order = tuple[float, ...]
-# What ends in this number is no layer of its own but goes with the one before.
+# A last number by which timm's matchers join a layer to the one before it.
 WITH_THE_ONE_BEFORE = 99999
 # A model may well call a module of its own `module`.
 INSIDE = _torch.WRAPPERS - {"module"}
 
 
 def own_layers(roots: Sequence[nn.Module]) -> dict[str, int] | None:
-    """Number the layers by what the model says, from 0 at the bottom.
+    """Number the layers by what the model says, from 0 at the bottom, for each name.
 
-    Args:
-        roots: Where to look. A model that holds nothing but another, as a wrapper or
-            a training module does, has the other speak.
-
-    Returns:
-        The layer of every parameter by its canonical name; ``None`` where the model
-        says nothing, or no more than one layer.
+    A model that holds nothing but another, as a wrapper or a training module does, has
+    the other speak. ``None`` where it says nothing, or no more than one layer.
     """
     if len(roots) != 1:
         return None
@@ -75,42 +70,42 @@ def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in INSIDE)
 
 
-def _placing(said: Any) -> Callable[[str], Order]:
-    """Make a function from name to place of what a model said."""
-    if isinstance(said, Mapping):
-        rules = list(_rules(said))
-        return lambda name: _by_rules(rules, name)
-    return lambda name: _order(said(name))
-
-
 def _order(place: Any) -> Order:
     return tuple(map(float, place)) if isinstance(place, Iterable) else (float(place),)
 
 
-def _rules(said: Mapping[str, Any]) -> Iterator[tuple[int, re.Pattern[str], Any]]:
-    """Yield expressions in order, each with the number of its part and a suffix."""
-    for part, expressions in enumerate(said.values()):
-        if isinstance(expressions, (str, re.Pattern)):
-            expressions = [(expressions, None)]
-        for expression, suffix in expressions or ():
-            yield part, re.compile(expression), suffix
+def _placing(said: Any) -> Callable[[str], Order]:
+    """Make a function from name to place of what a model said.
 
+    A mapping has one expression or several for each part, with suffixes; timm orders
+    by part, then by number (models/_manipulate.py).
+    """
+    if not isinstance(said, Mapping):
+        return lambda name: _order(said(name))
+    single = (str, re.Pattern)
+    lists = [[(e, None)] if isinstance(e, single) else e or () for e in said.values()]
+    rules = [
+        (part, re.compile(expression), suffix or ())
+        for part, expressions in enumerate(lists)
+        for expression, suffix in expressions
+    ]
 
-def _by_rules(rules: Sequence[tuple[int, re.Pattern[str], Any]], name: str) -> Order:
-    for part, expression, suffix in rules:
-        if found := expression.match(name):
-            numbers = (number for number in found.groups() if number is not None)
-            # As timm orders them (models/_manipulate.py): by part, then by number.
-            return (part, *map(float, numbers), *map(float, suffix or ()))
-    return (math.inf,)  # what no expression matches is the head
+    def place(name: str) -> Order:
+        for part, expression, suffix in rules:
+            if found := expression.match(name):
+                numbers = (number for number in found.groups() if number is not None)
+                return (part, *map(float, numbers), *map(float, suffix))
+        return (math.inf,)  # what no expression matches is the head
+
+    return place
 
 
 def _numbers(places: set[Order]) -> dict[Order, int]:
     numbers: dict[Order, int] = {}
+    last = -1
     for place in sorted(places):
-        last = max(numbers.values(), default=-1)
-        goes_with = numbers and place[-1] == WITH_THE_ONE_BEFORE
-        numbers[place] = last if goes_with else last + 1
+        last += not (numbers and place[-1] == WITH_THE_ONE_BEFORE)
+        numbers[place] = last
     return numbers
 
 
@@ -123,14 +118,9 @@ class Distances:
     last block belongs to that block, as in timm; of lists that count as the blocks
     do, each item belongs to the blocks of its number.
 
-    Of several stacks of blocks each has its own depth, for all that stands in the
-    module around it alone. What is around them all is the top, or if it is an
-    embedding or comes before them, lies below the first blocks of the deepest.
-
-    Args:
-        roots: The modules.
-        layers: Globs on the names of the repeated blocks, one for each stack;
-            ``None`` asks the model, or finds them.
+    Of several stacks of blocks each has its own depth, for everything in the module
+    around this stack and no other. Modules around all stacks are the top; embeddings
+    and modules before the stacks lie below the first blocks of the deepest.
 
     Raises:
         ValueError: No blocks are found, or more than one list of them.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
+from operator import contains
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -14,13 +15,8 @@ from selective_optim._text import received
 from selective_optim.decay import EXEMPT, FULL, Decay, Verdict, number_text
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
-from selective_optim.policies.no_weight_decay import (
-    MARK,
-    Lists,
-    listing,
-    relative_names,
-)
 from selective_optim.policies.selectors import Need
+from selective_optim.policies.user_code import MARK, Lists, relative_names
 
 # S4 and what follows it write a parameter's own settings there.
 SETTINGS = "_optim"
@@ -86,11 +82,11 @@ class Marked(Policy):
             for module, name in relative_names(place):
                 if reason := _mark(module, name, lists):
                     return Verdict(EXEMPT, reason)
-        own = _own_decay(info.parameter)
-        return Verdict(FULL, "not marked") if own is None else self._by_own(own)
+        settings = getattr(info.parameter, SETTINGS, None)
+        own = settings.get("weight_decay") if isinstance(settings, Mapping) else None
+        return Verdict(FULL, "not marked") if own is None else self._by_own(float(own))
 
     def _by_own(self, own: float) -> Verdict:
-        """Decide for a parameter whose settings name a decay of its own."""
         told = f"{SETTINGS} has weight_decay {number_text(own)}"
         if own == 0:
             return Verdict(EXEMPT, told)
@@ -102,24 +98,17 @@ class Marked(Policy):
         return Verdict(Decay(own / self.weight_decay), told)
 
 
-def _own_decay(param: Tensor) -> float | None:
-    settings = getattr(param, SETTINGS, None)
-    own = settings.get("weight_decay") if isinstance(settings, Mapping) else None
-    return None if own is None else float(own)
-
-
 def _mark(module: nn.Module, name: str, lists: Lists) -> str | None:
     who = type(module).__name__
     # Not getattr: wrappers answer for the module inside, which is asked itself.
     if vars(module).get(MARK) is True:
         return f"{MARK} of {who}"
-    for method in ("no_weight_decay", "no_weight_decay_patterns"):
-        if listed := listing(name, lists.names(module, method)):
-            return f"{who}.{method}() lists {listed!r}"
-    for keyword in lists.names(module, "no_weight_decay_keywords"):
-        if keyword in name:
-            return f"{who}.no_weight_decay_keywords() lists {keyword!r}"
-    return None
+    told = (
+        lists.told(module, "no_weight_decay", name)
+        or lists.told(module, "no_weight_decay_patterns", name)
+        or lists.told(module, "no_weight_decay_keywords", name, contains)
+    )
+    return f"{who}.{told}" if told else None
 
 
 def marked(weight_decay: float | None = None) -> Policy:

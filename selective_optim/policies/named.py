@@ -1,9 +1,16 @@
-"""Policies by name, and what else ``wd_policy`` takes: mappings and callables."""
+"""Policies by name and as text, and what else ``wd_policy`` takes.
+
+:func:`parse` reads back what ``repr`` prints. ``ast.parse`` takes a text apart by
+Python's grammar and runs nothing. What each part may mean is looked up here:
+functions and names of policies, predicates, and module classes that are loaded.
+Everything else is refused at its place.
+"""
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from types import FunctionType
 from typing import Any, Literal, TypeAlias
@@ -13,13 +20,10 @@ from torch import nn
 from selective_optim._text import received
 from selective_optim.decay import FORMS, Decay
 from selective_optim.parameters import ParameterInfo
-from selective_optim.policies.base import Policy
-from selective_optim.policies.layerwise import layerwise
-from selective_optim.policies.markers import marked
-from selective_optim.policies.parser import PREDICATES, is_expression, read_policy
-from selective_optim.policies.recipes import RECIPES
-from selective_optim.policies.rules import (
+from selective_optim.policies import selectors
+from selective_optim.policies.base import (
     Function,
+    Policy,
     exclude,
     first_match,
     form,
@@ -27,7 +31,11 @@ from selective_optim.policies.rules import (
     scale,
     towards,
 )
+from selective_optim.policies.layerwise import layerwise
+from selective_optim.policies.markers import marked
+from selective_optim.policies.recipes import RECIPES
 from selective_optim.policies.selectors import (
+    Predicate,
     Selector,
     as_selector,
     everything,
@@ -37,6 +45,7 @@ from selective_optim.policies.selectors import (
     is_norm,
     is_vector,
 )
+from selective_optim.policies.user_code import loaded_class
 
 NAMED: dict[str, Policy] = {
     "all": only(everything),
@@ -51,40 +60,15 @@ NAMED: dict[str, Policy] = {
 }
 
 # For editors, which offer the names. A test holds it to ``NAMED``.
+# fmt: off
 PolicyName: TypeAlias = Literal[
-    "all",
-    "none",
-    "no_bias",
-    "no_norm",
-    "no_bias_norm",
-    "no_bias_norm_embedding",
-    "matrices",
-    "layer_weights",
-    "huggingface",
-    "timm",
-    "fastai",
-    "mmengine",
-    "detectron2",
-    "torchvision",
-    "torchvision_swin",
-    "ultralytics",
-    "yolox",
-    "rtdetr",
-    "sam2",
-    "swin",
-    "convnext",
-    "mae",
-    "dinov2",
-    "dinov3",
-    "open_clip",
-    "open_clip_2025",
-    "nanogpt",
-    "mingpt",
-    "megatron",
-    "gptneox",
-    "rwkv",
-    "olmo",
+    "all", "none", "no_bias", "no_norm", "no_bias_norm", "no_bias_norm_embedding",
+    "matrices", "layer_weights", "huggingface", "timm", "fastai", "mmengine",
+    "detectron2", "torchvision", "torchvision_swin", "ultralytics", "yolox", "rtdetr",
+    "sam2", "swin", "convnext", "mae", "dinov2", "dinov3", "open_clip",
+    "open_clip_2025", "nanogpt", "mingpt", "megatron", "gptneox", "rwkv", "olmo",
 ]
+# fmt: on
 # Any text: a policy may stand in a configuration, as an expression.
 WdPolicy: TypeAlias = (
     PolicyName
@@ -106,6 +90,7 @@ MAKERS: dict[Any, str] = {
     layerwise: "layerwise(0.75)",
     marked: "marked()",
 }
+EXPRESSION = re.compile(r"[({|&~]|\w\s*\*\s+\w|\w\s+\*\s*\w")
 WORDS = re.compile(r"[a-z]+|[A-Z][a-z]*")
 NORM_WORDS = frozenset(
     {"norm", "norms", "layernorm", "batchnorm", "rmsnorm", "ln", "bn"}
@@ -170,16 +155,23 @@ def parse(text: str) -> Policy:
             f"Write for example parse(\"exclude('*.bias')\")."
         )
     plain = text.strip()
-    # Before the reader of expressions, which most optimizers never need.
-    if plain in NAMED:
-        return NAMED[plain]
-    functions = {function.__name__: function for function in (*MAKERS, *BY_TEXT)}
-    if is_expression(plain) or plain in functions or plain in PREDICATES:
-        return read_policy(plain, functions, NAMED)
+    if is_expression(plain) or plain in FUNCTIONS or plain in PREDICATES:
+        return Reader(re.sub(r"\s*\n\s*", " ", plain)).read()
     return named(plain)
 
 
-BY_TEXT: tuple[Any, ...] = (first_match, named)
+PREDICATES = {p.name: p for p in vars(selectors).values() if isinstance(p, Predicate)}
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    function.__name__: function for function in (*MAKERS, first_match, named)
+}
+
+
+def is_expression(text: str) -> bool:
+    """Tell whether a text is more than a name or a glob: a call, a mapping, ``a * b``.
+
+    A glob has parentheses nowhere, and no space beside its ``*``.
+    """
+    return bool(EXPRESSION.search(text))
 
 
 def as_policy(value: object) -> Policy:
@@ -208,11 +200,7 @@ def as_policy(value: object) -> Policy:
     )
 
 
-EXAMPLE = 'for example wd_policy="no_bias_norm"'
-
-
 def _meant(value: object) -> str:
-    """Write the policy that a user may have meant who gave selectors or names."""
     several = isinstance(value, (list, tuple, set, frozenset))
     items = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
     items = list(items) if several else [items]  # type: ignore[call-overload]
@@ -220,47 +208,234 @@ def _meant(value: object) -> str:
     if several and not names and (meant := _meant_by_words(items)):
         return meant
     rest = [i for i in items if not isinstance(i, str) or i not in names]
-    try:
-        texts = [_selector_text(item) for item in rest]
-    except TypeError:
-        return EXAMPLE
-    if not items or any(text.startswith("<") for text in texts):
-        return EXAMPLE
+    texts = _selector_texts(rest)
+    if not items or texts is None or any(text.startswith("<") for text in texts):
+        return 'for example wd_policy="no_bias_norm"'
     excluded = [f"exclude({', '.join(texts)})"] if rest else []
     return "wd_policy=" + " * ".join([*(f'named("{n}")' for n in names), *excluded])
 
 
 def _meant_by_words(items: Sequence[object]) -> str | None:
-    """Answer a list of words for biases and norms, which miss what is called otherwise.
-
-    ``["bias", "LayerNorm.weight"]`` stands in many notebooks; in a ResNet it finds
-    no norm.
-    """
+    # ["bias", "LayerNorm.weight"] is in many notebooks; in a ResNet it finds no norm.
     words = [i for i in items if isinstance(i, str) and not GLOB.search(i)]
-    norms = [word for word in words if _means_norm(word)]
+    norms = [
+        word
+        for word in words
+        if NORM_WORDS.intersection(part.lower() for part in WORDS.findall(word))
+    ]
     if not norms:
         return None
     biases = [word for word in words if word.lower().strip(".") == "bias"]
     name = "no_bias_norm" if biases else "no_norm"
     rest = [item for item in items if item not in (*norms, *biases)]
-    try:
-        texts = ", ".join(map(_selector_text, rest))
-    except TypeError:
+    texts = _selector_texts(rest)
+    if texts is None:
         return None
-    policy = f'named("{name}") * exclude({texts})' if rest else f'"{name}"'
+    policy = f'named("{name}") * exclude({", ".join(texts)})' if rest else f'"{name}"'
     return (
         f"wd_policy={policy}, which knows norms by their class: a word such as "
         f"{norms[0]!r} misses those that a model calls otherwise"
     )
 
 
-def _means_norm(word: str) -> bool:
-    parts = {part.lower() for part in WORDS.findall(word)}
-    return not parts.isdisjoint(NORM_WORDS)
-
-
-def _selector_text(item: object) -> str:
-    if not isinstance(item, str):
-        return repr(as_selector(item))
+def _selector_texts(items: Sequence[object]) -> list[str] | None:
     # Lists of plain words are searched for words, as in transformers' examples.
-    return f'"{item}"' if GLOB.search(item) else f'"*{item}*"'
+    plain = [isinstance(item, str) and not GLOB.search(item) for item in items]
+    given = [f"*{item}*" if each else item for item, each in zip(items, plain)]
+    try:
+        return [f'"{i}"' if isinstance(i, str) else repr(as_selector(i)) for i in given]
+    except TypeError:
+        return None
+
+
+TYPE_THIS = "Write for example exclude('*.bias', is_norm) * layerwise(0.75)."
+TOO_DEEP = "it is nested too deeply"
+WIDTH = 76  # of a text that a message shows; more is cut around the place
+
+
+class PolicyTextError(ValueError):
+    """A policy's text cannot be read; the message points at the place."""
+
+
+class Reader:
+    """Reads one text as a policy; see :func:`parse`."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def read(self) -> Policy:
+        """Read the text.
+
+        Raises:
+            PolicyTextError: It cannot be read; the message shows where.
+        """
+        try:
+            body = ast.parse(self.text, mode="eval").body
+        except SyntaxError as error:
+            place = min((error.offset or 1) - 1, len(self.text))
+            raise self._error(place, f"{error.msg}.", TYPE_THIS) from None
+        except (ValueError, RecursionError, MemoryError) as error:
+            raise self._error(0, f"{error or TOO_DEEP}.", TYPE_THIS) from None
+        try:
+            return self._policy(body)
+        except RecursionError:
+            raise self._error(0, f"{TOO_DEEP}.", TYPE_THIS) from None
+
+    def _policy(self, node: ast.expr) -> Policy:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            return self._policy(node.left) * self._policy(node.right)
+        policy: Policy | None = None
+        if isinstance(node, ast.Call) and _dotted(node.func) in FUNCTIONS:
+            policy = self._call(node, FUNCTIONS[_dotted(node.func)])
+        elif isinstance(node, ast.Name):
+            policy = NAMED.get(node.id)
+        elif isinstance(node, ast.Dict):
+            policy = self._called(node, first_match, [self._dict(node)])
+        if policy is None:
+            raise self._not_a_policy(node)
+        return policy
+
+    def _not_a_policy(self, node: ast.expr) -> PolicyTextError:
+        shown = ast.unparse(node)
+        if isinstance(node, ast.BinOp) and not isinstance(node.op, ast.BitOr):
+            return self._wrong(node, f"{shown} joins policies with no `*`.", TYPE_THIS)
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+            rest = f"Write scale(everything, by={shown})."
+            return self._wrong(node, f"{shown} is a number, and no policy.", rest)
+        name = _dotted(node.func if isinstance(node, ast.Call) else node)
+        if isinstance(node, ast.Name) and name in FUNCTIONS:
+            told = f"{name} is what makes a policy, and not called."
+            return self._wrong(node, told, TYPE_THIS)
+        if name and name not in PREDICATES:
+            kind = "function" if isinstance(node, ast.Call) else "name"
+            known = FUNCTIONS if isinstance(node, ast.Call) else NAMED
+            told = f"{name!r} is the {kind} of no policy."
+            return self._wrong(node, told, _closest(name, known))
+        self._selector(node)  # which raises if it is none
+        told = f"{shown} is a selector, and no policy."
+        return self._wrong(node, told, f"Write exclude({shown}).")
+
+    def _call(self, node: ast.Call, function: Callable[..., Any]) -> Any:
+        arguments = [self._argument(each) for each in node.args]
+        keywords = {}
+        for keyword in node.keywords:
+            if keyword.arg is None:
+                raise self._wrong(keyword.value, "`**` cannot stand here.", TYPE_THIS)
+            keywords[keyword.arg] = self._argument(keyword.value)
+        return self._called(node, function, arguments, keywords)
+
+    def _called(
+        self,
+        node: ast.expr,
+        function: Callable[..., Any],
+        arguments: list[Any],
+        keywords: Mapping[str, Any] | None = None,
+    ) -> Any:
+        try:
+            return function(*arguments, **(keywords or {}))
+        except (TypeError, ValueError, re.error) as error:
+            text = str(error)
+            told = text if text.endswith(".") else f"{text}."
+            rest = "" if ". " in told else TYPE_THIS
+            raise self._wrong(node, told, rest) from error
+
+    def _argument(self, node: ast.expr) -> Any:
+        """Read a number, a text, a mapping, a decay or a selector."""
+        if isinstance(node, ast.Constant):
+            value = node.value
+            if value is None or isinstance(value, str | int | float):
+                return value
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            value = self._argument(node.operand)
+            if isinstance(value, int | float):
+                return -value
+        if isinstance(node, ast.Dict):
+            return self._dict(node)
+        if isinstance(node, ast.Call) and _dotted(node.func) == "Decay":
+            return self._call(node, Decay)
+        return self._selector(node)
+
+    def _dict(self, node: ast.Dict) -> dict[Any, Any]:
+        return {
+            self._selector(key or node): self._argument(value)
+            for key, value in zip(node.keys, node.values)
+        }
+
+    def _selector(self, node: ast.expr) -> Selector:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return as_selector(node.value)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+            return self._selector(node.left) | self._selector(node.right)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd):
+            return self._selector(node.left) & self._selector(node.right)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
+            return ~self._selector(node.operand)
+        if isinstance(node, ast.Call) and _dotted(node.func) == "re.compile":
+            return as_selector(self._pattern(node))
+        if name := _dotted(node):
+            return self._named_selector(node, name)
+        if isinstance(node, ast.Call) and (name := _dotted(node.func)) in PREDICATES:
+            told = f"{name} is a selector and takes nothing."
+            raise self._wrong(node, told, f"Write {name}.")
+        told = f"{ast.unparse(node)} is no selector, number or text."
+        raise self._wrong(node, told, TYPE_THIS)
+
+    def _named_selector(self, node: ast.expr, name: str) -> Selector:
+        if name in PREDICATES:
+            return PREDICATES[name]
+        try:
+            cls = loaded_class(name)
+        except ValueError as error:
+            raise self._wrong(node, str(error), "") from None
+        if cls is None:
+            told = f"{name} is no selector, and no module class that is loaded."
+            layers = [f"nn.{layer}" for layer in dir(nn)] if "nn." in name else []
+            meant = _closest(name, [*PREDICATES, *layers])
+            rest = f"{meant} Else import the module of the class."
+            raise self._wrong(node, told, rest)
+        return as_selector(cls)
+
+    def _pattern(self, node: ast.Call) -> re.Pattern[str]:
+        given = [*node.args, *(keyword.value for keyword in node.keywords)]
+        text = getattr(given[0], "value", None) if given else None
+        flags = given[1:]
+        if not isinstance(text, str) or len(flags) > 1:
+            told = "re.compile takes a text and flags."
+            raise self._wrong(node, told, r"Write for example re.compile('\\.bias$').")
+        value = self._flags(flags[0]) if flags else 0
+        compiled: re.Pattern[str] = self._called(node, re.compile, [text, value])
+        return compiled
+
+    def _flags(self, node: ast.expr) -> int:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+            return self._flags(node.left) | self._flags(node.right)
+        module, _, name = _dotted(node).partition(".")
+        if module != "re" or name not in re.RegexFlag.__members__:
+            told = f"{ast.unparse(node)} is no flag."
+            raise self._wrong(node, told, "Write for example re.IGNORECASE.")
+        return int(re.RegexFlag[name])
+
+    def _wrong(self, node: ast.expr, told: str, rest: str) -> PolicyTextError:
+        # Python counts in bytes of UTF-8.
+        before = self.text.encode()[: node.col_offset].decode()
+        return self._error(len(before), told, rest)
+
+    def _error(self, place: int, told: str, rest: str) -> PolicyTextError:
+        start = max(0, place - WIDTH // 2)
+        line = self.text[start : start + WIDTH]
+        pointed = f"    {line}\n    {' ' * (place - start)}^"
+        head = f"`wd_policy` cannot be read at character {place + 1}: {told}"
+        return PolicyTextError(f"{head}\n{pointed}\n{rest}".rstrip())
+
+
+def _dotted(node: ast.expr) -> str:
+    """Write a name, or attributes of one, as text; empty for everything else."""
+    if isinstance(node, ast.Attribute):
+        above = _dotted(node.value)
+        return f"{above}.{node.attr}" if above else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"Did you mean {close[0]}?" if close else TYPE_THIS

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache, lru_cache
 from textwrap import dedent
 from types import CodeType, FunctionType, NoneType
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from selective_optim.parameters import own_classes
+from selective_optim.parameters import ParameterInfo, own_classes
 
 NORM_CALL = re.compile(r"(?:\w+_)?(?:batch|group|instance|layer|rms)_?norm(?:_fn)?$")
 # What may stand between the attribute and the call without making it another value.
@@ -37,15 +37,10 @@ NORM_INPUTS = frozenset({"input", "x"})
 def handed_to_norm(cls: type, leaf: str) -> str | None:
     """Tell which call takes an attribute of a class as a norm's gain or shift.
 
-    Args:
-        cls: Class of a module that is not called a norm.
-        leaf: Name of the attribute.
-
-    Returns:
-        ``"layer_norm takes gamma in FeatureMap.forward"``, or ``None`` where no
-        such call stands in the source, or there is no source.
+    Returns ``"layer_norm takes gamma in FeatureMap.forward"``, or ``None`` where no
+    such call stands in the source, or there is no source.
     """
-    # `vars` of a class holds its own methods alone, so bases are walked.
+    # `vars` of a class holds none of its bases' methods.
     for base in own_classes(cls):
         for name, method in vars(base).items():
             if _mentions(method, leaf) and (call := _norm_call(method, leaf)):
@@ -197,11 +192,8 @@ def says_norm(cls: type) -> bool:
 
 
 def original_class(module: nn.Module | None) -> str:
-    """Name the class that a scripted or unflattened module was of; else "".
-
-    ``torch.jit`` and ``torch.export.unflatten`` make modules of their own classes,
-    which say what they were made of. Those of ``ExportedProgram.module()`` do not.
-    """
+    """Name the class that a scripted or unflattened module was of; else ""."""
+    # Modules of ExportedProgram.module() do not say what they were made of.
     if isinstance(module, torch.jit.ScriptModule):
         return str(module.original_name)
     if type(module).__module__ == "torch.export.unflatten":
@@ -263,12 +255,11 @@ def bias_part(module: nn.Module | None, leaf: str | None) -> bool:
     return bias_leaf(leaf) or known_part(module, leaf, KNOWN_BIASES)
 
 
-def attribute(name: str | None, path: Sequence[nn.Module]) -> str | None:
+def attribute(place: ParameterInfo) -> str | None:
     """Return what a class calls its parameter: of one in a list, the list's name."""
-    parts = (name or "").split(".")
-    lists = (nn.ParameterList, nn.ParameterDict)
-    inside = path and isinstance(path[-1], lists) and len(parts) > 1
-    return parts[-2] if inside else parts[-1] or None
+    parts = (place.name or "").split(".")
+    inside = isinstance(place.owner, (nn.ParameterList, nn.ParameterDict))
+    return parts[-2] if inside and len(parts) > 1 else parts[-1] or None
 
 
 @cache

@@ -9,8 +9,7 @@ written. A tied parameter matches when any of its places does. Selectors join wi
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import translate
 from functools import cached_property
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 
 from selective_optim._text import received
 from selective_optim.parameters import ParameterInfo
-from selective_optim.policies.callables import StrictInfo, callable_text, picklable
 from selective_optim.policies.recognition import (
     attribute,
     bias_part,
@@ -30,6 +28,12 @@ from selective_optim.policies.recognition import (
     norm_part,
     original_class,
     token_leaf,
+)
+from selective_optim.policies.user_code import (
+    StrictInfo,
+    callable_text,
+    class_text,
+    picklable,
 )
 
 Need = Literal["names", "modules", "shapes"]
@@ -121,13 +125,8 @@ class InsideClass(Selector):
 
     @cached_property
     def _text(self) -> str:
-        """The shortest name by which a policy's text finds the class."""
-        name = self.cls.__name__
-        if getattr(nn, name, None) is self.cls:
-            return f"nn.{name}"
         # This walks all classes of modules that are loaded, hence once.
-        unique = len(_classes_named(name)) == 1
-        return name if unique else _path_of(self.cls)
+        return class_text(self.cls)
 
     def at(self, place: ParameterInfo) -> bool:
         return any(
@@ -166,7 +165,7 @@ class Identity(Selector):
 
 @dataclass(frozen=True, repr=False)
 class Question(Selector):
-    """Any callable from :class:`ParameterInfo` to bool."""
+    """Any callable from ``ParameterInfo`` to bool."""
 
     function: Callable[[ParameterInfo], bool]
 
@@ -190,26 +189,21 @@ class Question(Selector):
         return Question, (picklable(self.function),)
 
 
-def _plain(place: ParameterInfo) -> str | None:
-    return None
-
-
 @dataclass(frozen=True, repr=False)
 class Predicate(Selector):
     """A ready-made selector that pickles and prints as its name."""
 
     name: str
-    question: Callable[[ParameterInfo], bool]
+    # Tells how it was recognized; empty where that is plain to see, None if it is not.
+    question: Callable[[ParameterInfo], str | bool | None]
     needs: frozenset[Need] = frozenset()
-    # Tells how it was found, where that is not plain to see.
-    found: Callable[[ParameterInfo], str | None] = _plain
 
     def __repr__(self) -> str:
         return self.name
 
     def told(self, info: ParameterInfo) -> str:
-        places = (info, *info.elsewhere)
-        how = next(filter(None, map(self.found, places)), None)
+        found = map(self.question, info.places)
+        how = next((each for each in found if each and each is not True), None)
         return f"{self.name}: {how}" if how else self.name
 
     def __reduce__(self) -> str:
@@ -224,7 +218,7 @@ class Predicate(Selector):
         return self.matches(infos[0])
 
     def at(self, place: ParameterInfo) -> bool:
-        return self.question(place)
+        return self.question(place) not in (None, False)
 
 
 @dataclass(frozen=True, repr=False)
@@ -288,66 +282,12 @@ def _inner_text(part: Selector) -> str:
 
 
 def _joined(kind: type[Joined], sign: str, *items: object) -> Selector:
-    """Join two selectors, and what they are joined of in the same way.
-
-    Raises:
-        TypeError: One of them is no selector.
-    """
     try:
         chosen = list(map(as_selector, items))
     except TypeError as error:
         raise TypeError(f"`{sign}` joins selectors: {error}") from None
     parts = (s.parts if type(s) is kind else (s,) for s in chosen)
     return kind(tuple(chain.from_iterable(parts)))
-
-
-def _classes(cls: type[nn.Module]) -> Iterator[type[nn.Module]]:
-    for child in cls.__subclasses__():
-        yield child
-        yield from _classes(child)
-
-
-def _classes_named(name: str) -> list[type[nn.Module]]:
-    """List the module classes of a name, without those that another replaced.
-
-    A notebook's cell that ran twice leaves two classes behind, of which the path
-    leads to the second.
-    """
-    found = list({c: None for c in _classes(nn.Module) if c.__name__ == name})
-    reached = [cls for cls in found if _at_path(_path_of(cls)) is cls]
-    return reached or found
-
-
-def _path_of(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _at_path(path: str) -> object:
-    """Return what stands at a dotted path in the modules that are loaded."""
-    parts = path.split(".")
-    for size in range(len(parts) - 1, 0, -1):
-        found: object = sys.modules.get(".".join(parts[:size]))
-        if found is not None:
-            for part in parts[size:]:
-                found = getattr(found, part, None)
-            return found
-    return None
-
-
-def loaded_class(name: str) -> type[nn.Module] | None:
-    """Find a module class by name, or by its path, among those that are loaded.
-
-    Raises:
-        ValueError: Several classes bear the name.
-    """
-    at_path = _at_path(f"torch.{name}") or _at_path(name)
-    if isinstance(at_path, type) and issubclass(at_path, nn.Module):
-        return at_path
-    found = [] if "." in name else _classes_named(name)
-    if len(found) > 1:
-        paths = " or ".join(sorted(map(_path_of, found)))
-        raise ValueError(f"{name} is the name of {len(found)} classes. Write {paths}.")
-    return found[0] if found else None
 
 
 def as_selector(item: object) -> Selector:
@@ -373,66 +313,44 @@ def as_selector(item: object) -> Selector:
     )
 
 
-def _is_bias(place: ParameterInfo) -> bool:
-    return bias_part(place.owner, place.leaf)
-
-
-def _how_norm(place: ParameterInfo) -> str | None:
-    return norm_part(place.owner, place.leaf)
-
-
-def _is_norm(place: ParameterInfo) -> bool:
-    return _how_norm(place) is not None
-
-
-def _is_embedding(place: ParameterInfo) -> bool:
-    leaf = attribute(place.name, place.path)
-    return embedding_part(place.owner, leaf, place.shape)
-
-
-def _is_token(place: ParameterInfo) -> bool:
-    return token_leaf(attribute(place.name, place.path))
-
-
-def _is_layer_weight(place: ParameterInfo) -> bool:
-    leaf = attribute(place.name, place.path)
-    return layer_weight(place.owner, leaf, place.shape)
-
-
-def _is_vector(place: ParameterInfo) -> bool:
-    return place.ndim is not None and place.ndim < 2
-
-
-def _is_anything(place: ParameterInfo) -> bool:
-    return True
-
-
 # A bias is added to what its module computes, whatever its shape.
-is_bias = Predicate("is_bias", _is_bias, frozenset({"names"}))
+is_bias = Predicate(
+    "is_bias", lambda place: bias_part(place.owner, place.leaf), frozenset({"names"})
+)
 # What belongs to a norm scales or shifts what has just been normalized.
-is_norm = Predicate("is_norm", _is_norm, frozenset({"modules"}), _how_norm)
+is_norm = Predicate(
+    "is_norm", lambda place: norm_part(place.owner, place.leaf), frozenset({"modules"})
+)
 # An embedding is a learned row for an index, a position or a special token: lookup
 # tables, tables of positions and of relative ones, and all that is_token selects.
-is_embedding = Predicate("is_embedding", _is_embedding, frozenset({"modules"}))
+is_embedding = Predicate(
+    "is_embedding",
+    lambda place: embedding_part(place.owner, attribute(place), place.shape),
+    frozenset({"modules"}),
+)
 # A token is a learned row that stands in the input for no index: class, mask and
 # register tokens, separators, queries.
-is_token = Predicate("is_token", _is_token, frozenset({"names"}))
+is_token = Predicate(
+    "is_token", lambda place: token_leaf(attribute(place)), frozenset({"names"})
+)
 # The weight of a linear, convolution, attention, recurrent or embedding layer.
 is_layer_weight = Predicate(
-    "is_layer_weight", _is_layer_weight, frozenset({"modules", "shapes"})
+    "is_layer_weight",
+    lambda place: layer_weight(place.owner, attribute(place), place.shape),
+    frozenset({"modules", "shapes"}),
 )
-is_vector = Predicate("is_vector", _is_vector, frozenset({"shapes"}))
-everything = Predicate("everything", _is_anything)
+is_vector = Predicate(
+    "is_vector",
+    lambda place: place.ndim is not None and place.ndim < 2,
+    frozenset({"shapes"}),
+)
+everything = Predicate("everything", lambda place: True)
 
 # What a parameter is; the first that matches says so, so a norm's bias is a norm's.
-KINDS = {
-    "norm": is_norm,
-    "bias": is_bias,
-    "embedding": is_embedding,
-    "vector": is_vector,
-}
+KINDS = (is_norm, is_bias, is_embedding, is_vector)
 
 
 def kind_of(info: ParameterInfo) -> str:
     """Say what a parameter is: norm, bias, embedding, vector or weight."""
-    return next((k for k, known in KINDS.items() if known.matches(info)), "weight")
+    found = next((kind.name for kind in KINDS if kind.matches(info)), "weight")
+    return found.removeprefix("is_")

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from selective_optim._decider import Decider
-from selective_optim._deciding_for import given
 from selective_optim._optimizer import Model
 from selective_optim._text import aligned
+from selective_optim.any_class import AnyOptimizer
 from selective_optim.decay import FULL, Decision
+from selective_optim.decisions.decider import Decider
+from selective_optim.decisions.deciding_for import given
 from selective_optim.report import DecayReport, Row, make_row
-from selective_optim.split.optimizer import Arrivals
-from selective_optim.split.parts import WD, Group, by_terms, members, wd_of
+from selective_optim.step.lasting import WD, Group, by_decay, pick, share_of
 
 HEADERS = ("group", "lr", "decay", "tensors", "elements", "reason")
 
@@ -37,6 +37,23 @@ class SplitGroups(list[dict[str, Any]]):
         lines = [_line(index, group, self.rows) for index, group in enumerate(self)]
         summary = DecayReport(self.rows).summary()
         return "\n".join([*aligned([HEADERS, *lines], right=range(5)), summary])
+
+
+class Reader(AnyOptimizer):
+    """Reads groups and decides for them; no class steps them here.
+
+    Args:
+        params: As for :func:`param_groups`.
+        decider: Decides for them.
+        keys: What may stand in a group.
+        lr: The rate of groups that bring none.
+    """
+
+    def __init__(
+        self, params: Any, decider: Decider, keys: Iterable[str], lr: Any
+    ) -> None:
+        self._decider = decider
+        self._read(params, keys, lr)
 
 
 def _line(index: int, group: Group, rows: Iterable[Row]) -> tuple[str, ...]:
@@ -104,7 +121,7 @@ def param_groups(
     # Forms, of which some need a rate, are refused below whatever it is.
     rate = 1.0 if lr is None else lr
     keys = [WD, "lr", *hyper]
-    groups = Arrivals(_copied(params), decider, keys, rate).param_groups
+    groups = Reader(_copied(params), decider, keys, rate).param_groups
     decided = decider.decisions(groups, {})
     named = all(decision.name for decisions in decided for decision in decisions)
     split = [
@@ -141,13 +158,16 @@ def _parts(
         )
     if named:
         group = {**group, "param_names": [decision.name for decision in decisions]}
-    for terms, chosen in by_terms(decisions).items():
-        if stated := terms.decay.stated:
+    for decay_key, chosen in by_decay(decisions).items():
+        if stated := decay_key.decay.stated:
             raise ValueError(
                 f"`wd_policy` states {stated}, and a group holds numbers alone. Leave "
                 f"that out, or use selective_optim.AdamW."
             )
-        yield {**group, **members(group, chosen), WD: wd_of(group, terms)}, chosen
+        yield (
+            {**group, **pick(group, chosen), WD: share_of(group, decay_key, None).wd},
+            chosen,
+        )
 
 
 def _row(index: int, group: Group, decision: Decision, param: Tensor) -> Row:

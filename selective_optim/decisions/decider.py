@@ -5,16 +5,19 @@ To which tensor each decision applies is the business of ``_decision_table``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from selective_optim import _torch
 from selective_optim._arguments import require_numbers
-from selective_optim._decision_table import (
+from selective_optim._warnings import warn_if_idle, warn_of_misspelt
+from selective_optim.decay import FULL, Decision
+from selective_optim.decisions.initial_values import base_rate, begun, beside, is_rate
+from selective_optim.decisions.table import (
     DecisionTable,
     Group,
     Infos,
@@ -22,9 +25,6 @@ from selective_optim._decision_table import (
     may_be,
     trusted_names,
 )
-from selective_optim._initial_values import base_rate, begun, beside, is_rate
-from selective_optim._warnings import warn_if_idle, warn_of_misspelt
-from selective_optim.decay import FULL, Decision
 from selective_optim.parameters import (
     ModelIndex,
     ParameterInfo,
@@ -32,13 +32,38 @@ from selective_optim.parameters import (
     wanted,
 )
 from selective_optim.policies.base import Policy
-from selective_optim.policies.decide import decide
+from selective_optim.policies.decide import decide, require_matches
 from selective_optim.policies.named import as_policy
 from selective_optim.policies.selectors import Selector
-from selective_optim.policies.unmatched import require_matches
 
 # What a group may bring and does not keep; ZeroRedundancyOptimizer writes them back.
 OWN_KEYS = ("wd_policy", "model")
+WRITTEN = frozenset(OWN_KEYS)
+_INSTEAD = {
+    "wd_policy": "optimizer.wd_policy = ... to decide anew",
+    "model": "optimizer.add_param_group(dict(params=..., model=model)) for new "
+    "parameters",
+}
+
+
+@contextmanager
+def kept_on_error(groups: Any) -> Iterator[None]:
+    """Leave a caller's group dicts as they were where what is done with them raises.
+
+    torch fills them in, and takes them one by one.
+    """
+    listed = groups if isinstance(groups, (list, tuple)) else []
+    given = [(group, dict(group)) for group in listed if isinstance(group, dict)]
+    try:
+        yield
+    except BaseException:
+        for group, before in given:
+            params = group.get("params")
+            group.clear()
+            group.update(before)
+            if isinstance(before.get("params"), Iterator):  # used up by now
+                group["params"] = params
+        raise
 
 
 class Pending(NamedTuple):
@@ -66,9 +91,9 @@ class Decider:
         self._pending: list[Pending] | None = None
         self._cleared: list[list[Row]] = []
 
-    # Groups that arrive.
+    # Groups that come in.
 
-    def begin(self, params: Any) -> Any:
+    def read(self, params: Any) -> Any:
         """Collect the groups of a constructor, to decide for them together.
 
         Returns:
@@ -77,7 +102,7 @@ class Decider:
         self._pending = []
         return self.index.learn(params)
 
-    def open(self, group: Any, keys: Iterable[str]) -> tuple[Policy | None, Any]:
+    def unpack(self, group: Any, keys: Iterable[str]) -> tuple[Policy | None, Any]:
         """Take out what a group brings for us, and learn from its parameters.
 
         Args:
@@ -97,15 +122,17 @@ class Decider:
         group["params"] = self.index.learn(group["params"])
         if group.keys().isdisjoint(OWN_KEYS):
             return self.policy, group
-        if not isinstance(group["params"], Tensor):
+        if not isinstance(group["params"], (Tensor, set)):  # which torch refuses
             # torch fills a copy; a generator in the caller's dict would be used up.
             group["params"] = list(group["params"])
         policy = group.get("wd_policy", self.policy)
         rest = {key: value for key, value in group.items() if key not in OWN_KEYS}
         return _as_policy(policy), rest
 
-    def arrive(self, groups: Sequence[Group], policy: Policy | None, own: bool) -> None:
-        """Decide for the last group, or take note of it until :meth:`settle`.
+    def add_group(
+        self, groups: Sequence[Group], policy: Policy | None, own: bool
+    ) -> None:
+        """Decide for the last group, or take note of it until :meth:`finish`.
 
         Args:
             groups: The optimizer's groups, the new one included.
@@ -134,7 +161,7 @@ class Decider:
         finally:
             self.index.let_go()
 
-    def settle(self, groups: Sequence[Group]) -> None:
+    def finish(self, groups: Sequence[Group]) -> None:
         """Decide for all groups of a constructor, and warn if nothing decays."""
         self.decide_pending()
         self.warn_if_idle(groups)
@@ -147,9 +174,9 @@ class Decider:
         strict = [self.policy, *(each.policy for each in pending)]
         self._decide_for(pending, infos, strict)
 
-    def _infos(self, arriving: Sequence[Pending]) -> list[list[ParameterInfo]]:
+    def _infos(self, coming: Sequence[Pending]) -> list[list[ParameterInfo]]:
         """Describe the parameters of all groups in one go."""
-        asked = [wanted(each.params, each.names, each.group) for each in arriving]
+        asked = [wanted(each.params, each.names, each.group) for each in coming]
         infos = iter(self.index.infos(list(chain.from_iterable(asked))))
         return [list(islice(infos, len(own))) for own in asked]
 
@@ -176,23 +203,23 @@ class Decider:
 
     def _decide_for(
         self,
-        arriving: Sequence[Pending],
+        coming: Sequence[Pending],
         infos: Sequence[Infos],
         strict: Iterable[Policy | None],
     ) -> None:
-        """Decide for groups that arrive together, or raise with nothing recorded.
+        """Decide for groups that come in together, or raise with nothing recorded.
 
         Args:
-            arriving: The groups.
+            coming: The groups.
             infos: What is known of their parameters.
             strict: Policies whose globs must each match something.
         """
-        together = list(zip(arriving, infos, strict=True))
+        together = list(zip(coming, infos, strict=True))
         for policy in {id(p): p for p in strict if p is not None}.values():
             mine = [i for each, own in together if each.policy is policy for i in own]
             require_matches(policy, mine, self._matches, self.index.everyone)
         # All are asked before anything is recorded, so that an error leaves nothing.
-        bound = self._bound(each.policy for each in arriving)
+        bound = self._bound(each.policy for each in coming)
         decided = [
             begun(decide(bound[id(each.policy)], own), own, each.lr0s)
             for each, own in together
@@ -240,7 +267,7 @@ class Decider:
         Raises:
             ValueError: A policy stands where none is read, or cannot decide.
         """
-        self._refuse_written(groups, defaults)
+        self.refuse_written(groups, defaults)
         if not self._table.stands(groups):
             self._follow(groups)
         return self._table.layout
@@ -267,13 +294,17 @@ class Decider:
             for names in [trusted_names(group, rows, borne)]
         ]
         infos = iter(self._infos(lacking))
+        # Objects that had a row, whose token `swap_tensors` has given away.
+        seen = {id(row.token) for rows in found for row in rows if row}
+        old = chain.from_iterable(self._table.layout)
+        owned = {row.owner: row for row in old if id(row.token) not in seen}
         # After groups were added or removed by hand, positions say nothing.
         layout = self._table.layout if len(groups) == len(self._table.layout) else []
         self._table.lay_out(
             [
                 [row for row in rows if row]
                 if all(rows)
-                else self._complete(next(infos), rows, before, base_rate(group))
+                else self._complete(next(infos), rows, before, owned, base_rate(group))
                 for group, rows, before in zip(groups, found, layout or repeat([]))
             ]
         )
@@ -283,6 +314,7 @@ class Decider:
         infos: Infos,
         rows: Sequence[Row | None],
         before: Sequence[Row],
+        owned: Mapping[int, Row],
         lr0: float | None,
     ) -> list[Row]:
         """Give every parameter of a group a row, where ``None`` stands for none yet."""
@@ -296,9 +328,9 @@ class Decider:
         named = self._table.by_name()
         completed = []
         for info, row in zip(infos, rows):
-            namesake = named.get(info.name or "")
-            if row is None and namesake is not None and may_be(info, namesake):
-                row = self._table.take_over(info, namesake)
+            known = owned.get(id(info.parameter)) or named.get(info.name or "")
+            if row is None and known is not None and may_be(info, known):
+                row = self._table.take_over(info, known)
             completed.append(row)
         places = [i for i, row in enumerate(completed) if row is None]
         new = [infos[i] for i in places]
@@ -393,26 +425,35 @@ class Decider:
             for i, group in enumerate(groups)
         ]
 
-    def _refuse_written(
+    def refuse_written(
         self, groups: Sequence[Group], defaults: Mapping[str, Any]
     ) -> None:
-        for index, group in enumerate(groups):
-            if "wd_policy" in group and not self._obeyed(index, group["wd_policy"]):
-                raise ValueError(
-                    f"a `wd_policy` was written into group {index}, whose parameters "
-                    f"were decided for before. Type optimizer.wd_policy = ... to "
-                    f"decide anew, and del optimizer.param_groups[{index}]"
-                    f"['wd_policy']."
-                )
-        if "wd_policy" in defaults:
-            raise ValueError(
-                "a `wd_policy` was written into optimizer.defaults, where nothing "
-                "reads it. Type optimizer.wd_policy = ... to decide anew, and "
-                "del optimizer.defaults['wd_policy']."
-            )
+        """Check that no policy and no module stands where nothing reads it.
 
-    def _obeyed(self, index: int, written: object) -> bool:
+        Raises:
+            ValueError: One does; nothing was read.
+        """
+        for index, group in enumerate(groups):
+            for key in WRITTEN & group.keys():
+                if not self._obeyed(index, key, group[key]):
+                    raise ValueError(
+                        f"a `{key}` was written into group {index}, where nothing "
+                        f"reads it. Type {_INSTEAD[key]}, and "
+                        f"del optimizer.param_groups[{index}][{key!r}]."
+                    )
+        for key in WRITTEN & defaults.keys():
+            if key == "wd_policy" or _modules_in(defaults[key]):
+                raise ValueError(
+                    f"a `{key}` was written into optimizer.defaults, where nothing "
+                    f"reads it. Type {_INSTEAD[key]}, and "
+                    f"del optimizer.defaults[{key!r}]."
+                )
+
+    def _obeyed(self, index: int, key: str, written: object) -> bool:
         """Tell whether a group was decided by what now stands in it."""
+        if key == "model":  # a user's own tag may be of any other kind
+            known = self.index.modules()
+            return all(any(m is k for k in known) for m in _modules_in(written))
         if index >= len(self._table.layout):
             return False
         try:
@@ -483,6 +524,11 @@ class Decider:
             return any(decision.decay.multiplier for decision in decisions)
 
         return self.index.remember(("decays", policy), ask)
+
+
+def _modules_in(value: object) -> list[nn.Module]:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return [item for item in items if isinstance(item, nn.Module)]
 
 
 def _as_policy(value: object) -> Policy | None:

@@ -1,24 +1,25 @@
-"""The choice of fused: who wants torch's fused kernel, and whose tensors it takes.
+"""The choice of fused, and the parts that it makes of the groups.
 
-Where the user left the implementation open, fused is taken where it is right; what
-its tensors do not allow goes through torch's functional.
+Where the user left the implementation open, fused is taken where it is right. What
+its tensors do not allow goes where the flags of its group say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim.step.kernel import Kernel
-from selective_optim.step.setting import PLAIN, Group, State
+from selective_optim.step.parts import DecidedParam, Key, Layout, Part
+from selective_optim.step.setting import PLAIN, Group, Groups, State, States
 
 
 def free_choice(group: Group) -> bool:
     """Tell whether the user left the implementation open."""
-    return group["fused"] is None and group["foreach"] is None
+    return group.get("fused") is None and group.get("foreach") is None
 
 
 def fused_choice(kernel: Kernel, group: Group) -> bool | None:
@@ -95,29 +96,34 @@ def fusable(kernel: Kernel, param: Tensor, moments: Sequence[Tensor]) -> bool:
     )
 
 
-def goes_fused(
+def takes_fused(
     kernel: Kernel,
+    group: Group,
     choice: bool | None,
     param: Tensor,
-    local: Sequence[Tensor] | None,
     own: State,
+    sharded: bool,
 ) -> bool:
-    """Choose the way of a parameter: torch's fused kernel, or its functional.
+    """Tell whether torch's fused kernel is to step a parameter, and steps it right.
 
     Args:
         kernel: Of the optimizer's class.
-        choice: Of its group, see :func:`fused_choice`.
+        group: The parameter's group.
+        choice: Of that group, see :func:`fused_choice`.
         param: The parameter.
-        local: It and its moments, as the kernel would get them; ``None`` where they are
-            sharded in different ways.
         own: Its state.
+        sharded: Whether it is a ``DTensor``; the kernel gets its shard.
     """
-    return (
-        local is not None
-        and wants_fused(kernel, choice, param)
-        and fusable(kernel, local[0], local[1:])
-        and ("step" not in own or counts_beside(local[0], own["step"]))
-    )
+    if not wants_fused(kernel, choice, param):
+        return False
+    tensors = [param]
+    if own:
+        found = [own.get(entry) for entry in kernel.entries(group)]
+        tensors += [entry for entry in found if entry is not None]
+    local = local_tensors(tensors) if sharded else tensors
+    if local is None or not fusable(kernel, local[0], local[1:]):
+        return False
+    return "step" not in own or counts_beside(local[0], own["step"])
 
 
 def joins(param: Tensor, grad: Tensor) -> bool:
@@ -154,3 +160,82 @@ def joined(param: Tensor, grad: Tensor, sharded: bool) -> bool:
         return joins(param, grad)
     pair = local_tensors([param, grad])
     return pair is not None and joins(*pair)
+
+
+def make_layout(
+    kernel: Kernel,
+    groups: Groups,
+    params: Sequence[DecidedParam],
+    states: States,
+    stepped: Container[int],
+    choosing: bool = True,
+) -> Layout:
+    """Sort the parameters into parts, and choose the implementation of each.
+
+    Args:
+        kernel: Of the optimizer's class.
+        groups: Its parameter groups.
+        params: All of their parameters, in order.
+        states: Its state, by parameter.
+        stepped: Ids of the tokens of those that the last layout had a part for. They
+            keep one while they have no gradient, so that a gradient that comes and
+            goes needs no other layout.
+        choosing: Whether to choose fused where that is open; else all of them go
+            where the flags of their group say.
+    """
+    choices = [choosing and fused_choice(kernel, group) for group in groups]
+    parts: dict[Key, Part] = {}
+    idle: list[int] = []
+    once = False
+    for number, each in enumerate(params):
+        group, choice = groups[each.group], choices[each.group]
+        own = {} if choice is False and not group["fused"] else states.get(each.param)
+        absent = each.param.grad is None
+        begun = kernel.has_state(own, group)
+        known = begun and id(_torch.token_of(each.param)) in stepped
+        if choice is not False and absent and not known:
+            idle.append(number)
+            continue
+        fused, sharded, misfit = (
+            (False, False, False)
+            if choice is False
+            else _takes_fused(kernel, group, choice, each.param, own or {})
+        )
+        asked = fused or bool(group["fused"])
+        first = asked and not (begun or absent or kernel.counts)
+        once |= misfit or first
+        key = Key(each.group, each.decision.decay_key, fused, sharded, first)
+        part = parts.get(key) or parts.setdefault(key, Part(key, each.label))
+        part.positions.append(number)
+        if each.decision.init is not None:
+            part.inits.append(each.decision.init)
+    return Layout(list(parts.values()), idle, once)
+
+
+def _takes_fused(
+    kernel: Kernel, group: Group, choice: bool | None, param: Tensor, own: State
+) -> tuple[bool, bool, bool]:
+    """Tell whether a parameter is fused, by shards, and misfit by its gradient alone.
+
+    A gradient that is absent now is taken to fit; it is looked at when it comes.
+    """
+    sharded = type(param) is _torch.dtensor_class()
+    fused = takes_fused(kernel, group, choice, param, own, sharded)
+    misfit = fused and not (param.grad is None or joined(param, param.grad, sharded))
+    fused = fused and not misfit
+    return fused, fused and sharded, misfit
+
+
+def require_dense(
+    kernel: Kernel, groups: Groups, params: Sequence[DecidedParam]
+) -> None:
+    """Check that sparse gradients are those of parameters that step with them.
+
+    Raises:
+        RuntimeError: The kernel steps none, or the parameter decays.
+    """
+    for each in params:
+        grad = each.param.grad
+        if grad is not None and grad.is_sparse:
+            decay = each.decision.decay
+            kernel.refuse_sparse(groups[each.group], decay, each.label)

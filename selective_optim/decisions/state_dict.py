@@ -24,7 +24,6 @@ from selective_optim.step.kernel import Kernel
 
 # Keys of a state dict: for what was decided, and for what split groups keep apart.
 RECORD, PARTS = "decay", "parts"
-MEMBERS = ("params", "param_names")  # what a group lists per parameter
 Decided = Sequence[Sequence[Decision]]
 Record = list[list[list[Any]]]
 SAME_MODEL = "Load a state dict of the same class, made for the same model."

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from selective_optim._text import received
-from selective_optim.decay import Decay
-from selective_optim.report import form_of_class
-from selective_optim.split.parts import WD, Group, Split, flag_of
+from selective_optim.decay import is_zero
+from selective_optim.step.lasting import WD, Group, Split, flag_of
 
 # Arguments by which a class takes something else than parameters.
 INNER = ("optimizer", "base_optimizer")
@@ -88,33 +87,30 @@ def require_no_inner_optimizer(optimizer: Any) -> None:
             )
 
 
-def require_forms(optimizer: Any, splits: Iterable[Split]) -> None:
-    """Check that the class computes the forms that were decided.
+def require_forms(optimizer: Any, split: Split) -> None:
+    """Check that it is known what each part is to be decayed like.
 
     Raises:
-        ValueError: A form is stated that the class does not let a group choose.
+        ValueError: A target is stated and no form, and that of the class is not
+            known; or a form or target needs a rate, and the class has none.
     """
-    for split in splits:
-        for part in split.parts:
-            why = _unserved(optimizer, part.terms.decay, split.group)
-            if why:
-                raise ValueError(
-                    f"`wd_policy` states {part.terms.decay.stated}, and "
-                    f"{type(optimizer).__name__} {why}. Leave that out, or use "
-                    f"selective_optim.AdamW or SGD."
-                )
-
-
-def _unserved(optimizer: Any, decay: Decay, group: Group) -> str:
-    """Tell why a class cannot decay so, being given a number and a flag; or nothing."""
-    if decay.target or decay.form == "cautious":
-        return "is given its decay as a number"
-    if decay.form is None or flag_of(group) is not None:
-        return ""
-    if not decay.needs_lr0:
-        return "has one form of its own"
-    # The number is one for decoupled decay, which other classes are trusted to do.
-    return "decays in form 'l2'" if form_of_class(optimizer, group) == "l2" else ""
+    known = flag_of(split.group) is not None or split.form is not None
+    for part in split.parts:
+        decay = part.decay_key.decay
+        if is_zero(decay.multiplier) or not (decay.form or decay.target):
+            continue
+        name = type(optimizer).__name__
+        if decay.form is None and not known:
+            raise ValueError(
+                f"`wd_policy` states {decay.stated}, and {name} does not say in which "
+                f"form it decays. State that too: ... * form('decoupled')."
+            )
+        if "lr" not in split.group:
+            raise ValueError(
+                f"`wd_policy` states {decay.stated}, which follows a rate, and {name} "
+                f"has no 'lr' in its groups. Leave that out, or use "
+                f"selective_optim.AdamW or SGD."
+            )
 
 
 def require_no_lists(optimizer: Any, count: int) -> None:

@@ -1,16 +1,15 @@
-"""Parameter groups as a class sees them inside its step: one part per decay.
+"""Parts that last: what a class writes into its groups stays with each of them.
 
 A user's group is split by what was decided into parts, which are groups in their
 own right and live as long as the optimizer. What a user writes into the group goes
 down into its parts before the class runs; what the class wrote into all of them
-alike shows in the group afterwards.
-
-In a state dict of the class stand the parts; outside, the user's groups. What a part
-keeps for itself and its group does not show stands beside them, under ``"parts"``.
+alike shows in the group afterwards. In a state dict stand the user's groups, and under
+``"parts"`` what a part keeps that its group does not show.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective_optim._state_dict import MEMBERS, PARTS
-from selective_optim.decay import FORMS, FULLY, Decision, Terms
+from selective_optim import _torch
+from selective_optim.decay import FORMS, FULL_KEY, DecayKey, Decision, Form
+from selective_optim.step.class_step import View
+from selective_optim.step.setting import Share, share
 
 Group = dict[str, Any]
 WD = "weight_decay"
+PER_PARAM = ("params", "param_names")  # what a group lists per parameter
+
 # Keys by which classes let a group choose its form: of torch, timm, Prodigy and
 # D-Adaptation, pytorch_optimizer, optimi. True is decoupled.
 FLAGS = (
@@ -30,22 +33,11 @@ FLAGS = (
     *("weight_decouple", "decouple_wd"),
 )
 # What is computed for each part from the group and the decay of the part.
-COMPUTED = (WD, *FLAGS)
+DECAY_KEYS = (WD, *FLAGS)
 # Not written from a group into its parts, nor back, as they stand.
-APART = (*MEMBERS, *COMPUTED)
+NOT_SHARED = (*PER_PARAM, *DECAY_KEYS)
 PLAIN = (int, float, bool, str)
 _ABSENT = object()
-
-
-def wd_of(group: Group, terms: Terms) -> Any:
-    """Compute the decay of a part: a number that the class takes as its own."""
-    decay, lr0 = terms
-    wd = decay.of(group[WD])
-    if decay.form is None or lr0 is None:
-        return wd
-    form, lr = FORMS[decay.form], group["lr"]
-    # A number also where the rate is a tensor: classes take no other.
-    return form.strength(wd, float(lr) if form.follows_lr else lr, lr0)
 
 
 def flag_of(group: Group) -> str | None:
@@ -53,12 +45,19 @@ def flag_of(group: Group) -> str | None:
     return next((key for key in FLAGS if key in group), None)
 
 
-def computed(group: Group, terms: Terms, key: str) -> Any:
-    """Compute what a part has under one of the keys in ``COMPUTED``."""
-    if key == WD:
-        return wd_of(group, terms)
-    form = terms.decay.form
-    return group[key] if form is None else FORMS[form].applied == "decoupled"
+def share_of(group: Group, decay_key: DecayKey, form: Form | None) -> Share:
+    """Share the decay of a part out between the class and a pass.
+
+    Args:
+        group: The user's group.
+        decay_key: What was decided for the part.
+        form: The form of the class where no group can choose it, if that is known.
+    """
+    flag = flag_of(group)
+    if flag is None:
+        return share(group, decay_key, form, (form,) if form else ())
+    form = "decoupled" if group[flag] else "l2"
+    return share(group, decay_key, form, ("l2", "decoupled"))
 
 
 def same(a: object, b: object) -> bool:
@@ -88,19 +87,24 @@ class Part:
     """Parameters of one group with one decay, and the group that the class sees.
 
     Args:
-        terms: What was decided for them.
+        decay_key: What was decided for them.
         group: What the class sees and writes to.
-        held: The parameters and their names.
+        positions: Where its parameters stand in the user's group. They are in the
+            part's own while the class sees it: one that leaves must be freed.
+        tokens: What is theirs and nobody else's, see ``_torch.token_of``.
+        inits: What they decay towards, where that is a tensor for each.
     """
 
-    terms: Terms
+    decay_key: DecayKey
     group: Group
-    held: Group
+    positions: list[int]
+    tokens: list[object]
+    inits: list[Tensor] = field(default_factory=list)
 
     @property
     def own(self) -> Group:
         """What the part holds besides its parameters and their decay."""
-        return without_apart(self.group)
+        return without_decay(self.group)
 
 
 @dataclass(eq=False)
@@ -110,26 +114,53 @@ class Split:
     Args:
         group: The user's.
         parts: At least one, which has no parameters where the group has none.
+        form: The form of the class where no group can choose it, if that is known.
         shown: What stood in the group when it was last looked at.
     """
 
     group: Group
     parts: list[Part]
+    form: Form | None = None
     shown: Group = field(default_factory=dict)
 
-    def settle(self) -> None:
-        """Give the parts their parameters, with the decay yet to be handed down."""
+    def fill(self) -> None:
+        """Give the parts their parameters, for the class to see."""
         for part in self.parts:
-            part.group.update(part.held)
+            part.group.update(pick(self.group, part.positions))
+
+    def empty(self) -> None:
+        """Take the parameters out again, in lists that the class does not know."""
+        for part in self.parts:
+            part.group.update({key: [] for key in PER_PARAM if key in part.group})
 
     def adopt(self, made: Sequence[Group], keys: Collection[str]) -> None:
         """Take over the groups that the class made of the parts, and show them."""
         for part, group in zip(self.parts, made, strict=True):
             part.group = group
         first = self.parts[0].group
-        self.group.update({k: v for k, v in first.items() if k not in MEMBERS})
-        self.share(keys)
+        self.group.update({k: v for k, v in first.items() if k not in PER_PARAM})
+        self.share_tensors(keys)
         self.shown = without_computed(self.group)
+
+    def computed(self, part: Part, key: str) -> Any:
+        """Compute what a part has under one of the keys in ``DECAY_KEYS``."""
+        shared = share_of(self.group, part.decay_key, self.form)
+        return shared.wd if key == WD else shared.form == "decoupled"
+
+    def views(self) -> list[View]:
+        """Show the parts with the decay that the class does not do."""
+        shares = [
+            share_of(self.group, part.decay_key, self.form) for part in self.parts
+        ]
+        return [
+            View(part.group, part.inits, shared.decay_pass)
+            for part, shared in zip(self.parts, shares)
+        ]
+
+    def lay_inits(self, decisions: Sequence[Decision]) -> None:
+        """Take over what parameters decay towards, as it lies beside them now."""
+        for part, chosen in zip(self.parts, by_decay(decisions).values()):
+            part.inits = inits_of(decisions, chosen)
 
     def hand_down(self, keys: Collection[str]) -> None:
         """Write what has changed in the group into its parts.
@@ -138,7 +169,8 @@ class Split:
             keys: Hyperparameters; their tensors serve all parts at once. Another
                 tensor is one that each part keeps for itself.
         """
-        group, shown = self.group, self.shown
+        # Asked for key by key: a group may be a dict that computes what is read.
+        group, shown = {key: self.group[key] for key in self.group}, self.shown
         # A tensor that is the same object may have been written to.
         moved = {
             key
@@ -150,13 +182,13 @@ class Split:
         for key, value in group.items():
             if key not in moved:
                 continue
-            if key in COMPUTED:
+            if key in DECAY_KEYS:
                 for part in self.parts:
-                    part.group[key] = computed(group, part.terms, key)
-            elif key not in MEMBERS and not same(value, shown.get(key, _ABSENT)):
+                    part.group[key] = self.computed(part, key)
+            elif key not in PER_PARAM and not same(value, shown.get(key, _ABSENT)):
                 self._require_common(key)
                 for part in self.parts:
-                    part.group[key] = value if key in keys else apart(value)
+                    part.group[key] = value if key in keys else own_copy(value)
         # A key that the user removed goes from the parts; one that is only there stays.
         for key in shown.keys() - group.keys():
             for part in self.parts:
@@ -166,7 +198,7 @@ class Split:
     @property
     def _follows_rate(self) -> bool:
         """Whether the decay of a part is computed with the rate of the group."""
-        forms = [part.terms.decay.form for part in self.parts]
+        forms = [part.decay_key.decay.form for part in self.parts]
         return any(FORMS[form].follows_lr for form in forms if form is not None)
 
     def _require_common(self, key: str) -> None:
@@ -196,18 +228,18 @@ class Split:
         """
         first, *others = [part.group for part in self.parts]
         for key, value in first.items():
-            if key in APART or value is self.group.get(key, _ABSENT):
+            if key in NOT_SHARED or value is self.group.get(key, _ABSENT):
                 continue
             tensor = isinstance(value, Tensor)
             # Compared, tensors of a device would make every step wait for it.
             if tensor or all(same(value, o.get(key, _ABSENT)) for o in others):
                 self.group[key] = value
         for key in self.group.keys() - first.keys():
-            if key not in APART and not any(key in other for other in others):
+            if key not in NOT_SHARED and not any(key in other for other in others):
                 del self.group[key]
         self.shown = dict(self.group)
 
-    def share(self, keys: Collection[str]) -> None:
+    def share_tensors(self, keys: Collection[str]) -> None:
         """Let all parts read one tensor for each hyperparameter.
 
         Some classes turn a rate into a tensor of each group; schedulers write into
@@ -215,50 +247,66 @@ class Split:
         """
         first, *others = [part.group for part in self.parts]
         for key in keys:
-            if key not in APART and isinstance(first.get(key), Tensor):
+            if key not in NOT_SHARED and isinstance(first.get(key), Tensor):
                 for other in others:
                     other[key] = first[key]
 
 
 def without_computed(group: Group) -> Group:
     """Take what a group has shown; the rest is yet to be handed down."""
-    return {key: value for key, value in group.items() if key not in COMPUTED}
+    return {key: value for key, value in group.items() if key not in DECAY_KEYS}
 
 
-def without_apart(group: Group) -> Group:
+def without_decay(group: Group) -> Group:
     """Take what is neither parameters nor their decay."""
-    return {key: value for key, value in group.items() if key not in APART}
+    return {key: value for key, value in group.items() if key not in NOT_SHARED}
 
 
-def apart(value: Any) -> Any:
+def own_copy(value: Any) -> Any:
     """Copy a tensor that each part counts in by itself."""
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def members(group: Group, chosen: Sequence[int]) -> Group:
+def pick(group: Group, chosen: Sequence[int]) -> Group:
     """Take some parameters of a group, with their names if it has any."""
-    return {key: [group[key][i] for i in chosen] for key in MEMBERS if key in group}
+    return {key: [group[key][i] for i in chosen] for key in PER_PARAM if key in group}
 
 
-def by_terms(decisions: Sequence[Decision]) -> dict[Terms, list[int]]:
-    """List the positions of a group by terms, in the order of first appearance."""
-    found: dict[Terms, list[int]] = {}
+def by_decay(decisions: Sequence[Decision]) -> dict[DecayKey, list[int]]:
+    """List the positions of a group by decay_key, in the order of first appearance."""
+    found: dict[DecayKey, list[int]] = {}
     for position, decision in enumerate(decisions):
-        found.setdefault(decision.terms, []).append(position)
+        found.setdefault(decision.decay_key, []).append(position)
     # An empty group still needs a part: torch's classes iterate over groups.
-    return found or {FULLY: []}
+    return found or {FULL_KEY: []}
 
 
-def split_group(group: Group, decisions: Sequence[Decision]) -> Split:
+def split_group(
+    group: Group, decisions: Sequence[Decision], form: Form | None
+) -> Split:
     """Split a group that no class has seen yet; decay is still that of the group."""
-    return Split(
-        group,
-        [
-            Part(terms, {**group, **held}, held)
-            for terms, chosen in by_terms(decisions).items()
-            for held in [members(group, chosen)]
-        ],
-    )
+    parts = []
+    for decay_key, chosen in by_decay(decisions).items():
+        shown = {**group, **pick(group, chosen)}
+        parts.append(_part(decay_key, shown, group, decisions, chosen))
+    return Split(group, parts, form)
+
+
+def _part(
+    decay_key: DecayKey,
+    shown: Group,
+    group: Group,
+    decisions: Sequence[Decision],
+    chosen: list[int],
+) -> Part:
+    tokens = [_torch.token_of(group["params"][i]) for i in chosen]
+    return Part(decay_key, shown, chosen, tokens, inits_of(decisions, chosen))
+
+
+def inits_of(decisions: Sequence[Decision], chosen: Sequence[int]) -> list[Tensor]:
+    """List what some parameters of a group decay towards, if that is a tensor each."""
+    inits = (decisions[i].init for i in chosen)
+    return [init for init in inits if init is not None]
 
 
 def split_again(
@@ -267,7 +315,7 @@ def split_again(
     before: Sequence[Split],
     keys: Collection[str],
 ) -> Split:
-    """Split a group whose parameters or decisions have changed; see :meth:`settle`.
+    """Split a group whose parameters or decisions have changed; see :meth:`fill`.
 
     The part with the same decay goes on. A new one takes over what the parts that its
     parameters come from keep for themselves.
@@ -278,36 +326,39 @@ def split_again(
     mine = [split for split in before if split.group is group]
     shown = mine[0].shown if mine else None
     parts = []
-    for terms, chosen in by_terms(decisions).items():
-        held = members(group, chosen)
-        known = _holders(held["params"], mine or before)
-        going_on = [p for split in mine for p in split.parts if p.terms == terms]
+    for decay_key, chosen in by_decay(decisions).items():
+        known = _holders([group["params"][i] for i in chosen], mine or before)
+        going_on = [
+            p for split in mine for p in split.parts if p.decay_key == decay_key
+        ]
         _require_agreement([*going_on, *(part for _, part in known)], decisions)
         if known and shown is None:
             shown = known[0][0].shown
         # The same dict, which the class may know by identity.
         if going_on:
-            parts.append(Part(terms, going_on[0].group, held))
+            shown_group = going_on[0].group
         else:
             # A counter that the class keeps in a group goes where its parameters go.
-            own = known[0][1].own if known else without_apart(group)
-            taken = {k: v if k in keys else apart(v) for k, v in own.items()}
-            parts.append(Part(terms, taken, held))
-    going = {p.terms for split in mine for p in split.parts}
-    if shown is not None and going.issuperset(part.terms for part in parts):
-        return Split(group, parts, shown)  # the class may have written their decay
-    return Split(group, parts, without_computed(shown or {}))
+            own = known[0][1].own if known else without_decay(group)
+            shown_group = {k: v if k in keys else own_copy(v) for k, v in own.items()}
+        parts.append(_part(decay_key, shown_group, group, decisions, chosen))
+    form = before[0].form if before else None
+    going = {p.decay_key for split in mine for p in split.parts}
+    if shown is not None and going.issuperset(part.decay_key for part in parts):
+        # The class may have written their decay.
+        return Split(group, parts, form, shown)
+    return Split(group, parts, form, without_computed(shown or {}))
 
 
 def _holders(
     params: Sequence[Tensor], splits: Sequence[Split]
 ) -> list[tuple[Split, Part]]:
-    wanted = set(map(id, params))
+    wanted = set(map(id, map(_torch.token_of, params)))
     return [
         (split, part)
         for split in splits
         for part in split.parts
-        if not wanted.isdisjoint(map(id, part.group["params"]))
+        if not wanted.isdisjoint(map(id, part.tokens))
     ]
 
 
@@ -325,99 +376,62 @@ def _require_agreement(parts: Sequence[Part], decisions: Sequence[Decision]) -> 
                 )
 
 
-StateDict = dict[str, Any]
+# State dicts.
 
 
-def joined(state_dict: StateDict, splits: Sequence[Split]) -> StateDict:
-    """Turn what the class saved of its parts into a state dict of the user's groups."""
-    numbers = _numbers([split.group for split in splits])
-    parts = [part for split in splits for part in split.parts]
-    renumbered = {
-        number: numbers[id(param)]
-        for part, packed in zip(parts, state_dict["param_groups"], strict=True)
-        for number, param in zip(packed["params"], part.group["params"], strict=True)
+def record_of_parts(splits: Sequence[Split]) -> list[list[Group]] | None:
+    """Write down what parts keep that no group shows; ``None`` if nothing."""
+    kept = [[_kept(split, part) for part in split.parts] for split in splits]
+    return kept if any(len(own) > 1 for group in kept for own in group) else None
+
+
+def _kept(split: Split, part: Part) -> Group:
+    own = {
+        k: v for k, v in part.own.items() if not same(v, split.group.get(k, _ABSENT))
     }
-    result = {
-        **state_dict,
-        "state": {renumbered.get(k, k): v for k, v in state_dict["state"].items()},
-        "param_groups": [_packed(split.group, numbers) for split in splits],
-    }
-    kept = [_kept(split) for split in splits]
-    if any(own for group in kept for _, own in group):
-        result[PARTS] = [
-            [{"positions": positions, **own} for positions, own in group]
-            for group in kept
-        ]
-    return result
-
-
-def _numbers(groups: Sequence[Group]) -> dict[int, int]:
-    """Number parameters as torch does."""
-    numbers: dict[int, int] = {}
-    start = 0
-    for group in groups:
-        for number, param in enumerate(group["params"], start):
-            numbers.setdefault(id(param), number)
-        start += len(group["params"])
-    return numbers
-
-
-def _packed(group: Group, numbers: Mapping[int, int]) -> Group:
-    return {**group, "params": [numbers[id(param)] for param in group["params"]]}
-
-
-def _kept(split: Split) -> list[tuple[list[int], Group]]:
-    """List what each part keeps that its group does not show."""
-    return [(_positions(split, part), _own(split.group, part)) for part in split.parts]
-
-
-def _positions(split: Split, part: Part) -> list[int]:
-    places = {id(param): i for i, param in enumerate(split.group["params"])}
-    return [places[id(param)] for param in part.group["params"]]
-
-
-def _own(group: Group, part: Part) -> Group:
-    own = {k: v for k, v in part.own.items() if not same(v, group.get(k, _own))}
-    if not same(part.group[WD], wd_of(group, part.terms)):
+    if not same(part.group[WD], split.computed(part, WD)):
         own[WD] = part.group[WD]  # the class writes it itself
-    return own
+    return {"positions": part.positions, **own}
 
 
-def taken_apart(
-    state_dict: StateDict, splits: Sequence[Split], keys: Collection[str]
-) -> StateDict:
-    """Turn a state dict of the user's groups into one of the class's parts.
-
-    Args:
-        state_dict: Of an optimizer whose groups were not split, or of :func:`joined`.
-        splits: The groups and parts that it is for.
-        keys: Hyperparameters, whose tensors serve all parts at once.
+def saved_parts(
+    state_dict: Mapping[str, Any], record: Any, splits: Sequence[Split]
+) -> list[list[Group]]:
+    """Read what a state dict holds for each part alone, before anything is loaded.
 
     Raises:
         ValueError: Parameters of one part were saved in parts that differ.
     """
-    records = state_dict.get(PARTS) or [[] for _ in splits]
-    groups = [
-        _part_dict(part, saved, _positions(split, part), record, keys)
-        for split, saved, record in zip(splits, state_dict["param_groups"], records)
-        for part in split.parts
+    records = record or [[] for _ in splits]
+    return [
+        [_saved_own(saved, part.positions, own) for part in split.parts]
+        for split, saved, own in zip(splits, state_dict["param_groups"], records)
     ]
-    rest = {key: value for key, value in state_dict.items() if key != PARTS}
-    return {**rest, "param_groups": groups}
 
 
-def _part_dict(
-    part: Part,
-    saved: Group,
-    positions: Sequence[int],
-    record: Sequence[Group],
+def load_parts(
+    splits: Sequence[Split],
+    groups: Sequence[Group],
+    saved: Sequence[Sequence[Group]],
     keys: Collection[str],
-) -> Group:
-    held = {key: [saved[key][i] for i in positions] for key in MEMBERS if key in saved}
-    own = {**without_apart(saved), **_saved_own(saved, positions, record)}
-    values = {key: v if key in keys else apart(v) for key, v in own.items()}
-    numbers = {k: computed(saved, part.terms, k) for k in COMPUTED if k in saved}
-    return {**numbers, **values, **held}
+) -> None:
+    """Give the parts what was saved for them, in the groups that loading has made.
+
+    Args:
+        splits: The parts.
+        groups: The user's groups, which torch makes anew on loading.
+        saved: Of :func:`saved_parts`.
+        keys: Hyperparameters, whose tensors serve all parts at once.
+    """
+    for split, group, owns in zip(splits, groups, saved):
+        split.group = group
+        for part, own in zip(split.parts, owns):
+            numbers = {k: split.computed(part, k) for k in DECAY_KEYS if k in group}
+            values = without_decay(group).items()
+            common = {k: v if k in keys else own_copy(v) for k, v in values}
+            part.group = {**numbers, **common, **copy.deepcopy(own)}
+        split.share_tensors(keys)
+        split.shown = dict(group)
 
 
 def _saved_own(

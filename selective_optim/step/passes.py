@@ -1,4 +1,4 @@
-"""Decay that torch's kernel does not do: a pass over the tensors ahead of it.
+"""Decay that no kernel does: a pass over the tensors before the step, or after it.
 
 Small tensors are joined into one, so that the formula is written once, in plain
 operations on one tensor, and its cost is that of a few calls. No more than a chunk is
@@ -11,7 +11,7 @@ Nothing waits for a device: whether a ``GradScaler`` drops the step is asked the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,11 +23,10 @@ from selective_optim.decay import is_zero
 from selective_optim.step.grad_scaler import Scaling, unless_dropped, unscale_
 from selective_optim.step.setting import (
     PLAIN,
-    Ahead,
     Batch,
     Call,
+    DecayPass,
     Direction,
-    Setting,
     lr_on_device,
 )
 
@@ -40,38 +39,62 @@ def _limit(param: Tensor) -> int:
     return CHUNK if param.is_cpu else CHUNK_ON_DEVICE
 
 
-def ahead_calls(
-    ahead: Ahead,
-    setting: Setting,
+def pass_calls(
+    decay_pass: DecayPass,
+    lr: float | Tensor,
+    maximize: bool,
     batch: Batch,
-    direction: Direction,
+    direction: Direction | None,
     scaling: Scaling,
 ) -> tuple[list[Call], Scaling]:
-    """Return the calls of the pass, and what of the scale is left for the kernel.
+    """Return the calls of a pass before the step, and what of the scale is left.
 
     Args:
-        ahead: What to do, as ``setting`` has it.
-        setting: What the kernel is given.
+        decay_pass: What to do.
+        lr: Rate of this step.
+        maximize: Whether the gradient is followed uphill.
         batch: The tensors; gradients are read when the calls run, and written to.
-        direction: Of the kernel, see :class:`Direction`.
+        direction: Tells the sign of the update; ``"cautious"`` alone asks.
         scaling: What the kernel would be given of a ``GradScaler``.
     """
-    lr = lr_on_device(setting.arguments["lr"], batch.params)
-    maximize = setting.arguments["maximize"]
-    if ahead.applied == "decoupled" and ahead.target == 0.0:
-        return _shrinking(lr * ahead.wd, batch.params, scaling.found_inf), scaling
+    lr = lr_on_device(lr, batch.params)
+    if decay_pass.applied == "decoupled" and decay_pass.target == 0.0:
+        rate = lr * decay_pass.wd
+        return _shrinking(rate, batch.params, scaling.found_inf), scaling
     parts = list(_chunks(batch))
     calls: list[Call] = []
-    if ahead.applied != "decoupled" and scaling.grad_scale is not None:
+    if decay_pass.applied != "decoupled" and scaling.grad_scale is not None:
         # The pass reads gradients, or writes to them, as they are without the scale.
         calls.append(partial(unscale_, batch.grads, scaling.grad_scale))
         scaling = scaling._replace(grad_scale=None)
-    if ahead.applied == "l2":
-        wd = -ahead.wd if maximize else ahead.wd
-        return [*calls, partial(_pull_gradients_, ahead, wd, batch, parts)], scaling
-    towards = partial(direction, setting)
-    move = partial(_move_, ahead, lr * ahead.wd, batch, parts, towards)
+    if decay_pass.applied == "l2":
+        wd = -decay_pass.wd if maximize else decay_pass.wd
+        pull = partial(_pull_gradients_, decay_pass, wd, batch, parts)
+        return [*calls, pull], scaling
+    rate = lr * decay_pass.wd
+    move = partial(_move_, decay_pass, rate, batch, parts, direction)
     return [*calls, partial(move, scaling.found_inf)], scaling
+
+
+def decay_agreeing_(
+    decay_pass: DecayPass,
+    rate: float | Tensor,
+    batch: Batch,
+    before: Sequence[Tensor],
+) -> None:
+    """Decay cautiously after a step: the update is what the step has changed.
+
+    Args:
+        decay_pass: What to do.
+        rate: ``lr * wd``.
+        batch: The parameters after the step, and their targets.
+        before: The parameters as they were.
+    """
+    for i, (param, old) in enumerate(zip(batch.params, before, strict=True)):
+        piece = Piece([param], [old], [], batch.targets[i : i + 1], [])
+        joined, start = _joined([param]), _joined([old])
+        offset = _agreeing(_offset(decay_pass, start, piece), start - joined)
+        param.copy_(_less(joined, offset, rate))
 
 
 def _shrinking(
@@ -89,7 +112,7 @@ def _shrinking(
     halves = any(param.is_cpu and param.dtype in _torch.HALF for param in params)
     if halves or any(_are_views(params)):
         return [partial(torch.Tensor.mul_, param, factor) for param in params]
-    given = not isinstance(factor, Tensor) and not torch.compiler.is_compiling()
+    given = not isinstance(factor, Tensor)
     if given and params[0].is_cpu and len({param.dtype for param in params}) == 1:
         # foreach makes a tensor of a number for each: 1.4 ms for 1,000, and so 0.4.
         real = params[0].dtype.to_real()
@@ -119,11 +142,11 @@ class Piece(NamedTuple):
 
 
 def _move_(
-    ahead: Ahead,
+    decay_pass: DecayPass,
     rate: float | Tensor,
     batch: Batch,
     parts: Sequence[slice],
-    direction: Callable[[Tensor, Sequence[Tensor | None]], Tensor],
+    direction: Direction | None,
     found_inf: Tensor | None,
 ) -> None:
     """Move parameters towards their targets: ``param -= rate * (param - target)``."""
@@ -132,8 +155,9 @@ def _move_(
     for part in parts:
         for piece in _pieces(batch, part, batch.params[part]):
             joined = _joined(piece.params)
-            offset = _offset(ahead, joined, piece)
-            if ahead.applied == "cautious":
+            offset = _offset(decay_pass, joined, piece)
+            if decay_pass.applied == "cautious":
+                assert direction is not None  # else decay comes after the step
                 moments = [_joined_moments(moment) for moment in piece.moments]
                 offset = _agreeing(offset, direction(_joined(piece.grads), moments))
             moved = _less(joined, offset, rate)
@@ -143,23 +167,23 @@ def _move_(
 
 
 def _pull_gradients_(
-    ahead: Ahead, wd: float | Tensor, batch: Batch, parts: Sequence[slice]
+    decay_pass: DecayPass, wd: float | Tensor, batch: Batch, parts: Sequence[slice]
 ) -> None:
     """Add ``wd * (param - target)`` to gradients; those of the parameters stay."""
     for part in parts:
         # Laid out as the gradients are: fused kernels walk their memory.
         pulled = list(map(torch.empty_like, batch.grads[part]))
         for piece in _pieces(batch, part, pulled):
-            offset = _offset(ahead, _joined(piece.params), piece)
+            offset = _offset(decay_pass, _joined(piece.params), piece)
             _write_(piece.into, _less(_joined(piece.grads), offset, -wd))
         batch.grads[part] = pulled
 
 
-def _offset(ahead: Ahead, joined: Tensor, piece: Piece) -> Tensor:
+def _offset(decay_pass: DecayPass, joined: Tensor, piece: Piece) -> Tensor:
     """Return how far parameters are from their targets."""
-    if isinstance(ahead.target, str):
+    if isinstance(decay_pass.target, str):
         return joined - _joined(piece.targets)
-    return joined - ahead.target if ahead.target else joined
+    return joined - decay_pass.target if decay_pass.target else joined
 
 
 def _pieces(batch: Batch, part: slice, into: Sequence[Tensor]) -> Iterator[Piece]:
@@ -173,10 +197,9 @@ def _pieces(batch: Batch, part: slice, into: Sequence[Tensor]) -> Iterator[Piece
     limit = _limit(params[0])
     whole = [into, params, grads, targets, *moments]
     first = [each[0] for each in whole if each and each[0] is not None]
-    # Autograd and the compiler follow whole tensors.
-    alone = len(params) == 1 and params[0].numel() > limit
-    followed = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if followed or not alone or not all(map(_cuttable, first)):
+    # Autograd follows whole tensors.
+    cut = len(params) == 1 and params[0].numel() > limit
+    if torch.is_grad_enabled() or not cut or not all(map(_cuttable, first)):
         yield Piece(into, params, grads, targets, moments)
         return
     for start in range(0, params[0].numel(), limit):
@@ -222,12 +245,11 @@ def _chunks(batch: Batch) -> Iterator[slice]:
     """Part a batch: neighbors that together are a chunk, and have begun alike."""
     limit = _limit(batch.params[0])
     start = size = 0
-    alone = _stand_alone(batch.params)
+    unjoinable = _unjoinable(batch.params)
     for i, param in enumerate(batch.params):
         size += param.numel()
         first = batch.params[start]
-        apart = alone[i] or alone[start]
-        # A group that is traced may hold several, as in torch.
+        apart = unjoinable[i] or unjoinable[start]
         apart |= (param.dtype, param.device) != (first.dtype, first.device)
         apart |= any((m[i] is None) is not (m[start] is None) for m in batch.moments)
         if i > start and (size > limit or apart):
@@ -236,27 +258,23 @@ def _chunks(batch: Batch) -> Iterator[slice]:
     yield slice(start, len(batch.params))
 
 
-def _stand_alone(params: Sequence[Tensor]) -> list[bool]:
+def _unjoinable(params: Sequence[Tensor]) -> list[bool]:
     """Tell which may not be joined: sharded ones, other subclasses, and views.
 
     One that is listed twice moves twice, and the second time from where it is then.
     """
-    views = _are_views(params)
-    alone = [view or type(param) not in PLAIN for param, view in zip(params, views)]
-    if not torch.compiler.is_compiling():  # a trace knows no ids
-        times = Counter(map(id, params))
-        if len(times) < len(params):
-            return [a or times[id(p)] > 1 for a, p in zip(alone, params)]
-    return alone
+    times = Counter(map(id, params))
+    return [
+        type(param) not in PLAIN or view or times[id(param)] > 1
+        for param, view in zip(params, _are_views(params))
+    ]
 
 
 def _are_views(params: Sequence[Tensor]) -> list[bool]:
-    """Tell which negate or conjugate as they are read; a trace cannot be asked.
+    """Tell which negate or conjugate as they are read.
 
     Operations on lists refuse them (torch 2.7 to 2.15).
     """
-    if torch.compiler.is_compiling():
-        return [False] * len(params)
     return [param.is_neg() or param.is_conj() for param in params]
 
 

@@ -1,6 +1,7 @@
-"""Every kernel call of a step: planned once, proved true at every step, replayed.
+"""The accelerator: every fused kernel call of a step, planned once and replayed.
 
-A plan is given tensors and numbers and knows no policy.
+A plan is given tensors and numbers and knows no policy. It proves at every step that
+the layout of the parts still holds, also of those that the class steps.
 """
 
 from __future__ import annotations
@@ -10,19 +11,15 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import compress, groupby
 from operator import attrgetter, length_hint, methodcaller
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.step import triton_adamw
-from selective_optim.step.buckets import Bucket, FunctionalBucket, FusedBucket
-from selective_optim.step.cells import Cell, Member, make_cells, require_dense
-from selective_optim.step.counters import Advance, Counters
-from selective_optim.step.grad_scaler import NO_SCALING, Scaling, Scalings
-from selective_optim.step.guards import (
+from selective_optim.fused.buckets import Bucket, Cell, begin_state, make_cells
+from selective_optim.fused.counters import Advance, Counters
+from selective_optim.fused.guards import (
     GroupsGuard,
     TensorsGuard,
     equal,
@@ -33,11 +30,13 @@ from selective_optim.step.guards import (
     same_objects,
     without_gradients,
 )
-from selective_optim.step.kernel import Kernel, decay_vanishes, require_no_nan
+from selective_optim.step.grad_scaler import NO_SCALING, Scaling, Scalings
+from selective_optim.step.implementation import make_layout, require_dense
+from selective_optim.step.kernel import Kernel, require_no_nan
+from selective_optim.step.parts import DecidedParam, Part
 from selective_optim.step.setting import Call, Groups, Setting, States
 
 _call = methodcaller("__call__")
-_layout_of = attrgetter("layout")
 _place_of = attrgetter("dtype", "device")
 
 
@@ -45,12 +44,11 @@ class Grads(NamedTuple):
     """The gradients of one step, in a plan's order.
 
     Args:
-        whole: As the parameters have them, or what stands in for an absent one.
-        local: As fused kernels get them: shards where sharded.
+        local: As fused kernels get them: shards where sharded, or what stands in for
+            an absent one.
         there: Which parameters have one, or ``None`` where all have.
     """
 
-    whole: list[Any]
     local: list[Any]
     there: list[bool] | None = None
 
@@ -81,18 +79,36 @@ def _holds_a_tensor(call: Any) -> bool:
     return any(isinstance(each, Tensor) for each in getattr(call, "args", ())[:1])
 
 
+def _layouts_of(grads: Sequence[Any]) -> list[torch.layout]:
+    """List the layouts of gradients, where an absent one is taken to be dense."""
+    return [torch.strided if grad is None else grad.layout for grad in grads]
+
+
+def _share_counters(
+    parts: Sequence[Part], params: Sequence[DecidedParam], states: States
+) -> bool:
+    """Tell whether parameters have one step counter between them."""
+    mine = [params[i].param for part in parts for i in part.positions]
+    owns = [own for param in mine if "step" in (own := states.get(param) or {})]
+    return _distinct([own["step"] for own in owns]) < _distinct(owns)
+
+
+def _distinct(objects: Sequence[object]) -> int:
+    return len(set(map(id, objects)))
+
+
 class Plan:
-    """Every kernel call of a step, for the parameters that have, or had, gradients.
+    """The parts of a step, and the kernel calls of those that are fused.
 
     Args:
         kernel: Of the optimizer's class.
         groups: Its parameter groups.
-        members: Every parameter, in order, with what was decided for it.
+        params: Every parameter, in order, with what was decided for it.
         states: Its state, by parameter; begun here as torch begins it.
         counters: Its step counters.
-        lent: Whether anyone outside has the state in hand. A plan then keeps no
+        exposed: Whether anyone outside may edit the state. A plan then keeps no
             tensor between steps: what is replaced or cleared is freed at once.
-        stepping: Tokens of the parameters that the last plan stepped.
+        stepped: Tokens of the parameters that the last plan had a part for, by id.
 
     Raises:
         ValueError: A hyperparameter is NaN.
@@ -104,97 +120,98 @@ class Plan:
         self,
         kernel: Kernel,
         groups: Groups,
-        members: Sequence[Member],
+        params: Sequence[DecidedParam],
         states: States,
         counters: Counters,
-        lent: bool,
-        stepping: Mapping[int, object],
+        exposed: bool,
+        stepped: Mapping[int, object],
     ) -> None:
         # Before any state is made: a refusal leaves the optimizer as it was.
         require_no_nan(kernel, groups)
-        require_dense(kernel, groups, members)
+        require_dense(kernel, groups, params)
         self._kernel = kernel
         self._counters = counters
-        self._lent = lent
-        self._cells = make_cells(kernel, groups, members, states, counters, stepping)
-        positions = {i for cell in self._cells for i in cell.positions}
+        self._exposed = exposed
+        parts, idle, self.once = make_layout(kernel, groups, params, states, stepped)
+        fused = [part for part in parts if part.key.fused and not part.key.first]
+        if exposed and _share_counters(fused, params, states):
+            fused = []  # each group counts for itself, as the class does it
+        # What the optimizer's own class steps.
+        self.rest: list[Part] = [part for part in parts if part not in fused]
+        self._cells = make_cells(fused, params)
+        begin_state(kernel, groups, fused, params, states, counters)
+        positions = {i for part in parts for i in part.positions}
         # Tokens and not parameters: a model that is gone must not live on in a plan.
-        params = [member.param for member in members]
-        tokens = [_torch.token_of(params[i]) for i in positions]
-        self.stepping = dict(zip(map(id, tokens), tokens))
-        # Those in no cell never had a gradient; the first one needs a new plan.
-        self._any_idle = len(positions) < len(params)
-        self._idle = picker([i for i in range(len(params)) if i not in positions])
+        tensors = [each.param for each in params]
+        tokens = [_torch.token_of(tensors[i]) for i in positions]
+        self.stepped = dict(zip(map(id, tokens), tokens))
+        # Those in no part never had a gradient; the first one needs a new plan.
+        self._any_idle = bool(idle)
+        self._idle = picker(idle)
+        self._note_rest(tensors)
         self._structure = list(map(kernel.structure, groups))
         # What the state holds lives as long as the optimizer, and is kept alive by
         # nothing here. Plain SGD has no state, and lets go after each step.
-        stated = [param in states for param in params]
-        self._keeps = not lent and all(stated[i] for i in positions)
-        self._guard = GroupsGuard(groups, held=self._keeps and all(stated))
-        # Momentum goes on otherwise than it begins, and a gradient that does not fit
-        # may be followed by one that does: then plan anew.
-        self.once = any(cell.key.first or cell.key.odd for cell in self._cells)
-        self._some_alone = any(cell.key.alone for cell in self._cells)
-        self._any_half = any(cell.key.dtype in _torch.HALF for cell in self._cells)
+        mine = {i for cell in self._cells for i in cell.positions}
+        self._keeps = not exposed and all(tensors[i] in states for i in mine)
+        held = self._keeps and all(tensor in states for tensor in tensors)
+        self._guard = GroupsGuard(groups, held=held)
+        self._some_single = any(cell.key.single_thread for cell in self._cells)
         self._merged: list[list[Cell]] | None = None
-        self._settle(groups)
+        self._merge_cells(groups)
         self._gather(groups, states)
         counters.keep(self._advance)
 
-    # Settling: hyperparameters make buckets of cells.
+    def _note_rest(self, tensors: Sequence[Tensor]) -> None:
+        """Note what of the parameters that the class steps would change their part."""
+        self._rest_of = picker([i for part in self.rest for i in part.positions])
+        mine = self._rest_of(tensors)
+        self._rest_places = list(map(_place_of, mine))
+        self._rest_layouts = _layouts_of(grads_of(mine))
+        self._some_sparse = any(each != torch.strided for each in self._rest_layouts)
 
-    def _settle(self, groups: Groups) -> None:
+    # Hyperparameters make buckets of cells.
+
+    def _merge_cells(self, groups: Groups) -> None:
         """Read the hyperparameters and merge the cells that share them into buckets."""
         self._threads = _torch.thread_count()
         together: dict[Any, tuple[Setting, bool, list[Cell]]] = {}
         for cell in self._cells:
-            index, terms, alone, *path = cell.key
-            first = cell.key.first and cell.key.fused
+            index, decay_key, single, *kind = cell.key
             # The group's numbers of now: cells outlive a schedule, settings do not.
-            setting = self._kernel.setting(groups[index], terms, first)
-            alone &= self._threads > 1
-            key = (setting.key, alone, *path)
-            together.setdefault(key, (setting, alone, []))[2].append(cell)
+            setting = self._kernel.setting(groups[index], decay_key)
+            single &= self._threads > 1
+            key = (setting.key, single, *kind)
+            together.setdefault(key, (setting, single, []))[2].append(cell)
         merged = [cells for *_, cells in together.values()]
-        # As a rule a schedule moves all alike: the same cells go together, and lists
-        # and proofs stay.
+        # A schedule mostly moves all alike: the same cells go together, and lists and
+        # proofs stay.
         if merged != self._merged:
             self._arrange(groups, merged)
             self._merged = merged
-        for bucket, (setting, alone, _) in zip(self._buckets, together.values()):
-            bucket.take(setting, alone)
+        for bucket, (setting, single, _) in zip(self._buckets, together.values()):
+            bucket.take(setting, single)
         # Calls are bound to numbers. Where a number is a tensor, one that is written to
         # in place shows nowhere: then they are bound at every step.
         self._program: Program | None = None
         self._live = any(bucket.setting.live for bucket in self._buckets)
         self._fleeting = any(bucket.setting.fleeting for bucket in self._buckets)
-        self.vanishing = self._find_vanishing() if self._any_half else None
 
     def _arrange(self, groups: Groups, merged: list[list[Cell]]) -> None:
-        """Lay out the parameters, bucket after bucket: plain, sharded, functional."""
-        self._fused: list[FusedBucket] = []
-        self._functional: list[FunctionalBucket] = []
+        """Lay out the parameters, bucket after bucket: plain ones, then sharded."""
+        self._buckets: list[Bucket] = []
         start = 0
         for cells in merged:
-            key = cells[0].key
-            own = (self._kernel, cells, self._kernel.entries(groups[key.group]), start)
-            if key.fused:
-                self._fused.append(FusedBucket(*own))
-            else:
-                self._functional.append(FunctionalBucket(*own))
+            entries = self._kernel.entries(groups[cells[0].key.group])
+            self._buckets.append(Bucket(self._kernel, cells, entries, start))
             start += sum(len(cell.positions) for cell in cells)
-        self._buckets: list[Bucket] = [*self._fused, *self._functional]
         self._order = picker(flat(bucket.positions for bucket in self._buckets))
-        sizes = [(len(b.positions), b.key) for b in self._buckets]
-        self._plain = sum(n for n, key in sizes if key.fused and not key.sharded)
-        self._count = sum(n for n, key in sizes if key.fused)
-        self._total = start
+        plain = [b for b in self._buckets if not b.key.sharded]
+        self._plain = sum(len(bucket.positions) for bucket in plain)
+        self._count = start
         # Neighbors with the same entries are gathered in one walk over the state.
-        alike = groupby(self._fused, lambda b: (b.entries, b.key.sharded))
+        alike = groupby(self._buckets, lambda b: (b.entries, b.key.sharded))
         self._runs = [list(run) for _, run in alike]
-        keys = [b.key for b in self._functional for _ in b.positions]
-        self._layouts = [key.layout for key in keys]
-        self._places = [(key.dtype, key.device) for key in keys]
         self._specs: list[Any] = []
         self._some_absent = False
         self._tensors = TensorsGuard()
@@ -205,13 +222,6 @@ class Plan:
         self._steps: list[Tensor] = []
         self._release()
 
-    def _find_vanishing(self) -> Bucket | None:
-        """Return a bucket whose decay is lost to rounding, if there is one."""
-        for bucket in self._buckets:
-            if decay_vanishes(bucket.setting, bucket.key.fused, bucket.key.dtype):
-                return bucket
-        return None
-
     # Gathering: tensors are taken in, and let go.
 
     def _gather(self, groups: Groups, states: States) -> None:
@@ -219,13 +229,15 @@ class Plan:
         active = list(self._order(params_of(groups)))
         for run in self._runs:
             self._load(run, active, states)
+        if self._exposed and self._steps and _distinct(self._steps) < _distinct(active):
+            raise KeyError("a step counter of its own")
         if self._program is None:
             self._advance = self._counters.advance(self._steps)
         self._present: tuple[list[bool], Advance] | None = None
         self._active: list[Tensor] | None = active
 
     def _load(
-        self, run: Sequence[FusedBucket], active: list[Tensor], states: States
+        self, run: Sequence[Bucket], active: list[Tensor], states: States
     ) -> None:
         """Take in the tensors of buckets in a row whose state has the same entries.
 
@@ -255,14 +267,14 @@ class Plan:
             self._program = None
         for tensors in (self._local, self._moments, self._steps):
             tensors.clear()
-        for bucket in self._fused:
+        for bucket in self._buckets:
             bucket.unload()
 
-    def lend(self) -> None:
+    def expose(self) -> None:
         """Keep no tensor from now on, and look at each at every step."""
-        if not self._lent:
-            self._lent, self._keeps = True, False
-            self._guard.let_go()
+        if not self._exposed:
+            self._exposed, self._keeps = True, False
+            self._guard.release()
             self._tensors = TensorsGuard()  # of moments and counters, too
             self._program = None  # whose counters were views
             self._release()
@@ -280,17 +292,20 @@ class Plan:
         if self._fleeting or not self._guard.holds(groups):
             if not self._reread(groups):
                 return None
-        elif self._some_alone and _torch.thread_count() != self._threads:
-            self._settle(groups)
-        if self._any_idle and not without_gradients(self._idle(params_of(groups))):
+        elif self._some_single and _torch.thread_count() != self._threads:
+            self._merge_cells(groups)
+        params = params_of(groups) if self._any_idle or self.rest else []
+        if self._any_idle and not without_gradients(self._idle(params)):
+            return None
+        if self.rest and not self._rest_still(params):
             return None
         if self._active is None:
             try:
                 self._gather(groups, states)
             except (KeyError, AttributeError, TypeError):
                 return None  # an entry is gone, or no tensor: torch's words say it
-        if self._lent and not self._functional_begun(states):
-            return None
+        if not self._buckets:
+            return Grads([])
         whole = grads_of(self._active or [])
         if not self._some_absent and (grads := self._proved(whole, None)):
             return grads
@@ -298,7 +313,10 @@ class Plan:
         self._some_absent = not all(there)
         if not self._some_absent:
             return self._proved(whole, None, look=True)
-        filled = [self._stand_in(i) if g is None else g for i, g in enumerate(whole)]
+        filled = [
+            param.detach() if grad is None else grad
+            for param, grad in zip(self._active or [], whole)
+        ]
         return self._proved(filled, there, look=True)
 
     def first_grads(self) -> Grads:
@@ -308,77 +326,53 @@ class Plan:
         self._some_absent = not all(there)
         shards = [
             grad if grad is None else _torch.local_tensor(grad)
-            for grad in whole[self._plain : self._count]
+            for grad in whole[self._plain :]
         ]
-        local = [*whole[: self._plain], *shards]
-        return Grads(whole, local, there if self._some_absent else None)
+        return Grads(
+            [*whole[: self._plain], *shards], there if self._some_absent else None
+        )
 
     def _reread(self, groups: Groups) -> bool:
-        """Take over new hyperparameters; not where the path depends on them."""
-        sparse = any(cell.key.layout != torch.strided for cell in self._cells)
-        if sparse or not self._guard.holds_params(groups):
+        """Take over new hyperparameters; not where the parts depend on them."""
+        if not self._guard.holds_params(groups) or self._some_sparse:
             return False
-        if self.changed(groups):
+        pairs = zip(map(self._kernel.structure, groups), self._structure)
+        # A key that nobody reads may be one that is refused.
+        if not self._guard.holds_keys(groups) or not all(equal(*p) for p in pairs):
             return False
         require_no_nan(self._kernel, groups)
-        self._settle(groups)
+        self._merge_cells(groups)
         self._guard.take(groups)
         return True
 
-    def changed(self, groups: Groups) -> Groups:
-        """List the groups whose flags are others than those that were planned."""
-        return [
-            group
-            for group, flags in zip(groups, self._structure)
-            if not equal(self._kernel.structure(group), flags)
-        ]
-
-    def _stand_in(self, position: int) -> Any:
-        """Make what passes for an absent gradient: the parameter itself, detached."""
-        if position >= self._count:
-            return SimpleNamespace(layout=self._layouts[position - self._count])
-        assert self._active is not None  # gathered
-        return self._active[position].detach()
+    def _rest_still(self, params: Sequence[Tensor]) -> bool:
+        mine = self._rest_of(params)
+        places, layouts = list(map(_place_of, mine)), _layouts_of(grads_of(mine))
+        return places == self._rest_places and layouts == self._rest_layouts
 
     def _proved(
         self, whole: list[Any], there: list[bool] | None, look: bool = False
     ) -> Grads | None:
         """Return the gradients if all is as planned, by guards or by a look at each."""
         local = whole
-        try:
-            if self._count < len(whole) and not self._functional_still(whole):
-                return None
-            if self._plain < self._count:
+        if self._plain < self._count:
+            try:
                 if not self._shards_still(whole):
                     return None
-                shards = whole[self._plain : self._count]
-                local = [*whole[: self._plain], *_torch.local_tensors(shards)]
-            elif self._count < len(whole):
-                local = whole[: self._count]
-        except AttributeError:  # a gradient is None, or not sharded where it was
-            return None
+                shards = _torch.local_tensors(whole[self._plain :])
+            except AttributeError:  # a gradient is None, or not sharded where it was
+                return None
+            local = [*whole[: self._plain], *shards]
         # State that nobody outside has seen is what the last step left.
         tensors = (*self._local, *local)
-        if self._lent:
+        if self._exposed:
             tensors = (*tensors, *self._moments, *self._steps)
         if not self._tensors.holds(tensors):
             # No proof yet, or those of another dispatch state: look once, and remember.
-            if not look or not all(b.fits(local[b.part]) for b in self._fused):
+            if not look or not all(b.fits(local[b.part]) for b in self._buckets):
                 return None
             self._tensors.admit(tensors)
-        return Grads(whole, local, there)
-
-    def _functional_begun(self, states: States) -> bool:
-        """Tell whether nobody cleared the state that torch's functional reads."""
-        if not self._kernel.counts or self._count == self._total:
-            return True
-        return all(map(states.get, (self._active or [])[self._count :]))
-
-    def _functional_still(self, whole: list[Any]) -> bool:
-        assert self._active is not None  # gathered
-        layouts = list(map(_layout_of, whole[self._count :]))
-        places = list(map(_place_of, self._active[self._count :]))
-        return layouts == self._layouts and places == self._places
+        return Grads(local, there)
 
     def _shards_still(self, whole: list[Any]) -> bool:
         """Tell whether parameters and gradients are placed as they were."""
@@ -399,18 +393,12 @@ class Plan:
 
     # Running.
 
-    def run(self, grads: Grads, states: States, scaling: Scaling) -> None:
+    def run(self, grads: Grads, scaling: Scaling) -> None:
         """Step every bucket; counters advance before and fall back if skipped."""
-        assert self._active is not None  # gathered
         scalings = Scalings(scaling)
-        # Functional ones first: they may raise, and then nothing else has changed.
-        for other in self._functional:
-            params, own = self._active[other.part], grads.whole[other.part]
-            there = grads.there[other.part] if grads.there else [True] * len(params)
-            other.step(params, own, there, states, scalings.on(other.key.device))
         # Into the lists that calls are bound to, and out of them in any case: gradients
         # that someone sets to None must be freed.
-        for bucket in self._fused:
+        for bucket in self._buckets:
             bucket.batch.grads[:] = grads.local[bucket.part]
         try:
             program = self._program
@@ -420,58 +408,42 @@ class Plan:
                 program = self._assemble(grads.there, scalings)
                 self._program = program if steady else None
             self._perform(program, scalings)
-            if self.once and scalings.dropping:
-                self._forget_dropped(states, scalings)
         finally:
-            for bucket in self._fused:
+            for bucket in self._buckets:
                 bucket.batch.grads.clear()
             if not self._keeps:
                 self._release()
-
-    def _forget_dropped(self, states: States, scalings: Scalings) -> None:
-        """Let dampened momentum begin again with the next step if this was dropped.
-
-        Only the host can leave a buffer out, so this once it waits for the device.
-        """
-        assert self._active is not None  # gathered
-        for bucket in self._fused:
-            found_inf = scalings.on(bucket.key.device).found_inf
-            if bucket.key.first and found_inf is not None and found_inf.item():
-                for param in self._active[bucket.part]:
-                    del states[param]["momentum_buffer"]
 
     def _assemble(self, there: list[bool] | None, scalings: Scalings) -> Program:
         """Put together the calls of a step over the fused buckets."""
         advance = self._advance if there is None else self._advance_of(there)
         calls: list[Call] = []
         ends = []
-        alone = False
-        for bucket in self._fused:
+        single = False
+        for bucket in self._buckets:
             batch = bucket.present(there)
             if batch.params:
                 # Threads are set where they change, not around every call.
-                if bucket.alone != alone:
-                    alone = bucket.alone
-                    calls.append(self._on(1 if alone else self._threads))
+                if bucket.single_thread != single:
+                    single = bucket.single_thread
+                    calls.append(self._on(1 if single else self._threads))
                 own = scalings.on(bucket.key.device)
-                calls += self._kernel.calls(bucket.setting, batch, own)
+                calls += bucket.calls(batch, own)
             ends.append(len(calls))
-        if alone:
+        if single:
             calls.append(self._on(self._threads))
-        if len(calls) >= triton_adamw.FEWEST and triton_adamw.switched_on():
-            calls, ends = triton_adamw.join(calls, ends)
         return Program(
             before=advance.by(lambda device: 1.0),
             calls=calls,
             ends=ends,
             after=advance.by(scalings.backward) if scalings.dropping else [],
-            threads=self._threads if any(b.alone for b in self._fused) else 0,
+            threads=self._threads if any(b.single_thread for b in self._buckets) else 0,
             lasting=advance.lasting and not any(map(_holds_a_tensor, calls)),
         )
 
     @staticmethod
     def _on(threads: int) -> Call:
-        assert _torch.set_threads is not None  # or nothing would be alone
+        assert _torch.set_threads is not None  # or no bucket is of one thread
         return partial(_torch.set_threads, threads)
 
     def _advance_of(self, there: list[bool]) -> Advance:
@@ -505,7 +477,7 @@ class Plan:
             return
         for call in program.after:
             call()
-        for bucket, end in zip(self._fused, program.ends):
+        for bucket, end in zip(self._buckets, program.ends):
             if end > done and bucket.batch.steps:
                 dropped = scalings.on(bucket.key.device).found_inf
                 amount = -1.0 if dropped is None else dropped - 1.0

@@ -142,7 +142,7 @@ class GroupsGuard:
         self._tokens: list[Any] = []
         self.take(groups)
         if not held:
-            self.let_go()
+            self.release()
 
     def take(self, groups: Groups) -> None:
         """Take over new hyperparameters of the same parameters."""
@@ -167,7 +167,8 @@ class GroupsGuard:
         ]
         self._numbers_of = columns_picker(list(compress(count(), numbers)), len(groups))
         self._numbers = self._numbers_of(values)
-        self._names = names if len(groups) <= FEW else None
+        self._names = names
+        self._few = len(groups) <= FEW
         decays = [isinstance(group["weight_decay"], Tensor) for group in groups]
         self._scales_tensors = any(decays)
 
@@ -175,7 +176,7 @@ class GroupsGuard:
         unseen = holds_params and not self._lists_tell
         return _Unseen() if unseen else copy.copy(value)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Hold no parameter from now on."""
         if self._params is not None:
             self._tokens = list(map(_torch.token_of, self._params))
@@ -196,10 +197,14 @@ class GroupsGuard:
             # the device; and -0.0 is not 0.0, nor float32's number the same double.
             and same_objects(self._numbers_of(values), self._numbers)
             and equal(values, self._contents)
-            and (self._names is None or flat(groups) == self._names)
+            and (not self._few or self.holds_keys(groups))
             and (self._lists_tell or self.holds_params(groups))
             and not self._scales_tensors
         )
+
+    def holds_keys(self, groups: Groups) -> bool:
+        """Tell whether no key came or went."""
+        return flat(groups) == self._names
 
     def holds_params(self, groups: Groups) -> bool:
         """Tell whether the parameters are the same and stand in the same places."""
