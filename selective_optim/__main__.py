@@ -298,7 +298,7 @@ SENTENCES = {
     "no_bias": "Exempts biases.",
     "no_norm": "Exempts what normalization layers hold.",
     "no_bias_norm": "Exempts biases and what normalization layers hold.",
-    "no_bias_norm_embedding": "Exempts biases, norms, embeddings, positions and tokens.",
+    "no_bias_norm_embedding": "Exempts biases, norms, embeddings and tokens.",
     "matrices": "Exempts tensors of fewer than two dimensions; needs shapes only.",
     "layer_weights": "Decays weights of layers; exempts tokens, scales and all else.",
 }
