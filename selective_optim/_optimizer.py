@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat
-from threading import Lock, local
+from threading import get_ident, local
 from types import CodeType
 from typing import Any
 from weakref import WeakSet
@@ -53,8 +53,8 @@ Model = nn.Module | Sequence[nn.Module] | None
 COPIED = "_copied"
 # Attributes that copies do not take over as they are, where a class copies all it has.
 TRANSIENT = (
-    *("_decider", "_groups", "_states", "_kernel", "_stepper", "_shown", "_lock"),
-    *("_splits", "_parts", "_class_adds", "_layout"),
+    *("_decider", "_groups", "_states", "_kernel", "_stepper", "_shown", "_planning"),
+    *("_threads_inside", "_splits", "_parts", "_class_adds", "_layout"),
 )
 # Whoever writes a group by hand names a few keys; an optimizer fills in these.
 FILLED = {"lr", "weight_decay", "maximize", "foreach", "differentiable"}
@@ -96,6 +96,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     _kernel: Kernel
     _stepper: Stepper
     _reached = False  # whether a step came here
+    _planning: dict[str, int]  # the thread that a plan serves
 
     # Construction.
 
@@ -194,7 +195,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _set_groups(self, groups: list[Group]) -> None:
         self._groups = groups
         if "_shown" not in vars(self):  # torch's constructor, or a copy
-            self._shown, self._lock = Shown(), Lock()
+            self._shown, self._planning = Shown(), {}
+            self._threads_inside: set[int] = set()
 
     @property
     def _inside(self) -> bool:
@@ -256,14 +258,15 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         own = type(self)._init_group is not SelectiveOptimizer._init_group
         if not WRITTEN.isdisjoint(self.defaults):  # a plan sees new keys of groups
             self._decider.refuse_written(self.param_groups, self.defaults)
-        # A plan serves one thread at a time; others let the class step all parts.
-        alone = self._lock.acquire(blocking=False)
+        # A plan serves one thread at a time; others let the class step all parts. No
+        # lock: after an interrupt anywhere the next step of a thread plans again.
+        mine = self._planning.setdefault("thread", get_ident()) == get_ident()
         try:
             with torch.set_grad_enabled(differentiable):
-                self._step_all(choosing, choosing and alone and not own, compiling)
+                self._step_all(choosing, choosing and mine and not own, compiling)
         finally:
-            if alone:
-                self._lock.release()
+            if mine:
+                self._planning.clear()
         return loss
 
     @_torch.run_as_is

@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import lru_cache
 from inspect import Parameter, Signature
 from operator import is_
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -56,7 +57,6 @@ class AnyOptimizer(SelectiveOptimizer):
     _parts: list[Group]  # in the list that the class made
     _class_adds = False  # the class adds parts now, which are decided
     _layout: object = None
-    _threads_inside = 0
     _class_step: object = None  # the code of the class's own step
 
     # Construction.
@@ -187,12 +187,12 @@ class AnyOptimizer(SelectiveOptimizer):
     @_torch.disable_dynamo
     def _enter(self) -> None:
         """Bring the parts up to date and show them to the class."""
-        with self._lock:
-            self._hand_down()
-            refusals.require_no_index_overrides(self, self._parts)
-            for split in self._splits:
-                split.fill()
-            self._threads_inside += 1
+        self._hand_down()
+        refusals.require_no_index_overrides(self, self._parts)
+        # Not a count: after an interrupt anywhere the next step of a thread is right.
+        self._threads_inside.add(get_ident())
+        for split in self._splits:
+            split.fill()
         self._show(self._parts)
 
     @_torch.disable_dynamo
@@ -201,12 +201,11 @@ class AnyOptimizer(SelectiveOptimizer):
         if not self._inside:
             return
         self._show(None)
-        with self._lock:
-            self._threads_inside -= 1
-            for split in self._splits:
-                split.show()
-                if not self._threads_inside:
-                    split.empty()
+        self._threads_inside.discard(get_ident())
+        for split in self._splits:
+            split.show()
+            if not self._threads_inside:
+                split.empty()
 
     def _hand_down(self) -> None:
         """Write what the user wrote into groups into their parts."""

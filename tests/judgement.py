@@ -36,6 +36,7 @@ BIASES = frozenset(
         *("r_w_bias", "logit_bias", "audio_plus_text_logit_bias", "b1", "b2"),
         *("audio_video_logit_bias", "text_audio_logit_bias", "text_video_logit_bias"),
         *("text_audio_video_logit_bias", "video_plus_text_logit_bias"),
+        "latent_bias_factor",
     )
 )
 
@@ -48,6 +49,7 @@ REASONS = {
     ("ImageGPTLayerNorm", "weight"): SPELLED_OUT,
     ("MoonshineStreamingLayerNorm", "gamma"): "a norm that hands on to nn.LayerNorm",
     ("NoNorm", "weight"): "scales where MobileBERT calls it its norm",
+    ("SSDFeatureExtractorVGG", "scale_weight"): "scales what is normalized elsewhere",
     ("Affine", "beta"): "the bias of ResMLP's affine, which is no norm",
     ("Inkling2BlockAttentionResidual", "query"): "a query for normalized keys",
     ("Inkling2ScaledL2Clip", "scale"): "clips long vectors, and leaves short ones",

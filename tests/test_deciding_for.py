@@ -206,8 +206,9 @@ def test_error_of_a_factory_names_the_way_out():
     with pytest.raises(ValueError, match="module types") as caught:
         factory(net(), wd_policy="no_bias_norm")
     assert str(caught.value).endswith(
-        'Pass model=model or model.named_parameters(), or use wd_policy="matrices"; '
-        "where a framework makes the optimizer, write with "
+        'Pass model=model or model.named_parameters(), or use wd_policy="matrices", '
+        "which decays whatever has two or more dimensions; where a framework makes the "
+        "optimizer, write with "
         "selective_optim.deciding_for(model): around it."
     )
     assert selective_optim.deciding_for is deciding_for

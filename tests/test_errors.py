@@ -25,7 +25,7 @@ from selective_optim.policies import (
 
 OPTIMIZERS = [SGD, Adam, AdamW]
 WAYS_OUT = (
-    'Pass model=model or model.named_parameters(), or use wd_policy="matrices"; where '
+    "Pass model=model or model.named_parameters(); where "
     "a framework makes the optimizer, write with selective_optim.deciding_for(model): "
     "around it."
 )
@@ -144,7 +144,9 @@ CASES = {
         "no_bias_norm",
         ValueError,
         "`wd_policy` exclude(is_bias, is_norm) needs module types, and of parameter 0 "
-        f"of group 0 (shape 4 x 3) only the tensor is known. {WAYS_OUT}",
+        "of group 0 (shape 4 x 3) only the tensor is known. Pass model=model or "
+        'model.named_parameters(), or use wd_policy="matrices", which decays whatever '
+        "has two or more dimensions; where " + WAYS_OUT.partition("; where ")[2],
     ),
     "name needs modules, has names": Case(
         pairs,
@@ -228,35 +230,40 @@ CASES = {
         is_norm,
         TypeError,
         "`wd_policy` must be a name, a mapping, a callable or a policy, not is_norm "
-        "(Predicate). Write wd_policy=exclude(is_norm).",
+        "(Predicate). Write wd_policy=exclude(is_norm) to exempt it, or "
+        "only(is_norm) to decay no other.",
     ),
     "class as policy": Case(
         net,
         nn.LayerNorm,
         TypeError,
         "`wd_policy` must be a name, ... not <class 'torch.nn.modules.normalization."
-        "LayerNorm'> (type). Write wd_policy=exclude(nn.LayerNorm).",
+        "LayerNorm'> (type). Write wd_policy=exclude(nn.LayerNorm) to exempt it, or "
+        "only(nn.LayerNorm) to decay no other.",
     ),
     "regex as policy": Case(
         net,
         re.compile("bias$"),
         TypeError,
         "`wd_policy` must be a name, ... not re.compile('bias$') (Pattern). Write "
-        "wd_policy=exclude(re.compile('bias$')).",
+        "wd_policy=exclude(re.compile('bias$')) to exempt it, or "
+        "only(re.compile('bias$')) to decay no other.",
     ),
     "glob as policy": Case(
         net,
         "*.bias",
         ValueError,
         "`wd_policy` '*.bias' is a selector and not the name of a policy. Write "
-        'wd_policy=exclude("*.bias").',
+        "wd_policy=exclude('*.bias') to exempt it, or only('*.bias') to decay no "
+        "other.",
     ),
     "path as policy": Case(
         net,
         "0.bias",
         ValueError,
         "`wd_policy` '0.bias' is a selector and not the name of a policy. Write "
-        'wd_policy=exclude("0.bias").',
+        "wd_policy=exclude('0.bias') to exempt it, or only('0.bias') to decay no "
+        "other.",
     ),
     "names as policy": Case(
         net,

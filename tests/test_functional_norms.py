@@ -8,7 +8,7 @@ from torch.nn.functional import layer_norm
 
 from selective_optim import AdamW
 from selective_optim.parameters import ModuleIndex
-from selective_optim.policies import is_bias, is_norm, recognition
+from selective_optim.policies import is_norm, recognition
 
 
 class Holding(nn.Module):
@@ -157,12 +157,3 @@ def test_known_gains_are_those_of_one_package(entry):
 
     assert selected(of(package, name, **leaves)) == set(leaves)
     assert selected(of("another", name, **leaves)) == set()
-
-
-@pytest.mark.parametrize("entry", recognition.KNOWN_BIASES)
-def test_known_biases_are_those_of_one_package(entry):
-    package, name = entry
-    leaves = dict.fromkeys(recognition.KNOWN_BIASES[entry], (1, 3, 1))
-
-    assert selected(of(package, name, **leaves), is_bias) == set(leaves)
-    assert selected(of("another", name, **leaves), is_bias) == set()

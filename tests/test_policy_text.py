@@ -151,12 +151,13 @@ WRONG = {
     "selector as policy": (
         "is_bias | is_norm",
         "1: is_bias | is_norm is a selector, and no policy.",
-        "Write exclude(is_bias | is_norm).",
+        "Write exclude(is_bias | is_norm) to exempt it, or only(is_bias | is_norm) to "
+        "decay no other.",
     ),
     "predicate as policy": (
         "is_bias",
         "1: is_bias is a selector, and no policy.",
-        "Write exclude(is_bias).",
+        "Write exclude(is_bias) to exempt it, or only(is_bias) to decay no other.",
     ),
     "another sign": (
         "exclude('*.bias') + no_norm",
@@ -454,7 +455,8 @@ TRIED = {
     "times a selector": (
         lambda: exclude(is_bias) * is_norm,
         "policies multiply with policies, not exclude(is_bias) (Rule) * is_norm "
-        "(Predicate). Write exclude(is_bias) * exclude(is_norm).",
+        "(Predicate). Write exclude(is_bias) * exclude(is_norm) to exempt it, or "
+        "only(is_norm) to decay no other.",
     ),
     "plus": (
         lambda: exclude(is_bias) + named("timm"),

@@ -48,8 +48,11 @@ from selective_optim.policies.selectors import Selector as Selector
 from selective_optim.policies.selectors import everything as everything
 from selective_optim.policies.selectors import is_bias as is_bias
 from selective_optim.policies.selectors import is_embedding as is_embedding
+from selective_optim.policies.selectors import is_hidden_matrix as is_hidden_matrix
+from selective_optim.policies.selectors import is_hidden_weight as is_hidden_weight
 from selective_optim.policies.selectors import is_layer_weight as is_layer_weight
 from selective_optim.policies.selectors import is_norm as is_norm
+from selective_optim.policies.selectors import is_output as is_output
 from selective_optim.policies.selectors import is_token as is_token
 from selective_optim.policies.selectors import is_vector as is_vector
 
@@ -57,9 +60,10 @@ from selective_optim.policies.selectors import is_vector as is_vector
 __all__ = [
     "Decay", "Difference", "Differences", "Form", "Policy", "PolicyName",
     "Selector", "WdPolicy", "as_policy", "diff", "everything", "exclude", "exempt_",
-    "first_match", "form", "is_bias", "is_embedding", "is_layer_weight", "is_norm",
-    "is_token", "is_vector", "layerwise", "marked", "named", "only", "parse",
-    "scale", "towards",
+    "first_match", "form", "is_bias", "is_embedding", "is_hidden_matrix",
+    "is_hidden_weight", "is_layer_weight", "is_norm", "is_output", "is_token",
+    "is_vector", "layerwise", "marked", "named", "only", "parse", "scale",
+    "towards",
 ]
 # fmt: on
 

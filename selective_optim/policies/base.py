@@ -44,9 +44,9 @@ class Policy:
 
     @property
     def required(self) -> tuple[Selector, ...]:
-        """The selectors that must match at least one parameter."""
+        """The selectors that should match at least one parameter."""
         asked = () if self.missing_ok else self.selectors
-        return tuple([each for selector in asked for each in selector.required])
+        return tuple([each for selector in asked for each in selector.leaves])
 
     def decide(self, info: ParameterInfo) -> Verdict:
         """Decide for one parameter and say why."""
@@ -77,6 +77,11 @@ class Policy:
         raise TypeError(_not_joined(self, "&", other))
 
 
+def either(selector: str) -> str:
+    """Write both policies that a selector by itself may have been meant as."""
+    return f"exclude({selector}) to exempt it, or only({selector}) to decay no other"
+
+
 def _not_joined(left: object, sign: str, right: object) -> str:
     what = "policies multiply with policies" if sign == "*" else "policies are joined"
     shown = f"{what}, not {received(left)} {sign} {received(right)}"
@@ -89,10 +94,13 @@ def _not_joined(left: object, sign: str, right: object) -> str:
     elif isinstance(other, str):
         way_out = f"{policy!r} * named({other!r})"
     elif isinstance(other, Selector):
-        way_out = f"{policy!r} * exclude({other!r})"
+        way_out = f"{policy!r} * {either(repr(other))}"
     else:
         way_out = f"{policy!r} * as_policy(...)"
     return f"{shown}. Write {way_out}."
+
+
+UNMATCHED = "decays in full"  # the reason where no selector matches
 
 
 @dataclass(frozen=True, repr=False)

@@ -7,22 +7,30 @@ from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
 from functools import cache
+from itertools import product
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
+from selective_optim._warnings import warn
 from selective_optim.decay import FULL, REMEDY, Decision, Verdict
 from selective_optim.parameters import ParameterInfo, owner_kinds, shape_now
 from selective_optim.policies.base import AnswerError, Policy
-from selective_optim.policies.selectors import NamePattern, Selector
-from selective_optim.policies.user_code import UnknownError
+from selective_optim.policies.outputs import UnsureError
+from selective_optim.policies.recognition import WORDS, says_norm
+from selective_optim.policies.selectors import (
+    InsideClass,
+    NamePattern,
+    Selector,
+    is_norm,
+)
+from selective_optim.policies.user_code import UnknownError, class_text
 
 NO_POLICY = "no policy"
-WAYS_OUT = (
-    'Pass model=model or model.named_parameters(), or use wd_policy="matrices"; where '
-    "a framework makes the optimizer, write with selective_optim.deciding_for(model): "
-    "around it."
+MATRICES = (
+    ', or use wd_policy="matrices", which decays whatever has two or more dimensions'
 )
 SHOWN = 3  # names that a message gives
 
@@ -71,9 +79,16 @@ def _explained(
         return explained
     if isinstance(error, UnknownError):
         field = error.args[0]
-        lost = _lost(info) if field in ("shape", "ndim") else f"not known. {WAYS_OUT}"
+        shape = field in ("shape", "ndim")
+        lost = _lost(info) if shape else f"not known. {_ways_out(policy)}"
         return ValueError(
             f"`wd_policy` {policy!r} read `{field}` of {parameter}, which is {lost}"
+        )
+    if isinstance(error, UnsureError):
+        written = repr(policy).replace("is_output", repr(error.args[1]))
+        return ValueError(
+            f"`wd_policy` {policy!r} asks for the output layer, and {error}. "
+            f'Write wd_policy="{written}" if that is the one.'
         )
     kind = TypeError if isinstance(error, TypeError) else ValueError
     return kind(
@@ -102,8 +117,18 @@ def _require_knowledge(
             wanted = "module types" if modules_lack else "names"
             raise ValueError(
                 f"`wd_policy` {policy!r} needs {wanted}, and of {info.describe(place)} "
-                f"only {'the name' if info.name else 'the tensor'} is known. {WAYS_OUT}"
+                f"only {'the name' if info.name else 'the tensor'} is known. "
+                f"{_ways_out(policy)}"
             )
+
+
+def _ways_out(policy: Policy | None) -> str:
+    # Of other policies "matrices" would change what was asked for.
+    plain = MATRICES if repr(policy) == "exclude(is_bias, is_norm)" else ""
+    return (
+        f"Pass model=model or model.named_parameters(){plain}; where a framework makes "
+        f"the optimizer, write with selective_optim.deciding_for(model): around it."
+    )
 
 
 def _lost(info: ParameterInfo) -> str:
@@ -123,6 +148,8 @@ def require_matches(
 ) -> None:
     """Check that every glob, regular expression and object matches some parameter.
 
+    Warns of a class that matches none where what it seems to mean decays.
+
     Args:
         policy: The policy that decides for ``infos``.
         infos: What is known of the optimizer's parameters.
@@ -133,10 +160,10 @@ def require_matches(
     Raises:
         ValueError: One matches none; the message gives the closest names.
     """
-    missing = [s for s in policy.required if not any(map(s.matches, infos))]
-    for selector in missing:
-        if elsewhere(selector):
-            continue
+    asked = [s for s in policy.required if s.by_name or isinstance(s, InsideClass)]
+    missing = [s for s in asked if not any(map(s.matches, infos)) and not elsewhere(s)]
+    _warn_of_class(policy, [s for s in missing if isinstance(s, InsideClass)], infos)
+    for selector in (s for s in missing if s.by_name):
         # Who trains a part of a model may have written for all of it.
         infos = [*infos, *everyone()]
         names = list(dict.fromkeys(name for info in infos for name in info.names))
@@ -148,6 +175,42 @@ def require_matches(
                 f"{selector!r} in `wd_policy` matches none of {count} parameters"
                 f"{closest}. {way_out}, or pass missing_ok=True to its policy."
             )
+
+
+def _warn_of_class(
+    policy: Policy, missing: Sequence[InsideClass], infos: Sequence[ParameterInfo]
+) -> None:
+    if missing:
+        roots = {id(i.path[0]): i.path[0] for i in infos if i.path}
+        policy_here = policy.bind(list(roots.values()))
+    for selector, info in product(missing, infos):
+        if info.owner is None or not _meant(selector.cls, info):
+            continue
+        if _decays(policy_here, info):
+            other = class_text(type(info.owner))
+            instead = "is_norm" if is_norm.matches(info) else other
+            warn(
+                f"{selector!r} in `wd_policy` matches none of {len(infos)} parameters, "
+                f"and {info.name!r}, held by {other}, decays. Write wd_policy="
+                f'"{repr(policy).replace(repr(selector), instead)}", or pass '
+                f"missing_ok=True to its policy."
+            )
+            return
+
+
+def _meant(cls: type[nn.Module], info: ParameterInfo) -> bool:
+    """Tell whether a class may stand for that of a norm, or for one of more words."""
+    words = set(WORDS.findall(cls.__name__))
+    others = WORDS.findall(type(info.owner).__name__)
+    norm: Any = cls  # mypy holds that classes of modules have no hash
+    return is_norm.matches(info) if says_norm(norm) else words <= {*others}
+
+
+def _decays(policy: Policy, info: ParameterInfo) -> bool:
+    try:
+        return policy(info).multiplier > 0
+    except Exception:  # told where it is decided for
+        return False
 
 
 def _advice(selector: Selector, names: Sequence[str]) -> tuple[str, str]:

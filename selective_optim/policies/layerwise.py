@@ -163,7 +163,7 @@ class Distances:
         if self._own is not None:
             return self._top - self._own.get(info.name or "", self._top)
         around = info.owner in self._around
-        if around and embedding_part(info.owner, info.leaf, info.shape):
+        if around and embedding_part(info):
             return self._below - self._lift
         return self._distance[info.owner] - self._lift
 

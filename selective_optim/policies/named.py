@@ -24,6 +24,7 @@ from selective_optim.policies import selectors
 from selective_optim.policies.base import (
     Function,
     Policy,
+    either,
     exclude,
     first_match,
     form,
@@ -67,6 +68,7 @@ PolicyName: TypeAlias = Literal[
     "detectron2", "torchvision", "torchvision_swin", "ultralytics", "yolox", "rtdetr",
     "sam2", "swin", "convnext", "mae", "dinov2", "dinov3", "open_clip",
     "open_clip_2025", "nanogpt", "mingpt", "megatron", "gptneox", "rwkv", "olmo",
+    "smollm3", "qwen3_next", "kimi", "dion", "marin",
 ]
 # fmt: on
 # Any text: a policy may stand in a configuration, as an expression.
@@ -92,6 +94,8 @@ MAKERS: dict[Any, str] = {
 }
 EXPRESSION = re.compile(r"[({|&~]|\w\s*\*\s+\w|\w\s+\*\s*\w")
 WORDS = re.compile(r"[a-z]+|[A-Z][a-z]*")
+SPLIT = re.compile(r"[^a-z0-9]+")
+ALIKE = 0.8  # "no_bias_nrom" is 0.92 of a name, "None" 0.75 of one that decays nothing
 NORM_WORDS = frozenset(
     {"norm", "norms", "layernorm", "batchnorm", "rmsnorm", "ln", "bn"}
 )
@@ -105,22 +109,32 @@ def named(name: str) -> Policy:
     """
     if name in NAMED:
         return NAMED[name]
-    if GLOB_OR_PATH.search(name):
+    layer = name.removeprefix("nn.")
+    torchs = isinstance(getattr(nn, layer, None), type)
+    if torchs or GLOB_OR_PATH.search(name):
         raise ValueError(
             f"`wd_policy` {name!r} is a selector and not the name of a policy. "
-            f'Write wd_policy=exclude("{name}").'
+            f"Write wd_policy={either(f'nn.{layer}' if torchs else repr(name))}."
         )
     if name in FORMS:
         raise ValueError(
             f"`wd_policy` {name!r} is a form of decay and not the name of a policy. "
             f'Write wd_policy=form("{name}"), of selective_optim.policies.'
         )
-    close = get_close_matches(name, NAMED, n=1, cutoff=0.0)[0]
     known = ", ".join(f'"{known}"' for known in NAMED)
-    raise ValueError(
-        f"`wd_policy` {name!r} is not the name of a policy; known are {known}. "
-        f'Did you mean wd_policy="{close}"?'
-    )
+    told = f"`wd_policy` {name!r} is not the name of a policy; known are {known}. "
+    told += closest(name, NAMED, 'Did you mean wd_policy="{}"?')
+    raise ValueError(told.rstrip())
+
+
+def closest(name: str, known: Iterable[str], told: str) -> str:
+    """Tell the known name of the same words, or but for a letter or two, if any."""
+    words = sorted({*SPLIT.split(name.lower())} - {"and"})
+    # "None" is a setting that was left out, and "none" turns decay off.
+    known = [each for each in known if each != "none"]
+    same = [each for each in known if sorted(SPLIT.split(each.lower())) == words]
+    close = same or get_close_matches(name, known, n=1, cutoff=ALIKE)
+    return told.format(close[0]) if close else ""
 
 
 def parse(text: str) -> Policy:
@@ -211,6 +225,8 @@ def _meant(value: object) -> str:
     texts = _selector_texts(rest)
     if not items or texts is None or any(text.startswith("<") for text in texts):
         return 'for example wd_policy="no_bias_norm"'
+    if not several:
+        return f"wd_policy={either(texts[0])}"
     excluded = [f"exclude({', '.join(texts)})"] if rest else []
     return "wd_policy=" + " * ".join([*(f'named("{n}")' for n in names), *excluded])
 
@@ -310,10 +326,11 @@ class Reader:
             kind = "function" if isinstance(node, ast.Call) else "name"
             known = FUNCTIONS if isinstance(node, ast.Call) else NAMED
             told = f"{name!r} is the {kind} of no policy."
-            return self._wrong(node, told, _closest(name, known))
+            meant = closest(name, list(known), "Did you mean {}?")
+            return self._wrong(node, told, meant or TYPE_THIS)
         self._selector(node)  # which raises if it is none
         told = f"{shown} is a selector, and no policy."
-        return self._wrong(node, told, f"Write exclude({shown}).")
+        return self._wrong(node, told, f"Write {either(shown)}.")
 
     def _call(self, node: ast.Call, function: Callable[..., Any]) -> Any:
         arguments = [self._argument(each) for each in node.args]
@@ -390,9 +407,9 @@ class Reader:
         if cls is None:
             told = f"{name} is no selector, and no module class that is loaded."
             layers = [f"nn.{layer}" for layer in dir(nn)] if "nn." in name else []
-            meant = _closest(name, [*PREDICATES, *layers])
-            rest = f"{meant} Else import the module of the class."
-            raise self._wrong(node, told, rest)
+            known = [*PREDICATES, *layers]
+            meant = closest(name, known, "Did you mean {}? Else import") or "Import"
+            raise self._wrong(node, told, f"{meant} the module of the class.")
         return as_selector(cls)
 
     def _pattern(self, node: ast.Call) -> re.Pattern[str]:
@@ -434,8 +451,3 @@ def _dotted(node: ast.expr) -> str:
         above = _dotted(node.value)
         return f"{above}.{node.attr}" if above else ""
     return node.id if isinstance(node, ast.Name) else ""
-
-
-def _closest(name: str, known: Iterable[str]) -> str:
-    close = get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"Did you mean {close[0]}?" if close else TYPE_THIS

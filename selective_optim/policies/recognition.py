@@ -1,106 +1,29 @@
 """How biases, norms, embeddings and weights of real models are recognized.
 
 Biases by the name of the attribute, norms by the class of the module that holds
-them or by what its methods do with them, embeddings by either. The rules were read
-off the models of torchvision, timm and transformers, and are held to all of them.
-
-A module that hands its own parameters to a functional norm is called after what it
-does, a feature map or an attention, and its parameters after anything, so that no
-name tells. The method's source does: the parameter itself stands among the arguments
-of a call such as ``F.layer_norm``.
+them or by what its methods do with them (``source.py``), embeddings by either. The
+rules were read off the models of torchvision, timm and transformers, and are held to
+all of them.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
-from collections.abc import Iterator
 from functools import cache, lru_cache
-from textwrap import dedent
-from types import CodeType, FunctionType, NoneType
+from itertools import takewhile
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import nn
 
 from selective_optim.parameters import ParameterInfo, own_classes
-
-NORM_CALL = re.compile(r"(?:\w+_)?(?:batch|group|instance|layer|rms)_?norm(?:_fn)?$")
-# What may stand between the attribute and the call without making it another value.
-CASTS = frozenset({"contiguous", "float", "to", "type", "type_as"})
-NORM_INPUTS = frozenset({"input", "x"})
-
-
-# Asked again for every layer of a class, and for every policy.
-@lru_cache(4096)
-def handed_to_norm(cls: type, leaf: str) -> str | None:
-    """Tell which call takes an attribute of a class as a norm's gain or shift.
-
-    Returns ``"layer_norm takes gamma in FeatureMap.forward"``, or ``None`` where no
-    such call stands in the source, or there is no source.
-    """
-    # `vars` of a class holds none of its bases' methods.
-    for base in own_classes(cls):
-        for name, method in vars(base).items():
-            if _mentions(method, leaf) and (call := _norm_call(method, leaf)):
-                return f"{call} takes {leaf} in {base.__name__}.{name}"
-    return None
-
-
-def _mentions(method: object, leaf: str) -> bool:
-    """Look into the byte code first: reading a source takes a thousand times longer."""
-    method = inspect.unwrap(method) if isinstance(method, FunctionType) else method
-    if not isinstance(method, FunctionType):
-        return False
-    names = set(_names(method.__code__))
-    return leaf in names and any(map(NORM_CALL.match, names))
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
-
-
-def _norm_call(method: FunctionType, leaf: str) -> str | None:
-    try:
-        tree = ast.parse(dedent(inspect.getsource(inspect.unwrap(method))))
-    except (OSError, SyntaxError, TypeError):  # written in no file, or not in Python
-        return None
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    found = (
-        _called(call.func)
-        for call in calls
-        if any(_attribute(argument) == leaf for argument in _beside_input(call))
-    )
-    return next(filter(NORM_CALL.match, found), None)
-
-
-def _beside_input(call: ast.Call) -> Iterator[ast.expr]:
-    """Yield the arguments but for the first, which is what the call normalizes."""
-    yield from call.args[1:]
-    yield from (word.value for word in call.keywords if word.arg not in NORM_INPUTS)
-
-
-def _called(function: ast.expr) -> str:
-    if isinstance(function, ast.Attribute):
-        # self.layer_norm(x, self.mask) is a module, and takes what it likes.
-        return "" if _attribute(function) else function.attr
-    return function.id if isinstance(function, ast.Name) else ""
-
-
-def _attribute(value: ast.expr) -> str | None:
-    """Return the attribute of ``self`` that an expression is, or is a cast of."""
-    while isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
-        if value.func.attr not in CASTS:
-            return None
-        value = value.func.value
-    if not isinstance(value, ast.Attribute) or not isinstance(value.value, ast.Name):
-        return None
-    return value.attr if value.value.id == "self" else None
-
+from selective_optim.policies.source import (
+    goes_with,
+    only_added,
+    scales_normalized,
+    squashes,
+)
 
 # What these hold is a weight, whatever else their class is called after.
 WEIGHT_MODULES = (
@@ -124,47 +47,52 @@ OTHER_NOUNS = frozenset(
 NOT_A_NORM = re.compile(r"_*(?:pre|post|add|weight|spectral)_?norm", re.IGNORECASE)
 # The last part: bias_ih_l0 of recurrent layers, bias_k of attention, pos_bias_u.
 BIAS = re.compile(r"(?:.*_)?bias\d*(?:_[ih]h(?:_l\d+(?:_reverse)?)?|_[a-z])?$")
+# Words beside which `bias` says that something acts on biases, or looks them up.
+NO_BIAS = frozenset(
+    ("emb", "embed", "gate", "noise", "raw", "scale", "table", "token", "var")
+)
 # A table of biases, to be looked up by position: relative_attention_bias.
 BIAS_TABLE = re.compile(r"(?:.*_)?(?:relative|position)_")
+# Names of biases that are names of other things elsewhere: b_Q, b1, cross_layer_b.
+MAY_BE_BIAS = re.compile(r"(?:.*_)?b\d*(?:_.*)?$|beta$")
 PARTS_OF_A_NAME = re.compile(r"[a-zA-Z]+")
+LISTS = (nn.ParameterList, nn.ParameterDict)
 EMBEDS = frozenset({"emb", "embed", "embeds", "embedding", "embeddings"})
-POSITIONS = frozenset({"pos", "position", "positional", "rel"})
+POSITIONS = frozenset({"pos", "position", "positional", "positions", "rel"})
 TOKENS = frozenset({"newline", "separator", "token", "tokens"})
-# Learned inputs that are called after what they do in their model.
-TOKEN_LEAVES = frozenset(
+# Learned inputs are called after what they do: latent_queries, mem_kv, null_feature.
+INPUTS = frozenset(
     (
-        *("bos_latent", "image_begin", "image_end", "image_sep", "latent", "latents"),
-        *("latent_query", "latents_1d", "latents_2d", "no_object_pointer", "probe"),
-        *("pooling_attention_query", "queries", "query", "text_prompt"),
+        *("latent", "latents", "memories", "memory", "mems", "probe", "prompt"),
+        *("prompts", "queries", "query", "register", "registers", "slots"),
     )
 )
+EMPTY = frozenset({"mem", "memory", "null"})
+KEYS = frozenset({"feature", "features", "k", "key", "kv", "v", "value"})
+TOKEN_LEAVES = frozenset({"image_begin", "image_end", "image_sep", "no_object_pointer"})
 # What an adapter adds to a lookup table is a part of it: lora_embedding_A of peft.
 ADAPTERS = frozenset({"delta", "lora"})
 SPECIAL = frozenset({"class", "cls", "eoi", "mask", "masked", "no"})
 # What acts on embeddings, or beside them, and is none: pos_emb_alpha.
 BESIDE = frozenset(
     (
-        *("alpha", "bias", "const", "factor", "gain", "gate", "gating"),
-        *("norm", "proj", "projection", "scale", "temperature", "weight", "weights"),
+        *("alpha", "bias", "const", "factor", "gain", "gate", "gating", "norm", "per"),
+        *("proj", "projection", "scale", "temperature", "weight", "weights"),
     )
 )
 TABLE = re.compile(
     r"(?:.*_)?(?:relative|position)_(?:\w+_)?bias(?:_table)?$|attention_biases$"
 )
-# Biases and gains that neither a name nor a call gives away, by package, class and
-# attribute; `b1` and `beta` are other things elsewhere.
-KNOWN_BIASES = {
-    ("timm", "Affine"): {"beta"},
-    ("transformers", "Phi4MultimodalAudioGluPointWiseConv"): {"b1", "b2"},
-}
+# Gains that neither a name nor a call gives away, by package, class and attribute.
 KNOWN_GAINS = {
-    # Global response norms and norms of length one, written out where they are used.
+    # A global response norm, written out where it is used.
     ("monai", "MedNeXtBlock"): {"global_resp_gamma", "global_resp_beta"},
-    ("local_attention", "LocalMHA"): {"q_scale", "k_scale"},
     # Gains of a norm that is called without its own.
     ("transformers", "Gemma4TextRouter"): {"scale"},
     ("transformers", "DiffusionGemmaTextRouter"): {"scale"},
 }
+# Multiplies a product of normalized vectors, and sometimes one of the two.
+TEMPERATURE = re.compile(r"(?:.*_)?(?:temp|temperature|logit_scale)$")
 # A number per channel or head, or a state's own matrix, is no weight of a layer.
 NO_WEIGHTS = frozenset(
     (
@@ -173,8 +101,6 @@ NO_WEIGHTS = frozenset(
         *("sinks", "temp", "temperature"),
     )
 )
-
-Known = dict[tuple[str, str], set[str]]
 
 
 @cache
@@ -186,7 +112,12 @@ def _name_says_norm(name: str) -> bool:
     return OTHER_NOUNS.isdisjoint(words[norms[-1] + 1 :])
 
 
-def says_norm(cls: type) -> bool:
+def _kind(module: nn.Module) -> Any:
+    return type(module)  # mypy holds that classes of modules have no hash
+
+
+@lru_cache(4096)
+def says_norm(cls: Any) -> bool:
     """Tell whether a class, or one it derives from, is called a normalization."""
     return any(_name_says_norm(base.__name__) for base in cls.__mro__)
 
@@ -210,9 +141,19 @@ def norm_module(module: nn.Module | None) -> bool:
     """
     if isinstance(module, (NoneType, *WEIGHT_MODULES)):
         return False
-    if not says_norm(type(module)) and not _name_says_norm(original_class(module)):
-        return False
+    if not says_norm(_kind(module)) and not _name_says_norm(original_class(module)):
+        return _dynamic_tanh(module)
     return not any(norm_module(m) and has_parameters(m) for m in module.children())
+
+
+def _dynamic_tanh(module: nn.Module) -> bool:
+    # Stands where a norm stood: gamma * tanh(alpha * x) + beta, alpha of one number.
+    if not squashes(_kind(module)) or next(module.children(), None):
+        return False
+    shapes = sorted(param.shape for param in module.parameters())
+    one, vectors = shapes[:-2], shapes[-2:]
+    wide = vectors == vectors[:1] * 2 and len(vectors[0]) == 1 < vectors[0].numel()
+    return wide and bool(one) and all(shape.numel() == 1 for shape in one)
 
 
 def has_parameters(module: nn.Module) -> bool:
@@ -220,46 +161,65 @@ def has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
+def holder(place: ParameterInfo) -> tuple[nn.Module | None, str]:
+    """Return the module whose methods use a parameter, and what it calls it there.
+
+    It holds one in a list or dictionary by the list's own name.
+    """
+    module = place.owner
+    if not isinstance(module, LISTS) or not place.name:
+        return module, place.leaf or ""
+    modules = list(takewhile(lambda m: isinstance(m, LISTS), reversed(place.path[1:])))
+    return place.path[-1 - len(modules)], place.name.split(".")[-1 - len(modules)]
+
+
 @cache
 def bias_leaf(leaf: str | None) -> bool:
     """Tell whether an attribute is called as a bias is, and not as a table of them."""
-    return bool(BIAS.match(leaf or "")) and not BIAS_TABLE.match(leaf or "")
+    if BIAS_TABLE.match(leaf or "") or TABLE.match(leaf or ""):
+        return False
+    words = _parts(leaf)
+    named = not words.isdisjoint(("bias", "biases")) and words.isdisjoint(NO_BIAS)
+    return bool(BIAS.match(leaf or "")) or named
 
 
-def known_part(module: nn.Module | None, leaf: str | None, table: Known) -> bool:
-    """Tell whether a table lists an attribute of a module's class or its bases."""
-    return any(
-        leaf in table.get((cls.__module__.partition(".")[0], cls.__name__), ())
-        for cls in type(module).__mro__
-    )
+def bias_part(place: ParameterInfo) -> bool:
+    """Tell whether a parameter is a bias: by its name, or since it is only added."""
+    if bias_leaf(place.leaf):
+        return True
+    module, leaf = holder(place)
+    if bias_leaf(leaf) or module is None:
+        return bias_leaf(leaf)
+    if not MAY_BE_BIAS.match(leaf):
+        return False
+    added = only_added(_kind(module), leaf)
+    if added is None and leaf != "beta":  # other modules use it
+        keys = (key for key, _ in module.named_parameters("", False))
+        return place.ndim == 1 or goes_with(leaf, keys)
+    return bool(added)
 
 
-def norm_part(module: nn.Module | None, leaf: str | None) -> str | None:
-    """Tell how an attribute is known to belong to a norm; ``None`` if it does not.
+def norm_part(place: ParameterInfo) -> str | None:
+    """Tell how a parameter is known to belong to a norm; ``None`` if it does not.
 
-    The class of its module says so ("" then), or the module hands it to a norm in
-    a method of its own, or a table lists it.
+    The class of its module says so ("" then), or the module hands it to a norm or
+    multiplies normalized values by it in a method of its own, or a table lists it.
     """
+    module, leaf = holder(place)
     if norm_module(module):
         return ""
-    if module is None or leaf is None or isinstance(module, WEIGHT_MODULES):
+    if module is None or isinstance(module, WEIGHT_MODULES):
         return None
-    if known_part(module, leaf, KNOWN_GAINS):
-        return f"{type(module).__name__}.{leaf} is known as a gain"
-    kind: Any = type(module)  # mypy holds that classes of modules have no hash
-    return handed_to_norm(kind, leaf)
+    return _gain(_kind(module), leaf)
 
 
-def bias_part(module: nn.Module | None, leaf: str | None) -> bool:
-    """Tell whether an attribute is a bias, by its name or by a table."""
-    return bias_leaf(leaf) or known_part(module, leaf, KNOWN_BIASES)
-
-
-def attribute(place: ParameterInfo) -> str | None:
-    """Return what a class calls its parameter: of one in a list, the list's name."""
-    parts = (place.name or "").split(".")
-    inside = isinstance(place.owner, (nn.ParameterList, nn.ParameterDict))
-    return parts[-2] if inside and len(parts) > 1 else parts[-1] or None
+@lru_cache(4096)
+def _gain(cls: Any, leaf: str) -> str | None:
+    for base in own_classes(cls):
+        package = base.__module__.partition(".")[0]
+        if leaf in KNOWN_GAINS.get((package, base.__name__), ()):
+            return f"{cls.__name__}.{leaf} is known as a gain"
+    return None if TEMPERATURE.match(leaf) else scales_normalized(cls, leaf)
 
 
 @cache
@@ -275,10 +235,12 @@ def embedding_leaf(leaf: str | None) -> bool:
 def token_leaf(leaf: str | None) -> bool:
     """Tell whether an attribute is called as a learned input without an index is."""
     words = _parts(leaf)
-    if leaf in TOKEN_LEAVES:
-        return True
     if words & EMBEDS:  # token_embedding is a table, class_embedding a token
         return bool(words & SPECIAL) and words.isdisjoint(POSITIONS | BESIDE)
+    last = [word for word in PARTS_OF_A_NAME.findall(leaf or "") if len(word) > 1][-1:]
+    called = not INPUTS.isdisjoint(last) or (words & EMPTY and words & KEYS)
+    if leaf in TOKEN_LEAVES or (called and words.isdisjoint(BESIDE)):
+        return True
     return bool(words & TOKENS) and words.isdisjoint(POSITIONS | BESIDE | ADAPTERS)
 
 
@@ -295,35 +257,34 @@ def embedding_module(module: nn.Module | None) -> bool:
     return bool(words) and words[-1] in ("Embedding", "Embeddings")
 
 
-def embedding_part(
-    module: nn.Module | None, leaf: str | None, shape: torch.Size | None
-) -> bool:
-    """Tell whether an attribute is an embedding: called so, or held by one.
+def embedding_part(place: ParameterInfo) -> bool:
+    """Tell whether a parameter is an embedding: called so, or held by one.
 
     What an embedding holds beside its rows, a bias or a gate of one number, is none.
     """
+    module, leaf = holder(place)
     if embedding_leaf(leaf):
         return True
-    beside = bias_leaf(leaf) or (shape is not None and shape.numel() == 1)
-    return embedding_module(module) and (not beside or isinstance(module, nn.Embedding))
+    one = place.shape is not None and place.shape.numel() == 1
+    rows = not (bias_leaf(leaf) or one) or isinstance(module, nn.Embedding)
+    return embedding_module(module) and rows
 
 
-def layer_weight(
-    module: nn.Module | None, leaf: str | None, shape: torch.Size | None
-) -> bool:
-    """Tell whether an attribute is the weight of a layer.
+def layer_weight(place: ParameterInfo) -> bool:
+    """Tell whether a parameter is the weight of a layer.
 
     It is where a linear, convolution, attention, recurrent or embedding layer of
     torch's holds it as one; elsewhere where it is a matrix, dimensions of one left
     out, and neither norm, bias, embedding, token, gate nor scale.
     """
+    module, leaf = holder(place)
     if isinstance(module, WEIGHT_MODULES):
         return "weight" in _parts(leaf)
     if embedding_module(module) and leaf == "weight":
         return True
-    if norm_part(module, leaf) is not None or bias_part(module, leaf):
+    if norm_part(place) is not None or bias_part(place):
         return False
     table = embedding_leaf(leaf) and ADAPTERS.isdisjoint(_parts(leaf))
-    if table or (leaf or "").lower() in NO_WEIGHTS:
+    if table or leaf.lower() in NO_WEIGHTS or place.shape is None:
         return False
-    return shape is not None and sum(size != 1 for size in shape) >= 2
+    return sum(size != 1 for size in place.shape) >= 2

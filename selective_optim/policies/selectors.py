@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from selective_optim._text import received
 from selective_optim.parameters import ParameterInfo
+from selective_optim.policies.outputs import is_hidden, is_output_of
 from selective_optim.policies.recognition import (
-    attribute,
     bias_part,
     embedding_part,
+    holder,
     layer_weight,
     norm_part,
     original_class,
@@ -56,9 +57,9 @@ class Selector:
         raise NotImplementedError  # pragma: no cover
 
     @property
-    def required(self) -> tuple[Selector, ...]:
-        """The selectors in this one that must match at least one parameter."""
-        return (self,) if self.by_name else ()
+    def leaves(self) -> tuple[Selector, ...]:
+        """The selectors that this one is joined of, or itself."""
+        return (self,)
 
     def __or__(self, other: object) -> Selector:
         return _joined(AnyOf, "|", self, other)
@@ -232,8 +233,8 @@ class Joined(Selector):
         return frozenset[Need]().union(*(part.needs for part in self.parts))
 
     @property
-    def required(self) -> tuple[Selector, ...]:
-        return tuple(chain.from_iterable(part.required for part in self.parts))
+    def leaves(self) -> tuple[Selector, ...]:
+        return tuple(chain.from_iterable(part.leaves for part in self.parts))
 
 
 class AnyOf(Joined):
@@ -270,8 +271,8 @@ class Not(Selector):
         return self.part.needs
 
     @property
-    def required(self) -> tuple[Selector, ...]:
-        return self.part.required
+    def leaves(self) -> tuple[Selector, ...]:
+        return self.part.leaves
 
     def matches(self, info: ParameterInfo) -> bool:
         return not self.part.matches(info)
@@ -314,30 +315,39 @@ def as_selector(item: object) -> Selector:
 
 
 # A bias is added to what its module computes, whatever its shape.
-is_bias = Predicate(
-    "is_bias", lambda place: bias_part(place.owner, place.leaf), frozenset({"names"})
-)
+is_bias = Predicate("is_bias", bias_part, frozenset({"names"}))
 # What belongs to a norm scales or shifts what has just been normalized.
-is_norm = Predicate(
-    "is_norm", lambda place: norm_part(place.owner, place.leaf), frozenset({"modules"})
-)
+is_norm = Predicate("is_norm", norm_part, frozenset({"modules"}))
 # An embedding is a learned row for an index, a position or a special token: lookup
 # tables, tables of positions and of relative ones, and all that is_token selects.
-is_embedding = Predicate(
-    "is_embedding",
-    lambda place: embedding_part(place.owner, attribute(place), place.shape),
-    frozenset({"modules"}),
-)
+is_embedding = Predicate("is_embedding", embedding_part, frozenset({"modules"}))
 # A token is a learned row that stands in the input for no index: class, mask and
 # register tokens, separators, queries.
 is_token = Predicate(
-    "is_token", lambda place: token_leaf(attribute(place)), frozenset({"names"})
+    "is_token", lambda place: token_leaf(holder(place)[1]), frozenset({"names"})
 )
 # The weight of a linear, convolution, attention, recurrent or embedding layer.
 is_layer_weight = Predicate(
-    "is_layer_weight",
-    lambda place: layer_weight(place.owner, attribute(place), place.shape),
-    frozenset({"modules", "shapes"}),
+    "is_layer_weight", layer_weight, frozenset({"modules", "shapes"})
+)
+
+
+def _is_weight(place: ParameterInfo) -> bool:
+    # Of a tie the embedding may stand elsewhere, and the tie is then an output.
+    wide = place.ndim is not None and place.ndim >= 2
+    return wide and layer_weight(place) and not embedding_part(place)
+
+
+KNOWN: frozenset[Need] = frozenset({"names", "modules", "shapes"})
+# The layer that yields the model's answer, its bias included.
+is_output = Predicate("is_output", lambda p: is_output_of(p, _is_weight), KNOWN)
+# A weight of two dimensions between embedding and output: what Muon is made for.
+is_hidden_matrix = Predicate(
+    "is_hidden_matrix", lambda p: p.ndim == 2 and is_hidden(p, _is_weight), KNOWN
+)
+# The same of two or more, convolutions and stacked experts included.
+is_hidden_weight = Predicate(
+    "is_hidden_weight", lambda place: is_hidden(place, _is_weight), KNOWN
 )
 is_vector = Predicate(
     "is_vector",

@@ -144,7 +144,9 @@ def loaded_class(name: str) -> type[nn.Module] | None:
     Raises:
         ValueError: Several classes bear the name.
     """
-    at_path = _at_path(f"torch.{name}") or _at_path(name)
+    # A bare name is torch.nn's first, which has quantized namesakes.
+    at_path = _at_path(f"torch.{name}") or _at_path(f"torch.nn.{name}")
+    at_path = at_path or _at_path(name)
     if isinstance(at_path, type) and issubclass(at_path, nn.Module):
         return at_path
     found = [] if "." in name else _classes_named(name)

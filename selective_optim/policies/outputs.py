@@ -1,0 +1,169 @@
+"""Which layer yields a model's answer, where that can be told without running it.
+
+Models have accessors, ties to an embedding, telling names, and an order in which they
+register layers. Each is wrong for some models: a layer is known as the output where
+an accessor or a tie says so, or where name and order agree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from selective_optim._warnings import warn
+from selective_optim.parameters import ParameterInfo, index_of
+
+# Tells whether a place is that of a matrix, convolution or stack of them.
+IsWeight = Callable[[ParameterInfo], bool]
+ACCESSORS = ("get_output_embeddings", "get_classifier")
+TELLING = re.compile(
+    r"(?!pre_)(?:\w+_)?(?:heads?|classifier|logits|unembed)(?:_\w+)?$|aux\d*$"
+    r"|(?:fc|(?:qa_)?outputs?|out|score|proj_out|output_\w+|last_linear|final_layer)$"
+)
+# Names of the last of several layers in a head.
+LAST = re.compile(TELLING.pattern + r"|out_proj$|decoder$|dense_out$")
+NUMBERED = re.compile(r".*\d$")
+
+
+class UnsureError(ValueError):
+    """A selector asks for the output layer, and it is not known: text, likeliest."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@dataclass
+class Outputs:
+    """The output layers of a model by the names of their weights."""
+
+    model: str
+    names: tuple[str, ...]  # all candidates; where `sure`, the outputs and no others
+    sure: bool = True
+    told: bool = False  # whether a warning has named the candidates
+
+
+def is_output_of(place: ParameterInfo, is_weight: IsWeight) -> bool:
+    """Tell whether a parameter belongs to the output layer.
+
+    Raises:
+        UnsureError: It is not known which layer that is.
+    """
+    outputs = _outputs(place, is_weight)
+    if not outputs.sure:
+        told = f"of {outputs.model} it is not sure which layer is the output"
+        names = ", ".join(map(repr, outputs.names))
+        raise UnsureError(f"{told}; candidates are {names}", outputs.names[-1])
+    layers = {name.rpartition(".")[0] for name in outputs.names}
+    return (place.name or "").rpartition(".")[0] in layers
+
+
+def is_hidden(place: ParameterInfo, is_weight: IsWeight) -> bool:
+    """Tell whether a weight is no candidate for the output; warns of several once."""
+    if not is_weight(place):
+        return False
+    outputs = _outputs(place, is_weight)
+    if not (outputs.sure or outputs.told):
+        outputs.told = True
+        warn(
+            f"which layer of {outputs.model} is its output is not sure, so "
+            f"{', '.join(map(repr, outputs.names))} count as none of its hidden "
+            f"weights. Select by name what should, as in is_hidden_matrix | "
+            f"{outputs.names[-1]!r}."
+        )
+    return place.name not in outputs.names
+
+
+def _outputs(place: ParameterInfo, is_weight: IsWeight) -> Outputs:
+    root = place.path[0]
+    return index_of(root).remember("outputs", lambda: _find(root, is_weight))
+
+
+def _find(root: nn.Module, is_weight: IsWeight) -> Outputs:
+    infos = index_of(root).everyone()
+    weights = [info for info in infos if any(map(is_weight, info.places))]
+    model = type(root).__name__
+    for module in _whole(root):
+        found = _said(module, weights)
+        if found is not None:
+            return Outputs(model, found)
+    embedded = (
+        i for i in weights for p in i.places if isinstance(p.owner, nn.Embedding)
+    )
+    names = tuple(name for info in embedded for name in info.names)
+    if names or not weights:
+        return Outputs(model, names)
+    last = weights[-1]
+    candidates = [i for i in weights if i is last or _head(i) is not None]
+    names = tuple(str(info.name) for info in candidates)
+    sure = _head(last) is not None and _agree(candidates, last)
+    return Outputs(model, names[-1:] if sure else names, sure)
+
+
+def _whole(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a model, and what it consists of where it holds nothing but another."""
+    yield module
+    held = {id(param) for param in module.parameters()}
+    for child in module.children():
+        if held and {id(param) for param in child.parameters()} == held:
+            yield from _whole(child)
+
+
+def _said(module: nn.Module, weights: list[ParameterInfo]) -> tuple[str, ...] | None:
+    """Return the names of the weights in what an accessor returns, if it is known."""
+    for accessor in ACCESSORS:
+        if not hasattr(type(module), accessor):
+            continue
+        try:
+            said = getattr(module, accessor)()
+        except Exception:  # an accessor that the model inherits and does not serve
+            continue
+        held = list(_layers(said))
+        found = [_last(layer, weights) for layer in held]
+        # A classifier that was taken off leaves nothing: every weight is hidden.
+        if any(found) or (held and accessor == "get_classifier"):
+            return tuple(name for names in found for name in names)
+    return None
+
+
+def _layers(said: object) -> Iterator[nn.Module]:
+    if isinstance(said, (list, tuple, nn.ModuleList)):
+        for each in said:
+            yield from _layers(each)
+    elif isinstance(said, nn.Module):
+        yield said
+
+
+def _last(layer: nn.Module, weights: list[ParameterInfo]) -> list[str]:
+    """Name the weights with telling names inside a head; else the last inside."""
+    inside = {module: name for name, module in layer.named_modules()}
+    places = [p for info in weights for p in info.places if p.owner in inside]
+    paths = [inside[p.owner].split(".") for p in places if p.owner is not None]
+    telling = [any(map(TELLING.match, path)) for path in paths]
+    names = [str(place.name) for place in places]
+    return [name for name, tells in zip(names, telling) if tells] or names[-1:]
+
+
+def _head(info: ParameterInfo) -> str | None:
+    """Return the outermost part of a name that tells of an output, up to there."""
+    parts = (info.name or "").split(".")[:-1]
+    for i, part in enumerate(parts):
+        if TELLING.match(part):
+            return ".".join(parts[: i + 1])
+        if NUMBERED.match(part) and (i or not part.isdigit()):
+            return None  # inside one of several blocks, and not a sequence of all
+    return None
+
+
+def _agree(candidates: list[ParameterInfo], last: ParameterInfo) -> bool:
+    """Tell whether the last weight is the one output among those with telling names."""
+    if {_head(info) for info in candidates} != {_head(last)}:
+        return False
+    size = (_head(last) or "").count(".") + 1
+    own = [(info.name or "").split(".")[size:-1] for info in candidates]
+    if len(own) == 1 or all(len(parts) == 1 and parts[0].isdigit() for parts in own):
+        return True
+    telling = [bool(parts and LAST.match(parts[-1])) for parts in own]
+    return telling[-1] and sum(telling) == 1

@@ -1,0 +1,234 @@
+"""What the methods of a module do with its parameters, read off their source.
+
+A module that hands its own parameters to a functional norm is called after what it
+does, a feature map or an attention, and its parameters after anything, so that no
+name tells. The method's source does: the parameter stands among the arguments of a
+call such as ``F.layer_norm``, or multiplies what ``F.normalize`` returned. And a
+parameter called ``b_Q`` or ``b1`` is a bias if the methods only add it.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from itertools import takewhile
+from textwrap import dedent
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+NORM_CALL = re.compile(r"(?:\w+_)?(?:batch|group|instance|layer|rms)_?norm(?:_fn)?$")
+# Makes vectors of length one.
+UNIT_CALL = re.compile(r"(?:(?!un|de)\w+_)?(?:l2_?norm(?:ali[sz]e)?|normali[sz]e)$")
+# What such a division divides by, as in `x / self.stdev`.
+SPREAD = re.compile(r"(?:\w+_)?(?:std|stdev|stddev|rms|norm)$")
+# What may stand between the attribute and the call without making it another value.
+VIEWS = frozenset(
+    (
+        *("contiguous", "expand", "flatten", "float", "permute", "rearrange", "repeat"),
+        *("reshape", "squeeze", "to", "transpose", "type", "type_as", "unsqueeze"),
+        "view",
+    )
+)
+NORM_INPUTS = frozenset({"input", "x"})
+# Calls that add one of their arguments.
+ADDS = re.compile(r"(?:\w+_)?(?:linear|conv\dd|addmm|addcmul|baddbmm)$")
+# Methods, calls and attributes that set or describe a parameter and compute nothing.
+SETS = re.compile(r"__init__|extra_repr|fold_\w+|_?(?:re)?(?:init|set)\w*")
+DESCRIBES = frozenset({"data", "device", "dtype", "hasattr", "isinstance", "shape"})
+
+
+def scales_normalized(cls: type, leaf: str) -> str | None:
+    """Tell which call takes an attribute of a class as a norm's gain or shift.
+
+    Returns ``"layer_norm takes gamma in FeatureMap.forward"``, or ``None`` where no
+    such call stands in the source, or there is no source.
+    """
+    for base, method, names in _methods(cls, leaf):
+        # The byte code first: reading a source takes a thousand times longer.
+        if any(kind.match(n) for n in names for kind in (NORM_CALL, UNIT_CALL, SPREAD)):
+            tree = _tree(method)
+            if call := tree and (norm_call(tree, leaf) or unit_gain(tree, leaf)):
+                return f"{call} {leaf} in {base.__name__}.{method.__name__}"
+    return None
+
+
+# Asked again for every layer of a class, and for every policy.
+@lru_cache(4096)
+def only_added(cls: Any, leaf: str) -> bool | None:
+    """Tell whether methods only add an attribute; ``None`` where none uses it."""
+    methods = [m for _, m, _ in _methods(cls, leaf) if not SETS.fullmatch(m.__name__)]
+    trees = list(map(_tree, methods))
+    return all(tree and adds(tree, leaf) for tree in trees) if trees else None
+
+
+@lru_cache(4096)
+def squashes(cls: Any) -> bool:  # mypy holds that classes of modules have no hash
+    """Tell whether a method bounds what it returns, as dynamic tanh does: by tanh."""
+    forwards = [vars(base).get("forward") for base in _own_classes(cls)]
+    codes = [f.__code__ for f in forwards if isinstance(f, FunctionType)][:1]
+    return any(not {"tanh", "erf"}.isdisjoint(_names(code)) for code in codes)
+
+
+def _own_classes(cls: type) -> Iterator[type]:
+    return takewhile(lambda base: base is not nn.Module, cls.__mro__)
+
+
+def _methods(cls: type, leaf: str) -> Iterator[tuple[type, FunctionType, set[str]]]:
+    # `vars` of a class holds none of its bases' methods.
+    for base in _own_classes(cls):
+        for method in vars(base).values():
+            if isinstance(method, FunctionType):
+                method = inspect.unwrap(method)
+                names = set(_names(method.__code__))
+                if leaf in names:
+                    yield base, method, names
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+@lru_cache(64)
+def _tree(method: FunctionType) -> ast.AST | None:
+    try:
+        return ast.parse(dedent(inspect.getsource(method)))
+    except (OSError, SyntaxError, TypeError):  # written in no file, or not in Python
+        return None
+
+
+def norm_call(tree: ast.AST, leaf: str) -> str | None:
+    """Tell which functional norm takes an attribute beside its input."""
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and NORM_CALL.match(_called(call)):
+            words = (w.value for w in call.keywords if w.arg not in NORM_INPUTS)
+            if any(_attribute(each) == leaf for each in (*call.args[1:], *words)):
+                return f"{_called(call)} takes"
+    return None
+
+
+def _called(call: ast.Call) -> str:
+    function = call.func
+    # self.layer_norm(x, self.mask) is a module, and takes what it likes.
+    own = isinstance(function, ast.Attribute) and _attribute(function)
+    return "" if own else _name(function)
+
+
+def _name(value: ast.expr) -> str:
+    return str(getattr(value, "attr", getattr(value, "id", "")))
+
+
+def _attribute(value: ast.expr) -> str | None:
+    """Return the attribute of ``self`` that an expression is, viewed or plus 1."""
+    value = _viewed(value)
+    if isinstance(value, ast.BinOp) and isinstance(value.op, (ast.Add, ast.Mult)):
+        sides = (value.left, value.right)
+        rest = [side for side in sides if not isinstance(side, ast.Constant)]
+        return _attribute(rest[0]) if len(rest) == 1 else None
+    if not isinstance(value, ast.Attribute) or not isinstance(value.value, ast.Name):
+        return None
+    return value.attr if value.value.id == "self" else None
+
+
+def _viewed(value: ast.expr) -> ast.expr:
+    while True:
+        if isinstance(value, ast.Subscript):
+            value = value.value
+        elif not isinstance(value, ast.Call) or _name(value.func) not in VIEWS:
+            return value
+        elif isinstance(value.func, ast.Attribute):
+            value = value.func.value
+        else:
+            value = value.args[0]
+
+
+def unit_gain(tree: ast.AST, leaf: str) -> str | None:
+    """Tell which call made vectors of length one that an attribute multiplies."""
+    kinds = (ast.Assign, ast.Return, ast.Expr)
+    statements = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    unit: dict[str, str] = {}  # names of such vectors, and what made them
+    for each in sorted(statements, key=lambda node: node.lineno):
+        for node in ast.walk(each.value or each):
+            factors = _factors(node)
+            made = next(filter(None, (_unit(f, unit) for f in factors)), None)
+            if made and any(_attribute(factor) == leaf for factor in factors):
+                return f"{made} is scaled by"
+        for target in each.targets if isinstance(each, ast.Assign) else []:
+            targets = getattr(target, "elts", [target])
+            values = getattr(each.value, "elts", [each.value] * len(targets))
+            made_now = [_unit(value, unit) for value in values]
+            unit.update(zip(map(_name, targets), made_now))
+    return None
+
+
+def _factors(node: ast.AST) -> list[ast.expr]:
+    if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Mult):
+        return []
+    return [f for side in (node.left, node.right) for f in _factors(side) or [side]]
+
+
+def _unit(value: ast.expr, known: dict[str, str]) -> str:
+    """Name what made an expression vectors of length one, if anything did."""
+    if isinstance(value, ast.IfExp):
+        return _unit(value.body, known) or _unit(value.orelse, known)
+    if factors := _factors(value):
+        return next(filter(None, (_unit(factor, known) for factor in factors)), "")
+    if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Div):
+        spread = _name(_viewed(value.right))
+        return spread if SPREAD.match(spread) else ""
+    value = _viewed(value)
+    if not isinstance(value, ast.Call) or not value.args:
+        return known.get(_name(value), "") if isinstance(value, ast.Name) else ""
+    mapped = value.args[0] if _called(value) == "map" else value.func
+    called = [_name(n) for n in ast.walk(mapped) if isinstance(n, ast.expr)]
+    # A weight of length one is what weight norm makes; its gain is a weight, too.
+    own = _attribute(value.args[0]) is not None
+    return "" if own else next(filter(UNIT_CALL.match, called), "")
+
+
+def adds(tree: ast.AST, leaf: str) -> bool:
+    """Tell whether every use of an attribute in a method adds it, or describes it."""
+    above = {child: n for n in ast.walk(tree) for child in ast.iter_child_nodes(n)}
+    uses = [n for n in above if isinstance(n, ast.Attribute) and n.attr == leaf]
+    return all(_added(use, above, leaf) for use in uses if _attribute(use))
+
+
+def _added(node: ast.AST, above: dict[ast.AST, ast.AST], leaf: str) -> bool:
+    while True:
+        inner, node = node, above[node]
+        if isinstance(node, ast.Attribute):
+            if node.attr not in VIEWS:
+                return node.attr in DESCRIBES or node.attr.endswith("_")
+            node = above[node]
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            other = node.right if node.left is inner else node.left
+            # `self.b * self.cfg.use_b` multiplies with a setting, and no tensor.
+            if not isinstance(other, ast.Attribute) or _attribute(other):
+                return False
+        elif isinstance(node, (ast.BinOp, ast.AugAssign)):
+            return isinstance(node.op, ast.Add)
+        elif isinstance(node, ast.keyword) and "bias" in (node.arg or ""):
+            return True
+        elif isinstance(node, ast.Call) and _called(node) not in VIEWS:
+            called = _called(node)
+            known = ADDS.match(called) or called in DESCRIBES or called.endswith("_")
+            return bool(known) or goes_with(leaf, map(_attribute, node.args))
+        elif isinstance(node, ast.Assign):
+            return all("bias" in _name(target) for target in node.targets)
+        elif not isinstance(node, (ast.Subscript, ast.IfExp, ast.keyword, ast.Call)):
+            checks = (ast.Compare, ast.BoolOp, ast.UnaryOp, ast.If, ast.FormattedValue)
+            return isinstance(node, checks)
+
+
+def goes_with(leaf: str, others: Iterable[str | None]) -> bool:
+    """Tell whether the weight of a bias is among other attributes: W_Q for b_Q."""
+    weight = re.sub(r"(^|_)b(?=\d*(?:_|$))", r"\1w", leaf).lower()
+    beside = {other.lower() for other in others if other and other != leaf}
+    return weight in beside or (leaf == "b" and any("weight" in b for b in beside))
