@@ -392,9 +392,9 @@ class AnyOptimizer(SelectiveOptimizer):
 def selective(optimizer_class: OptimizerClass) -> Any:
     """Make a drop-in subclass of an optimizer class that decides what decays.
 
-    Groups stay the user's. Where the class reads or writes them, above all inside
-    ``step()``, it sees them split, one part per decay, each with its own
-    ``weight_decay``. So it does what it does with groups split by hand, bit for bit.
+    Groups stay the user's. Inside ``step()``, and wherever else the class reads or
+    writes groups, it sees them split: one part per decay, each with its own
+    ``weight_decay``. So its bits are those of groups split by hand.
 
     Args:
         optimizer_class: Any class whose groups have a ``"weight_decay"``.

@@ -42,7 +42,7 @@ class Finding:
             hint ``"other"``.
         name: Canonical name of the parameter.
         shape: Its shape.
-        reason: What made the policy decide so; for ``"tied"``, at each place.
+        reason: The reason of the policy; for ``"tied"``, at each place.
     """
 
     kind: str
@@ -91,21 +91,21 @@ def _decided(
 def find_mistakes(
     model: nn.Module, wd_policy: object = "no_bias_norm"
 ) -> list[Finding]:
-    """List what looks wrong: norms, biases, vectors that decay to 0, split verdicts.
+    """List parameters whose decay looks wrong.
 
-    So does what the model's author marked as exempt, as ``policies.marked`` reads it.
-    A split verdict is that of a tied parameter whose places, each taken alone, the
-    policy would treat differently. Frozen parameters never decay and are left out.
-    Arguments and errors are those of :func:`audit`.
+    These are norms, biases and vectors that decay towards 0. So are parameters that
+    decay though the model's author marked them (``policies.marked``), and tied
+    parameters whose places the policy would treat differently. Frozen parameters are
+    left out. Arguments and errors are those of ``audit``.
     """
     return [found for found in _findings(model, wd_policy) if found.kind != "other"]
 
 
 def find_hints(model: nn.Module, wd_policy: object = "no_bias_norm") -> list[Finding]:
-    """List what decays and is no weight of a layer: tokens, layer scales, gates.
+    """List decayed parameters that are no weights of layers: tokens, scales, gates.
 
-    Few of them are mistakes, but recipes differ on them. What
-    :func:`find_mistakes` lists is left out; arguments and errors are the same.
+    Few of them are mistakes, but recipes differ on them. Parameters that
+    ``find_mistakes`` lists are left out. Arguments and errors are those of ``audit``.
     """
     return [found for found in _findings(model, wd_policy) if found.kind == "other"]
 
@@ -148,11 +148,11 @@ class Audit:
     Args:
         model: Class name of the model.
         policy: The policy, as it was given.
-        report: What it decays, per unit of ``weight_decay``.
-        findings: What looks wrong.
+        report: Decay of every parameter, per unit of ``weight_decay``.
+        findings: Parameters whose decay looks wrong.
         against: The other policy, as it was given; ``None`` if there is none.
-        difference: Where the two disagree, as of ``policies.diff``.
-        hints: What decays and is no weight of a layer, as a rule rightly.
+        difference: Parameters on which the two disagree, as of ``policies.diff``.
+        hints: Decayed parameters that are no weights of layers.
     """
 
     model: str

@@ -88,9 +88,9 @@ class Decay:
     Args:
         multiplier: Factor on ``group["weight_decay"]``, finite and >= 0. A
             positive one means decayed, 0 means exempt.
-        form: ``"l2"``, ``"decoupled"``, ``"independent"``, ``"corrected"``,
-            ``"cautious"``, see ``FORMS``; or ``None`` for what the optimizer does.
-        target: What it decays towards: a finite number, or ``"init"``, what it was
+        form: ``"l2"``, ``"decoupled"``, ``"independent"``, ``"corrected"`` or
+            ``"cautious"``, see ``policies.form``; ``None`` for the optimizer's own.
+        target: Value that it decays towards: a finite number, or ``"init"``, its value
             when it was decided; ``None`` is 0.
 
     Raises:

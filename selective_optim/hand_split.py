@@ -82,15 +82,15 @@ def param_groups(
 ) -> SplitGroups:
     """Split parameters into groups with one weight decay each, as by hand.
 
-    For optimizers that :func:`selective_optim.selective` cannot serve, and for other
-    libraries. Groups come in the order in which their decay first appears; those
-    that are given stay apart, so layerwise groups come out split.
+    For optimizers that ``selective`` cannot serve, and for other libraries. Groups come
+    in the order in which their decay first appears. Groups that are given stay apart,
+    so layerwise groups come out split.
 
     Args:
         params: A module, modules, or what an optimizer of torch takes: parameters,
-            ``(name, parameter)`` pairs, groups. What a group brings itself goes
-            before the arguments here, ``"wd_policy"`` among it.
-        wd_policy: Who decays: a name, mapping, callable or policy.
+            ``(name, parameter)`` pairs, groups. A group's own values, its
+            ``"wd_policy"`` too, go before the arguments here.
+        wd_policy: The policy: a name, mapping, callable or expression.
         weight_decay: Decay of parameters with multiplier 1, >= 0.
         lr: Learning rate; ``None`` leaves it to the optimizer.
         model: The module, or modules, that the parameters live in.

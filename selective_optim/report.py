@@ -40,21 +40,21 @@ COLORS = {"decayed": "C0", "exempt": "C1", "frozen": "0.8"}
 
 @dataclass(frozen=True)
 class Row:
-    """What happens to one parameter.
+    """One parameter: how it decays, and why.
 
     Args:
         group: Index of its parameter group.
-        name: Canonical name, if known; of what a parametrization made several of its
-            own one, as of weight norm ``"0.parametrizations.weight.original0"``.
+        name: Canonical name, if known. Both halves of weight norm keep names of their
+            own, such as ``"0.parametrizations.weight.original0"``.
         shape: Original shape.
         numel: Number of elements.
-        lr: Learning rate of the group now; NaN where there is no optimizer.
-        weight_decay: Effective decay, ``group["weight_decay"] * multiplier``, of a
-            frozen parameter what it would be.
-        form: ``"l2"``, ``"decoupled"`` or another of ``policies.form``; ``None``
-            where the optimizer will decide, or does not say.
-        reason: The selector that decided; for an optimizer without a policy, what
-            the parameter is.
+        lr: Learning rate of the group now; NaN without an optimizer.
+        weight_decay: Effective decay, ``group["weight_decay"] * multiplier``. A frozen
+            parameter has the one that it would have.
+        form: ``"l2"``, ``"decoupled"`` or another of ``policies.form``; ``None`` if
+            the optimizer will decide, or does not say.
+        reason: The selector that decided. Without a policy, the kind of parameter:
+            norm, bias, embedding, vector or weight.
         requires_grad: Whether it trains; a frozen parameter does not decay.
         owner: Class name of the module that holds it; empty where none is known.
         target: What it decays towards: a number, or ``"init"``; ``None`` is 0.
@@ -115,7 +115,7 @@ class Row:
 
     @property
     def kind(self) -> str:
-        """What it is, as ``Linear.weight``; the reason where that is not known."""
+        """Its class and attribute, as ``Linear.weight``; else the reason."""
         leaf = self.name.rpartition(".")[2] if self.name else ""
         return f"{self.owner}.{leaf}" if self.owner and leaf else self.reason
 
@@ -124,15 +124,15 @@ class Row:
 class DecayReport:
     """One record per parameter in ``rows``; prints as a table by group and reason.
 
-    The timescale, ``1 / (lr * decay)`` at the rate of now, is the number of steps
-    after which decoupled decay has left 37 % of a weight that no gradient renews.
+    The timescale is ``1 / (lr * decay)`` steps, at the present rate. After so many
+    steps decoupled decay has left 37 % of a weight that no gradient renews.
 
     ``len``, iteration, and an index are those of the rows; a row is also found by its
     name, as in ``report["head.bias"]``.
 
     Args:
         rows: The records.
-        remark: What looks wrong, in one line; printed at the end.
+        remark: Line at the end that tells if something looks wrong.
 
     Example:
         >>> from selective_optim import AdamW

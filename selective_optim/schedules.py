@@ -109,7 +109,7 @@ class WeightDecay(torch.optim.Optimizer):
 
     Raises:
         TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``.
-        ValueError: It has no weight decay, or :func:`proportional_to_lr` sets it.
+        ValueError: It has no weight decay, or ``proportional_to_lr`` sets it.
 
     Example:
         DINO raises the decay from 0.04 to 0.4 along a cosine:
@@ -273,14 +273,14 @@ def proportional_to_lr(optimizer: Optimizer) -> RemovableHandle:
             is added later is tied to what it says at its first step.
 
     Returns:
-        A handle whose ``remove()`` ends the tie. As every hook of torch, the tie is
-        not saved: call this again on resume, before a state dict is loaded.
+        A handle whose ``remove()`` ends the tie. The tie is not saved, as no hook of
+        torch is. Call this again on resume, before you load a state dict.
 
     Raises:
         TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``.
-        ValueError: It has no weight decay, its rate is 0 or was moved by a scheduler
-            already, something else sets its decay, or a parameter decays in form
-            ``"corrected"``, which would be corrected twice.
+        ValueError: It has no weight decay, or its rate is 0.
+        ValueError: A scheduler has moved its rate, or another one sets its decay.
+        ValueError: A parameter has the form ``"corrected"``, which does the same.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)

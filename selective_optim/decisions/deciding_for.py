@@ -34,15 +34,15 @@ def deciding_for(
 ) -> Iterator[None]:
     """Give ``model`` to every optimizer of this library that is made inside.
 
-    For factories that own the constructor and hand over bare tensors: peft's LoRA+,
-    the ``Trainer`` of transformers, containers of optimizers. Put the block around
-    the call that makes the optimizer, or around the training that does. Warns at the
-    end of the block if it has a policy and no optimizer of this library was made.
+    For frameworks that call the constructor with bare tensors: peft's LoRA+, the
+    ``Trainer`` of transformers, containers of optimizers. Put the block around the
+    call that makes the optimizer, or around the training that does. Warns at the end
+    of the block if it has a policy and no optimizer of this library was made inside.
 
     Args:
-        model: As for the optimizers; or, where the framework makes the model too,
-            a function that returns it, asked when an optimizer is made.
-        wd_policy: Who decays where the constructor is given no policy.
+        model: As for the optimizers. If the framework makes the model too, a function
+            that returns it; it is called when an optimizer is made.
+        wd_policy: The policy, if the constructor is given none.
 
     Raises:
         TypeError: ``model`` is none of these, or ``wd_policy`` no policy.

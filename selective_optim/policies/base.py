@@ -235,8 +235,8 @@ def exclude(*selectors: object, missing_ok: bool = False) -> Policy:
     """Exempt the matched parameters.
 
     Args:
-        selectors: What to match: globs on the canonical name, compiled regular
-            expressions, module classes or instances, parameters, predicates.
+        selectors: Globs on the canonical name, compiled regular expressions, module
+            classes, modules, parameters, or predicates such as ``is_bias``.
         missing_ok: Accept a glob or regular expression that matches nothing.
 
     Example:
@@ -248,12 +248,17 @@ def exclude(*selectors: object, missing_ok: bool = False) -> Policy:
 
 
 def only(*selectors: object, missing_ok: bool = False) -> Policy:
-    """Exempt all but the matched parameters; arguments as for :func:`exclude`."""
+    """Exempt all but the matched parameters; arguments as for ``exclude``."""
     return _rule("only", selectors, FULL, missing_ok, outside=EXEMPT)
 
 
 def scale(*selectors: object, by: float, missing_ok: bool = False) -> Policy:
-    """Multiply the decay of the matched parameters by ``by``, finite and >= 0.
+    """Multiply the decay of the matched parameters by ``by``.
+
+    Args:
+        selectors: As for ``exclude``.
+        by: Factor on the decay, finite and >= 0; 0 exempts.
+        missing_ok: As for ``exclude``.
 
     Raises:
         TypeError: ``by`` is not a number.
@@ -265,25 +270,27 @@ def scale(*selectors: object, by: float, missing_ok: bool = False) -> Policy:
 def form(kind: Form, *selectors: object, missing_ok: bool = False) -> Policy:
     """Decay the matched parameters, or all, in one form.
 
-    Per step, for a parameter ``p`` with gradient ``g``, rate ``lr`` and effective
-    decay ``wd``, towards ``t``, which is 0 but for :func:`towards`, and before torch's
-    update, which lowers ``p`` by ``lr * u``::
+    Per step, before torch's update of a parameter ``p`` with gradient ``g``::
 
-        "l2"           g += wd * (p - t)         -= where the optimizer maximizes
+        "l2"           g += wd * (p - t)         -= if the optimizer maximizes
         "decoupled"    p -= lr * wd * (p - t)
         "independent"  p -= lr / lr0 * wd * (p - t)
         "corrected"    p -= lr ** 2 / lr0 * wd * (p - t)
-        "cautious"     p -= lr * wd * (p - t)    where u * (p - t) >= 0
+        "cautious"     p -= lr * wd * (p - t)    if u * (p - t) >= 0
 
-    ``lr0`` is the rate of the group when it was added, or the ``"initial_lr"`` that it
-    came with. The sign of ``u`` is for Adam and AdamW that of the new first moment;
-    for SGD ``u`` is the gradient, its new momentum buffer, or with ``nesterov`` the
-    sum of both. Where the optimizer maximizes, gradients count negated.
+    ``wd`` is the group's decay times the multiplier. ``t`` is the target, 0 unless
+    ``towards`` states another. ``lr0`` is the group's rate when it was added, or the
+    ``"initial_lr"`` that it came with.
+
+    ``u`` is torch's update: the optimizer lowers ``p`` by ``lr * u``. Its sign is that
+    of the new first moment for Adam and AdamW. For SGD it is that of the gradient, of
+    the new momentum buffer, or with ``nesterov`` of the sum of both. A gradient counts
+    negated if the optimizer maximizes.
 
     Args:
         kind: The form.
-        selectors: As for :func:`exclude`; none is all parameters.
-        missing_ok: As for :func:`exclude`.
+        selectors: As for ``exclude``; without any, all parameters.
+        missing_ok: As for ``exclude``.
 
     Raises:
         ValueError: ``kind`` is no form.
@@ -305,12 +312,13 @@ def towards(target: Target, *selectors: object, missing_ok: bool = False) -> Pol
     """Decay the matched parameters, or all, towards ``target`` instead of 0.
 
     Args:
-        target: A finite number, as 1 for the gains of norms; or ``"init"``, what a
-            parameter was when it was decided, which costs one tensor per parameter
-            and is saved in the state dict. ``torch.distributed.checkpoint`` leaves
-            that out: decide before it loads, while the values are those.
-        selectors: As for :func:`exclude`; none is all parameters.
-        missing_ok: As for :func:`exclude`.
+        target: A finite number, such as 1 for the gains of norms, or ``"init"``: the
+            value of the parameter when it was decided. ``"init"`` keeps one tensor
+            per parameter and saves it in the state dict.
+            ``torch.distributed.checkpoint`` leaves it out: make the optimizer before
+            it loads, while the parameters still have these values.
+        selectors: As for ``exclude``; without any, all parameters.
+        missing_ok: As for ``exclude``.
 
     Raises:
         TypeError: ``target`` is neither a number nor a text.
@@ -334,7 +342,7 @@ def first_match(cases: Mapping[Any, Any], *, missing_ok: bool = False) -> Policy
     """Let the first selector that matches decide, as a plain mapping does.
 
     Args:
-        cases: From selector to number, bool or :class:`Decay`, in order.
+        cases: From selector to number, bool or ``Decay``, in order.
         missing_ok: Accept a glob or regular expression that matches nothing.
     """
     selectors, decays = [], []
