@@ -131,9 +131,6 @@ class Product(Policy):
         return Verdict(left.decay * right.decay, ", ".join(reasons))
 
 
-UNMATCHED = "decays in full"  # the reason where no selector matches
-
-
 @dataclass(frozen=True, repr=False)
 class Rule(Policy):
     """One decay for the parameters that the selectors match, another for the rest."""
