@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
+from inspect import getsource
 from pathlib import Path
 from textwrap import fill
 from types import ModuleType
@@ -27,8 +28,8 @@ from selective_optim._arguments import param_ids
 from selective_optim._text import aligned
 from selective_optim.any_optimizer import decay_report
 from selective_optim.audit import audit
+from selective_optim.policies import recipes
 from selective_optim.policies.named import NAMED, as_policy, is_expression
-from selective_optim.policies.recipes import RECIPES
 
 EXAMPLE = "Write for example torchvision.models:resnet50."
 EXAMPLE_CALL = "Write for example 'timm:create_model(vit_base_patch16_224)'."
@@ -292,27 +293,27 @@ def _policy(text: str | None) -> Any:
 
 
 SENTENCES = {
-    "all": "Decay everything.",
-    "none": "Exempt everything.",
-    "no_bias": "Exempt biases.",
-    "no_norm": "Exempt what normalization layers hold.",
-    "no_bias_norm": "Exempt biases and what normalization layers hold.",
-    "no_bias_norm_embedding": "Exempt biases, norms, embeddings, positions and tokens.",
-    "matrices": "Exempt tensors of fewer than two dimensions; needs shapes only.",
-    "layer_weights": "Decay weights of layers; exempt tokens, scales and all else.",
+    "all": "Decays everything.",
+    "none": "Exempts everything.",
+    "no_bias": "Exempts biases.",
+    "no_norm": "Exempts what normalization layers hold.",
+    "no_bias_norm": "Exempts biases and what normalization layers hold.",
+    "no_bias_norm_embedding": "Exempts biases, norms, embeddings and tokens.",
+    "matrices": "Exempts tensors of fewer than two dimensions; needs shapes only.",
+    "layer_weights": "Decays weights of layers; exempts tokens, scales and all else.",
 }
 
 
 def run_list(options: argparse.Namespace) -> int:
     """Print the names of policies, or of recipes, with a sentence each."""
-    recipes: dict[str, Any] = RECIPES
     told = SENTENCES
-    if options.command == "recipes":
-        told = {name: recipe.exempts.__doc__ or "" for name, recipe in recipes.items()}
-    first = {name: text.partition("\n\n")[0].split() for name, text in told.items()}
-    print(
-        "\n".join(aligned([(name, " ".join(words)) for name, words in first.items()]))
-    )
+    if options.command == "recipes":  # the comment above each begins with a sentence
+        found = re.findall(r'((?: +# .*\n)+) +Recipe\(\s*"(\w+)"', getsource(recipes))
+        told = {name: " ".join(text.replace("#", "").split()) for text, name in found}
+    lines = [
+        (name, f"{text.partition('. ')[0].rstrip('.')}.") for name, text in told.items()
+    ]
+    print("\n".join(aligned(lines)))
     return 0
 
 

@@ -112,7 +112,9 @@ def test_picture_is_that_of_the_newest_result():
 
 def test_commands_of_the_pages_work():
     text = "".join(path.read_text("utf-8") for path in PAGES)
-    commands = re.findall(r"^selective_optim (audit .*)$", text, re.M)
+    commands = re.findall(
+        r"^selective_optim ((?:audit|policies|recipes).*)$", text, re.M
+    )
     assert len(commands) > 3
     for command in commands:
         parser().parse_args(shlex.split(command))
