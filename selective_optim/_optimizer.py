@@ -27,10 +27,12 @@ from selective_optim.decay import Form
 from selective_optim.decisions.decider import OWN_KEYS, WRITTEN, Decider, kept_on_error
 from selective_optim.decisions.deciding_for import given
 from selective_optim.decisions.state_dict import (
+    POLICIES,
     RECORD,
     Decided,
     Record,
-    begins_of,
+    begin_in,
+    entries_of,
     record_of,
     require_dict,
     require_loadable,
@@ -38,7 +40,7 @@ from selective_optim.decisions.state_dict import (
 from selective_optim.fused.guards import params_of
 from selective_optim.fused.stepper import Stepper
 from selective_optim.policies.base import Policy
-from selective_optim.policies.named import WdPolicy
+from selective_optim.policies.named import WdPolicy, as_policy
 from selective_optim.report import DecayReport, make_report
 from selective_optim.step.class_step import ClassStep, View, view_of
 from selective_optim.step.grad_scaler import scaling_of
@@ -72,6 +74,22 @@ def constants_of(function: Any) -> set[Any]:
                 codes.append(constant)
             found.add(constant)
     return found
+
+
+def _typed(state_dict: Mapping[str, Any]) -> str:
+    """Write how the policies of a state dict are passed again, where that is known."""
+    saved = state_dict.get(POLICIES)
+    texts = dict.fromkeys(saved) if isinstance(saved, list) else {}
+    lines = [f"wd_policy={_quoted(text)}" for text in texts]
+    return f"pass {' and '.join(lines) or 'the old one as wd_policy'}"
+
+
+def _quoted(text: str | None) -> str:
+    """Quote what a text can say; a callable of the user's stands as it is called."""
+    try:
+        return str(text) if text is None else repr(repr(as_policy(text)))
+    except (TypeError, ValueError):
+        return str(text)
 
 
 class Shown(local):
@@ -400,7 +418,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             for group in state_dict["param_groups"]:
                 for name in OWN_KEYS:
                     group.pop(name, None)
-            return {**state_dict, RECORD: self._record(), **self._kept_apart()}
+            own = {RECORD: self._record(), POLICIES: self._decider.policies()}
+            return {**state_dict, **own, **self._kept_apart()}
 
         # Before hooks of the user's, which may put the state dict into another.
         handle = self.register_state_dict_post_hook(record, prepend=True)
@@ -454,9 +473,12 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict, *args, **kwargs)
         finally:
             handle.remove()
-        record, now = saved[0].get(RECORD), self._record(decided)
-        warn_of_changes(decided, before, self.param_groups, record, now)
-        self._resume(record, now)
+        record, now = saved[0].get(RECORD), list(chain(*self._record(decided)))
+        entries = entries_of(record, decided)
+        known, advice = None if record is None else entries, _typed(saved[0])
+        groups = self.param_groups
+        warn_of_changes(decided, before, groups, known, now, advice)
+        self._resume([*map(begin_in, entries)], [*map(begin_in, now)])
         self._loaded(saved[0])
 
     def _require_loadable(self, state_dict: dict[str, Any], decided: Decided) -> None:
@@ -480,11 +502,10 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _loaded(self, state_dict: dict[str, Any]) -> None:
         """Take over what a state dict holds beside torch's entries and the record."""
 
-    def _resume(self, saved: Any, now: Record) -> None:
+    def _resume(self, begins: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:
         """Go on from where training began, if a state dict records that."""
-        begins = begins_of(saved, self.param_groups)
-        # Mostly nothing depends on it, here or there: no third places.
-        if not any(begins) and max(map(len, chain(*now)), default=0) < 3:
+        # Mostly nothing depends on it, here or there: names alone.
+        if {"name"}.issuperset(chain(*begins, *now)):
             return
         inits, rates = self._decider.resume(self.param_groups, begins)
         if inits:

@@ -107,27 +107,29 @@ def warn_of_changes(
     decided: Sequence[Sequence[Decision]],
     before: Sequence[Any],
     param_groups: Sequence[dict[str, Any]],
-    saved: Any,
-    now: Any,
+    saved: Sequence[Any] | None,
+    now: Sequence[Any],
+    advice: str,
 ) -> None:
     """Warn once if a checkpoint was made with other decisions than those now taken.
 
-    A record that cannot be read, as of another version, is not compared. Without
-    one, a checkpoint that takes the decay from parameters is told: groups split by
+    An entry that cannot be read, as of another version, is not compared. Without
+    a record, a checkpoint that takes the decay from parameters is told: groups split by
     hand that became merged ones do, where the first of a group was exempt.
 
     Args:
         decided: What is decided for every parameter here.
         before: The ``weight_decay`` of every group before loading.
         param_groups: The groups after it.
-        saved: What the state dict records of decisions, if anything.
+        saved: What the state dict records of every parameter, if anything.
         now: What one of this optimizer records.
+        advice: How to continue as before.
     """
-    if changes := _changes(decided, saved, now):
+    if saved is not None and (changes := _changes(decided, saved, now)):
         warn(
             f"the loaded checkpoint was made with another weight decay policy: "
             f"{_first_of(changes, '; ')}. The policy of the constructor is kept; "
-            f"pass the old one as wd_policy to continue as before."
+            f"{advice} to continue as before."
         )
     elif saved is None and (lost := _losers(decided, before, param_groups)):
         warn(
@@ -183,36 +185,30 @@ def _losers(
     ]
 
 
-def _changes(decided: Sequence[Sequence[Decision]], saved: Any, now: Any) -> list[str]:
-    places = [
-        (decision, index, position)
+def _changes(
+    decided: Sequence[Sequence[Decision]], saved: Sequence[Any], now: Sequence[Any]
+) -> list[str]:
+    labels = [
+        decision.label(index, position)
         for index, decisions in enumerate(decided)
         for position, decision in enumerate(decisions)
     ]
-    try:
-        pairs = [
-            (place, _terms(old), _terms(new))
-            for place, old, new in zip(places, _joined(saved), _joined(now))
-            if old  # of a new layer nothing is recorded
-        ]
-        return [
-            f"{decision.label(*place)} {_text(*old, was=True)} and now "
-            f"{_text(*new, was=False)}"
-            for (decision, *place), old, new in pairs
-            if old != new and (old[0] or new[0])
-        ]
-    except (TypeError, ValueError, IndexError, KeyError, AttributeError):
-        return []
+    changes = []
+    for label, old_entry, new_entry in zip(labels, saved, now):
+        old, new = _decision_in(old_entry), _decision_in(new_entry)
+        # Nothing is recorded of a new layer.
+        if old is not None and new is not None and old != new and (old[0] or new[0]):
+            changes.append(f"{label} {_text(*old, True)} and now {_text(*new, False)}")
+    return changes
 
 
-def _terms(entry: Any) -> tuple[float, Any, Any]:
+def _decision_in(entry: Any) -> tuple[float, Any, Any] | None:
     """Read what makes two decisions different ones out of an entry of a record."""
-    begin = entry[2] if len(entry) > 2 else {}
-    return float(entry[0]), entry[1], begin.get("target")
-
-
-def _joined(record: Any) -> list[Any]:
-    return [entry for group in record for entry in group]
+    try:
+        begin = entry[2] if len(entry) > 2 else {}
+        return float(entry[0]), entry[1], begin.get("target")
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError):
+        return None
 
 
 def _text(multiplier: float, form: str | None, target: Any, was: bool) -> str:

@@ -503,6 +503,11 @@ class Decider:
             return False
         return all(row.policy == policy for row in self._table.layout[index])
 
+    def policies(self) -> list[str | None]:
+        """Write down who decided in each group, as it prints; ``None`` for nobody."""
+        firsts = [rows[0].policy if rows else None for rows in self._table.layout]
+        return [None if policy is None else repr(policy) for policy in firsts]
+
     def assign(self, wd_policy: object, groups: Sequence[Group]) -> None:
         """Decide anew for every parameter, or raise with nothing changed."""
         policy = _as_policy(wd_policy)
