@@ -18,6 +18,7 @@ class Given(NamedTuple):
 
     wd_policy: object = None
     model: object = None
+    insists: bool = True  # that every parameter lives in the model
 
 
 # Not a global: two threads, or two async tasks, may build two models.
@@ -73,8 +74,10 @@ def given(model: object, wd_policy: object) -> Given:
     """
     around = _given.get() or Given()
     wd_policy = around.wd_policy if wd_policy is None else wd_policy
-    if model is None and wd_policy is not None:
-        model = around.model
-        if callable(model) and not isinstance(model, nn.Module):
-            model = model()
-    return Given(wd_policy, model)
+    if model is not None or wd_policy is None:
+        return Given(wd_policy, model)
+    model = around.model
+    if callable(model) and not isinstance(model, nn.Module):
+        model = model()
+    # What is made inside may be a copy of tensors, which shapes decide.
+    return Given(wd_policy, model, as_policy(wd_policy).needs != {"shapes"})
