@@ -342,8 +342,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # lock: after an interrupt anywhere the next step of a thread plans again.
         mine = self._planning.setdefault("thread", get_ident()) == get_ident()
         try:
-            with torch.set_grad_enabled(differentiable):
-                self._step_all(choosing, choosing and mine and not own, compiling)
+            self._step_all(choosing, choosing and mine and not own, compiling)
         finally:
             if mine:
                 self._planning.clear()
@@ -370,6 +369,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         others = [each for each in self._watches if not isinstance(each, HighRate)]
         self._watches = [*others, HighRate()]
 
+    @_torch.use_grad_for_differentiable
     @_torch.run_as_is
     def _step_all(self, choosing: bool, planned: bool, compiling: bool) -> None:
         """Step the parts: the class those that are not planned, then the plan."""

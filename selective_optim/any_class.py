@@ -45,6 +45,12 @@ READING = {"differentiable": True}
 STEP_HOOKS = ("step_pre", "step_post")
 
 
+# Not blocks: an interrupt between a block and its end would leave autograd off.
+_begin = torch.no_grad()(ClassStep.begin)
+_pull_again = torch.no_grad()(ClassStep.pull_again)
+_finish = torch.no_grad()(ClassStep.finish)
+
+
 class AnyOptimizer(SelectiveOptimizer):
     """Stands before a class that may keep what it writes into its groups.
 
@@ -295,14 +301,12 @@ class AnyOptimizer(SelectiveOptimizer):
             args = (closure and self._outside(closure, around), *args)
         try:
             self._enter()
-            with torch.no_grad():
-                if closure is None and not around.begin(self._part_views()):
-                    return None
+            if closure is None and not _begin(around, self._part_views()):
+                return None
             # Hooks ran before; a class that calls its base's step has them run again.
             with _torch.without_hooks(self, *STEP_HOOKS):
                 result = step(self, *args, **kwargs)
-            with torch.no_grad():
-                around.finish()
+            _finish(around)
             if self._watches and not torch.compiler.is_compiling():
                 self._watch()
             return result
@@ -331,11 +335,8 @@ class AnyOptimizer(SelectiveOptimizer):
             self._leave()
             result = closure(*args, **kwargs)
             self._enter()
-            with torch.no_grad():
-                if begun:
-                    around.pull_again(self._part_views())
-                else:
-                    around.begin(self._part_views())
+            pull = _pull_again if begun else _begin
+            pull(around, self._part_views())
             begun = True
             return result
 
