@@ -93,8 +93,8 @@ def read(
             shared = without(part, ["positions"])
             for position in part["positions"]:
                 part_values[position] = shared
-        known = [begin_in(entry).get("name") for entry in records]
-        own = _names_of(group, index, names, known, way_out)
+        noted = [begin_in(entry).get("name") for entry in records]
+        own = _names_of(group, index, names, noted, way_out)
         columns = own, keys, records, part_values
         for name, key, record, values in zip(*columns, strict=True):
             state = state_dict["state"].get(key)
@@ -114,13 +114,13 @@ def _names_of(
     group: Mapping[str, Any],
     index: int,
     names: Names | None,
-    known: Iterable[str | None],
+    noted: Iterable[str | None],
     way_out: str,
 ) -> list[str]:
     keys = group["params"]
     if names is None:
         by_name = [key for key in keys if isinstance(key, str)]
-        own = list(group.get("param_names", by_name or filter(None, known)))
+        own = list(group.get("param_names", by_name or filter(None, noted)))
     else:
         listed = names if isinstance(names, Iterable) else [names]
         if isinstance(names, str) or any(isinstance(name, str) for name in listed):
