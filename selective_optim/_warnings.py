@@ -61,21 +61,49 @@ def warn_if_idle(
 
 
 def warn_of_lost_policy(policy: object) -> None:
-    """Warn that a group was another optimizer's, whose policy it does not bring."""
+    """Warn of another optimizer's numbers, which do not bring its policy along."""
     warn(
-        f"a group comes from an optimizer whose `wd_policy` is {policy!r}, "
-        f"and decays in full here. Pass wd_policy={policy!r}, or 'all' if "
-        f"that is meant."
+        f"what this optimizer is made of comes from an optimizer whose `wd_policy` is "
+        f"{policy!r}, and decays in full here. Pass wd_policy={policy!r}, or 'all' if "
+        f"that is meant; around code that makes optimizers itself, type "
+        f"with deciding_for(model, wd_policy={policy!r})."
     )
 
 
-def warn_of_vanishing(label: str, dtype: torch.dtype, fused: bool) -> None:
+def warn_of_rounding(label: str, dtype: torch.dtype) -> None:
     """Warn that a parameter in half precision loses its decay to rounding."""
-    other = "" if fused else ", or use fused Adam or AdamW, which decay in float32"
+    warn(rounding_text(label, dtype))
+
+
+def rounding_text(label: str, dtype: torch.dtype) -> str:
+    """Say that a parameter hardly decays, and what helps."""
+    return (
+        f"{label} hardly decays: in {str(dtype).removeprefix('torch.')} a step at this "
+        f"rate rounds more than half of its decay away. Keep master weights in float32 "
+        f"(model.float() under torch.autocast), or wrap an optimizer with stochastic "
+        f"rounding or Kahan summation (torchao's, optimi's) by selective_optim."
+        f"selective."
+    )
+
+
+def warn_of_high_rate(index: int, form: object, lr0: float, rate: float) -> None:
+    """Warn of a rate above the one that decay is divided by."""
     warn(
-        f"1 - lr * weight_decay rounds to 1 or to its neighbor in "
-        f"{str(dtype).removeprefix('torch.')}, so {label} hardly decays. Keep the "
-        f"parameters in float32{other}."
+        f"the decay of group {index} in form {form!r} is divided by {lr0:g}, the rate "
+        f"that it began with, and its rate rises to {rate:g}, so that it decays more "
+        f"than `weight_decay` says. Give the group the rate that this is said for: "
+        f"dict(params=..., initial_lr={rate:g})."
+    )
+
+
+def warn_of_decay_taken_over(policy: object) -> None:
+    """Warn that groups lost their decay between construction and the first steps."""
+    warn(
+        f"`weight_decay` is 0 in every group since the first step, and was more when "
+        f"the optimizer was made, so no group decays and `wd_policy` {policy!r} has no "
+        f"effect. A wrapper that applies decay itself wants groups that are split by "
+        f"hand: torch's class over selective_optim.param_groups(model, {policy!r}, "
+        f"weight_decay=...). A schedule that begins at 0 may ignore this."
     )
 
 
@@ -205,8 +233,9 @@ def _changes(
 def _decision_in(entry: Any) -> tuple[float, Any, Any] | None:
     """Read what makes two decisions different ones out of an entry of a record."""
     try:
-        begin = entry[2] if len(entry) > 2 else {}
-        return float(entry[0]), entry[1], begin.get("target")
+        target = entry[2].get("target") if len(entry) > 2 else None
+        readable = isinstance(target, (int, float, str, type(None)))
+        return (float(entry[0]), entry[1], target) if readable else None
     except (TypeError, ValueError, IndexError, KeyError, AttributeError):
         return None
 
