@@ -23,6 +23,7 @@ from selective_optim.decisions.state_dict import (
     PARTS,
     POLICIES,
     RECORD,
+    begin_in,
     require_dict,
     require_whole,
 )
@@ -92,7 +93,9 @@ def read(
             shared = without(part, ["positions"])
             for position in part["positions"]:
                 part_values[position] = shared
-        columns = _names_of(group, index, names, way_out), keys, records, part_values
+        noted = [begin_in(entry).get("name") for entry in records]
+        own = _names_of(group, index, names, noted, way_out)
+        columns = own, keys, records, part_values
         for name, key, record, values in zip(*columns, strict=True):
             state = state_dict["state"].get(key)
             listed.append(Entry(name, key, index, hyper, state, values, record))
@@ -108,12 +111,16 @@ def read(
 
 
 def _names_of(
-    group: Mapping[str, Any], index: int, names: Names | None, way_out: str
+    group: Mapping[str, Any],
+    index: int,
+    names: Names | None,
+    noted: Iterable[str | None],
+    way_out: str,
 ) -> list[str]:
     keys = group["params"]
     if names is None:
         by_name = [key for key in keys if isinstance(key, str)]
-        own = list(group.get("param_names", by_name))
+        own = list(group.get("param_names", by_name or filter(None, noted)))
     else:
         listed = names if isinstance(names, Iterable) else [names]
         if isinstance(names, str) or any(isinstance(name, str) for name in listed):

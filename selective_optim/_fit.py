@@ -186,6 +186,8 @@ def _fitted(new: Entry, param: Tensor, entry: Entry | None) -> tuple[str, Entry]
     state = dict(entry.state) if isinstance(entry.state, Mapping) else {}
     record = with_rate_of(entry.record, new.record)
     begin = dict(*record[2:])
+    if "name" in begin:  # loading goes by it
+        begin["name"] = new.name
     dims = _changed_dims({**state, **begin}, param.shape)
     if dims is None:
         return "new", new

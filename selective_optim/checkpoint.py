@@ -109,8 +109,8 @@ def merge_groups(
 
     Args:
         state_dict: Of an optimizer of this library or of torch; stays as it is.
-        names: Names of the parameters, group by group; by default the
-            ``"param_names"`` of the groups.
+        names: Names of the parameters, group by group; by default those that the
+            state dict has.
         order: All names in the order of the optimizer that is to load the result, as
             a rule ``[name for name, _ in model.named_parameters()]``. Without it the
             order of the groups is kept, decayed before exempt as a rule, which is
@@ -168,7 +168,7 @@ def split_groups(
             the hyperparameters to set. What a group does not set stays as it was, and
             ``weight_decay`` is what the state dict records of the parameters.
         names: Names of the parameters of ``state_dict``, group by group; by default
-            the ``"param_names"`` of its groups.
+            those that it has.
 
     Returns:
         The split state dict, for an optimizer that has these groups and no policy.

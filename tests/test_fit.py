@@ -317,6 +317,7 @@ SOURCES = {
     ),
     "ours": (by_us, lambda m, o: None),
     "ours, unnamed": (by_us_unnamed, lambda m, o: (n for n, _ in m.named_parameters())),
+    "ours, by its record": (by_us_unnamed, lambda m, o: None),
     "ours, by layers": (by_layers, lambda m, o: group_names(o.param_groups, m)),
 }
 TARGETS = [by_torch, by_us, by_us_unnamed, by_layers]
@@ -594,6 +595,23 @@ def test_new_rows_decay_towards_what_they_are_when_they_come():
     record = new.state_dict()["decay"][0]
     init = record[-2][2]["init"]
     assert_same(init, torch.cat([begun[(3, 8)], now[3:]]))
+
+
+@pytest.mark.parametrize("given", ["model", "optimizer"])
+def test_what_training_began_with_follows_layers_that_are_renumbered(given):
+    model, old = old_run("layer pruned", l2_sp)
+    saved = old.state_dict()
+    inits = {id(p): e[2]["init"] for p, e in zip(model.parameters(), saved["decay"][0])}
+    layer_pruned(model)
+    names = group_names(old.param_groups, model, missing_ok=True)
+    new = l2_sp(model)
+
+    fitted = fit(saved, {"model": model, "optimizer": new}[given], names)
+    new.load_state_dict(fitted.state_dict)  # warnings are errors
+
+    [record] = new.state_dict()["decay"]
+    actual = [entry[2]["init"] for entry in record]
+    assert_same(actual, [inits[id(param)] for param in model.parameters()])
 
 
 def independent(model, lr):
