@@ -302,8 +302,8 @@ class AnyOptimizer(SelectiveOptimizer):
                 result = step(self, *args, **kwargs)
             with torch.no_grad():
                 around.finish()
-            if self._watches and not torch.compiler.is_compiling():
-                self._watch()
+            if self._watch is not None and not torch.compiler.is_compiling():
+                self._look_on(self._watch)
             return result
         finally:
             around.restore()

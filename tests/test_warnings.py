@@ -53,7 +53,7 @@ WARNING = {
     "passed on": pass_groups_on,
     "assigned": assign,
     "loaded": load,
-    "vanishing": step,
+    "rounded away": step,
 }
 
 
