@@ -304,8 +304,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         finally:
             if mine:
                 self._planning.clear()
-        if self._watch is not None and not compiling:
-            self._look_on(self._watch)
+        if not compiling and (watch := self._watch) is not None:
+            self._look_on(watch)
         return loss
 
     def _look_on(self, watch: Watch) -> None:

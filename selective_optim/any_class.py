@@ -302,8 +302,9 @@ class AnyOptimizer(SelectiveOptimizer):
                 result = step(self, *args, **kwargs)
             with torch.no_grad():
                 around.finish()
-            if self._watch is not None and not torch.compiler.is_compiling():
-                self._look_on(self._watch)
+            compiling = torch.compiler.is_compiling()
+            if not compiling and (watch := self._watch) is not None:
+                self._look_on(watch)
             return result
         finally:
             around.restore()

@@ -30,6 +30,8 @@ class Watch:
     def __init__(self, taken_over: bool = False, rounding: bool = False) -> None:
         self._taken_over, self._rounding, self._idle = taken_over, rounding, 0
         self._layout: Layout = ()
+        self._above: list[int] = []
+        self._divided: list[Decision | None] = []
 
     def __reduce__(self) -> Any:  # copies count anew, over rows of their own
         return Watch, (self._taken_over, self._rounding)
@@ -38,19 +40,18 @@ class Watch:
         self, groups: Groups, layout: Layout, loss_of: Callable[[Decided], str]
     ) -> Watch | None:
         """Look at a step, and return what looks at the next one."""
-        rates = map(rate_now, groups)
-        if any(rate is None or rate > 0 for rate in rates):
+        if (self._taken_over or self._rounding) and any(map(_moves, groups)):
             self._taken_over = self._taken_over and self._is_idle(groups, layout)
             devices = {param.device for group in groups for param in group["params"]}
             if self._rounding and not any(map(_torch.is_capturing, devices)):
                 self._rounding = False
                 if loss := loss_of([[row.decision for row in own] for own in layout]):
                     warn(loss)
-        if layout is not self._layout:  # whenever anything moved
+        # Another list, or a longer one, whenever anything moved.
+        if layout is not self._layout or len(layout) != len(self._above):
             self._layout, self._above = layout, [0] * len(layout)
             self._divided = list(map(_divided, layout))
-        if any(self._divided) and any(map(self._rises, range(len(layout)), groups)):
-            self._divided = []
+        any(map(self._rises, range(len(self._divided)), groups))  # the first alone
         more = self._taken_over or self._rounding or any(self._divided)
         return self if more else None
 
@@ -70,14 +71,23 @@ class Watch:
         decision, rate, top = self._divided[index], rate_now(group), group.get("max_lr")
         if decision is None or decision.lr0 is None or rate is None:
             return False
+        if is_zero(group["weight_decay"]):
+            return False
         limit = decision.lr0 * ABOVE
         self._above[index] = self._above[index] + 1 if rate > limit else 0
         if top is not None and is_rate(top) and top > limit:
             rate = top
         elif self._above[index] < IN_A_ROW:
             return False
+        self._divided = []  # before: what warns may raise
         warn_of_high_rate(index, decision.decay.form, decision.lr0, rate)
         return True
+
+
+def _moves(group: Group) -> bool:
+    """Tell whether a rate is above 0, as one on a device is taken to be."""
+    rate = rate_now(group)
+    return rate is None or rate > 0
 
 
 def _divided(rows: Sequence[Row]) -> Decision | None:
