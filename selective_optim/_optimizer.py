@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ from torch import nn
 from selective_optim import _torch
 from selective_optim._arguments import require_numbers
 from selective_optim._warnings import (
-    rounding_text,
     warn_of_changes,
     warn_of_lost_inits,
     warn_of_lost_policy,
@@ -40,7 +38,7 @@ from selective_optim.decisions.state_dict import (
     require_dict,
     require_loadable,
 )
-from selective_optim.decisions.watch import HalfPrecision, HighRate, TakenOver
+from selective_optim.decisions.watch import Watch
 from selective_optim.fused.guards import params_of
 from selective_optim.fused.stepper import Stepper
 from selective_optim.policies.base import Policy
@@ -48,11 +46,11 @@ from selective_optim.policies.named import WdPolicy, as_policy
 from selective_optim.report import DecayReport, make_report
 from selective_optim.step.class_step import ClassStep, View, view_of
 from selective_optim.step.grad_scaler import scaling_of
-from selective_optim.step.half_precision import first_loser
+from selective_optim.step.half_precision import loss_of
 from selective_optim.step.implementation import free_choice
 from selective_optim.step.kernel import Kernel
 from selective_optim.step.lasting import alike
-from selective_optim.step.parts import DecidedParam, Part, decided_params
+from selective_optim.step.parts import DecidedParam, Part
 from selective_optim.step.setting import States
 
 Group = dict[str, Any]
@@ -62,7 +60,7 @@ COPIED = "_copied"
 # Attributes that copies do not take over as they are, where a class copies all it has.
 TRANSIENT = (
     *("_decider", "_groups", "_states", "_kernel", "_stepper", "_shown", "_planning"),
-    *("_threads_inside", "_splits", "_parts", "_class_adds", "_layout", "_watches"),
+    *("_threads_inside", "_splits", "_parts", "_class_adds", "_layout", "_watch"),
 )
 # Every optimizer that decided, while it lives.
 alive: WeakSet[SelectiveOptimizer] = WeakSet()
@@ -120,7 +118,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     _stated: frozenset[str]  # keywords that the constructor was given
     _reached = False  # whether a step came here
     _lost_policy = False  # whether it was told that it is made of another's numbers
-    _watches: Sequence[Any] = ()  # what looks at steps and has no answer yet
+    _watch: Watch | None = None  # of steps, while there may be something to tell
     _planning: dict[str, int]  # the thread that a plan serves
 
     # Construction.
@@ -152,11 +150,14 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _made(self) -> None:
         """Take note of an optimizer that is whole now."""
         self._decider.index.let_go()
-        self._look_for_origin()
+        stated = self._stated & self.defaults.keys()
+        if "weight_decay" in stated and self._decider.policy is None:
+            fixed = self.defaults.keys() - inspect.signature(type(self)).parameters
+            self._warn_of_origin({k: self.defaults[k] for k in stated}, (), fixed)
         alive.add(self)
-        decays = [group["weight_decay"] for group in self._groups]
-        idle = all(map(is_zero, decays))  # which was told, or is meant
-        self._watches = [HighRate(), HalfPrecision(), *([] if idle else [TakenOver()])]
+        # Without decay from the beginning that is meant, or was told.
+        decays = [not is_zero(group["weight_decay"]) for group in self._groups]
+        self._watch = Watch(taken_over=any(decays), rounding=True)
         if "weight_decay" in constants_of(type(self).step):
             self._watch_own_step()
 
@@ -196,7 +197,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
                 raise
         if policy is None:
             self._warn_of_origin(given, group["params"])
-        self._watch_rates()
+        self._watch = self._watch or Watch()
 
     def _append_group(self, group: Group) -> None:
         super().add_param_group(group)
@@ -205,56 +206,31 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         """List the keys that are read in a group, which a misspelt one resembles."""
         return self.defaults
 
-    def _look_for_origin(self) -> None:
-        """Warn if every hyperparameter was stated, and all are another optimizer's."""
-        stated = self._stated & self.defaults.keys()
-        if "weight_decay" in stated and self._decider.policy is None:
-            fixed = self.defaults.keys() - inspect.signature(type(self)).parameters
-            numbers = {name: self.defaults[name] for name in stated}
-            self._warn_of_origin(numbers, (), fixed)
-
     def _warn_of_origin(
         self, numbers: Group, params: Sequence[Any], fixed: Collection[str] = ()
     ) -> None:
-        """Warn once of numbers that are those of an optimizer with a policy.
+        """Warn once of a group, or of keywords, that are those of one with a policy.
 
-        Nor can the policy be taken along: a dict that was given to two optimizers,
+        The policy cannot be taken along: a dict that was given to two optimizers,
         one with a policy and one without, looks the same.
-
-        Args:
-            numbers: Hyperparameters, of a keyword each or of a group.
-            params: Parameters of that group, which may be the other's.
-            fixed: What the class states by itself.
         """
         if self._lost_policy or is_zero(numbers.get("weight_decay", 0)):
             return
-        if self._policy_behind(numbers, params, fixed) is not None:
-            gc.collect()  # what only waits to be freed is nothing that was copied
-            policy = self._policy_behind(numbers, params, fixed)
-            self._lost_policy = policy is not None
-            if self._lost_policy:
-                warn_of_lost_policy(policy)
-
-    def _policy_behind(
-        self, numbers: Group, params: Sequence[Any], fixed: Collection[str]
-    ) -> Policy | None:
-        # Whoever writes a group by hand names a few.
-        stated = numbers.keys() | fixed
+        # Whoever writes a group by hand names a few; the class states some by itself.
+        stated, given = numbers.keys() | fixed, set(map(id, params))
         others = [o for o in alive if o is not self and o.defaults.keys() <= stated]
-        given = set(map(id, params))
         owners = [o for o in others if given & set(map(id, params_of(o._groups)))]
-        policies = [owner._decider.decided_by(params) for owner in owners]
-        if not owners:
-            like = [o for o in others if o._has_numbers(numbers, type(self))]
-            policies = [o._decider.decided_by(params_of(o._groups)) for o in like]
-        return next(filter(None, policies), None)
+        for other in owners or [o for o in others if o._made_like(type(self), numbers)]:
+            mine = params if owners else params_of(other._groups)
+            if policy := other._decider.decided_by(mine):
+                self._lost_policy = True
+                warn_of_lost_policy(policy)
+                return
 
-    def _has_numbers(self, numbers: Group, cls: type) -> bool:
-        """Tell whether these are what this optimizer was made with, or has now."""
-        if not (isinstance(self, cls) or issubclass(cls, type(self))):
-            return False
+    def _made_like(self, cls: type, numbers: Group) -> bool:
+        """Tell whether it was made with these numbers, or has them now."""
         names = self.defaults.keys() & numbers.keys()
-        return any(
+        return issubclass(cls, type(self)) and any(
             all(alike(numbers[name], known.get(name)) for name in names)
             for known in (self.defaults, *self._groups)
         )
@@ -346,8 +322,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         finally:
             if mine:
                 self._planning.clear()
-        if self._watches and not compiling:
-            self._watch()
+        if not compiling and (watch := self._watch) is not None:
+            self._look_on(watch)
         return loss
 
     @_torch.disable_dynamo
@@ -357,17 +333,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         if decider.waits and decider.begin_training(self.param_groups, self.defaults):
             self._decided_anew()
 
-    @_torch.disable_dynamo
-    def _watch(self) -> None:
-        """Let watches look at the step, which the class has taken."""
-        kernel, layout = getattr(self, "_kernel", None), self._decider.laid_out
-        looking = [(each, each(self._groups, layout, kernel)) for each in self._watches]
-        self._watches = [each for each, done in looking if not done]
-
-    def _watch_rates(self) -> None:
-        """Watch rates again, now that more may be divided by them."""
-        others = [each for each in self._watches if not isinstance(each, HighRate)]
-        self._watches = [*others, HighRate()]
+    def _look_on(self, watch: Watch) -> None:
+        self._watch = watch.look(self._groups, self._decider.laid_out, self._loss_of)
 
     @_torch.use_grad_for_differentiable
     @_torch.run_as_is
@@ -411,8 +378,14 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     def decided_params(self) -> list[DecidedParam]:
         """List every parameter, in order, with what was decided for it."""
-        groups = self.param_groups
-        return decided_params(groups, self._decider.fitting(groups, self.defaults))
+        decided = self._decider.fitting(self.param_groups, self.defaults)
+        return [
+            DecidedParam(param, index, position, decision)
+            for index, (group, decisions) in enumerate(zip(self.param_groups, decided))
+            for position, (param, decision) in enumerate(
+                zip(group["params"], decisions)
+            )
+        ]
 
     @_torch.disable_dynamo
     def _init_group(self, group: Group, *lists: list[Any]) -> Any:
@@ -452,7 +425,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             # There may be parts that cannot come together.
             self._decider = Decider.restored(before, self.param_groups)
             raise
-        self._watch_rates()
+        self._watch = self._watch or Watch()
 
     def _decided_anew(self) -> None:
         self._stepper.forget()
@@ -463,12 +436,12 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         decided = self._decider.readable(self.param_groups, self.defaults)
         groups, index = self.param_groups, self._decider.index
         report = make_report(groups, decided, self._default_form, index)
-        kernel = getattr(self, "_kernel", None)
-        loser = first_loser(kernel, groups, decided_params(groups, decided))
-        if loser is None:
-            return report
-        told = rounding_text(loser.label, loser.param.dtype)
-        return replace(report, remark="; ".join(filter(None, [report.remark, told])))
+        told = filter(None, [report.remark, self._loss_of(decided)])
+        return replace(report, remark="; ".join(told))
+
+    def _loss_of(self, decided: Decided) -> str:
+        """Tell what half precision loses of the decay, if that is known."""
+        return loss_of(getattr(self, "_kernel", None), self._groups, decided)
 
     def _default_form(self, group: Group) -> Form | None:
         """Tell in which form a group decays by itself; ``None`` if unknown."""
@@ -601,11 +574,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
                 **{k: v for k, v in state.items() if k not in TRANSIENT},
                 "state": self.state,
                 "param_groups": groups,
-                COPIED: {
-                    "decider": decider,
-                    "watches": list(map(type, self._watches)),
-                    **self._copied(),
-                },
+                COPIED: {"decider": decider, "watch": self._watch, **self._copied()},
             },
             *rest,
         )
@@ -628,7 +597,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         if copied:
             self._decider = Decider.restored(copied["decider"], self.param_groups)
             alive.add(self)
-            self._watches = [watch() for watch in copied.get("watches", ())]
+            self._watch = copied.get("watch")
             self._take_copied(copied)
         # `copy.copy` shares the state, whose counters the original has in hand.
         if "state" in state and copied.get("states") != id(self._states):

@@ -9,8 +9,6 @@ from difflib import SequenceMatcher
 from itertools import chain
 from typing import Any, TypeVar
 
-import torch
-
 from selective_optim.decay import Decision, is_zero, target_text
 
 SHOWN = 3  # parameters that a warning names
@@ -67,22 +65,6 @@ def warn_of_lost_policy(policy: object) -> None:
         f"{policy!r}, and decays in full here. Pass wd_policy={policy!r}, or 'all' if "
         f"that is meant; around code that makes optimizers itself, type "
         f"with deciding_for(model, wd_policy={policy!r})."
-    )
-
-
-def warn_of_rounding(label: str, dtype: torch.dtype) -> None:
-    """Warn that a parameter in half precision loses its decay to rounding."""
-    warn(rounding_text(label, dtype))
-
-
-def rounding_text(label: str, dtype: torch.dtype) -> str:
-    """Say that a parameter hardly decays, and what helps."""
-    return (
-        f"{label} hardly decays: in {str(dtype).removeprefix('torch.')} a step at this "
-        f"rate rounds more than half of its decay away. Keep master weights in float32 "
-        f"(model.float() under torch.autocast), or wrap an optimizer with stochastic "
-        f"rounding or Kahan summation (torchao's, optimi's) by selective_optim."
-        f"selective."
     )
 
 

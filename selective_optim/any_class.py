@@ -307,8 +307,9 @@ class AnyOptimizer(SelectiveOptimizer):
             with _torch.without_hooks(self, *STEP_HOOKS):
                 result = step(self, *args, **kwargs)
             _finish(around)
-            if self._watches and not torch.compiler.is_compiling():
-                self._watch()
+            compiling = torch.compiler.is_compiling()
+            if not compiling and (watch := self._watch) is not None:
+                self._look_on(watch)
             return result
         finally:
             around.restore()

@@ -531,7 +531,7 @@ def test_decay_that_vanishes_in_a_pass_is_told_of():
     param = nn.Parameter(torch.full((2,), 0.02, dtype=torch.bfloat16))
     optimizer = make("AdamW", [param], form("cautious"), lr=1e-3, weight_decay=0.1)
     param.grad = torch.zeros_like(param)
-    with pytest.warns(UserWarning, match=r"hardly decays: in bfloat16.*float32"):
+    with pytest.warns(UserWarning, match=r"hardly decays: torch.bfloat16.*float32"):
         optimizer.step()
 
 

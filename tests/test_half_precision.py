@@ -264,3 +264,11 @@ def test_each_group_is_asked_by_its_own_rate():
     optimizer = AdamW(groups, weight_decay=0.1, wd_policy="no_bias_norm", model=model)
     [message] = told(model, optimizer.step)
     assert "b.layer.weight" in message
+
+
+def test_zeros_and_meta_weights_have_nothing_to_lose():
+    model, optimizer = make(0.0, 1e-4)
+    assert told(model, optimizer.step) == []
+    meta = Two(1.0, BF16).to("meta")
+    report = AdamW(meta.parameters(), lr=1e-4, wd_policy="no_bias_norm").decay_report()
+    assert "float32" not in str(report)

@@ -104,3 +104,37 @@ def test_what_the_warning_advises_is_typed_and_works(name, shape):
     torch.testing.assert_close(
         model.first.weight.detach(), torch.full((4, 3), expected)
     )
+
+
+@each_name
+def test_group_without_decay_is_not_told_of(name):
+    model = net()
+    groups = [
+        {"params": model.first.parameters(), "weight_decay": 0.0},
+        {"params": model.last.parameters()},
+    ]
+    optimizer = make(name, groups, form("independent") * USUAL, lr=1e-3)
+    assert told(model, optimizer, [2e-3] * 20) == []
+
+
+@each_name
+@each_form
+def test_group_that_comes_later_is_told_of(name, shape):
+    model, later = net(), net()
+    optimizer = make(name, model, form(shape) * USUAL, lr=1e-3)
+    assert told(model, optimizer, [None] * 3) == []
+    optimizer.add_param_group({"params": later.parameters(), "max_lr": 1e-2})
+    [message] = told(later, optimizer, [None] * 3)
+    assert "group 1" in message
+    assert "initial_lr" in message
+
+
+@each_name
+@each_form
+def test_form_that_is_assigned_later_is_told_of(name, shape):
+    model = net()
+    optimizer = make(name, model, lr=1e-3)
+    assert told(model, optimizer, [2e-3] * 20) == []
+    optimizer.wd_policy = form(shape) * USUAL
+    assert told(model, optimizer, [2e-3] * 9) == []
+    assert len(told(model, optimizer, [2e-3] * 20)) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -21,6 +23,10 @@ from tests.support.attacks import (
 )
 
 each_name = pytest.mark.parametrize("name", SERVED)
+
+
+def copy_by_pickle(optimizer):
+    return pickle.loads(pickle.dumps(optimizer))
 
 
 class Wrapper:
@@ -195,3 +201,16 @@ def test_decay_of_0_at_construction_is_told_there_and_not_again(name):
 def test_usual_training_is_not_told(name):
     model, optimizer = quiet(name)
     assert told(stepping(model, optimizer, times=20)) == []
+
+
+@each_name
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy_by_pickle])
+def test_copy_that_is_made_before_the_first_step_is_told_as_well(name, copied):
+    optimizer = copied(make(name, net()))
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+
+    def step():
+        attacks.zero_grads(optimizer.param_groups[0]["params"])
+        optimizer.step()
+
+    assert len(told([step] * 5)) == 1

@@ -58,7 +58,7 @@ WARNING = {
     "passed on": pass_groups_on,
     "assigned": assign,
     "loaded": load,
-    "vanishing": step,
+    "rounded away": step,
     "block without an optimizer": decide_for_nothing,
 }
 

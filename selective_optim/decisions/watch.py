@@ -1,106 +1,93 @@
-"""What only steps show, and is told once: each watch looks on until it has an answer.
-
-A watch is called at the end of a step, when every tensor has its row. It tells whether
-it is done.
-"""
+"""What steps alone show, told once: decay that is lost, or divided by too little."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from selective_optim import _torch
-from selective_optim._warnings import (
-    warn_of_decay_taken_over,
-    warn_of_high_rate,
-    warn_of_rounding,
-)
+from selective_optim._warnings import warn, warn_of_decay_taken_over, warn_of_high_rate
 from selective_optim.decay import FULL, Decision, is_zero
 from selective_optim.decisions.initial_values import is_rate, rate_now
 from selective_optim.decisions.table import Group, Row
-from selective_optim.step.half_precision import first_loser
-from selective_optim.step.kernel import Kernel
-from selective_optim.step.parts import decided_params
+from selective_optim.step.setting import Groups
 
+Decided = list[list[Decision]]
 Layout = Sequence[Sequence[Row]]
 IDLE = 2  # steps without decay that are none of a schedule
 IN_A_ROW = 10  # steps above the first rate
 ABOVE = 1 + 1e-6  # times that; schedules come back to it with an error of rounding
 
 
-def _moves(groups: Sequence[Group]) -> bool:
-    """Tell whether a rate is above 0, as one on a device is taken to be."""
-    rates = map(rate_now, groups)
-    return any(rate is None or rate > 0 for rate in rates)
+class Watch:
+    """Looks at steps when they are taken, until there is nothing left to tell.
 
+    Args:
+        taken_over: Whether to look for decay that a wrapper takes over.
+        rounding: Whether to look for decay that half precision rounds away.
+    """
 
-class HalfPrecision:
-    """Whether half precision rounds decay away; asked once."""
+    def __init__(self, taken_over: bool = False, rounding: bool = False) -> None:
+        self._taken_over, self._rounding, self._idle = taken_over, rounding, 0
+        self._layout: Layout = ()
+        self._above: list[int] = []
+        self._divided: list[Decision | None] = []
 
-    def __call__(
-        self, groups: Sequence[Group], layout: Layout, kernel: Kernel | None
-    ) -> bool:
-        decided = [[row.decision for row in rows] for rows in layout]
-        params = decided_params(groups, decided)
-        devices = {each.param.device for each in params}
-        if not _moves(groups) or any(map(_torch.is_capturing, devices)):
-            return False
-        if loser := first_loser(kernel, groups, params):
-            warn_of_rounding(loser.label, loser.param.dtype)
-        return True
+    def __reduce__(self) -> Any:  # copies count anew, over rows of their own
+        return Watch, (self._taken_over, self._rounding)
 
+    def look(
+        self, groups: Groups, layout: Layout, loss_of: Callable[[Decided], str]
+    ) -> Watch | None:
+        """Look at a step, and return what looks at the next one."""
+        if (self._taken_over or self._rounding) and any(map(_moves, groups)):
+            self._taken_over = self._taken_over and self._is_idle(groups, layout)
+            devices = {param.device for group in groups for param in group["params"]}
+            if self._rounding and not any(map(_torch.is_capturing, devices)):
+                self._rounding = False
+                if loss := loss_of([[row.decision for row in own] for own in layout]):
+                    warn(loss)
+        # Another list, or a longer one, whenever anything moved.
+        if layout is not self._layout or len(layout) != len(self._above):
+            self._layout, self._above = layout, [0] * len(layout)
+            self._divided = list(map(_divided, layout))
+        any(map(self._rises, range(len(self._divided)), groups))  # the first alone
+        more = self._taken_over or self._rounding or any(self._divided)
+        return self if more else None
 
-class TakenOver:
-    """Whether a wrapper sets decay to 0 and applies it by itself."""
-
-    _idle = 0
-
-    def __call__(
-        self, groups: Sequence[Group], layout: Layout, kernel: Kernel | None
-    ) -> bool:
-        if not _moves(groups):
-            return False
-        if any(map(_decays, groups, layout)):
-            return True
+    def _is_idle(self, groups: Groups, layout: Layout) -> bool:
+        """Tell whether no group decays, but not yet for long."""
         self._idle += 1
-        if self._idle < IDLE:
+        if not all(is_zero(group["weight_decay"]) for group in groups):
             return False
-        rows = [row for rows in layout for row in rows]
-        departing = [row.policy for row in rows if row.decision.decay != FULL]
-        if policy := next(filter(None, departing), None):
+        departing = [r for rows in layout for r in rows if r.decision.decay != FULL]
+        policy = next((row.policy for row in departing if row.policy), None)
+        if policy is not None and self._idle == IDLE:
             warn_of_decay_taken_over(policy)
-        return True
+        return self._idle < IDLE
 
-
-def _decays(group: Group, rows: Sequence[Row]) -> bool:
-    wd = group["weight_decay"]
-    return not (is_zero(wd) and all(is_zero(row.decision.decay.of(wd)) for row in rows))
-
-
-class HighRate:
-    """Whether a rate rises above the one that decay is divided by."""
-
-    _layout: Layout = ()
-
-    def __call__(
-        self, groups: Sequence[Group], layout: Layout, kernel: Kernel | None
-    ) -> bool:
-        if layout is not self._layout:  # whenever anything moved
-            self._layout, self._divided = layout, list(map(_divided, layout))
-            self._above = [0] * len(layout)
-        for index, (group, decision) in enumerate(zip(groups, self._divided)):
-            lr0 = decision and decision.lr0
-            if decision and lr0 and (top := self._risen(index, group, lr0 * ABOVE)):
-                warn_of_high_rate(index, decision.decay.form, lr0, top)
-                return True
-        return not any(self._divided)
-
-    def _risen(self, index: int, group: Group, limit: float) -> float | None:
-        """Return the rate that is above the limit, if not for a moment."""
-        rate, top = rate_now(group) or 0.0, group.get("max_lr")
+    def _rises(self, index: int, group: Group) -> bool:
+        """Tell of a rate that is above the first one, if not for a moment."""
+        decision, rate, top = self._divided[index], rate_now(group), group.get("max_lr")
+        if decision is None or decision.lr0 is None or rate is None:
+            return False
+        if is_zero(group["weight_decay"]):
+            return False
+        limit = decision.lr0 * ABOVE
         self._above[index] = self._above[index] + 1 if rate > limit else 0
         if top is not None and is_rate(top) and top > limit:
-            return float(top)
-        return rate if self._above[index] >= IN_A_ROW else None
+            rate = top
+        elif self._above[index] < IN_A_ROW:
+            return False
+        self._divided = []  # before: what warns may raise
+        warn_of_high_rate(index, decision.decay.form, decision.lr0, rate)
+        return True
+
+
+def _moves(group: Group) -> bool:
+    """Tell whether a rate is above 0, as one on a device is taken to be."""
+    rate = rate_now(group)
+    return rate is None or rate > 0
 
 
 def _divided(rows: Sequence[Row]) -> Decision | None:
