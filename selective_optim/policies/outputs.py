@@ -60,6 +60,14 @@ def is_output_of(place: ParameterInfo, is_weight: IsWeight) -> bool:
     return (place.name or "").rpartition(".")[0] in layers
 
 
+def output_layers(root: nn.Module, is_weight: IsWeight) -> list[nn.Module]:
+    """Return what may be an output layer and is not tied to an embedding."""
+    outputs = _outputs_of(root, is_weight)
+    infos = [i for i in index_of(root).everyone() if i.name in outputs.names]
+    known = [i for i in infos if outputs.sure or _head(i) is not None]
+    return [i.owner for i in known if i.owner and not isinstance(i.owner, nn.Embedding)]
+
+
 def is_hidden(place: ParameterInfo, is_weight: IsWeight) -> bool:
     """Tell whether a weight is no candidate for the output; warns of several once."""
     if not is_weight(place):
@@ -77,7 +85,10 @@ def is_hidden(place: ParameterInfo, is_weight: IsWeight) -> bool:
 
 
 def _outputs(place: ParameterInfo, is_weight: IsWeight) -> Outputs:
-    root = place.path[0]
+    return _outputs_of(place.path[0], is_weight)
+
+
+def _outputs_of(root: nn.Module, is_weight: IsWeight) -> Outputs:
     return index_of(root).remember("outputs", lambda: _find(root, is_weight))
 
 
