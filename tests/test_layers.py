@@ -75,6 +75,8 @@ def upside_down():
         ln_f=nn.LayerNorm(4),
         wte=nn.Embedding(9, 4),
         embed_time=nn.Linear(1, 4),
+        embedding_norm=nn.LayerNorm(4),
+        decoder=Model(queries=nn.Embedding(3, 4)),
     )
 
 
@@ -197,7 +199,7 @@ LAYOUTS = {
     "head first, embeddings last": (
         upside_down,
         [
-            ["lm_head"],
+            ["lm_head", "embedding_norm", "decoder"],
             ["blocks.1", "ln_f"],
             ["blocks.0"],
             ["token", "wte", "embed_time"],

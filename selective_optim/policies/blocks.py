@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,7 +17,6 @@ from selective_optim import _torch
 from selective_optim._canonical_names import canonical_name
 from selective_optim._text import received
 from selective_optim.policies.recognition import (
-    embedding_leaf,
     embedding_module,
     has_parameters,
     norm_module,
@@ -104,7 +104,7 @@ def _inside_stage(stage: nn.Module) -> tuple[nn.Module, ...]:
 def _is_layer(stage: nn.Module) -> bool:
     # An attention and a feed-forward in a list are one layer, and no stage of two.
     parts = list(filter(has_parameters, stage.children()))
-    kinds = {tuple(map(type, part.modules())) for part in parts}
+    kinds = {tuple(type(m) for m in p.modules() if has_parameters(m)) for p in parts}
     different = isinstance(stage, LISTS) and 1 < len(parts) == len(kinds) <= 3
     return different and not any(map(runs_in, parts))
 
@@ -206,8 +206,10 @@ def _found(roots: Sequence[nn.Module]) -> list[nn.Module]:
             f"several stacks of their own depth, as in layers=[{globs}]."
         )
     # A message of 1,000 globs helps nobody.
-    lists = list(dict.fromkeys(_counting_globs(roots)))[:8]
-    way_out = f'Write for example layers="{lists[0]}".' if lists else NO_NUMBERS
+    counts = Counter(_counting_globs(roots))
+    lists, way_out = list(counts)[:8], NO_NUMBERS
+    for glob, _ in counts.most_common(1):
+        way_out = f'Write for example layers="{glob}".'
     raise ValueError(
         f"`layers` must name the repeated blocks of {models}, where none were found; "
         f"numbered modules in it: {', '.join(map(repr, lists)) or 'none'}. {way_out}"
@@ -290,18 +292,23 @@ def distances_in(modules: Modules, blocks: Modules) -> dict[nn.Module, int]:
     inside = {module for block in blocks for module in block.modules()}
     norm = final_norm(modules, blocks[-1])
     for parent in modules:
-        if parent not in inside:
-            layer.update(_beside(parent, numbers))
-            for key, child in parent.named_children():
-                embeds = embedding_module(child) or embedding_leaf(key)
-                if embeds and not isinstance(child, LISTS):
-                    own = inside.isdisjoint(child.modules()) and child.modules()
-                    layer.update(dict.fromkeys(own or (), 0))
-            if norm is None:
-                norm = _norm_beside(parent, blocks[-1])
+        if parent in inside or blocks[-1] not in set(parent.modules()):
+            continue
+        layer.update(_beside(parent, numbers))
+        for key, child in parent.named_children():
+            # Between two blocks it embeds what comes out of the first.
+            if layer[child] > len(blocks) and _embeds(key, child):
+                layer.update(dict.fromkeys(child.modules(), 0))
+        if norm is None:
+            norm = _norm_beside(parent, blocks[-1])
     if norm is not None:
         layer.update(dict.fromkeys(norm.modules(), len(blocks)))
     return {module: len(blocks) + 1 - layer[module] for module in modules}
+
+
+def _embeds(key: str, module: nn.Module) -> bool:
+    named = key.startswith("embed") and not norm_module(module)
+    return embedding_module(module) or named
 
 
 def _norm_beside(parent: nn.Module, last: nn.Module) -> nn.Module | None:

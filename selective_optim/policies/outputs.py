@@ -60,7 +60,7 @@ def output_layers(root: nn.Module, is_weight: IsWeight) -> list[nn.Module]:
     """Return what may be an output layer and is not tied to an embedding."""
     outputs = _outputs(root, is_weight)
     infos = [i for i in index_of(root).everyone() if i.name in outputs.names]
-    known = [i for i in infos if outputs.sure or _head(i) is not None]
+    known = [i for i in infos if outputs.sure or "." not in (_head(i) or ".")]
     return [i.owner for i in known if i.owner and not isinstance(i.owner, nn.Embedding)]
 
 
