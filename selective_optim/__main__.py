@@ -10,8 +10,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
+from inspect import getsource
 from pathlib import Path
 from textwrap import fill
 from types import ModuleType
@@ -22,14 +24,19 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 import selective_optim
+from selective_optim._arguments import param_ids
+from selective_optim._text import aligned
+from selective_optim.any_optimizer import decay_report
 from selective_optim.audit import audit
+from selective_optim.policies import recipes
 from selective_optim.policies.named import NAMED, as_policy, is_expression
 
 EXAMPLE = "Write for example torchvision.models:resnet50."
 EXAMPLE_CALL = "Write for example 'timm:create_model(vit_base_patch16_224)'."
 CALL = re.compile(r"(?P<head>[^()]+)(?:\((?P<arguments>.*)\))?", re.DOTALL)
 KEYWORD = re.compile(r"\s*([A-Za-z_]\w*)\s*=(?!=)(.*)", re.DOTALL)
-BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+Target = tuple[str, str, tuple[Any, ...], dict[str, Any] | None]
 
 
 class CommandError(Exception):
@@ -37,27 +44,18 @@ class CommandError(Exception):
 
 
 class Built(NamedTuple):
-    """A model, where it was built, and why there if that is not the meta device."""
+    """A model or optimizer, where it was built, and why not on the meta device."""
 
-    model: nn.Module
+    model: Any
     device: str
     note: str | None
 
 
-class Target(NamedTuple):
-    """Where a thing is, what it is called there, and what it is to be called with.
-
-    ``keywords`` is ``None`` where neither arguments nor empty parentheses were given.
-    """
-
-    module: str
-    path: str
-    arguments: tuple[Any, ...] = ()
-    keywords: dict[str, Any] | None = None
-
-
 def read_target(text: str) -> Target:
     """Take apart ``MODULE:NAME``, ``FILE.py:NAME`` or ``MODULE.NAME``, with arguments.
+
+    Returns:
+        Module, name, arguments and keywords, the last ``None`` without parentheses.
 
     Raises:
         CommandError: It is none of these.
@@ -68,30 +66,40 @@ def read_target(text: str) -> Target:
     if not colon and not head.endswith(".py"):
         module, _, path = head.rpartition(".")
     if matched is None or not (module and path):
-        raise CommandError(f"`{text}` is not of the form MODULE:CALLABLE. {EXAMPLE}")
+        example = EXAMPLE
+        if head.endswith(".py"):
+            found = re.findall(r"^(?:def|class) (\w+)", _read(head), re.MULTILINE)
+            close = get_close_matches("build_model", found, 1, 0.0) or ["build_model"]
+            example = f"Write for example {head}:{close[0]}."
+        raise CommandError(f"`{text}` is not of the form MODULE:CALLABLE. {example}")
     if matched["arguments"] is None:
-        return Target(module, path)
+        return module, path, (), None
     arguments, keywords = [], {}
-    for part in _split(matched["arguments"]):
+    for part in filter(str.strip, _split(matched["arguments"])):
         if named := KEYWORD.fullmatch(part):
             keywords[named[1]] = _value(named[2])
         else:
             arguments.append(_value(part))
-    return Target(module, path, tuple(arguments), keywords)
+    return module, path, tuple(arguments), keywords
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text("utf-8", "replace") if Path(path).is_file() else ""
 
 
 def _split(text: str) -> Iterator[str]:
     """Split at the commas that stand in no brackets and no quotes."""
-    depth, quote, start = 0, "", 0
-    for i, sign in enumerate(text):
-        if quote or sign in "'\"":
-            quote = "" if sign == quote else quote or sign
-        depth += 0 if quote else BRACKETS.get(sign, 0)
-        if sign == "," and not (quote or depth):
-            yield text[start:i]
-            start = i + 1
-    if text[start:].strip():
-        yield text[start:]
+    part = ""
+    for piece in text.split(","):
+        part += piece
+        bare = QUOTED.sub("", part)
+        # A quote that is left has no end yet, as a bracket that is open.
+        if sum(map(bare.count, "([{'\"")) != sum(map(bare.count, ")]}")):
+            part += ","
+        else:
+            yield part
+            part = ""
+    yield part
 
 
 def _value(text: str) -> Any:
@@ -102,28 +110,24 @@ def _value(text: str) -> Any:
         return text.strip()
 
 
-def load(text: str) -> Any:
-    """Import what a text without arguments names; the name may be dotted.
+def load(module: str, path: str) -> Any:
+    """Import a module or file and return what a dotted path names in it.
 
     Raises:
         CommandError: There is no such thing.
     """
-    return _find(read_target(text), text)
-
-
-def _find(target: Target, text: str) -> Any:
     try:
-        found: Any = _module(target.module)
+        found: Any = _module(module)
     except (Exception, SystemExit) as error:
         raise CommandError(
-            f"`{target.module}` cannot be imported: {told(error)}. "
+            f"`{module}` cannot be imported: {told(error)}. "
             f"Run in the folder that holds it, or correct the name."
         ) from error
-    for name in target.path.split("."):
+    for name in path.split("."):
         if not hasattr(found, name):
             close = get_close_matches(name, dir(found), n=1)
             hint = f"Did you mean {close[0]!r}?" if close else EXAMPLE
-            raise CommandError(f"`{text}`: there is no {name!r} in it. {hint}")
+            raise CommandError(f"`{module}:{path}`: there is no {name!r} in it. {hint}")
         found = getattr(found, name)
     return found
 
@@ -146,44 +150,70 @@ def _module(name: str) -> ModuleType:
 
 def told(error: BaseException) -> str:
     """Put an exception on one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return ": ".join(filter(None, [type(error).__name__, " ".join(str(error).split())]))
 
 
 def build(text: str) -> Built:
     """Call what a text names, without memory for weights where that can be done.
 
     Raises:
-        CommandError: It cannot be called, or what it returns is not a module.
+        CommandError: It cannot be called, or returns neither module nor optimizer.
     """
-    target = read_target(text)
-    factory = _find(target, text)
-    if isinstance(factory, nn.Module) and target.keywords is None:
-        return Built(_checked(factory, text), "as found", None)
-    if not callable(factory):
+    if Path(text).is_file() and not text.endswith(".py"):
+        return Built(_read_checkpoint(text), "as saved", None)
+    module, path, arguments, keywords = read_target(text)
+    made, device, note = load(module, path), "as found", None
+    if keywords is not None or not _is_audited(made):
+        if not callable(made):
+            raise CommandError(
+                f"`{text}` is {made!r} ({type(made).__name__}), not a callable that"
+                f" returns a model. {EXAMPLE}"
+            )
+        made, device, note = _make(partial(made, *arguments, **(keywords or {})), text)
+    if not _is_audited(made):
         raise CommandError(
-            f"`{text}` is {factory!r} ({type(factory).__name__}), not a callable that"
-            f" returns a model. {EXAMPLE}"
+            f"`{text}` returned {made!r} ({type(made).__name__}), not a module or "
+            f"optimizer. {EXAMPLE}"
         )
+    if isinstance(made, nn.Module) and any(map(is_lazy, made.parameters())):
+        raise CommandError(
+            f"`{text}` returned a model with uninitialized parameters. "
+            f"Run one batch through the model before returning it."
+        )
+    return Built(made, device, note)
 
-    def make() -> Any:
-        return factory(*target.arguments, **(target.keywords or {}))
 
+def _is_audited(made: object) -> bool:
+    return isinstance(made, nn.Module) or bool(param_ids(made))
+
+
+def _read_checkpoint(path: str) -> list[Any]:
+    """Find the state dicts of optimizers in what was saved."""
+    try:
+        level: list[Any] = [[torch.load(path, map_location="cpu", weights_only=True)]]
+    except Exception as error:
+        raise CommandError(f"`{path}` cannot be read: {told(error)}.") from error
+    while level:
+        if found := [s for s in level if isinstance(s, dict) and "param_groups" in s]:
+            return found
+        inside = [s.values() if isinstance(s, dict) else s for s in level]
+        level = [s for each in inside for s in each if isinstance(s, (dict, list))]
+    raise CommandError(
+        f"`{path}` holds no state dict of an optimizer. Save one, as in "
+        f"torch.save(optimizer.state_dict(), path)."
+    )
+
+
+def _make(make: Callable[[], Any], text: str) -> tuple[Any, str, str | None]:
     try:
         # There parameters have shapes and no memory: a model of any size is built.
         with torch.device("meta"):
-            return Built(_checked(make(), text), "meta", None)
-    except CommandError:
-        raise
+            return make(), "meta", None
     except Exception as error:
         note = f"not built on the meta device: {told(error)}"
-        return Built(_checked(_build_on_cpu(make, text, note), text), "cpu", note)
-
-
-def _build_on_cpu(make: Callable[[], Any], text: str, note: str) -> Any:
     print(f"note: {note}; building on the cpu", file=sys.stderr)
     try:
-        return make()
+        return make(), "cpu", note
     except Exception as error:
         raise CommandError(
             f"`{text}` failed: {told(error)}. Give it the arguments that it needs, or "
@@ -191,43 +221,31 @@ def _build_on_cpu(make: Callable[[], Any], text: str, note: str) -> Any:
         ) from error
 
 
-def _checked(model: Any, text: str) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise CommandError(
-            f"`{text}` returned {model!r} ({type(model).__name__}), not a module. "
-            f"{EXAMPLE}"
-        )
-    if any(map(is_lazy, model.parameters())):
-        raise CommandError(
-            f"`{text}` returned a model with uninitialized parameters. "
-            f"Run one batch through the model before returning it."
-        )
-    return model
-
-
-ABOUT_POLICIES = f"""\
-policies:
-  a name:
-{fill(", ".join(NAMED), 76, initial_indent="    ", subsequent_indent="    ")}
-  an expression: "exclude('*.bias', is_norm) * layerwise(0.75)"
-  one of your own: MODULE:NAME or FILE.py:NAME
-"""
 ABOUT_AUDIT = """\
 Build a model, without memory for its weights where it allows that, and tell what a
-policy decays in it and what looks wrong.
+policy decays in it and what looks wrong. Of an optimizer or a checkpoint, tell what
+decays in the training.
 """
 ABOUT_EXAMPLE = """\
 example:
   selective_optim audit torchvision.models:resnet50 --against huggingface
 """
 ABOUT_TARGETS = """\
-models:
+models, optimizers and checkpoints:
   torchvision.models:resnet50                    a callable of a module
   experiments/train.py:build_model               a callable of a file
   'timm:create_model(vit_base_patch16_224)'      one that takes arguments: Python
   'timm:create_model(resnet50, num_classes=10)'    literals, or words without quotes
+  experiments/train.py:build_optimizer           a callable of an optimizer
+  runs/checkpoint.pt                             what torch.save wrote
 """
-ABOUT_CODES = """\
+ABOUT_THE_REST = f"""
+policies:
+  a name:
+{fill(", ".join(NAMED), 76, initial_indent="    ", subsequent_indent="    ")}
+  an expression: "exclude('*.bias', is_norm) * layerwise(0.75)"
+  one of your own: MODULE:NAME or FILE.py:NAME
+
 exit status:
   0  the audit was printed
   1  with --strict: something looks wrong, or --against disagrees
@@ -245,7 +263,15 @@ def run_audit(options: argparse.Namespace) -> int:
         with redirect_stdout(sys.stderr):  # what models print is no part of the audit
             given = [_policy(text) for text in (options.policy, options.against)]
             built = build(options.target)
-        found = audit(built.model, *given)
+        if isinstance(built.model, nn.Module):
+            found: Any = audit(built.model, given[0] or "no_bias_norm", given[1])
+        elif given == [None, None]:
+            found = decay_report(built.model)
+        else:
+            raise CommandError(
+                f"--policy and --against are for a model, which `{options.target}` is "
+                f"not. Leave them out."
+            )
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
     if options.json:
@@ -261,46 +287,65 @@ def _policy(text: str | None) -> Any:
     if text is None:
         return None
     own = ":" in text and not is_expression(text)
-    policy = load(text) if own else text
+    policy = load(*read_target(text)[:2]) if own else text
     as_policy(policy)  # before the model is built, which may take a while
     return policy
 
 
+SENTENCES = {
+    "all": "Decays everything.",
+    "none": "Exempts everything.",
+    "no_bias": "Exempts biases.",
+    "no_norm": "Exempts what normalization layers hold.",
+    "no_bias_norm": "Exempts biases and what normalization layers hold.",
+    "no_bias_norm_embedding": "Exempts biases, norms, embeddings and tokens.",
+    "matrices": "Exempts tensors of fewer than two dimensions; needs shapes only.",
+    "layer_weights": "Decays weights of layers; exempts tokens, scales and all else.",
+}
+
+
+def run_list(options: argparse.Namespace) -> int:
+    """Print the names of policies, or of recipes, with a sentence each."""
+    told = SENTENCES
+    if options.command == "recipes":  # the comment above each begins with a sentence
+        found = re.findall(r'((?: +# .*\n)+) +Recipe\(\s*"(\w+)"', getsource(recipes))
+        told = {name: " ".join(text.replace("#", "").split()) for text, name in found}
+    lines = [
+        (name, f"{text.partition('. ')[0].rstrip('.')}.") for name, text in told.items()
+    ]
+    print("\n".join(aligned(lines)))
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    layout = argparse.RawDescriptionHelpFormatter
+    plain: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    epilog = ABOUT_EXAMPLE + ABOUT_THE_REST
     top = argparse.ArgumentParser(
-        "selective_optim",
-        description=__doc__,
-        epilog=f"{ABOUT_EXAMPLE}\n{ABOUT_POLICIES}\n{ABOUT_CODES}",
-        formatter_class=layout,
+        "selective_optim", description=__doc__, epilog=epilog, **plain
     )
     version = f"selective_optim {selective_optim.__version__}"
     top.add_argument("--version", action="version", version=version)
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for name in ("policies", "recipes"):
+        sub = commands.add_parser(name, help=f"list the {name}, with a sentence each")
+        sub.set_defaults(run=run_list)
     sub = commands.add_parser(
         "audit",
         help="tell what a policy decays in a model, and what looks wrong",
         description=ABOUT_AUDIT,
-        epilog=f"{ABOUT_TARGETS}\n{ABOUT_POLICIES}\n{ABOUT_CODES}",
-        formatter_class=layout,
-    )
-    sub.add_argument("target", metavar="MODEL", help="MODULE:CALLABLE, see below")
-    sub.add_argument(
-        "--policy",
-        default="no_bias_norm",
-        help="whom to ask who decays (default: no_bias_norm)",
-    )
-    sub.add_argument(
-        "--against", metavar="POLICY", help="another one, to list disagreements with"
-    )
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
-    sub.add_argument(
-        "--strict",
-        action="store_true",
-        help="exit with 1 if something looks wrong or the policies disagree",
+        epilog=ABOUT_TARGETS + ABOUT_THE_REST,
+        **plain,
     )
     sub.set_defaults(run=run_audit)
+    add = sub.add_argument
+    add("target", metavar="TARGET", help="MODULE:CALLABLE or a file, see below")
+    told = "whom to ask who decays (default: no_bias_norm)"
+    add("--policy", help=told)
+    add("--against", metavar="POLICY", help="another one, to list disagreements with")
+    add("--json", action="store_true", help="print one JSON object")
+    told = "exit with 1 if something looks wrong or the policies disagree"
+    add("--strict", action="store_true", help=told)
     return top
 
 

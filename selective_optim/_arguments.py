@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from types import FunctionType, ModuleType
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from selective_optim._text import received
 
@@ -48,3 +54,48 @@ def require_decay(optimizer: Any, purpose: str) -> None:
                 f"weight_decay to {purpose}. Use one that decays: "
                 f"selective_optim.AdamW."
             )
+
+
+def is_optimizer(item: object) -> bool:
+    """Tell whether this is one of torch, and no wrapper that skips its constructor."""
+    return isinstance(item, torch.optim.Optimizer) and "defaults" in vars(item)
+
+
+# Leads to the process and not to what a wrapper holds, or to nothing.
+NOT_SEARCHED = (type, ModuleType, FunctionType, Tensor, nn.Module, str)
+
+
+def held_optimizers(wrapper: object) -> list[Any]:
+    """List the nearest optimizers that a wrapper holds, in attributes, lists, wrappers.
+
+    Their parameters must be its own, if it has groups.
+    """
+    own, found, covered = param_ids(wrapper), [], set[int]()
+    level, seen = [wrapper], {id(wrapper)}
+    # Of references; a dict or list takes one. An optimizer may lead far, to a trainer.
+    for _ in range(3 if is_optimizer(wrapper) else 6):
+        near = chain(*map(_references, level))
+        new = {id(item): item for item in near if id(item) not in seen}
+        level = [item for item in new.values() if not isinstance(item, NOT_SEARCHED)]
+        seen.update(new)
+        for item in filter(is_optimizer, level):
+            ids = param_ids(item)
+            if ids and covered.isdisjoint(ids) and (ids <= own or not own):
+                found.append(item)
+                covered |= ids
+        if found and covered >= own:
+            break
+    return found
+
+
+def _references(item: object) -> Sequence[object]:
+    # The collector reads lists from behind.
+    return item if isinstance(item, (list, tuple)) else gc.get_referents(item)
+
+
+def param_ids(optimizer: object) -> set[int]:
+    """Identify the parameters of what has groups and steps; none of all else."""
+    groups = getattr(optimizer, "param_groups", None)
+    if not (isinstance(groups, (list, tuple)) and hasattr(optimizer, "step")):
+        return set()
+    return {id(param) for group in groups for param in group["params"]}

@@ -1,175 +1,135 @@
-"""What every selective optimizer has, and what SGD, Adam and AdamW share."""
+"""The one mechanism: groups outside are the user's, inside a step they are parts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import gc
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, repeat
+from threading import get_ident, local
+from types import CodeType
 from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from selective_optim import _torch
 from selective_optim._arguments import require_numbers
-from selective_optim._decider import OWN_KEYS, Decider
-from selective_optim._deciding_for import given
-from selective_optim._state_dict import (
-    RECORD,
-    Decided,
-    Record,
-    begins_of,
-    record_of,
-    require_dict,
-    require_loadable,
-)
 from selective_optim._warnings import (
+    rounding_text,
     warn_of_changes,
     warn_of_lost_inits,
     warn_of_lost_policy,
     warn_of_lost_rates,
+    warn_of_own_step,
 )
-from selective_optim.decay import Decay, Form, Terms
+from selective_optim.decay import Form, is_zero
+from selective_optim.decisions.decider import OWN_KEYS, WRITTEN, Decider, kept_on_error
+from selective_optim.decisions.deciding_for import given
+from selective_optim.decisions.state_dict import (
+    POLICIES,
+    RECORD,
+    Decided,
+    Record,
+    begin_in,
+    entries_of,
+    record_of,
+    require_dict,
+    require_loadable,
+)
+from selective_optim.decisions.watch import HalfPrecision, HighRate, TakenOver
+from selective_optim.fused.guards import params_of
+from selective_optim.fused.stepper import Stepper
 from selective_optim.policies.base import Policy
-from selective_optim.policies.named import WdPolicy
+from selective_optim.policies.named import WdPolicy, as_policy
 from selective_optim.report import DecayReport, make_report
-from selective_optim.step.cells import Member
-from selective_optim.step.fused import free_choice
-from selective_optim.step.grad_scaler import NO_SCALING, Scaling, scaling_of
+from selective_optim.step.class_step import ClassStep, View, view_of
+from selective_optim.step.grad_scaler import scaling_of
+from selective_optim.step.half_precision import first_loser
+from selective_optim.step.implementation import free_choice
 from selective_optim.step.kernel import Kernel
+from selective_optim.step.lasting import alike
+from selective_optim.step.parts import DecidedParam, Part, decided_params
 from selective_optim.step.setting import States
-from selective_optim.step.stepper import Stepper
 
+Group = dict[str, Any]
 Model = nn.Module | Sequence[nn.Module] | None
 
-
-# Whoever writes a group by hand names a few keys; an optimizer fills in these.
-FILLED = {"lr", "weight_decay", "maximize", "foreach", "differentiable"}
+COPIED = "_copied"
+# Attributes that copies do not take over as they are, where a class copies all it has.
+TRANSIENT = (
+    *("_decider", "_groups", "_states", "_kernel", "_stepper", "_shown", "_planning"),
+    *("_threads_inside", "_splits", "_parts", "_class_adds", "_layout", "_watches"),
+)
 # Every optimizer that decided, while it lives.
-alive: WeakSet[PolicyOptimizer] = WeakSet()
+alive: WeakSet[SelectiveOptimizer] = WeakSet()
 
 
-class PolicyOptimizer(torch.optim.Optimizer):
-    """Knows who decays in its groups; how that is applied is left to subclasses."""
-
-    _decider: Decider
-
-    def _default_form(self, group: dict[str, Any]) -> Form | None:
-        """Tell in which form a group decays by itself; ``None`` if unknown."""
-        raise NotImplementedError  # pragma: no cover
-
-    def _decided_anew(self) -> None:
-        """Take note that the policy was assigned, or refuse it."""
-
-    def _group_keys(self) -> Iterable[str]:
-        """List the keys that are read in a group, which a misspelt one resembles."""
-        return self.defaults
-
-    @_torch.disable_dynamo
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, as torch does, and decide for its parameters.
-
-        Args:
-            param_group: As for ``torch.optim``; ``"params"`` may also be a module or
-                a sequence of modules, ``"wd_policy"`` overrides the constructor's,
-                and ``"model"`` adds to the modules that are known.
-
-        Raises:
-            ValueError: The policy cannot be decided; then nothing is added.
-        """
-        filled = isinstance(param_group, dict) and param_group.keys() >= FILLED
-        policy, group = self._decider.open(param_group, self._group_keys())
-        super().add_param_group(group)
-        try:
-            self._decider.arrive(self.param_groups, policy, group is not param_group)
-        except BaseException:
-            # torch appended it already, and would refuse its parameters the next time.
-            self.param_groups.pop()
-            raise
-        if filled and policy is None and group["weight_decay"]:
-            self._warn_of_lost_policy(group)
-
-    def _warn_of_lost_policy(self, group: dict[str, Any]) -> None:
-        """Warn if a group was another optimizer's: it does not bring the policy along.
-
-        Nor can the policy be taken along: a dict that was given to two optimizers,
-        one with a policy and one without, looks the same.
-        """
-        for other in [each for each in alive if each is not self]:
-            if policy := other._decider.decided_by(group["params"]):
-                warn_of_lost_policy(policy)
-                return
-
-    @property
-    def wd_policy(self) -> Policy | None:
-        """Who decays. Assigning decides anew for every parameter, or raises."""
-        return self._decider.policy
-
-    @wd_policy.setter
-    def wd_policy(self, wd_policy: WdPolicy) -> None:
-        before = self._decider.snapshot(self.param_groups, self.defaults)
-        self._decider.assign(wd_policy, self.param_groups)
-        try:
-            self._decided_anew()
-        except BaseException:
-            # A split optimizer may find parts that cannot come together.
-            self._decider = Decider.restored(before, self.param_groups)
-            raise
-
-    def decay_report(self) -> DecayReport:
-        """Tell what decays: in sum when printed, per parameter in ``rows``."""
-        # Not `decisions`: who looks is told later, by the step, what is wrong.
-        decided = self._decider.readable(self.param_groups, self.defaults)
-        return make_report(self.param_groups, decided, self._default_form)
-
-    def __repr__(self) -> str:
-        text = super().__repr__()
-        if self.wd_policy is None:
-            return text
-        return f"{text.removesuffix(')')}wd_policy: {self.wd_policy!r}\n)"
-
-    def _record(self, decided: Decided | None = None) -> Record:
-        """Write down how every parameter decays, as a state dict holds it."""
-        if decided is None:
-            decided = self._decider.readable(self.param_groups, self.defaults)
-        forms = [self._default_form(group) for group in self.param_groups]
-        return record_of(forms, decided)
-
-    def _resume(self, saved: Any, now: Record) -> None:
-        """Go on from where training began, if a state dict records that."""
-        begins = begins_of(saved, self.param_groups)
-        # As a rule nothing depends on it, here or there: no third places.
-        if not any(begins) and max(map(len, chain(*now)), default=0) < 3:
-            return
-        inits, rates = self._decider.resume(self.param_groups, begins)
-        if inits:
-            warn_of_lost_inits(inits)
-        if rates:
-            warn_of_lost_rates(rates)
-
-    def _recorded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Add the record to torch's state dict, and take out what torch lacks."""
-        for group in state_dict["param_groups"]:
-            for name in OWN_KEYS:
-                group.pop(name, None)
-        state_dict[RECORD] = self._record()
-        return state_dict
+def constants_of(function: Any) -> set[Any]:
+    """List the constants in the code of a function and of those that it defines."""
+    codes = [getattr(inspect.unwrap(function), "__code__", None)]
+    found: set[Any] = set()
+    for code in codes:
+        for constant in getattr(code, "co_consts", ()):
+            if isinstance(constant, CodeType):
+                codes.append(constant)
+            found.add(constant)
+    return found
 
 
-class SelectiveOptimizer(PolicyOptimizer):
-    """Decides once for every parameter and applies the decisions in ``step()``.
+def _typed(state_dict: Mapping[str, Any]) -> str:
+    """Write how the policies of a state dict are passed again, where that is known."""
+    saved = state_dict.get(POLICIES)
+    texts = dict.fromkeys(saved) if isinstance(saved, list) else {}
+    lines = [f"wd_policy={_quoted(text)}" for text in texts]
+    return f"pass {' and '.join(lines) or 'the old one as wd_policy'}"
+
+
+def _quoted(text: str | None) -> str:
+    """Quote what a text can say; a callable of the user's stands as it is called."""
+    try:
+        return str(text) if text is None else repr(repr(as_policy(text)))
+    except (TypeError, ValueError):
+        return str(text)
+
+
+class Shown(local):
+    """What stands for the groups in a thread that is inside a step; else ``None``.
+
+    ``torch.compile`` runs ``_init_group`` as it is for groups under this name alone.
+    """
+
+    param_groups: list[Group] | None = None
+
+
+class SelectiveOptimizer(torch.optim.Optimizer):
+    """Decides once for every parameter, and shows its class the groups as parts.
 
     Stands before a class of ``torch.optim`` whose constructor, groups and state
     stay what they are. What is added lives in attributes of its own.
     """
 
-    # Not ``state``: __dict__["state"] cannot be read inside a compiled step of 2.7.
+    _decider: Decider
+    _groups: list[Group]
     _states: States
     _kernel: Kernel
     _stepper: Stepper
+    _stated: frozenset[str]  # keywords that the constructor was given
+    _reached = False  # whether a step came here
+    _lost_policy = False  # whether it was told that it is made of another's numbers
+    _watches: Sequence[Any] = ()  # what looks at steps and has no answer yet
+    _planning: dict[str, int]  # the thread that a plan serves
 
     # Construction.
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        make = super().__new__
+        made = make(cls) if make is object.__new__ else make(cls, *args, **kwargs)
+        made._stated = frozenset(kwargs)  # a default is nothing that a user said
+        return made
 
     @contextmanager
     def _deciding(
@@ -184,29 +144,166 @@ class SelectiveOptimizer(PolicyOptimizer):
         require_numbers(numbers)
         self._decider = Decider(*given(model, wd_policy))
         self._kernel = kernel
-        yield self._decider.begin(params)
-        self._decider.settle(self.param_groups)
-        self._decider.index.let_go()
-        alive.add(self)
+        with kept_on_error(params):
+            yield self._decider.read(params)
+            self._decider.finish(self.param_groups)
+        self._made()
 
-    # Stepping.
+    def _made(self) -> None:
+        """Take note of an optimizer that is whole now."""
+        self._decider.index.let_go()
+        self._look_for_origin()
+        alive.add(self)
+        decays = [group["weight_decay"] for group in self._groups]
+        idle = all(map(is_zero, decays))  # which was told, or is meant
+        self._watches = [HighRate(), HalfPrecision(), *([] if idle else [TakenOver()])]
+        if "weight_decay" in constants_of(type(self).step):
+            self._watch_own_step()
+
+    def _watch_own_step(self) -> None:
+        """Warn once if the first step of a subclass decays and never reaches ours."""
+
+        def look(optimizer: SelectiveOptimizer, *_: object) -> None:
+            handle.remove()
+            if not optimizer._reached:
+                warn_of_own_step(type(optimizer).__name__)
+
+        handle = self.register_step_post_hook(look)
+
+    @_torch.disable_dynamo
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a parameter group, as torch does, and decide for its parameters.
+
+        Args:
+            param_group: As for ``torch.optim``; ``"params"`` may also be a module or
+                a sequence of modules, ``"wd_policy"`` overrides the constructor's,
+                and ``"model"`` adds to the modules that are known.
+
+        Raises:
+            ValueError: The policy cannot be decided; then nothing is added.
+        """
+        given = dict(param_group) if isinstance(param_group, dict) else {}
+        count = len(self.param_groups)
+        with kept_on_error([param_group]):
+            policy, group = self._decider.unpack(param_group, self._group_keys())
+            try:
+                self._append_group(group)
+                own = group is not param_group
+                self._decider.add_group(self.param_groups, policy, own)
+            except BaseException:
+                # torch appended it, and would refuse its parameters the next time.
+                del self.param_groups[count:]
+                raise
+        if policy is None:
+            self._warn_of_origin(given, group["params"])
+        self._watch_rates()
+
+    def _append_group(self, group: Group) -> None:
+        super().add_param_group(group)
+
+    def _group_keys(self) -> Iterable[str]:
+        """List the keys that are read in a group, which a misspelt one resembles."""
+        return self.defaults
+
+    def _look_for_origin(self) -> None:
+        """Warn if every hyperparameter was stated, and all are another optimizer's."""
+        stated = self._stated & self.defaults.keys()
+        if "weight_decay" in stated and self._decider.policy is None:
+            fixed = self.defaults.keys() - inspect.signature(type(self)).parameters
+            numbers = {name: self.defaults[name] for name in stated}
+            self._warn_of_origin(numbers, (), fixed)
+
+    def _warn_of_origin(
+        self, numbers: Group, params: Sequence[Any], fixed: Collection[str] = ()
+    ) -> None:
+        """Warn once of numbers that are those of an optimizer with a policy.
+
+        Nor can the policy be taken along: a dict that was given to two optimizers,
+        one with a policy and one without, looks the same.
+
+        Args:
+            numbers: Hyperparameters, of a keyword each or of a group.
+            params: Parameters of that group, which may be the other's.
+            fixed: What the class states by itself.
+        """
+        if self._lost_policy or is_zero(numbers.get("weight_decay", 0)):
+            return
+        if self._policy_behind(numbers, params, fixed) is not None:
+            gc.collect()  # what only waits to be freed is nothing that was copied
+            policy = self._policy_behind(numbers, params, fixed)
+            self._lost_policy = policy is not None
+            if self._lost_policy:
+                warn_of_lost_policy(policy)
+
+    def _policy_behind(
+        self, numbers: Group, params: Sequence[Any], fixed: Collection[str]
+    ) -> Policy | None:
+        # Whoever writes a group by hand names a few.
+        stated = numbers.keys() | fixed
+        others = [o for o in alive if o is not self and o.defaults.keys() <= stated]
+        given = set(map(id, params))
+        owners = [o for o in others if given & set(map(id, params_of(o._groups)))]
+        policies = [owner._decider.decided_by(params) for owner in owners]
+        if not owners:
+            like = [o for o in others if o._has_numbers(numbers, type(self))]
+            policies = [o._decider.decided_by(params_of(o._groups)) for o in like]
+        return next(filter(None, policies), None)
+
+    def _has_numbers(self, numbers: Group, cls: type) -> bool:
+        """Tell whether these are what this optimizer was made with, or has now."""
+        if not (isinstance(self, cls) or issubclass(cls, type(self))):
+            return False
+        names = self.defaults.keys() & numbers.keys()
+        return any(
+            all(alike(numbers[name], known.get(name)) for name in names)
+            for known in (self.defaults, *self._groups)
+        )
+
+    # What the class sees.
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The user's groups, as in torch; inside a step its class sees the parts."""
+        shown = self._shown.param_groups
+        return self._groups if shown is None else shown
+
+    @param_groups.setter
+    def param_groups(self, groups: list[Group]) -> None:
+        self._set_groups(groups)
+
+    def _set_groups(self, groups: list[Group]) -> None:
+        self._groups = groups
+        if "_shown" not in vars(self):  # torch's constructor, or a copy
+            self._shown, self._planning = Shown(), {}
+            self._threads_inside: set[int] = set()
+
+    @property
+    def _inside(self) -> bool:
+        return self._shown.param_groups is not None
+
+    def _show(self, parts: list[Group] | None) -> None:
+        """Let the class see parts where its groups are, in this thread alone."""
+        self._shown.param_groups = parts
 
     @property
     def state(self) -> Any:
         """State tensors by parameter, as in torch."""
-        if not torch.compiler.is_compiling():  # which cannot set attributes in 2.7
-            self._stepper.lend(self._states)
+        # The class's own step is no outsider. And 2.7 cannot set attributes as it
+        # compiles.
+        if not self._inside and not torch.compiler.is_compiling():
+            self._stepper.expose(self._states)
         return self._states
 
     @state.setter
     def state(self, value: Any) -> None:
         self._states = value
         if "_stepper" in vars(self):
-            self._stepper.lend({})  # what was there goes; counters need no parting
+            self._stepper.expose({})  # what was there goes; counters need no parting
         else:  # torch's constructor, which does not keep the dict that it makes
             self._stepper = Stepper(self._kernel)
 
-    @_torch.use_grad_for_differentiable
+    # Stepping.
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient, each with its own decay.
 
@@ -220,8 +317,13 @@ class SelectiveOptimizer(PolicyOptimizer):
             ValueError: A hyperparameter is NaN, or a new parameter cannot be decided.
             RuntimeError: A parameter with a sparse gradient decays.
         """
-        kernel = self._kernel
-        if kernel.counts:
+        # Only code that is compiled can tell that it is.
+        return self._step(closure, torch.compiler.is_compiling())
+
+    @_torch.run_as_is
+    def _step(self, closure: Callable[[], Any] | None, compiling: bool) -> Any:
+        self._reached = True
+        if self._kernel.counts:
             # As torch does: Adam asks, whose counters must then live on the device, and
             # SGD does not.
             _torch.check_graph_capture(self)
@@ -229,134 +331,159 @@ class SelectiveOptimizer(PolicyOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling() or self.defaults["differentiable"]:
-            for group in self.param_groups:
-                self._step_traced(group)
-            return loss
-        scaling = scaling_of(self)
-        if type(self)._init_group is SelectiveOptimizer._init_group:
-            self._stepper.step(self.param_groups, self._members, self._states, scaling)
-        else:
-            self._step_begun_elsewhere(scaling)
+        differentiable = self.defaults["differentiable"]
+        choosing = not (compiling or differentiable)
+        # A subclass's own may make state, and choose the gradients.
+        own = type(self)._init_group is not SelectiveOptimizer._init_group
+        if not WRITTEN.isdisjoint(self.defaults):  # a plan sees new keys of groups
+            self._decider.refuse_written(self.param_groups, self.defaults)
+        self._begin_training()
+        # A plan serves one thread at a time; others let the class step all parts. No
+        # lock: after an interrupt anywhere the next step of a thread plans again.
+        mine = self._planning.setdefault("thread", get_ident()) == get_ident()
+        try:
+            with torch.set_grad_enabled(differentiable):
+                self._step_all(choosing, choosing and mine and not own, compiling)
+        finally:
+            if mine:
+                self._planning.clear()
+        if self._watches and not compiling:
+            self._watch()
         return loss
 
-    def _members(self) -> list[Member]:
-        decided = self._decider.fitting(self.param_groups, self.defaults)
-        return [
-            Member(param, index, position, decision)
-            for index, (group, decisions) in enumerate(zip(self.param_groups, decided))
-            for position, (param, decision) in enumerate(
-                zip(group["params"], decisions)
-            )
-        ]
-
-    def _step_traced(self, group: dict[str, Any]) -> None:
-        """Step a group as torch does, for compilation and autograd to trace."""
-        lists: list[list[Any]] = [[] for _ in (*self._kernel.traced_lists, "inits")]
-        flag, parts = self._init_group(group, *lists, split=True)
-        self._step_lists(group, lists, flag, parts, NO_SCALING)
-
-    def _step_begun_elsewhere(self, scaling: Scaling) -> None:
-        """Step as torch does where a subclass has its own ``_init_group``.
-
-        It may make state, and choose or change the gradients, at every step.
-        """
-        for group in self.param_groups:
-            lists: list[list[Any]] = [[] for _ in self._kernel.traced_lists]
-            self._filling = True
-            try:
-                flag = self._init_group(group, *lists)
-            finally:
-                del self._filling
-            inits: list[Any] = []
-            parts = self._parts(group, lists[0], inits)
-            self._step_lists(group, [*lists, inits], flag, parts, scaling)
-
-    def _step_lists(
-        self,
-        group: dict[str, Any],
-        lists: list[list[Any]],
-        flag: bool,
-        parts: Sequence[Any],
-        scaling: Scaling,
-    ) -> None:
-        """Step lists that were filled as torch fills them, by torch's functional."""
-        for multiplier, form, target, lr0, chosen in parts:
-            terms = Terms(Decay(multiplier, form, target), lr0)
-            setting = self._kernel.setting(group, terms)
-            *mine, inits = ([each[i] for i in chosen] if each else [] for each in lists)
-            self._kernel.traced(setting, mine, flag, inits, scaling)
-            states = self.state
-            self._kernel.keep((states[param] for param in mine[0]), mine)
+    @_torch.disable_dynamo
+    def _begin_training(self) -> None:
+        """Take what parameters decay towards, if that is what they are now."""
+        decider = self._decider
+        if decider.waits and decider.begin_training(self.param_groups, self.defaults):
+            self._decided_anew()
 
     @_torch.disable_dynamo
-    def _init_group(
-        self, group: dict[str, Any], *lists: list[Any], split: bool = False
-    ) -> Any:
-        """Fill the lists as torch does; also return which of them were decided alike.
+    def _watch(self) -> None:
+        """Let watches look at the step, which the class has taken."""
+        kernel, layout = getattr(self, "_kernel", None), self._decider.laid_out
+        looking = [(each, each(self._groups, layout, kernel)) for each in self._watches]
+        self._watches = [each for each, done in looking if not done]
 
-        ``torch.compile`` runs a method of this name as it is, and compiles what is
-        done with the lists.
+    def _watch_rates(self) -> None:
+        """Watch rates again, now that more may be divided by them."""
+        others = [each for each in self._watches if not isinstance(each, HighRate)]
+        self._watches = [*others, HighRate()]
 
-        Args:
-            group: A parameter group.
-            lists: What to fill.
-            split: Whether to return the parts, too. torch's own step does not ask.
+    @_torch.run_as_is
+    def _step_all(self, choosing: bool, planned: bool, compiling: bool) -> None:
+        """Step the parts: the class those that are not planned, then the plan."""
+        stepper, scaling = self._stepper, scaling_of(self)
+        given = (self.param_groups, self, self._states)
+        begun = stepper.begin(*given, choosing, planned)
+        try:
+            if begun.parts:
+                self._step_parts(begun.parts, compiling)
+            stepper.run(begun, scaling)
+        except BaseException:
+            stepper.forget()  # how far a failed step came is not known
+            raise
+        finally:
+            stepper.end(begun, self._states)
+
+    @_torch.run_as_is
+    def _step_parts(self, parts: Sequence[Part], compiling: bool) -> None:
+        """Let the class of torch step parts, as if they were groups split by hand."""
+        step, around = _torch.unhooked(super().step), ClassStep(self, self._states)
+        try:
+            views = self._views(parts, reading=not compiling)
+            if around.begin(views):
+                self._show([view.group for view in views])
+                step(self)
+                around.finish()
+        finally:
+            self._show(None)
+            around.restore()
+
+    @_torch.disable_dynamo
+    def _views(self, parts: Sequence[Part], reading: bool) -> list[View]:
+        groups, kernel = self.param_groups, self._kernel
+        params = params_of(groups)
+        return [
+            view_of(part, groups[part.key.group], kernel, params, reading)
+            for part in parts
+        ]
+
+    def decided_params(self) -> list[DecidedParam]:
+        """List every parameter, in order, with what was decided for it."""
+        groups = self.param_groups
+        return decided_params(groups, self._decider.fitting(groups, self.defaults))
+
+    @_torch.disable_dynamo
+    def _init_group(self, group: Group, *lists: list[Any]) -> Any:
+        """Fill the lists as torch does, for a step of ours alone.
 
         Raises:
             RuntimeError: torch's own step asks, which knows no policy.
         """
-        *filled, inits = lists if split else (*lists, [])
-        if not split and not hasattr(self, "_filling"):
-            self._refuse_foreign_step(group)
-        fill = getattr(super(), "_init_group", None)
-        if fill is None:
-            flag = self._kernel.fill(group, self.state, filled)
-        else:
-            flag = fill(group, *filled)
-        return (flag, self._parts(group, filled[0], inits)) if split else flag
+        if not self._inside:
+            self._refuse_foreign_step([group])
+        return super()._init_group(group, *lists)  # type: ignore[misc]  # torch's
 
-    def _parts(
-        self, group: dict[str, Any], params: Sequence[Tensor], inits: list[Any]
-    ) -> Sequence[Any]:
-        """Tell which parameters of a group were decided alike, and fill ``inits``."""
-        index = next(i for i, own in enumerate(self.param_groups) if own is group)
-        decided = self._decider.fitting(self.param_groups, self.defaults)[index]
-        known = {id(p): d for p, d in zip(group["params"], decided)}
-        present = [known[id(param)] for param in params]
-        if any(decision.init is not None for decision in present):
-            inits.extend(decision.init for decision in present)
-        # Plain values: the compiler guards on what leaves this method, and knows how
-        # to for numbers, texts and tuples.
-        parts: dict[tuple[Any, ...], list[int]] = {}
-        for position, decision in enumerate(present):
-            decay, lr0 = decision.terms
-            key = (decay.multiplier, decay.form, decay.target, lr0)
-            parts.setdefault(key, []).append(position)
-        return tuple((*key, tuple(chosen)) for key, chosen in parts.items())
-
-    def _refuse_foreign_step(self, group: dict[str, Any]) -> None:
-        policy = self._decider.decided_by(group["params"])
-        if policy is not None and group["weight_decay"]:
-            name = type(self).__name__
-            raise RuntimeError(
-                f"the step of a class of torch.optim was called on this {name}: it "
-                f"would decay parameters that {policy!r} exempts. "
-                f"Type optimizer.step()."
-            )
+    def _refuse_foreign_step(self, groups: Iterable[Group]) -> None:
+        for group in groups:
+            policy = self._decider.decided_by(group["params"])
+            if policy is not None and group["weight_decay"]:
+                raise RuntimeError(
+                    f"the step of another class was called on this "
+                    f"{type(self).__name__}: it would decay parameters that "
+                    f"{policy!r} exempts. Type optimizer.step()."
+                )
 
     # The policy.
 
-    def _default_form(self, group: dict[str, Any]) -> Form:
-        return self._kernel.default_form(group)
+    @property
+    def wd_policy(self) -> Policy | None:
+        """Who decays. Assigning decides anew for every parameter, or raises."""
+        return self._decider.policy
+
+    @wd_policy.setter
+    def wd_policy(self, wd_policy: WdPolicy) -> None:
+        before = self._decider.snapshot(self.param_groups, self.defaults)
+        self._decider.assign(wd_policy, self.param_groups)
+        try:
+            self._decided_anew()
+        except BaseException:
+            # There may be parts that cannot come together.
+            self._decider = Decider.restored(before, self.param_groups)
+            raise
+        self._watch_rates()
 
     def _decided_anew(self) -> None:
         self._stepper.forget()
 
+    def decay_report(self) -> DecayReport:
+        """Tell what decays: in sum when printed, per parameter in ``rows``."""
+        # Not `decisions`: who looks is told later, by the step, what is wrong.
+        decided = self._decider.readable(self.param_groups, self.defaults)
+        groups, index = self.param_groups, self._decider.index
+        report = make_report(groups, decided, self._default_form, index)
+        kernel = getattr(self, "_kernel", None)
+        loser = first_loser(kernel, groups, decided_params(groups, decided))
+        if loser is None:
+            return report
+        told = rounding_text(loser.label, loser.param.dtype)
+        return replace(report, remark="; ".join(filter(None, [report.remark, told])))
+
+    def _default_form(self, group: Group) -> Form | None:
+        """Tell in which form a group decays by itself; ``None`` if unknown."""
+        return self._kernel.default_form(group)
+
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        if self.wd_policy is None:
+            return text
+        return f"{text.removesuffix(')')}wd_policy: {self.wd_policy!r}\n)"
+
     # State dicts and copies.
 
     @_torch.disable_dynamo
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return torch's state dict and, under ``"decay"``, what decays how.
 
         ``"decay"`` holds, group by group, a ``[multiplier, form]`` per parameter, and
@@ -364,18 +491,36 @@ class SelectiveOptimizer(PolicyOptimizer):
         """
 
         def record(_: object, state_dict: dict[str, Any]) -> dict[str, Any]:
-            return self._recorded(state_dict)
+            for group in state_dict["param_groups"]:
+                for name in OWN_KEYS:
+                    group.pop(name, None)
+            own = {RECORD: self._record(), POLICIES: self._decider.policies()}
+            return {**state_dict, **own, **self._kept_apart()}
 
         # Before hooks of the user's, which may put the state dict into another.
         handle = self.register_state_dict_post_hook(record, prepend=True)
         try:
-            saved: dict[str, Any] = super().state_dict()
+            saved: dict[str, Any] = super().state_dict(*args, **kwargs)
         finally:
             handle.remove()
         return saved
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class or of torch's class of the same name.
+    def _kept_apart(self) -> dict[str, Any]:
+        """Return what a state dict holds beside torch's entries and the record."""
+        return {}
+
+    def _record(self, decided: Decided | None = None) -> Record:
+        """Write down how every parameter decays, as a state dict holds it."""
+        if decided is None:
+            decided = self._decider.readable(self.param_groups, self.defaults)
+        forms = [self._default_form(group) for group in self.param_groups]
+        return record_of(forms, decided)
+
+    @_torch.disable_dynamo
+    def load_state_dict(
+        self, state_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Load a state dict of this class, or of the class that it stands before.
 
         The policy stays the constructor's, and an implementation that was chosen
         automatically is chosen again.
@@ -391,57 +536,107 @@ class SelectiveOptimizer(PolicyOptimizer):
         require_dict(state_dict)
         decided = self._decider.readable(self.param_groups, self.defaults)
         before = [group["weight_decay"] for group in self.param_groups]
-        saved: list[Any] = []
+        saved: list[dict[str, Any]] = []
 
         def adapt(optimizer: Any, adapted: dict[str, Any]) -> dict[str, Any]:
-            require_loadable(self._kernel, self.param_groups, decided, adapted)
-            saved.append(adapted.get(RECORD))
-            return {**adapted, "param_groups": self._left_open(adapted)}
+            self._require_loadable(adapted, decided)
+            saved.append(adapted)
+            return self._adapted(adapted)
 
         # Registered last: hooks of the user may adapt the state dict first.
         handle = self.register_load_state_dict_pre_hook(adapt)
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(state_dict, *args, **kwargs)
         finally:
             handle.remove()
-        now = self._record(decided)
-        warn_of_changes(decided, before, self.param_groups, saved[0], now)
-        self._resume(saved[0], now)
+        record, now = saved[0].get(RECORD), list(chain(*self._record(decided)))
+        entries = entries_of(record, decided)
+        known, advice = None if record is None else entries, _typed(saved[0])
+        groups = self.param_groups
+        warn_of_changes(decided, before, groups, known, now, advice)
+        self._resume([*map(begin_in, entries)], [*map(begin_in, now)])
+        self._loaded(saved[0])
 
-    def _left_open(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
-        """Leave the implementation open where it is open now, whoever saved."""
+    def _require_loadable(self, state_dict: dict[str, Any], decided: Decided) -> None:
+        require_loadable(self._kernel, self.param_groups, decided, state_dict)
+
+    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Leave the implementation open where it is open now, whoever saved.
+
+        Where it is not, a choice that the checkpoint left open does not undo it.
+        """
         # More groups than there are here are torch's to refuse.
-        now = chain(self.param_groups, repeat(None))
-        open_choice = {"foreach": None, "fused": None}
-        return [
-            {**group, **open_choice} if mine and free_choice(mine) else group
-            for group, mine in zip(state_dict["param_groups"], now)
+        pairs = zip(state_dict["param_groups"], chain(self.param_groups, repeat(None)))
+        groups = [
+            {**saved, **{key: mine[key] for key in ("foreach", "fused")}}
+            if mine and (free_choice(mine) or free_choice(saved))
+            else saved
+            for saved, mine in pairs
         ]
+        return {**state_dict, "param_groups": groups}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "_copied": {
-                "kernel": self._kernel,
-                "decider": self._decider.snapshot(self.param_groups, self.defaults),
-                "states": id(self._states),
+    def _loaded(self, state_dict: dict[str, Any]) -> None:
+        """Take over what a state dict holds beside torch's entries and the record."""
+
+    def _resume(self, begins: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:
+        """Go on from where training began, if a state dict records that."""
+        # Mostly nothing depends on it, here or there: names alone.
+        if {"name"}.issuperset(chain(*begins, *now)):
+            return
+        inits, rates = self._decider.resume(self.param_groups, begins)
+        if inits:
+            warn_of_lost_inits(inits)
+        if rates:
+            warn_of_lost_rates(rates)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Not `__getstate__`, which subclasses override with torch's three keys.
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, args, state, *rest = reduced
+        groups = self._groups
+        decider = self._decider.snapshot(groups, self.defaults)
+        return (
+            *(make, args),
+            {
+                **{k: v for k, v in state.items() if k not in TRANSIENT},
+                "state": self.state,
+                "param_groups": groups,
+                COPIED: {
+                    "decider": decider,
+                    "watches": list(map(type, self._watches)),
+                    **self._copied(),
+                },
             },
-        }
+            *rest,
+        )
+
+    def _copied(self) -> dict[str, Any]:
+        """Return what a copy takes over besides decisions and torch's own."""
+        return {"kernel": self._kernel, "states": id(self._states)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         rest = dict(state)
-        copied = rest.pop("_copied", None)
-        if copied is not None:
+        copied = rest.pop(COPIED, {})
+        if "kernel" in copied:
             self._kernel = copied["kernel"]
             self._stepper = Stepper(self._kernel)
-        # Loading sets the state by this method, too, with neither kernel nor decider.
-        if "state" in rest:  # torch would write it into __dict__, past the property
-            self.state = rest.pop("state")
+        # Loading sets these by this method, too. torch would write them into __dict__,
+        # past the properties.
+        for name in rest.keys() & {"state", "param_groups"}:
+            setattr(self, name, rest.pop(name))
         super().__setstate__(rest)
-        if copied is not None:
+        if copied:
             self._decider = Decider.restored(copied["decider"], self.param_groups)
             alive.add(self)
+            self._watches = [watch() for watch in copied.get("watches", ())]
+            self._take_copied(copied)
         # `copy.copy` shares the state, whose counters the original has in hand.
-        shared = copied is not None and copied["states"] == id(self._states)
-        if "state" in state and not shared:
-            self._stepper.settle(self.param_groups, self._states)
+        if "state" in state and copied.get("states") != id(self._states):
+            self._take_state()
+
+    def _take_copied(self, copied: dict[str, Any]) -> None:
+        """Take over what :meth:`_copied` has returned."""
+
+    def _take_state(self) -> None:
+        """Take note of a state that was loaded or copied."""
+        self._stepper.adopt(self.param_groups, self._states)

@@ -1,7 +1,7 @@
 """Every private name of torch that the library uses, and what serves without it.
 
-An upgrade of torch has this one file to read. Each name has a fallback that gives
-the same bits and is slower; where one is missing, a warning at import says so.
+An upgrade of torch has this one file to read. Where a name is missing, a warning at
+import says so, and the same bits come slower: mostly as no plan is made then.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import partial
 from importlib import import_module
 from itertools import repeat
 from operator import attrgetter, methodcaller
@@ -41,17 +41,17 @@ def _find(name: str, loss: str, instead: Any = None) -> Any:
         return instead
 
 
-# Kernels. Without one, torch's functional runs, which every bucket can do.
-NO_FUSED = "steps are not fused"
-fused_adam_ = _find("torch:_fused_adam_", NO_FUSED)
-fused_adamw_ = _find("torch:_fused_adamw_", NO_FUSED)
-fused_sgd_ = _find("torch:_fused_sgd_", NO_FUSED)
+# What a plan needs. Without one of these, torch's own classes step all parts.
+NO_PLAN = "steps are not planned"
+fused_adam_ = _find("torch:_fused_adam_", NO_PLAN)
+fused_adamw_ = _find("torch:_fused_adamw_", NO_PLAN)
+fused_sgd_ = _find("torch:_fused_sgd_", NO_PLAN)
+_foreach_add_ = _find("torch:_foreach_add_", NO_PLAN)
+_TensorGuards = _find("torch:_C._dynamo.guards.TensorGuards", NO_PLAN)
+CAN_PLAN = not _lost
 # Fused SGD in half precision is wrong on the CPU before torch 2.15: it was measured
 # off by the size of the parameter itself in 2.7 and 2.13.
 HALF_SGD_ON_CPU = _RELEASE >= (2, 15)
-# Fused Adam computes float32 in float32 on CUDA, by the machine code of 2.11 and 2.15;
-# that of 2.7 in double precision. What came between was not looked at.
-FUSED_IN_FLOAT32 = _RELEASE >= (2, 11)
 # Adam's fused CUDA kernels read moments in bfloat16 beside parameters in float32
 # (functional-adamw-bf16-state in the documentation of 2.15).
 FUSED_DTYPES = frozenset({torch.float32, torch.float64, *HALF})
@@ -69,14 +69,8 @@ def _mul_each_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
         tensor.mul_(factor)
 
 
-def _add_each_(tensors: Sequence[Tensor], amount: float | Tensor) -> None:
-    for tensor in tensors:
-        tensor.add_(amount)
-
-
 EACH = "tensor by tensor"
 foreach_mul_ = _find("torch:_foreach_mul_", f"decoupled SGD {EACH}", _mul_each_)
-_foreach_add_ = _find("torch:_foreach_add_", f"counters advance {EACH}")
 
 
 def foreach_add_(tensors: Sequence[Tensor], amount: float | Tensor) -> None:
@@ -85,9 +79,7 @@ def foreach_add_(tensors: Sequence[Tensor], amount: float | Tensor) -> None:
     torch's binding takes a tensor for a number, which the host must read, unless it
     is given what goes with tensors alone (2.7 to 2.15).
     """
-    if _foreach_add_ is None:
-        _add_each_(tensors, amount)
-    elif isinstance(amount, Tensor):
+    if isinstance(amount, Tensor):
         _foreach_add_(tensors, amount, alpha=1)
     else:
         _foreach_add_(tensors, amount)
@@ -100,7 +92,7 @@ def adding(counters: list[Tensor], amount: float | Tensor) -> Callable[[], objec
     -1 and gradient 1, the same sum to the bit, takes 0.1 ms.
     """
     one = isinstance(amount, float) and amount == 1.0
-    if not one or fused_sgd_ is None or not counters[0].is_cpu:
+    if not one or not counters[0].is_cpu:
         return partial(foreach_add_, counters, amount)
     ones = [torch.ones((), dtype=torch.float32, device="cpu")] * len(counters)
     flags = dict.fromkeys(("nesterov", "maximize", "is_first_step"), False)
@@ -122,51 +114,13 @@ def _unflatten_each(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
-PASS = f"decay ahead of the kernel {EACH}"
+PASS = f"passes of decay {EACH}"
 foreach_copy_ = _find("torch:_foreach_copy_", PASS, _copy_each_)
 # In a third of the time of Python's own: 0.3 and 0.9 ms for 1,000 tensors.
 flatten = _find("torch._utils:_flatten_dense_tensors", PASS, _flatten_each)
 unflatten = _find("torch._utils:_unflatten_dense_tensors", PASS, _unflatten_each)
 
 
-def _by_class(cls: type[torch.optim.Optimizer], entries: Sequence[str]) -> Any:
-    """Stand in for torch's functional: a throw-away optimizer given the state."""
-
-    def functional(
-        params: list[Tensor], grads: list[Tensor], *lists: list[Any], **arguments: Any
-    ) -> None:
-        for name in ("has_complex", "has_sparse_grad"):
-            arguments.pop(name, None)
-        # SGD's functional is not told, it traces what autograd follows.
-        arguments.setdefault("differentiable", torch.is_grad_enabled())
-        if "beta1" in arguments:
-            arguments["betas"] = arguments.pop("beta1"), arguments.pop("beta2")
-        optimizer = cls(params, **arguments)
-        kept = [param.grad for param in params]
-        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-            own = {e: values[i] for e, values in zip(entries, lists) if values}
-            optimizer.state[param].update(own)
-            param.grad = grad
-        try:
-            optimizer.step()
-        finally:
-            for param, before in zip(params, kept, strict=True):
-                param.grad = before
-        for i, param in enumerate(params):
-            for entry, values in zip(entries, lists):
-                if values:
-                    values[i] = optimizer.state[param].get(entry)
-
-    return functional
-
-
-SLOW_FUNCTIONAL = "for-loop and foreach by throw-away optimizers"
-adam = _find("torch.optim.adam:adam", SLOW_FUNCTIONAL) or _by_class(
-    torch.optim.Adam, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
-)
-sgd = _find("torch.optim.sgd:sgd", SLOW_FUNCTIONAL) or _by_class(
-    torch.optim.SGD, ("momentum_buffer",)
-)
 disable_dynamo: Callable[[_F], _F] = _find(
     "torch:_disable_dynamo", "nothing is slower", torch.compiler.disable
 )
@@ -177,61 +131,6 @@ def run_as_is(step: _F) -> _F:
     return disable_dynamo(step, recursive=False)  # type: ignore[call-arg]  # torch's
 
 
-def _check_fused(param: Tensor, cuda_unsupported: bool = False) -> None:
-    if param.device.type not in FUSED_DEVICES or not torch.is_floating_point(param):
-        raise RuntimeError(
-            f"`fused=True` requires floating point parameters on one of "
-            f"{sorted(FUSED_DEVICES)}, not {param.dtype} on {param.device.type}."
-        )
-
-
-require_fused_support = _find(
-    "torch.optim.optimizer:_device_dtype_check_for_fused",
-    "another error text for fused=True",
-    _check_fused,
-)
-
-
-def _with_grad_mode(step: _F) -> _F:
-    @wraps(step)
-    def stepped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
-            return step(self, *args, **kwargs)
-
-    return stepped  # type: ignore[return-value]  # wraps keeps the signature
-
-
-# torch unwraps two layers to compile a whole step: this one, and that of its hooks.
-use_grad_for_differentiable: Callable[[_F], _F] = _find(
-    "torch.optim.optimizer:_use_grad_for_differentiable",
-    "compiled steps need more memory",
-    _with_grad_mode,
-)
-
-
-class _PythonGuards:
-    """What :class:`TensorProof` records, compared in Python."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._seen = list(map(_traits, tensors))
-
-    def check(self, *tensors: Tensor | None) -> bool:
-        return list(map(_traits, tensors)) == self._seen
-
-
-def _traits(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    if tensor is None:
-        return None
-    where = (type(tensor), tensor.dtype, tensor.device, tensor.layout)
-    strides = tensor.stride() if tensor.layout == torch.strided else ()
-    return (*where, tensor.shape, strides, tensor.is_neg())
-
-
-_TensorGuards = _find(
-    "torch:_C._dynamo.guards.TensorGuards", "0.5 us more per tensor and step"
-)
-
-
 class TensorProof:
     """A record of tensors' type, dtype, device, layout, shape and strides.
 
@@ -240,14 +139,10 @@ class TensorProof:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._guards: Any = (
-            _PythonGuards(tensors)
-            if _TensorGuards is None
-            else _TensorGuards(
-                *tensors,
-                dynamic_dims_sizes=[list(t.shape) for t in tensors],
-                dynamic_dims_strides=[list(t.stride()) for t in tensors],
-            )
+        self._guards: Any = _TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(t.shape) for t in tensors],
+            dynamic_dims_strides=[list(t.stride()) for t in tensors],
         )
 
     def holds(self, tensors: Iterable[Tensor | None]) -> bool:
@@ -310,11 +205,6 @@ def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
     while getattr(step, "hooked", False):
         step = step.__wrapped__  # type: ignore[attr-defined]  # functools.wraps sets it
     return getattr(step, "__func__", step)
-
-
-def hooks_of(optimizer: torch.optim.Optimizer, kind: str) -> list[Any]:
-    """List the hooks of a kind: ``"state_dict_pre"``, ``"load_state_dict_post"``."""
-    return list(getattr(optimizer, f"_optimizer_{kind}_hooks", {}).values())
 
 
 @contextmanager
@@ -420,6 +310,16 @@ def shard_of(tensor: Any) -> Tensor:
     """Return a ``DTensor``'s shard on this rank, and any other tensor as it is."""
     sharded = type(tensor) is dtensor_class()
     return local_tensor(tensor) if sharded else tensor
+
+
+def sharded_as(shard: Tensor, param: Any) -> Any:
+    """Make a ``DTensor`` of a shard that lies as that of a parameter does."""
+    cls: Any = dtensor_class()
+    if type(param) is not cls or shard.shape != local_tensor(param).shape:
+        return shard
+    mesh, places = placement(spec_of(param))
+    sizes = {"shape": param.shape, "stride": param.stride()}
+    return cls.from_local(shard, mesh, places, run_check=False, **sizes)
 
 
 def lies_as(tensor: Any, param: Any) -> bool:

@@ -88,9 +88,9 @@ class Decay:
     Args:
         multiplier: Factor on ``group["weight_decay"]``, finite and >= 0. A
             positive one means decayed, 0 means exempt.
-        form: ``"l2"``, ``"decoupled"``, ``"independent"``, ``"corrected"``,
-            ``"cautious"``, see ``FORMS``; or ``None`` for what the optimizer does.
-        target: What it decays towards: a finite number, or ``"init"``, what it was
+        form: ``"l2"``, ``"decoupled"``, ``"independent"``, ``"corrected"`` or
+            ``"cautious"``, see ``policies.form``; ``None`` for the optimizer's own.
+        target: Value that it decays towards: a finite number, or ``"init"``, its value
             when it was decided; ``None`` is 0.
 
     Raises:
@@ -196,8 +196,8 @@ def as_decay(value: object) -> Decay:
     return Decay(value)  # type: ignore[arg-type]  # Decay checks it
 
 
-class Terms(NamedTuple):
-    """All of a decision that a number depends on: parameters of like terms decay alike.
+class DecayKey(NamedTuple):
+    """All of a decision that a number depends on; what is equal in it decays alike.
 
     Args:
         decay: What was decided.
@@ -208,7 +208,7 @@ class Terms(NamedTuple):
     lr0: float | None = None
 
 
-FULLY = Terms(FULL)
+FULL_KEY = DecayKey(FULL)
 
 
 class Verdict(NamedTuple):
@@ -232,7 +232,8 @@ class Decision(NamedTuple):
             parametrization made several of, as weight norm; else ``None``.
         lr0: Its group's rate when it was added, or the ``"initial_lr"`` that the
             group came with; ``None`` where no optimizer steps it.
-        init: What it was when it was decided, where it decays towards that.
+        init: What it was when training began, where it decays towards that; ``None``
+            until then.
     """
 
     decay: Decay
@@ -245,15 +246,22 @@ class Decision(NamedTuple):
     init: Tensor | None = None
 
     @property
-    def terms(self) -> Terms:
+    def waits(self) -> bool:
+        """Whether what it decays towards is yet to be taken, and nothing pulls."""
+        return self.init is None and self.decay.needs_init
+
+    @property
+    def decay_key(self) -> DecayKey:
         """What it comes to in numbers."""
-        return Terms(self.decay, self.lr0 if self.decay.needs_lr0 else None)
+        if self.waits:
+            return DecayKey(EXEMPT)
+        return DecayKey(self.decay, self.lr0 if self.decay.needs_lr0 else None)
 
     def begin(self) -> dict[str, Any]:
         """Return what its decay depends on besides multiplier and form, if anything."""
         known = {
             "target": self.decay.target if self.decay.multiplier else None,
-            "lr0": self.terms.lr0,
+            "lr0": self.decay_key.lr0,
             "init": self.init,
         }
         return {key: value for key, value in known.items() if value is not None}

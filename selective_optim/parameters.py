@@ -32,7 +32,7 @@ from selective_optim._text import received, shape_of
 
 @dataclass(frozen=True, eq=False)
 class ParameterInfo:
-    """What a policy sees of one parameter. What is not known is ``None`` or empty.
+    """A parameter as a policy sees it; ``None`` or empty if something is not known.
 
     Args:
         name: Canonical dotted name (``"encoder.0.weight"``): names that wrappers
@@ -48,7 +48,7 @@ class ParameterInfo:
         group: Index of the parameter group.
         elsewhere: The other places of a tied parameter.
         own_name: Dotted name of its own where a parametrization made several
-            parameters of one, which all keep the ``name`` that one had: weight norm's
+            parameters of one. All of them keep the ``name`` of that one: weight norm's
             gain is ``"0.parametrizations.weight.original0"``. Else ``None``.
     """
 

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from importlib import import_module
-from itertools import groupby
-from typing import Any, Protocol
+from itertools import chain, islice, repeat
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._arguments import require_decay
-from selective_optim._text import aligned, received
-from selective_optim.decay import FORMS, FULL, Decision, Form, Target, target_text
+from selective_optim._arguments import param_ids
+from selective_optim._text import aligned
+from selective_optim.decay import FORMS, Decision, Form, Target, target_text
 from selective_optim.parameters import (
     ModelIndex,
     ParameterInfo,
-    owner_kinds,
+    index_of,
     shape_now,
     wanted,
 )
-from selective_optim.policies.selectors import kind_of
+from selective_optim.policies.decide import NO_POLICY, decide
+from selective_optim.policies.selectors import is_bias, kind_of
 
-NUMBERS = ("group", "lr", "decay", "timescale", "tensors", "elements")
+Group = dict[str, Any]
+# Columns of numbers stand to the right.
+NUMBERS = ("group", "lr", "decay", "measured", "timescale", "tensors", "elements")
 MANY_GROUPS = 8  # more are summed up together: a group per layer would fill pages
 FEW_RUNS = 3  # group numbers are spelled out up to so many ranges
 MANY_BARS = 16  # the rest of the kinds is one bar
@@ -36,26 +40,33 @@ COLORS = {"decayed": "C0", "exempt": "C1", "frozen": "0.8"}
 
 @dataclass(frozen=True)
 class Row:
-    """What happens to one parameter.
+    """One parameter: how it decays, and why.
 
     Args:
         group: Index of its parameter group.
-        name: Canonical name, or ``None`` where no name is known. What a
-            parametrization made several of, as weight norm its gain and direction,
-            bear their own names: ``"0.parametrizations.weight.original0"``.
+        name: Canonical name, if known. Both halves of weight norm keep names of their
+            own, such as ``"0.parametrizations.weight.original0"``.
         shape: Original shape.
         numel: Number of elements.
-        lr: Learning rate of the group now; NaN where there is no optimizer.
-        weight_decay: Effective decay, ``group["weight_decay"] * multiplier``, of a
-            frozen parameter what it would be.
-        form: ``"l2"``, ``"decoupled"`` or another of ``policies.form``; ``None``
-            where the optimizer will decide, or does not say.
-        reason: The selector that decided; for an optimizer without a policy, what
-            the parameter is.
+        lr: Learning rate of the group now; NaN without an optimizer.
+        weight_decay: Effective decay, ``group["weight_decay"] * multiplier``. A frozen
+            parameter has the one that it would have.
+        form: ``"l2"``, ``"decoupled"`` or another of ``policies.form``; ``None`` if
+            the optimizer will decide, or does not say.
+        reason: The selector that decided. Without a policy, the kind of parameter:
+            norm, bias, embedding, vector or weight.
         requires_grad: Whether it trains; a frozen parameter does not decay.
         owner: Class name of the module that holds it; empty where none is known.
         target: What it decays towards: a number, or ``"init"``; ``None`` is 0.
         lr0: The rate that its training began with, where its form needs that.
+        left_over: Whether it is frozen and has a gradient, by which it decays.
+        role: What it is: ``"norm"``, ``"norm's bias"``, ``"bias"``, ``"embedding"``,
+            ``"vector"`` or ``"weight"``.
+        decided: Whether a policy decided.
+        route: Class that steps it, where the report is of several optimizers.
+        applied: Whether a step decays it, if that was measured.
+        measured: By how much, on the scale of ``weight_decay``, if that was measured
+            and the decay moves the parameter directly.
     """
 
     group: int
@@ -70,11 +81,17 @@ class Row:
     owner: str = ""
     target: Target | None = None
     lr0: float | None = None
+    left_over: bool = False
+    role: str = field(default="", compare=False)  # less is known after unpickling
+    decided: bool = False
+    route: str = ""
+    applied: bool | None = None
+    measured: float | None = None
 
     @property
     def fate(self) -> str:
         """What becomes of the parameter: ``decayed``, ``exempt`` or ``frozen``."""
-        if not self.requires_grad:
+        if not (self.requires_grad or self.left_over):
             return "frozen"
         return "decayed" if self.weight_decay else "exempt"
 
@@ -98,29 +115,31 @@ class Row:
 
     @property
     def kind(self) -> str:
-        """What it is, as ``Linear.weight``; the reason where that is not known."""
+        """Its class and attribute, as ``Linear.weight``; else the reason."""
         leaf = self.name.rpartition(".")[2] if self.name else ""
         return f"{self.owner}.{leaf}" if self.owner and leaf else self.reason
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DecayReport:
     """One record per parameter in ``rows``; prints as a table by group and reason.
 
-    The rate is that of the group now. The timescale, ``1 / (lr * decay)``, is the
-    number of steps over which decoupled decay forgets: after it 37 % of a weight
-    are left that no gradient renews. Frozen parameters are counted apart.
+    The timescale is ``1 / (lr * decay)`` steps, at the present rate. After so many
+    steps decoupled decay has left 37 % of a weight that no gradient renews.
+
+    ``len``, iteration, and an index are those of the rows; a row is also found by its
+    name, as in ``report["head.bias"]``.
 
     Args:
         rows: The records.
-        remark: What looks wrong, in one line; printed at the end.
+        remark: Line at the end that tells if something looks wrong.
 
     Example:
         >>> from selective_optim import AdamW
         >>> model = torch.nn.Linear(3, 2)
         >>> print(AdamW(model, weight_decay=0.1, wd_policy="no_bias").decay_report())
         group  reason              lr  decay  form          timescale  tensors  elements
-            0  no match         0.001    0.1  decoupled  10,000 steps        1         6
+            0  decays in full   0.001    0.1  decoupled  10,000 steps        1         6
             0  exclude is_bias  0.001      0  exempt                         1         2
         decayed: 1 tensor, 6 elements; exempt: 1 tensor, 2 elements
     """
@@ -128,51 +147,76 @@ class DecayReport:
     rows: tuple[Row, ...]
     remark: str = ""
 
-    def table(self) -> list[tuple[str, ...]]:
-        """Sum the rows up by group, reason, decay and form, in the order of the groups.
+    def __len__(self) -> int:
+        return len(self.rows)
 
-        The first line are the headers. Beyond eight groups, those that share reason
-        and form are one line, with the range of their rates and decays. Columns in
-        which nothing is known are left out.
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __getitem__(self, key: Any) -> Any:
+        by_name = {row.name: row for row in self.rows[::-1]}
+        return by_name[key] if isinstance(key, str) else self.rows[key]
+
+    def __repr__(self) -> str:
+        return f"DecayReport({self.summary()})"
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Sum the rows up by group, reason, decay and form, below a line of headers.
+
+        Beyond eight groups, those that share reason and form are one line, with the
+        range of their rates and decays. Columns without an entry are left out.
         """
         # Layerwise groups differ in rate alone, and would fill a page.
         many = len({row.group for row in self.rows}) > MANY_GROUPS
         sums: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
             group = () if many else (row.group, row.weight_decay)
-            sums.setdefault((row.reason, row.effect, *group), []).append(row)
+            key = (row.reason, row.effect, row.route, row.applied, *group)
+            sums.setdefault(key, []).append(row)
         lines = [_line(rows) for rows in sums.values()]
-        known = [key for key in _line(self.rows) if any(line[key] for line in lines)]
+        headers = lines[0] if lines else ()
+        known = [key for key in headers if any(line[key] for line in lines)]
         return [tuple(known), *(tuple(line[key] for key in known) for line in lines)]
 
     def summary(self) -> str:
         """Say in one line how much decays."""
         parts = {fate: [r for r in self.rows if r.fate == fate] for fate in COLORS}
-        told = [f"{fate}: {_amount(parts[fate])}" for fate in ("decayed", "exempt")]
-        if parts["frozen"]:
-            told.append(f"frozen: {_amount(parts['frozen'])}")
-        return "; ".join(told)
+        if not parts["frozen"]:
+            del parts["frozen"]
+        return "; ".join(f"{fate}: {_amount(rows)}" for fate, rows in parts.items())
 
     def __str__(self) -> str:
-        table = self.table() if self.rows else []
-        right = [i for i, key in enumerate(table[0]) if key in NUMBERS] if table else []
-        lines = aligned(table, right) if table else []
-        return "\n".join(filter(None, [*lines, self.summary(), self.remark]))
+        table = self.table()
+        right = [i for i, key in enumerate(table[0]) if key in NUMBERS]
+        lines = [*aligned(table, right), self.summary(), self.remark]
+        return "\n".join(filter(None, lines))
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing looks wrong."""
+        return not self.remark.startswith(WRONG)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain lists, dicts, strings and numbers, ready for JSON."""
+        rows = [{**asdict(row), "shape": list(row.shape)} for row in self.rows]
+        sizes = {f: [r.numel for r in self.rows if r.fate == f] for f in COLORS}
+        sums = {f: {"tensors": len(n), "elements": sum(n)} for f, n in sizes.items()}
+        return {"rows": rows, **sums, "remark": self.remark}
 
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""
-        headers, *lines = self.table() if self.rows else [()]
-        head = _html_row("th", headers, headers)
-        body = "\n".join(_html_row("td", headers, line) for line in lines)
-        told = "; ".join(filter(None, [self.summary(), self.remark]))
-        parts = f"<thead>\n{head}\n</thead>\n<tbody>\n{body}\n</tbody>"
-        return f"<table>\n<caption>{escape(told)}</caption>\n{parts}\n</table>"
+        headers, *lines = self.table()
+        sides = ["right" if key in NUMBERS else "left" for key in headers]
+        head, *body = [
+            f"<tr>{''.join(_cell(tag, *pair) for pair in zip(sides, cells))}</tr>"
+            for tag, cells in [("th", headers), *(("td", line) for line in lines)]
+        ]
+        told = escape("; ".join(filter(None, [self.summary(), self.remark])))
+        parts = f"<thead>{head}</thead>\n<tbody>{''.join(body)}</tbody>"
+        return f"<table>\n<caption>{told}</caption>\n{parts}\n</table>"
 
     def plot(self, ax: Any = None) -> Any:
-        """Draw the share of each kind of parameter that decays, counts beside it.
-
-        A kind is the class of the module that holds the parameter and the name there,
-        as ``Linear.weight``; where no module is known, the reason.
+        """Draw the share of each kind, as ``Linear.weight``, that decays, with counts.
 
         Args:
             ax: Axes of matplotlib to draw into; ``None`` makes a figure.
@@ -186,8 +230,11 @@ class DecayReport:
         kinds = _by_kind(self.rows)
         ax = _new_axes(len(kinds)) if ax is None else ax
         left = [0.0] * len(kinds)
-        for fate in dict.fromkeys(row.fate for row in _in_order(self.rows)):
-            shares = [_share(rows, fate) for rows in kinds.values()]
+        for fate in [f for f in COLORS if any(row.fate == f for row in self.rows)]:
+            sizes = [
+                (_elements(rows, fate), _elements(rows)) for rows in kinds.values()
+            ]
+            shares = [100 * part / (whole or 1) for part, whole in sizes]
             color = COLORS[fate]
             ax.barh(range(len(kinds)), shares, 0.7, left, color=color, label=fate)
             left = [a + b for a, b in zip(left, shares)]
@@ -204,8 +251,8 @@ class DecayReport:
         return ax
 
 
-def _in_order(rows: Sequence[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: list(COLORS).index(row.fate))
+def _elements(rows: Iterable[Row], fate: str | None = None) -> int:
+    return sum(row.numel for row in rows if fate in (None, row.fate))
 
 
 def _by_kind(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -213,76 +260,60 @@ def _by_kind(rows: Sequence[Row]) -> dict[str, list[Row]]:
     kinds: dict[str, list[Row]] = {}
     for row in rows:
         kinds.setdefault(row.kind, []).append(row)
-    ordered = sorted(kinds.items(), key=lambda item: -sum(r.numel for r in item[1]))
-    if len(ordered) <= MANY_BARS:
-        return dict(ordered)
-    rest = [row for _, own in ordered[MANY_BARS - 1 :] for row in own]
-    count = len(ordered) - MANY_BARS + 1
-    return {**dict(ordered[: MANY_BARS - 1]), f"{count} other kinds": rest}
+    ordered = sorted(kinds.items(), key=lambda item: -_elements(item[1]))
+    if len(ordered) > MANY_BARS:
+        rest = ordered[MANY_BARS - 1 :]
+        merged = [row for _, own in rest for row in own]
+        ordered[MANY_BARS - 1 :] = [(f"{len(rest)} other kinds", merged)]
+    return dict(ordered)
 
 
-def _share(rows: Sequence[Row], fate: str) -> float:
-    total = sum(row.numel for row in rows)
-    return 100 * sum(r.numel for r in rows if r.fate == fate) / total if total else 0.0
-
-
-def amount(count: int, noun: str, plural: str | None = None) -> str:
-    """Count a noun: ``1 tensor``, ``1,000 tensors``."""
-    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+def amount(count: int, noun: str) -> str:
+    """Count a noun: ``1 tensor``, ``1,000 tensors``, ``2 biases``."""
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"
 
 
 def _amount(rows: Sequence[Row]) -> str:
-    elements = sum(row.numel for row in rows)
-    return f"{amount(len(rows), 'tensor')}, {amount(elements, 'element')}"
+    return f"{amount(len(rows), 'tensor')}, {amount(_elements(rows), 'element')}"
 
 
 def _line(rows: Sequence[Row]) -> dict[str, str]:
-    frozen = rows[0].effect == "frozen"
+    first = rows[0]
+    timescales = [row.timescale for row in rows if row.timescale is not None]
+    measured = [row.measured for row in rows if row.measured is not None]
+    decays = [row.weight_decay for row in rows if first.fate != "frozen"]
     return {
-        "group": _runs(sorted({row.group for row in rows})),
-        "reason": rows[0].reason,
+        "group": _runs({row.group for row in rows}),
+        "route": first.route,
+        "reason": first.reason,
         "lr": _span([row.lr for row in rows if not math.isnan(row.lr)]),
-        "decay": "-" if frozen else _span([row.weight_decay for row in rows]),
-        "form": rows[0].effect,
-        "timescale": _steps([row.timescale for row in rows]),
+        "decay": _span(decays) or "-",
+        "form": first.effect,
+        "measured": "some" if first.applied and not measured else _span(measured),
+        "timescale": _span(timescales, ",.0f", " steps"),
         "tensors": f"{len(rows):,}",
-        "elements": f"{sum(row.numel for row in rows):,}",
+        "elements": f"{_elements(rows):,}",
     }
 
 
-def _runs(groups: Sequence[int]) -> str:
-    """Write ``[0, 1, 2, 5]`` as ``0-2, 5``, and more ranges as ``4 groups``."""
-    runs = [
-        [group for _, group in run]
-        for _, run in groupby(enumerate(groups), lambda pair: pair[1] - pair[0])
-    ]
-    if len(runs) > FEW_RUNS:
+def _runs(groups: set[int]) -> str:
+    """Write ``{0, 1, 2, 5}`` as ``0-2, 5``, and more ranges as ``4 groups``."""
+    starts = sorted(group for group in groups if group - 1 not in groups)
+    ends = sorted(group for group in groups if group + 1 not in groups)
+    if len(starts) > FEW_RUNS:
         return f"{len(groups)} groups"
-    return ", ".join(f"{r[0]}-{r[-1]}" if r[1:] else f"{r[0]}" for r in runs)
+    return ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in zip(starts, ends))
 
 
-def _span(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    low, high = f"{min(values):g}", f"{max(values):g}"
-    return low if low == high else f"{low} to {high}"
+def _span(values: Sequence[float], kind: str = "g", unit: str = "") -> str:
+    """Write the least and the greatest value, once where they read alike."""
+    ends = [f"{end(values):{kind}}" for end in (min, max) if values]
+    return " to ".join(dict.fromkeys(ends)) + unit * bool(ends)
 
 
-def _steps(timescales: Sequence[float | None]) -> str:
-    known = [value for value in timescales if value is not None]
-    if not known:
-        return ""
-    low, high = f"{min(known):,.0f}", f"{max(known):,.0f}"
-    return f"{low} steps" if low == high else f"{low} to {high} steps"
-
-
-def _html_row(tag: str, headers: Sequence[str], cells: Sequence[str]) -> str:
-    sides = ("right" if key in NUMBERS else "left" for key in headers)
-    styled = (
-        f'<{tag} style="text-align: {side}">{escape(cell)}</{tag}>'
-        for side, cell in zip(sides, cells)
-    )
-    return f"<tr>{''.join(styled)}</tr>"
+def _cell(tag: str, side: str, text: str) -> str:
+    return f'<{tag} style="text-align: {side}">{escape(text)}</{tag}>'
 
 
 def _new_axes(bars: int) -> Any:
@@ -293,207 +324,152 @@ def _new_axes(bars: int) -> Any:
             "`plot` draws with matplotlib, which is not installed. "
             "Type pip install matplotlib, or pass axes of your own as ax."
         ) from error
-    _, ax = pyplot.subplots(figsize=(8, 1.8 + 0.35 * bars), layout="constrained")
-    return ax
-
-
-def _number(value: float | Tensor) -> float:
-    # Waits for the device, which a report may and a step may not.
-    return value.item() if isinstance(value, Tensor) else value
+    return pyplot.subplots(figsize=(8, 1.8 + 0.35 * bars), layout="constrained")[1]
 
 
 def make_row(
-    index: int,
-    group: dict[str, Any],
-    decision: Decision,
-    form: Form | None,
-    param: Tensor,
+    index: int, group: Group, decision: Decision, form: Form | None, param: Tensor
 ) -> Row:
     """Join one decision with what its group and the parameter say now."""
-    shape = _shape(decision.shape, param)
+    shape = decision.shape
+    # Shapes of lazy parameters come with the first batch, after the decision.
+    if shape == (0,) and not is_lazy(param) and not _torch.flattened([param]):
+        shape = param.shape
     return Row(
         group=index,
         name=decision.telling_name,
         shape=shape,
         numel=shape.numel(),
-        lr=_number(group["lr"]),
-        weight_decay=_number(group["weight_decay"]) * decision.decay.multiplier,
+        # A tensor waits for the device, which a report may and a step may not.
+        lr=float(group.get("lr", math.nan)),
+        weight_decay=float(group["weight_decay"]) * decision.decay.multiplier,
         form=form,
         reason=decision.reason,
         requires_grad=param.requires_grad,
         owner=decision.kinds[0].rpartition(".")[2] if decision.kinds else "",
         target=decision.decay.target,
-        lr0=decision.terms.lr0,
+        lr0=decision.decay_key.lr0,
+        # torch steps whatever has a gradient.
+        left_over=not param.requires_grad and param.grad is not None,
     )
 
 
-def _shape(decided: torch.Size, param: Tensor) -> torch.Size:
-    """Return the shape that was decided on, or that of a lazy parameter since then."""
-    # Shapes of lazy parameters come with the first batch, after the decision.
-    had_none = decided == (0,) and not is_lazy(param)
-    return param.shape if had_none and not _torch.flattened([param]) else decided
-
-
 def make_report(
-    param_groups: Sequence[dict[str, Any]],
-    decided: Iterable[Sequence[Decision]],
-    default_form: Callable[[dict[str, Any]], Form | None],
+    groups: Sequence[Group],
+    decided: Sequence[Sequence[Decision | None]] | None,
+    form_of: Callable[[Group], Form | None],
+    index: ModelIndex,
 ) -> DecayReport:
-    """Join decisions with what the groups say now."""
-    rows = [
-        make_row(index, group, decision, decision.decay.form or default, param)
-        for index, (group, decisions) in enumerate(
-            zip(param_groups, decided, strict=True)
-        )
-        for default in [default_form(group)]
-        for param, decision in zip(group["params"], decisions)
-    ]
-    return DecayReport(tuple(rows))
+    """Join what was decided, if anything was, with what groups and modules are now."""
+    # Where nothing was decided, all decay as the group says, for what they are.
+    decided = decided or [[None] * len(group["params"]) for group in groups]
+    asked = []
+    for number, (group, own) in enumerate(zip(groups, decided, strict=True)):
+        names = group.get("param_names") or repeat(None)
+        names = [known.telling_name if known else n for known, n in zip(own, names)]
+        asked.append(wanted(group["params"], names, number))
+    infos = iter(index.infos(list(chain(*asked))))
+    rows = []
+    for number, (group, own) in enumerate(zip(groups, decided)):
+        for info, known in zip([*islice(infos, len(group["params"]))], own):
+            kind = kind_of(info)
+            role = "norm's bias" if kind == "norm" and is_bias.matches(info) else kind
+            decision = known or decide(None, [info])[0]._replace(reason=kind)
+            form = decision.decay.form or form_of(group)
+            row = make_row(number, group, decision, form, info.parameter)
+            by_policy = known is not None and known.reason != NO_POLICY
+            if by_policy and decision.decay.multiplier and not row.weight_decay:
+                row = replace(row, reason=ZERO)
+            rows.append(replace(row, role=role, decided=by_policy))
+    told = split_wrongly(rows), left_out(index, groups)
+    return DecayReport(tuple(rows), remark_of(*told))
 
 
-PLURALS = {"norm": "norms", "bias": "biases", "weight": "weights"}
-# Classes of torch whose decay is L2, and those whose groups do not say otherwise.
+ZERO = "weight_decay=0"  # the reason where a policy decays and a group does not
+# Classes of torch, whose groups do not always say what their decay is.
 L2_CLASSES = ("SGD", "Adam", "Adagrad", "Adadelta", "Adamax", "ASGD", "RMSprop")
-DECOUPLED_CLASSES = ("AdamW", "Adafactor", "Muon")
+CLASS_FORMS: dict[str, Form] = {
+    **dict.fromkeys(L2_CLASSES, "l2"),
+    **dict.fromkeys(("AdamW", "Adafactor", "Muon"), "decoupled"),
+}
 
 
-class Groups(Protocol):
-    """What a report needs of an optimizer."""
-
-    param_groups: Any
-
-
-def decay_report(
-    optimizer: Groups, model: nn.Module | Sequence[nn.Module] | None = None
-) -> DecayReport:
-    """Tell what really decays in a training, whatever the optimizer.
-
-    The reason of a row is what the parameter is: ``norm``, ``bias``, ``embedding``,
-    ``vector`` (fewer than two dimensions) or ``weight``. The last line tells norms
-    and biases that decay, weights that do not beside others that do, and parameters
-    of the model that train and are in no group.
-
-    Args:
-        optimizer: One whose groups have a ``"weight_decay"``: of torch, of another
-            library, or of this one, which then tells its own reasons.
-        model: The module, or modules, that the parameters live in. Without it, names
-            are those of ``named_parameters()`` if the optimizer was given any.
-
-    Returns:
-        The report, as that of ``optimizer.decay_report()``.
-
-    Raises:
-        TypeError: ``optimizer`` has no groups.
-        ValueError: A group of it has no weight decay.
-
-    Example:
-        >>> import torch
-        >>> model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
-        >>> no_decay = ["bias", "norm.weight"]  # is this list right for the model?
-        >>> named = list(model.named_parameters())
-        >>> parts = {}
-        >>> for name, param in model.named_parameters():
-        ...     exempt = any(word in name for word in no_decay)
-        ...     parts.setdefault(exempt, []).append(param)
-        >>> groups = [{"params": parts[0]}, {"params": parts[1], "weight_decay": 0.0}]
-        >>> optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
-        >>> print(decay_report(optimizer, model))
-        group  reason    lr  decay  form         timescale  tensors  elements
-            0  weight  0.01    0.1  decoupled  1,000 steps        1         6
-            0  norm    0.01    0.1  decoupled  1,000 steps        1         2
-            1  bias    0.01      0  exempt                        1         2
-            1  norm    0.01      0  exempt                        1         2
-        decayed: 2 tensors, 8 elements; exempt: 2 tensors, 4 elements
-        looks wrong: 1 norm decays ('1.weight')
-    """
-    optimizer = _with_groups(optimizer)
-    own = getattr(optimizer, "decay_report", None)
-    if own is not None:
-        report: DecayReport = own()
-        return report
-    index = ModelIndex(model)
-    groups = list(optimizer.param_groups)
-    asked = [
-        each
-        for number, group in enumerate(groups)
-        for each in wanted(group["params"], group.get("param_names", ()), number)
-    ]
-    forms = [form_of_class(optimizer, group) for group in groups]
-    rows = [
-        _row_without_policy(groups[info.group], forms[info.group], info)
-        for info in index.infos(asked)
-    ]
-    known = {id(each.param) for each in asked}
-    trained = [i for i in index.everyone() if i.parameter.requires_grad]
-    left_out = [
-        info.telling_name for info in trained if id(info.parameter) not in known
-    ]
-    return DecayReport(tuple(rows), _remark(rows, left_out))
-
-
-def _with_groups(optimizer: Any) -> Any:
-    """Find the optimizer inside wrappers such as Accelerate's."""
-    # Accelerate and Lightning call it `optimizer`, fastai `opt`.
-    while not hasattr(optimizer, "decay_report"):
-        inner = getattr(optimizer, "optimizer", getattr(optimizer, "opt", None))
-        if inner is None:
-            break
-        optimizer = inner
-    if not hasattr(optimizer, "param_groups"):
-        raise TypeError(
-            f"`optimizer` must have param_groups, and {received(optimizer)} has none. "
-            f"Pass the optimizer first, then the model: decay_report(optimizer, model)."
-        )
-    require_decay(optimizer, "report")
-    return optimizer
-
-
-def form_of_class(optimizer: Any, group: dict[str, Any]) -> Form | None:
+def form_of_class(optimizer: Any, group: Group) -> Form | None:
     """Tell the form of torch's classes; others do not say theirs."""
     if "decoupled_weight_decay" in group:
         return "decoupled" if group["decoupled_weight_decay"] else "l2"
-    for cls in type(optimizer).__mro__:
-        if cls.__module__.startswith("torch.optim"):
-            if cls.__name__ in DECOUPLED_CLASSES:
-                return "decoupled"
-            return "l2" if cls.__name__ in L2_CLASSES else None
-    return None
+    classes = type(optimizer).__mro__
+    torchs = (c.__name__ for c in classes if c.__module__.startswith("torch.optim"))
+    return CLASS_FORMS.get(next(torchs, ""))
 
 
-def _row_without_policy(
-    group: dict[str, Any], form: Form | None, info: ParameterInfo
-) -> Row:
-    shape = shape_now(info.parameter) if info.shape is None else info.shape
-    kinds, name = owner_kinds(info), info.telling_name
-    decision = Decision(FULL, kind_of(info), name, shape, kinds)
-    return make_row(info.group, group, decision, form, info.parameter)
+WRONG, NOTE = "looks wrong: ", "note: "
 
 
-def _remark(rows: Sequence[Row], left_out: Sequence[str | None]) -> str:
-    """Say in one line what looks wrong with groups that were split by hand."""
-    decayed = [row for row in rows if row.fate == "decayed"]
-    wrong = [
-        (kind, "decays", "decay", [row.name for row in decayed if row.reason == kind])
-        for kind in ("norm", "bias")
-    ]
-    if decayed:
-        exempt = [r.name for r in rows if r.fate == "exempt" and r.reason == "weight"]
-        wrong.append(("weight", "does not decay", "do not decay", exempt))
-    told = [
-        f"{amount(len(names), kind, PLURALS[kind])} "
-        f"{one if len(names) == 1 else several} ({_first_names(names)})"
-        for kind, one, several, names in wrong
-        if names
-    ]
-    if left_out:
-        verb = "trains and is" if len(left_out) == 1 else "train and are"
-        told.append(
-            f"{amount(len(left_out), 'parameter')} {verb} in no group "
-            f"({_first_names(left_out)})"
-        )
-    return f"looks wrong: {'; '.join(told)}" if told else ""
+def remark_of(*told: str) -> str:
+    """Join what looks wrong on one line, above the lines of notes."""
+    lines = [line for part in told for line in part.splitlines()]
+    notes = [line for line in lines if line.startswith(NOTE)]
+    wrong = "; ".join(line.removeprefix(WRONG) for line in lines if line not in notes)
+    return "\n".join(filter(None, [wrong and WRONG + wrong, *notes]))
 
 
-def _first_names(names: Sequence[str | None]) -> str:
-    first = repr(names[0]) if names[0] else "without a name"
-    return first if len(names) == 1 else f"{first} and {len(names) - 1:,} more"
+def clause(
+    told: Sequence[Row | ParameterInfo], noun: str, one: str, several: str
+) -> str:
+    """Tell in one clause what some parameters do, with the name of the first."""
+    if not told:
+        return ""
+    name = told[0].name if isinstance(told[0], Row) else told[0].telling_name
+    first = repr(name) if name else "without a name"
+    more = f" and {len(told) - 1:,} more" if told[1:] else ""
+    return f"{amount(len(told), noun)} {several if told[1:] else one} ({first}{more})"
+
+
+def split_wrongly(rows: Sequence[Row]) -> str:
+    """Tell of norms and biases that decay though nobody wished it, and of weights.
+
+    Where a policy decides, norms may decay, but not some beside others that it exempts.
+    """
+    decayed = [r for r in rows if r.fate == "decayed" and r.applied is not False]
+    exempt = [row for row in rows if row.fate == "exempt" and row.reason != ZERO]
+    # A selector that exempts weights, too, as "head.*", is no rule for biases.
+    broad = {row.reason for row in exempt if row.role in ("weight", "embedding")}
+    ruled = {row.role for row in exempt if row.decided and row.reason not in broad}
+    told = []
+    for kind in ("norm", "bias"):
+        own = [r for r in decayed if r.role.startswith(kind) and r.target is None]
+        wrong = [row for row in own if not row.decided or row.role in ruled]
+        others = ", others do not" if any(row.decided for row in wrong) else ""
+        told.append(clause(wrong, kind, f"decays{others}", f"decay{others}"))
+    routes = {row.route for row in decayed if not row.decided}
+    weights = [r for r in exempt if r.role == "weight" and not r.decided]
+    kept = [row for row in weights if row.route in routes]
+    left = [row for row in decayed if row.left_over]
+    verbs = ("has a gradient left and decays", "have a gradient left and decay")
+    told.append(clause(kept, "weight", "does not decay", "do not decay"))
+    return remark_of(*told, clause(left, "frozen parameter", *verbs))
+
+
+def left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
+    """Tell which parameters of the model train, and no living optimizer steps."""
+    held = {id(p): shape_now(p) for group in groups for p in group["params"]}
+    known = {id(info.parameter) for info in index.everyone()}
+    strange = {shape for key, shape in held.items() if key not in known}
+    missing: dict[int, ParameterInfo] = {}
+    for module in index.modules():
+        trained = [i for i in index_of(module).everyone() if i.parameter.requires_grad]
+        out = {id(i.parameter): i for i in trained if id(i.parameter) not in held}
+        shapes = {shape_now(info.parameter) for info in out.values()}
+        # A module of which there is nothing was replaced by the flat tensors of an
+        # engine, or was met in a group that was refused.
+        absent = len(out) == len(trained) and strange.isdisjoint(shapes)
+        if not (absent and (strange or not index.explicit)):
+            missing |= out
+    if missing:
+        kinds = torch.optim.Optimizer
+        living = [each for each in gc.get_objects() if issubclass(type(each), kinds)]
+        stepped = set[int]().union(*map(param_ids, living))
+        missing = {key: info for key, info in missing.items() if key not in stepped}
+    verbs = ("trains and is in no group", "train and are in no group")
+    return clause(list(missing.values()), "parameter", *verbs)

@@ -7,7 +7,8 @@ multiplied by the learning rate, so a schedule of the rate alone scales it down,
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping
+from collections import ChainMap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,24 +16,19 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from selective_optim import _torch
-from selective_optim._arguments import require_decay
+from selective_optim._arguments import held_optimizers, is_optimizer, require_decay
 from selective_optim.decay import FORMS, is_zero
 
 Group = dict[str, Any]
+Optimizer = torch.optim.Optimizer
 
 
 @dataclass
 class Record:
-    """What schedulers of one optimizer's decay wrote, and whether it has stepped.
+    """What schedulers of one optimizer's decay wrote, and whether it has stepped."""
 
-    Args:
-        written: Group by group, keys such as ``"initial_lr"``.
-        held: Group by group, whether its decay stays at 0.
-        stepped: Whether ``optimizer.step()`` ran since the record was made.
-    """
-
-    written: list[Group] = field(default_factory=list)
-    held: list[bool] = field(default_factory=list)
+    written: list[Group] = field(default_factory=list)  # as "initial_lr", per group
+    held: list[bool] = field(default_factory=list)  # which groups stay at 0
     stepped: bool = False
 
     def views(self, groups: list[Group]) -> list[GroupView]:
@@ -44,8 +40,12 @@ class Record:
             self.held.append(any_decays and is_zero(group["weight_decay"]))
         return list(map(GroupView, groups, self.written, self.held))
 
+    def __call__(self, *_: object) -> None:
+        """Note a step, as a hook after it."""
+        self.stepped = True
 
-class GroupView(MutableMapping[str, Any]):
+
+class GroupView(ChainMap[str, Any]):
     """A parameter group whose ``"lr"`` is its ``"weight_decay"``.
 
     What a scheduler writes beside the rate (``"initial_lr"``, ``"max_lr"``) is kept
@@ -53,59 +53,33 @@ class GroupView(MutableMapping[str, Any]):
     """
 
     def __init__(self, group: Group, written: Group, held: bool) -> None:
-        self._group = group
-        self._written = written
-        self._held = held
-
-    def __getitem__(self, key: str) -> Any:
-        if key == "lr":
-            return self._group["weight_decay"]
         # A scheduler that finds an "initial_lr" goes on from it, and would go on from
         # that of the learning rate (torch/optim/lr_scheduler.py, 2.7 to 2.15).
-        if key in self._written or _is_rate(key):
-            return self._written[key]
-        return self._group[key]
+        own = {key: group[key] for key in group if not key.endswith("_lr")}
+        super().__init__(written, own)
+        self._group, self._own, self._held = group, own, held
+
+    def __getitem__(self, key: str) -> Any:
+        return self._group["weight_decay"] if key == "lr" else super().__getitem__(key)
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key == "lr":
             self._group["weight_decay"] = 0.0 if self._held else value
-        elif key in self._group and not _is_rate(key):
+        elif key in self._own:
             raise ValueError(
                 f"a schedule of weight decay sets {key!r}, which is not its own. Pass "
                 f"cycle_momentum=False to the scheduler, or set it in "
                 f"optimizer.param_groups."
             )
         else:
-            self._written[key] = value
-
-    def __delitem__(self, key: str) -> None:
-        del self._written[key]
-
-    def __iter__(self) -> Iterator[str]:
-        own = (key for key in self._group if key != "lr" and not _is_rate(key))
-        return iter(dict.fromkeys([*own, "lr", *self._written]))
-
-    def __len__(self) -> int:
-        return len(list(iter(self)))
+            super().__setitem__(key, value)
 
 
-def _is_rate(key: str) -> bool:
-    """Tell whether a scheduler keeps a learning rate of its own under this key."""
-    return key.endswith("_lr")
-
-
-def stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
-    """Find the optimizer inside wrappers such as Accelerate's, whose hooks fire.
-
-    Raises:
-        TypeError: There is none.
-        ValueError: A group of it has no weight decay.
-    """
-    while isinstance(
-        inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer
-    ):
-        optimizer = inner
-    if not isinstance(optimizer, torch.optim.Optimizer):
+def stepping_optimizer(optimizer: object) -> Optimizer:
+    """Find the optimizer inside wrappers such as Accelerate's, whose hooks fire."""
+    if not is_optimizer(optimizer) and len(held := held_optimizers(optimizer)) == 1:
+        optimizer = held[0]
+    if not (isinstance(optimizer, Optimizer) and is_optimizer(optimizer)):
         raise TypeError(
             f"`optimizer` must be a torch.optim.Optimizer, not {optimizer!r:.80} "
             f"({type(optimizer).__name__}). Write WeightDecay(optimizer)."
@@ -114,14 +88,9 @@ def stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
     return optimizer
 
 
-Optimizer = torch.optim.Optimizer
 # Attributes of the optimizer: its groups and state keep torch's keys alone.
 RECORD = "_decay_schedule"
 TIE = "_decay_tie"
-
-
-def _note_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
-    vars(optimizer)[RECORD].stepped = True
 
 
 class WeightDecay(torch.optim.Optimizer):
@@ -132,16 +101,15 @@ class WeightDecay(torch.optim.Optimizer):
     exempt parameters are exempt at every decay. A group with weight_decay=0 beside
     groups that decay is exempt by hand and stays at 0, whatever the schedule.
 
-    Call ``step()`` of the scheduler after that of the optimizer, and save its state
-    dict beside the optimizer's: start values live in the scheduler and not in the
-    groups. Views of one optimizer are equal to each other and to the optimizer.
+    Step the scheduler after the optimizer, and save its state dict beside that of the
+    optimizer. Views of one optimizer are equal to each other and to the optimizer.
 
     Args:
         optimizer: Any optimizer whose groups have a ``"weight_decay"``.
 
     Raises:
         TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``.
-        ValueError: It has no weight decay, or :func:`proportional_to_lr` sets it.
+        ValueError: It has no weight decay, or ``proportional_to_lr`` sets it.
 
     Example:
         DINO raises the decay from 0.04 to 0.4 along a cosine:
@@ -159,62 +127,58 @@ class WeightDecay(torch.optim.Optimizer):
         0.4
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        # No super().__init__(): everything that it makes, the optimizer has.
-        self.optimizer = stepping_optimizer(optimizer)
-        _refuse_tie(self.optimizer)
-        self._attach(vars(self.optimizer).get(RECORD) or Record())
+    optimizer: Optimizer
+    record: Record
 
-    def _attach(self, record: Record) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
+        optimizer = stepping_optimizer(optimizer)
+        _refuse_tie(optimizer)
+        record = vars(optimizer).get(RECORD) or Record()
+        self.__setstate__({"optimizer": optimizer, "record": record})
+
+    def __setstate__(self, state: Group) -> None:
+        # No super(): everything that it makes, the optimizer has.
+        vars(self).update(state)
         if RECORD not in vars(self.optimizer):
             # torch copies neither attributes nor hooks of an optimizer (__getstate__,
             # 2.7 to 2.15): both are here or neither.
-            self.optimizer.register_step_post_hook(_note_step)
-        setattr(self.optimizer, RECORD, record)
-        record.views(self.optimizer.param_groups)
+            self.optimizer.register_step_post_hook(self.record)
+        setattr(self.optimizer, RECORD, self.record)
+        self.record.views(self.optimizer.param_groups)
 
-    @property
-    def _record(self) -> Record:
-        record: Record = vars(self.optimizer)[RECORD]
-        return record
+    def __getstate__(self) -> Group:
+        return vars(self)
 
     @property
     def param_groups(self) -> list[GroupView]:  # type: ignore[override]  # an attribute in torch
-        """The groups as they stand now, each seen as a mapping."""
-        return self._record.views(self.optimizer.param_groups)
+        return self.record.views(self.optimizer.param_groups)
 
     @property
     def defaults(self) -> Group:  # type: ignore[override]  # an attribute in torch
-        """The optimizer's defaults, with its decay for a rate."""
         defaults = self.optimizer.defaults
         return {**defaults, "lr": defaults["weight_decay"]}
 
     @_torch.not_to_be_patched
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step the optimizer."""
         return self.optimizer.step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients of the optimizer."""
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a parameter group to the optimizer."""
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> Group:
-        """Return the state dict of the optimizer."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: Group) -> None:
-        """Load a state dict of the optimizer."""
         self.optimizer.load_state_dict(state_dict)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "optimizer":  # asked for while a copy is being made
+        if name in ("optimizer", "record"):  # asked for while a copy is being made
             raise AttributeError(name)
         if name == _torch.STEP_NOTE:  # a scheduler that steps first warns
-            return self._record.stepped
+            return self.record.stepped
         return getattr(self.optimizer, name)
 
     # Frameworks look for a scheduler's optimizer among those that they train
@@ -230,62 +194,40 @@ class WeightDecay(torch.optim.Optimizer):
     def __repr__(self) -> str:
         return f"WeightDecay({self.optimizer!r})"
 
-    def __getstate__(self) -> Group:
-        return {"optimizer": self.optimizer, "record": self._record}
-
-    def __setstate__(self, state: Group) -> None:
-        self.optimizer = state["optimizer"]
-        self._attach(state["record"])
-
 
 @dataclass(eq=False)
 class Tie:
-    """A hook that sets the decay of every group in the proportion of its rate.
+    """A hook that sets the decay of every group in the proportion of its rate."""
 
-    Args:
-        bases: ``(weight_decay, lr)`` of every group when it was first seen.
-    """
+    bases: list[tuple[float, float]] = field(default_factory=list)  # decay, rate
+    policy: object = None  # who decided when that was checked
 
-    bases: list[tuple[float, float]] = field(default_factory=list)
-    policy: object = None
-
-    def follow(self, optimizer: Optimizer) -> None:
-        """Take the bases of groups that were added, and see who decides now."""
+    def __call__(self, optimizer: Optimizer, *_: object) -> None:
         groups, policy = optimizer.param_groups, getattr(optimizer, "wd_policy", None)
         if len(self.bases) < len(groups) or policy is not self.policy:
             _refuse_corrected(optimizer)
             self.policy = policy
         for index in range(len(self.bases), len(groups)):
-            self.bases.append(_base(groups[index], index))
-
-    def __call__(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        self.follow(optimizer)
-        for group, (base_wd, base_lr) in zip(optimizer.param_groups, self.bases):
+            lr = float(groups[index]["lr"])
+            if lr == 0:
+                raise ValueError(
+                    f"`lr` of group {index} is 0, of which nothing is a proportion. "
+                    f"Make the optimizer with its base rate, for example lr=3e-4."
+                )
+            self.bases.append((float(groups[index]["weight_decay"]), lr))
+        for group, (base_wd, base_lr) in zip(groups, self.bases):
             # The quotient first: where lr is the base, it is 1 and wd exactly the base.
             group["weight_decay"] = base_wd * (float(group["lr"]) / base_lr)
 
 
-def _base(group: Group, index: int) -> tuple[float, float]:
-    lr = float(group["lr"])
-    if lr == 0:
-        raise ValueError(
-            f"`lr` of group {index} is 0, of which nothing is a proportion. Make the "
-            f"optimizer with its base rate, for example lr=3e-4."
-        )
-    return float(group["weight_decay"]), lr
-
-
 def _refuse_tie(optimizer: Optimizer) -> None:
     # The hook alone keeps its Tie alive, so removing the hook ends the refusal.
-    if vars(optimizer).get(TIE, _nothing)() is not None:
+    tie = vars(optimizer).get(TIE)
+    if tie is not None and tie() is not None:
         raise ValueError(
             "proportional_to_lr already sets the weight_decay of this optimizer. "
             "End it first: handle = proportional_to_lr(optimizer); handle.remove()."
         )
-
-
-def _nothing() -> None:
-    """Stand in for the weak reference of an optimizer that was never tied."""
 
 
 def _refuse_schedules(optimizer: Optimizer) -> None:
@@ -306,14 +248,13 @@ def _refuse_schedules(optimizer: Optimizer) -> None:
 
 def _refuse_corrected(optimizer: Optimizer) -> None:
     report = getattr(optimizer, "decay_report", None)
-    rows = [row for row in report().rows if row.lr0 is not None] if report else []
-    if rows := [row for row in rows if FORMS[row.form].follows_lr]:
-        known = rows[0].name
-        name = repr(known) if known else f"a parameter of group {rows[0].group}"
-        raise ValueError(
-            f"{name} decays in form {rows[0].form!r}, which follows the rate already. "
-            f"Leave out proportional_to_lr(optimizer), or that form."
-        )
+    for row in report().rows if report else ():
+        if row.lr0 is not None and FORMS[row.form].follows_lr:
+            name = repr(row.name) if row.name else f"a parameter of group {row.group}"
+            raise ValueError(
+                f"{name} decays in form {row.form!r}, which follows the rate already. "
+                f"Leave out proportional_to_lr(optimizer), or that form."
+            )
 
 
 def proportional_to_lr(optimizer: Optimizer) -> RemovableHandle:
@@ -332,14 +273,14 @@ def proportional_to_lr(optimizer: Optimizer) -> RemovableHandle:
             is added later is tied to what it says at its first step.
 
     Returns:
-        A handle whose ``remove()`` ends the tie. As every hook of torch, the tie is
-        not saved: call this again on resume, before a state dict is loaded.
+        A handle whose ``remove()`` ends the tie. The tie is not saved, as no hook of
+        torch is. Call this again on resume, before you load a state dict.
 
     Raises:
         TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``.
-        ValueError: It has no weight decay, its rate is 0 or was moved by a scheduler
-            already, something else sets its decay, or a parameter decays in form
-            ``"corrected"``, which would be corrected twice.
+        ValueError: It has no weight decay, or its rate is 0.
+        ValueError: A scheduler has moved its rate, or another one sets its decay.
+        ValueError: A parameter has the form ``"corrected"``, which does the same.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -357,6 +298,6 @@ def proportional_to_lr(optimizer: Optimizer) -> RemovableHandle:
     _refuse_tie(optimizer)
     _refuse_schedules(optimizer)
     tie = Tie()
-    tie.follow(optimizer)
+    tie(optimizer)
     setattr(optimizer, TIE, weakref.ref(tie))
     return optimizer.register_step_pre_hook(tie)

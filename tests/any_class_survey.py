@@ -1,7 +1,7 @@
 """Every optimizer class at hand, through `selective` and with groups split by hand.
 
-`python -m tests.any_class_survey` prints the table of the README, and with `--all` a
-line per class.
+`python -m tests.any_class_survey` prints a line per library, and with `--all` one per
+class; `--json benchmarks/results/any_class_DATE.json` saves what the page shows.
 """
 
 from __future__ import annotations
@@ -9,21 +9,23 @@ from __future__ import annotations
 import argparse
 import inspect
 import io
+import json
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks.step.results import describe_run
 from selective_optim import selective
 from selective_optim.policies import form
-from selective_optim.split.parts import flag_of
+from selective_optim.step.lasting import flag_of
 
 STEPS = 8
 RESUMED_AT = 4
@@ -392,20 +394,38 @@ LIBRARIES: dict[str, Callable[[], Iterator[Survey]]] = {
 }
 
 
+OTHERS = "refused", "not run", "different"
+
+
+def survey(library: str, every: bool) -> dict[str, Any]:
+    """Judge all classes of a library; count the exact ones, and name the others."""
+    found: dict[str, Any] = {"exact": 0, **{kind: {} for kind in OTHERS}}
+    for case in LIBRARIES[library]():
+        outcome = judge(case)
+        if outcome.kind == "exact":
+            found["exact"] += 1
+        else:
+            found[outcome.kind][case.name] = outcome.reason
+        if every or outcome.kind == "different":
+            print(f"{case.id:45} {outcome.kind:10} {outcome.reason}", flush=True)
+    return {"library": library, "version": version(library), **found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--json", type=Path)
     parser.add_argument("libraries", nargs="*", default=list(LIBRARIES))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    found = []
     for library in arguments.libraries:
-        counts: Counter[str] = Counter()
-        for case in LIBRARIES[library]():
-            outcome = judge(case)
-            counts[outcome.kind] += 1
-            if arguments.all or outcome.kind == "different":
-                print(f"{case.id:45} {outcome.kind:10} {outcome.reason}", flush=True)
-        print(library, version(library), dict(counts), flush=True)
+        found.append(survey(library, arguments.all))
+        others = (f"{len(found[-1][kind])} {kind}" for kind in OTHERS)
+        print(f"{library}: {found[-1]['exact']} exact, {', '.join(others)}", flush=True)
+    if arguments.json:
+        run = describe_run(torch.device("cpu"), quick=False)
+        arguments.json.write_text(json.dumps({**run, "libraries": found}, indent=1))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,10 @@ groups are written from it before every step.
 Run it longer by hand:
 
     python -m tests.fuzz --sequences 2000
+
+``--attacks`` adds closures and hooks that spoil a step, tensors that are swapped, also
+after a pickle, moments of zero, complex parameters and other threads; ``--compiled``
+steps both sides under ``torch.compile`` while policies change.
 """
 
 from __future__ import annotations
@@ -19,22 +23,27 @@ import random
 import sys
 import warnings
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import nn
 
 import selective_optim
+from tests.support.others import in_another_thread, looking
 
 STEPS = 30
+COMPILED_STEPS = 6
 MODES = {
     "fused": {"fused": True},
     "foreach": {"foreach": True},
     "for-loop": {"foreach": False, "fused": False},
     "automatic": {},
 }
+OTHER_MODES = {**MODES, "fused": {"foreach": True}, "for-loop": {"foreach": False}}
 CLASSES = {
     "SGD": [
         {"lr": 0.1},
@@ -44,6 +53,11 @@ CLASSES = {
     ],
     "Adam": [{"lr": 0.01}, {"lr": 0.01, "amsgrad": True, "maximize": True}],
     "AdamW": [{"lr": 0.01}, {"lr": 0.01, "amsgrad": True}],
+}
+# Stepped by the class itself, over parts; only with attacks.
+OTHERS = {
+    "NAdam": [{"lr": 0.01}, {"lr": 0.01, "decoupled_weight_decay": True}],
+    "RAdam": [{"lr": 0.01, "decoupled_weight_decay": True}],
 }
 SIZES = (2, 3, 5)
 
@@ -72,16 +86,20 @@ class Spec:
 class Side:
     """One of the two: a model, its parameters by number, and an optimizer."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         self.model = nn.ModuleList()
         self.params: list[nn.Parameter] = []
         self.optimizer: Any = None
+        self.dtype = dtype
 
     def grow(self, width: int, seed: int) -> list[nn.Parameter]:
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which writes down a traceback for a GPU to come.
             torch.default_generator.manual_seed(seed)
             block = Block(width)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch finds complex modules new
+            block.to(self.dtype)
         self.model.append(block)
         self.params += list(block.parameters())
         return list(block.parameters())
@@ -97,6 +115,7 @@ class World:
         mode: Key of ``MODES``.
         typed: Whether a model is known, and ``"no_bias_norm"`` the policy.
         quiet: Whether nobody reads ``optimizer.state`` but where an edit does.
+        dtype: Of every parameter.
     """
 
     def __init__(
@@ -107,14 +126,16 @@ class World:
         mode: str,
         typed: bool,
         quiet: bool,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.rng, self.typed, self.quiet = rng, typed, quiet
-        self.ours, self.twin = Side(), Side()
+        self.ours, self.twin = Side(dtype), Side(dtype)
         self.spec = Spec([], [])
         self.copies: list[Any] = []
         self.saved: Any = None
         self.exempting = True
         self.known = True
+        self.edits = EDITS
         wd = {"weight_decay": 0.3}
         for _ in range(3):
             self._grow()
@@ -128,14 +149,15 @@ class World:
         policy: dict[str, Any] = {"wd_policy": "matrices"}
         if typed:
             policy = {"wd_policy": "no_bias_norm", "model": self.ours.model}
-        self.ours.optimizer = getattr(selective_optim, name)(
-            groups, **MODES[mode], **policy
+        torchs = getattr(torch.optim, name)
+        chosen = MODES[mode] if name in CLASSES else OTHER_MODES[mode]
+        self.ours.optimizer = selective_optim.selective(torchs)(
+            groups, **chosen, **policy
         )
         # Left open, ours takes the fused kernel, so its judge is torch's fused.
-        judge = MODES[mode] or {"fused": True}
-        self.twin.optimizer = getattr(torch.optim, name)(
-            self._split(), **judge, **hyper
-        )
+        fused = name in CLASSES and not dtype.is_complex
+        judge = chosen or ({"fused": True} if fused else {})
+        self.twin.optimizer = torchs(self._split(), **judge, **hyper)
 
     def _grow(self) -> list[int]:
         width, seed = self.rng.choice(SIZES), self.rng.randrange(1 << 30)
@@ -423,7 +445,7 @@ class World:
     # Stepping and judging.
 
     def edit(self, done: list[str]) -> None:
-        done.append(self.rng.choice(EDITS))
+        done.append(self.rng.choice(self.edits))
         getattr(self, done[-1])()
 
     def step(self) -> None:
@@ -435,8 +457,11 @@ class World:
             {**self.twin.optimizer.defaults, **group} for group in self._split()
         ]
         for side in (self.ours, self.twin):
-            side.optimizer.step()
+            self._take(side)
         self._require_same()
+
+    def _take(self, side: Side) -> None:
+        side.optimizer.step()
 
     def _set_grads(self) -> None:
         share = self.rng.choice([0.0, 0.0, 0.0, 0.3, 0.9])
@@ -445,7 +470,7 @@ class World:
         for side in (self.ours, self.twin):
             generator = torch.Generator().manual_seed(seed)
             for param, none in zip(side.params, absent, strict=True):
-                grad = torch.randn(param.shape, generator=generator)
+                grad = torch.randn(param.shape, generator=generator, dtype=param.dtype)
                 param.grad = None if none else grad
 
     def _require_numbers(self) -> None:
@@ -464,9 +489,9 @@ class World:
         for i, pair in enumerate(zip(self.ours.params, self.twin.params, strict=True)):
             assert torch.equal(*pair), f"parameter {i} differs"
         # Past the property, which takes note of everyone who reads.
-        state = vars(self.ours.optimizer)["_states"]
-        if not self.quiet:
-            state = self.ours.optimizer.state
+        own = vars(self.ours.optimizer)
+        quiet = self.quiet and "_states" in own
+        state = own["_states"] if quiet else self.ours.optimizer.state
         assert len(state) == len(self.twin.optimizer.state)
         for i, param in enumerate(self.twin.params):
             theirs = self.twin.optimizer.state.get(param, {})
@@ -477,23 +502,192 @@ class World:
                 assert same, (i, entry, mine[entry], value)
 
 
-EDITS = [
-    name
-    for name, value in vars(World).items()
-    if not name.startswith("_") and name not in ("edit", "step")
+class Broken(Exception):
+    """Raised on purpose, by closures and hooks."""
+
+
+class Attacked(World):
+    """With what nobody expects between two steps, and in them.
+
+    Whatever spoils a step is given no gradients, so that it moves nothing whether it
+    is told in that step or in the next.
+    """
+
+    elsewhere = False  # whether our next step is taken by another thread
+    watched = False  # whether another thread looks on
+
+    # Steps that fail.
+
+    def _without_grads(self) -> None:
+        for param in self.ours.params:
+            param.grad = None
+
+    def _failing(self, spoil: Callable[[], None]) -> None:
+        """Step with a closure that spoils, see that it is told, and take it back."""
+        optimizer = self.ours.optimizer
+        before = [{**g, "params": list(g["params"])} for g in optimizer.param_groups]
+
+        def closure() -> None:
+            self._without_grads()
+            spoil()
+
+        told = False
+        for step in (lambda: optimizer.step(closure), optimizer.step):
+            try:
+                step()
+            except (ValueError, Broken, KeyboardInterrupt):
+                told = True
+                break
+        assert told, "a step that was spoiled was not told"
+        groups = optimizer.param_groups
+        assert len(groups) in (len(before), len(before) + 1), (
+            "groups are not the user's"
+        )
+        del groups[len(before) :]
+        for group, own in zip(groups, before):
+            for key in group.keys() - own.keys():
+                del group[key]
+            assert group["weight_decay"] == own["weight_decay"]
+            group["params"] = own["params"]
+
+    def _stranger(self) -> nn.Parameter:
+        return nn.Parameter(torch.ones(4, 7, dtype=self.ours.dtype))
+
+    def raise_in_a_closure(self) -> None:
+        self._failing(self._raise)
+
+    def _raise(self, *args: Any) -> None:
+        raise self.rng.choice([Broken, KeyboardInterrupt])
+
+    def raise_in_a_hook(self) -> None:
+        self._without_grads()
+        optimizer = self.ours.optimizer
+        kind = self.rng.choice(["pre", "post"])
+        handle = getattr(optimizer, f"register_step_{kind}_hook")(self._raise)
+        try:
+            optimizer.step()
+        except (Broken, KeyboardInterrupt):
+            handle.remove()
+        else:
+            raise AssertionError("a hook that raises was not heard")
+
+    def write_a_policy_in_a_closure(self) -> None:
+        group = self.ours.optimizer.param_groups[self._group()]
+        self._failing(lambda: group.update(wd_policy="none"))
+
+    def append_a_stranger_in_a_closure(self) -> None:
+        if self.typed and self.exempting:  # who else would decide for anything
+            group = self.ours.optimizer.param_groups[self._group()]
+            params = [*group["params"], self._stranger()]
+            self._failing(lambda: group.update(params=params))
+
+    def append_a_group_in_a_closure(self) -> None:
+        if self.typed and self.exempting:
+            groups = self.ours.optimizer.param_groups
+            like = {**groups[self._group()], "params": [self._stranger()]}
+            self._failing(lambda: groups.append(like))
+
+    # Tensors behind parameters, and moments.
+
+    def _swap(self, drawn: list[int]) -> None:
+        for side in (self.ours, self.twin):
+            for i in drawn:
+                param = side.params[i]
+                other = nn.Parameter(param.detach().clone(), param.requires_grad)
+                torch.utils.swap_tensors(param, other)
+
+    def swap_one(self) -> None:
+        self._swap([self.rng.randrange(len(self.twin.params))])
+
+    def swap_all(self) -> None:
+        self._swap(list(range(len(self.twin.params))))
+
+    def pickle_and_swap(self) -> None:
+        self.pickle()
+        self.swap_one()
+
+    def zero_moments(self) -> None:
+        zero = self.rng.choice([0.0, -0.0])
+        for state, param in self._both_states():
+            for entry, value in state.get(param, {}).items():
+                if isinstance(value, torch.Tensor) and entry != "step":
+                    value.fill_(zero)
+
+    # Other threads.
+
+    def step_elsewhere(self) -> None:
+        self.elsewhere = True
+
+    def be_watched(self) -> None:
+        self.watched = True
+
+    def _take(self, side: Side) -> None:
+        ours = side is self.ours
+        elsewhere, watched = ours and self.elsewhere, ours and self.watched
+        if ours:
+            self.elsewhere = self.watched = False
+        step = super()._take
+        with looking(side.optimizer, watched):
+            if elsewhere:
+                in_another_thread(lambda: step(side))
+            else:
+                step(side)
+
+
+class Compiled(World):
+    """Steps both sides under ``torch.compile``, which is to see every edit."""
+
+    def _take(self, side: Side) -> None:
+        torch.compile(side.optimizer.step, backend="eager")()
+
+
+def edits_of(*classes: type[World]) -> list[str]:
+    """List the edits that classes define."""
+    return [
+        name
+        for cls in classes
+        for name in vars(cls)
+        if not name.startswith("_")
+        and name not in ("edit", "step", "elsewhere", "watched")
+    ]
+
+
+EDITS = edits_of(World)
+ATTACKS = edits_of(Attacked)
+# Cheap ones, for a compiled step is compiled anew after each of them.
+COMPILED_EDITS = [
+    *("permute", "move", "rebuild_groups", "change_policy", "change_policy"),
+    *("change_rate", "change_decay", "freeze", "scale_moments", "deepcopy", "load"),
 ]
 
 
-def run(seed: int, steps: int = STEPS) -> list[str]:
+def world_of(rng: random.Random, attacks: bool, compiled: bool) -> tuple[World, str]:
+    """Draw a world, and tell what was drawn."""
+    classes = {**CLASSES, **OTHERS} if attacks else CLASSES
+    name = rng.choice(sorted(classes))
+    hyper, mode = rng.choice(classes[name]), rng.choice(sorted(MODES))
+    dtype = torch.float32
+    cls: type[World] = Attacked if attacks else World
+    if compiled:
+        cls, mode = Compiled, rng.choice(["foreach", "for-loop"])
+    if attacks and name == "SGD" and mode != "fused" and rng.random() < 0.4:
+        dtype = torch.complex64
+    typed, quiet = rng.random() < 0.5, rng.random() < 0.5
+    told = f"{name}{(hyper, mode)}, typed {typed}, quiet {quiet}, {dtype}"
+    return cls(rng, name, hyper, mode, typed, quiet, dtype), told
+
+
+def run(
+    seed: int, steps: int = STEPS, attacks: bool = False, compiled: bool = False
+) -> list[str]:
     """Run one sequence, and return what was done.
 
     Raises:
         AssertionError: Ours and torch's differ, or one raises; names what was done.
     """
     rng = random.Random(seed)
-    name = rng.choice(sorted(CLASSES))
-    drawn = rng.choice(CLASSES[name]), rng.choice(sorted(MODES))
-    world = World(rng, name, *drawn, rng.random() < 0.5, rng.random() < 0.5)
+    world, told = world_of(rng, attacks, compiled)
+    world.edits = COMPILED_EDITS if compiled else EDITS + ATTACKS * attacks
     done: list[str] = []
     often = rng.choice([0.0, 0.3, 0.7])
     try:
@@ -504,10 +698,16 @@ def run(seed: int, steps: int = STEPS) -> list[str]:
             world.step()
     except Exception as error:
         raise AssertionError(
-            f"seed {seed}, {name}{drawn}, typed {world.typed}, quiet {world.quiet}: "
-            f"{', '.join(done)}: {error}"
+            f"seed {seed}, {told}: {', '.join(done)}: {error}"
         ) from error
     return done
+
+
+def run_compiled(seed: int) -> list[str]:
+    """Run one sequence of compiled steps, as often compiled as it takes."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1000):
+        return run(seed, COMPILED_STEPS, compiled=True)
 
 
 def main(arguments: list[str]) -> None:
@@ -515,11 +715,18 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--sequences", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0, help="of the first sequence")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--attacks", action="store_true", help="with more edits")
+    kinds.add_argument("--compiled", action="store_true", help="with compiled steps")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     for seed in range(options.seed, options.seed + options.sequences):
-        run(seed)
-    print(f"{options.sequences} sequences of {STEPS} steps, no difference")
+        if options.compiled:
+            run_compiled(seed)
+        else:
+            run(seed, attacks=options.attacks)
+    steps = COMPILED_STEPS if options.compiled else STEPS
+    print(f"{options.sequences} sequences of {steps} steps, no difference")
 
 
 if __name__ == "__main__":

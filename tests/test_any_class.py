@@ -8,12 +8,13 @@ import io
 import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -380,21 +381,95 @@ def test_load_that_fails_leaves_the_rate_that_training_began_with():
     assert {row.lr0 for row in optimizer.decay_report().rows} == {0.9}
 
 
-@pytest.mark.parametrize(
-    ("cls", "policy", "told"),
-    [
-        (
-            NAdam,
-            policies.form("cautious"),
-            "the form 'cautious', and NAdam is given its",
-        ),
-        (NAdam, policies.towards("init"), "the target 'init', and NAdam is given its"),
-        (RMSprop, policies.form("corrected"), "RMSprop decays in form 'l2'. Leave"),
-    ],
-)
-def test_forms_that_are_no_numbers_are_refused(cls, policy, told):
-    with pytest.raises(ValueError, match=told):
-        selective(cls)(make_params(), weight_decay=0.1, wd_policy=policy)
+LR, WD = 0.05, 0.1
+PULLS = {
+    "l2": lambda p, g, t, lr: g.add_(WD * (p - t)),
+    "decoupled": lambda p, g, t, lr: p.sub_(lr * WD * (p - t)),
+    "independent": lambda p, g, t, lr: p.sub_(lr / LR * WD * (p - t)),
+    "corrected": lambda p, g, t, lr: p.sub_(lr**2 / LR * WD * (p - t)),
+}
+
+
+def step_by_formula(oracle: Any, kind: str, targets: Sequence[Tensor]) -> None:
+    """Step the class without decay, and decay by the formula of the contract."""
+    params = [p for group in oracle.param_groups for p in group["params"]]
+    lr = oracle.param_groups[0]["lr"]
+    before = [param.detach().clone() for param in params]
+    with torch.no_grad():
+        if kind != "cautious":
+            for param, target in zip(params, targets):
+                PULLS[kind](param, param.grad, target, lr)
+        oracle.step()
+        if kind == "cautious":
+            for param, old, target in zip(params, before, targets):
+                agree = (old - param) * (old - target) >= 0
+                param.sub_(torch.where(agree, lr * WD * (old - target), 0.0))
+
+
+@pytest.mark.parametrize("cls", [NAdam, RMSprop, Counting])
+@pytest.mark.parametrize("kind", [*PULLS, "cautious"])
+@pytest.mark.parametrize("target", [0.0, 1.0, "init"])
+def test_every_form_and_target_serves_every_class(cls, kind, target):
+    """Also where the class has another form of its own, or does not say which."""
+    actual = [nn.Parameter(p.detach().double()) for p in make_params()[:3]]
+    expected = [nn.Parameter(p.detach().clone()) for p in actual]
+    starts = [param.detach().clone() for param in actual]
+    policy = policies.form(kind) * policies.towards(target)
+    optimizer = selective(cls)(actual, lr=LR, weight_decay=WD, wd_policy=policy)
+    oracle = cls(expected, lr=LR, weight_decay=0.0)
+    targets = (
+        starts if target == "init" else [torch.full_like(p, target) for p in starts]
+    )
+    for step in range(STEPS):
+        for each, params in ((optimizer, actual), (oracle, expected)):
+            each.param_groups[0]["lr"] = LR / (1 + step)
+            set_grads(params, step)
+        grads = [param.grad.clone() for param in actual]
+        optimizer.step()
+        assert_same([param.grad for param in actual], grads)
+        step_by_formula(oracle, kind, targets)
+        for a, b in zip(actual, expected):
+            # Both round each operation once, in another order.
+            assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_pass_runs_after_the_closure_and_once():
+    """The class evaluates the closure, and its gradients are those that decay."""
+    actual, expected = make_params()[:3], make_params()[:3]
+    policy = policies.form("l2")
+    optimizer = selective(Counting)(actual, lr=LR, weight_decay=WD, wd_policy=policy)
+    oracle = Counting(expected, lr=LR, weight_decay=0.0)
+    for step in range(STEPS):
+
+        def closure(step: int = step) -> float:
+            set_grads(actual, step)
+            return 1.0
+
+        assert optimizer.step(closure) == 1.0
+        set_grads(expected, step)
+        step_by_formula(oracle, "l2", [torch.zeros_like(p) for p in expected])
+    for a, b in zip(actual, expected):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-7)  # float32, another order
+
+
+@pytest.mark.parametrize("kind", ["l2", "cautious"])
+def test_pass_beside_a_class_that_raises_leaves_gradients_as_they_were(kind):
+    class Broken(Counting):
+        def step(self, closure: Any = None) -> None:
+            raise RuntimeError("broken")
+
+    params = make_params()[:2]
+    policy = policies.form(kind)
+    optimizer = selective(Broken)(params, lr=LR, weight_decay=WD, wd_policy=policy)
+    set_grads(params, 0)
+    before = [(p.grad, p.grad.clone(), p.detach().clone()) for p in params]
+    with pytest.raises(RuntimeError, match="broken"):
+        optimizer.step()
+    for param, (grad, values, was) in zip(params, before):
+        assert param.grad is grad
+        assert torch.equal(grad, values)
+        assert torch.equal(param, was)
+    assert len(optimizer.param_groups) == 1
 
 
 # The class.
@@ -546,7 +621,7 @@ def test_counter_that_a_user_sets_back_is_counted_once_per_step():
     optimizer = train(ours(Counting, params), params)
     optimizer.param_groups[0]["step"] = torch.zeros(())
     train(optimizer, params, range(3))
-    assert [float(part["step"]) for part in optimizer._groups[:4]] == [3.0] * 4
+    assert [float(part["step"]) for part in optimizer._parts[:2]] == [3.0] * 2
 
 
 def test_counter_of_a_checkpoint_of_the_class_is_counted_once_per_step():
@@ -557,7 +632,7 @@ def test_counter_of_a_checkpoint_of_the_class_is_counted_once_per_step():
     optimizer = ours(Counting, params)
     optimizer.load_state_dict(reload(plain))
     train(optimizer, params, range(3, 5))
-    assert {float(part["step"]) for part in optimizer._groups} == {5.0}
+    assert {float(part["step"]) for part in optimizer._parts} == {5.0}
 
 
 def test_modes_of_the_class_are_kept():
@@ -821,9 +896,9 @@ def scheduled(cls: Any) -> None:
     train(ours(cls, params), params, range(3))
 
 
-def stated_form(cls: Any) -> None:
+def stated_target(cls: Any) -> None:
     params = make_params()[:2]
-    selective(cls)(params, weight_decay=0.1, wd_policy=policies.form("l2"))
+    selective(cls)(params, weight_decay=0.1, wd_policy=policies.towards(1.0))
 
 
 def given_list(cls: Any) -> None:
@@ -856,7 +931,10 @@ REFUSALS = [
     (assigned_after_training, Counting, ValueError, "'gamma' differs by now"),
     (assigned_after_training, Listing, ValueError, "made 'base_lrs' at construction"),
     (scheduled, Rating, ValueError, r"selective_optim.param_groups\(model"),
-    (stated_form, Counting, ValueError, "states the form 'l2', and Counting has one"),
+    (
+        *(stated_target, Counting, ValueError),
+        r"states the target 1, and Counting does not .* \* form\('decoupled'\)\.$",
+    ),
     (given_list, Counting, ValueError, "a list of 2 items"),
     (loaded_by_hand, Counting, ValueError, "checkpoint.merge_groups"),
 ]
@@ -881,8 +959,8 @@ def test_refused_policy_changes_nothing():
 def test_refused_form_changes_nothing():
     params = make_params()[:2]
     optimizer = selective(Counting)(params, weight_decay=0.1, wd_policy="matrices")
-    with pytest.raises(ValueError, match="form"):
-        optimizer.wd_policy = policies.form("l2", policies.is_vector)
+    with pytest.raises(ValueError, match="target"):
+        optimizer.wd_policy = policies.towards(1.0, policies.is_vector)
     assert optimizer.wd_policy == policies.as_policy("matrices")
     assert [row.weight_decay for row in optimizer.decay_report().rows] == [0.1, 0.0]
 

@@ -88,7 +88,10 @@ def test_decay_towards_another_target_is_no_mistake(target):
 def test_tied_parameter_with_two_verdicts_names_both_places():
     [finding] = find_mistakes(Tiny(), {"scale": 0, "head.*": 0.5, "norm.*": 0})[:1]
     assert (finding.kind, finding.shape) == ("tied", (5, 4))
-    assert finding.reason == "embed.weight: 1 (no match); head.weight: 0.5 ('head.*')"
+    assert (
+        finding.reason
+        == "embed.weight: 1 (decays in full); head.weight: 0.5 ('head.*')"
+    )
 
 
 def test_frozen_parameters_are_no_mistake():
@@ -114,7 +117,7 @@ def test_audit_prints_report_disagreements_and_mistakes():
         [
             "no_norm on Tiny, per unit of weight_decay",
             "group  reason           decay  form     tensors  elements",
-            "    0  no match             1  default        3        26",
+            "    0  decays in full       1  default        3        26",
             "    0  exclude is_norm      0  exempt         2         8",
             "decayed: 3 tensors, 26 elements; exempt: 2 tensors, 8 elements",
             "",
@@ -122,10 +125,10 @@ def test_audit_prints_report_disagreements_and_mistakes():
             str(policies.diff(Tiny(), "no_norm", "no_bias_norm")),
             "",
             "looks wrong: biases that decay, 1",
-            "  head.bias  5  no match",
+            "  head.bias  5  decays in full",
             "",
             "looks wrong: tensors of fewer than two dimensions that decay, 1",
-            "  scale  scalar  no match",
+            "  scale  scalar  decays in full",
         ]
     )
 
@@ -163,7 +166,7 @@ def test_audit_as_dict_has_the_same_content():
         "requires_grad": True,
         "form": None,
         "target": None,
-        "reason": "no match",
+        "reason": "decays in full",
     }
     assert told["disagreements"] == [
         {
@@ -171,7 +174,7 @@ def test_audit_as_dict_has_the_same_content():
             "shape": [5],
             "a": {"multiplier": 1.0, "form": None, "target": None},
             "b": {"multiplier": 0.0, "form": None, "target": None},
-            "reason_a": "no match",
+            "reason_a": "decays in full",
             "reason_b": "exclude is_bias",
         }
     ]
@@ -179,7 +182,7 @@ def test_audit_as_dict_has_the_same_content():
         "kind": "bias",
         "name": "head.bias",
         "shape": [5],
-        "reason": "no match",
+        "reason": "decays in full",
     }
 
 
@@ -203,6 +206,58 @@ def test_command_takes_a_policy_of_the_users_own(capsys):
     arguments = [f"{HERE}:Tiny", "--policy", f"{HERE}:own_policy"]
     assert main(["audit", *arguments]) == 0
     assert "exclude('*.bias') on Tiny" in capsys.readouterr().out
+
+
+def own_optimizer(lr=0.5):
+    policy = policies.exclude("*.bias")
+    return selective_optim.AdamW(Tiny(), lr=lr, weight_decay=0.5, wd_policy=policy)
+
+
+def wrong_optimizer():
+    return torch.optim.SGD(Tiny().named_parameters(), weight_decay=0.5)
+
+
+def test_command_reports_what_an_optimizer_decays(capsys):
+    assert main(["audit", f"{HERE}:own_optimizer(0.25)", "--strict"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{HERE}:own_optimizer(0.25), device: meta\ngroup  reason")
+    assert "decayed: 3 tensors, 25 elements" in out
+
+
+def test_command_reports_an_optimizer_as_json_and_strictly(capsys):
+    arguments = ["audit", f"{HERE}:wrong_optimizer", "--json", "--strict"]
+    assert main(arguments) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["decayed"] == {"tensors": 5, "elements": 34}
+    assert told["remark"].startswith("looks wrong: ")
+
+
+CHECKPOINTS = {
+    "alone": lambda saved: saved,
+    "among others": lambda saved: {"model": {"w": torch.ones(2)}, "optimizer": saved},
+    "as Lightning": lambda saved: {"epoch": 3, "optimizer_states": [saved]},
+}
+
+
+@pytest.mark.parametrize("pack", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_command_reports_a_checkpoint(pack, tmp_path, capsys):
+    optimizer = own_optimizer()
+    file = tmp_path / "last.ckpt"
+    torch.save(pack(optimizer.state_dict()), file)
+    assert main(["audit", str(file)]) == 0
+    told = selective_optim.decay_report(optimizer.state_dict())
+    assert capsys.readouterr().out == f"{file}, device: as saved\n{told}\n"
+
+
+def test_command_lists_policies_and_recipes_with_a_sentence_each(capsys):
+    told = {}
+    for command in ("policies", "recipes"):
+        assert main([command]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        told |= dict(line.split(maxsplit=1) for line in lines)
+    assert told.keys() == NAMED.keys()
+    assert all(text[0].isupper() and text[-1] == "." for text in told.values())
+    assert all("\n" not in text and "  " not in text for text in told.values())
 
 
 STRICT = {
@@ -244,9 +299,9 @@ def test_audit_tells_what_the_author_marked_and_hints_at_the_rest():
         "  cls_token  1 x 1 x 8  Vision.no_weight_decay() lists 'cls_token'\n"
         "  pos_embed  1 x 5 x 8  Vision.no_weight_decay() lists 'pos_embed'",
         "worth a look: decay, and are neither weights of layers, norms nor biases, 3\n"
-        "  mask_token  1 x 1 x 8  no match\n"
-        "  gamma       8 x 1 x 1  no match\n"
-        "  gates       2 x 4      no match",
+        "  mask_token  1 x 1 x 8  decays in full\n"
+        "  gamma       8 x 1 x 1  decays in full\n"
+        "  gates       2 x 4      decays in full",
     ]
 
 
@@ -398,7 +453,16 @@ ERRORS = {
     "no module": (["no_such_module:x"], "No module named 'no_such_module'"),
     "no name": ([f"{HERE}:tinny"], "Did you mean 'tiny'?"),
     "number": ([f"{HERE}:no_policy"], "is 3.5 (float), not a callable"),
-    "not a model": (["builtins:dict"], "returned {} (dict), not a module"),
+    "not a model": (
+        ["builtins:dict"],
+        "returned {} (dict), not a module or optimizer. Write",
+    ),
+    "policy beside an optimizer": (
+        [f"{HERE}:own_optimizer", "--policy", "all"],
+        "--policy and --against are for a model, which `tests.test_audit:own_optimizer`"
+        " is not. Leave them out.",
+    ),
+    "no checkpoint": (["README.md"], "`README.md` cannot be read: "),
     "arguments": ([f"{HERE}:needs_arguments"], "missing 1 required positional"),
     "raises": (
         [f"{HERE}:broken"],
@@ -407,7 +471,10 @@ ERRORS = {
     ),
     "open bracket": ([f"{HERE}:tiny("], "is not of the form MODULE:CALLABLE"),
     "no file": (["no_such.py:tiny"], "there is no file no_such.py"),
-    "file without a name": (["no_such.py"], "is not of the form MODULE:CALLABLE"),
+    "file without a name": (
+        ["train.py"],
+        "is not of the form MODULE:CALLABLE. Write for example train.py:build_model.",
+    ),
     "wrong argument": ([f"{HERE}:tiny(3)"], "takes 0 positional arguments but 1 was"),
     "lazy": ([f"{HERE}:lazy"], "uninitialized parameters. Run one batch"),
     "policy": ([f"{HERE}:tiny", "--policy", "no_bais"], 'Did you mean wd_policy="no_b'),
@@ -425,6 +492,24 @@ def test_command_tells_what_is_wrong_in_one_line(case, capsys):
     assert out == ""
     assert expected in err.splitlines()[-1]
     assert "Traceback" not in err
+
+
+def test_command_names_a_callable_of_the_file(tmp_path, capsys):
+    file = tmp_path / "own_nets.py"
+    file.write_text("from torch import nn\ndef make():\n    return nn.Linear(2, 3)\n")
+    assert main(["audit", str(file)]) == 2
+    advice = capsys.readouterr().err.split()[-1].removesuffix(".")
+    assert advice == f"{file}:make"
+    assert main(["audit", advice]) == 0
+
+
+def test_command_says_that_a_file_holds_no_state_dict(tmp_path, capsys):
+    file = tmp_path / "model.pt"
+    torch.save({"w": torch.ones(2)}, file)
+    assert main(["audit", str(file)]) == 2
+    assert "holds no state dict of an optimizer. Save one, as in torch.save(" in (
+        capsys.readouterr().err
+    )
 
 
 def test_command_runs_as_a_module_from_the_folder_of_the_model(tmp_path: Path):

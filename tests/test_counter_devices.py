@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import selective_optim
-from selective_optim.step import counters
+from selective_optim.fused import counters
 from tests.support.fake_cuda import let_fakes_pass_for_plain
 
 KINDS = {"automatic": {}, "fused": {"fused": True}, "capturable": {"capturable": True}}

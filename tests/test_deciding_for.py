@@ -4,10 +4,19 @@ import threading
 from contextlib import suppress
 
 import pytest
+import torch
 from torch import nn
 
 import selective_optim
-from selective_optim import SGD, Adam, AdamW, decay_report, deciding_for
+from selective_optim import (
+    SGD,
+    Adam,
+    AdamW,
+    decay_report,
+    deciding_for,
+    param_groups,
+    selective,
+)
 from selective_optim.policies import exclude, is_bias
 
 
@@ -102,11 +111,69 @@ def test_optimizer_without_a_policy_is_left_alone():
 
 def test_other_threads_are_left_alone():
     model, seen = net(), []
-    with deciding_for(model, wd_policy="no_bias"):
+
+    def in_another_thread():
         thread = threading.Thread(target=lambda: seen.append(exempt(factory(model))))
-        thread.start()
-        thread.join()
+        with deciding_for(model, wd_policy="no_bias"):
+            thread.start()
+            thread.join()
+
+    with pytest.warns(UserWarning, match=UNUSED):
+        in_another_thread()
     assert seen == [[]]
+
+
+UNUSED = "no optimizer of selective_optim was made inside deciding_for"
+
+
+def made_after(model):
+    with deciding_for(model, wd_policy="no_bias"):
+        pass
+    return factory(model)
+
+
+def made_of_torch(model):
+    with deciding_for(model, wd_policy="no_bias"):
+        return factory(model, torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("make", [made_after, made_of_torch])
+def test_block_in_which_nothing_was_made_warns_once(make):
+    with pytest.warns(UserWarning, match=UNUSED) as caught:
+        make(net())
+    (warning,) = caught
+    assert str(warning.message) == (
+        "no optimizer of selective_optim was made inside deciding_for, so its "
+        "`wd_policy` exclude(is_bias) decides nothing. Make selective_optim.AdamW or "
+        "selective_optim.selective(cls)(...) inside, or give the framework that class."
+    )
+
+
+@pytest.mark.parametrize("cls", [AdamW, selective(torch.optim.NAdam)])
+def test_advice_of_a_block_that_was_not_used_leads_to_the_policy(cls):
+    model = net()
+    with deciding_for(model, wd_policy="no_bias_norm"):
+        assert exempt(factory(model, cls)) == NO_BIAS_NORM
+
+
+def test_block_is_used_by_what_a_block_inside_makes_and_by_groups():
+    model = net()
+    with (
+        deciding_for(model, wd_policy="no_bias"),
+        suppress(ZeroDivisionError),
+        deciding_for(model, wd_policy="no_norm"),
+    ):
+        factory(model)
+        raise ZeroDivisionError
+    with deciding_for(model, wd_policy="no_bias"):
+        param_groups(model, None, weight_decay=0.1)
+
+
+def test_block_without_a_policy_and_one_that_fails_say_nothing():
+    with deciding_for(net()):
+        pass
+    with suppress(ZeroDivisionError), deciding_for(net(), wd_policy="no_bias"):
+        raise ZeroDivisionError
 
 
 def test_optimizer_from_a_block_is_as_any():

@@ -341,7 +341,7 @@ def test_copied_optimizer_finds_the_modules_of_the_copied_model():
     optimizer.add_param_group({"params": list(net.head.parameters())})
     reasons = {row.name: row.reason for row in optimizer.decay_report().rows}
     assert reasons["late.weight"] == "exclude is_norm"
-    assert reasons["head.weight"] == "no match"
+    assert reasons["head.weight"] == "decays in full"
 
 
 @each_copy

@@ -458,7 +458,7 @@ def test_complex_parameters_are_two_real_ones():
 def test_chunks_change_nothing(how, target, monkeypatch):
     outcomes = []
     for chunk in (1, 10, 2**18):
-        monkeypatch.setattr("selective_optim.step.decay_ahead.CHUNK", chunk)
+        monkeypatch.setattr("selective_optim.step.passes.CHUNK", chunk)
         params = make_params()
         train(make("SGD", params, policy_of(how, target), momentum=0.9), params)
         outcomes.append(params)
@@ -501,9 +501,11 @@ def test_layout_of_memory_changes_nothing(name, how, target, kind):
 def test_what_is_listed_twice_decays_twice(how, target, kind):
     param = nn.Parameter(torch.ones(2, dtype=torch.float64))
     optimizer = make("SGD", [param, param], policy_of(how, target), **KINDS[kind])
+    param.grad = torch.zeros_like(param)
+    if target == "init":
+        optimizer.step()  # from which training begins
     with torch.no_grad():
         param.fill_(2.0)
-    param.grad = torch.zeros_like(param)
     optimizer.step()
     goal = 1.0 if target == "init" else target
     expected = torch.full_like(param, goal + (2 - goal) * (1 - LR * WD) ** 2)
@@ -524,11 +526,12 @@ def test_views_that_negate_decay_as_what_they_show(name, how, target):
     assert_same(*outcomes, rtol=1e-14, atol=1e-14)
 
 
-def test_decay_that_vanishes_in_a_pass_is_not_sent_to_fused_kernels():
-    param = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-    optimizer = make("AdamW", [param], form("cautious"), weight_decay=1e-4)
+def test_decay_that_vanishes_in_a_pass_is_told_of():
+    """A fused kernel would let most of it arrive, and a pass rounds all away."""
+    param = nn.Parameter(torch.full((2,), 0.02, dtype=torch.bfloat16))
+    optimizer = make("AdamW", [param], form("cautious"), lr=1e-3, weight_decay=0.1)
     param.grad = torch.zeros_like(param)
-    with pytest.warns(UserWarning, match=r"Keep the parameters in float32\.$"):
+    with pytest.warns(UserWarning, match=r"hardly decays: in bfloat16.*float32"):
         optimizer.step()
 
 
@@ -718,8 +721,12 @@ def test_numbers_cost_no_memory_and_init_one_tensor_each():
     params = make_params()
     entries = make("AdamW", params, form("corrected")).state_dict()["decay"][0]
     assert entries == [[1.0, "corrected", {"lr0": LR}]] * 5
-    entries = make("AdamW", params, towards("init")).state_dict()["decay"][0]
-    assert_same([entry[2]["init"] for entry in entries], params)
+    optimizer = make("AdamW", params, towards("init"))
+    entries = optimizer.state_dict()["decay"][0]
+    assert entries == [[1.0, "decoupled", {"target": "init"}]] * 5
+    starts = [param.detach().clone() for param in params]
+    entries = train(optimizer, params).state_dict()["decay"][0]
+    assert_same([entry[2]["init"] for entry in entries], starts)
     assert make("AdamW", params, "all").state_dict()["decay"][0][0] == [
         1.0,
         "decoupled",
@@ -752,16 +759,26 @@ def test_no_target_is_refused():
     assert Decay(1, target=None) == Decay(1)
 
 
-def test_init_of_what_has_no_values_is_refused():
+def test_init_may_come_after_the_optimizer():
+    """A model that has no values yet gets them before training begins."""
     with torch.device("meta"):
         model = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="'weight' decays towards what it is now"):
-        AdamW(model, wd_policy=towards("init"))
+    optimizer = AdamW(model, lr=LR, weight_decay=WD, wd_policy=towards("init"))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for param in model.parameters():
+            param.fill_(3.0)
+            param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert all(param.eq(3.0).all() for param in model.parameters())
 
 
 def test_a_parameter_of_another_shape_is_told():
     model = nn.Linear(2, 2, bias=False)
     optimizer = AdamW(model, wd_policy=towards("init"))
+    model.weight.grad = torch.zeros(2, 2)
+    optimizer.step()
+    model.weight.grad = None
     model.weight.data = torch.zeros(3, 2)
     model.weight.grad = torch.zeros(3, 2)
     with pytest.raises(ValueError, match="what it was in shape 2 x 2, and has shape 3"):

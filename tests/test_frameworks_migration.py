@@ -40,7 +40,7 @@ def test_trainer_resuming_from_its_own_two_groups_is_told(tmp_path):
     with pytest.raises(ValueError, match=MESSAGE):
         second.train(resume_from_checkpoint=str(checkpoint))
 
-    # As the README says: the Trainer's own groups name the parameters.
+    # As the page on the Trainer says: the Trainer's own groups name the parameters.
     own = trainer(llama(), tmp_path / "own")
     own.create_optimizer()
     names = group_names(own.optimizer.param_groups, own.model)

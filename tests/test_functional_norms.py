@@ -114,7 +114,7 @@ def test_reason_tells_the_call_and_the_method():
 
     how = "layer_norm takes gamma in FeatureMap.forward"
     assert reasons["gamma"] == f"exclude is_norm: {how}"
-    assert reasons["scale"] == "no match"
+    assert reasons["scale"] == "decays in full"
 
 
 def test_class_without_a_source_holds_no_gains():
@@ -147,7 +147,7 @@ def test_known_gains_are_norms_with_a_reason():
     reasons = {row.name: row.reason for row in optimizer.decay_report().rows}
     how = "Down.global_resp_gamma is known as a gain"
     assert reasons["global_resp_gamma"] == f"exclude is_norm: {how}"
-    assert reasons["scale"] == "no match"
+    assert reasons["scale"] == "decays in full"
 
 
 @pytest.mark.parametrize("entry", recognition.KNOWN_GAINS)

@@ -25,8 +25,6 @@ from benchmarks.step.gpu.device import Cuda, StandIn
 from benchmarks.step.gpu.run import CASES as CHOSEN
 from benchmarks.step.gpu.run import (
     FUSED_GRAPH,
-    ONE_LAUNCH,
-    ONE_LAUNCH_SCHEDULED,
     OURS_GRAPH,
     SCHEDULED,
     run_case,
@@ -35,7 +33,6 @@ from benchmarks.step.gpu.tables import case_lines, goal_lines, training_lines
 from benchmarks.step.measure import spread
 from benchmarks.step.results import QUICK, load, save
 from benchmarks.step.workload import Workload
-from selective_optim.step import triton_adamw
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -416,26 +413,6 @@ def test_nothing_is_profiled_before_all_is_timed(monkeypatch):
         command.gpu.count_launches(case, "sgd", CPU)
 
 
-@pytest.mark.parametrize(
-    ("own", "optimizer", "expected"),
-    [
-        ({"own_lr": True}, "adamw", True),
-        ({"own_lr": True}, "sgd", False),
-        ({}, "adamw", False),  # one setting: two calls, which torch's kernel keeps
-        (TENSORS, "adamw", False),
-    ],
-)
-def test_arm_of_one_launch_is_there_where_it_is_one(
-    monkeypatch, own, optimizer, expected
-):
-    monkeypatch.setattr(command.gpu, "switched_on", lambda: True)
-    load = Workload(Case("tiny", "", (SMALL[:2], SMALL[2:]), **own), CPU)
-    assert command.gpu._one_launch(load, optimizer) == []  # a CPU has no such kernel
-    monkeypatch.setattr(triton_adamw, "DEVICES", {"cpu"})
-    arms = command.gpu._one_launch(load, optimizer)
-    assert [arm.name for arm in arms] == [ONE_LAUNCH] * expected
-
-
 def saved_run(monkeypatch, path, run_case, *more):
     """Run two cases of a rehearsal, and return what was saved."""
     monkeypatch.setattr(command.gpu, "run_case", run_case)
@@ -542,22 +519,21 @@ def test_commit_is_noted_where_there_is_no_git(monkeypatch, tmp_path):
 
 def test_goals_that_nothing_says_anything_of_are_shown():
     """A goal is never met by an arm that failed, or is missing."""
-    arms = {OURS: arm(0.1, 0.1), ONE_LAUNCH: {"round_host_ms": [1.0]}}
+    arms = {OURS: arm(0.1, 0.1)}
     errors = {FUSED: "RuntimeError: no"}
     record = {**record_of("tiny_layers", "adamw"), "arms": arms, "errors": errors}
-    results = {"cases": [record]}
+    graphs = {OURS_GRAPH: arm(0.1, 0.1), FUSED_GRAPH: arm(0.1, 0.1)}
+    other = {**record_of("tiny_groups", "adamw"), "arms": graphs, "errors": {}}
+    results = {"cases": [record, other]}
     reasons = dict(goals.unjudged(results))
     tiny = "tiny_layers, adamw: device of"
     assert reasons[f"{tiny} ours at most 1.02 x torch fused"] == (
         "torch fused cannot: RuntimeError: no"
     )
-    assert reasons[f"{tiny} ours, Triton at most 0.5 x ours"] == (
-        "no such time of ours, Triton"
-    )
     assert "vit_l, sgd" in goals.not_run(results)
     assert "tiny_layers, adamw" not in goals.not_run(results)
     judged = {verdict.goal for verdict in goals.verdicts(results)}
-    assert judged == {"tiny_layers, adamw: host of ours, Triton at most 0.8 x ours"}
+    assert {goal.partition(",")[0] for goal in judged} == {"tiny_groups"}
     assert not judged & set(reasons)
     assert "UNKNOWN  tiny_layers" in "\n".join(goal_lines(results))
 
@@ -686,23 +662,17 @@ def test_files_that_are_not_collected_hold_no_test_of_cuda():
     assert not [path for path in files if marks.search(path.read_text())]
 
 
-@pytest.mark.parametrize("triton", [False, True])
-def test_schedule_is_timed_where_groups_have_rates(monkeypatch, triton):
-    monkeypatch.setattr(command.gpu, "switched_on", lambda: triton)
-    monkeypatch.setattr(triton_adamw, "DEVICES", {"cpu"})
+def test_schedule_is_timed_where_groups_have_rates():
     load = Workload(Case("tiny", "", (SMALL[:2], SMALL[2:]), own_lr=True), CPU)
-    first = command.gpu._one_launch(load, "adamw")
-    arms = command.gpu._scheduled(load, "adamw", first)
-    names = [SCHEDULED, ONE_LAUNCH_SCHEDULED]
-    assert [arm.name for arm in arms] == names[: 1 + triton]
-    for arm in arms:
-        groups = step_groups(arm)
-        before = [group["lr"] for group in groups]
-        arm.prepare()
-        arm.step()
-        assert [group["lr"] for group in groups] == [lr * 0.999999 for lr in before]
+    (made,) = command.gpu._scheduled(load, "adamw")
+    assert made.name == SCHEDULED
+    groups = step_groups(made)
+    before = [group["lr"] for group in groups]
+    made.prepare()
+    made.step()
+    assert [group["lr"] for group in groups] == [lr * 0.999999 for lr in before]
     plain = Workload(Case("tiny", "", (SMALL,)), CPU)
-    assert command.gpu._scheduled(plain, "adamw", first) == []
+    assert command.gpu._scheduled(plain, "adamw") == []
 
 
 def step_groups(arm):

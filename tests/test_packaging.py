@@ -80,22 +80,32 @@ def test_command_is_the_package():
     assert told.stdout.decode() == f"selective_optim {version}\n"
 
 
-def test_metadata_lead_somewhere():
+def test_metadata_name_nothing_that_does_not_exist():
     told = project()["project"]
-    assert {"Homepage", "Changelog", "Issues"} <= set(told["urls"])
+    assert "urls" not in told
     assert {"pytorch", "weight decay", "optimizer"} <= set(told["keywords"])
     assert "Typing :: Typed" in told["classifiers"]
     assert (Path(selective_optim.__file__).parent / "py.typed").exists()
 
 
-def test_pictures_of_the_readme_are_absolute_in_the_metadata():
+def test_readme_in_the_metadata_leads_nowhere_else():
     text = (ROOT / "README.md").read_text()
     tool = project()["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
     for rule in tool["substitutions"]:
         text = re.sub(rule["pattern"], rule["replacement"], text)
-    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    assert pictures
-    assert all(picture.startswith("https://") for picture in pictures)
-    page = project()["project"]["urls"]["Homepage"]
-    raw = page.replace("github.com", "raw.githubusercontent.com")
-    assert all(picture.startswith(f"{raw}/main/benchmarks/") for picture in pictures)
+    assert re.findall(r"\]\((?!https?://)[^)]*\)", text) == []
+    assert "Coming from hand-split groups,\n" in text
+
+
+def test_wheel_has_the_package_and_no_pages():
+    wheel = project()["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["exclude"] == ["/selective_optim/docs"]
+    docs = ROOT / "selective_optim" / "docs"
+    assert not list(docs.rglob("*.py"))
+
+
+def test_site_is_built_strictly_and_names_no_repository():
+    assert re.search(r"^mkdocs build --strict ", (ROOT / ".ci/run").read_text(), re.M)
+    site = (ROOT / ".mkdocs.yml").read_text()
+    assert "repo_url" not in site
+    assert "site_url" not in site

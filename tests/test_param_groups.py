@@ -94,7 +94,7 @@ def test_table_names_rate_decay_and_reason():
     groups = param_groups(make_model(), "no_bias_norm", weight_decay=0.1, lr=0.01)
     assert str(groups).splitlines() == [
         "group    lr  decay  tensors  elements  reason",
-        "    0  0.01    0.1        2        18  no match",
+        "    0  0.01    0.1        2        18  decays in full",
         "    1  0.01      0        4        11  exclude is_bias, exclude is_norm",
         "decayed: 2 tensors, 18 elements; exempt: 4 tensors, 11 elements",
     ]

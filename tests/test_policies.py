@@ -113,7 +113,7 @@ def test_policy_gives_each_parameter_its_form(policy, expected):
 
 REASONS = {
     "exclude": (exclude("*.bias"), "body.0.bias", "exclude '*.bias'"),
-    "no match": (exclude("*.bias"), "embed.weight", "no match"),
+    "decays in full": (exclude("*.bias"), "embed.weight", "decays in full"),
     "name": ("no_bias_norm", "body.1.weight", "exclude is_norm"),
     "only": (only("head.*"), "head.bias", "only 'head.*'"),
     "not in only": (only("head.*"), "embed.weight", "not in only('head.*')"),

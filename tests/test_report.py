@@ -1,5 +1,6 @@
 """The decay report: records, printed table, notebook table and picture."""
 
+import json
 import re
 import sys
 from types import SimpleNamespace
@@ -46,11 +47,11 @@ def test_rows_tell_everything_of_each_parameter():
     ]
     assert actual == expected
     assert [r.reason for r in rows] == [
-        *["no match"] * 3,
+        *["decays in full"] * 3,
         "exclude is_bias",
         "exclude is_norm",
         "exclude is_bias",
-        "no match",
+        "decays in full",
         "exclude is_bias",
     ]
 
@@ -80,6 +81,44 @@ def test_rows_follow_what_the_groups_say_now():
     assert rows["scale"].weight_decay == 0.25
 
 
+def test_report_is_a_sequence_of_rows_and_finds_them_by_name():
+    report = report_of(Net())
+    assert (len(report), list(report)) == (8, list(report.rows))
+    assert report[-1] is report["head.bias"] is report.rows[-1]
+    assert report[:2] == report.rows[:2]
+    with pytest.raises(KeyError, match="haed"):
+        report["haed.bias"]
+
+
+def test_report_is_short_where_its_repr_is_shown():
+    assert repr(report_of(Net())) == (
+        "DecayReport(decayed: 4 tensors, 21 elements; exempt: 4 tensors, 14 elements)"
+    )
+
+
+def test_report_as_dict_is_ready_for_json():
+    report = report_of(Net(), lr=0.5)
+    told = report.as_dict()
+    assert json.loads(json.dumps(told)) == told
+    assert told["rows"][2]["shape"] == [4, 3]
+    assert told["exempt"] == {"tensors": 4, "elements": 14}
+    assert told["remark"] == report.remark
+
+
+def test_reason_of_a_group_without_decay_is_that_and_no_selector():
+    model = Net()
+    groups = [
+        {"params": list(model.body.parameters()), "weight_decay": 0.0},
+        {"params": list(model.head.parameters())},
+    ]
+    rows = report_of(groups, model=model).rows
+    assert [(row.name, row.reason) for row in rows if row.name.endswith("weight")] == [
+        ("body.0.weight", "weight_decay=0"),
+        ("body.1.weight", "exclude is_norm"),
+        ("head.weight", "decays in full"),
+    ]
+
+
 def test_report_prints_an_aligned_table_by_group_and_reason():
     model = Net()
     groups = [
@@ -88,12 +127,13 @@ def test_report_prints_an_aligned_table_by_group_and_reason():
     ]
     assert str(report_of(groups, model=model, lr=0.01)).splitlines() == [
         "group  reason             lr  decay  form       timescale  tensors  elements",
-        "    0  no match         0.01    0.5  decoupled  200 steps        1        12",
+        "    0  decays in full   0.01    0.5  decoupled  200 steps        1        12",
         "    0  exclude is_bias  0.01      0  exempt                      2         8",
         "    0  exclude is_norm  0.01      0  exempt                      1         4",
-        "    1  no match         0.02   0.25  decoupled  200 steps        1         8",
+        "    1  decays in full   0.02   0.25  decoupled  200 steps        1         8",
         "    1  exclude is_bias  0.02      0  exempt                      1         2",
         "decayed: 2 tensors, 20 elements; exempt: 4 tensors, 14 elements",
+        "looks wrong: 2 parameters train and are in no group ('scale' and 1 more)",
     ]
 
 
@@ -124,7 +164,7 @@ def test_many_groups_print_as_one_line_per_reason():
     steps = "2 to 8 steps"
     assert report_of(groups, model=model).table() == [
         HEADERS,
-        ("13 groups", "no match", RATES, "0.5", "decoupled", steps, "13", "208"),
+        ("13 groups", "decays in full", RATES, "0.5", "decoupled", steps, "13", "208"),
         ("13 groups", "exclude is_bias", RATES, "0", "exempt", "", "13", "52"),
     ]
 
@@ -133,9 +173,9 @@ def test_many_groups_print_with_the_range_of_their_decay():
     model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(10)))
     groups = group_per_tensor(model, weight_decay=lambda i: i / 2)
     assert report_of(groups, model=model, lr=0.5).table()[1:] == [
-        ("0", "no match", "0.5", "0", "exempt", "", "1", "16"),
+        ("0", "weight_decay=0", "0.5", "0", "exempt", "", "1", "16"),
         (
-            *("1-9", "no match", "0.5", "0.5 to 4.5", "decoupled"),
+            *("1-9", "decays in full", "0.5", "0.5 to 4.5", "decoupled"),
             *("0 to 4 steps", "9", "144"),
         ),
     ]
@@ -167,7 +207,7 @@ def test_html_holds_the_table_with_everything_escaped():
     table = ElementTree.fromstring(report._repr_html_())
     cells = [tuple(cell.text for cell in row) for row in table.iter("tr")]
     assert cells == [tuple(cell or None for cell in row) for row in report.table()]
-    assert table.findtext("caption") == report.summary()
+    assert table.findtext("caption") == f"{report.summary()}; {report.remark}"
     assert any("(?<=head.)" in row[1] for row in cells)
 
 
@@ -214,7 +254,7 @@ def test_plot_draws_the_share_of_each_kind_with_counts_beside():
 
 def test_plot_of_tensors_without_names_draws_reasons():
     ax = report_of(list(Net().parameters()), wd_policy="matrices").plot(axes())
-    assert labels_of(ax) == ["no match", "exclude is_vector"]
+    assert labels_of(ax) == ["decays in full", "exclude is_vector"]
     assert bars_of(ax) == {"decayed": [100, 0], "exempt": [0, 100]}
 
 
@@ -266,8 +306,8 @@ def test_frozen_parameters_are_counted_apart():
     report = report_of(model, lr=0.01)
     assert str(report).splitlines() == [
         "group  reason             lr  decay  form       timescale  tensors  elements",
-        "    0  no match         0.01    0.5  decoupled  200 steps        3         9",
-        "    0  no match         0.01      -  frozen                      1        12",
+        "    0  decays in full   0.01    0.5  decoupled  200 steps        3         9",
+        "    0  decays in full   0.01      -  frozen                      1        12",
         "    0  exclude is_bias  0.01      -  frozen                      2         8",
         "    0  exclude is_norm  0.01      -  frozen                      1         4",
         "    0  exclude is_bias  0.01      0  exempt                      1         2",

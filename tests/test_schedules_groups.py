@@ -75,6 +75,70 @@ def test_view_is_a_mapping_of_its_group():
     assert optimizer.param_groups[0]["initial_lr"] == 0.1
 
 
+# Wrappers that skip the constructor of torch's class
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As Opacus' and torch's PostLocalSGDOptimizer."""
+
+    def __init__(self, optimizer):
+        self.wrapped = optimizer
+
+    @property
+    def param_groups(self):
+        return self.wrapped.param_groups
+
+    def step(self, closure=None):
+        return self.wrapped.step(closure)
+
+
+class Keeper:
+    """As fastai's, which is no optimizer of torch's."""
+
+    def __init__(self, optimizer):
+        self.opt = optimizer
+
+    def step(self):
+        self.opt.step()
+
+
+WRAPPERS = [Wrapper, Keeper, lambda o: Wrapper(Wrapper(o)), WeightDecay]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+@optimizers
+def test_schedule_through_a_wrapper_is_that_of_the_optimizer(kind, wrap):
+    optimizer, plain = two_groups(kind), two_groups(kind)
+    wrapper = wrap(optimizer)
+    scheduler = torch_schedulers.ExponentialLR(WeightDecay(wrapper), 0.5)
+    expected = torch_schedulers.ExponentialLR(WeightDecay(plain), 0.5)
+    for each in (wrapper, plain):
+        each.step()
+    scheduler.step()
+    expected.step()  # neither warns of the order
+    assert values(optimizer, "weight_decay") == values(plain, "weight_decay")
+    assert scheduler.optimizer == optimizer
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS[:3])
+@optimizers
+def test_tie_through_a_wrapper_is_that_of_the_optimizer(kind, wrap):
+    optimizer = two_groups(kind)
+    wrapper = wrap(optimizer)
+    proportional_to_lr(wrapper)
+    optimizer.param_groups[0]["lr"] = 0.05
+    wrapper.step()
+    assert values(optimizer, "weight_decay") == [0.02, 0.02]
+
+
+def test_wrapper_that_is_an_optimizer_itself_is_scheduled_itself():
+    """As SAM, whose groups the inner one shares, and which frameworks know."""
+    inner = two_groups(torch.optim.SGD)
+    outer = torch.optim.SGD(inner.param_groups, lr=0.1)
+    outer.base_optimizer = inner
+    assert WeightDecay(outer) == outer
+
+
 # What the view refuses
 
 ONE_CYCLE = {"max_lr": 0.4, "total_steps": 10}

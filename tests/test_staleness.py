@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from selective_optim import Decay, _torch
-from selective_optim.step.plan import Plan
+from selective_optim.fused.plan import Plan
 from tests.support.compare import assert_same
 from tests.support.devices import MARKS
 from tests.support.problems import (
@@ -388,9 +388,9 @@ def test_state_is_not_searched_for_edits_until_someone_has_looked():
     optimizer = ours(CASES[-1], params, VERDICTS, **HYPER)
     train(optimizer, params, range(3))
     optimizer.decay_report()
-    assert not optimizer._stepper._lent
+    assert not optimizer._stepper._exposed
     assert optimizer.state
-    assert optimizer._stepper._lent
+    assert optimizer._stepper._exposed
 
 
 @pytest.mark.parametrize("case", EACH, ids=lambda case: case.id)

@@ -563,7 +563,7 @@ def test_step_after_an_error_in_a_step_is_right(name, kind):
     before = [param.detach().clone() for param in params]
     twins.set_grads(params, 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(optimizer._stepper.kernel), "functional", fail)
+        patch.setattr(type(optimizer), "_views", fail)
         patch.setattr(type(optimizer._stepper.kernel), "calls", fail_first_call)
         optimizer._stepper.forget()
         with pytest.raises(RuntimeError, match="broken"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from selective_optim import SGD, Adam, AdamW, selective
+from selective_optim import SGD, Adam, AdamW, deciding_for, selective
 
 
 def params():
@@ -41,6 +41,11 @@ def pass_groups_on():
     AdamW(first.param_groups)
 
 
+def decide_for_nothing():
+    with deciding_for(nn.Linear(2, 2), wd_policy="no_bias"):
+        pass
+
+
 WARNING = {
     "exempt": lambda: AdamW(params(), wd_policy="none"),
     "exempt, SGD": lambda: SGD(params(), weight_decay=0.1, wd_policy="none"),
@@ -54,6 +59,7 @@ WARNING = {
     "assigned": assign,
     "loaded": load,
     "vanishing": step,
+    "block without an optimizer": decide_for_nothing,
 }
 
 

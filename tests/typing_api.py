@@ -27,6 +27,7 @@ def accepted_and_refused() -> Policy | None:
     SGD(model.parameters(), wd_policy=halved)
     SGD(model.parameters(), wd_policy=lambda info: 0.5)
     AdamW(model.parameters(), wd_policy=exclude(is_bias | nn.LayerNorm) * named("timm"))
+    AdamW(model.parameters(), wd_policy="exclude('*.bias') * layerwise(0.75)")
     AdamW(model.parameters(), wd_policy=parse("exclude('*.bias') * layerwise(0.75)"))
     optimizer = AdamW(model.parameters())
     optimizer.wd_policy = exclude("*.bias")
@@ -35,7 +36,6 @@ def accepted_and_refused() -> Policy | None:
 
     # What it may not be.
     AdamW(model.parameters(), wd_policy=3)  # type: ignore[arg-type]
-    AdamW(model.parameters(), wd_policy="no_bais_norm")  # type: ignore[arg-type]
     Adam(model.parameters(), wd_policy=["bias"])  # type: ignore[arg-type]
     SGD(model.parameters(), wd_policy=nn.LayerNorm)  # type: ignore[arg-type]
     SGD(model.parameters(), wd_policy=lambda info: "no")  # type: ignore[arg-type,return-value]

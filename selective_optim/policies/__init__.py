@@ -1,11 +1,11 @@
 """Policies: who decays, how much, in which form, and towards what.
 
-A policy maps a :class:`~selective_optim.ParameterInfo` to a :class:`Decay`. Write it as
-a name, a mapping, a callable, or an expression, in Python or as text, of
-:func:`exclude`, :func:`only`, :func:`scale`, :func:`form`, :func:`towards`,
-:func:`first_match`, :func:`layerwise`, :func:`marked`, :func:`named` and ``*``.
+A policy maps a ``ParameterInfo`` to a ``Decay``. Write it as a name, a mapping, a
+callable, or an expression in Python or as text. An expression has the functions
+``exclude``, ``only``, ``scale``, ``form``, ``towards``, ``first_match``, ``layerwise``,
+``marked`` and ``named``, and ``*`` between them.
 
-How a decision is made, by ``selective_optim._decider`` for an optimizer and by
+How a decision is made, by ``selective_optim.decisions.decider`` for an optimizer and by
 ``decide.decide_alone`` where there is none:
 
 1. ``as_policy`` in ``named.py`` makes a policy of a name, a text, a mapping or a
@@ -14,7 +14,7 @@ How a decision is made, by ``selective_optim._decider`` for an optimizer and by
 2. ``decide.require_matches`` refuses a glob, regular expression or object that matches
    nothing in optimizer and model, unless its policy has ``missing_ok``.
 3. ``policy.bind`` prepares: ``layerwise`` measures the model, whose layers
-   ``blocks.py`` finds; :func:`marked` and recipes ask each module for its list once.
+   ``blocks.py`` finds; ``marked`` and recipes ask each module for its list once.
 4. ``decide.decide`` checks that names, modules and shapes are known as far as the
    policy needs them, and asks it about each parameter. Policies ask ``selectors.py``;
    norms, biases, embeddings and weights are known to ``recognition.py``. A user's

@@ -100,6 +100,9 @@ def _not_joined(left: object, sign: str, right: object) -> str:
     return f"{shown}. Write {way_out}."
 
 
+UNMATCHED = "decays in full"  # the reason where no selector matches
+
+
 @dataclass(frozen=True, repr=False)
 class Product(Policy):
     """Two policies at once: multipliers multiply, the right-hand form wins."""
@@ -156,7 +159,7 @@ class Rule(Policy):
                 return Verdict(self.inside, f"{self.verb} {selector.told(info)}")
         if not self.selectors:
             return Verdict(self.inside, repr(self))
-        reason = f"not in {self!r}" if self.verb == "only" else "no match"
+        reason = f"not in {self!r}" if self.verb == "only" else UNMATCHED
         return Verdict(self.outside, reason)
 
 
@@ -181,7 +184,7 @@ class FirstMatch(Policy):
         for selector, decay in zip(self.selectors, self.decays):
             if selector.matches(info):
                 return Verdict(decay, selector.told(info))
-        return Verdict(FULL, "no match")
+        return Verdict(FULL, UNMATCHED)
 
 
 class AnswerError(Exception):
@@ -229,8 +232,8 @@ def exclude(*selectors: object, missing_ok: bool = False) -> Policy:
     """Exempt the matched parameters.
 
     Args:
-        selectors: What to match: globs on the canonical name, compiled regular
-            expressions, module classes or instances, parameters, predicates.
+        selectors: Globs on the canonical name, compiled regular expressions, module
+            classes, modules, parameters, or predicates such as ``is_bias``.
         missing_ok: Accept a glob or regular expression that matches nothing.
 
     Example:
@@ -242,12 +245,17 @@ def exclude(*selectors: object, missing_ok: bool = False) -> Policy:
 
 
 def only(*selectors: object, missing_ok: bool = False) -> Policy:
-    """Exempt all but the matched parameters; arguments as for :func:`exclude`."""
+    """Exempt all but the matched parameters; arguments as for ``exclude``."""
     return _rule("only", selectors, FULL, missing_ok, outside=EXEMPT)
 
 
 def scale(*selectors: object, by: float, missing_ok: bool = False) -> Policy:
-    """Multiply the decay of the matched parameters by ``by``, finite and >= 0.
+    """Multiply the decay of the matched parameters by ``by``.
+
+    Args:
+        selectors: As for ``exclude``.
+        by: Factor on the decay, finite and >= 0; 0 exempts.
+        missing_ok: As for ``exclude``.
 
     Raises:
         TypeError: ``by`` is not a number.
@@ -259,25 +267,27 @@ def scale(*selectors: object, by: float, missing_ok: bool = False) -> Policy:
 def form(kind: Form, *selectors: object, missing_ok: bool = False) -> Policy:
     """Decay the matched parameters, or all, in one form.
 
-    Per step, for a parameter ``p`` with gradient ``g``, rate ``lr`` and effective
-    decay ``wd``, towards ``t``, which is 0 but for :func:`towards`, and before torch's
-    update, which lowers ``p`` by ``lr * u``::
+    Per step, before torch's update of a parameter ``p`` with gradient ``g``::
 
-        "l2"           g += wd * (p - t)         -= where the optimizer maximizes
+        "l2"           g += wd * (p - t)         -= if the optimizer maximizes
         "decoupled"    p -= lr * wd * (p - t)
         "independent"  p -= lr / lr0 * wd * (p - t)
         "corrected"    p -= lr ** 2 / lr0 * wd * (p - t)
-        "cautious"     p -= lr * wd * (p - t)    where u * (p - t) >= 0
+        "cautious"     p -= lr * wd * (p - t)    if u * (p - t) >= 0
 
-    ``lr0`` is the rate of the group when it was added, or the ``"initial_lr"`` that it
-    came with. The sign of ``u`` is for Adam and AdamW that of the new first moment;
-    for SGD ``u`` is the gradient, its new momentum buffer, or with ``nesterov`` the
-    sum of both. Where the optimizer maximizes, gradients count negated.
+    ``wd`` is the group's decay times the multiplier. ``t`` is the target, 0 unless
+    ``towards`` states another. ``lr0`` is the group's rate when it was added, or the
+    ``"initial_lr"`` that it came with.
+
+    ``u`` is torch's update: the optimizer lowers ``p`` by ``lr * u``. Its sign is that
+    of the new first moment for Adam and AdamW. For SGD it is that of the gradient, of
+    the new momentum buffer, or with ``nesterov`` of the sum of both. A gradient counts
+    negated if the optimizer maximizes.
 
     Args:
         kind: The form.
-        selectors: As for :func:`exclude`; none is all parameters.
-        missing_ok: As for :func:`exclude`.
+        selectors: As for ``exclude``; without any, all parameters.
+        missing_ok: As for ``exclude``.
 
     Raises:
         ValueError: ``kind`` is no form.
@@ -299,12 +309,13 @@ def towards(target: Target, *selectors: object, missing_ok: bool = False) -> Pol
     """Decay the matched parameters, or all, towards ``target`` instead of 0.
 
     Args:
-        target: A finite number, as 1 for the gains of norms; or ``"init"``, what a
-            parameter was when it was decided, which costs one tensor per parameter
-            and is saved in the state dict. ``torch.distributed.checkpoint`` leaves
-            that out: decide before it loads, while the values are those.
-        selectors: As for :func:`exclude`; none is all parameters.
-        missing_ok: As for :func:`exclude`.
+        target: A finite number, such as 1 for the gains of norms, or ``"init"``: the
+            value of the parameter when it was decided. ``"init"`` keeps one tensor
+            per parameter and saves it in the state dict.
+            ``torch.distributed.checkpoint`` leaves it out: make the optimizer before
+            it loads, while the parameters still have these values.
+        selectors: As for ``exclude``; without any, all parameters.
+        missing_ok: As for ``exclude``.
 
     Raises:
         TypeError: ``target`` is neither a number nor a text.
@@ -328,7 +339,7 @@ def first_match(cases: Mapping[Any, Any], *, missing_ok: bool = False) -> Policy
     """Let the first selector that matches decide, as a plain mapping does.
 
     Args:
-        cases: From selector to number, bool or :class:`Decay`, in order.
+        cases: From selector to number, bool or ``Decay``, in order.
         missing_ok: Accept a glob or regular expression that matches nothing.
     """
     selectors, decays = [], []

@@ -28,6 +28,7 @@ from selective_optim.policies.selectors import (
 )
 from selective_optim.policies.user_code import UnknownError, class_text
 
+NO_POLICY = "no policy"
 MATRICES = (
     ', or use wd_policy="matrices", which decays whatever has two or more dimensions'
 )
@@ -56,7 +57,7 @@ def decide(
     decisions = []
     for info, place in zip(infos, places):
         try:
-            verdict = policy.decide(info) if policy else Verdict(FULL, "no policy")
+            verdict = policy.decide(info) if policy else Verdict(FULL, NO_POLICY)
         # Whatever a user's callable raises is told with the parameter's name.
         except Exception as error:
             raise _explained(error, policy, info.describe(place), info) from error

@@ -23,10 +23,10 @@ class Difference:
     Args:
         name: Canonical name.
         shape: Original shape.
-        a: What the first policy decides.
-        b: What the second policy decides.
-        reason_a: Why the first decides so.
-        reason_b: Why the second decides so.
+        a: Decision of the first policy.
+        b: Decision of the second policy.
+        reason_a: Reason of the first.
+        reason_b: Reason of the second.
     """
 
     name: str | None

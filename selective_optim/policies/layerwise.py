@@ -204,14 +204,14 @@ def layerwise(rate: float, layers: Layers = None) -> Policy:
     Args:
         rate: Factor from a layer to the one below, finite and >= 0.
         layers: Glob on the module names of the repeated blocks, such as
-            ``"blocks.*"``, or the name of their list, ``"blocks"``; a list of
-            globs for several stacks, such as two towers, each with its own depth.
-            By default the model's ``group_matcher`` is asked, or they are found.
+            ``"blocks.*"``, or the name of their list, ``"blocks"``. Pass a list of
+            globs for several stacks, such as two towers; each has its own depth. By
+            default the model's ``group_matcher`` tells the layers, or they are found.
 
     Raises:
         TypeError: ``layers`` is neither string nor strings, or ``rate`` no number.
-        ValueError: ``rate`` is out of range. Blocks that are not found are told of
-            when an optimizer asks.
+        ValueError: ``rate`` is out of range. If no blocks are found, the optimizer
+            raises when it is made.
 
     Example:
         >>> layerwise(0.75) * layerwise(0.5, layers="blocks.*")

@@ -24,7 +24,7 @@ Target = TypeVar("Target", nn.Module, Tensor)
 
 
 def exempt_(target: Target) -> Target:
-    """Mark a parameter, or every parameter of a module, as exempt for :func:`marked`.
+    """Mark a parameter, or every parameter of a module, as exempt for ``marked``.
 
     Sets ``_no_weight_decay = True``, the attribute that Mamba and others set, on
     the parameters. A module is marked, too, so that its mark outlives a wrapper
@@ -114,17 +114,20 @@ def _mark(module: nn.Module, name: str, lists: Lists) -> str | None:
 def marked(weight_decay: float | None = None) -> Policy:
     """Exempt what the model's author marked, and decay the rest.
 
-    A parameter is marked by a true attribute ``_no_weight_decay``, by standing in
-    the list that ``no_weight_decay()`` or ``no_weight_decay_patterns()`` of any
-    module above it returns (names or globs, as seen from that module), or by a name
-    that contains one of the module's ``no_weight_decay_keywords()``. Modules inside
-    DDP, FSDP and ``torch.compile`` wrappers are asked, too. A parameter's own
-    settings, ``_optim = {"weight_decay": 0}``, exempt it, too.
+    A parameter is marked if one of these holds:
+
+    - Its attribute ``_no_weight_decay`` is true.
+    - ``no_weight_decay()`` or ``no_weight_decay_patterns()`` of a module above it
+      returns its name, or a glob that matches it, as seen from that module.
+    - Its name contains one of such a module's ``no_weight_decay_keywords()``.
+    - Its attribute ``_optim`` is ``{"weight_decay": 0}``.
+
+    Modules inside DDP, FSDP and ``torch.compile`` wrappers are asked too.
 
     Args:
-        weight_decay: The optimizer's own, above 0. Settings with another decay than
-            0 scale it: ``_optim = {"weight_decay": 0.05}`` decays half as much
-            where it is 0.1. By default such a parameter is an error.
+        weight_decay: The optimizer's own, above 0. It is needed if an ``_optim`` states
+            another decay than 0: 0.05 there decays half as much if this is 0.1.
+            Without it such a parameter raises.
 
     Raises:
         TypeError: ``weight_decay`` is no number.

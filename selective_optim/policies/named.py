@@ -60,7 +60,7 @@ NAMED: dict[str, Policy] = {
     **RECIPES,
 }
 
-# For type checkers: a misspelt name is an error. A test holds it to ``NAMED``.
+# For editors, which offer the names. A test holds it to ``NAMED``.
 # fmt: off
 PolicyName: TypeAlias = Literal[
     "all", "none", "no_bias", "no_norm", "no_bias_norm", "no_bias_norm_embedding",
@@ -68,11 +68,13 @@ PolicyName: TypeAlias = Literal[
     "detectron2", "torchvision", "torchvision_swin", "ultralytics", "yolox", "rtdetr",
     "sam2", "swin", "convnext", "mae", "dinov2", "dinov3", "open_clip",
     "open_clip_2025", "nanogpt", "mingpt", "megatron", "gptneox", "rwkv", "olmo",
+    "smollm3", "qwen3_next", "kimi", "dion", "marin",
 ]
 # fmt: on
-# A text that is no name is for type checkers a case for :func:`parse`.
+# Any text: a policy may stand in a configuration, as an expression.
 WdPolicy: TypeAlias = (
     PolicyName
+    | str
     | Policy
     | Mapping[Any, float | Decay]
     | Callable[[ParameterInfo], float | Decay]
@@ -101,6 +103,9 @@ NORM_WORDS = frozenset(
 
 def named(name: str) -> Policy:
     """Look up a ready-made policy or a recipe.
+
+    Args:
+        name: Name of the policy, such as ``"no_bias_norm"`` or ``"timm"``.
 
     Raises:
         ValueError: No policy has that name; the message lists the known ones.
@@ -136,21 +141,20 @@ def closest(name: str, known: Iterable[str], told: str) -> str:
 
 
 def parse(text: str) -> Policy:
-    """Read a policy from text: a name, or what ``repr`` prints of a policy.
+    """Read a policy from text: a name, or an expression as ``repr`` prints it.
 
-    The text is an expression of :func:`exclude`, :func:`only`, :func:`scale`,
-    :func:`form`, :func:`towards`, :func:`layerwise`, :func:`marked`,
-    :func:`first_match` and :func:`named`, of names of policies, selectors, numbers and
-    ``*``. Selectors are globs in quotes, ``re.compile('...')``, the predicates, module
-    classes that are loaded (``nn.LayerNorm``, ``LlamaRMSNorm``), and these joined with
-    ``|``, ``&`` and ``~``. Nothing is evaluated or imported, so a text may come from
-    anywhere.
+    An expression has the functions ``exclude``, ``only``, ``scale``, ``form``,
+    ``towards``, ``layerwise``, ``marked``, ``first_match`` and ``named``, names of
+    policies, selectors, numbers and ``*``. A selector is a glob in quotes,
+    ``re.compile('...')``, a predicate, or a loaded module class such as
+    ``nn.LayerNorm``. Selectors join with ``|``, ``&`` and ``~``. Nothing is evaluated
+    or imported, so a text may come from anywhere.
 
     Args:
         text: As in a configuration file or on a command line; lines may break.
 
     Returns:
-        The policy. ``parse(repr(policy)) == policy``, but for policies that hold
+        The policy. ``parse(repr(policy)) == policy``, unless the policy holds
         callables, modules or parameters, which no text names.
 
     Raises:
@@ -188,6 +192,9 @@ def is_expression(text: str) -> bool:
 
 def as_policy(value: object) -> Policy:
     """Make a policy of a name, a text, a mapping, a callable or a policy object.
+
+    Args:
+        value: As ``wd_policy`` of an optimizer.
 
     Raises:
         TypeError: ``value`` is none of these.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import Decay, Form, Terms
+from selective_optim.decay import Decay, DecayKey, Form
 from selective_optim.step.grad_scaler import Scaling
 from selective_optim.step.kernel import Kernel
 from selective_optim.step.setting import (
@@ -21,9 +21,10 @@ from selective_optim.step.setting import (
     Setting,
     State,
     lr_on_device,
+    share,
 )
 
-# What torch's functional is told and its fused kernel is not.
+# What a group says and torch's fused kernel is not told.
 CHOICES = ("capturable", "differentiable", "foreach", "fused", "decoupled_weight_decay")
 
 
@@ -33,18 +34,18 @@ class AdamKernel(Kernel):
     counts = True
     required = ("lr", "betas", "eps", "weight_decay", "params")
     flags = ("amsgrad", "maximize")
-    traced_lists = (
-        *("params", "grads", "exp_avg", "exp_avg_sq"),
-        *("max_exp_avg_sq", "step"),
-    )
-
     own_forms = ("l2", "decoupled")
 
     def default_form(self, group: Group) -> Form:
         return "decoupled" if group["decoupled_weight_decay"] else "l2"
 
-    def setting(self, group: Group, terms: Terms, first: bool = False) -> Setting:
-        form, wd, ahead, fleeting = self.share(group, terms)
+    def setting(
+        self, group: Group, decay_key: DecayKey, reading: bool = True
+    ) -> Setting:
+        default = self.default_form(group)
+        wd, form, decay_pass, fleeting = share(
+            group, decay_key, default, self.own_forms, reading
+        )
         beta1, beta2 = group["betas"]
         return Setting(
             {
@@ -61,9 +62,13 @@ class AdamKernel(Kernel):
                 "foreach": group["foreach"],
                 "fused": group["fused"],
             },
-            ahead,
+            decay_pass,
             fleeting,
         )
+
+    def shown(self, setting: Setting) -> Group:
+        form = setting.arguments["decoupled_weight_decay"]
+        return {**super().shown(setting), "decoupled_weight_decay": form}
 
     def entries(self, group: Group) -> tuple[str, ...]:
         moments = ("exp_avg", "exp_avg_sq")
@@ -74,7 +79,7 @@ class AdamKernel(Kernel):
         return (*[group[name] for name in names], self.takes_numbers(group))
 
     def trusted(self, param: Tensor) -> bool:
-        return _torch.fused_adam_ is not None and _torch.fused_adamw_ is not None
+        return True
 
     def takes_beside(self, param: Tensor, moment: Tensor) -> bool:
         if moment.dtype == param.dtype:
@@ -87,25 +92,15 @@ class AdamKernel(Kernel):
         return bool(own)
 
     def begin(
-        self, own: State, param: Tensor, group: Group, fused: bool, step: Tensor | None
+        self, own: State, param: Tensor, group: Group, step: Tensor | None
     ) -> None:
-        if step is None:
-            step = self._counter(param, group, fused or bool(group["fused"]))
+        if step is None:  # filled on the device: nothing is copied there
+            step = torch.zeros((), dtype=torch.float32, device=param.device)
         moments = {
             entry: torch.zeros_like(param, memory_format=torch.preserve_format)
             for entry in self.entries(group)
         }
         own.update(step=step, **moments)  # at once: an interrupt leaves all or nothing
-
-    def _counter(self, param: Tensor, group: Group, fused: bool) -> Tensor:
-        """Make a counter as torch does, where it will be read."""
-        double = torch.get_default_dtype() == torch.float64 and not fused
-        dtype = torch.float64 if double else torch.float32
-        if fused or group["capturable"]:
-            # Filled on the device: nothing is copied there, also during a capture.
-            return torch.zeros((), dtype=dtype, device=param.device)
-        # A fake tensor remembers the value of `tensor` alone, which a for-loop reads.
-        return torch.tensor(0.0, dtype=dtype, device="cpu")
 
     def fused_call(self, setting: Setting, batch: Batch, scaling: Scaling) -> Call:
         own = {k: v for k, v in setting.arguments.items() if k not in CHOICES}
@@ -122,26 +117,13 @@ class AdamKernel(Kernel):
     ) -> Tensor:
         """Return the new first moment: the update has its sign, with any ``eps``."""
         beta1, first = setting.arguments["beta1"], moments[0]
-        assert first is not None  # begun with the counter
         grad = -grad if setting.arguments["maximize"] else grad
+        if first is None:  # begins as zeros, in this step
+            first = torch.zeros_like(grad)
         if isinstance(beta1, Tensor) or first.dtype != grad.dtype:
             moment: Tensor = beta1 * first + (1 - beta1) * grad
             return moment
         return torch.lerp(first, grad, 1 - beta1)  # as torch's own is computed
-
-    def columns(self, setting: Setting, owns: Sequence[State]) -> list[list[Any]]:
-        amsgrad = setting.arguments["amsgrad"]
-        absent = () if amsgrad else ("max_exp_avg_sq",)
-        names = self.traced_lists[2:]
-        return [[] if n in absent else [own[n] for own in owns] for n in names]
-
-    def flag(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-        return any(map(torch.is_complex, params))
-
-    def call_functional(
-        self, lists: list[list[Any]], flag: bool, arguments: dict[str, Any]
-    ) -> None:
-        _torch.adam(*lists, has_complex=flag, **arguments)
 
     def hyperparameters(self, group: Group) -> Iterable[tuple[str, Any]]:
         return [

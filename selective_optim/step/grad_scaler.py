@@ -10,7 +10,7 @@ is yet to be made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,24 +81,6 @@ def unless_dropped(found_inf: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(found_inf.bool(), old, new)
 
 
-def step_unless(
-    found_inf: Tensor, step: Callable[[], object], touched: Sequence[Tensor] | None
-) -> None:
-    """Step, and undo it where infinity was found, without asking a device.
-
-    Args:
-        found_inf: 1 where the step is dropped.
-        step: Steps by torch's functional.
-        touched: All that it writes to; ``None`` where it makes some of that.
-    """
-    # On the CPU nothing is waited for. A buffer that torch's functional would make must
-    # not be made.
-    if found_inf.is_cpu or touched is None:
-        if not found_inf.item():
-            step()
-        return
-    shards = list(map(_torch.shard_of, touched))
-    before = [shard.clone() for shard in shards]
-    step()
-    for shard, old in zip(shards, before, strict=True):
-        shard.copy_(unless_dropped(found_inf.to(shard.device), shard, old))
+def drops(found_inf: Tensor, wait: bool) -> bool:
+    """Tell whether a step is dropped, where that waits for no device or has to."""
+    return bool((found_inf.is_cpu or wait) and found_inf.item())

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import Decay, Form, Terms, is_zero
+from selective_optim.decay import Decay, DecayKey, Form, is_zero
 from selective_optim.step.grad_scaler import Scaling
 from selective_optim.step.kernel import Kernel
 from selective_optim.step.setting import (
@@ -20,6 +19,7 @@ from selective_optim.step.setting import (
     Setting,
     State,
     lr_on_device,
+    share,
 )
 
 
@@ -38,7 +38,6 @@ class SGDKernel(Kernel):
     )
 
     flags = ("nesterov", "maximize")
-    traced_lists = ("params", "grads", "momentum_buffer")
 
     def __init__(self, decoupled: bool = False) -> None:
         self._decoupled = decoupled
@@ -49,21 +48,25 @@ class SGDKernel(Kernel):
         decoupled = group.get("decoupled_weight_decay", self._decoupled)
         return "decoupled" if decoupled else "l2"
 
-    def setting(self, group: Group, terms: Terms, first: bool = False) -> Setting:
-        _, wd, ahead, fleeting = self.share(group, terms)
+    def setting(
+        self, group: Group, decay_key: DecayKey, reading: bool = True
+    ) -> Setting:
+        default = self.default_form(group)
+        wd, _, decay_pass, fleeting = share(
+            group, decay_key, default, self.own_forms, reading
+        )
         return Setting(
             {
                 "lr": group["lr"],
                 "momentum": group["momentum"],
-                # See `begin`: a buffer begins as the gradient, undampened.
-                "dampening": 0.0 if first else group["dampening"],
+                "dampening": group["dampening"],
                 "weight_decay": wd,
                 "nesterov": group["nesterov"],
                 "maximize": group["maximize"],
                 "foreach": group["foreach"],
                 "fused": group["fused"],
             },
-            ahead,
+            decay_pass,
             fleeting,
         )
 
@@ -77,40 +80,12 @@ class SGDKernel(Kernel):
 
     def trusted(self, param: Tensor) -> bool:
         half = param.dtype in _torch.HALF and param.is_cpu
-        right = _torch.HALF_SGD_ON_CPU or not half
-        return right and _torch.fused_sgd_ is not None
+        return _torch.HALF_SGD_ON_CPU or not half
 
     def has_state(self, own: State | None, group: Group) -> bool:
         if not group["momentum"]:
             return True
         return (own or {}).get("momentum_buffer") is not None
-
-    def begin(
-        self, own: State, param: Tensor, group: Group, fused: bool, step: Tensor | None
-    ) -> None:
-        """Make a buffer from which the fused kernel computes what torch's begins with.
-
-        torch copies the first gradient. ``momentum * -0.0 + grad`` is that gradient
-        to the bit, zeros and their signs included, and stays so through any number
-        of steps that a scaler drops, of which the host then need not know.
-        """
-        if fused:
-            own["momentum_buffer"] = torch.full_like(
-                param, -0.0, memory_format=torch.preserve_format
-            )
-
-    def unbegin(self, own: State, group: Group) -> None:
-        """Take back a buffer that holds no gradient where dampening would tell.
-
-        It is as `begin` made it. Asking waits for the device, which it does when
-        dampening is switched on, and never again.
-        """
-        buffer = own.get("momentum_buffer")
-        if buffer is None or not group["dampening"]:
-            return
-        buffer = _torch.shard_of(buffer)
-        if buffer.numel() and not buffer.any() and torch.signbit(buffer).all():
-            del own["momentum_buffer"]
 
     def fused_call(self, setting: Setting, batch: Batch, scaling: Scaling) -> Call:
         own = dict(setting.arguments)
@@ -134,23 +109,6 @@ class SGDKernel(Kernel):
             damped = (1 - own["dampening"]) * grad
             buffer = own["momentum"] * moments[0] + damped
         return grad + own["momentum"] * buffer if own["nesterov"] else buffer
-
-    def columns(self, setting: Setting, owns: Sequence[State]) -> list[list[Any]]:
-        return [[own.get("momentum_buffer") for own in owns]]
-
-    def flag(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-        return any(grad.is_sparse for grad in grads)
-
-    def call_functional(
-        self, lists: list[list[Any]], flag: bool, arguments: dict[str, Any]
-    ) -> None:
-        _torch.sgd(*lists, has_sparse_grad=flag, **arguments)
-
-    def keep(self, owns: Iterable[State], lists: list[list[Any]]) -> None:
-        # Buffers first: where torch lists none, no state is asked for, nor made.
-        for buffer, own in zip(lists[2], owns):
-            if buffer is not None:  # without momentum none is made
-                own["momentum_buffer"] = buffer
 
     def hyperparameters(self, group: Group) -> Iterable[tuple[str, Any]]:
         names = ("lr", "momentum", "dampening", "weight_decay")

@@ -24,14 +24,15 @@ from tests.soak.config import (
     settings_of,
     settled,
 )
-from tests.soak.events import EVENTS
+from tests.soak.events import ATTACKS, EVENTS
 
 NAMES = ["SGD", "Adam", "AdamW"]
 
 
-def draw(seed: str) -> Config:
+def draw(seed: str, attacks: bool = False) -> Config:
     """Draw the configuration of this seed; the same seed gives the same one."""
     rng = random.Random(seed)
+    events = [*EVENTS, *ATTACKS] if attacks else [*EVENTS]
     name = rng.choice(NAMES)
     kinds = [rng.choice([*KINDS]) for _ in range(rng.choice((1, 1, 2, 3)))]
     if rng.random() < 0.7:
@@ -55,7 +56,7 @@ def draw(seed: str) -> Config:
                 )
                 for kind in kinds
             ),
-            tuple(_round(rng, count) for _ in range(rounds)),
+            tuple(_round(rng, count, events) for _ in range(rounds)),
             rng.choice(POLICIES),
             rng.choice(SOURCES),
             rng.randrange(2**31),
@@ -84,9 +85,9 @@ def _param(rng: random.Random, groups: int, dtypes: list[str], plain: bool) -> P
     )
 
 
-def _round(rng: random.Random, params: int) -> Round:
+def _round(rng: random.Random, params: int, events_of: list[str]) -> Round:
     events = [
-        Event(rng.choice([*EVENTS]), rng.randrange(8), rng.random())
+        Event(rng.choice(events_of), rng.randrange(8), rng.random())
         for _ in range(rng.choice((0, 0, 0, 1, 1, 2)))
     ]
     absent = [i for i in range(params) if rng.random() < 0.3]

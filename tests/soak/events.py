@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from tests.soak.config import settings_of
-from tests.soak.ours import group_dict
-from tests.soak.tensors import laid_out
+from tests.soak.ours import group_dict, policy_of
+from tests.soak.tensors import Mismatch, laid_out
 from tests.soak.world import World
 
 Change = Callable[[World, int, float], None]
@@ -219,6 +219,106 @@ def groups_are_cleared_and_added_again(world: World, which: int, value: float) -
         world.ours.add_param_group(group)
 
 
+# Attacks, which are drawn where that is asked for.
+
+
+class Broken(Exception):
+    """Raised by a closure, on purpose."""
+
+
+def _spoiled(world: World, spoil: Callable[[], None]) -> None:
+    """Step with a closure that takes gradients away and spoils, and take it back.
+
+    Without gradients nothing moves, whether it is told in that step or in the next.
+    """
+    before = [{**g, "params": list(g["params"])} for g in world.ours.param_groups]
+
+    def closure() -> None:
+        for param in world.actual:
+            param.grad = None
+        spoil()
+
+    try:
+        world.ours.step(closure)
+        world.ours.step()
+    except (ValueError, Broken, KeyboardInterrupt):
+        pass
+    else:
+        raise Mismatch(f"a step that was spoiled by {spoil.__name__} was not told")
+    if len(world.ours.param_groups) != len(before):
+        raise Mismatch(f"{len(world.ours.param_groups)} groups, not {len(before)}")
+    for group, own in zip(world.ours.param_groups, before):
+        for key in group.keys() - own.keys():
+            del group[key]
+        group["params"] = own["params"]
+        if group["weight_decay"] != own["weight_decay"]:
+            raise Mismatch(f"decay {group['weight_decay']}, not {own['weight_decay']}")
+
+
+def closure_raises(world: World, which: int, value: float) -> None:
+    def fail() -> None:
+        raise (Broken, KeyboardInterrupt)[which % 2]
+
+    _spoiled(world, fail)
+
+
+def closure_writes_a_policy(world: World, which: int, value: float) -> None:
+    group = world.ours.param_groups[_group(world, which)]
+
+    def write() -> None:
+        group["wd_policy"] = "no_such_policy"
+
+    _spoiled(world, write)
+
+
+def closure_appends_a_stranger(world: World, which: int, value: float) -> None:
+    """Which a policy by names cannot decide."""
+    group = world.ours.param_groups[_group(world, which)]
+
+    def append() -> None:
+        group["params"] = [*group["params"], nn.Parameter(torch.ones(2))]
+
+    _spoiled(world, append)
+
+
+def parameter_is_swapped(world: World, which: int, value: float) -> None:
+    """Another tensor comes behind one that stays the parameter that it is."""
+    i = world.order[which % len(world.order)]
+    for params in (world.actual, world.expected):
+        old = params[i]
+        new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
+        other = nn.Parameter(new.copy_(old.detach()), old.requires_grad)
+        torch.utils.swap_tensors(old, other)
+
+
+def unpickled_is_swapped(world: World, which: int, value: float) -> None:
+    unpickled_takes_over(world, which, value)
+    parameter_is_swapped(world, which, value)
+
+
+def moments_become_zero(world: World, which: int, value: float) -> None:
+    """Of either sign, which is no sign that they have not begun."""
+    for own in _states(world, which):
+        for name, entry in own.items():
+            if name != "step" and entry is not None and not entry.is_sparse:
+                entry.fill_(0.0 if value < 0.5 else -0.0)
+
+
+def policy_is_assigned_again(world: World, which: int, value: float) -> None:
+    """Where names are known; a group's own policy is not the optimizer's."""
+    if world.config.policy != "by group" and world.named:
+        world.ours.wd_policy = "all"
+        world.ours.wd_policy = policy_of(world.config)
+
+
+def step_is_taken_by_another_thread(world: World, which: int, value: float) -> None:
+    world.elsewhere = True
+
+
+def step_is_watched_by_another_thread(world: World, which: int, value: float) -> None:
+    world.watched = True
+
+
 def joins(world: World, number: int) -> None:
     """Add the groups that come in this round."""
     for group, spec in enumerate(world.config.groups):
@@ -254,5 +354,19 @@ EVENTS: dict[str, Change] = {
         values_are_edited,
         parameter_is_frozen,
         groups_are_cleared_and_added_again,
+    )
+}
+ATTACKS: dict[str, Change] = {
+    change.__name__: change
+    for change in (
+        closure_raises,
+        closure_writes_a_policy,
+        closure_appends_a_stranger,
+        parameter_is_swapped,
+        unpickled_is_swapped,
+        moments_become_zero,
+        policy_is_assigned_again,
+        step_is_taken_by_another_thread,
+        step_is_watched_by_another_thread,
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from tests.soak.config import Config, Round
 from tests.soak.ours import build
 from tests.soak.tensors import Mismatch, make_param, require_same
 from tests.soak.twin import Twin
+from tests.support.others import in_another_thread, looking
 
 # A power of two: scaling and unscaling by it loses nothing.
 SCALE = 1024.0
@@ -37,6 +39,8 @@ class World:
         self.scaler: Any = None
         self.generator = generator
         self.steps = 0
+        # For the next step: whether another thread takes it, and whether one looks on.
+        self.elsewhere = self.watched = False
 
     @property
     def order(self) -> list[int]:
@@ -62,7 +66,10 @@ class World:
         self._set(self.expected, grads, plan.in_place)
         if infinite:
             self._spoil(grads)
-        self._step_ours(way, grads, plan.in_place)
+        step = partial(self._step_ours, way, grads, plan.in_place)
+        with looking(self.ours, self.watched):
+            in_another_thread(step) if self.elsewhere else step()
+        self.elsewhere = self.watched = False
         formulas = [None] * len(self.expected)
         company = {i: self._company(i) for i in self.order}
         for i in self.order if not infinite else ():

@@ -12,7 +12,6 @@ from benchmarks.step.goals import Verdict, of_memory
 from benchmarks.step.gpu.run import (
     CASES,
     FUSED_GRAPH,
-    ONE_LAUNCH,
     OURS_GRAPH,
     has_graphs,
 )
@@ -43,10 +42,6 @@ GOALS = (
     Goal("tiny_layers", HOST, 0.3, BOTH, EAGER),
     Goal("tiny_groups", HOST, 0.05, BOTH, EAGER),
     Goal("tiny_groups", DEVICE, 0.1, BOTH, GRAPHS),
-    # The kernel of rates per tensor is kept if it pays at 26 rates.
-    Goal("tiny_layers", DEVICE, 0.5, COUNTING, (ONE_LAUNCH, OURS)),
-    Goal("tiny_layers", HOST, 0.8, COUNTING, (ONE_LAUNCH, OURS)),
-    Goal("vit_l_layers", DEVICE, 1.0, COUNTING, (ONE_LAUNCH, OURS)),
     # Half the launches, of kernels that are tiny: torch counts by group.
     Goal("tiny_layers", DEVICE, 0.75, COUNTING, EAGER),
     Goal("tiny_groups_lr", DEVICE, 0.75, COUNTING, GRAPHS),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,13 +23,9 @@ from benchmarks.step.measure import clock_for, spread, warm_up
 from benchmarks.step.once import first_steps
 from benchmarks.step.results import Effort, step_bytes, workloads
 from benchmarks.step.workload import Workload
-from selective_optim.step import triton_adamw
-from selective_optim.step.triton_adamw import SWITCH, switched_on
 
 FUSED_GRAPH, OURS_GRAPH = f"{FUSED}, graph", f"{OURS}, graph"
-ONE_LAUNCH = f"{OURS}, Triton"
 SCHEDULED = f"{OURS}, schedule"
-ONE_LAUNCH_SCHEDULED = f"{ONE_LAUNCH}, schedule"
 # What is measured on a GPU where nobody chooses.
 CASES = (
     *("tiny", "tiny_scaled", "tiny_layers", "tiny_layers_tensors"),
@@ -52,7 +45,7 @@ def run_case(
 ) -> dict[str, Any]:
     """Measure one case with one optimizer, for about ``limit`` seconds.
 
-    ``careful`` leaves out what a process may have ended of: graphs, and Triton.
+    ``careful`` leaves out what a process may have ended of: graphs.
     """
     began = time.monotonic()
     gpu, clock = device_for(device), clock_for(device)
@@ -106,8 +99,7 @@ def _able(
     """Make the arms and step them until they are warm; tell which cannot, and why."""
     case, clock = load.case, clock_for(load.params[0].device)
     arms = make_arms(load, plain, optimizer, compiled)
-    arms += [] if careful else _one_launch(load, optimizer)
-    arms += _scheduled(load, optimizer, arms)
+    arms += _scheduled(load, optimizer)
     able, errors = warm_up([arm for arm in arms if _makes_sense(arm, case)], clock)
     graphs = has_graphs(case) and not careful
     for name, build in _GRAPHS.items() if graphs else ():
@@ -151,37 +143,11 @@ def _replaying(name: str, optimizer: Any, load: Workload, gpu: Device) -> Arm:
     return Arm(name, gpu.captured(optimizer.step), lambda: None)
 
 
-def _one_launch(load: Workload, optimizer: str) -> list[Arm]:
-    """Make the arm of the kernel that reads rates per tensor, where it has any."""
-    # Elsewhere it would be measured under its name, and torch's kernel would run.
-    taken = load.case.own_lr and not load.case.tensor_lr and optimizer == "adamw"
-    taken = taken and load.params[0].device.type in triton_adamw.DEVICES
-    with asked_for():
-        if not taken or not switched_on():
-            return []
-    return [Arm(ONE_LAUNCH, _asking(build_ours(load, optimizer).step), load.refresh)]
-
-
-def _asking(step: Callable[[], object]) -> Callable[[], None]:
-    def asking() -> None:
-        with asked_for():
-            step()
-
-    return asking
-
-
-def _scheduled(load: Workload, optimizer: str, arms: list[Arm]) -> list[Arm]:
-    """Make arms whose rates are others at every step, beside those where they stay.
-
-    Then numbers are read anew, and the tables of the one launch are made anew.
-    """
+def _scheduled(load: Workload, optimizer: str) -> list[Arm]:
+    """Make an arm whose rates change at every step, so that numbers are read anew."""
     if not load.case.own_lr or load.case.tensor_lr or len(load.groups) > LAYERS:
         return []
-    made = [_changing(SCHEDULED, load, build_ours(load, optimizer))]
-    if ONE_LAUNCH in {arm.name for arm in arms}:
-        other = _changing(ONE_LAUNCH_SCHEDULED, load, build_ours(load, optimizer))
-        made.append(other._replace(step=_asking(other.step)))
-    return made
+    return [_changing(SCHEDULED, load, build_ours(load, optimizer))]
 
 
 def _changing(name: str, load: Workload, optimizer: Any) -> Arm:
@@ -191,16 +157,6 @@ def _changing(name: str, load: Workload, optimizer: Any) -> Arm:
             group["lr"] *= 0.999999
 
     return Arm(name, optimizer.step, prepare)
-
-
-@contextmanager
-def asked_for() -> Iterator[None]:
-    """Set the switch for a while; a step reads it where it puts its calls together."""
-    os.environ[SWITCH] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[SWITCH]
 
 
 def _extra(gpu: Device, arm: Arm) -> int:

@@ -1,0 +1,230 @@
+"""The decay report of any optimizer: wrapped, one of several, saved, or measured."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from selective_optim._arguments import held_optimizers, is_optimizer, require_decay
+from selective_optim._text import received
+from selective_optim.decay import FORMS, Decay, Decision
+from selective_optim.decisions.state_dict import RECORD
+from selective_optim.parameters import ModelIndex
+from selective_optim.report import (
+    NOTE,
+    DecayReport,
+    Row,
+    clause,
+    form_of_class,
+    left_out,
+    make_report,
+    remark_of,
+    split_wrongly,
+)
+
+RATE = 1e-2  # of the step that is measured
+
+
+class Groups(NamedTuple):
+    """Groups without an optimizer, and what a state dict says was decided."""
+
+    param_groups: Sequence[Any]
+    decided: Sequence[Any] | None = None
+
+
+def decay_report(
+    optimizer: Any,
+    model: nn.Module | Sequence[nn.Module] | None = None,
+    *,
+    measure: bool = False,
+) -> DecayReport:
+    """Tell what really decays in a training, whatever the optimizer.
+
+    The reason of a row is what the parameter is: ``norm``, ``bias``, ``embedding``,
+    ``vector`` (fewer than two dimensions) or ``weight``. The last line tells what
+    looks wrong, and which parameters of the model train and are in no group.
+
+    Args:
+        optimizer: One whose groups have a ``"weight_decay"``: of torch, of another
+            library, or of this one, which then tells its own reasons. Or a list of
+            several, a wrapper that holds one, groups, or a state dict.
+        model: The module, or modules, that the parameters live in. Without it, names
+            are those of ``named_parameters()`` if the optimizer was given any.
+        measure: Step a copy of the optimizer, with and without the decay, over
+            parameters filled with ones, and tell what was applied. It needs memory
+            for float32 copies of all parameters and their states.
+
+    Returns:
+        The report, as that of ``optimizer.decay_report()``. Groups of several
+        optimizers are numbered through.
+
+    Raises:
+        TypeError: ``optimizer`` has no groups.
+        ValueError: A group of it has no weight decay.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+        >>> decayed, *exempt = model.parameters()  # is this split right for the model?
+        >>> decayed = [decayed, exempt.pop(1)]
+        >>> groups = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
+        >>> optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
+        >>> print(decay_report(optimizer, model))
+        group  reason    lr  decay  form         timescale  tensors  elements
+            0  weight  0.01    0.1  decoupled  1,000 steps        1         6
+            0  norm    0.01    0.1  decoupled  1,000 steps        1         2
+            1  bias    0.01      0  exempt                        1         2
+            1  norm    0.01      0  exempt                        1         2
+        decayed: 2 tensors, 8 elements; exempt: 2 tensors, 4 elements
+        looks wrong: 1 norm decays ('1.weight')
+    """
+    index = ModelIndex(model)
+    found = list(_optimizers_in(optimizer, index))
+    alone = len(found) == 1
+    rows, told, first = list[Row](), list[str](), 0
+    for each in found:
+        groups = list(each.param_groups)
+        if hasattr(each, "decay_report"):
+            report = each.decay_report()
+        else:
+            require_decay(each, "report")
+            form_of = partial(form_of_class, each)
+            report = make_report(groups, getattr(each, "decided", None), form_of, index)
+        own, note = _measured(each, report.rows) if measure else (report.rows, "")
+        route = "" if alone else type(each).__name__
+        rows += [replace(r, group=first + r.group, route=r.route or route) for r in own]
+        # One of this library knows its modules, if not by `model`.
+        told += [report.remark if alone and model is None else "", note]
+        if not (is_optimizer(each) or isinstance(each, Groups)):
+            told.append(f"{NOTE}read from the groups of {type(each).__name__} alone")
+        first += len(groups)
+    if not alone or model is not None:
+        groups = [group for each in found for group in each.param_groups]
+        told += [split_wrongly(rows), left_out(index, groups)]
+    return DecayReport(tuple(rows), remark_of(*told, _other_than_promised(rows)))
+
+
+def _optimizers_in(
+    given: Any, index: ModelIndex, above: tuple[Any, ...] = ()
+) -> Iterator[Any]:
+    """Find the optimizers in a list, a wrapper or a state dict."""
+    if isinstance(given, Mapping):
+        given = _saved(given, index) if "param_groups" in given else [*given.values()]
+    own = is_optimizer(given) and hasattr(given, "decay_report")
+    listed = isinstance(given, list)
+    if listed and all(isinstance(each, Mapping) and "params" in each for each in given):
+        yield Groups(given)
+    elif own or isinstance(given, Groups):
+        yield given
+    # One that is held may hold its wrapper.
+    elif several := [
+        each
+        for each in (given if listed else held_optimizers(given))
+        if all(each is not other for other in above)
+    ]:
+        for each in several:
+            yield from _optimizers_in(each, index, (*above, given))
+    elif hasattr(given, "param_groups"):
+        yield given
+    else:
+        raise TypeError(
+            f"`optimizer` must have param_groups, and {received(given)} has none. "
+            f"Pass the optimizer first, then the model: decay_report(optimizer, model)."
+        )
+
+
+def _saved(state_dict: Mapping[str, Any], index: ModelIndex) -> Groups:
+    """Stand in for the optimizer of a state dict, with tensors that have no values."""
+    known = {info.telling_name: info.parameter for info in index.everyone()}
+    groups, decided = [], []
+    records = state_dict.get(RECORD) or repeat(repeat(None))
+    for group, record in zip(state_dict["param_groups"], records):
+        names = group.get("param_names") or [None] * len(group["params"])
+        entries = [state_dict.get("state", {}).get(key, {}) for key in group["params"]]
+        params = [known.get(n, _shaped_as(e)) for n, e in zip(names, entries)]
+        groups.append({**group, "params": params, "param_names": names})
+        decided.append([*map(_recorded, record, names)])
+    return Groups(groups, decided)
+
+
+def _shaped_as(entries: Mapping[str, Any]) -> Tensor:
+    shapes = [value.shape for value in entries.values() if isinstance(value, Tensor)]
+    shape = max(shapes, key=len, default=(0,))
+    return torch.empty(shape, device="meta", requires_grad=True)
+
+
+def _recorded(entry: Sequence[Any] | None, name: str | None) -> Decision | None:
+    if entry is None:
+        return None
+    begin = entry[2] if len(entry) > 2 else {}
+    decay = Decay(entry[0], entry[1], begin.get("target"))
+    shape, lr0 = torch.Size((0,)), begin.get("lr0")
+    return Decision(decay, "recorded", name, shape, (), lr0=lr0)
+
+
+def _measured(optimizer: Any, rows: Sequence[Row]) -> tuple[Sequence[Row], str]:
+    """Step copies with no, half and the whole decay, and tell what that changes."""
+    try:
+        steps = [_stepped(optimizer, share) for share in (0.0, 0.5, 1.0)]
+    except Exception as error:  # whatever a class raises that is stepped like this
+        return rows, f"{NOTE}not measured, {type(error).__name__}: {error}"
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    ends = zip(*steps)
+    return [_with_effect(r, decays[r.group], *own) for r, own in zip(rows, ends)], ""
+
+
+def _stepped(optimizer: Any, share: float) -> Sequence[Tensor]:
+    """Step a copy once, over ones and zero gradients, with a share of a decay of 1."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    ones = [nn.Parameter(torch.ones_like(p, dtype=torch.float32)) for p in params]
+    memo: dict[int, Any] = {id(p): one for p, one in zip(params, ones)}
+    twin = copy.deepcopy(optimizer, memo)
+    if not hasattr(twin, "decay_report"):
+        # torch copies what all optimizers have, and nothing that a class adds.
+        for name in vars(optimizer).keys() - vars(twin).keys():
+            vars(twin)[name] = copy.deepcopy(vars(optimizer)[name], memo)
+    twin.state.clear()
+    for group in twin.param_groups:
+        group.update(lr=RATE, weight_decay=share if group["weight_decay"] else 0.0)
+    for param, one in zip(params, ones):
+        if param.requires_grad or param.grad is not None:
+            one.grad = torch.zeros_like(one)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing decays is meant here
+        type(twin).step(twin)  # one that was patched is the original's
+    return ones
+
+
+def _with_effect(row: Row, decay: float | Tensor, *steps: Tensor) -> Row:
+    # Ones do not decay towards ones, nor towards where they began.
+    if row.fate == "frozen" or row.target is not None or not row.numel:
+        return row
+    none, half, full = (step.detach().reshape(-1)[0].item() for step in steps)
+    # Half the decay does not do half as much in L2 of an adaptive class: then the size
+    # of the update tells nothing.
+    direct = math.isclose(none - full, 2 * (none - half), rel_tol=0.01)
+    unit = FORMS[row.form].strength(1.0, RATE, row.lr0) if row.form and row.lr0 else 1.0
+    value = float(f"{(none - full) / RATE / unit * float(decay):.4g}")
+    return replace(row, applied=none != full, measured=value if direct else None)
+
+
+def _other_than_promised(rows: Sequence[Row]) -> str:
+    """Tell of decay that was measured and is not what the groups say."""
+    known = [row for row in rows if row.fate == "decayed" and row.applied is not None]
+    never = [row for row in known if not row.applied]
+    # The first step of momentum may add to L2, which is no other decay.
+    direct = [row for row in known if row.measured and row.form != "l2"]
+    other = [r for r in direct if abs((r.measured or 0) / r.weight_decay - 1) > 0.02]
+    return remark_of(
+        clause(never, "parameter", "is decayed by no step", "are decayed by no step"),
+        clause(other, "parameter", "decays at another rate", "decay at another rate"),
+    )

@@ -1,0 +1,361 @@
+"""What a state dict must hold to be loaded, and what it records of decisions.
+
+Under ``"decay"`` stands, group by group, a multiplier and a form per parameter. A
+state dict is refused whole if it does not fit, and compared by this record if it does.
+
+The one that fits least is the one people come with: torch's, whose groups were split
+by hand into decayed and exempt. It is recognized by its layout, and answered with the
+call of ``checkpoint`` that converts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selective_optim._canonical_names import canonical_name
+from selective_optim._text import shape_text
+from selective_optim.decay import Decision, Form
+from selective_optim.step.kernel import Kernel
+
+# Keys of a state dict: for what was decided, and for what split groups keep apart.
+RECORD, PARTS, POLICIES = "decay", "parts", "decay_policies"
+Decided = Sequence[Sequence[Decision]]
+Record = list[list[list[Any]]]
+SAME_MODEL = "Load a state dict of the same class, made for the same model."
+
+
+def require_dict(state_dict: object) -> None:
+    """Check that this is a dict at all.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"`state_dict` must be a dict, not {type(state_dict).__name__}. "
+            f"Pass what optimizer.state_dict() returned."
+        )
+
+
+def require_groups_like(
+    param_groups: Sequence[dict[str, Any]], decided: Decided, state_dict: Any
+) -> None:
+    """Check that a state dict has the groups of an optimizer, and their order.
+
+    Raises:
+        ValueError: It has other groups, or its names stand in another order.
+    """
+    require_whole(state_dict)
+    saved = state_dict["param_groups"]
+    sizes = [len(group["params"]) for group in saved]
+    wanted = [len(group["params"]) for group in param_groups]
+    if sizes != wanted:
+        raise ValueError(
+            f"the loaded state dict has groups of {sizes} parameters, and this "
+            f"optimizer of {wanted}. If they were split by hand, type selective_optim."
+            f"checkpoint.merge_groups(state_dict, order=[n for n, _ in "
+            f"model.named_parameters()])."
+        )
+    _require_keys(saved, ["weight_decay"], param_groups)
+    _require_order(saved, param_groups, decided)
+
+
+def require_loadable(
+    kernel: Kernel,
+    param_groups: Sequence[dict[str, Any]],
+    decided: Decided,
+    state_dict: Any,
+) -> None:
+    """Check that a state dict is whole and fits, before anything is changed.
+
+    How many groups and parameters it has is left to torch, which says it well, but
+    where groups were split by hand.
+
+    Raises:
+        ValueError: A hyperparameter or state entry is missing, or belongs to
+            another class or to a parameter of another shape; or its groups were
+            split by hand, and are not here.
+    """
+    require_whole(state_dict)
+    groups = state_dict["param_groups"]
+    _require_laid_out(groups)
+    _require_keys(groups, kernel.required, param_groups)
+    _require_layout(groups, param_groups)
+    saved = list(chain.from_iterable(group["params"] for group in groups))
+    params = list(chain.from_iterable(group["params"] for group in param_groups))
+    if len(saved) != len(params):
+        return
+    _require_order(groups, param_groups, decided)
+    own = [state_dict["state"].get(key) or {} for key in saved]
+    names = chain.from_iterable(
+        [kernel.loaded_entries(group)] * len(group["params"]) for group in groups
+    )
+    for number, misfit in enumerate(map(_misfit, repeat(kernel), names, own, params)):
+        if misfit is not None:
+            way_out = _way_out(groups, param_groups, own, params)
+            raise ValueError(misfit.format(label=_label(decided, number), out=way_out))
+
+
+# Groups that were split by hand.
+
+
+def _decays(groups: Sequence[dict[str, Any]]) -> list[float]:
+    return [float(group.get("weight_decay", 0)) for group in groups]
+
+
+def _split_by_hand(groups: Sequence[dict[str, Any]]) -> bool:
+    """Tell whether groups are set apart by their decay."""
+    return len(set(_decays(groups))) > 1
+
+
+def _sizes(groups: Sequence[dict[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]
+
+
+def _require_laid_out(saved: Sequence[dict[str, Any]]) -> None:
+    """Check that ``torch.distributed.checkpoint`` had hyperparameters for all groups.
+
+    It lays groups out anew, by name, before they come here, and one that nothing was
+    saved for gets none.
+    """
+    params = [group.get("params", ()) for group in saved]
+    by_name = all(isinstance(key, str) for key in chain.from_iterable(params))
+    if by_name and any(own and "lr" not in g for own, g in zip(params, saved)):
+        raise ValueError(
+            f"torch.distributed.checkpoint found no hyperparameters for one of the "
+            f"{len(saved)} groups here: those of the checkpoint hold other parameters, "
+            f"as when they were split by hand. Before set_optimizer_state_dict, "
+            f"convert the state dict with {_regrouping('')} of "
+            f"selective_optim.checkpoint."
+        )
+
+
+def _require_layout(
+    saved: Sequence[dict[str, Any]], here: Sequence[dict[str, Any]]
+) -> None:
+    """Check that groups split by hand meet groups that are split like them."""
+    if _split_by_hand(saved) and _sizes(saved) != _sizes(here):
+        total, mine = sum(_sizes(saved)), sum(_sizes(here))
+        of = "" if total == mine else f" of {total} parameters"
+        own = "" if total == mine else f" of {mine}"
+        raise ValueError(
+            f"the loaded state dict has {_layout_text(saved)}{of}, and this optimizer "
+            f"has {_groups_text(len(here))}{own}. {_conversion(saved, here)}"
+        )
+
+
+def _groups_text(count: int) -> str:
+    return "1 group" if count == 1 else f"{count} groups"
+
+
+def _layout_text(saved: Sequence[dict[str, Any]]) -> str:
+    decays = [f"{wd:g}" for wd in dict.fromkeys(_decays(saved))]
+    told = f"{', '.join(decays[:-1])} and {decays[-1]}"
+    return f"{_groups_text(len(saved))}, split by hand by weight_decay ({told})"
+
+
+def _conversion(saved: Sequence[dict[str, Any]], here: Sequence[dict[str, Any]]) -> str:
+    """Write the call that converts groups split by hand into those of here."""
+    params = list(chain.from_iterable(group["params"] for group in here))
+    first, total = "", sum(_sizes(saved))
+    if total != len(params):
+        if total != sum(param.requires_grad for param in params):
+            return SAME_MODEL
+        first = (
+            "Make it of filter(lambda p: p.requires_grad, model.parameters()), since "
+            "frozen parameters were left out, and load "
+        )
+    named = all(
+        "param_names" in group or all(isinstance(key, str) for key in group["params"])
+        for group in saved
+    )
+    several_rates = len({float(group.get("lr", 0)) for group in saved}) > 1
+    if len(here) > 1 and not several_rates:
+        call = _regrouping("" if named else "names=group_names(groups, model)")
+    else:
+        names = "" if named else "group_names(groups, model), "
+        by = ', by="lr"' if several_rates else ""
+        trained = " if p.requires_grad" if first else ""
+        item = "n for n, p in" if first else "n for n, _ in"
+        order = f"[{item} model.named_parameters(){trained}]"
+        call = f"merge_groups(state_dict, {names}order={order}{by})"
+    where = "" if named else ", where groups are those split by hand"
+    return f"{first or 'Load '}{call} of selective_optim.checkpoint instead{where}."
+
+
+def _regrouping(names: str) -> str:
+    """Write the call that gives a state dict the groups of this optimizer."""
+    return (
+        "split_groups(state_dict, [{**g, 'params': own} for g, own in zip("
+        "optimizer.param_groups, group_names(optimizer.param_groups, model))]"
+        f"{names and ', '}{names})"
+    )
+
+
+def _way_out(
+    saved: Sequence[dict[str, Any]],
+    here: Sequence[dict[str, Any]],
+    own: Sequence[Any],
+    params: Sequence[Tensor],
+) -> str:
+    """Tell what to load where shapes do not fit: as a rule their order is another."""
+    if _split_by_hand(saved) and len(set(_decays(here))) == 1:
+        return f"It has {_layout_text(saved)}. {_conversion(saved, here)}"
+    found = [_moment_shape(entries) for entries in own]
+    if None not in found and sorted(found) == sorted(tuple(p.shape) for p in params):  # type: ignore[type-var]
+        return (
+            "Its shapes are those of this model in another order: load merge_groups("
+            "state_dict, names, order=[n for n, _ in model.named_parameters()]) of "
+            "selective_optim.checkpoint, where names are in the order that was saved."
+        )
+    return SAME_MODEL
+
+
+def _moment_shape(entries: Any) -> tuple[int, ...] | None:
+    """Return the shape of what a parameter's state holds; ``None`` if it is empty."""
+    tensors = [v for k, v in entries.items() if isinstance(v, Tensor) and k != "step"]
+    return tuple(tensors[0].shape) if tensors else None
+
+
+# What a state dict must hold.
+
+
+def require_whole(state_dict: Any) -> None:
+    """Check that a dict holds what a state dict of an optimizer does.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if absent := {"state", "param_groups"} - state_dict.keys():
+        raise ValueError(
+            f"`state_dict` has no {min(absent)!r}, so it is none of an optimizer. "
+            f"Pass what optimizer.state_dict() returned."
+        )
+
+
+def _label(decided: Decided, number: int) -> str:
+    """Name a parameter by its number among all."""
+    places = [(i, p) for i, own in enumerate(decided) for p in range(len(own))]
+    index, position = places[number]
+    return decided[index][position].label(index, position)
+
+
+def _require_keys(
+    groups: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    here: Sequence[dict[str, Any]],
+) -> None:
+    """Check that groups have hyperparameters, and list none twice that is not here."""
+    distinct = [len(set(map(id, group["params"]))) for group in here]
+    for index, group in enumerate(groups):
+        if absent := [name for name in names if name not in group]:
+            raise ValueError(
+                f"group {index} of the loaded state dict has no {absent[0]!r}, which "
+                f"this optimizer needs. {SAME_MODEL}"
+            )
+        listed = len(group["params"]) if index >= len(here) else distinct[index]
+        if len(set(group["params"])) < min(listed, len(group["params"])):
+            raise ValueError(
+                f"group {index} of the loaded state dict lists a parameter twice. "
+                f"{SAME_MODEL}"
+            )
+
+
+def _names_in(groups: Sequence[dict[str, Any]]) -> list[str]:
+    return [canonical_name(n) for group in groups for n in group.get("param_names", ())]
+
+
+def _require_order(
+    groups: Sequence[dict[str, Any]], here: Sequence[dict[str, Any]], decided: Decided
+) -> None:
+    """Check that a state dict with names does not have them in another order."""
+    saved = _names_in(groups)
+    if saved == _names_in(here):
+        return  # also where someone reordered the tensors of a group by hand
+    names = [decision.name for decisions in decided for decision in decisions]
+    if saved == names or sorted(saved) != sorted(name or "" for name in names):
+        return  # torch goes by position: another model may have other names
+    position = next(i for i, name in enumerate(names) if name != saved[i])
+    raise ValueError(
+        f"parameter {position} of the loaded state dict is {saved[position]!r}, and "
+        f"here {names[position]!r} stands there. Order it with selective_optim."
+        f"checkpoint.merge_groups(state_dict, order=[n for n, _ in "
+        f"model.named_parameters()])."
+    )
+
+
+def _misfit(
+    kernel: Kernel, names: Iterable[str], own: Any, param: Tensor
+) -> str | None:
+    """Say what is wrong with a parameter's state, with room for its label."""
+    for name in names if own else ():
+        if name not in own and kernel.counts:
+            return f"{{label}} has no {name!r} in the loaded state dict. {SAME_MODEL}"
+        value = own.get(name)
+        if value is None and not kernel.counts:
+            continue  # SGD's buffer before the first gradient, or entries of a user's
+        shape = getattr(value, "shape", None)
+        wanted = torch.Size() if name == "step" else param.shape
+        if name == "step" and isinstance(shape, torch.Size) and shape.numel() == 1:
+            continue  # some keep it in one element
+        if shape != wanted and not (name == "step" and isinstance(value, (int, float))):
+            got = "no tensor" if shape is None else f"shape {shape_text(shape)}"
+            return (
+                f"{name!r} of {{label}} in the loaded state dict has {got}, and must "
+                f"have shape {shape_text(wanted)}. {{out}}"
+            )
+    return None
+
+
+def record_of(forms: Sequence[Form | None], decided: Decided) -> Record:
+    """Write down the multiplier and form of every parameter, in plain values.
+
+    A parameter whose policy states no form has that of its group, one of ``forms``.
+    In a third place comes what else is known of it, if anything: its ``"name"``, its
+    ``"target"``, and with which ``"lr0"`` and ``"init"`` training began.
+    """
+    return [
+        [
+            [
+                *(decision.decay.multiplier, decision.decay.form or default),
+                *([known] if (known := _known_of(decision)) else []),
+            ]
+            for decision in decisions
+        ]
+        for default, decisions in zip(forms, decided)
+    ]
+
+
+def _known_of(decision: Decision) -> dict[str, Any]:
+    name = decision.telling_name
+    return ({} if name is None else {"name": name}) | decision.begin()
+
+
+def entries_of(saved: Any, decided: Decided) -> list[Any]:
+    """List what a record holds for every parameter, ``None`` where there is nothing.
+
+    By name, if the record and the parameters have any names in common; else by place.
+    A record that cannot be read, as of another version, tells nothing.
+    """
+    here = [decision.telling_name for own in decided for decision in own]
+    try:
+        entries = [list(entry) for entry in chain.from_iterable(saved)]
+        names = [begin_in(entry).get("name") for entry in entries]
+    except TypeError:
+        return [None] * len(here)
+    named = dict(zip(names, entries))
+    common = len(named) == len(names) and not {None}.intersection(names, here)
+    if common and not named.keys().isdisjoint(here):
+        return [named.get(name) for name in here]
+    return entries if len(entries) == len(here) else [None] * len(here)
+
+
+def begin_in(entry: Any) -> dict[str, Any]:
+    """Read the third place of an entry; empty where there is none."""
+    third = entry[2] if entry is not None and len(entry) > 2 else {}
+    return third if isinstance(third, dict) else {}

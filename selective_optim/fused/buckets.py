@@ -1,0 +1,212 @@
+"""Which parameters of the fused parts share a kernel call, and their first state.
+
+A cell holds parameters of one part on one device, of one dtype. What their group's
+hyperparameters are does not matter here, so cells outlive a changing learning rate.
+Cells of equal hyperparameters make a bucket, which is one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import compress
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from selective_optim import _torch
+from selective_optim.decay import DecayKey
+from selective_optim.fused.counters import Counters
+from selective_optim.fused.guards import flat
+from selective_optim.step.grad_scaler import Scaling
+from selective_optim.step.implementation import counts_beside, fusable, joins
+from selective_optim.step.kernel import Kernel
+from selective_optim.step.parts import DecidedParam, Part
+from selective_optim.step.passes import pass_calls
+from selective_optim.step.setting import Batch, Call, Groups, Setting, States
+
+Lists = Sequence[list[Tensor]]
+
+# torch's fused kernels on the CPU open a parallel region for every tensor, however
+# small (grain size 0 in aten/src/ATen/native/cpu/Fused*Kernel.cpp, 2.7 to 2.15). A
+# tensor of this many elements or fewer takes one thread less time than two: on two
+# cores AdamW and SGD met at 4,096. With more threads a region costs more, and saves
+# at most twice as much, so that the cut does not fall. Where other processes hold the
+# cores, every region waits for a thread that is not scheduled.
+ONE_THREAD = 4096
+
+
+class CellKey(NamedTuple):
+    """What the parameters of a cell have in common; see also ``parts.Key``."""
+
+    group: int
+    decay_key: DecayKey
+    single_thread: bool
+    sharded: bool
+    device: torch.device
+    dtype: torch.dtype
+
+
+class Cell(NamedTuple):
+    """Parameters that always go through a kernel together.
+
+    Args:
+        key: What they have in common.
+        label: Names one of them in messages.
+        positions: Their numbers among all parameters of all groups.
+        inits: What they decay towards, where that is a tensor for each.
+    """
+
+    key: CellKey
+    label: str
+    positions: list[int]
+    inits: list[Tensor]
+
+
+def make_cells(parts: Sequence[Part], params: Sequence[DecidedParam]) -> list[Cell]:
+    """Cut the fused parts into cells: plain ones first, then those of ``DTensor``s.
+
+    Among both, cells that take all threads come first.
+    """
+    cells: dict[CellKey, Cell] = {}
+    for part in parts:
+        group, decay_key, _, sharded, _ = part.key
+        for place, number in enumerate(part.positions):
+            param = params[number].param
+            size = _torch.shard_of(param).numel() if param.is_cpu else ONE_THREAD + 1
+            small = size <= ONE_THREAD
+            key = CellKey(group, decay_key, small, sharded, param.device, param.dtype)
+            cell = cells.get(key)
+            if cell is None:
+                cell = cells[key] = Cell(key, part.label, [], [])
+            cell.positions.append(number)
+            if part.inits:
+                cell.inits.append(part.inits[place])
+    return sorted(cells.values(), key=lambda c: (c.key.sharded, c.key.single_thread))
+
+
+def begin_state(
+    kernel: Kernel,
+    groups: Groups,
+    parts: Sequence[Part],
+    params: Sequence[DecidedParam],
+    states: States,
+    counters: Counters,
+) -> None:
+    """Make the state of fused parameters that have none, as torch makes it.
+
+    Counters may share one tensor per device.
+    """
+    mine = {number for part in parts for number in part.positions}
+    new: dict[int, DecidedParam] = {}
+    for number in sorted(mine):
+        each = params[number]
+        if not kernel.has_state(states.get(each.param) or {}, groups[each.group]):
+            new.setdefault(id(_torch.token_of(each.param)), each)
+    shared: dict[torch.device, Iterator[Tensor]] = {}
+    devices = [each.param.device for each in new.values()]
+    for device in dict.fromkeys(devices) if counters.joining else ():
+        # Room for those that train and have no gradient yet, as an unused head: another
+        # block would be another call.
+        later = sum(
+            p.param.device == device and p.param.requires_grad and p.param.grad is None
+            for p in params
+        )
+        shared[device] = iter(counters.reserve(device, devices.count(device), later))
+    for each in new.values():
+        step = next(shared[each.param.device]) if shared else None
+        kernel.begin(states[each.param], each.param, groups[each.group], step)
+
+
+class Bucket:
+    """Cells of equal settings, stepped by one call of torch's fused kernel.
+
+    ``positions`` number its parameters among all of all groups; ``part`` says which
+    of a plan's parameters are its own; ``entries`` names their state. The lists of
+    ``batch`` stay, and so do calls that are bound to them; tensors are in them for the
+    time that they are at hand.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        cells: Sequence[Cell],
+        entries: tuple[str, ...],
+        start: int,
+    ) -> None:
+        self._kernel = kernel
+        self.key, self.label = cells[0].key, cells[0].label
+        self.positions: list[int] = flat(cell.positions for cell in cells)
+        self.inits: list[Tensor] = flat(cell.inits for cell in cells)
+        self.part = slice(start, start + len(self.positions))
+        # In the order in which torch asks for them, and misses one that is gone.
+        self.entries = (*entries, "step") if kernel.counts else entries
+        self.batch = Batch([], [[] for _ in entries], [])
+
+    def take(self, setting: Setting, single_thread: bool) -> None:
+        """Take over hyperparameters, and whether one thread is to run the call."""
+        self.setting, self.single_thread = setting, single_thread
+
+    def load(self, part: slice, params: list[Tensor], columns: Lists) -> None:
+        """Take in the tensors of the steps to come.
+
+        Args:
+            part: Which of the tensors are this bucket's.
+            params: As the kernel gets them.
+            columns: The tensors of each state entry.
+        """
+        batch = self.batch
+        batch.params[:] = params[part]
+        for mine, column in zip((*batch.moments, batch.steps), columns):
+            mine[:] = column[part]
+        sharded = self.key.sharded
+        batch.targets[:] = _torch.local_tensors(self.inits) if sharded else self.inits
+
+    def unload(self) -> None:
+        """Let go of all tensors."""
+        batch = self.batch
+        for mine in (batch.params, *batch.moments, batch.steps, batch.targets):
+            mine.clear()
+
+    def fits(self, grads: Sequence[Tensor]) -> bool:
+        """Look at every tensor, one by one: can the fused kernel walk it?"""
+        rows = zip(self.batch.params, grads, *self.batch.moments, strict=True)
+        alike = all(
+            param.dtype == self.key.dtype
+            and param.device == self.key.device
+            and fusable(self._kernel, param, moments)
+            and joins(param, grad)
+            for param, grad, *moments in rows
+        )
+        counted = zip(self.batch.params, self.batch.steps)
+        return alike and all(counts_beside(param, step) for param, step in counted)
+
+    def present(self, there: Sequence[bool] | None) -> Batch:
+        """Keep the parameters that have a gradient."""
+        if there is None or all(mine := there[self.part]):
+            return self.batch
+
+        def kept(tensors: list[Tensor]) -> list[Tensor]:
+            return list(compress(tensors, mine))
+
+        own = self.batch
+        moments = [kept(moment) for moment in own.moments]
+        steps, targets, grads = kept(own.steps), kept(own.targets), kept(own.grads)
+        return Batch(kept(own.params), moments, steps, targets, grads)
+
+    def calls(self, batch: Batch, scaling: Scaling) -> list[Call]:
+        """Return calls that step a batch: torch's fused kernel, bound to its lists.
+
+        The lists are read when the calls run, so a batch whose gradients are
+        replaced in place is stepped again by the same calls.
+        """
+        kernel, setting = self._kernel, self.setting
+        calls: list[Call] = []
+        if setting.decay_pass is not None:
+            own = setting.arguments
+            calls, scaling = pass_calls(
+                *(setting.decay_pass, own["lr"], own["maximize"], batch),
+                *(partial(kernel.direction, setting), scaling),
+            )
+        return [*calls, kernel.fused_call(setting, batch, scaling)]

@@ -1,0 +1,241 @@
+"""Comparisons by which ``Plan.current_grads`` tells whether a plan can be replayed.
+
+Identity suffices for numbers and parameters, which only someone outside can replace by
+other objects. Lists, which can be edited in place, are compared with copies, and what
+every backward pass may make anew by its traits, in one call of torch's guard.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from itertools import compress, count, repeat
+from operator import attrgetter, is_, itemgetter
+from typing import Any
+
+from torch import Tensor
+
+from selective_optim import _torch
+from selective_optim.step.setting import PLAIN, Groups
+
+# What kernels read in a group; what else is there is somebody's own.
+READ = frozenset(
+    {
+        *("params", "lr", "weight_decay", "decoupled_weight_decay", "maximize"),
+        *("betas", "eps", "amsgrad", "capturable"),
+        *("momentum", "dampening", "nesterov", "differentiable", "foreach", "fused"),
+    }
+)
+FEW = 64  # groups of which names of hyperparameters are compared, too
+PROOFS = 4  # dispatch states, such as with and without autocast, that are remembered
+# Compared by identity: a kernel computes otherwise with -0.0 than with 0.0, and reads a
+# tensor when it runs, so that the same tensor is the same argument.
+NUMBERS = (int, float, tuple, Tensor)
+# What identity proves: nobody can edit it in place.
+FIXED = (*NUMBERS, str, type(None))
+_params_of = itemgetter("params")
+_grad_of = attrgetter("grad")
+
+
+def flat(lists: Iterable[Iterable[Any]]) -> list[Any]:
+    """Join lists into one."""
+    joined: list[Any] = []
+    deque(map(joined.extend, lists), maxlen=0)  # faster than a chain of short lists
+    return joined
+
+
+def values_of(groups: Groups) -> list[Any]:
+    """List the values of all groups, group by group."""
+    return flat(map(dict.values, groups))
+
+
+def referents_of(groups: Groups) -> list[Any]:
+    """List what dicts refer to: in CPython the values, if all keys are strings.
+
+    One call for all groups, in half the time of `values_of`: 0.04 ms at 1,000.
+    """
+    return gc.get_referents(*groups)
+
+
+def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Tell whether two sequences hold the same objects in the same order."""
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
+def params_of(groups: Groups) -> list[Tensor]:
+    """Join the parameters of all groups."""
+    return flat(map(_params_of, groups))
+
+
+def grads_of(params: Sequence[Tensor]) -> list[Any]:
+    """List the gradients of parameters, ``None`` included."""
+    return list(map(_grad_of, params))
+
+
+def without_gradients(params: Sequence[Tensor]) -> bool:
+    """Tell whether no parameter has a gradient."""
+    return all(map(is_, map(_grad_of, params), repeat(None)))
+
+
+def equal(a: object, b: object) -> bool:
+    """Compare values; what has no single truth value is different."""
+    try:
+        return bool(a == b)
+    except (RuntimeError, ValueError, TypeError):
+        return False
+
+
+def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Return what picks these positions out of a list, in C."""
+    if len(positions) == 0:
+        return lambda items: ()
+    if len(positions) == 1:
+        return lambda items: (items[positions[0]],)
+    return itemgetter(*positions)
+
+
+def columns_picker(
+    positions: Sequence[int], rows: int
+) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Return what picks these out of like rows that are joined, column by column."""
+    width, many = divmod(len(positions), max(rows, 1))
+    columns = positions[:width]
+    step = positions[width] - positions[0] if rows > 1 and width else 0
+    wanted = [start + row * step for row in range(rows) for start in columns]
+    if many or not width or rows < 2 or wanted != list(positions):
+        return picker(positions)
+    return lambda items: flat([items[start::step] for start in columns])
+
+
+def _is_array(param: Tensor) -> bool:
+    known = type(param) in (*PLAIN, _torch.dtensor_class())
+    return known and param.numel() != 1
+
+
+class _Unseen:
+    """Stands for lists of parameters where they are compared by other means."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]  # equal to everything
+
+
+class GroupsGuard:
+    """The parameters and hyperparameters of all groups, as they were planned.
+
+    Args:
+        groups: The optimizer's parameter groups.
+        held: Whether the optimizer's state holds every parameter, so that it may be
+            held here, too. Python then compares equal lists by identity first, all
+            in C; else tokens are compared, at 0.04 us per parameter.
+    """
+
+    def __init__(self, groups: Groups, held: bool) -> None:
+        self._params: list[Tensor] | None = params_of(groups)
+        self._sizes = [len(group["params"]) for group in groups]
+        # Equal lists prove the same parameters, but for tensors of one element,
+        # which compare equal by value.
+        self._lists_tell = held and all(map(_is_array, self._params))
+        self._tokens: list[Any] = []
+        self.take(groups)
+        if not held:
+            self.release()
+
+    def take(self, groups: Groups) -> None:
+        """Take over new hyperparameters of the same parameters."""
+        names, values = flat(groups), values_of(groups)
+        at_once = same_objects(referents_of(groups), values)
+        # Where they differ, as with a subclass of dict, by the way that always works.
+        self._values_of = referents_of if at_once else values_of
+        # The list of parameters itself, which `holds_params` compares, is told from
+        # other lists by identity: betas may be a list.
+        lists = {id(group["params"]) for group in groups}
+        read = [name in READ for name in names]
+        self._contents = [
+            _Unseen()
+            if not mine
+            # What can be edited in place is compared by what it said.
+            else (v if isinstance(v, FIXED) else self._copy_of(v, id(v) in lists))
+            for mine, v in zip(read, values)
+        ]
+        numbers = [
+            mine and isinstance(v, NUMBERS) and type(v) is not bool
+            for mine, v in zip(read, values)
+        ]
+        self._numbers_of = columns_picker(list(compress(count(), numbers)), len(groups))
+        self._numbers = self._numbers_of(values)
+        self._names = names
+        self._few = len(groups) <= FEW
+        decays = [isinstance(group["weight_decay"], Tensor) for group in groups]
+        self._scales_tensors = any(decays)
+
+    def _copy_of(self, value: Any, holds_params: bool) -> Any:
+        unseen = holds_params and not self._lists_tell
+        return _Unseen() if unseen else copy.copy(value)
+
+    def release(self) -> None:
+        """Hold no parameter from now on."""
+        if self._params is not None:
+            self._tokens = list(map(_torch.token_of, self._params))
+            self._params = None
+            if self._lists_tell:
+                self._lists_tell = False
+                self._contents = [
+                    _Unseen() if _holds_tensors(v) else v for v in self._contents
+                ]
+
+    def holds(self, groups: Groups) -> bool:
+        """Tell whether nothing changed, nor is to be multiplied anew."""
+        values = self._values_of(groups)
+        return (
+            # A key that came or went moves all values after it.
+            len(values) == len(self._contents)
+            # First, so that no tensor is compared with another, which would wait for
+            # the device; and -0.0 is not 0.0, nor float32's number the same double.
+            and same_objects(self._numbers_of(values), self._numbers)
+            and equal(values, self._contents)
+            and (not self._few or self.holds_keys(groups))
+            and (self._lists_tell or self.holds_params(groups))
+            and not self._scales_tensors
+        )
+
+    def holds_keys(self, groups: Groups) -> bool:
+        """Tell whether no key came or went."""
+        return flat(groups) == self._names
+
+    def holds_params(self, groups: Groups) -> bool:
+        """Tell whether the parameters are the same and stand in the same places."""
+        params = params_of(groups)
+        if [len(group["params"]) for group in groups] != self._sizes:
+            return False
+        if self._params is None:
+            return same_objects(list(map(_torch.token_of, params)), self._tokens)
+        return same_objects(params, self._params)
+
+
+def _holds_tensors(value: Any) -> bool:
+    several = isinstance(value, (list, tuple, dict, set, deque))
+    return several and any(isinstance(item, Tensor) for item in value)
+
+
+class TensorsGuard:
+    """The traits of the tensors that fused kernels walk.
+
+    Proved at every step in one call; what fails may be no fault of the tensors: an
+    autocast switch or a mode around the step changes what a guard sees of the
+    dispatcher. So a proof is kept for each such state.
+    """
+
+    def __init__(self) -> None:
+        self._proofs: list[_torch.TensorProof] = []
+
+    def admit(self, tensors: Sequence[Tensor]) -> None:
+        """Take these for right: they were just looked at, one by one."""
+        self._proofs = [_torch.TensorProof(tensors), *self._proofs][:PROOFS]
+
+    def holds(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Tell whether as many tensors, given in the same order, look the same."""
+        return any(proof.holds(tensors) for proof in self._proofs)

@@ -1,0 +1,245 @@
+"""Keeping a plan between steps, and making a new one when it is no longer true."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from selective_optim import _torch
+from selective_optim.fused.counters import Counters
+from selective_optim.fused.guards import params_of
+from selective_optim.fused.plan import Grads, Plan
+from selective_optim.step.grad_scaler import Scaling
+from selective_optim.step.implementation import (
+    counts_beside,
+    fused_choice,
+    make_layout,
+    require_dense,
+    wants_fused,
+)
+from selective_optim.step.kernel import Kernel, require_no_nan
+from selective_optim.step.parts import DecidedParam, Part
+from selective_optim.step.setting import Groups, State, States
+
+Place = tuple[torch.dtype, torch.device]
+# Off, the class steps what a plan would: the same bits, more calls.
+PLANNING = _torch.CAN_PLAN
+
+
+class Begun(NamedTuple):
+    """A step that has begun.
+
+    Args:
+        parts: What the optimizer's class steps.
+        plan: What steps the other parts, if there are any.
+        grads: Their gradients.
+    """
+
+    parts: list[Part]
+    plan: Plan | None = None
+    grads: Grads | None = None
+
+
+class Owner(Protocol):
+    """What a plan asks an optimizer for, at the steps that need it."""
+
+    def decided_params(self) -> Sequence[DecidedParam]:
+        """List every parameter, in order, with what was decided for it."""
+
+
+class Stepper:
+    """Keeps the plan of an optimizer and makes a new one when the old is not true.
+
+    Args:
+        kernel: Of the optimizer's class.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.plans = 0  # how many were made
+        self._plan: Plan | None = None
+        self._counters = Counters()
+        self._stepped: Mapping[int, object] = {}
+        self._exposed = False
+        self._busy, self._seen = False, False  # in a step; state was seen in it
+        # Where each parameter was when its state was last known to fit it.
+        self._places: dict[int, tuple[object, Place]] = {}
+
+    def expose(self, states: States) -> None:
+        """Take note that someone outside may edit the state, now or from now on.
+
+        Until then nothing outside can edit it: a step need not look at state, and
+        may hold its tensors, and counters may be views of one tensor.
+
+        Args:
+            states: The state that is about to be seen.
+        """
+        if self._busy:  # a mode around the step reads it, between operations
+            self._seen = True
+        elif not self._exposed:
+            if self._plan is not None:
+                self._plan.expose()
+            self._counters.part(states, self._seen)
+            # Last: what an interrupt leaves undone is done the next time.
+            self._exposed, self._seen = True, False
+
+    def forget(self) -> None:
+        """Plan anew at the next step."""
+        self._plan = None
+
+    def adopt(self, groups: Groups, states: States) -> None:
+        """Take over a state that was loaded or copied.
+
+        Counters that a fused kernel can read stay the tensors that they are, as in
+        torch. Others, as those that a for-loop left on the CPU, are made readable.
+        """
+        self.forget()
+        self.note_places(params_of(groups))
+        if self.kernel.counts:
+            self._fit_counters(groups, states)
+
+    def note_places(self, params: Iterable[Tensor]) -> None:
+        """Remember dtype and device of parameters, which their state now fits."""
+        self._places = {
+            id(token): (token, (param.dtype, param.device))
+            for param in params
+            for token in [_torch.token_of(param)]
+        }
+
+    def _fit_counters(self, groups: Groups, states: States) -> None:
+        """Exchange counters that would keep a parameter from the fused kernel."""
+        moving: dict[tuple[torch.device, torch.device], list[State]] = {}
+        for group in groups:
+            choice = fused_choice(self.kernel, group)
+            for param in group["params"]:
+                own = states.get(param) or {}
+                step = own.get("step")
+                if (
+                    isinstance(step, Tensor)
+                    and not counts_beside(param, step)
+                    and wants_fused(self.kernel, choice, param)
+                ):
+                    moving.setdefault((step.device, param.device), []).append(own)
+        for (_, device), owns in moving.items():
+            # One copy between devices for all.
+            values = torch.stack([own["step"].reshape(()).float() for own in owns])
+            for own, value in zip(owns, values.to(device).unbind()):
+                own["step"] = value.clone()
+
+    @_torch.disable_dynamo
+    def begin(
+        self,
+        groups: Groups,
+        owner: Owner,
+        states: States,
+        choosing: bool,
+        planned: bool,
+    ) -> Begun:
+        """Begin a step, and tell what the optimizer's class is to step.
+
+        Args:
+            groups: The optimizer's parameter groups.
+            owner: The optimizer.
+            states: The optimizer's state, by parameter.
+            choosing: Whether fused kernels may be chosen. Else all parts go where the
+                flags of their group say.
+            planned: Whether they may be planned. Else the class steps all parts.
+
+        Raises:
+            ValueError: A hyperparameter is NaN.
+            RuntimeError: A gradient is sparse where that cannot be stepped.
+        """
+        # A group may be a dict that computes what is read, which no guard sees.
+        if not (PLANNING and planned and set(map(type, groups)) <= {dict}):
+            self._plan = None
+            return Begun(self._unplanned(groups, owner, states, choosing))
+        self._busy = True
+        try:
+            plan = self._plan
+            grads = None if plan is None else plan.current_grads(groups, states)
+            if plan is None or grads is None:
+                plan = self._new_plan(groups, owner.decided_params(), states)
+                grads = plan.first_grads()
+        except BaseException:
+            self.end(None, states)
+            raise
+        return Begun(plan.rest, plan, grads)
+
+    def _unplanned(
+        self, groups: Groups, owner: Owner, states: States, choosing: bool
+    ) -> list[Part]:
+        """Make the parts anew; by fused kernels, too, the class steps them."""
+        params = owner.decided_params()
+        require_no_nan(self.kernel, groups)
+        require_dense(self.kernel, groups, params)
+        self._follow_moved(groups, params, states)
+        self.note_places([each.param for each in params])
+        return make_layout(self.kernel, groups, params, states, (), choosing).parts
+
+    @_torch.disable_dynamo
+    def run(self, begun: Begun, scaling: Scaling) -> None:
+        """Step the parts that are planned.
+
+        Args:
+            begun: The step.
+            scaling: ``grad_scale`` and ``found_inf`` of a ``GradScaler``, or ``None``.
+        """
+        if begun.plan is not None and begun.grads is not None:
+            begun.plan.run(begun.grads, scaling)
+            if begun.plan.once:
+                self._plan = None
+
+    @_torch.disable_dynamo
+    def end(self, begun: Begun | None, states: States) -> None:
+        """End a step, however it went."""
+        if begun is None or begun.plan is not None:
+            self._busy = False
+        if self._seen and not self._busy:
+            self.expose(states)
+
+    def _new_plan(
+        self, groups: Groups, params: Sequence[DecidedParam], states: States
+    ) -> Plan:
+        self._plan = None
+        self.plans += 1
+        self._follow_moved(groups, params, states)
+        if any(group.get("capturable") for group in groups):
+            # A CUDA graph remembers where counters lie: they must not move later.
+            self._counters.part(states)
+        plan = Plan(
+            *(self.kernel, groups, params, states),
+            *(self._counters, self._exposed, self._stepped),
+        )
+        self.note_places([each.param for each in params])
+        self._stepped, self._plan = plan.stepped, plan
+        return plan
+
+    def _follow_moved(
+        self, groups: Groups, params: Sequence[DecidedParam], states: States
+    ) -> None:
+        """Move state to where ``model.to(...)`` moved parameters, as loading would.
+
+        What never fitted its parameter was put there on purpose, as moments of less
+        precision are, and stays.
+        """
+        for param, group, *_ in params:
+            token, was = self._places.get(id(_torch.token_of(param)), (None, None))
+            now = (param.dtype, param.device)
+            # Not seen before, another tensor under the same id, or not moved.
+            if was is None or token is not _torch.token_of(param) or was == now:
+                continue
+            own = states.get(param) or {}
+            moving = set(self.kernel.entries(groups[group]))
+            choice = fused_choice(self.kernel, groups[group])
+            if wants_fused(self.kernel, choice, param):
+                moving.add("step")  # which a fused kernel reads beside the parameter
+            for entry in moving & own.keys():
+                value = own[entry]
+                if isinstance(value, Tensor):
+                    dtype, device = value.dtype, value.device
+                    own[entry] = value.to(
+                        now[0] if dtype == was[0] and entry != "step" else dtype,
+                    ).to(now[1] if device == was[1] else device)

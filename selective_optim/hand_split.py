@@ -1,0 +1,176 @@
+"""Parameter groups split by a policy, for every optimizer that takes groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from selective_optim._optimizer import Model
+from selective_optim._text import aligned
+from selective_optim.any_class import AnyOptimizer
+from selective_optim.decay import FULL, Decision
+from selective_optim.decisions.decider import Decider
+from selective_optim.decisions.deciding_for import given
+from selective_optim.report import DecayReport, Row, make_row
+from selective_optim.step.lasting import WD, Group, by_decay, pick, share_of
+
+HEADERS = ("group", "lr", "decay", "tensors", "elements", "reason")
+
+
+class SplitGroups(list[dict[str, Any]]):
+    """Parameter groups, each with one weight decay; prints as a table.
+
+    Args:
+        groups: The groups.
+        rows: One record per parameter.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]] = (), rows: Iterable[Row] = ()
+    ) -> None:
+        super().__init__(groups)
+        self.rows = tuple(rows)
+
+    def __str__(self) -> str:
+        lines = [_line(index, group, self.rows) for index, group in enumerate(self)]
+        summary = DecayReport(self.rows).summary()
+        return "\n".join([*aligned([HEADERS, *lines], right=range(5)), summary])
+
+
+class Reader(AnyOptimizer):
+    """Reads groups and decides for them; no class steps them here.
+
+    Args:
+        params: As for :func:`param_groups`.
+        decider: Decides for them.
+        keys: What may stand in a group.
+        lr: The rate of groups that bring none.
+    """
+
+    def __init__(
+        self, params: Any, decider: Decider, keys: Iterable[str], lr: Any
+    ) -> None:
+        self._decider = decider
+        self._read(params, keys, lr)
+
+
+def _line(index: int, group: Group, rows: Iterable[Row]) -> tuple[str, ...]:
+    mine = [row for row in rows if row.group == index]
+    lr = f"{float(group['lr']):.4g}" if "lr" in group else "-"
+    reasons = ", ".join(dict.fromkeys(row.reason for row in mine))
+    elements = f"{sum(row.numel for row in mine):,}"
+    return (
+        str(index),
+        lr,
+        f"{float(group[WD]):g}",
+        f"{len(mine):,}",
+        elements,
+        reasons,
+    )
+
+
+def param_groups(
+    params: Any,
+    wd_policy: Any,
+    weight_decay: float | Tensor | None = None,
+    lr: float | Tensor | None = None,
+    *,
+    model: Model = None,
+    **hyper: Any,
+) -> SplitGroups:
+    """Split parameters into groups with one weight decay each, as by hand.
+
+    For optimizers that ``selective`` cannot serve, and for other libraries. Groups come
+    in the order in which their decay first appears. Groups that are given stay apart,
+    so layerwise groups come out split.
+
+    Args:
+        params: A module, modules, or what an optimizer of torch takes: parameters,
+            ``(name, parameter)`` pairs, groups. A group's own values, its
+            ``"wd_policy"`` too, go before the arguments here.
+        wd_policy: The policy: a name, mapping, callable or expression.
+        weight_decay: Decay of parameters with multiplier 1, >= 0.
+        lr: Learning rate; ``None`` leaves it to the optimizer.
+        model: The module, or modules, that the parameters live in.
+        **hyper: Further hyperparameters for every group.
+
+    Returns:
+        A list of groups with ``"params"``, ``"weight_decay"`` and, where names are
+        known, ``"param_names"``; ``print`` shows it as a table.
+
+    Raises:
+        ValueError: The policy cannot be decided or states a form, or a group has no
+            weight decay.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+        >>> groups = param_groups(model, "no_bias_norm", weight_decay=0.1, lr=0.01)
+        >>> print(groups)
+        group    lr  decay  tensors  elements  reason
+            0  0.01    0.1        1         6  decays in full
+            1  0.01      0        3         6  exclude is_bias, exclude is_norm
+        decayed: 1 tensor, 6 elements; exempt: 3 tensors, 6 elements
+        >>> optimizer = torch.optim.RMSprop(groups)
+    """
+    common = {WD: weight_decay, "lr": lr}
+    defaults = {k: v for k, v in common.items() if v is not None} | hyper
+    decider = Decider(*given(model, wd_policy))
+    # Forms, of which some need a rate, are refused below whatever it is.
+    rate = 1.0 if lr is None else lr
+    keys = [WD, "lr", *hyper]
+    groups = Reader(_copied(params), decider, keys, rate).param_groups
+    decided = decider.decisions(groups, {})
+    named = all(decision.name for decisions in decided for decision in decisions)
+    split = [
+        (part, [decisions[i] for i in chosen])
+        for group, decisions in zip(groups, decided)
+        for part, chosen in _parts({**defaults, **group}, decisions, named)
+    ]
+    decider.warn_if_idle([group for group, _ in split])
+    decider.index.let_go()
+    rows = [
+        _row(index, group, decision, param)
+        for index, (group, decisions) in enumerate(split)
+        for decision, param in zip(decisions, group["params"])
+    ]
+    return SplitGroups((group for group, _ in split), rows)
+
+
+def _copied(params: Any) -> Any:
+    """Copy groups, into which torch writes as it reads them."""
+    groups = isinstance(params, (list, tuple)) and all(
+        isinstance(group, dict) for group in params
+    )
+    return [dict(group) for group in params] if groups else params
+
+
+def _parts(
+    group: Group, decisions: Sequence[Decision], named: bool
+) -> Iterator[tuple[Group, list[int]]]:
+    """Split one group; equal decays are together, whatever decided them."""
+    if WD not in group:
+        raise ValueError(
+            "`weight_decay` is missing, of which a policy gives each parameter its "
+            "share. Pass weight_decay=0.1, or the value you want."
+        )
+    if named:
+        group = {**group, "param_names": [decision.name for decision in decisions]}
+    for decay_key, chosen in by_decay(decisions).items():
+        if stated := decay_key.decay.stated:
+            raise ValueError(
+                f"`wd_policy` states {stated}, and a group holds numbers alone. Leave "
+                f"that out, or use selective_optim.AdamW."
+            )
+        yield (
+            {**group, **pick(group, chosen), WD: share_of(group, decay_key, None).wd},
+            chosen,
+        )
+
+
+def _row(index: int, group: Group, decision: Decision, param: Tensor) -> Row:
+    # The group's decay is that of its parameters already.
+    share = decision._replace(decay=FULL)
+    return make_row(index, {"lr": float("nan"), **group}, share, None, param)

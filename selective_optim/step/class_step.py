@@ -1,0 +1,258 @@
+"""A step of parts by the optimizer's own class, with what goes on around it.
+
+Decay that the class does not do is a pass before the class's step; cautious decay of a
+class whose update is not known ahead comes after it. A ``GradScaler``'s tensors are
+taken care of outside where the class would see to a part of the step alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from selective_optim import _torch
+from selective_optim.step.grad_scaler import (
+    NO_SCALING,
+    Scaling,
+    drops,
+    scaling_of,
+    unless_dropped,
+    unscale_,
+)
+from selective_optim.step.kernel import Kernel
+from selective_optim.step.parts import Part
+from selective_optim.step.passes import decay_agreeing_, pass_calls
+from selective_optim.step.setting import (
+    Batch,
+    DecayPass,
+    Direction,
+    Group,
+    State,
+    States,
+)
+
+
+@dataclass(eq=False)
+class View:
+    """A part as its class sees it, with the decay that the class does not do.
+
+    Args:
+        group: What the class sees.
+        inits: What its parameters decay towards, where that is a tensor for each.
+        decay_pass: Decay beside the class's step.
+        direction: Tells the sign of the class's update ahead, if that is known.
+        entries: State that ``direction`` reads.
+        sharded: Whether the class is to see local shards for ``DTensor``s.
+        takes_scale: Whether a ``GradScaler``'s tensors may be left to the class.
+    """
+
+    group: Group
+    inits: Sequence[Tensor] = ()
+    decay_pass: DecayPass | None = None
+    direction: Direction | None = None
+    entries: tuple[str, ...] = ()
+    sharded: bool = False
+    takes_scale: bool = True
+
+    def __post_init__(self) -> None:
+        self.params: list[Tensor] = self.group["params"]
+
+    @property
+    def present(self) -> list[Tensor]:
+        """The parameters that have a gradient."""
+        return [param for param in self.params if param.grad is not None]
+
+    def batch(self, states: States) -> Batch:
+        """Collect the tensors of a pass."""
+        params = self.present
+        owns = [states.get(param) or {} for param in params]
+        pairs = zip(self.params, self.inits)
+        targets = [init for param, init in pairs if param.grad is not None]
+        moments = [[own.get(entry) for own in owns] for entry in self.entries]
+        grads: list[Any] = [param.grad for param in params]
+        return Batch(params, moments, [], targets, grads)
+
+    def show_shards(self, states: States) -> list[tuple[Tensor, Tensor]]:
+        """Put local shards where their ``DTensor``s are; fused SGD takes no others."""
+        pairs = []
+        for param in self.present:
+            shard = _torch.local_tensor(param).detach()
+            shard.grad = _torch.local_tensor(param.grad)
+            states[shard] = _each_tensor(states.get(param) or {}, _torch.shard_of)
+            pairs.append((param, shard))
+        self.group["params"] = [shard for _, shard in pairs]
+        return pairs
+
+
+def _each_tensor(own: State, change: Callable[[Any], Any]) -> State:
+    return {k: change(v) if isinstance(v, Tensor) else v for k, v in own.items()}
+
+
+def view_of(
+    part: Part, group: Group, kernel: Kernel, params: Sequence[Tensor], reading: bool
+) -> View:
+    """Make the view of a part for one step.
+
+    Args:
+        part: Which parameters, and what they have in common.
+        group: The user's group that they are of.
+        kernel: Of the optimizer's class.
+        params: All parameters of all groups, in order.
+        reading: See ``Kernel.setting``.
+    """
+    setting = kernel.setting(group, part.key.decay_key, reading)
+    mine = [params[i] for i in part.positions]
+    # Asked for key by key: a group may be a dict that computes what is read.
+    shown = {key: group[key] for key in group}
+    shown |= {**kernel.shown(setting), "params": mine}
+    if part.key.fused:
+        shown["fused"] = True
+    if "param_names" in group:
+        names = dict(zip(map(id, group["params"]), group["param_names"]))
+        shown["param_names"] = [names[id(param)] for param in mine]
+    return View(
+        *(shown, part.inits, setting.decay_pass),
+        *(partial(kernel.direction, setting), kernel.entries(group)),
+        sharded=part.key.sharded,
+        takes_scale=part.key.fused and not part.key.first,
+    )
+
+
+@dataclass(eq=False)
+class ClassStep:
+    """Surrounds a step of the class: enter, let the class step if told so, leave.
+
+    Args:
+        optimizer: Shows groups to its class; a ``GradScaler`` may have laid its
+            tensors on it.
+        states: Its state.
+    """
+
+    optimizer: Any
+    states: States
+    _views: Sequence[View] = ()
+    _scaling: Scaling = NO_SCALING
+    _undoable: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _pulled: list[tuple[Tensor, Any]] = field(default_factory=list)
+    _shards: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _cautious: list[tuple[DecayPass, Any, Batch, list[Tensor]]] = field(
+        default_factory=list
+    )
+
+    @_torch.disable_dynamo
+    def begin(self, views: Sequence[View]) -> bool:
+        """Run the passes before the class's step, and tell whether to step at all."""
+        self._views = views
+        scaling = scaling_of(self.optimizer)
+        if scaling != NO_SCALING and not all(
+            view.takes_scale and view.decay_pass is None for view in views
+        ):
+            self._scaling = scaling
+            if not self._unscale():
+                return False
+            self.optimizer.grad_scale = self.optimizer.found_inf = None
+        for view in views:
+            if view.decay_pass is not None and view.present:
+                self._run(view, view.decay_pass)
+            if view.sharded:
+                self._shards += view.show_shards(self.states)
+        return True
+
+    @_torch.disable_dynamo
+    def pull_again(self, views: Sequence[View]) -> None:
+        """Pull gradients that the class has asked for anew, as those before."""
+        for view in views:
+            if view.decay_pass and view.decay_pass.applied == "l2" and view.present:
+                self._run(view, view.decay_pass)
+
+    @_torch.disable_dynamo
+    def finish(self) -> None:
+        """Decay what is decayed after the step, and undo a step that is dropped."""
+        for decay_pass, rate, batch, before in self._cautious:
+            decay_agreeing_(decay_pass, rate, batch, before)
+        for shard, old in self._undoable:
+            assert self._scaling.found_inf is not None  # only then anything is kept
+            here = self._scaling.found_inf.to(shard.device)
+            shard.copy_(unless_dropped(here, shard, old))
+
+    @_torch.disable_dynamo
+    def restore(self) -> None:
+        """Take back what stands in the user's tensors for the step alone."""
+        for param, shard in self._shards:
+            sharded = partial(_torch.sharded_as, param=param)
+            own = _each_tensor(self.states.pop(shard), sharded)
+            if own:
+                self.states[param] = {**own, **(self.states.get(param) or {})}
+        for param, grad in self._pulled:
+            param.grad = grad
+        if self._scaling != NO_SCALING:
+            self.optimizer.grad_scale, self.optimizer.found_inf = self._scaling
+        self._shards, self._pulled, self._scaling = [], [], NO_SCALING
+        self._undoable, self._cautious = [], []
+
+    def _unscale(self) -> bool:
+        """Unscale outside of the class, and tell whether the step is to be taken."""
+        scale, found_inf = self._scaling
+        params = [param for view in self._views for param in view.present]
+        for device in dict.fromkeys(param.device for param in params):
+            if scale is not None:
+                mine: list[Any] = [p.grad for p in params if p.device == device]
+                unscale_(mine, scale)
+        if found_inf is None:
+            return True
+        touched = self._touched()
+        if drops(found_inf, wait=touched is None):
+            return False
+        if touched is not None and not found_inf.is_cpu:
+            shards = map(_torch.shard_of, touched)
+            self._undoable = [(each, each.clone()) for each in shards]
+        return True
+
+    def _touched(self) -> list[Tensor] | None:
+        """List what the step writes to; ``None`` where it makes some of that."""
+        touched: list[Tensor] = []
+        for view in self._views:
+            for param in view.present:
+                own = self.states.get(param) or {}
+                if view.direction is None or not all(e in own for e in view.entries):
+                    return None
+                tensors = [each for each in own.values() if isinstance(each, Tensor)]
+                touched += [param, *tensors]
+        return touched
+
+    def _run(self, view: View, decay_pass: DecayPass) -> None:
+        batch = view.batch(self.states)
+        lr, maximize = view.group["lr"], view.group.get("maximize", False)
+        if view.direction is None:
+            lr = _number(lr)
+            if decay_pass.applied == "cautious":
+                before = [param.detach().clone() for param in batch.params]
+                self._cautious.append((decay_pass, lr * decay_pass.wd, batch, before))
+                return
+        given = (decay_pass, lr, maximize, batch, view.direction, NO_SCALING)
+        calls, _ = pass_calls(*given)
+        for call in calls:
+            call()
+        if decay_pass.applied == "l2":
+            self._pulled += [(param, param.grad) for param in batch.params]
+            for param, grad in zip(batch.params, batch.grads):
+                param.grad = grad
+
+
+def _number(lr: Any) -> float:
+    """Read a rate once; a class that keeps it on a device waits for it here.
+
+    Raises:
+        RuntimeError: A CUDA graph is captured, which would keep the number.
+    """
+    if isinstance(lr, Tensor) and _torch.is_capturing(lr.device):
+        raise RuntimeError(
+            "a rate that is a tensor on a device cannot be read while a CUDA graph is "
+            "captured, and this decay depends on it. Set a number in the group, or use "
+            "selective_optim.AdamW."
+        )
+    return float(lr)

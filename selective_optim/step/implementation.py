@@ -1,0 +1,241 @@
+"""The choice of fused, and the parts that it makes of the groups.
+
+Where the user left the implementation open, fused is taken where it is right. What
+its tensors do not allow goes where the flags of its group say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+
+import torch
+from torch import Tensor
+
+from selective_optim import _torch
+from selective_optim.step.kernel import Kernel
+from selective_optim.step.parts import DecidedParam, Key, Layout, Part
+from selective_optim.step.setting import PLAIN, Group, Groups, State, States
+
+
+def free_choice(group: Group) -> bool:
+    """Tell whether the user left the implementation open."""
+    return group.get("fused") is None and group.get("foreach") is None
+
+
+def fused_choice(kernel: Kernel, group: Group) -> bool | None:
+    """Tell whether a group goes to the fused kernel; ``None`` where that is open.
+
+    Asked once per group: it looks at every hyperparameter.
+    """
+    if group["differentiable"]:
+        return False
+    if group["fused"]:
+        return True
+    return None if free_choice(group) and kernel.takes_numbers(group) else False
+
+
+def wants_fused(kernel: Kernel, choice: bool | None, param: Tensor) -> bool:
+    """Tell whether a parameter goes to the fused kernel if its tensors allow it.
+
+    Where nothing was chosen, fused is taken where it is right: it is exact to
+    hand-split torch with ``fused=True``, and the fastest on every device measured.
+    """
+    return kernel.trusted(param) if choice is None else choice
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Tell whether a tensor fills its memory without gaps or overlap."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors of one shape walk their memory in the same order."""
+    if a.stride() == b.stride():
+        return True
+    pairs = zip(a.stride(), b.stride(), a.shape, strict=True)
+    return a.numel() == 0 or all(x == y for x, y, size in pairs if size > 1)
+
+
+def _beside(param: Tensor, other: Tensor) -> bool:
+    """Tell whether a tensor walks memory as the parameter does, on its device."""
+    return (
+        type(other) in PLAIN
+        and other.device == param.device
+        and other.layout == torch.strided
+        and other.shape == param.shape
+        and same_layout(param, other)
+        and not other.is_neg()
+    )
+
+
+def fusable(kernel: Kernel, param: Tensor, moments: Sequence[Tensor]) -> bool:
+    """Tell whether torch's fused kernel steps these tensors right.
+
+    It walks memory from the first element on: on the CPU a view with gaps would be
+    written into its neighbors and a transposed moment misread (torch 2.7 to 2.15,
+    measured).
+    """
+    return (
+        type(param) in PLAIN
+        and param.layout == torch.strided
+        and param.dtype in _torch.FUSED_DTYPES
+        and param.device.type in _torch.FUSED_DEVICES
+        and is_dense(param)
+        and not param.is_neg()
+        and all(
+            _beside(param, moment) and kernel.takes_beside(param, moment)
+            for moment in moments
+        )
+    )
+
+
+def takes_fused(
+    kernel: Kernel,
+    group: Group,
+    choice: bool | None,
+    param: Tensor,
+    own: State,
+    sharded: bool,
+) -> bool:
+    """Tell whether torch's fused kernel is to step a parameter, and steps it right.
+
+    Args:
+        kernel: Of the optimizer's class.
+        group: The parameter's group.
+        choice: Of that group, see :func:`fused_choice`.
+        param: The parameter.
+        own: Its state.
+        sharded: Whether it is a ``DTensor``; the kernel gets its shard.
+    """
+    if not wants_fused(kernel, choice, param):
+        return False
+    tensors = [param]
+    if own:
+        found = [own.get(entry) for entry in kernel.entries(group)]
+        tensors += [entry for entry in found if entry is not None]
+    local = local_tensors(tensors) if sharded else tensors
+    if local is None or not fusable(kernel, local[0], local[1:]):
+        return False
+    return "step" not in own or counts_beside(local[0], own["step"])
+
+
+def joins(param: Tensor, grad: Tensor) -> bool:
+    """Tell whether a gradient can go beside its parameter into the fused kernel."""
+    return _beside(param, grad) and grad.dtype == param.dtype
+
+
+def counts_beside(param: Tensor, step: object) -> bool:
+    """Tell whether a fused kernel can read a step counter."""
+    return (
+        isinstance(step, Tensor)
+        and step.dtype == torch.float32
+        and step.device == param.device
+        and step.numel() == 1
+    )
+
+
+def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor] | None:
+    """Return the local shards of ``DTensor``s, or ``None`` if they are placed apart."""
+    first = tensors[0]
+    if any(type(tensor) is not type(first) for tensor in tensors):
+        return None
+    where = _torch.placement(_torch.spec_of(first))
+    if any(_torch.placement(_torch.spec_of(tensor)) != where for tensor in tensors):
+        return None
+    if any(placement.is_partial() for placement in where[1]):
+        return None
+    return [_torch.local_tensor(tensor) for tensor in tensors]
+
+
+def joined(param: Tensor, grad: Tensor, sharded: bool) -> bool:
+    """Tell whether a gradient goes there beside its parameter, by shards if sharded."""
+    if not sharded:
+        return joins(param, grad)
+    pair = local_tensors([param, grad])
+    return pair is not None and joins(*pair)
+
+
+def make_layout(
+    kernel: Kernel,
+    groups: Groups,
+    params: Sequence[DecidedParam],
+    states: States,
+    stepped: Container[int],
+    choosing: bool = True,
+) -> Layout:
+    """Sort the parameters into parts, and choose the implementation of each.
+
+    Args:
+        kernel: Of the optimizer's class.
+        groups: Its parameter groups.
+        params: All of their parameters, in order.
+        states: Its state, by parameter.
+        stepped: Ids of the tokens of those that the last layout had a part for. They
+            keep one while they have no gradient, so that a gradient that comes and
+            goes needs no other layout.
+        choosing: Whether to choose fused where that is open; else all of them go
+            where the flags of their group say.
+    """
+    choices = [choosing and fused_choice(kernel, group) for group in groups]
+    parts: dict[Key, Part] = {}
+    idle: list[int] = []
+    once = False
+    for number, each in enumerate(params):
+        group, choice = groups[each.group], choices[each.group]
+        own = {} if choice is False and not group["fused"] else states.get(each.param)
+        absent = each.param.grad is None
+        begun = kernel.has_state(own, group)
+        known = begun and id(_torch.token_of(each.param)) in stepped
+        if choice is not False and absent and not known:
+            idle.append(number)
+            continue
+        fused, sharded, misfit = (
+            (False, False, False)
+            if choice is False
+            else _takes_fused(kernel, group, choice, each.param, own or {})
+        )
+        asked = fused or bool(group["fused"])
+        first = asked and not (begun or absent or kernel.counts)
+        once |= misfit or first
+        key = Key(each.group, each.decision.decay_key, fused, sharded, first)
+        part = parts.get(key) or parts.setdefault(key, Part(key, each.label))
+        part.positions.append(number)
+        if each.decision.init is not None:
+            part.inits.append(each.decision.init)
+    return Layout(list(parts.values()), idle, once)
+
+
+def _takes_fused(
+    kernel: Kernel, group: Group, choice: bool | None, param: Tensor, own: State
+) -> tuple[bool, bool, bool]:
+    """Tell whether a parameter is fused, by shards, and misfit by its gradient alone.
+
+    A gradient that is absent now is taken to fit; it is looked at when it comes.
+    """
+    sharded = type(param) is _torch.dtensor_class()
+    fused = takes_fused(kernel, group, choice, param, own, sharded)
+    misfit = fused and not (param.grad is None or joined(param, param.grad, sharded))
+    fused = fused and not misfit
+    return fused, fused and sharded, misfit
+
+
+def require_dense(
+    kernel: Kernel, groups: Groups, params: Sequence[DecidedParam]
+) -> None:
+    """Check that sparse gradients are those of parameters that step with them.
+
+    Raises:
+        RuntimeError: The kernel steps none, or the parameter decays.
+    """
+    for each in params:
+        grad = each.param.grad
+        if grad is not None and grad.is_sparse:
+            decay = each.decision.decay
+            kernel.refuse_sparse(groups[each.group], decay, each.label)

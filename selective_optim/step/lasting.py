@@ -1,0 +1,453 @@
+"""Parts that last: what a class writes into its groups stays with each of them.
+
+A user's group is split by what was decided into parts, which are groups in their
+own right and live as long as the optimizer. What a user writes into the group goes
+down into its parts before the class runs; what the class wrote into all of them
+alike shows in the group afterwards. In a state dict stand the user's groups, and under
+``"parts"`` what a part keeps that its group does not show.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selective_optim import _torch
+from selective_optim.decay import FORMS, FULL_KEY, DecayKey, Decision, Form
+from selective_optim.step.class_step import View
+from selective_optim.step.setting import Share, share
+
+Group = dict[str, Any]
+WD = "weight_decay"
+PER_PARAM = ("params", "param_names")  # what a group lists per parameter
+
+# Keys by which classes let a group choose its form: of torch, timm, Prodigy and
+# D-Adaptation, pytorch_optimizer, optimi. True is decoupled.
+FLAGS = (
+    *("decoupled_weight_decay", "decoupled_decay", "decouple"),
+    *("weight_decouple", "decouple_wd"),
+)
+# What is computed for each part from the group and the decay of the part.
+DECAY_KEYS = (WD, *FLAGS)
+# Not written from a group into its parts, nor back, as they stand.
+NOT_SHARED = (*PER_PARAM, *DECAY_KEYS)
+PLAIN = (int, float, bool, str)
+_ABSENT = object()
+
+
+def flag_of(group: Group) -> str | None:
+    """Find the key by which the class lets a group choose its form."""
+    return next((key for key in FLAGS if key in group), None)
+
+
+def share_of(group: Group, decay_key: DecayKey, form: Form | None) -> Share:
+    """Share the decay of a part out between the class and a pass.
+
+    Args:
+        group: The user's group.
+        decay_key: What was decided for the part.
+        form: The form of the class where no group can choose it, if that is known.
+    """
+    flag = flag_of(group)
+    if flag is None:
+        return share(group, decay_key, form, (form,) if form else ())
+    form = "decoupled" if group[flag] else "l2"
+    return share(group, decay_key, form, ("l2", "decoupled"))
+
+
+def same(a: object, b: object) -> bool:
+    """Tell whether two values are one object or, if plain, equal.
+
+    Tensors are not compared: that would wait for their device.
+    """
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    # Not `==` for all: what an array or a user's object answers may be anything.
+    return type(a) in PLAIN and (a == b or (a != a and b != b))  # two NaNs
+
+
+def alike(a: object, b: object) -> bool:
+    """Tell whether two values are equal, tensors too."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return same(a, b)
+
+
+@dataclass(eq=False)
+class Part:
+    """Parameters of one group with one decay, and the group that the class sees.
+
+    Args:
+        decay_key: What was decided for them.
+        group: What the class sees and writes to.
+        positions: Where its parameters stand in the user's group. They are in the
+            part's own while the class sees it: one that leaves must be freed.
+        tokens: What is theirs and nobody else's, see ``_torch.token_of``.
+        inits: What they decay towards, where that is a tensor for each.
+    """
+
+    decay_key: DecayKey
+    group: Group
+    positions: list[int]
+    tokens: list[object]
+    inits: list[Tensor] = field(default_factory=list)
+
+    @property
+    def own(self) -> Group:
+        """What the part holds besides its parameters and their decay."""
+        return without_decay(self.group)
+
+
+@dataclass(eq=False)
+class Split:
+    """A user's group and its parts.
+
+    Args:
+        group: The user's.
+        parts: At least one, which has no parameters where the group has none.
+        form: The form of the class where no group can choose it, if that is known.
+        shown: What stood in the group when it was last looked at.
+    """
+
+    group: Group
+    parts: list[Part]
+    form: Form | None = None
+    shown: Group = field(default_factory=dict)
+
+    def fill(self) -> None:
+        """Give the parts their parameters, for the class to see."""
+        for part in self.parts:
+            part.group.update(pick(self.group, part.positions))
+
+    def empty(self) -> None:
+        """Take the parameters out again, in lists that the class does not know."""
+        for part in self.parts:
+            part.group.update({key: [] for key in PER_PARAM if key in part.group})
+
+    def adopt(self, made: Sequence[Group], keys: Collection[str]) -> None:
+        """Take over the groups that the class made of the parts, and show them."""
+        for part, group in zip(self.parts, made, strict=True):
+            part.group = group
+        first = self.parts[0].group
+        self.group.update({k: v for k, v in first.items() if k not in PER_PARAM})
+        self.share_tensors(keys)
+        self.shown = without_computed(self.group)
+
+    def computed(self, part: Part, key: str) -> Any:
+        """Compute what a part has under one of the keys in ``DECAY_KEYS``."""
+        shared = share_of(self.group, part.decay_key, self.form)
+        return shared.wd if key == WD else shared.form == "decoupled"
+
+    def views(self) -> list[View]:
+        """Show the parts with the decay that the class does not do."""
+        shares = [
+            share_of(self.group, part.decay_key, self.form) for part in self.parts
+        ]
+        return [
+            View(part.group, part.inits, shared.decay_pass)
+            for part, shared in zip(self.parts, shares)
+        ]
+
+    def lay_inits(self, decisions: Sequence[Decision]) -> None:
+        """Take over what parameters decay towards, as it lies beside them now."""
+        for part, chosen in zip(self.parts, by_decay(decisions).values()):
+            part.inits = inits_of(decisions, chosen)
+
+    def hand_down(self, keys: Collection[str]) -> None:
+        """Write what has changed in the group into its parts.
+
+        Args:
+            keys: Hyperparameters; their tensors serve all parts at once. Another
+                tensor is one that each part keeps for itself.
+        """
+        # Asked for key by key: a group may be a dict that computes what is read.
+        group, shown = {key: self.group[key] for key in self.group}, self.shown
+        # A tensor that is the same object may have been written to.
+        moved = {
+            key
+            for key, value in group.items()
+            if isinstance(value, Tensor) or value is not shown.get(key, _ABSENT)
+        }
+        if "lr" in moved and self._follows_rate:
+            moved.add(WD)
+        for key, value in group.items():
+            if key not in moved:
+                continue
+            if key in DECAY_KEYS:
+                for part in self.parts:
+                    part.group[key] = self.computed(part, key)
+            elif key not in PER_PARAM and not same(value, shown.get(key, _ABSENT)):
+                self._require_common(key)
+                for part in self.parts:
+                    part.group[key] = value if key in keys else own_copy(value)
+        # A key that the user removed goes from the parts; one that is only there stays.
+        for key in shown.keys() - group.keys():
+            for part in self.parts:
+                part.group.pop(key, None)
+        self.shown = dict(group)
+
+    @property
+    def _follows_rate(self) -> bool:
+        """Whether the decay of a part is computed with the rate of the group."""
+        forms = [part.decay_key.decay.form for part in self.parts]
+        return any(FORMS[form].follows_lr for form in forms if form is not None)
+
+    def _require_common(self, key: str) -> None:
+        """Check that a value is not one that the class sets for each part apart.
+
+        A schedule that goes on from the group's would go on from none of theirs.
+        """
+        first, *others = [part.group.get(key, _ABSENT) for part in self.parts]
+        if not all(alike(first, other) for other in others):
+            raise ValueError(
+                f"{key!r} was set in a group, and the class itself has set it for each "
+                f"decay in that group apart. Split the groups by hand: "
+                f"selective_optim.param_groups(model, ...)."
+            )
+
+    def recognize(self) -> None:
+        """Take equal numbers for those that were shown: pickle makes new objects."""
+        for key, value in self.shown.items():
+            if same(value, now := self.group.get(key, _ABSENT)):
+                self.shown[key] = now
+
+    def show(self) -> None:
+        """Write what the class wrote into all parts alike into the group.
+
+        Of tensors the first part's shows. What differs between parts does not: there
+        the group keeps what it said before.
+        """
+        first, *others = [part.group for part in self.parts]
+        for key, value in first.items():
+            if key in NOT_SHARED or value is self.group.get(key, _ABSENT):
+                continue
+            tensor = isinstance(value, Tensor)
+            # Compared, tensors of a device would make every step wait for it.
+            if tensor or all(same(value, o.get(key, _ABSENT)) for o in others):
+                self.group[key] = value
+        for key in self.group.keys() - first.keys():
+            if key not in NOT_SHARED and not any(key in other for other in others):
+                del self.group[key]
+        self.shown = dict(self.group)
+
+    def share_tensors(self, keys: Collection[str]) -> None:
+        """Let all parts read one tensor for each hyperparameter.
+
+        Some classes turn a rate into a tensor of each group; schedulers write into
+        the one that they see.
+        """
+        first, *others = [part.group for part in self.parts]
+        for key in keys:
+            if key not in NOT_SHARED and isinstance(first.get(key), Tensor):
+                for other in others:
+                    other[key] = first[key]
+
+
+def without_computed(group: Group) -> Group:
+    """Take what a group has shown; the rest is yet to be handed down."""
+    return {key: value for key, value in group.items() if key not in DECAY_KEYS}
+
+
+def without_decay(group: Group) -> Group:
+    """Take what is neither parameters nor their decay."""
+    return {key: value for key, value in group.items() if key not in NOT_SHARED}
+
+
+def own_copy(value: Any) -> Any:
+    """Copy a tensor that each part counts in by itself."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def pick(group: Group, chosen: Sequence[int]) -> Group:
+    """Take some parameters of a group, with their names if it has any."""
+    return {key: [group[key][i] for i in chosen] for key in PER_PARAM if key in group}
+
+
+def by_decay(decisions: Sequence[Decision]) -> dict[DecayKey, list[int]]:
+    """List the positions of a group by decay_key, in the order of first appearance."""
+    found: dict[DecayKey, list[int]] = {}
+    for position, decision in enumerate(decisions):
+        found.setdefault(decision.decay_key, []).append(position)
+    # An empty group still needs a part: torch's classes iterate over groups.
+    return found or {FULL_KEY: []}
+
+
+def split_group(
+    group: Group, decisions: Sequence[Decision], form: Form | None
+) -> Split:
+    """Split a group that no class has seen yet; decay is still that of the group."""
+    parts = []
+    for decay_key, chosen in by_decay(decisions).items():
+        shown = {**group, **pick(group, chosen)}
+        parts.append(_part(decay_key, shown, group, decisions, chosen))
+    return Split(group, parts, form)
+
+
+def _part(
+    decay_key: DecayKey,
+    shown: Group,
+    group: Group,
+    decisions: Sequence[Decision],
+    chosen: list[int],
+) -> Part:
+    tokens = [_torch.token_of(group["params"][i]) for i in chosen]
+    return Part(decay_key, shown, chosen, tokens, inits_of(decisions, chosen))
+
+
+def inits_of(decisions: Sequence[Decision], chosen: Sequence[int]) -> list[Tensor]:
+    """List what some parameters of a group decay towards, if that is a tensor each."""
+    inits = (decisions[i].init for i in chosen)
+    return [init for init in inits if init is not None]
+
+
+def split_again(
+    group: Group,
+    decisions: Sequence[Decision],
+    before: Sequence[Split],
+    keys: Collection[str],
+) -> Split:
+    """Split a group whose parameters or decisions have changed; see :meth:`fill`.
+
+    The part with the same decay goes on. A new one takes over what the parts that its
+    parameters come from keep for themselves.
+
+    Raises:
+        ValueError: They come from parts that keep different values.
+    """
+    mine = [split for split in before if split.group is group]
+    shown = mine[0].shown if mine else None
+    parts = []
+    for decay_key, chosen in by_decay(decisions).items():
+        known = _holders([group["params"][i] for i in chosen], mine or before)
+        going_on = [
+            p for split in mine for p in split.parts if p.decay_key == decay_key
+        ]
+        _require_agreement([*going_on, *(part for _, part in known)], decisions)
+        if known and shown is None:
+            shown = known[0][0].shown
+        # The same dict, which the class may know by identity.
+        if going_on:
+            shown_group = going_on[0].group
+        else:
+            # A counter that the class keeps in a group goes where its parameters go.
+            # One that comes from none begins with what the others were last given.
+            own = (
+                known[0][1].own if known else without_decay({**group, **(shown or {})})
+            )
+            shown_group = {k: v if k in keys else own_copy(v) for k, v in own.items()}
+        parts.append(_part(decay_key, shown_group, group, decisions, chosen))
+    form = before[0].form if before else None
+    going = {p.decay_key for split in mine for p in split.parts}
+    if shown is not None and going.issuperset(part.decay_key for part in parts):
+        # The class may have written their decay.
+        return Split(group, parts, form, shown)
+    return Split(group, parts, form, without_computed(shown or {}))
+
+
+def _holders(
+    params: Sequence[Tensor], splits: Sequence[Split]
+) -> list[tuple[Split, Part]]:
+    wanted = set(map(id, map(_torch.token_of, params)))
+    return [
+        (split, part)
+        for split in splits
+        for part in split.parts
+        if not wanted.isdisjoint(map(id, part.tokens))
+    ]
+
+
+def _require_agreement(parts: Sequence[Part], decisions: Sequence[Decision]) -> None:
+    """Check that parts that become one keep the same of their own."""
+    for part in parts[1:]:
+        for key, value in parts[0].own.items():
+            other = part.own.get(key, _ABSENT)
+            if not alike(value, other):
+                name = next((repr(d.name) for d in decisions if d.name), "a parameter")
+                raise ValueError(
+                    f"{name} would come together with parameters whose {key!r} differs "
+                    f"by now, which this class keeps for each group. Make a new "
+                    f"optimizer with the new policy or groups."
+                )
+
+
+# State dicts.
+
+
+def record_of_parts(splits: Sequence[Split]) -> list[list[Group]] | None:
+    """Write down what parts keep that no group shows; ``None`` if nothing."""
+    kept = [[_kept(split, part) for part in split.parts] for split in splits]
+    return kept if any(len(own) > 1 for group in kept for own in group) else None
+
+
+def _kept(split: Split, part: Part) -> Group:
+    own = {
+        k: v for k, v in part.own.items() if not same(v, split.group.get(k, _ABSENT))
+    }
+    if not same(part.group[WD], split.computed(part, WD)):
+        own[WD] = part.group[WD]  # the class writes it itself
+    return {"positions": part.positions, **own}
+
+
+def saved_parts(
+    state_dict: Mapping[str, Any], record: Any, splits: Sequence[Split]
+) -> list[list[Group]]:
+    """Read what a state dict holds for each part alone, before anything is loaded.
+
+    Raises:
+        ValueError: Parameters of one part were saved in parts that differ.
+    """
+    records = record or [[] for _ in splits]
+    return [
+        [_saved_own(saved, part.positions, own) for part in split.parts]
+        for split, saved, own in zip(splits, state_dict["param_groups"], records)
+    ]
+
+
+def load_parts(
+    splits: Sequence[Split],
+    groups: Sequence[Group],
+    saved: Sequence[Sequence[Group]],
+    keys: Collection[str],
+) -> None:
+    """Give the parts what was saved for them, in the groups that loading has made.
+
+    Args:
+        splits: The parts.
+        groups: The user's groups, which torch makes anew on loading.
+        saved: Of :func:`saved_parts`.
+        keys: Hyperparameters, whose tensors serve all parts at once.
+    """
+    for split, group, owns in zip(splits, groups, saved):
+        split.group = group
+        for part, own in zip(split.parts, owns):
+            numbers = {k: split.computed(part, k) for k in DECAY_KEYS if k in group}
+            values = without_decay(group).items()
+            common = {k: v if k in keys else own_copy(v) for k, v in values}
+            part.group = {**numbers, **common, **copy.deepcopy(own)}
+        split.share_tensors(keys)
+        split.shown = dict(group)
+
+
+def _saved_own(
+    saved: Group, positions: Sequence[int], record: Sequence[Group]
+) -> Group:
+    mine = [own for own in record if not set(positions).isdisjoint(own["positions"])]
+    for other in mine[1:]:
+        for key in {**mine[0], **other}.keys() - {"positions"}:
+            pair = [own.get(key, saved.get(key)) for own in (mine[0], other)]
+            if not alike(*pair):
+                raise ValueError(
+                    f"{key!r} differs between the parts that the loaded state dict was "
+                    f"saved with, and this policy joins them. Load it with the policy "
+                    f"that it was saved with."
+                )
+    return {k: v for own in mine[:1] for k, v in own.items() if k != "positions"}

@@ -1,0 +1,127 @@
+"""Code that reads groups unsplit is refused, told, or shown what to decay."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from selective_optim import selective
+from tests.support import attacks
+from tests.support.attacks import (
+    LR,
+    OURS,
+    RIGHT,
+    SERVED,
+    WD,
+    Own,
+    assert_right,
+    assert_whole,
+    built,
+    make,
+    net,
+)
+
+each_name = pytest.mark.parametrize("name", SERVED)
+OTHERS = [name for name in SERVED if name not in OURS]
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "NAdam", "RAdam"])
+@pytest.mark.parametrize("hooked", [True, False])
+def test_step_of_torchs_class_is_refused(name, hooked):
+    model, optimizer = built(name)
+    before = [param.detach().clone() for param in model.parameters()]
+    step = getattr(torch.optim, name).step
+    if not hooked:
+        step = step.__wrapped__
+    attacks.zero_grads([*model.parameters()])
+    with pytest.raises(RuntimeError, match=r"optimizer\.step\(\)"):
+        step(optimizer)
+    assert all(map(torch.equal, model.parameters(), before))
+    assert_right(model, optimizer)
+
+
+def test_step_of_a_users_class_is_refused():
+    model, optimizer = built("Own")
+    before = [param.detach().clone() for param in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"optimizer\.step\(\)"):
+        Own.step(optimizer)
+    assert all(map(torch.equal, model.parameters(), before))
+    assert_right(model, optimizer)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_step_of_the_class_serves_where_nothing_is_exempt(name):
+    model = net()
+    optimizer = make(name, model, None)
+    cls = Own if name == "Own" else getattr(torch.optim, name)
+    assert all(attacks.moved(lambda: cls.step(optimizer), [*model.parameters()]))
+
+
+def own_step(self, closure=None):
+    """Decay and descend from what the groups say, past the step of the base."""
+    with torch.no_grad():
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+@each_name
+def test_subclass_whose_own_step_reads_the_decay_is_told(name):
+    cls = type("Reads", (SERVED[name],), {"step": own_step})
+    model = net()
+    more = attacks.DECOUPLED.get(name, {})
+    optimizer = cls(
+        model.parameters(), lr=LR, weight_decay=WD, wd_policy="no_bias_norm", **more
+    )
+    with pytest.warns(UserWarning, match="step") as told:
+        optimizer.step()
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()  # once
+
+
+def clipped_step(self, closure=None):
+    """Clip and go on: reads no decay, and reaches the step of the base."""
+    for group in self.param_groups:
+        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+    return super(type(self), self).step(closure)
+
+
+@each_name
+def test_subclass_whose_own_step_reaches_ours_is_told_nothing(name):
+    cls = type("Clips", (SERVED[name],), {"step": clipped_step})
+    model = net()
+    more = attacks.DECOUPLED.get(name, {})
+    optimizer = cls(
+        model.parameters(), lr=LR, weight_decay=WD, wd_policy="no_bias_norm", **more
+    )
+    assert_right(model, optimizer)
+
+
+class DecaysOutside(Own):
+    """Decays in a method of its own, which its users call before the step."""
+
+    @torch.no_grad()
+    def apply_decay(self):
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+def test_method_that_decays_outside_the_step_sees_parts_or_is_told():
+    model = net()
+    optimizer = selective(DecaysOutside)(
+        model.parameters(), lr=LR, weight_decay=WD, wd_policy="no_bias_norm"
+    )
+    params = [*model.parameters()]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            acted = attacks.moved(optimizer.apply_decay, params)
+        except (RuntimeError, ValueError) as error:
+            acted, told = None, [error]
+    assert told or acted == [*RIGHT.values()]
+    assert_whole(optimizer)
