@@ -21,20 +21,20 @@ from selective_optim.policies import (
 from selective_optim.policies.named import NAMED
 
 
-class LlamaRMSNorm(nn.Module):
+class NearRMSNorm(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(4))
 
 
-class Linear4bit(nn.Module):
+class NearLinear(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(4, 4))
 
 
 def llama():
-    return nn.Sequential(nn.Linear(4, 4), LlamaRMSNorm())
+    return nn.Sequential(nn.Linear(4, 4), NearRMSNorm())
 
 
 def exempt(model, policy):
@@ -57,7 +57,7 @@ NEAR = {
         llama,
         {"0.bias", "1.weight"},
     ),
-    "more words": ({nn.Linear: 0}, lambda: nn.Sequential(Linear4bit()), {"0.weight"}),
+    "more words": ({nn.Linear: 0}, lambda: nn.Sequential(NearLinear()), {"0.weight"}),
 }
 
 
@@ -78,11 +78,11 @@ def test_class_that_is_near_to_one_that_decays_warns_once(case):
 
 
 def test_warning_of_a_class_reads_so():
-    with pytest.warns(UserWarning, match="LlamaRMSNorm") as caught:
+    with pytest.warns(UserWarning, match="NearRMSNorm") as caught:
         AdamW(llama().parameters(), weight_decay=0.1, wd_policy={nn.LayerNorm: 0})
     assert str(caught[0].message) == (
         "nn.LayerNorm in `wd_policy` matches none of 3 parameters, and '1.weight', "
-        "held by LlamaRMSNorm, decays. Write "
+        "held by NearRMSNorm, decays. Write "
         'wd_policy="first_match({is_norm: 0})", or pass missing_ok=True to its policy.'
     )
 
@@ -94,16 +94,16 @@ def frozen():
 
 
 SILENT = {
-    "norms that are exempt": (exclude(nn.LayerNorm, LlamaRMSNorm), llama),
+    "norms that are exempt": (exclude(nn.LayerNorm, NearRMSNorm), llama),
     "list of norms shared among models": (exclude(nn.BatchNorm2d, is_norm), llama),
     "no norm in the model": (exclude(nn.LayerNorm), lambda: nn.Linear(4, 4)),
-    "predicates": (exclude(is_bias, is_norm), lambda: nn.Sequential(Linear4bit())),
+    "predicates": (exclude(is_bias, is_norm), lambda: nn.Sequential(NearLinear())),
     "another class": (exclude(nn.Conv2d), llama),
     "of another part": (exclude(nn.Embedding), llama),
     "missing_ok": (first_match({nn.LayerNorm: 0}, missing_ok=True), llama),
     "what is not matched is exempt": (
         only(nn.Linear, "*.weight_g", missing_ok=True),
-        lambda: nn.Sequential(Linear4bit(), nn.Linear(4, 4)),
+        lambda: nn.Sequential(NearLinear(), nn.Linear(4, 4)),
     ),
     "elsewhere in the model": (
         exclude(nn.LayerNorm),
@@ -180,7 +180,7 @@ def test_name_is_suggested_by_its_words_or_not_at_all(name):
 
     found = re.search(r'Did you mean wd_policy="(\w*)"\?$', str(caught.value))
     assert (found and found[1]) == MEANT[name]
-    assert str(caught.value).endswith(("?", '"olmo".'))
+    assert str(caught.value).endswith(("?", f'"{list(NAMED)[-1]}".'))
 
 
 def test_function_that_is_like_no_other_is_answered_by_an_example():

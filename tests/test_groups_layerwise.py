@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from functools import partial
 
 import pytest
@@ -50,6 +51,32 @@ def vit(depth=3):
     blocks = nn.Sequential(*(Block() for _ in range(depth)))
     return Model(
         stem=nn.Linear(3, 4), blocks=blocks, norm=nn.LayerNorm(4), head=nn.Linear(4, 2)
+    )
+
+
+def pairs():
+    """Layers as vit_pytorch and others write them."""
+
+    def layer():
+        attention = Model(norm=nn.LayerNorm(4), qkv=nn.Linear(4, 4))
+        return nn.ModuleList([attention, Block()])
+
+    layers = nn.ModuleList(layer() for _ in range(3))
+    body = Model(norm=nn.LayerNorm(4), layers=layers)
+    del body.token
+    return Model(stem=nn.Linear(3, 4), body=body, head=nn.Linear(4, 2))
+
+
+def upside_down():
+    """litgpt registers its head first, xlstm its embeddings last."""
+    return Model(
+        lm_head=nn.Linear(4, 9),
+        blocks=nn.ModuleList([Block(), Block()]),
+        ln_f=nn.LayerNorm(4),
+        wte=nn.Embedding(9, 4),
+        embed_time=nn.Linear(1, 4),
+        embedding_norm=nn.LayerNorm(4),
+        decoder=Model(queries=nn.Embedding(3, 4)),
     )
 
 
@@ -157,6 +184,25 @@ LAYOUTS = {
             ["stages.0.1", "pos.0"],
             ["stages.0.0", "embeds.0"],
             ["token"],
+        ],
+    ),
+    "pairs in a list, and their norm before it": (
+        pairs,
+        [
+            ["head"],
+            ["body.norm", "body.layers.2"],
+            ["body.layers.1"],
+            ["body.layers.0"],
+            ["token", "stem"],
+        ],
+    ),
+    "head first, embeddings last": (
+        upside_down,
+        [
+            ["lm_head", "embedding_norm", "decoder"],
+            ["blocks.1", "ln_f"],
+            ["blocks.0"],
+            ["token", "wte", "embed_time"],
         ],
     ),
     "vit": (
@@ -397,7 +443,7 @@ ERRORS = {
         lambda: layerwise_groups(
             nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), 0.1, 0.5
         ),
-        r"blocks of Sequential, .* none were found; .*'\*'.*layers=\"blocks\.\*\"",
+        r"blocks of Sequential, .* none were found; .*'\*'.*layers=\"\*\"",
     ),
     "nothing numbered": (
         lambda: layerwise_groups(nn.Linear(2, 2), 0.1, 0.5),
@@ -533,6 +579,16 @@ def test_modules_of_which_blocks_are_nine_tenths_may_be_stages():
 def of_parts(*sizes):
     """Make a module of modules that hold so many elements each."""
     return nn.Sequential(*(nn.Linear(1, size, bias=False) for size in sizes))
+
+
+def test_advice_where_no_blocks_are_found_names_modules_of_the_model():
+    pieces = nn.ModuleDict({"convs": nn.ModuleList(nn.Linear(2, 2) for _ in range(3))})
+    with pytest.raises(ValueError, match="none were found") as caught:
+        layerwise_groups(pieces, 0.1, 0.5)
+
+    advice = re.search(r'Write for example layers="(.*)"\.', str(caught.value))[1]
+    assert advice == "convs.*"
+    assert len(layerwise_groups(pieces, 0.1, 0.5, layers=advice)) == 3
 
 
 def test_blocks_have_three_parts_or_more():

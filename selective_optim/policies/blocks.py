@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,7 +16,11 @@ from torch import nn
 from selective_optim import _torch
 from selective_optim._canonical_names import canonical_name
 from selective_optim._text import received
-from selective_optim.policies.recognition import has_parameters, norm_module
+from selective_optim.policies.recognition import (
+    embedding_module,
+    has_parameters,
+    norm_module,
+)
 
 Layers = str | Sequence[str] | None
 Modules = list[nn.Module]
@@ -24,6 +29,7 @@ LISTS = (nn.ModuleList, nn.ModuleDict)
 CONTAINERS = (nn.Sequential, *LISTS)
 # A convolution with its norm is a piece of a block, a linear layer not even that.
 PARTS_OF_A_BLOCK = 3
+NO_NUMBERS = "Name modules that repeat; this model has none that are numbered."
 # Blocks that hold a tenth of what the largest run holds could be meant as well.
 RIVAL = 10
 
@@ -86,11 +92,21 @@ def runs_in(module: nn.Module, name: str = "") -> list[Run]:
 
 def _inside_stage(stage: nn.Module) -> tuple[nn.Module, ...]:
     """Return the blocks that a stage consists of; none if it is a block itself."""
+    if _is_layer(stage):
+        return ()
     if type(stage) in CONTAINERS:
         return tuple(filter(_may_be_block, stage.children()))
     runs = runs_in(stage)
     largest = max(runs, key=lambda run: run.size, default=None)
     return largest.items if largest and 2 * largest.size >= _size(stage) else ()
+
+
+def _is_layer(stage: nn.Module) -> bool:
+    # An attention and a feed-forward in a list are one layer, and no stage of two.
+    parts = list(filter(has_parameters, stage.children()))
+    kinds = {tuple(type(m) for m in p.modules() if has_parameters(m)) for p in parts}
+    different = isinstance(stage, LISTS) and 1 < len(parts) == len(kinds) <= 3
+    return different and not any(map(runs_in, parts))
 
 
 def _blocks_in(run: Run) -> list[nn.Module]:
@@ -190,11 +206,13 @@ def _found(roots: Sequence[nn.Module]) -> list[nn.Module]:
             f"several stacks of their own depth, as in layers=[{globs}]."
         )
     # A message of 1,000 globs helps nobody.
-    lists = list(dict.fromkeys(map(repr, _counting_globs(roots))))[:8] or ["none"]
+    counts = Counter(_counting_globs(roots))
+    lists, way_out = list(counts)[:8], NO_NUMBERS
+    for glob, _ in counts.most_common(1):
+        way_out = f'Write for example layers="{glob}".'
     raise ValueError(
         f"`layers` must name the repeated blocks of {models}, where none were found; "
-        f"numbered modules in it: {', '.join(lists)}. "
-        f'Write for example layers="blocks.*".'
+        f"numbered modules in it: {', '.join(map(repr, lists)) or 'none'}. {way_out}"
     )
 
 
@@ -219,7 +237,7 @@ def _matching(roots: Sequence[nn.Module], layers: str) -> list[nn.Module]:
     names = list(dict.fromkeys(name for name, _ in named))
     close = ", ".join(map(repr, get_close_matches(layers, names, n=3, cutoff=0.0)))
     globs = [glob for glob in dict.fromkeys(_counting_globs(roots)) if glob != layers]
-    way_out = "Name modules that repeat; this model has none that are numbered."
+    way_out = NO_NUMBERS
     for glob in get_close_matches(layers, globs, n=1, cutoff=0.0):
         way_out = f'Write for example layers="{glob}".'
     raise ValueError(
@@ -271,12 +289,34 @@ def distances_in(modules: Modules, blocks: Modules) -> dict[nn.Module, int]:
             block = numbers[module]
             layer.update(dict.fromkeys(module.modules(), block))
         layer.setdefault(module, block + 1 if block else 0)
-    if norm := final_norm(modules, blocks[-1]):
-        layer.update(dict.fromkeys(norm.modules(), len(blocks)))
+    inside = {module for block in blocks for module in block.modules()}
+    norm = final_norm(modules, blocks[-1])
     for parent in modules:
-        if parent not in numbers:
-            layer.update(_beside(parent, numbers))
+        if parent in inside or blocks[-1] not in set(parent.modules()):
+            continue
+        layer.update(_beside(parent, numbers))
+        for key, child in parent.named_children():
+            # Between two blocks it embeds what comes out of the first.
+            if layer[child] > len(blocks) and _embeds(key, child):
+                layer.update(dict.fromkeys(child.modules(), 0))
+        if norm is None:
+            norm = _norm_beside(parent, blocks[-1])
+    if norm is not None:
+        layer.update(dict.fromkeys(norm.modules(), len(blocks)))
     return {module: len(blocks) + 1 - layer[module] for module in modules}
+
+
+def _embeds(key: str, module: nn.Module) -> bool:
+    named = key.startswith("embed") and not norm_module(module)
+    return embedding_module(module) or named
+
+
+def _norm_beside(parent: nn.Module, last: nn.Module) -> nn.Module | None:
+    """Return the ``norm`` that is registered before a list of blocks beside it."""
+    norm = dict(parent.named_children()).get("norm")
+    lists = [child for child in parent.children() if isinstance(child, CONTAINERS)]
+    beside = any(last is block for each in lists for block in each.children())
+    return norm if beside and norm_module(norm) else None
 
 
 def _beside(parent: nn.Module, numbers: dict[nn.Module, int]) -> dict[nn.Module, int]:

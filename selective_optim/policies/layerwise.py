@@ -24,8 +24,9 @@ from selective_optim.policies.blocks import (
     require_arguments,
     tower,
 )
+from selective_optim.policies.outputs import output_layers
 from selective_optim.policies.recognition import embedding_part
-from selective_optim.policies.selectors import Need
+from selective_optim.policies.selectors import Need, is_weight
 
 Order = tuple[float, ...]
 # A last number by which timm's matchers join a layer to the one before it.
@@ -133,6 +134,8 @@ class Distances:
             return
         modules = [module for _, module in named_modules(roots)]
         self._measure(modules, find_stacks(roots, layers))
+        for root in roots:
+            self._distance.update(dict.fromkeys(output_layers(root, is_weight), 0))
         # Where first names lie: a head tied to the embeddings is no layer of its own.
         first = {id(p): m for m in reversed(modules) for p in m.parameters(False)}
         self._lift = min(self._distance[module] for module in first.values())

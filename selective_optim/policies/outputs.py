@@ -46,12 +46,8 @@ class Outputs:
 
 
 def is_output_of(place: ParameterInfo, is_weight: IsWeight) -> bool:
-    """Tell whether a parameter belongs to the output layer.
-
-    Raises:
-        UnsureError: It is not known which layer that is.
-    """
-    outputs = _outputs(place, is_weight)
+    """Tell whether a parameter belongs to the output layer; raises UnsureError."""
+    outputs = _outputs(place.path[0], is_weight)
     if not outputs.sure:
         told = f"of {outputs.model} it is not sure which layer is the output"
         names = ", ".join(map(repr, outputs.names))
@@ -60,11 +56,19 @@ def is_output_of(place: ParameterInfo, is_weight: IsWeight) -> bool:
     return (place.name or "").rpartition(".")[0] in layers
 
 
+def output_layers(root: nn.Module, is_weight: IsWeight) -> list[nn.Module]:
+    """Return what may be an output layer and is not tied to an embedding."""
+    outputs = _outputs(root, is_weight)
+    infos = [i for i in index_of(root).everyone() if i.name in outputs.names]
+    known = [i for i in infos if outputs.sure or "." not in (_head(i) or ".")]
+    return [i.owner for i in known if i.owner and not isinstance(i.owner, nn.Embedding)]
+
+
 def is_hidden(place: ParameterInfo, is_weight: IsWeight) -> bool:
     """Tell whether a weight is no candidate for the output; warns of several once."""
     if not is_weight(place):
         return False
-    outputs = _outputs(place, is_weight)
+    outputs = _outputs(place.path[0], is_weight)
     if not (outputs.sure or outputs.told):
         outputs.told = True
         warn(
@@ -76,8 +80,7 @@ def is_hidden(place: ParameterInfo, is_weight: IsWeight) -> bool:
     return place.name not in outputs.names
 
 
-def _outputs(place: ParameterInfo, is_weight: IsWeight) -> Outputs:
-    root = place.path[0]
+def _outputs(root: nn.Module, is_weight: IsWeight) -> Outputs:
     return index_of(root).remember("outputs", lambda: _find(root, is_weight))
 
 

@@ -332,7 +332,8 @@ is_layer_weight = Predicate(
 )
 
 
-def _is_weight(place: ParameterInfo) -> bool:
+def is_weight(place: ParameterInfo) -> bool:
+    """Tell whether a place is that of a matrix or more that embeds nothing."""
     # Of a tie the embedding may stand elsewhere, and the tie is then an output.
     wide = place.ndim is not None and place.ndim >= 2
     return wide and layer_weight(place) and not embedding_part(place)
@@ -340,14 +341,14 @@ def _is_weight(place: ParameterInfo) -> bool:
 
 KNOWN: frozenset[Need] = frozenset({"names", "modules", "shapes"})
 # The layer that yields the model's answer, its bias included.
-is_output = Predicate("is_output", lambda p: is_output_of(p, _is_weight), KNOWN)
+is_output = Predicate("is_output", lambda p: is_output_of(p, is_weight), KNOWN)
 # A weight of two dimensions between embedding and output: what Muon is made for.
 is_hidden_matrix = Predicate(
-    "is_hidden_matrix", lambda p: p.ndim == 2 and is_hidden(p, _is_weight), KNOWN
+    "is_hidden_matrix", lambda p: p.ndim == 2 and is_hidden(p, is_weight), KNOWN
 )
 # The same of two or more, convolutions and stacked experts included.
 is_hidden_weight = Predicate(
-    "is_hidden_weight", lambda place: is_hidden(place, _is_weight), KNOWN
+    "is_hidden_weight", lambda place: is_hidden(place, is_weight), KNOWN
 )
 is_vector = Predicate(
     "is_vector",
