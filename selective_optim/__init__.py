@@ -22,8 +22,10 @@ from selective_optim.adamw import AdamW as AdamW
 from selective_optim.any_class import selective as selective
 from selective_optim.decay import Decay as Decay
 from selective_optim.decisions.deciding_for import deciding_for as deciding_for
+from selective_optim.groups import layerwise_groups as layerwise_groups
+from selective_optim.groups import rate_groups as rate_groups
+from selective_optim.groups import width_groups as width_groups
 from selective_optim.hand_split import param_groups as param_groups
-from selective_optim.layers import layerwise_groups as layerwise_groups
 from selective_optim.parameters import ParameterInfo as ParameterInfo
 from selective_optim.report import DecayReport as DecayReport
 from selective_optim.report import decay_report as decay_report
@@ -49,6 +51,8 @@ __all__ = [
     "param_groups",
     "policies",
     "proportional_to_lr",
+    "rate_groups",
     "schedules",
     "selective",
+    "width_groups",
 ]

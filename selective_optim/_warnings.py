@@ -184,6 +184,7 @@ def _changes(decided: Sequence[Sequence[Decision]], saved: Any, now: Any) -> lis
         pairs = [
             (place, _terms(old), _terms(new))
             for place, old, new in zip(places, _joined(saved), _joined(now))
+            if old  # of a new layer nothing is recorded
         ]
         return [
             f"{decision.label(*place)} {_text(*old, was=True)} and now "

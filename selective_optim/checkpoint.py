@@ -1,10 +1,11 @@
-"""Convert optimizer state dicts between hand-split groups and one group, by name.
+"""Convert optimizer state dicts by name: to other groups, and to a changed model.
 
 A state dict keeps state by position, so one saved with a group of decayed and a
-group of exempt parameters does not fit an optimizer with one group. Here names say
-which state belongs to which parameter: state dicts go in, and new ones come out
-that share the tensors. The form of ``torch.distributed.checkpoint.state_dict``
-(not flattened), which lists parameters by name, is taken too and kept.
+group of exempt parameters does not fit an optimizer with one group, nor does that of
+a model that has other layers by now. Here names say which state belongs to which
+parameter: state dicts go in, and new ones come out that share the tensors. The form
+of ``torch.distributed.checkpoint.state_dict`` (not flattened), which lists parameters
+by name, is taken too and kept.
 
 A flattened one keeps one ``weight_decay`` per parameter, that of its group. Loaded
 into other groups, torch takes for each group that of one of its parameters: one of
@@ -14,18 +15,33 @@ this library gives torch's hand-split exempt group the full decay. Set
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain, count, islice
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from itertools import chain, islice
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
-from selective_optim._canonical_names import (
-    canonical_name,
-    told_apart,
-    without_wrappers,
+from selective_optim._entries import (
+    WD,
+    Entry,
+    Hyper,
+    Names,
+    StateDict,
+    choose,
+    form_of,
+    merged,
+    named_parameters,
+    read,
+    recorded,
+    require_agreement,
+    with_rate_of,
+    without,
+    write,
 )
+from selective_optim._fit import Fit as Fit
+from selective_optim._fit import fit as fit
 from selective_optim._text import received, shape_text
 from selective_optim.decisions.state_dict import (
     PARTS,
@@ -33,210 +49,20 @@ from selective_optim.decisions.state_dict import (
     require_dict,
     require_whole,
 )
-from selective_optim.parameters import as_modules
-from selective_optim.step.lasting import PER_PARAM
-
-StateDict = dict[str, Any]
-Hyper = dict[str, Any]  # of a group: all but its parameters and their names
-Names = Sequence[Sequence[str]]
-Record = list[Any]  # a multiplier, a form, and where needed what training began with
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One parameter of a state dict: its name, where its state is, how it decays."""
-
-    name: str
-    key: int | str
-    group: int
-    hyper: Hyper
-    multiplier: float = 1.0
-    form: str | None = None
-    begin: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def wd(self) -> Any:
-        """Effective decay: the group's times the multiplier."""
-        wd = self.hyper["weight_decay"]
-        return wd if self.multiplier == 1 else wd * self.multiplier
-
-    def label(self) -> str:
-        """Name the parameter and its group, as a message should."""
-        return f"{self.name!r} (group {self.group})"
-
-
-def form_of(hyper: Hyper) -> str | None:
-    """Tell the form that torch's class gives a group; Adam before 2.7 does not say."""
-    if "betas" in hyper and "decoupled_weight_decay" not in hyper:
-        return None
-    return "decoupled" if hyper.get("decoupled_weight_decay") else "l2"
-
-
-def _require_lists(names: object) -> None:
-    listed = names if isinstance(names, Iterable) else [names]
-    if isinstance(names, str) or any(isinstance(name, str) for name in listed):
-        raise TypeError(
-            f"`names` must be one list of names per group, not {received(names)}. "
-            f"Pass names=group_names(optimizer.param_groups, model)."
-        )
-
-
-def read(state_dict: StateDict, names: Names | None) -> dict[str, Entry]:
-    """List the parameters of a state dict by canonical name.
-
-    Raises:
-        TypeError: The state dict is no dict, or ``names`` no list of lists.
-        ValueError: A parameter has no name, or two have the same.
-    """
-    require_dict(state_dict)
-    _require_lists(names)
-    require_whole(state_dict)
-    listed = [
-        entry
-        for index, group in enumerate(state_dict["param_groups"])
-        for entry in _entries_of(state_dict, group, index, names)
-    ]
-    entries: dict[str, Entry] = {}
-    for key, entry in zip(told_apart([entry.name for entry in listed]), listed):
-        known = entries.setdefault(key, entry)
-        if known is not entry:
-            raise ValueError(
-                f"{entry.name!r} names two parameters of the state dict, in groups "
-                f"{known.group} and {entry.group}. Name each once: names=[[...], ...]."
-            )
-    return entries
-
-
-def _entries_of(
-    state_dict: StateDict, group: Mapping[str, Any], index: int, names: Names | None
-) -> Iterable[Entry]:
-    keys = group["params"]
-    own = _names_of(group, index, names)
-    hyper = {key: value for key, value in group.items() if key not in PER_PARAM}
-    records: list[Record] = [[1.0, form_of(hyper)]] * len(keys)
-    if RECORD in state_dict:
-        records = state_dict[RECORD][index]
-    for name, key, record in zip(own, keys, records, strict=True):
-        yield Entry(name, key, index, hyper, *record)
-
-
-def _names_of(group: Mapping[str, Any], index: int, names: Names | None) -> list[str]:
-    keys = group["params"]
-    if names is not None:
-        own = list(names[index]) if index < len(names) else []
-    elif "param_names" in group:
-        own = list(group["param_names"])
-    else:  # torch.distributed.checkpoint lists parameters by name
-        own = [key for key in keys if isinstance(key, str)]
-    if len(own) < len(keys):
-        raise ValueError(
-            f"parameter {len(own)} of group {index} of the state dict has no name. "
-            f"Pass names=group_names(optimizer.param_groups, model)."
-        )
-    if len(own) > len(keys):
-        raise ValueError(
-            f"{own[len(keys)]!r} is one name too many for group {index} of the state "
-            f"dict, which has {len(keys)} parameters. Leave it out of `names`."
-        )
-    return own
-
-
-def choose(
-    entries: dict[str, Entry], names: Iterable[str], argument: str
-) -> list[Entry]:
-    """Put all parameters into the order of ``names``.
-
-    Raises:
-        ValueError: A name is missing, doubled or unknown.
-    """
-    chosen: dict[str, Entry] = {}
-    for name in names:
-        key = canonical_name(name)
-        # What a parametrization made several of goes by names of its own.
-        key = key if key in entries else without_wrappers(name)
-        if key not in entries:
-            raise ValueError(
-                f"{name!r} in `{argument}` names no parameter of the state dict. "
-                f"Correct it, or leave it out."
-            )
-        if key in chosen:
-            raise ValueError(
-                f"{name!r} stands in `{argument}` twice. Leave one of them out."
-            )
-        chosen[key] = entries[key]
-    missing = [entry for name, entry in entries.items() if name not in chosen]
-    if missing:
-        more = f", and so are {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(
-            f"{missing[0].label()} is missing in `{argument}`{more}. Add its name."
-        )
-    return list(chosen.values())
-
-
-def recorded(
-    state_dict: StateDict, groups: Iterable[tuple[Hyper, Sequence[Entry]]]
-) -> list[list[Record]] | None:
-    """Record what part of its group's decay each parameter has, where known."""
-    records = [
-        [_record(entry, hyper["weight_decay"]) for entry in mine]
-        for hyper, mine in groups
-    ]
-    known = RECORD in state_dict or all(
-        hyper["weight_decay"] and entry.form for hyper, mine in groups for entry in mine
-    )
-    return records if known else None
-
-
-def _record(entry: Entry, largest: Any) -> Record:
-    multiplier = entry.multiplier
-    if entry.hyper["weight_decay"] != largest:
-        # To 15 digits, so that 0.01 of 0.1 is the 0.1 that a policy says.
-        multiplier = float(f"{float(entry.wd) / float(largest):.15g}")
-    return [multiplier, entry.form, *([entry.begin] if entry.begin else [])]
-
-
-def write(
-    state_dict: StateDict,
-    groups: Sequence[tuple[Hyper, Sequence[Entry]]],
-    records: list[list[Record]] | None,
-) -> StateDict:
-    """Put a state dict together: these groups, and the state of their parameters.
-
-    Parameters that were numbered are numbered anew. Dicts and lists are new, tensors
-    and what else a state dict of ``state_dict`` holds are shared.
-    """
-    entries = list(chain.from_iterable(mine for _, mine in groups))
-    numbers = count()
-    # torch numbers parameters through all groups; DCP's names stay.
-    keys = {e.key: e.key if isinstance(e.key, str) else next(numbers) for e in entries}
-    state = {
-        keys.get(key, key): dict(own) if isinstance(own, dict) else own
-        for key, own in state_dict["state"].items()
-    }
-    named = any("param_names" in group for group in state_dict["param_groups"])
-    packed = [
-        {
-            **hyper,
-            "params": [keys[entry.key] for entry in mine],
-            **({"param_names": [entry.name for entry in mine]} if named else {}),
-        }
-        for hyper, mine in groups
-    ]
-    # What parts of other groups kept for themselves fits no group of these.
-    left = (RECORD, PARTS)
-    others = {key: value for key, value in state_dict.items() if key not in left}
-    record = {} if records is None else {RECORD: records}
-    return {**others, "state": state, "param_groups": packed, **record}
 
 
 def group_names(
-    param_groups: Iterable[Mapping[str, Any]], model: nn.Module | Sequence[nn.Module]
+    param_groups: Iterable[Mapping[str, Any]],
+    model: nn.Module | Sequence[nn.Module],
+    *,
+    missing_ok: bool = False,
 ) -> list[list[str]]:
     """Name the parameters of every group, for a state dict saved without names.
 
     Args:
         param_groups: ``optimizer.param_groups``, or the groups given to a constructor.
         model: The module, or modules, that the parameters live in.
+        missing_ok: Give parameters that have left the model names of no parameter.
 
     Returns:
         Canonical names, group by group; where a parametrization made several
@@ -246,36 +72,26 @@ def group_names(
         TypeError: The arguments are no groups, or no modules.
         ValueError: A parameter is in none of the modules.
     """
-    named = [pair for m in as_modules(model) for pair in m.named_parameters()]
-    own = told_apart([name for name, _ in named])
-    names = {id(param): name for name, (_, param) in zip(own, named)}
-
-    def name_of(index: int, position: int, param: Any) -> str:
-        if id(param) not in names:
-            raise ValueError(
-                f"parameter {position} of group {index} (shape "
-                f"{shape_text(param.shape)}) is in none of the modules given as "
-                f"`model`. Pass every module that holds parameters: [model, ...]."
-            )
-        return names[id(param)]
-
-    return [
-        [name_of(index, position, p) for position, p in enumerate(group["params"])]
-        for index, group in enumerate(_as_groups(param_groups))
-    ]
-
-
-def _as_groups(param_groups: Any) -> list[Mapping[str, Any]]:
-    groups = list(
-        param_groups if isinstance(param_groups, Iterable) else [param_groups]
-    )
-    for group in groups:
+    names = {id(param): name for param, name, _ in named_parameters(model)}
+    groups = param_groups if isinstance(param_groups, Iterable) else [param_groups]
+    found: list[list[str]] = []
+    for index, group in enumerate(groups):
         if not isinstance(group, Mapping):
             raise TypeError(
                 f"`param_groups` must be a list of dicts, and holds "
                 f"{received(group)}. Pass optimizer.param_groups."
             )
-    return groups
+        found.append([])
+        for position, param in enumerate(group["params"]):
+            if id(param) not in names and not missing_ok:
+                raise ValueError(
+                    f"parameter {position} of group {index} (shape "
+                    f"{shape_text(param.shape)}) is in none of the modules given as "
+                    f"`model`. Pass every module that holds parameters: [model, ...]."
+                )
+            gone = f"(group {index}, parameter {position})"
+            found[-1].append(names.get(id(param), gone))
+    return found
 
 
 def merge_groups(
@@ -323,9 +139,19 @@ def merge_groups(
     """
     entries = read(state_dict, names)
     ordered = entries.values() if order is None else choose(entries, order, "order")
-    apart = (by,) if isinstance(by, str) else tuple(by)
-    groups = [(_merged(mine, apart), mine) for mine in _kept_apart(ordered, apart)]
-    return write(state_dict, groups, recorded(state_dict, groups))
+    keys = [by] if isinstance(by, str) else list(by)
+    together: list[tuple[list[Any], list[Entry]]] = []
+    for entry in ordered:
+        values = [entry.hyper.get(key) for key in keys]
+        # Compared, not hashed: a learning rate may be a tensor.
+        mine = next((mine for known, mine in together if known == values), None)
+        if mine is None:
+            together.append((values, mine := []))
+        mine.append(entry)
+    listed = "".join(f"{key!r}, " for key in keys)
+    way_out = f"Keep such groups apart: by=[{listed}{{!r}}]."
+    groups = [(merged(mine, way_out), mine) for _, mine in together]
+    return write(state_dict, groups) | recorded(state_dict, groups)
 
 
 def split_groups(
@@ -368,79 +194,90 @@ def split_groups(
     parts = [list(islice(chosen, len(part))) for part in listed]
     # A group without parameters takes its hyperparameters from any.
     anyone = list(entries.values())[:1]
-    return write(
-        state_dict,
-        [
-            (_split(part or anyone, own), part)
-            for part, own in zip(parts, wanted, strict=True)
-        ],
-        None,
-    )
+    pairs = zip(wanted, parts, strict=True)
+    split = write(state_dict, [(_split(p or anyone, own), p) for own, p in pairs])
+    split.pop(PARTS, None)  # each in a group of its own now
+    return split
 
 
-def _kept_apart(
-    entries: Iterable[Entry], apart: tuple[str, ...]
-) -> Iterator[list[Entry]]:
-    """Collect the parameters whose groups agree on what keeps groups apart."""
-    together: list[tuple[list[Any], list[Entry]]] = []
-    for entry in entries:
-        values = [entry.hyper.get(key) for key in apart]
-        # Compared, not hashed: a learning rate may be a tensor.
-        for known, mine in together:
-            if known == values:
-                mine.append(entry)
-                break
-        else:
-            together.append((values, [entry]))
-    return (mine for _, mine in together)
-
-
-def _merged(entries: list[Entry], apart: tuple[str, ...]) -> Hyper:
-    way_out = (
-        f"Keep such groups apart: by=[{''.join(f'{key!r}, ' for key in apart)}{{!r}}]."
-    )
-    hypers = [entry.hyper for entry in entries]
-    _require_agreement(entries, hypers, ["weight_decay"], way_out)
-    largest = max((hyper["weight_decay"] for hyper in hypers), key=float)
-    return {**hypers[0], "weight_decay": largest}
-
-
-def _split(entries: list[Entry], own: Hyper) -> Hyper:
-    hypers = [{**entry.hyper, "weight_decay": entry.wd} for entry in entries]
-    _require_agreement(
-        entries, hypers, own, "Make it two groups, or set {!r} in this one."
-    )
+def _split(entries: Sequence[Entry], own: Hyper) -> Hyper:
+    hypers = [
+        {**e.hyper, **(e.part_values or {}), "weight_decay": e.wd} for e in entries
+    ]
+    way_out = "Make it two groups, or set {!r} in this one."
+    require_agreement(entries, hypers, own, way_out)
     hyper = {**hypers[0], **own}
-    _require_form(entries, hyper)
-    return hyper
-
-
-def _require_agreement(
-    entries: Sequence[Entry],
-    hypers: Sequence[Hyper],
-    free: Iterable[str],
-    way_out: str,
-) -> None:
-    """Check that parameters that come together differ in nothing but what is free."""
-    first, own = entries[0], hypers[0]
-    for entry, hyper in zip(entries, hypers, strict=True):
-        for key in [key for key in {**own, **hyper} if key not in free]:
-            if (mine := own.get(key)) != (other := hyper.get(key)):
-                raise ValueError(
-                    f"{key!r} is {mine} for {first.label()} and {other} for "
-                    f"{entry.label()}, but one group has one. {way_out.format(key)}"
-                )
-
-
-def _require_form(entries: Iterable[Entry], hyper: Hyper) -> None:
-    """Check that torch decays these parameters in the form that was recorded."""
     form = form_of(hyper)
-    for entry in entries if hyper["weight_decay"] and form else ():
-        target = entry.begin.get("target")
-        if entry.multiplier and (entry.form != form or target):
+    for entry in entries if hyper[WD] and form else ():
+        multiplier, own_form, *begin = entry.record
+        target = begin[0].get("target") if begin else None
+        if multiplier and (own_form not in (None, form) or target):
             towards = f" towards {target!r}" if target else ""
             raise ValueError(
-                f"{entry.label()} decays in form {entry.form!r}{towards}, and torch "
+                f"{entry.label()} decays in form {own_form!r}{towards}, and torch "
                 f"gives its group form {form!r}. If it is to change, set weight_decay "
                 f"in every group and del state_dict['decay'] first."
             )
+    return hyper
+
+
+def keep_hyperparameters(
+    optimizer: Optimizer, state_dict: StateDict, key: str, *keys: str
+) -> StateDict:
+    """Let hyperparameters of an optimizer win over those that a state dict brings.
+
+    ``load_state_dict`` takes all of them from the state dict, as torch's does. To
+    resume with another rate or decay, load what this returns.
+
+    Args:
+        optimizer: The one that is to load, with the values to keep in its groups.
+        state_dict: Of an optimizer with the same groups; stays as it is.
+        key: What to keep: ``"weight_decay"``, ``"lr"`` or any other key of a group.
+            With ``"lr"`` goes the rate that schedules and forms of decay begin from.
+        *keys: Further ones.
+
+    Raises:
+        TypeError: The state dict is no dict.
+        ValueError: No group has the key, or the groups are others.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> saved = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        >>> kept = keep_hyperparameters(optimizer, saved.state_dict(), "lr")
+        >>> optimizer.load_state_dict(kept)
+        >>> [(group["lr"], group["momentum"]) for group in optimizer.param_groups]
+        [(0.02, 0.9)]
+    """
+    require_dict(state_dict)
+    require_whole(state_dict)
+    own, here = optimizer.state_dict(), optimizer.param_groups
+    known = dict.fromkeys(chain.from_iterable(here))
+    for wanted in (key, *keys):
+        if wanted not in known:
+            near = get_close_matches(wanted, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"no group of this {type(optimizer).__name__} has {wanted!r}. "
+                f"Did you mean {near!r}?"
+            )
+    saved = state_dict["param_groups"]
+    sizes, mine = ([len(group["params"]) for group in each] for each in (saved, here))
+    if sizes != mine:
+        raise ValueError(
+            f"the state dict has groups of {sizes} parameters, and the optimizer of "
+            f"{mine}. Load fit(state_dict, optimizer).state_dict, which keeps all "
+            f"hyperparameters of the optimizer."
+        )
+    kept = {key, *keys} | ({"initial_lr"} if "lr" in (key, *keys) else set())
+    groups = [
+        without(old, kept) | without(new, new.keys() - kept)
+        for old, new in zip(saved, here)
+    ]
+    whole = {**state_dict, "param_groups": groups}
+    if PARTS in whole:
+        whole[PARTS] = [[without(p, kept) for p in parts] for parts in whole[PARTS]]
+    if RECORD in whole and RECORD in own and "lr" in kept:
+        pairs = zip(whole[RECORD], own[RECORD])
+        whole[RECORD] = [list(map(with_rate_of, *pair)) for pair in pairs]
+    return whole

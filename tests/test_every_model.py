@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from selective_optim.layers import layerwise_groups
+from selective_optim.groups import layerwise_groups
 from selective_optim.parameters import ModuleIndex
 from selective_optim.policies import named
 from tests import projects, zoo

@@ -66,9 +66,26 @@ class Tower(nn.Module):
         return {"position_bias_table", "cpb"}
 
 
+class Grug(nn.Module):
+    """Names of language models of 2026."""
+
+    def __init__(self):
+        super().__init__()
+        self.token_embedding = nn.Embedding(3, 4)
+        self.embed_tokens = nn.Embedding(3, 4)
+        self.wte = nn.Embedding(3, 4)
+        self.lm_head = nn.Linear(4, 3)
+        self.attn_gate = nn.Parameter(torch.ones(4, 2))
+        self.router = nn.Linear(4, 2)
+        self.router_bias = nn.Parameter(torch.ones(2))
+        self.k_layernorm = nn.LayerNorm(4)
+
+
 class Zoo(nn.Module):
     def __init__(self):
         super().__init__()
+        self.grug = Grug()
+        self.attn_gate = nn.Linear(4, 2)
         self.pos_embed = nn.Parameter(torch.ones(1, 3, 4))
         self.embeddings = nn.Embedding(3, 4)
         self.tower = Tower()
@@ -229,6 +246,27 @@ EXPECTED = {
     ),
     # OLMo-core, src/scripts/train/OLMo3.
     "olmo": {"embeddings.weight"},
+    # nanotron, src/nanotron/helpers.py, and the name that transformers gives.
+    "smollm3": by_name(
+        lambda n, p: re.match(".*token_embedding.*", n) or ".embed_tokens." in n
+    ),
+    # Megatron-LM, core/optimizer/__init__.py, and the names that transformers gives.
+    "qwen3_next": by_name(
+        lambda n, p: (
+            (len(p.shape) == 1 or n.endswith(".bias"))
+            and not any(f"{w}norm." in n for w in ("q_layer", "k_layer", "q_", "k_"))
+        )
+    ),
+    "kimi": set(),
+    # dion, train.py.
+    "dion": {"grug.wte.weight", "grug.lm_head.weight", "grug.lm_head.bias"},
+    # marin, experiments/grug/moe_hero_ep/optimizer.py; a gate may be a layer here.
+    "marin": by_name(
+        lambda n, p: (
+            "router_bias" in n
+            or not (n.endswith((".attn_gate", "attn_gate.weight")) or ".router" in n)
+        )
+    ),
     # dinov2, utils/param_groups.py.
     "dinov2": by_name(lambda n, p: n.endswith(".bias") or "norm" in n or "gamma" in n),
 }
@@ -296,8 +334,9 @@ class Wrapper(nn.Module):
 
 
 # Of torchvision's, say, module types are asked for, and of nanoGPT's shapes alone.
-ASKS_NAMES = {"rtdetr", "dinov2", "dinov3", "olmo"}
-ASKS_NAMES_AND_SHAPES = {"open_clip_2025", "megatron", "rwkv"}
+ASKS_NAMES = {"rtdetr", "dinov2", "dinov3", "olmo", "smollm3", "dion", "marin"}
+ASKS_NAMES_AND_SHAPES = {"open_clip_2025", "megatron", "rwkv", "qwen3_next"}
+ASKS_NOTHING = {"kimi"}
 ASKS_SHAPES = {"nanogpt"}
 ASKS_ALL = {"timm", "swin", "convnext", "mae", "open_clip"}
 
@@ -306,11 +345,12 @@ ASKS_ALL = {"timm", "swin", "convnext", "mae", "open_clip"}
 def test_recipe_says_what_it_has_to_know(recipe):
     by_name = recipe in ASKS_NAMES | ASKS_NAMES_AND_SHAPES
     by_shape = recipe in ASKS_SHAPES | ASKS_NAMES_AND_SHAPES | ASKS_ALL
-    types = not by_name and recipe not in ASKS_SHAPES
+    types = not by_name and recipe not in ASKS_SHAPES | ASKS_NOTHING
     needs = RECIPES[recipe].needs
     assert ("modules" in needs, "shapes" in needs) == (types, by_shape)
     of_modules = {"fastai", "detectron2"}  # by the attribute alone, whatever its name
-    assert ("names" in needs) == (recipe not in ASKS_SHAPES | of_modules)
+    nameless = ASKS_SHAPES | ASKS_NOTHING | of_modules
+    assert ("names" in needs) == (recipe not in nameless)
 
 
 @pytest.mark.parametrize("recipe", EXPECTED)
@@ -385,6 +425,13 @@ REASONS = {
     ("rwkv", "tower.time_state"): "rwkv: decays",
     ("rwkv", "tower.column.weight"): "rwkv: no .weight of two dimensions",
     ("olmo", "embeddings.weight"): "olmo: embeddings.weight",
+    ("smollm3", "grug.token_embedding.weight"): "smollm3: name has 'token_embedding'",
+    ("qwen3_next", "grug.lm_head.bias"): "qwen3_next: ndim == 1",
+    ("qwen3_next", "grug.k_layernorm.bias"): "qwen3_next: decays",
+    ("kimi", "norm.weight"): "kimi: decays",
+    ("dion", "grug.wte.weight"): "dion: in wte",
+    ("marin", "grug.router_bias"): "marin: neither attn_gate nor router",
+    ("marin", "attn_gate.weight"): "marin: decays",
 }
 
 
@@ -397,6 +444,13 @@ def test_reason_names_the_rule_that_decided(recipe, name):
     actual = next(policy.decide(i).reason for i in infos if i.name == name)
 
     assert actual == REASONS[recipe, name]
+
+
+def test_smollm3_exempts_an_output_layer_tied_to_the_embedding():
+    model = nn.ModuleDict({"head": nn.Linear(4, 5), "embed_tokens": nn.Embedding(5, 4)})
+    model["embed_tokens"].weight = model["head"].weight
+
+    assert exempt(model, "smollm3") == {"head.weight"}
 
 
 def test_diff_lists_what_two_policies_decide_differently():

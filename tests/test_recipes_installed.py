@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from selective_optim import AdamW
-from selective_optim.layers import layerwise_groups
+from selective_optim.groups import layerwise_groups
 from tests.projects import PROJECTS, decayed_by, decayed_in, installed, names_of
 
 for package in ("timm", "torchvision", "transformers", "fastai", "mmengine"):
@@ -105,6 +105,30 @@ def test_recipe_decays_what_the_project_decays(model, project, monkeypatch):
     _, project_decays = PROJECTS[project]
 
     assert decayed_by(model, project) == project_decays(model)
+
+
+OF_2026 = {
+    "smollm3": ("smollm3", lambda n, p: n != "model.embed_tokens.weight"),
+    # Megatron-LM, core/optimizer/__init__.py, by the names of transformers.
+    "qwen3_next": (
+        "qwen3_next",
+        lambda n, p: p.ndim != 1 or "q_norm." in n or "k_norm." in n,
+    ),
+    "kimi": ("deepseek_v3", lambda n, p: True),
+}
+
+
+@pytest.mark.parametrize("recipe", OF_2026)
+def test_recipes_of_2026_find_their_parameters_in_transformers(recipe):
+    kind, decays = OF_2026[recipe]
+    config = AutoConfig.for_model(kind)
+    config.num_hidden_layers = 4
+    config.layer_types = (getattr(config, "layer_types", None) or [])[:4] or None
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+
+    expected = {n for n, p in model.named_parameters() if decays(n, p)}
+    assert decayed_by(model, recipe) == expected
 
 
 def test_huggingface_equals_groups_of_its_trainer(tmp_path):

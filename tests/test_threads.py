@@ -6,10 +6,10 @@ import threading
 
 import pytest
 import torch
+from selective_optim.fused.cells import ONE_THREAD
 from torch import nn
 
 from selective_optim import _torch
-from selective_optim.fused.cells import ONE_THREAD
 from tests.support import twins
 from tests.support.twins import CLASSES, assert_twins, ours, torchs
 

@@ -67,6 +67,7 @@ PolicyName: TypeAlias = Literal[
     "detectron2", "torchvision", "torchvision_swin", "ultralytics", "yolox", "rtdetr",
     "sam2", "swin", "convnext", "mae", "dinov2", "dinov3", "open_clip",
     "open_clip_2025", "nanogpt", "mingpt", "megatron", "gptneox", "rwkv", "olmo",
+    "smollm3", "qwen3_next", "kimi", "dion", "marin",
 ]
 # fmt: on
 # A text that is no name is for type checkers a case for :func:`parse`.

@@ -270,6 +270,33 @@ def _olmo(info: ParameterInfo) -> str | None:
     return "embeddings.weight" if info.name == "embeddings.weight" else None
 
 
+def _smollm3(info: ParameterInfo) -> str | None:
+    # nanotron's name and that of transformers; tied names count, too.
+    words = ("token_embedding", "embed_tokens")
+    found = [word for name in info.names for word in words if word in name]
+    return f"name has {found[0]!r}" if found else None
+
+
+def _qwen3_next(info: ParameterInfo) -> str | None:
+    # Megatron's names and those of transformers.
+    if _word(info, "q_layernorm.", "k_layernorm.", "q_norm.", "k_norm."):
+        return None
+    return _vector(info) or _dot_bias(info)
+
+
+def _dion(info: ParameterInfo) -> str | None:
+    held = {"wte", "embedding", "lm_head"}.intersection((info.name or "").split("."))
+    return f"in {min(held)}" if held else None
+
+
+def _marin(info: ParameterInfo) -> str | None:
+    # Grug's gate is an array; as a layer its weight is meant.
+    name = f".{info.name or ''}".lower().removesuffix(".weight")
+    if "router_bias" not in name and (name.endswith(".attn_gate") or ".router" in name):
+        return None
+    return "neither attn_gate nor router"
+
+
 NAMES: frozenset[Need] = frozenset({"names"})
 MODULES: frozenset[Need] = frozenset({"modules"})
 SHAPES: frozenset[Need] = frozenset({"shapes"})
@@ -387,5 +414,23 @@ _RECIPES = (
     # `OptimGroupOverride(params=["embeddings.weight"], ...)` in
     # src/scripts/train/OLMo2 and OLMo3 of OLMo-core.
     Recipe("olmo", NAMES, _olmo),
+    # Exempts the embedding, also where it is the output layer; norms and biases decay.
+    # `weight_decay_exclude_named_params` in text/pretraining/smollm3/stage1_8T.yaml of
+    # smollm, read by `get_custom_weight_decay_for_named_parameters` in
+    # src/nanotron/helpers.py.
+    Recipe("smollm3", NAMES, _smollm3),
+    # Exempts vectors and `*.bias` but for norms of queries and keys.
+    # `get_standard_config_overrides` in megatron/core/optimizer/__init__.py with
+    # `apply_wd_to_qk_layernorm`, called there the way of Qwen3-Next.
+    Recipe("qwen3_next", NAMES | SHAPES, _qwen3_next),
+    # Exempts nothing. `weight_decay` of both optimizers in
+    # torchtitan/models/kimi_k2_7/config_registry.py.
+    Recipe("kimi", frozenset(), lambda i: None),
+    # Exempts embedding and output layer; vectors decay. `create_optimizer` in dion's
+    # train.py and the example of its README.md.
+    Recipe("dion", NAMES, _dion),
+    # Decays gates of attention and routers alone, in the run from 0.02 to 0.
+    # `_gate_router_decay_mask` in experiments/grug/moe_hero_ep/optimizer.py of marin.
+    Recipe("marin", NAMES, _marin),
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}

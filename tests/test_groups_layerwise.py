@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from selective_optim import SGD, AdamW
-from selective_optim.layers import layerwise_groups
+from selective_optim.groups import layerwise_groups
 from selective_optim.policies import exclude, is_bias, layerwise
 
 

@@ -1,0 +1,261 @@
+"""The parameters of a state dict by name: read from any layout, written into any.
+
+It may be torch's, one of this library, or one of ``torch.distributed.checkpoint``
+(not flattened), which lists parameters by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, count
+from typing import Any
+
+from torch import Tensor
+
+from selective_optim._canonical_names import (
+    canonical_name,
+    told_apart,
+    without_wrappers,
+)
+from selective_optim._text import received
+from selective_optim.decisions.state_dict import (
+    PARTS,
+    RECORD,
+    require_dict,
+    require_whole,
+)
+from selective_optim.parameters import as_modules
+from selective_optim.step.lasting import PER_PARAM
+
+StateDict = dict[str, Any]
+Hyper = dict[str, Any]  # of a group: all but its parameters and their names
+Names = Sequence[Sequence[str]]
+Groups = Sequence[tuple[Hyper, Sequence["Entry"]]]
+WD = "weight_decay"
+NAME_THEM = "Pass names=group_names(optimizer.param_groups, model)."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of a state dict: its name, its state and how it decays."""
+
+    name: str
+    key: int | str
+    group: int = 0
+    hyper: Hyper = field(default_factory=dict)
+    state: Any = None
+    # What its class keeps for its part of the group alone.
+    part_values: Mapping[str, Any] | None = None
+    # Multiplier, form, and a dict of what training began with where that is needed.
+    record: Sequence[Any] = ()
+
+    @property
+    def wd(self) -> Any:
+        """Effective decay: the group's times the multiplier."""
+        wd, multiplier = self.hyper[WD], self.record[0]
+        own = wd if multiplier == 1 else wd * multiplier
+        return (self.part_values or {}).get(WD, own)
+
+    def label(self) -> str:
+        """Name the parameter and its group, as a message should."""
+        return f"{self.name!r} (group {self.group})"
+
+
+def without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """Copy a dict, but for some keys."""
+    return {key: value for key, value in values.items() if key not in keys}
+
+
+def form_of(hyper: Hyper) -> str | None:
+    """Tell the form that torch's class gives a group; Adam before 2.7 does not say."""
+    if "betas" in hyper and "decoupled_weight_decay" not in hyper:
+        return None
+    return "decoupled" if hyper.get("decoupled_weight_decay") else "l2"
+
+
+def read(
+    state_dict: StateDict, names: Names | None, way_out: str = NAME_THEM
+) -> dict[str, Entry]:
+    """List the parameters of a state dict by canonical name."""
+    require_dict(state_dict)
+    require_whole(state_dict)
+    listed: list[Entry] = []
+    for index, group in enumerate(state_dict["param_groups"]):
+        keys = group["params"]
+        hyper = without(group, PER_PARAM)
+        plain = [[1.0, form_of(hyper)]] * len(keys)
+        records = state_dict[RECORD][index] if RECORD in state_dict else plain
+        part_values: list[Any] = [None] * len(keys)
+        for part in state_dict[PARTS][index] if PARTS in state_dict else ():
+            shared = without(part, ["positions"])
+            for position in part["positions"]:
+                part_values[position] = shared
+        columns = _names_of(group, index, names, way_out), keys, records, part_values
+        for name, key, record, values in zip(*columns, strict=True):
+            state = state_dict["state"].get(key)
+            listed.append(Entry(name, key, index, hyper, state, values, record))
+    entries: dict[str, Entry] = {}
+    for name, entry in zip(told_apart([entry.name for entry in listed]), listed):
+        known = entries.setdefault(name, entry)
+        if known is not entry:
+            raise ValueError(
+                f"{entry.name!r} names two parameters of the state dict, in groups "
+                f"{known.group} and {entry.group}. Name each once: names=[[...], ...]."
+            )
+    return entries
+
+
+def _names_of(
+    group: Mapping[str, Any], index: int, names: Names | None, way_out: str
+) -> list[str]:
+    keys = group["params"]
+    if names is None:
+        by_name = [key for key in keys if isinstance(key, str)]
+        own = list(group.get("param_names", by_name))
+    else:
+        listed = names if isinstance(names, Iterable) else [names]
+        if isinstance(names, str) or any(isinstance(name, str) for name in listed):
+            raise TypeError(
+                f"`names` must be one list of names per group, not {received(names)}. "
+                f"{way_out}"
+            )
+        own = list(names[index]) if index < len(names) else []
+    if len(own) < len(keys):
+        raise ValueError(
+            f"parameter {len(own)} of group {index} of the state dict has no name. "
+            f"{way_out}"
+        )
+    if len(own) > len(keys):
+        raise ValueError(
+            f"{own[len(keys)]!r} is one name too many for group {index} of the state "
+            f"dict, which has {len(keys)} parameters. Leave it out of `names`."
+        )
+    return own
+
+
+def choose(
+    entries: dict[str, Entry], names: Iterable[str], argument: str
+) -> list[Entry]:
+    """Put all parameters into the order of ``names``, which names each once."""
+    chosen: dict[str, Entry] = {}
+    for name in names:
+        key = canonical_name(name)
+        # What a parametrization made several of goes by names of its own.
+        key = key if key in entries else without_wrappers(name)
+        if key not in entries:
+            raise ValueError(
+                f"{name!r} in `{argument}` names no parameter of the state dict. "
+                f"Correct it, or leave it out."
+            )
+        if key in chosen:
+            raise ValueError(
+                f"{name!r} stands in `{argument}` twice. Leave one of them out."
+            )
+        chosen[key] = entries[key]
+    missing = [entry for name, entry in entries.items() if name not in chosen]
+    if missing:
+        more = f", and so are {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"{missing[0].label()} is missing in `{argument}`{more}. Add its name."
+        )
+    return list(chosen.values())
+
+
+def write(state_dict: StateDict, groups: Groups) -> StateDict:
+    """Put a state dict together: these groups, and the state of their parameters.
+
+    Dicts and lists are new, tensors and what else ``state_dict`` holds are shared.
+    """
+    saved = state_dict["param_groups"]
+    named = any("param_names" in group for group in saved)
+    listed = set(chain.from_iterable(group["params"] for group in saved))
+    state = {key: own for key, own in state_dict["state"].items() if key not in listed}
+    by_name, numbers = any(isinstance(key, str) for key in listed), count()
+    packed: list[Hyper] = []
+    for hyper, mine in groups:
+        # torch numbers parameters through all groups; DCP's names stay.
+        keys = [entry.key if by_name else next(numbers) for entry in mine]
+        names = {"param_names": [entry.name for entry in mine]} if named else {}
+        packed.append({**hyper, "params": keys, **names})
+        for key, entry in zip(keys, mine):
+            if entry.state is not None:
+                own = entry.state
+                state[key] = dict(own) if isinstance(own, dict) else own
+    parts = {PARTS: [_parts(mine) for _, mine in groups]} if PARTS in state_dict else {}
+    others = without(state_dict, [RECORD, PARTS])
+    return {**others, "state": state, "param_groups": packed, **parts}
+
+
+def _parts(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Collect what parts of other groups kept, for their parameters in this one."""
+    parts: dict[int, dict[str, Any]] = {}
+    for position, entry in enumerate(entries):
+        if entry.part_values is not None:
+            part = parts.setdefault(
+                id(entry.part_values), {"positions": [], **entry.part_values}
+            )
+            part["positions"].append(position)
+    return list(parts.values())
+
+
+def recorded(state_dict: StateDict, groups: Groups) -> dict[str, Any]:
+    """Record what part of its group's decay each parameter has, where known."""
+    known = RECORD in state_dict or all(
+        hyper.get(WD) and (not entry.record or entry.record[1])
+        for hyper, mine in groups
+        for entry in mine
+    )
+    if not known:
+        return {}
+    largest = [(hyper.get(WD), mine) for hyper, mine in groups]
+    return {RECORD: [[_record(e, wd) for e in mine] for wd, mine in largest]}
+
+
+def _record(entry: Entry, largest: Any) -> list[Any]:
+    if entry.hyper.get(WD, largest) == largest:
+        return list(entry.record)
+    # To 15 digits, so that 0.01 of 0.1 is the 0.1 that a policy says.
+    multiplier = float(f"{float(entry.wd) / float(largest):.15g}")
+    return [multiplier, *entry.record[1:]]
+
+
+def merged(entries: Sequence[Entry], way_out: str) -> Hyper:
+    """Make the hyperparameters of one group from several that differ in decay alone."""
+    hypers = [entry.hyper for entry in entries]
+    require_agreement(entries, hypers, [WD], way_out)
+    decays = [hyper[WD] for hyper in hypers if WD in hyper]  # Rprop has none
+    return hypers[0] | ({WD: max(decays, key=float)} if decays else {})
+
+
+def require_agreement(
+    entries: Sequence[Entry],
+    hypers: Sequence[Hyper],
+    free: Iterable[str],
+    way_out: str,
+) -> None:
+    """Check that parameters that come together differ in nothing but what is free."""
+    first, own = entries[0], hypers[0]
+    for entry, hyper in zip(entries, hypers, strict=True):
+        for key in [key for key in {**own, **hyper} if key not in free]:
+            if (mine := own.get(key)) != (other := hyper.get(key)):
+                raise ValueError(
+                    f"{key!r} is {mine} for {first.label()} and {other} for "
+                    f"{entry.label()}, but one group has one. {way_out.format(key)}"
+                )
+
+
+def with_rate_of(record: Sequence[Any], own: Sequence[Any]) -> list[Any]:
+    """Let training begin with the rate that another record says, if it says one."""
+    begin, begin_here = dict(*record[2:]), dict(*own[2:])
+    begin.update({k: begin_here[k] for k in ("lr0",) if k in begin_here})
+    return [*record[:2], *([begin] if begin else [])]
+
+
+def named_parameters(model: Any) -> list[tuple[Tensor, str, str]]:
+    """List parameters with their canonical names, and with those that DCP gives."""
+    named = [pair for m in as_modules(model) for pair in m.named_parameters()]
+    # Modules may share parameters.
+    own = {id(param): (param, without_wrappers(name)) for name, param in named}
+    told = told_apart([name for _, name in own.values()])
+    return [(param, name, raw) for (param, raw), name in zip(own.values(), told)]
