@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat
 from threading import RLock, local
+from types import CodeType
 from typing import Any
 from weakref import WeakSet
 
@@ -19,6 +21,7 @@ from selective_optim._warnings import (
     warn_of_lost_inits,
     warn_of_lost_policy,
     warn_of_lost_rates,
+    warn_of_own_step,
 )
 from selective_optim.decay import Form
 from selective_optim.decisions.decider import OWN_KEYS, WRITTEN, Decider
@@ -59,6 +62,18 @@ FILLED = {"lr", "weight_decay", "maximize", "foreach", "differentiable"}
 alive: WeakSet[SelectiveOptimizer] = WeakSet()
 
 
+def constants_of(function: Any) -> set[Any]:
+    """List the constants in the code of a function and of those that it defines."""
+    codes = [getattr(inspect.unwrap(function), "__code__", None)]
+    found: set[Any] = set()
+    for code in codes:
+        for constant in getattr(code, "co_consts", ()):
+            if isinstance(constant, CodeType):
+                codes.append(constant)
+            found.add(constant)
+    return found
+
+
 class Shown(local):
     """What stands for the groups in a thread that is inside a step; else ``None``.
 
@@ -80,6 +95,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     _states: States
     _kernel: Kernel
     _stepper: Stepper
+    _reached = False  # whether a step came here
 
     # Construction.
 
@@ -98,8 +114,24 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         self._kernel = kernel
         yield self._decider.read(params)
         self._decider.finish(self.param_groups)
+        self._made()
+
+    def _made(self) -> None:
+        """Take note of an optimizer that is whole now."""
         self._decider.index.let_go()
         alive.add(self)
+        if "weight_decay" in constants_of(type(self).step):
+            self._watch_own_step()
+
+    def _watch_own_step(self) -> None:
+        """Warn once if the first step of a subclass decays and never reaches ours."""
+
+        def look(optimizer: SelectiveOptimizer, *_: object) -> None:
+            handle.remove()
+            if not optimizer._reached:
+                warn_of_own_step(type(optimizer).__name__)
+
+        handle = self.register_step_post_hook(look)
 
     @_torch.disable_dynamo
     def add_param_group(self, param_group: Group) -> None:
@@ -153,6 +185,9 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     @param_groups.setter
     def param_groups(self, groups: list[Group]) -> None:
+        self._set_groups(groups)
+
+    def _set_groups(self, groups: list[Group]) -> None:
         self._groups = groups
         if "_shown" not in vars(self):  # torch's constructor, or a copy
             self._shown, self._lock = Shown(), RLock()
@@ -202,6 +237,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     @_torch.run_as_is
     def _step(self, closure: Callable[[], Any] | None, compiling: bool) -> Any:
+        self._reached = True
         if self._kernel.counts:
             # As torch does: Adam asks, whose counters must then live on the device, and
             # SGD does not.
@@ -272,18 +308,18 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             RuntimeError: torch's own step asks, which knows no policy.
         """
         if not self._inside:
-            self._refuse_foreign_step(group)
+            self._refuse_foreign_step([group])
         return super()._init_group(group, *lists)  # type: ignore[misc]  # torch's
 
-    def _refuse_foreign_step(self, group: Group) -> None:
-        policy = self._decider.decided_by(group["params"])
-        if policy is not None and group["weight_decay"]:
-            name = type(self).__name__
-            raise RuntimeError(
-                f"the step of a class of torch.optim was called on this {name}: it "
-                f"would decay parameters that {policy!r} exempts. "
-                f"Type optimizer.step()."
-            )
+    def _refuse_foreign_step(self, groups: Iterable[Group]) -> None:
+        for group in groups:
+            policy = self._decider.decided_by(group["params"])
+            if policy is not None and group["weight_decay"]:
+                raise RuntimeError(
+                    f"the step of another class was called on this "
+                    f"{type(self).__name__}: it would decay parameters that "
+                    f"{policy!r} exempts. Type optimizer.step()."
+                )
 
     # The policy.
 

@@ -79,6 +79,15 @@ def warn_of_vanishing(label: str, dtype: torch.dtype, fused: bool) -> None:
     )
 
 
+def warn_of_own_step(name: str) -> None:
+    """Warn that a subclass decays in a step of its own, past the policy."""
+    warn(
+        f"the step of {name} reads group['weight_decay'] itself and never reaches the "
+        f"step of its base, so `wd_policy` has no effect. Call super().step(closure) "
+        f"in it, or split the groups by hand: selective_optim.param_groups(model, ...)."
+    )
+
+
 def warn_of_misspelt(group: Iterable[Any], known: Collection[str]) -> None:
     """Tell of keys that nobody reads and that look like one that is read."""
     for key in group:

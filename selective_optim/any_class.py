@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from selective_optim import _torch
-from selective_optim._optimizer import Model, SelectiveOptimizer
+from selective_optim._optimizer import Model, SelectiveOptimizer, constants_of
 from selective_optim.decay import Form
 from selective_optim.decisions.decider import Decider
 from selective_optim.decisions.deciding_for import given
@@ -23,6 +24,7 @@ from selective_optim.report import form_of_class
 from selective_optim.step import refusals
 from selective_optim.step.class_step import ClassStep
 from selective_optim.step.lasting import (
+    WD,
     Group,
     Split,
     flag_of,
@@ -53,6 +55,7 @@ class AnyOptimizer(SelectiveOptimizer):
     _parts: list[Group]  # in the list that the class made
     _class_adds = False  # the class adds parts now, which are decided
     _layout: object = None
+    _class_step: object = None  # the code of the class's own step
 
     # Construction.
 
@@ -83,7 +86,7 @@ class AnyOptimizer(SelectiveOptimizer):
         self._adopt(splits, self._parts)
         self._splits = splits
         self._decider.warn_if_idle(groups)
-        self._decider.index.let_go()
+        self._made()
 
     def _adopt(self, splits: Iterable[Split], made: Iterable[Group]) -> None:
         """Take over the groups that the class made of parts."""
@@ -225,6 +228,21 @@ class AnyOptimizer(SelectiveOptimizer):
         return None if flag is None else "decoupled" if group[flag] else "l2"
 
     @property
+    def param_groups(self) -> list[Group]:
+        """The user's groups, as in torch; inside a step its class sees the parts."""
+        shown = self._shown.param_groups
+        if shown is not None:
+            return shown
+        # The step of the class itself, called on this object, would see no parts.
+        if sys._getframe(1).f_code is self._class_step and self._splits:
+            self._refuse_foreign_step(self._groups)
+        return self._groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[Group]) -> None:
+        self._set_groups(groups)
+
+    @property
     def state(self) -> Any:
         """State tensors by parameter, as in torch."""
         return self._states
@@ -253,6 +271,7 @@ class AnyOptimizer(SelectiveOptimizer):
             ValueError: A new parameter cannot be decided, or the class cannot be
                 served; then nothing is stepped.
         """
+        self._reached = True
         refusals.require_plain_arguments(self, (*args, *kwargs.values()))
         step = _torch.unhooked(super(SelectiveOptimizer, self).step)
         around = ClassStep(self, self._states)
@@ -305,7 +324,7 @@ class AnyOptimizer(SelectiveOptimizer):
     def _seeing_parts(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Run a method of the class with its groups as parts."""
         own = getattr(super(SelectiveOptimizer, self), method)
-        if self._inside:
+        if self._inside or self._class_adds:
             return own(*args, **kwargs)
         self._enter()
         try:
@@ -394,12 +413,13 @@ def selective(optimizer_class: OptimizerClass) -> Any:
 
 
 def _make(cls: OptimizerClass) -> OptimizerClass:
-    methods = {name: _seeing_parts(name) for name in MODES if hasattr(cls, name)}
+    methods = {name: _seeing_parts(name) for name in _group_readers(cls)}
     namespace = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "__init__": _constructor(cls),
+        "_class_step": getattr(inspect.unwrap(cls.step), "__code__", None),
         **methods,
     }
     # pickle looks a class up by its name, unless copyreg knows its metaclass.
@@ -416,6 +436,19 @@ def _constructor(cls: OptimizerClass) -> Callable[..., None]:
 
     vars(__init__)["__signature__"] = _signature(cls)
     return __init__
+
+
+def _group_readers(cls: OptimizerClass) -> set[str]:
+    """Name the methods that read groups outside of a step: modes, and what decays."""
+    own = {
+        name: function
+        for base in cls.__mro__
+        if base not in torch.optim.Optimizer.__mro__
+        for name, function in vars(base).items()
+        if inspect.isfunction(function) and not hasattr(AnyOptimizer, name)
+    }
+    decaying = {n for n, function in own.items() if WD in constants_of(function)}
+    return decaying | (own.keys() & set(MODES))
 
 
 def _seeing_parts(name: str) -> Callable[..., Any]:
