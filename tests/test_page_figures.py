@@ -85,7 +85,7 @@ FIGURES = {
     ),
     "refused": (
         "README.md",
-        "{} of {} optimizer classes are refused",
+        "refuses {} of {} optimizer classes",
         lambda: (compared()[1], sum(compared())),
     ),
     "version of the survey": (
