@@ -24,7 +24,7 @@ from selective_optim._warnings import (
     warn_of_own_step,
 )
 from selective_optim.decay import Form
-from selective_optim.decisions.decider import OWN_KEYS, WRITTEN, Decider
+from selective_optim.decisions.decider import OWN_KEYS, WRITTEN, Decider, kept_on_error
 from selective_optim.decisions.deciding_for import given
 from selective_optim.decisions.state_dict import (
     RECORD,
@@ -112,8 +112,9 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         require_numbers(numbers)
         self._decider = Decider(*given(model, wd_policy))
         self._kernel = kernel
-        yield self._decider.read(params)
-        self._decider.finish(self.param_groups)
+        with kept_on_error(params):
+            yield self._decider.read(params)
+            self._decider.finish(self.param_groups)
         self._made()
 
     def _made(self) -> None:
@@ -146,14 +147,17 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             ValueError: The policy cannot be decided; then nothing is added.
         """
         filled = isinstance(param_group, dict) and param_group.keys() >= FILLED
-        policy, group = self._decider.unpack(param_group, self._group_keys())
-        self._append_group(group)
-        try:
-            self._decider.add_group(self.param_groups, policy, group is not param_group)
-        except BaseException:
-            # torch appended it already, and would refuse its parameters the next time.
-            self.param_groups.pop()
-            raise
+        count = len(self.param_groups)
+        with kept_on_error([param_group]):
+            policy, group = self._decider.unpack(param_group, self._group_keys())
+            try:
+                self._append_group(group)
+                own = group is not param_group
+                self._decider.add_group(self.param_groups, policy, own)
+            except BaseException:
+                # torch appended it, and would refuse its parameters the next time.
+                del self.param_groups[count:]
+                raise
         if filled and policy is None and group["weight_decay"]:
             self._warn_of_lost_policy(group)
 
@@ -247,14 +251,15 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         differentiable = self.defaults["differentiable"]
-        # A subclass's own `_init_group` may make state, and choose the gradients.
+        choosing = not (compiling or differentiable)
+        # A subclass's own may make state, and choose the gradients.
         own = type(self)._init_group is not SelectiveOptimizer._init_group
-        planned = not (compiling or differentiable or own)
         stepper, scaling = self._stepper, scaling_of(self)
         if not WRITTEN.isdisjoint(self.defaults):  # a plan sees new keys of groups
             self._decider.refuse_written(self.param_groups, self.defaults)
         with self._lock, torch.set_grad_enabled(differentiable):
-            parts = stepper.begin(self.param_groups, self, self._states, planned)
+            given = (self.param_groups, self, self._states, choosing)
+            parts = stepper.begin(*given, planned=choosing and not own)
             try:
                 if parts:
                     self._step_parts(parts, compiling)

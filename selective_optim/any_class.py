@@ -17,12 +17,12 @@ import torch
 from selective_optim import _torch
 from selective_optim._optimizer import Model, SelectiveOptimizer, constants_of
 from selective_optim.decay import Form
-from selective_optim.decisions.decider import Decider
+from selective_optim.decisions.decider import Decider, kept_on_error
 from selective_optim.decisions.deciding_for import given
 from selective_optim.decisions.state_dict import PARTS, Decided, require_groups_like
 from selective_optim.report import form_of_class
 from selective_optim.step import refusals
-from selective_optim.step.class_step import ClassStep
+from selective_optim.step.class_step import ClassStep, View
 from selective_optim.step.lasting import (
     WD,
     Group,
@@ -72,7 +72,15 @@ class AnyOptimizer(SelectiveOptimizer):
         signature = inspect.signature(type(self))
         bound = signature.bind_partial(params, *args, **kwargs)
         bound.apply_defaults()
-        groups = self._read(params, signature.parameters, bound.arguments.get("lr"))
+        with kept_on_error(params):
+            lr = bound.arguments.get("lr")
+            groups = self._read(params, signature.parameters, lr)
+            self._construct(groups, args, kwargs)
+        self._decider.warn_if_idle(groups)
+        self._made()
+
+    def _construct(self, groups: list[Group], args: Any, kwargs: Any) -> None:
+        """Let the class make its groups of the parts of the user's."""
         decided = self._decider.decisions(groups, {})
         splits = [split_group(*pair, None) for pair in zip(groups, decided)]
         self._class_adds = True
@@ -85,14 +93,13 @@ class AnyOptimizer(SelectiveOptimizer):
         self._parts, self.param_groups = self.param_groups, groups
         self._adopt(splits, self._parts)
         self._splits = splits
-        self._decider.warn_if_idle(groups)
-        self._made()
 
     def _adopt(self, splits: Iterable[Split], made: Iterable[Group]) -> None:
         """Take over the groups that the class made of parts."""
         groups = iter(made)
         for split in splits:
             split.adopt([next(groups) for _ in split.parts], self.defaults)
+            split.empty()
             split.form = self._form_without_flag(split.group)
             refusals.require_forms(self, split)
 
@@ -141,16 +148,17 @@ class AnyOptimizer(SelectiveOptimizer):
             self._read_group(param_group)
             return
         self._drop_removed()
-        self._read_group(param_group)
-        decided = self._decider.decisions(self._groups, self.defaults)
-        split = split_group(self._groups[-1], decided[-1], None)
-        count = len(self._parts)
-        try:
-            self._add_parts(split)
-            self._adopt([split], self._parts[count:])
-        except BaseException:
-            del self._parts[count:], self._groups[-1:]
-            raise
+        with kept_on_error([param_group]):
+            self._read_group(param_group)
+            decided = self._decider.decisions(self._groups, self.defaults)
+            split = split_group(self._groups[-1], decided[-1], None)
+            count = len(self._parts)
+            try:
+                self._add_parts(split)
+                self._adopt([split], self._parts[count:])
+            except BaseException:
+                del self._parts[count:], self._groups[-1:]
+                raise
         self._splits = [*self._splits, split]
 
     def _add_parts(self, split: Split) -> None:
@@ -180,6 +188,7 @@ class AnyOptimizer(SelectiveOptimizer):
         try:
             self._arrange()
             for split in self._splits:
+                split.fill()
                 split.hand_down(self.defaults)
             refusals.require_no_index_overrides(self, self._parts)
         except BaseException:
@@ -194,6 +203,7 @@ class AnyOptimizer(SelectiveOptimizer):
             self._show(None)
             for split in self._splits:
                 split.show()
+                split.empty()
             self._lock.release()
 
     def _arrange(self) -> None:
@@ -215,8 +225,6 @@ class AnyOptimizer(SelectiveOptimizer):
         parts = [part.group for split in splits for part in split.parts]
         if list(map(id, parts)) != list(map(id, self._parts)):
             refusals.require_no_lists(self, len(self._parts))
-        for split in splits:
-            split.fill()
         self._splits, self._layout = splits, layout
         self._parts[:] = parts
 
@@ -279,8 +287,9 @@ class AnyOptimizer(SelectiveOptimizer):
             args = (closure and self._outside(closure, around), *args)
         try:
             self._enter()
-            if closure is None and not self._begin(around):
-                return None
+            with torch.no_grad():
+                if closure is None and not around.begin(self._part_views()):
+                    return None
             # Hooks ran before; a class that calls its base's step has them run again.
             with _torch.without_hooks(self, *STEP_HOOKS):
                 result = step(self, *args, **kwargs)
@@ -292,20 +301,18 @@ class AnyOptimizer(SelectiveOptimizer):
             self._leave()
 
     @_torch.disable_dynamo
-    def _begin(self, around: ClassStep) -> bool:
-        """Run the passes before the class's step, and tell whether to step at all."""
+    def _part_views(self) -> list[View]:
         splits = self._splits
         if any(part.inits for split in splits for part in split.parts):
             decided = self._decider.fitting(self._groups, self.defaults)
             for split, decisions in zip(splits, decided):
                 split.lay_inits(decisions)
-        with torch.no_grad():
-            return around.begin([view for split in splits for view in split.views()])
+        return [view for split in splits for view in split.views()]
 
     def _outside(
         self, closure: Callable[[], Any], around: ClassStep
     ) -> Callable[[], Any]:
-        """Let a closure see the user's groups; passes run once, after it returns."""
+        """Let a closure see the user's groups; passes run once it has returned."""
         begun = False
 
         def called(*args: Any, **kwargs: Any) -> Any:
@@ -314,9 +321,12 @@ class AnyOptimizer(SelectiveOptimizer):
             self._leave()
             result = closure(*args, **kwargs)
             self._enter()
-            if not begun:
-                begun = True
-                self._begin(around)
+            with torch.no_grad():
+                if begun:
+                    around.pull_again(self._part_views())
+                else:
+                    around.begin(self._part_views())
+            begun = True
             return result
 
         return called

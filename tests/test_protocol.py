@@ -678,7 +678,7 @@ def test_subclass_that_begins_state_its_own_way_is_as_in_torch(name, kind):
         params = make_params()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, name, subclass(getattr(module, name), calls))
-            chosen = "for-loop" if kind == "automatic" else kind
+            chosen = "fused" if kind == "automatic" else kind
             optimizer = make(name, chosen if make is torchs else kind, params)
         for number in range(4):
             twins.step(params, optimizer, number)

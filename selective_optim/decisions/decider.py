@@ -5,8 +5,8 @@ To which tensor each decision applies is the business of ``_decision_table``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
 
@@ -44,6 +44,26 @@ _INSTEAD = {
     "model": "optimizer.add_param_group(dict(params=..., model=model)) for new "
     "parameters",
 }
+
+
+@contextmanager
+def kept_on_error(groups: Any) -> Iterator[None]:
+    """Leave a caller's group dicts as they were where what is done with them raises.
+
+    torch fills them in, and takes them one by one.
+    """
+    listed = groups if isinstance(groups, (list, tuple)) else []
+    given = [(group, dict(group)) for group in listed if isinstance(group, dict)]
+    try:
+        yield
+    except BaseException:
+        for group, before in given:
+            params = group.get("params")
+            group.clear()
+            group.update(before)
+            if isinstance(before.get("params"), Iterator):  # used up by now
+                group["params"] = params
+        raise
 
 
 class Pending(NamedTuple):
@@ -274,13 +294,17 @@ class Decider:
             for names in [trusted_names(group, rows, borne)]
         ]
         infos = iter(self._infos(lacking))
+        # Objects that had a row, whose token `swap_tensors` has given away.
+        seen = {id(row.token) for rows in found for row in rows if row}
+        old = chain.from_iterable(self._table.layout)
+        owned = {row.owner: row for row in old if id(row.token) not in seen}
         # After groups were added or removed by hand, positions say nothing.
         layout = self._table.layout if len(groups) == len(self._table.layout) else []
         self._table.lay_out(
             [
                 [row for row in rows if row]
                 if all(rows)
-                else self._complete(next(infos), rows, before, base_rate(group))
+                else self._complete(next(infos), rows, before, owned, base_rate(group))
                 for group, rows, before in zip(groups, found, layout or repeat([]))
             ]
         )
@@ -290,6 +314,7 @@ class Decider:
         infos: Infos,
         rows: Sequence[Row | None],
         before: Sequence[Row],
+        owned: Mapping[int, Row],
         lr0: float | None,
     ) -> list[Row]:
         """Give every parameter of a group a row, where ``None`` stands for none yet."""
@@ -303,9 +328,9 @@ class Decider:
         named = self._table.by_name()
         completed = []
         for info, row in zip(infos, rows):
-            namesake = named.get(info.name or "")
-            if row is None and namesake is not None and may_be(info, namesake):
-                row = self._table.take_over(info, namesake)
+            known = owned.get(id(info.parameter)) or named.get(info.name or "")
+            if row is None and known is not None and may_be(info, known):
+                row = self._table.take_over(info, known)
             completed.append(row)
         places = [i for i, row in enumerate(completed) if row is None]
         new = [infos[i] for i in places]

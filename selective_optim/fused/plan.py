@@ -84,6 +84,19 @@ def _layouts_of(grads: Sequence[Any]) -> list[torch.layout]:
     return [torch.strided if grad is None else grad.layout for grad in grads]
 
 
+def _share_counters(
+    parts: Sequence[Part], params: Sequence[DecidedParam], states: States
+) -> bool:
+    """Tell whether parameters have one step counter between them."""
+    mine = [params[i].param for part in parts for i in part.positions]
+    owns = [own for param in mine if "step" in (own := states.get(param) or {})]
+    return _distinct([own["step"] for own in owns]) < _distinct(owns)
+
+
+def _distinct(objects: Sequence[object]) -> int:
+    return len(set(map(id, objects)))
+
+
 class Plan:
     """The parts of a step, and the kernel calls of those that are fused.
 
@@ -121,6 +134,8 @@ class Plan:
         self._exposed = exposed
         parts, idle, self.once = make_layout(kernel, groups, params, states, stepped)
         fused = [part for part in parts if part.key.fused and not part.key.first]
+        if exposed and _share_counters(fused, params, states):
+            fused = []  # each group counts for itself, as the class does it
         # What the optimizer's own class steps.
         self.rest: list[Part] = [part for part in parts if part not in fused]
         self._cells = make_cells(fused, params)
@@ -214,6 +229,8 @@ class Plan:
         active = list(self._order(params_of(groups)))
         for run in self._runs:
             self._load(run, active, states)
+        if self._exposed and self._steps and _distinct(self._steps) < _distinct(active):
+            raise KeyError("a step counter of its own")
         if self._program is None:
             self._advance = self._counters.advance(self._steps)
         self._present: tuple[list[bool], Advance] | None = None

@@ -118,7 +118,12 @@ class Stepper:
 
     @_torch.disable_dynamo
     def begin(
-        self, groups: Groups, owner: Owner, states: States, planned: bool
+        self,
+        groups: Groups,
+        owner: Owner,
+        states: States,
+        choosing: bool,
+        planned: bool,
     ) -> list[Part]:
         """Begin a step, and return the parts that the optimizer's class steps.
 
@@ -126,16 +131,18 @@ class Stepper:
             groups: The optimizer's parameter groups.
             owner: The optimizer.
             states: The optimizer's state, by parameter.
-            planned: Whether fused kernels may be chosen and planned. Else all parts
-                go where the flags of their group say.
+            choosing: Whether fused kernels may be chosen. Else all parts go where the
+                flags of their group say.
+            planned: Whether they may be planned. Else the class steps all parts.
 
         Raises:
             ValueError: A hyperparameter is NaN.
             RuntimeError: A gradient is sparse where that cannot be stepped.
         """
-        if not (PLANNING and planned):
+        # A group may be a dict that computes what is read, which no guard sees.
+        if not (PLANNING and planned and set(map(type, groups)) <= {dict}):
             self._plan = None
-            return self._unplanned(groups, owner, states, choosing=planned)
+            return self._unplanned(groups, owner, states, choosing)
         self._busy = True
         try:
             plan = self._plan

@@ -106,7 +106,9 @@ def view_of(
     """
     setting = kernel.setting(group, part.key.decay_key, reading)
     mine = [params[i] for i in part.positions]
-    shown = {**group, **kernel.shown(setting), "params": mine}
+    # Asked for key by key: a group may be a dict that computes what is read.
+    shown = {key: group[key] for key in group}
+    shown |= {**kernel.shown(setting), "params": mine}
     if part.key.fused:
         shown["fused"] = True
     if "param_names" in group:
@@ -159,6 +161,13 @@ class ClassStep:
             if view.sharded:
                 self._shards += view.show_shards(self.states)
         return True
+
+    @_torch.disable_dynamo
+    def pull_again(self, views: Sequence[View]) -> None:
+        """Pull gradients that the class has asked for anew, as those before."""
+        for view in views:
+            if view.decay_pass and view.decay_pass.applied == "l2" and view.present:
+                self._run(view, view.decay_pass)
 
     @_torch.disable_dynamo
     def finish(self) -> None:

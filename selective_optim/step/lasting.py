@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selective_optim import _torch
 from selective_optim.decay import FORMS, FULL_KEY, DecayKey, Decision, Form
 from selective_optim.step.class_step import View
 from selective_optim.step.setting import Share, share
@@ -88,13 +89,16 @@ class Part:
     Args:
         decay_key: What was decided for them.
         group: What the class sees and writes to.
-        held: The parameters and their names.
+        positions: Where its parameters stand in the user's group. They are in the
+            part's own while the class sees it: one that leaves must be freed.
+        tokens: What is theirs and nobody else's, see ``_torch.token_of``.
         inits: What they decay towards, where that is a tensor for each.
     """
 
     decay_key: DecayKey
     group: Group
-    held: Group
+    positions: list[int]
+    tokens: list[object]
     inits: list[Tensor] = field(default_factory=list)
 
     @property
@@ -120,9 +124,14 @@ class Split:
     shown: Group = field(default_factory=dict)
 
     def fill(self) -> None:
-        """Give the parts their parameters, with the decay yet to be handed down."""
+        """Give the parts their parameters, for the class to see."""
         for part in self.parts:
-            part.group.update(part.held)
+            part.group.update(pick(self.group, part.positions))
+
+    def empty(self) -> None:
+        """Take the parameters out again, in lists that the class does not know."""
+        for part in self.parts:
+            part.group.update({key: [] for key in PER_PARAM if key in part.group})
 
     def adopt(self, made: Sequence[Group], keys: Collection[str]) -> None:
         """Take over the groups that the class made of the parts, and show them."""
@@ -160,7 +169,8 @@ class Split:
             keys: Hyperparameters; their tensors serve all parts at once. Another
                 tensor is one that each part keeps for itself.
         """
-        group, shown = self.group, self.shown
+        # Asked for key by key: a group may be a dict that computes what is read.
+        group, shown = {key: self.group[key] for key in self.group}, self.shown
         # A tensor that is the same object may have been written to.
         moved = {
             key
@@ -277,10 +287,20 @@ def split_group(
     """Split a group that no class has seen yet; decay is still that of the group."""
     parts = []
     for decay_key, chosen in by_decay(decisions).items():
-        held = pick(group, chosen)
-        inits = inits_of(decisions, chosen)
-        parts.append(Part(decay_key, {**group, **held}, held, inits))
+        shown = {**group, **pick(group, chosen)}
+        parts.append(_part(decay_key, shown, group, decisions, chosen))
     return Split(group, parts, form)
+
+
+def _part(
+    decay_key: DecayKey,
+    shown: Group,
+    group: Group,
+    decisions: Sequence[Decision],
+    chosen: list[int],
+) -> Part:
+    tokens = [_torch.token_of(group["params"][i]) for i in chosen]
+    return Part(decay_key, shown, chosen, tokens, inits_of(decisions, chosen))
 
 
 def inits_of(decisions: Sequence[Decision], chosen: Sequence[int]) -> list[Tensor]:
@@ -307,8 +327,7 @@ def split_again(
     shown = mine[0].shown if mine else None
     parts = []
     for decay_key, chosen in by_decay(decisions).items():
-        held, inits = pick(group, chosen), inits_of(decisions, chosen)
-        known = _holders(held["params"], mine or before)
+        known = _holders([group["params"][i] for i in chosen], mine or before)
         going_on = [
             p for split in mine for p in split.parts if p.decay_key == decay_key
         ]
@@ -317,12 +336,12 @@ def split_again(
             shown = known[0][0].shown
         # The same dict, which the class may know by identity.
         if going_on:
-            parts.append(Part(decay_key, going_on[0].group, held, inits))
+            shown_group = going_on[0].group
         else:
             # A counter that the class keeps in a group goes where its parameters go.
             own = known[0][1].own if known else without_decay(group)
-            taken = {k: v if k in keys else own_copy(v) for k, v in own.items()}
-            parts.append(Part(decay_key, taken, held, inits))
+            shown_group = {k: v if k in keys else own_copy(v) for k, v in own.items()}
+        parts.append(_part(decay_key, shown_group, group, decisions, chosen))
     form = before[0].form if before else None
     going = {p.decay_key for split in mine for p in split.parts}
     if shown is not None and going.issuperset(part.decay_key for part in parts):
@@ -334,12 +353,12 @@ def split_again(
 def _holders(
     params: Sequence[Tensor], splits: Sequence[Split]
 ) -> list[tuple[Split, Part]]:
-    wanted = set(map(id, params))
+    wanted = set(map(id, map(_torch.token_of, params)))
     return [
         (split, part)
         for split in splits
         for part in split.parts
-        if not wanted.isdisjoint(map(id, part.group["params"]))
+        if not wanted.isdisjoint(map(id, part.tokens))
     ]
 
 
@@ -372,12 +391,7 @@ def _kept(split: Split, part: Part) -> Group:
     }
     if not same(part.group[WD], split.computed(part, WD)):
         own[WD] = part.group[WD]  # the class writes it itself
-    return {"positions": _positions(split, part), **own}
-
-
-def _positions(split: Split, part: Part) -> list[int]:
-    places = {id(param): i for i, param in enumerate(split.group["params"])}
-    return [places[id(param)] for param in part.group["params"]]
+    return {"positions": part.positions, **own}
 
 
 def saved_parts(
@@ -390,7 +404,7 @@ def saved_parts(
     """
     records = record or [[] for _ in splits]
     return [
-        [_saved_own(saved, _positions(split, part), own) for part in split.parts]
+        [_saved_own(saved, part.positions, own) for part in split.parts]
         for split, saved, own in zip(splits, state_dict["param_groups"], records)
     ]
 
@@ -415,7 +429,7 @@ def load_parts(
             numbers = {k: split.computed(part, k) for k in DECAY_KEYS if k in group}
             values = without_decay(group).items()
             common = {k: v if k in keys else own_copy(v) for k, v in values}
-            part.group = {**numbers, **common, **copy.deepcopy(own), **part.held}
+            part.group = {**numbers, **common, **copy.deepcopy(own)}
         split.share_tensors(keys)
         split.shown = dict(group)
 
