@@ -191,10 +191,8 @@ def _parts(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """Collect what parts of other groups kept, for their parameters in this one."""
     parts: dict[int, dict[str, Any]] = {}
     for position, entry in enumerate(entries):
-        if entry.part_values is not None:
-            part = parts.setdefault(
-                id(entry.part_values), {"positions": [], **entry.part_values}
-            )
+        if (own := entry.part_values) is not None:
+            part = parts.setdefault(id(own), {"positions": [], **own})
             part["positions"].append(position)
     return list(parts.values())
 
@@ -247,8 +245,8 @@ def require_agreement(
 
 def with_rate_of(record: Sequence[Any], own: Sequence[Any]) -> list[Any]:
     """Let training begin with the rate that another record says, if it says one."""
-    begin, begin_here = dict(*record[2:]), dict(*own[2:])
-    begin.update({k: begin_here[k] for k in ("lr0",) if k in begin_here})
+    rate = {key: own[2][key] for key in ("lr0",) if own[2:] and key in own[2]}
+    begin = dict(*record[2:]) | rate
     return [*record[:2], *([begin] if begin else [])]
 
 

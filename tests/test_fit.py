@@ -420,7 +420,7 @@ def test_new_parameters_join_the_part_of_their_decay():
 
 def test_values_of_the_new_optimizer_stay_but_for_what_the_class_counts():
     model, old = old_run("reordered", lambda m: Counting(m.named_parameters(), 0.1))
-    old.param_groups[0] |= {"initial_lr": 0.5, "max_lr": 0.5}
+    old.param_groups[0] |= {"initial_lr": 0.5, "max_lr": 0.5, "tag": "theirs"}
     new = Counting(model.named_parameters(), 0.01, 0.3)
     new.param_groups[0] |= {"tag": "mine", "initial_lr": 0.01}
 
@@ -430,6 +430,31 @@ def test_values_of_the_new_optimizer_stay_but_for_what_the_class_counts():
     own = {"lr": 0.01, "weight_decay": 0.3, "tag": "mine", "initial_lr": 0.01}
     assert {key: group[key] for key in (counted | own)} == counted | own
     assert "max_lr" not in group
+
+
+class Eager(torch.optim.Optimizer):
+    """Makes its state when it is constructed, as Adagrad did."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+        for param in self.param_groups[0]["params"]:
+            self.state[param]["sum"] = torch.full_like(param, 0.5)
+
+    @torch.no_grad()
+    def step(self):
+        for param in self.param_groups[0]["params"]:
+            param -= 0.1 * self.state[param]["sum"].add_(param.grad.square())
+
+
+def test_state_that_the_new_optimizer_has_made_stays_for_new_parameters():
+    model, old = old_run("layer added", lambda m: Eager(m.named_parameters()))
+    layer_added(model)
+    new = Eager(model.named_parameters())
+    fitted = fit(old.state_dict(), new)
+    new.load_state_dict(fitted.state_dict)
+    states = [new.state[model.get_parameter(n)]["sum"] for n in fitted.new]
+    assert all((state == 0.5).all() for state in states)
+    train(model, new, SECOND)
 
 
 class Wrapping(torch.optim.Optimizer):
@@ -780,7 +805,9 @@ def test_class_with_values_for_each_decay_goes_on_split_by_hand():
     groups = with_tensors(twin, by_decay(twin))
     by_hand = Counting([{**g, "weight_decay": wd} for g, wd in zip(groups, (0.1, 0.0))])
 
-    by_hand.load_state_dict(checkpoint.split_groups(old.state_dict(), by_decay(model)))
+    split = checkpoint.split_groups(old.state_dict(), by_decay(model))
+    by_hand.load_state_dict(split)
+    assert split.keys() == {"state", "param_groups"}
     train(model, old, SECOND)
     train(twin, by_hand, SECOND)
 
