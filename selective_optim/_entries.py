@@ -21,6 +21,7 @@ from selective_optim._canonical_names import (
 from selective_optim._text import received
 from selective_optim.decisions.state_dict import (
     PARTS,
+    POLICIES,
     RECORD,
     require_dict,
     require_whole,
@@ -183,7 +184,7 @@ def write(state_dict: StateDict, groups: Groups) -> StateDict:
                 own = entry.state
                 state[key] = dict(own) if isinstance(own, dict) else own
     parts = {PARTS: [_parts(mine) for _, mine in groups]} if PARTS in state_dict else {}
-    others = without(state_dict, [RECORD, PARTS])
+    others = without(state_dict, [RECORD, PARTS, POLICIES])
     return {**others, "state": state, "param_groups": packed, **parts}
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, repeat
 from threading import get_ident, local
 from types import CodeType
@@ -17,34 +19,40 @@ from torch import nn
 from selective_optim import _torch
 from selective_optim._arguments import require_numbers
 from selective_optim._warnings import (
+    rounding_text,
     warn_of_changes,
     warn_of_lost_inits,
     warn_of_lost_policy,
     warn_of_lost_rates,
     warn_of_own_step,
 )
-from selective_optim.decay import Form
+from selective_optim.decay import Form, is_zero
 from selective_optim.decisions.decider import OWN_KEYS, WRITTEN, Decider, kept_on_error
 from selective_optim.decisions.deciding_for import given
 from selective_optim.decisions.state_dict import (
+    POLICIES,
     RECORD,
     Decided,
     Record,
-    begins_of,
+    begin_in,
+    entries_of,
     record_of,
     require_dict,
     require_loadable,
 )
+from selective_optim.decisions.watch import HalfPrecision, HighRate, TakenOver
 from selective_optim.fused.guards import params_of
 from selective_optim.fused.stepper import Stepper
 from selective_optim.policies.base import Policy
-from selective_optim.policies.named import WdPolicy
+from selective_optim.policies.named import WdPolicy, as_policy
 from selective_optim.report import DecayReport, make_report
 from selective_optim.step.class_step import ClassStep, View, view_of
 from selective_optim.step.grad_scaler import scaling_of
+from selective_optim.step.half_precision import first_loser
 from selective_optim.step.implementation import free_choice
 from selective_optim.step.kernel import Kernel
-from selective_optim.step.parts import DecidedParam, Part
+from selective_optim.step.lasting import alike
+from selective_optim.step.parts import DecidedParam, Part, decided_params
 from selective_optim.step.setting import States
 
 Group = dict[str, Any]
@@ -54,10 +62,8 @@ COPIED = "_copied"
 # Attributes that copies do not take over as they are, where a class copies all it has.
 TRANSIENT = (
     *("_decider", "_groups", "_states", "_kernel", "_stepper", "_shown", "_planning"),
-    *("_threads_inside", "_splits", "_parts", "_class_adds", "_layout"),
+    *("_threads_inside", "_splits", "_parts", "_class_adds", "_layout", "_watches"),
 )
-# Whoever writes a group by hand names a few keys; an optimizer fills in these.
-FILLED = {"lr", "weight_decay", "maximize", "foreach", "differentiable"}
 # Every optimizer that decided, while it lives.
 alive: WeakSet[SelectiveOptimizer] = WeakSet()
 
@@ -72,6 +78,22 @@ def constants_of(function: Any) -> set[Any]:
                 codes.append(constant)
             found.add(constant)
     return found
+
+
+def _typed(state_dict: Mapping[str, Any]) -> str:
+    """Write how the policies of a state dict are passed again, where that is known."""
+    saved = state_dict.get(POLICIES)
+    texts = dict.fromkeys(saved) if isinstance(saved, list) else {}
+    lines = [f"wd_policy={_quoted(text)}" for text in texts]
+    return f"pass {' and '.join(lines) or 'the old one as wd_policy'}"
+
+
+def _quoted(text: str | None) -> str:
+    """Quote what a text can say; a callable of the user's stands as it is called."""
+    try:
+        return str(text) if text is None else repr(repr(as_policy(text)))
+    except (TypeError, ValueError):
+        return str(text)
 
 
 class Shown(local):
@@ -95,10 +117,19 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     _states: States
     _kernel: Kernel
     _stepper: Stepper
+    _stated: frozenset[str]  # keywords that the constructor was given
     _reached = False  # whether a step came here
+    _lost_policy = False  # whether it was told that it is made of another's numbers
+    _watches: Sequence[Any] = ()  # what looks at steps and has no answer yet
     _planning: dict[str, int]  # the thread that a plan serves
 
     # Construction.
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        make = super().__new__
+        made = make(cls) if make is object.__new__ else make(cls, *args, **kwargs)
+        made._stated = frozenset(kwargs)  # a default is nothing that a user said
+        return made
 
     @contextmanager
     def _deciding(
@@ -121,7 +152,11 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _made(self) -> None:
         """Take note of an optimizer that is whole now."""
         self._decider.index.let_go()
+        self._look_for_origin()
         alive.add(self)
+        decays = [group["weight_decay"] for group in self._groups]
+        idle = all(map(is_zero, decays))  # which was told, or is meant
+        self._watches = [HighRate(), HalfPrecision(), *([] if idle else [TakenOver()])]
         if "weight_decay" in constants_of(type(self).step):
             self._watch_own_step()
 
@@ -147,7 +182,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: The policy cannot be decided; then nothing is added.
         """
-        filled = isinstance(param_group, dict) and param_group.keys() >= FILLED
+        given = dict(param_group) if isinstance(param_group, dict) else {}
         count = len(self.param_groups)
         with kept_on_error([param_group]):
             policy, group = self._decider.unpack(param_group, self._group_keys())
@@ -159,8 +194,9 @@ class SelectiveOptimizer(torch.optim.Optimizer):
                 # torch appended it, and would refuse its parameters the next time.
                 del self.param_groups[count:]
                 raise
-        if filled and policy is None and group["weight_decay"]:
-            self._warn_of_lost_policy(group)
+        if policy is None:
+            self._warn_of_origin(given, group["params"])
+        self._watch_rates()
 
     def _append_group(self, group: Group) -> None:
         super().add_param_group(group)
@@ -169,16 +205,59 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         """List the keys that are read in a group, which a misspelt one resembles."""
         return self.defaults
 
-    def _warn_of_lost_policy(self, group: Group) -> None:
-        """Warn if a group was another optimizer's: it does not bring the policy along.
+    def _look_for_origin(self) -> None:
+        """Warn if every hyperparameter was stated, and all are another optimizer's."""
+        stated = self._stated & self.defaults.keys()
+        if "weight_decay" in stated and self._decider.policy is None:
+            fixed = self.defaults.keys() - inspect.signature(type(self)).parameters
+            numbers = {name: self.defaults[name] for name in stated}
+            self._warn_of_origin(numbers, (), fixed)
+
+    def _warn_of_origin(
+        self, numbers: Group, params: Sequence[Any], fixed: Collection[str] = ()
+    ) -> None:
+        """Warn once of numbers that are those of an optimizer with a policy.
 
         Nor can the policy be taken along: a dict that was given to two optimizers,
         one with a policy and one without, looks the same.
+
+        Args:
+            numbers: Hyperparameters, of a keyword each or of a group.
+            params: Parameters of that group, which may be the other's.
+            fixed: What the class states by itself.
         """
-        for other in [each for each in alive if each is not self]:
-            if policy := other._decider.decided_by(group["params"]):
+        if self._lost_policy or is_zero(numbers.get("weight_decay", 0)):
+            return
+        if self._policy_behind(numbers, params, fixed) is not None:
+            gc.collect()  # what only waits to be freed is nothing that was copied
+            policy = self._policy_behind(numbers, params, fixed)
+            self._lost_policy = policy is not None
+            if self._lost_policy:
                 warn_of_lost_policy(policy)
-                return
+
+    def _policy_behind(
+        self, numbers: Group, params: Sequence[Any], fixed: Collection[str]
+    ) -> Policy | None:
+        # Whoever writes a group by hand names a few.
+        stated = numbers.keys() | fixed
+        others = [o for o in alive if o is not self and o.defaults.keys() <= stated]
+        given = set(map(id, params))
+        owners = [o for o in others if given & set(map(id, params_of(o._groups)))]
+        policies = [owner._decider.decided_by(params) for owner in owners]
+        if not owners:
+            like = [o for o in others if o._has_numbers(numbers, type(self))]
+            policies = [o._decider.decided_by(params_of(o._groups)) for o in like]
+        return next(filter(None, policies), None)
+
+    def _has_numbers(self, numbers: Group, cls: type) -> bool:
+        """Tell whether these are what this optimizer was made with, or has now."""
+        if not (isinstance(self, cls) or issubclass(cls, type(self))):
+            return False
+        names = self.defaults.keys() & numbers.keys()
+        return any(
+            all(alike(numbers[name], known.get(name)) for name in names)
+            for known in (self.defaults, *self._groups)
+        )
 
     # What the class sees.
 
@@ -268,6 +347,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         finally:
             if mine:
                 self._planning.clear()
+        if self._watches and not compiling:
+            self._watch()
         return loss
 
     @_torch.disable_dynamo
@@ -276,6 +357,18 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         decider = self._decider
         if decider.waits and decider.begin_training(self.param_groups, self.defaults):
             self._decided_anew()
+
+    @_torch.disable_dynamo
+    def _watch(self) -> None:
+        """Let watches look at the step, which the class has taken."""
+        kernel, layout = getattr(self, "_kernel", None), self._decider.laid_out
+        looking = [(each, each(self._groups, layout, kernel)) for each in self._watches]
+        self._watches = [each for each, done in looking if not done]
+
+    def _watch_rates(self) -> None:
+        """Watch rates again, now that more may be divided by them."""
+        others = [each for each in self._watches if not isinstance(each, HighRate)]
+        self._watches = [*others, HighRate()]
 
     @_torch.run_as_is
     def _step_all(self, choosing: bool, planned: bool, compiling: bool) -> None:
@@ -318,14 +411,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     def decided_params(self) -> list[DecidedParam]:
         """List every parameter, in order, with what was decided for it."""
-        decided = self._decider.fitting(self.param_groups, self.defaults)
-        return [
-            DecidedParam(param, index, position, decision)
-            for index, (group, decisions) in enumerate(zip(self.param_groups, decided))
-            for position, (param, decision) in enumerate(
-                zip(group["params"], decisions)
-            )
-        ]
+        groups = self.param_groups
+        return decided_params(groups, self._decider.fitting(groups, self.defaults))
 
     @_torch.disable_dynamo
     def _init_group(self, group: Group, *lists: list[Any]) -> Any:
@@ -365,6 +452,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             # There may be parts that cannot come together.
             self._decider = Decider.restored(before, self.param_groups)
             raise
+        self._watch_rates()
 
     def _decided_anew(self) -> None:
         self._stepper.forget()
@@ -374,7 +462,13 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # Not `decisions`: who looks is told later, by the step, what is wrong.
         decided = self._decider.readable(self.param_groups, self.defaults)
         groups, index = self.param_groups, self._decider.index
-        return make_report(groups, decided, self._default_form, index)
+        report = make_report(groups, decided, self._default_form, index)
+        kernel = getattr(self, "_kernel", None)
+        loser = first_loser(kernel, groups, decided_params(groups, decided))
+        if loser is None:
+            return report
+        told = rounding_text(loser.label, loser.param.dtype)
+        return replace(report, remark="; ".join(filter(None, [report.remark, told])))
 
     def _default_form(self, group: Group) -> Form | None:
         """Tell in which form a group decays by itself; ``None`` if unknown."""
@@ -400,7 +494,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             for group in state_dict["param_groups"]:
                 for name in OWN_KEYS:
                     group.pop(name, None)
-            return {**state_dict, RECORD: self._record(), **self._kept_apart()}
+            own = {RECORD: self._record(), POLICIES: self._decider.policies()}
+            return {**state_dict, **own, **self._kept_apart()}
 
         # Before hooks of the user's, which may put the state dict into another.
         handle = self.register_state_dict_post_hook(record, prepend=True)
@@ -454,9 +549,12 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict, *args, **kwargs)
         finally:
             handle.remove()
-        record, now = saved[0].get(RECORD), self._record(decided)
-        warn_of_changes(decided, before, self.param_groups, record, now)
-        self._resume(record, now)
+        record, now = saved[0].get(RECORD), list(chain(*self._record(decided)))
+        entries = entries_of(record, decided)
+        known, advice = None if record is None else entries, _typed(saved[0])
+        groups = self.param_groups
+        warn_of_changes(decided, before, groups, known, now, advice)
+        self._resume([*map(begin_in, entries)], [*map(begin_in, now)])
         self._loaded(saved[0])
 
     def _require_loadable(self, state_dict: dict[str, Any], decided: Decided) -> None:
@@ -480,11 +578,10 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _loaded(self, state_dict: dict[str, Any]) -> None:
         """Take over what a state dict holds beside torch's entries and the record."""
 
-    def _resume(self, saved: Any, now: Record) -> None:
+    def _resume(self, begins: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:
         """Go on from where training began, if a state dict records that."""
-        begins = begins_of(saved, self.param_groups)
-        # Mostly nothing depends on it, here or there: no third places.
-        if not any(begins) and max(map(len, chain(*now)), default=0) < 3:
+        # Mostly nothing depends on it, here or there: names alone.
+        if {"name"}.issuperset(chain(*begins, *now)):
             return
         inits, rates = self._decider.resume(self.param_groups, begins)
         if inits:
@@ -504,7 +601,11 @@ class SelectiveOptimizer(torch.optim.Optimizer):
                 **{k: v for k, v in state.items() if k not in TRANSIENT},
                 "state": self.state,
                 "param_groups": groups,
-                COPIED: {"decider": decider, **self._copied()},
+                COPIED: {
+                    "decider": decider,
+                    "watches": list(map(type, self._watches)),
+                    **self._copied(),
+                },
             },
             *rest,
         )
@@ -527,6 +628,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         if copied:
             self._decider = Decider.restored(copied["decider"], self.param_groups)
             alive.add(self)
+            self._watches = [watch() for watch in copied.get("watches", ())]
             self._take_copied(copied)
         # `copy.copy` shares the state, whose counters the original has in hand.
         if "state" in state and copied.get("states") != id(self._states):

@@ -61,21 +61,49 @@ def warn_if_idle(
 
 
 def warn_of_lost_policy(policy: object) -> None:
-    """Warn that a group was another optimizer's, whose policy it does not bring."""
+    """Warn of another optimizer's numbers, which do not bring its policy along."""
     warn(
-        f"a group comes from an optimizer whose `wd_policy` is {policy!r}, "
-        f"and decays in full here. Pass wd_policy={policy!r}, or 'all' if "
-        f"that is meant."
+        f"what this optimizer is made of comes from an optimizer whose `wd_policy` is "
+        f"{policy!r}, and decays in full here. Pass wd_policy={policy!r}, or 'all' if "
+        f"that is meant; around code that makes optimizers itself, type "
+        f"with deciding_for(model, wd_policy={policy!r})."
     )
 
 
-def warn_of_vanishing(label: str, dtype: torch.dtype, fused: bool) -> None:
+def warn_of_rounding(label: str, dtype: torch.dtype) -> None:
     """Warn that a parameter in half precision loses its decay to rounding."""
-    other = "" if fused else ", or use fused Adam or AdamW, which decay in float32"
+    warn(rounding_text(label, dtype))
+
+
+def rounding_text(label: str, dtype: torch.dtype) -> str:
+    """Say that a parameter hardly decays, and what helps."""
+    return (
+        f"{label} hardly decays: in {str(dtype).removeprefix('torch.')} a step at this "
+        f"rate rounds more than half of its decay away. Keep master weights in float32 "
+        f"(model.float() under torch.autocast), or wrap an optimizer with stochastic "
+        f"rounding or Kahan summation (torchao's, optimi's) by selective_optim."
+        f"selective."
+    )
+
+
+def warn_of_high_rate(index: int, form: object, lr0: float, rate: float) -> None:
+    """Warn of a rate above the one that decay is divided by."""
     warn(
-        f"1 - lr * weight_decay rounds to 1 or to its neighbor in "
-        f"{str(dtype).removeprefix('torch.')}, so {label} hardly decays. Keep the "
-        f"parameters in float32{other}."
+        f"the decay of group {index} in form {form!r} is divided by {lr0:g}, the rate "
+        f"that it began with, and its rate rises to {rate:g}, so that it decays more "
+        f"than `weight_decay` says. Give the group the rate that this is said for: "
+        f"dict(params=..., initial_lr={rate:g})."
+    )
+
+
+def warn_of_decay_taken_over(policy: object) -> None:
+    """Warn that groups lost their decay between construction and the first steps."""
+    warn(
+        f"`weight_decay` is 0 in every group since the first step, and was more when "
+        f"the optimizer was made, so no group decays and `wd_policy` {policy!r} has no "
+        f"effect. A wrapper that applies decay itself wants groups that are split by "
+        f"hand: torch's class over selective_optim.param_groups(model, {policy!r}, "
+        f"weight_decay=...). A schedule that begins at 0 may ignore this."
     )
 
 
@@ -107,27 +135,29 @@ def warn_of_changes(
     decided: Sequence[Sequence[Decision]],
     before: Sequence[Any],
     param_groups: Sequence[dict[str, Any]],
-    saved: Any,
-    now: Any,
+    saved: Sequence[Any] | None,
+    now: Sequence[Any],
+    advice: str,
 ) -> None:
     """Warn once if a checkpoint was made with other decisions than those now taken.
 
-    A record that cannot be read, as of another version, is not compared. Without
-    one, a checkpoint that takes the decay from parameters is told: groups split by
+    An entry that cannot be read, as of another version, is not compared. Without
+    a record, a checkpoint that takes the decay from parameters is told: groups split by
     hand that became merged ones do, where the first of a group was exempt.
 
     Args:
         decided: What is decided for every parameter here.
         before: The ``weight_decay`` of every group before loading.
         param_groups: The groups after it.
-        saved: What the state dict records of decisions, if anything.
+        saved: What the state dict records of every parameter, if anything.
         now: What one of this optimizer records.
+        advice: How to continue as before.
     """
-    if changes := _changes(decided, saved, now):
+    if saved is not None and (changes := _changes(decided, saved, now)):
         warn(
             f"the loaded checkpoint was made with another weight decay policy: "
             f"{_first_of(changes, '; ')}. The policy of the constructor is kept; "
-            f"pass the old one as wd_policy to continue as before."
+            f"{advice} to continue as before."
         )
     elif saved is None and (lost := _losers(decided, before, param_groups)):
         warn(
@@ -183,36 +213,31 @@ def _losers(
     ]
 
 
-def _changes(decided: Sequence[Sequence[Decision]], saved: Any, now: Any) -> list[str]:
-    places = [
-        (decision, index, position)
+def _changes(
+    decided: Sequence[Sequence[Decision]], saved: Sequence[Any], now: Sequence[Any]
+) -> list[str]:
+    labels = [
+        decision.label(index, position)
         for index, decisions in enumerate(decided)
         for position, decision in enumerate(decisions)
     ]
-    try:
-        pairs = [
-            (place, _terms(old), _terms(new))
-            for place, old, new in zip(places, _joined(saved), _joined(now))
-            if old  # of a new layer nothing is recorded
-        ]
-        return [
-            f"{decision.label(*place)} {_text(*old, was=True)} and now "
-            f"{_text(*new, was=False)}"
-            for (decision, *place), old, new in pairs
-            if old != new and (old[0] or new[0])
-        ]
-    except (TypeError, ValueError, IndexError, KeyError, AttributeError):
-        return []
+    changes = []
+    for label, old_entry, new_entry in zip(labels, saved, now):
+        old, new = _decision_in(old_entry), _decision_in(new_entry)
+        # Nothing is recorded of a new layer.
+        if old is not None and new is not None and old != new and (old[0] or new[0]):
+            changes.append(f"{label} {_text(*old, True)} and now {_text(*new, False)}")
+    return changes
 
 
-def _terms(entry: Any) -> tuple[float, Any, Any]:
+def _decision_in(entry: Any) -> tuple[float, Any, Any] | None:
     """Read what makes two decisions different ones out of an entry of a record."""
-    begin = entry[2] if len(entry) > 2 else {}
-    return float(entry[0]), entry[1], begin.get("target")
-
-
-def _joined(record: Any) -> list[Any]:
-    return [entry for group in record for entry in group]
+    try:
+        target = entry[2].get("target") if len(entry) > 2 else None
+        readable = isinstance(target, (int, float, str, type(None)))
+        return (float(entry[0]), entry[1], target) if readable else None
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError):
+        return None
 
 
 def _text(multiplier: float, form: str | None, target: Any, was: bool) -> str:

@@ -303,6 +303,8 @@ class AnyOptimizer(SelectiveOptimizer):
                 result = step(self, *args, **kwargs)
             with torch.no_grad():
                 around.finish()
+            if self._watches and not torch.compiler.is_compiling():
+                self._watch()
             return result
         finally:
             around.restore()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from tests.support.problems import (
     CASES,
     CHOSEN,
     HYPER,
-    IMPLEMENTATIONS,
     VERDICTS,
     HandSplit,
     assert_same_training,
@@ -160,50 +158,6 @@ def test_mixed_paths_under_a_scaler_drop_the_step_together():
     # 1 * (1 - 0.1 * 0.1) - 0.1 and 1 - 0.1, to the rounding of float32.
     expected = [torch.full((4, 3), 0.89), torch.full((4, 3), 0.9)]
     torch.testing.assert_close([dense.detach(), sparse.detach()], expected)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "lr", "warns"),
-    [
-        (torch.bfloat16, 1e-3, True),  # 1e-4 < 2 ** -9
-        (torch.bfloat16, 0.1, False),  # 1e-2 > 2 ** -9
-        (torch.float16, 1e-3, True),  # 1e-4 < 2 ** -12
-        (torch.float16, 1e-2, False),  # 1e-3 > 2 ** -12
-        (torch.float32, 1e-3, False),
-    ],
-)
-@pytest.mark.parametrize("kind", ["for-loop", "foreach"])
-def test_decay_that_rounds_to_nothing_warns_once(dtype, lr, warns, kind):
-    param = nn.Parameter(torch.ones(4, 3, dtype=dtype))
-    optimizer = selective_optim.AdamW(
-        [param], lr=lr, weight_decay=0.1, **IMPLEMENTATIONS[kind]
-    )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for step in range(4):
-            set_grads([param], step)
-            optimizer.step()
-    text = [str(w.message) for w in caught if "rounds" in str(w.message)]
-    assert len(text) == int(warns)
-
-
-def test_decay_that_rounds_to_nothing_names_the_parameter_and_the_way_out():
-    param = nn.Parameter(torch.ones(4, 3, dtype=torch.bfloat16))
-    optimizer = selective_optim.SGD(
-        [("head.weight", param)], lr=1e-3, weight_decay=0.1, decoupled_weight_decay=True
-    )
-    set_grads([param], 0)
-    with pytest.warns(
-        UserWarning, match=r"1 - lr \* weight_decay.*bfloat16.*'head.weight'.*float32"
-    ):
-        optimizer.step()
-
-
-def test_fused_decay_in_half_precision_does_not_warn():
-    param = nn.Parameter(torch.ones(4, 3, dtype=torch.bfloat16))
-    optimizer = selective_optim.AdamW([param], lr=1e-3, weight_decay=0.1)
-    set_grads([param], 0)
-    optimizer.step()
 
 
 @each_case

@@ -37,7 +37,7 @@ from tests.support.problems import (
 from tests.support.reference import AdamReference, SGDReference
 
 # In half precision some of these decays are below the resolution, and said to be.
-rounding = pytest.mark.filterwarnings(r"ignore:1 - lr \* weight_decay rounds")
+rounding = pytest.mark.filterwarnings("ignore:.*hardly decays:UserWarning")
 LRS = {"one": None, "each": [0.05 * (i + 1) for i in range(8)]}
 TABLE = [
     pytest.param(

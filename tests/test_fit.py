@@ -612,7 +612,7 @@ def test_rate_of_the_beginning_is_that_of_whose_rate_counts(given, lr):
     )
 
     [record] = new.state_dict()["decay"]
-    assert all(entry[2] == {"lr0": lr} for entry in record)
+    assert {entry[2]["lr0"] for entry in record} == {lr}
 
 
 # What it tells

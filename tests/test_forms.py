@@ -526,6 +526,15 @@ def test_views_that_negate_decay_as_what_they_show(name, how, target):
     assert_same(*outcomes, rtol=1e-14, atol=1e-14)
 
 
+def test_decay_that_vanishes_in_a_pass_is_told_of():
+    """A fused kernel would let most of it arrive, and a pass rounds all away."""
+    param = nn.Parameter(torch.full((2,), 0.02, dtype=torch.bfloat16))
+    optimizer = make("AdamW", [param], form("cautious"), lr=1e-3, weight_decay=0.1)
+    param.grad = torch.zeros_like(param)
+    with pytest.warns(UserWarning, match=r"hardly decays: in bfloat16.*float32"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(("how", "target"), TRACED_FORMS)
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_dtypes_may_be_mixed_in_a_step_that_is_traced(name, how, target):

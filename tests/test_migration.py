@@ -459,7 +459,8 @@ def test_another_policy_on_resume_is_told_in_plain_words():
             "'0.weight' decayed in full (l2) and now is exempt; '1.weight' decayed in "
             "full (l2) and now decays in full (decoupled); '1.bias' was exempt and now "
             "decays in full (decoupled) and 2 more. The policy of the constructor is "
-            "kept; pass the old one as wd_policy to continue as before."
+            "kept; pass wd_policy=\"first_match({'2.*': 0.5, '*.bias': 0})\" to "
+            "continue as before."
         ),
         str(warning.message),
     )

@@ -88,11 +88,15 @@ class Decider:
     Args:
         wd_policy: As for the optimizers.
         model: As for the optimizers.
+        insists: Whether every parameter must live in that.
     """
 
-    def __init__(self, wd_policy: object = None, model: object = None) -> None:
+    def __init__(
+        self, wd_policy: object = None, model: object = None, insists: bool = True
+    ) -> None:
         self.policy = _as_policy(wd_policy)
-        self.index = ModelIndex(model)
+        self.index = ModelIndex(model if insists else None)
+        self.index.add(() if insists else as_modules(model))
         self._table = DecisionTable()
         self._pending: list[Pending] | None = None
         self._cleared: list[list[Row]] = []
@@ -255,6 +259,11 @@ class Decider:
         )
 
     # Groups as they stand.
+
+    @property
+    def laid_out(self) -> list[list[Row]]:
+        """What was decided by group and position, as they were last looked at."""
+        return self._table.layout
 
     def decided_by(self, params: Iterable[Tensor]) -> Policy | None:
         """Return the policy by which one of these decays otherwise than in full."""
@@ -502,6 +511,11 @@ class Decider:
         except (TypeError, ValueError):
             return False
         return all(row.policy == policy for row in self._table.layout[index])
+
+    def policies(self) -> list[str | None]:
+        """Write down who decided in each group, as it prints; ``None`` for nobody."""
+        firsts = [rows[0].policy if rows else None for rows in self._table.layout]
+        return [None if policy is None else repr(policy) for policy in firsts]
 
     def assign(self, wd_policy: object, groups: Sequence[Group]) -> None:
         """Decide anew for every parameter, or raise with nothing changed."""

@@ -19,6 +19,7 @@ class Given(NamedTuple):
 
     wd_policy: object = None
     model: object = None
+    insists: bool = True  # that every parameter lives in the model
 
 
 Block = tuple[Given, list[Given]]  # and what each optimizer was made with inside
@@ -86,9 +87,12 @@ def given(model: object, wd_policy: object) -> Given:
     """
     around, made = _block.get() or (Given(), [])
     wd_policy = around.wd_policy if wd_policy is None else wd_policy
-    if model is None and wd_policy is not None:
-        model = around.model
-        if callable(model) and not isinstance(model, nn.Module):
-            model = model()
-    made.append(Given(wd_policy, model))
+    if model is not None or wd_policy is None:
+        made.append(Given(wd_policy, model))
+        return made[-1]
+    model = around.model
+    if callable(model) and not isinstance(model, nn.Module):
+        model = model()
+    # What is made inside may be a copy of tensors, which shapes decide.
+    made.append(Given(wd_policy, model, as_policy(wd_policy).needs != {"shapes"}))
     return made[-1]

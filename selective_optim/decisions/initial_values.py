@@ -23,7 +23,17 @@ from selective_optim.parameters import ParameterInfo
 
 def base_rate(group: Mapping[str, Any]) -> float | None:
     """Return the rate that schedules of a group start from, if that is a number."""
-    rate: Any = group.get("initial_lr", group.get("lr"))
+    return _number(group.get("initial_lr", group.get("lr")))
+
+
+def rate_now(group: Mapping[str, Any]) -> float | None:
+    """Return the rate of a group, if that is a number that waits for no device."""
+    rate = group.get("lr")
+    waits = isinstance(rate, Tensor) and not rate.is_cpu
+    return None if waits else _number(rate)
+
+
+def _number(rate: Any) -> float | None:
     try:
         return float(rate.detach() if isinstance(rate, Tensor) else rate)
     except (TypeError, ValueError, RuntimeError):  # None, or a tensor without a value

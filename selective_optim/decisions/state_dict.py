@@ -23,7 +23,7 @@ from selective_optim.decay import Decision, Form
 from selective_optim.step.kernel import Kernel
 
 # Keys of a state dict: for what was decided, and for what split groups keep apart.
-RECORD, PARTS = "decay", "parts"
+RECORD, PARTS, POLICIES = "decay", "parts", "decay_policies"
 Decided = Sequence[Sequence[Decision]]
 Record = list[list[list[Any]]]
 SAME_MODEL = "Load a state dict of the same class, made for the same model."
@@ -316,14 +316,14 @@ def record_of(forms: Sequence[Form | None], decided: Decided) -> Record:
     """Write down the multiplier and form of every parameter, in plain values.
 
     A parameter whose policy states no form has that of its group, one of ``forms``.
-    In a third place comes what else its decay depends on, if anything: ``"target"``,
-    and with which ``"lr0"`` and ``"init"`` training began.
+    In a third place comes what else is known of it, if anything: its ``"name"``, its
+    ``"target"``, and with which ``"lr0"`` and ``"init"`` training began.
     """
     return [
         [
             [
                 *(decision.decay.multiplier, decision.decay.form or default),
-                *([begin] if (begin := decision.begin()) else []),
+                *([known] if (known := _known_of(decision)) else []),
             ]
             for decision in decisions
         ]
@@ -331,19 +331,31 @@ def record_of(forms: Sequence[Form | None], decided: Decided) -> Record:
     ]
 
 
-def begins_of(
-    saved: Any, param_groups: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Read the third place of a record, for every parameter; empty where there is none.
+def _known_of(decision: Decision) -> dict[str, Any]:
+    name = decision.telling_name
+    return ({} if name is None else {"name": name}) | decision.begin()
 
+
+def entries_of(saved: Any, decided: Decided) -> list[Any]:
+    """List what a record holds for every parameter, ``None`` where there is nothing.
+
+    By name, if the record and the parameters have any names in common; else by place.
     A record that cannot be read, as of another version, tells nothing.
     """
+    here = [decision.telling_name for own in decided for decision in own]
     try:
-        begins = [
-            entry[2] if len(entry) > 2 and isinstance(entry[2], dict) else {}
-            for entry in chain.from_iterable(saved)
-        ]
-    except (TypeError, ValueError, IndexError, KeyError):
-        begins = []
-    total = sum(_sizes(param_groups))
-    return begins if len(begins) == total else [{}] * total
+        entries = [list(entry) for entry in chain.from_iterable(saved)]
+        names = [begin_in(entry).get("name") for entry in entries]
+    except TypeError:
+        return [None] * len(here)
+    named = dict(zip(names, entries))
+    common = len(named) == len(names) and not {None}.intersection(names, here)
+    if common and not named.keys().isdisjoint(here):
+        return [named.get(name) for name in here]
+    return entries if len(entries) == len(here) else [None] * len(here)
+
+
+def begin_in(entry: Any) -> dict[str, Any]:
+    """Read the third place of an entry; empty where there is none."""
+    third = entry[2] if entry is not None and len(entry) > 2 else {}
+    return third if isinstance(third, dict) else {}

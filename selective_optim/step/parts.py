@@ -7,12 +7,14 @@ for one step, so that everything else in it is what the user's group says now.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
 from selective_optim.decay import DecayKey, Decision
+from selective_optim.step.setting import Groups
 
 
 class DecidedParam(NamedTuple):
@@ -34,6 +36,17 @@ class DecidedParam(NamedTuple):
     def label(self) -> str:
         """Name it in messages."""
         return self.decision.label(self.group, self.position)
+
+
+def decided_params(
+    groups: Groups, decided: Sequence[Sequence[Decision]]
+) -> list[DecidedParam]:
+    """List every parameter, in order, with what was decided for it."""
+    return [
+        DecidedParam(param, index, position, decision)
+        for index, (group, decisions) in enumerate(zip(groups, decided))
+        for position, (param, decision) in enumerate(zip(group["params"], decisions))
+    ]
 
 
 class Key(NamedTuple):
