@@ -47,10 +47,10 @@ OLD_NAMES = (
 
 @dataclass(frozen=True)
 class Fit:
-    """A state dict for a changed model; ``print`` tells what became of the old one.
+    """A state dict for a changed model; ``print`` tells how much of it was kept.
 
     Args:
-        state_dict: What to load into the new optimizer.
+        state_dict: State dict to load into the new optimizer.
         kept: Parameters whose state stays as it was.
         resized: Parameters of which one dimension changed: the leading part keeps its
             moments, those of the rest are 0, and both share the step counter.

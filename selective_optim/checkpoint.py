@@ -103,19 +103,19 @@ def merge_groups(
 ) -> StateDict:
     """Turn a state dict of hand-split groups into one of one group.
 
-    Its ``weight_decay`` is the largest of those merged. What each parameter's was in
-    relation to it is recorded, so that an optimizer whose policy decides otherwise
-    warns on loading.
+    Its ``weight_decay`` is the largest of those merged. The share of it that each
+    parameter had is recorded. So an optimizer whose policy decides otherwise warns on
+    loading.
 
     Args:
         state_dict: Of an optimizer of this library or of torch; stays as it is.
-        names: Names of the parameters, group by group; by default those that the
-            state dict has.
-        order: All names in the order of the optimizer that is to load the result, as
-            a rule ``[name for name, _ in model.named_parameters()]``. Without it the
-            order of the groups is kept, decayed before exempt as a rule, which is
-            not that of ``model.parameters()``: where shapes agree, an optimizer made
-            from that would give parameters the state of others.
+        names: Names of the parameters, group by group; by default those
+            that the state dict has.
+        order: All names in the order of the optimizer that will load the result. For
+            ``model.parameters()`` that is
+            ``[name for name, _ in model.named_parameters()]``. Without it the groups'
+            order is kept, for example decayed before exempt. An optimizer made from
+            ``model.parameters()`` would then give parameters the state of others.
         by: Hyperparameters that keep groups apart: with ``"lr"`` there is one group
             per learning rate.
 
@@ -165,8 +165,8 @@ def split_groups(
     Args:
         state_dict: Of an optimizer of this library or of torch; stays as it is.
         groups: The groups wanted, in order: dicts with names under ``"params"`` and
-            the hyperparameters to set. What a group does not set stays as it was, and
-            ``weight_decay`` is what the state dict records of the parameters.
+            the hyperparameters to set. The others stay as they were, and
+            ``weight_decay`` is that which the state dict records.
         names: Names of the parameters of ``state_dict``, group by group; by default
             those that it has.
 
@@ -174,9 +174,9 @@ def split_groups(
         The split state dict, for an optimizer that has these groups and no policy.
 
     Raises:
-        ValueError: A name is missing, doubled or unknown; parameters of one group
-            differ in what the group does not set; or one decays in a form that
-            torch's class does not give the group.
+        ValueError: A name is missing, doubled or unknown.
+        ValueError: Parameters of one group differ in a value that it does not set.
+        ValueError: One decays in a form that torch's class does not give its group.
 
     Example:
         >>> import torch

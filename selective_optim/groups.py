@@ -135,9 +135,9 @@ def layerwise_groups(
         lr: Learning rate of the top layer.
         rate: Factor from a layer to the one below, finite and >= 0.
         layers: Glob on the module names of the repeated blocks, such as
-            ``"blocks.*"``, or the name of their list, ``"blocks"``; a list of
-            globs for several stacks, such as two towers, each with its own depth.
-            By default the model's ``group_matcher`` is asked, or they are found.
+            ``"blocks.*"``, or the name of their list, ``"blocks"``. Pass a list of
+            globs for several stacks, such as two towers; each has its own depth. By
+            default the model's ``group_matcher`` tells the layers, or they are found.
         lr_scale: Leave every group's rate at ``lr`` and write the factor to its
             ``"lr_scale"`` instead, for a schedule that multiplies by it: timm's,
             MAE's and BEiT's do, torch's do not.
@@ -269,9 +269,9 @@ def _hyper(key: Any, value: Any) -> dict[str, Any]:
 def width_groups(model: Model, base_model: Model, lr: float | Tensor) -> RateGroups:
     """Make one parameter group per width, with the rates of muP for Adam.
 
-    A matrix of which two dimensions differ from the base model's learns at ``lr`` over
-    the ratio of the last of them, the fan-in; all else learns at ``lr``. CompleteP's
-    rates are the same, since those of alpha 1 do not depend on depth.
+    A matrix learns at ``lr`` over the ratio of its fan-in to the base model's, if two
+    of its dimensions differ from there. All else learns at ``lr``. CompleteP's rates
+    are the same, since those of alpha 1 do not depend on depth.
 
     ``wd_policy=form("independent")`` with ``weight_decay=lr * wd`` decays as
     ``mup.MuAdamW(lr=lr, weight_decay=wd)``. Initial values, multipliers of the output
@@ -279,9 +279,9 @@ def width_groups(model: Model, base_model: Model, lr: float | Tensor) -> RateGro
 
     Args:
         model: Module or modules that hold the parameters.
-        base_model: The same in the width that ``lr`` was found for, with as many
-            layers or fewer; of its parameters only shapes are read, so that it may be
-            made under ``torch.device("meta")``.
+        base_model: The model in the width that ``lr`` was found for, with as many
+            layers or fewer. Only shapes of its parameters are read, so you may make it
+            under ``torch.device("meta")``.
         lr: Learning rate at the width of the base.
 
     Returns:

@@ -68,6 +68,7 @@ def take(browser: Any, address: str, folder: Path, pages: Sequence[str]) -> None
         for width, size in WIDTHS.items():
             viewport = {"width": size, "height": 1000}
             page = browser.new_page(viewport=viewport, color_scheme=color)
+            page.on("requestfailed", lambda request: print("failed:", request.url))
             for name in pages:
                 page.goto(f"{address}/{name}.html")
                 picture = folder / f"{name.replace('/', '_')}_{width}_{color}.png"
@@ -79,7 +80,10 @@ def search(browser: Any, address: str, folder: Path, text: str) -> list[str]:
     """Type into the search, and return the titles of what it finds."""
     page = browser.new_page(viewport={"width": WIDTHS["wide"], "height": 1000})
     page.goto(f"{address}/index.html")
-    page.locator(".md-search__input").fill(text)
+    page.locator(".md-search__input").click()
+    ready = page.locator(".md-search-result__meta", has_text="Type to start searching")
+    ready.wait_for()
+    page.locator(".md-search__input").press_sequentially(text)
     page.locator(".md-search-result__item").first.wait_for()
     page.screenshot(path=folder / f"search_{text}.png")
     found: list[str] = page.locator(".md-search-result__article h1").all_inner_texts()
