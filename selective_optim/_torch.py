@@ -197,7 +197,8 @@ def check_graph_capture(optimizer: torch.optim.Optimizer) -> None:
 
 def is_capturing(device: torch.device) -> bool:
     """Tell whether a CUDA graph is being captured, when nothing may be copied to it."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return there and torch.cuda.is_current_stream_capturing()
 
 
 def not_to_be_patched(step: _F) -> _F:

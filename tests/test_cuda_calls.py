@@ -189,6 +189,7 @@ def test_steady_step_neither_waits_nor_copies(name, way, scaled):
     params = make_params(FEW)
     count, make = WAYS[way]
     optimizer = ours(name, make_groups(params, count, make()))
+    step(optimizer, params)  # begins momentum, where a scaled step would wait
     if scaled:
         scale(optimizer)
     expected = {KERNELS[name]: 2 * count, **beside(name, scaled), **NOTED}
@@ -200,6 +201,8 @@ def test_steady_step_neither_waits_nor_copies(name, way, scaled):
 def test_first_step_and_changing_gradients_neither_wait_nor_copy(name, scaled):
     params = make_params(FEW)
     optimizer = ours(name, params)
+    if name == "SGD":
+        step(optimizer, params)  # begins momentum, where a scaled step would wait
     if scaled:
         scale(optimizer)
     for without in (10, 10, 0, 0, 5, 5, 0, FEW - 1, FEW):

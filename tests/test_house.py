@@ -194,7 +194,14 @@ def foreign_private_names(path: Path) -> set[str]:
 
 
 # Of Python, of authors who mark or name parameters, and keys that we write.
-OTHERS = {"_asdict", "_replace", "_no_weight_decay", "_optim", "_repr_html_"}
+OTHERS = {
+    "_asdict",
+    "_replace",
+    "_getframe",
+    "_no_weight_decay",
+    "_optim",
+    "_repr_html_",
+}
 KEYS = {"_w1", "_w2", "_copied", "_decay_schedule", "_decay_tie", "_lr"}
 # Overridden where torch.compile looks for it, with torch's through `super()`.
 TRACED = {"_init_group"}

@@ -15,6 +15,7 @@ JUDGES = [
     *(path for path in SOAK.glob("*.py") if path != OURS),
     ROOT / "tests/support/reference.py",
     ROOT / "tests/support/kernels.py",
+    ROOT / "tests/support/others.py",
 ]
 
 

@@ -90,8 +90,8 @@ def test_policy_written_into_a_group_is_refused_at_the_next_step(cls):
     with pytest.raises(
         ValueError,
         match=whole(
-            "a `wd_policy` was written into group 0, whose parameters were decided for "
-            "before. Type optimizer.wd_policy = ... to decide anew, and del "
+            "a `wd_policy` was written into group 0, where nothing reads it. "
+            "Type optimizer.wd_policy = ... to decide anew, and del "
             "optimizer.param_groups[0]['wd_policy']."
         ),
     ):

@@ -137,18 +137,13 @@ class Plan:
         if exposed and _share_counters(fused, params, states):
             fused = []  # each group counts for itself, as the class does it
         # What the optimizer's own class steps.
-        self.rest: list[Part] = [part for part in parts if part not in fused]
+        self.rest: list[Part] = [
+            part for part in parts if not fused or not part.key.fused or part.key.first
+        ]
         self._cells = make_cells(fused, params)
         begin_state(kernel, groups, fused, params, states, counters)
-        positions = {i for part in parts for i in part.positions}
-        # Tokens and not parameters: a model that is gone must not live on in a plan.
         tensors = [each.param for each in params]
-        tokens = [_torch.token_of(tensors[i]) for i in positions]
-        self.stepped = dict(zip(map(id, tokens), tokens))
-        # Those in no part never had a gradient; the first one needs a new plan.
-        self._any_idle = bool(idle)
-        self._idle = picker(idle)
-        self._note_rest(tensors)
+        self._note_parts(parts, idle, tensors)
         self._structure = list(map(kernel.structure, groups))
         # What the state holds lives as long as the optimizer, and is kept alive by
         # nothing here. Plain SGD has no state, and lets go after each step.
@@ -162,8 +157,16 @@ class Plan:
         self._gather(groups, states)
         counters.keep(self._advance)
 
-    def _note_rest(self, tensors: Sequence[Tensor]) -> None:
-        """Note what of the parameters that the class steps would change their part."""
+    def _note_parts(
+        self, parts: Sequence[Part], idle: Sequence[int], tensors: Sequence[Tensor]
+    ) -> None:
+        """Note who has a part, who has none yet, and what would change the rest."""
+        # Tokens and not parameters: a model that is gone must not live on in a plan.
+        tokens = [_torch.token_of(tensors[i]) for part in parts for i in part.positions]
+        self.stepped = dict(zip(map(id, tokens), tokens))
+        # Those in no part never had a gradient; the first one needs a new plan.
+        self._any_idle = bool(idle)
+        self._idle = picker(idle)
         self._rest_of = picker([i for part in self.rest for i in part.positions])
         mine = self._rest_of(tensors)
         self._rest_places = list(map(_place_of, mine))
