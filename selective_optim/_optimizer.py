@@ -388,7 +388,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         ]
 
     @_torch.disable_dynamo
-    def _init_group(self, group: Group, *lists: list[Any]) -> Any:
+    def _init_group(self, group: Group, *lists: Any, **named: Any) -> Any:
         """Fill the lists as torch does, for a step of ours alone.
 
         Raises:
@@ -396,7 +396,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         """
         if not self._inside:
             self._refuse_foreign_step([group])
-        return super()._init_group(group, *lists)  # type: ignore[misc]  # torch's
+        return super()._init_group(group, *lists, **named)  # type: ignore[misc]  # torch's
 
     def _refuse_foreign_step(self, groups: Iterable[Group]) -> None:
         for group in groups:
@@ -522,13 +522,14 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict, *args, **kwargs)
         finally:
             handle.remove()
-        record, now = saved[0].get(RECORD), list(chain(*self._record(decided)))
+        loaded = saved[0] if saved else state_dict  # some classes run no hooks
+        record, now = loaded.get(RECORD), list(chain(*self._record(decided)))
         entries = entries_of(record, decided)
-        known, advice = None if record is None else entries, _typed(saved[0])
+        known, advice = None if record is None else entries, _typed(loaded)
         groups = self.param_groups
         warn_of_changes(decided, before, groups, known, now, advice)
         self._resume([*map(begin_in, entries)], [*map(begin_in, now)])
-        self._loaded(saved[0])
+        self._loaded(loaded)
 
     def _require_loadable(self, state_dict: dict[str, Any], decided: Decided) -> None:
         require_loadable(self._kernel, self.param_groups, decided, state_dict)
