@@ -418,6 +418,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     @wd_policy.setter
     def wd_policy(self, wd_policy: WdPolicy) -> None:
         before = self._decider.snapshot(self.param_groups, self.defaults)
+        self._forget_plan()  # first: an interrupt must not leave the old one in force
         self._decider.assign(wd_policy, self.param_groups)
         try:
             self._decided_anew()
@@ -427,8 +428,12 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             raise
         self._watch = self._watch or Watch()
 
-    def _decided_anew(self) -> None:
+    def _forget_plan(self) -> None:
         self._stepper.forget()
+
+    def _decided_anew(self) -> None:
+        """Take note of other decisions, or refuse them."""
+        self._forget_plan()
 
     def decay_report(self) -> DecayReport:
         """Tell what decays: in sum when printed, per parameter in ``rows``."""

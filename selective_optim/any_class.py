@@ -242,6 +242,9 @@ class AnyOptimizer(SelectiveOptimizer):
         self._splits, self._layout = splits, layout
         self._parts[:] = parts
 
+    def _forget_plan(self) -> None:
+        """Forget nothing: parts are compared with the decisions at every step."""
+
     def _decided_anew(self) -> None:
         self._arrange()
 

@@ -325,13 +325,16 @@ def split_again(
     """
     mine = [split for split in before if split.group is group]
     shown = mine[0].shown if mine else None
+    # A new dict for tensors of several groups: hyperparameters are those it says.
+    settled = {} if mine else _disputed(group, before, keys)
     parts = []
     for decay_key, chosen in by_decay(decisions).items():
         known = _holders([group["params"][i] for i in chosen], mine or before)
         going_on = [
             p for split in mine for p in split.parts if p.decay_key == decay_key
         ]
-        _require_agreement([*going_on, *(part for _, part in known)], decisions)
+        together = [*going_on, *(part for _, part in known)]
+        _require_agreement(together, decisions, settled)
         if known and shown is None:
             shown = known[0][0].shown
         # The same dict, which the class may know by identity.
@@ -340,17 +343,29 @@ def split_again(
         else:
             # A counter that the class keeps in a group goes where its parameters go.
             # One that comes from none begins with what the others were last given.
-            own = (
-                known[0][1].own if known else without_decay({**group, **(shown or {})})
-            )
+            last = without_decay({**group, **(shown or {})})
+            own = {**(known[0][1].own if known else last), **settled}
             shown_group = {k: v if k in keys else own_copy(v) for k, v in own.items()}
         parts.append(_part(decay_key, shown_group, group, decisions, chosen))
     form = before[0].form if before else None
+    shown = None if shown is None else {**shown, **settled}
     going = {p.decay_key for split in mine for p in split.parts}
     if shown is not None and going.issuperset(part.decay_key for part in parts):
         # The class may have written their decay.
         return Split(group, parts, form, shown)
     return Split(group, parts, form, without_computed(shown or {}))
+
+
+def _disputed(
+    group: Group, before: Sequence[Split], keys: Collection[str]
+) -> dict[str, Any]:
+    """Take hyperparameters in which the parts that a group comes from differ."""
+    first, *others = [p.own for _, p in _holders(group["params"], before)] or [{}]
+    return {
+        key: group[key]
+        for key in group.keys() & first.keys() & set(keys)
+        if not all(alike(first[key], other.get(key, _ABSENT)) for other in others)
+    }
 
 
 def _holders(
@@ -365,12 +380,14 @@ def _holders(
     ]
 
 
-def _require_agreement(parts: Sequence[Part], decisions: Sequence[Decision]) -> None:
+def _require_agreement(
+    parts: Sequence[Part], decisions: Sequence[Decision], settled: Collection[str]
+) -> None:
     """Check that parts that become one keep the same of their own."""
     for part in parts[1:]:
         for key, value in parts[0].own.items():
             other = part.own.get(key, _ABSENT)
-            if not alike(value, other):
+            if key not in settled and not alike(value, other):
                 name = next((repr(d.name) for d in decisions if d.name), "a parameter")
                 raise ValueError(
                     f"{name} would come together with parameters whose {key!r} differs "
