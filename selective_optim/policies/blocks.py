@@ -103,10 +103,10 @@ def _inside_stage(stage: nn.Module) -> tuple[nn.Module, ...]:
 
 def _is_layer(stage: nn.Module) -> bool:
     # An attention and a feed-forward in a list are one layer, and no stage of two.
-    parts = list(filter(has_parameters, stage.children()))
+    listed = stage.children() if isinstance(stage, LISTS) else ()
+    parts = list(filter(has_parameters, listed))
     kinds = {tuple(type(m) for m in p.modules() if has_parameters(m)) for p in parts}
-    different = isinstance(stage, LISTS) and 1 < len(parts) == len(kinds) <= 3
-    return different and not any(map(runs_in, parts))
+    return 1 < len(parts) == len(kinds) <= 3 and not any(map(runs_in, parts))
 
 
 def _blocks_in(run: Run) -> list[nn.Module]:
@@ -289,11 +289,13 @@ def distances_in(modules: Modules, blocks: Modules) -> dict[nn.Module, int]:
             block = numbers[module]
             layer.update(dict.fromkeys(module.modules(), block))
         layer.setdefault(module, block + 1 if block else 0)
-    inside = {module for block in blocks for module in block.modules()}
     norm = final_norm(modules, blocks[-1])
-    for parent in modules:
-        if parent in inside or blocks[-1] not in set(parent.modules()):
-            continue
+    holders = {child: module for module in modules for child in module.children()}
+    around = set(blocks)
+    for module in blocks:
+        while (module := holders.get(module, module)) not in around:
+            around.add(module)
+    for parent in filter(around.difference(blocks).__contains__, modules):
         layer.update(_beside(parent, numbers))
         for key, child in parent.named_children():
             # Between two blocks it embeds what comes out of the first.
