@@ -297,20 +297,15 @@ def distances_in(modules: Modules, blocks: Modules) -> dict[nn.Module, int]:
             around.add(module)
     for parent in filter(around.difference(blocks).__contains__, modules):
         layer.update(_beside(parent, numbers))
-        for key, child in parent.named_children():
+        for child in parent.children():
             # Between two blocks it embeds what comes out of the first.
-            if layer[child] > len(blocks) and _embeds(key, child):
+            if layer[child] > len(blocks) and embedding_module(child):
                 layer.update(dict.fromkeys(child.modules(), 0))
         if norm is None:
             norm = _norm_beside(parent, blocks[-1])
     if norm is not None:
         layer.update(dict.fromkeys(norm.modules(), len(blocks)))
     return {module: len(blocks) + 1 - layer[module] for module in modules}
-
-
-def _embeds(key: str, module: nn.Module) -> bool:
-    named = key.startswith("embed") and not norm_module(module)
-    return embedding_module(module) or named
 
 
 def _norm_beside(parent: nn.Module, last: nn.Module) -> nn.Module | None:
