@@ -25,7 +25,7 @@ from selective_optim.policies.blocks import (
     tower,
 )
 from selective_optim.policies.outputs import heads
-from selective_optim.policies.recognition import embedding_part
+from selective_optim.policies.recognition import embedding_part, norm_module
 from selective_optim.policies.selectors import Need
 
 Order = tuple[float, ...]
@@ -148,7 +148,7 @@ class Distances:
             self._distance.update(distances_in(inside, stack))
         # A head is the top, also where it is registered before the blocks.
         for head in (head for module in modules[:1] for head in heads(module)):
-            if blocks.isdisjoint(head.modules()):
+            if blocks.isdisjoint(head.modules()) and not norm_module(head):
                 self._distance.update(dict.fromkeys(head.modules(), 0))
         self._below = max(map(len, stacks)) + 1
         self._around = {m for m in modules if m not in self._distance}
