@@ -74,7 +74,7 @@ def upside_down():
         blocks=nn.ModuleList([Block(), Block()]),
         ln_f=nn.LayerNorm(4),
         wte=nn.Embedding(9, 4),
-        embed_time=nn.Linear(1, 4),
+        embedding_projection=nn.Linear(4, 4),
         embedding_norm=nn.LayerNorm(4),
         decoder=Model(queries=nn.Embedding(3, 4)),
     )
@@ -199,10 +199,10 @@ LAYOUTS = {
     "head first, embeddings last": (
         upside_down,
         [
-            ["lm_head", "embedding_norm", "decoder"],
+            ["lm_head", "embedding_projection", "embedding_norm", "decoder"],
             ["blocks.1", "ln_f"],
             ["blocks.0"],
-            ["token", "wte", "embed_time"],
+            ["token", "wte"],
         ],
     ),
     "vit": (

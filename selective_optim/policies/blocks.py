@@ -103,10 +103,10 @@ def _inside_stage(stage: nn.Module) -> tuple[nn.Module, ...]:
 
 def _is_layer(stage: nn.Module) -> bool:
     # An attention and a feed-forward in a list are one layer, and no stage of two.
-    parts = list(filter(has_parameters, stage.children()))
+    listed = stage.children() if isinstance(stage, LISTS) else ()
+    parts = list(filter(has_parameters, listed))
     kinds = {tuple(type(m) for m in p.modules() if has_parameters(m)) for p in parts}
-    different = isinstance(stage, LISTS) and 1 < len(parts) == len(kinds) <= 3
-    return different and not any(map(runs_in, parts))
+    return 1 < len(parts) == len(kinds) <= 3 and not any(map(runs_in, parts))
 
 
 def _blocks_in(run: Run) -> list[nn.Module]:
@@ -289,26 +289,23 @@ def distances_in(modules: Modules, blocks: Modules) -> dict[nn.Module, int]:
             block = numbers[module]
             layer.update(dict.fromkeys(module.modules(), block))
         layer.setdefault(module, block + 1 if block else 0)
-    inside = {module for block in blocks for module in block.modules()}
     norm = final_norm(modules, blocks[-1])
-    for parent in modules:
-        if parent in inside or blocks[-1] not in set(parent.modules()):
-            continue
+    holders = {child: module for module in modules for child in module.children()}
+    around = set(blocks)
+    for module in blocks:
+        while (module := holders.get(module, module)) not in around:
+            around.add(module)
+    for parent in filter(around.difference(blocks).__contains__, modules):
         layer.update(_beside(parent, numbers))
-        for key, child in parent.named_children():
+        for child in parent.children():
             # Between two blocks it embeds what comes out of the first.
-            if layer[child] > len(blocks) and _embeds(key, child):
+            if layer[child] > len(blocks) and embedding_module(child):
                 layer.update(dict.fromkeys(child.modules(), 0))
         if norm is None:
             norm = _norm_beside(parent, blocks[-1])
     if norm is not None:
         layer.update(dict.fromkeys(norm.modules(), len(blocks)))
     return {module: len(blocks) + 1 - layer[module] for module in modules}
-
-
-def _embeds(key: str, module: nn.Module) -> bool:
-    named = key.startswith("embed") and not norm_module(module)
-    return embedding_module(module) or named
 
 
 def _norm_beside(parent: nn.Module, last: nn.Module) -> nn.Module | None:

@@ -24,9 +24,9 @@ from selective_optim.policies.blocks import (
     require_arguments,
     tower,
 )
-from selective_optim.policies.outputs import output_layers
-from selective_optim.policies.recognition import embedding_part
-from selective_optim.policies.selectors import Need, is_weight
+from selective_optim.policies.outputs import heads
+from selective_optim.policies.recognition import embedding_part, norm_module
+from selective_optim.policies.selectors import Need
 
 Order = tuple[float, ...]
 # A last number by which timm's matchers join a layer to the one before it.
@@ -134,8 +134,6 @@ class Distances:
             return
         modules = [module for _, module in named_modules(roots)]
         self._measure(modules, find_stacks(roots, layers))
-        for root in roots:
-            self._distance.update(dict.fromkeys(output_layers(root, is_weight), 0))
         # Where first names lie: a head tied to the embeddings is no layer of its own.
         first = {id(p): m for m in reversed(modules) for p in m.parameters(False)}
         self._lift = min(self._distance[module] for module in first.values())
@@ -148,6 +146,10 @@ class Distances:
             others = blocks.difference(stack)
             inside = tower(modules, stack, others) if others else modules
             self._distance.update(distances_in(inside, stack))
+        # A head is the top, also where it is registered before the blocks.
+        for head in (head for module in modules[:1] for head in heads(module)):
+            if blocks.isdisjoint(head.modules()) and not norm_module(head):
+                self._distance.update(dict.fromkeys(head.modules(), 0))
         self._below = max(map(len, stacks)) + 1
         self._around = {m for m in modules if m not in self._distance}
         first = min(modules.index(block) for block in blocks)

@@ -56,12 +56,10 @@ def is_output_of(place: ParameterInfo, is_weight: IsWeight) -> bool:
     return (place.name or "").rpartition(".")[0] in layers
 
 
-def output_layers(root: nn.Module, is_weight: IsWeight) -> list[nn.Module]:
-    """Return what may be an output layer and is not tied to an embedding."""
-    outputs = _outputs(root, is_weight)
-    infos = [i for i in index_of(root).everyone() if i.name in outputs.names]
-    known = [i for i in infos if outputs.sure or "." not in (_head(i) or ".")]
-    return [i.owner for i in known if i.owner and not isinstance(i.owner, nn.Embedding)]
+def heads(root: nn.Module) -> list[nn.Module]:
+    """Return what a model calls its head, at the outermost level."""
+    children = [pair for module in _whole(root) for pair in module.named_children()]
+    return [child for key, child in children if TELLING.match(key)]
 
 
 def is_hidden(place: ParameterInfo, is_weight: IsWeight) -> bool:
