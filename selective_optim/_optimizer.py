@@ -305,11 +305,9 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             if mine:
                 self._planning.clear()
         if not compiling and (watch := self._watch) is not None:
-            self._look_on(watch)
+            layout = self._decider.laid_out
+            self._watch = watch.look(self._groups, layout, self._kernel)
         return loss
-
-    def _look_on(self, watch: Watch) -> None:
-        self._watch = watch.look(self._groups, self._decider.laid_out, self._loss_of)
 
     @_torch.run_as_is
     def _step_all(self, choosing: bool, planned: bool, compiling: bool) -> None:
@@ -409,11 +407,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # Not `decisions`: who looks is told later, by the step, what is wrong.
         decided = self._decider.readable(self.param_groups, self.defaults)
         report = make_report(self.param_groups, decided, self._default_form)
-        return replace(report, remark=self._loss_of(decided))
-
-    def _loss_of(self, decided: Decided) -> str:
-        """Tell what half precision loses of the decay, if that is known."""
-        return loss_of(getattr(self, "_kernel", None), self._groups, decided)
+        lost = loss_of(self._kernel, self.param_groups, decided)
+        return replace(report, remark=lost)
 
     def _default_form(self, group: Group) -> Form | None:
         """Tell in which form a group decays by itself; ``None`` if unknown."""

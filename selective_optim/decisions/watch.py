@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import inf
 from operator import itemgetter
 from typing import Any
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim._warnings import warn, warn_of_decay_taken_over, warn_of_high_rate
-from selective_optim.decay import FULL, Decision, is_zero
+from selective_optim.decay import FULL, is_zero
 from selective_optim.decisions.initial_values import is_rate, rate_now
 from selective_optim.decisions.table import Group, Row
 from selective_optim.fused.guards import same_objects
+from selective_optim.step.half_precision import loss_of
 from selective_optim.step.setting import Groups
 
-Decided = list[list[Decision]]
 Layout = Sequence[Sequence[Row]]
 IDLE = 2  # steps without decay that are none of a schedule
 IN_A_ROW = 10  # steps above the first rate
@@ -43,17 +43,16 @@ class Watch:
     def __reduce__(self) -> Any:  # copies count anew, over rows of their own
         return Watch, (self._taken_over, self._rounding)
 
-    def look(
-        self, groups: Groups, layout: Layout, loss_of: Callable[[Decided], str]
-    ) -> Watch | None:
+    def look(self, groups: Groups, layout: Layout, kernel: Any) -> Watch | None:
         """Look at a step, and return what looks at the next one."""
         if (self._taken_over or self._rounding) and any(map(_moves, groups)):
             self._taken_over = self._taken_over and self._is_idle(groups, layout)
             devices = {param.device for group in groups for param in group["params"]}
             if self._rounding and not any(map(_torch.is_capturing, devices)):
                 self._rounding = False
-                if loss := loss_of([[row.decision for row in own] for own in layout]):
-                    warn(loss)
+                decided = [[row.decision for row in rows] for rows in layout]
+                if lost := loss_of(kernel, groups, decided):
+                    warn(lost)
         # Another list, or a longer one, whenever anything moved.
         if layout is not self._layout or len(layout) != len(self._above):
             self._layout, self._above, self._rates = layout, [0] * len(layout), []
