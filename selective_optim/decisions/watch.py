@@ -47,7 +47,8 @@ class Watch:
         """Look at a step, and return what looks at the next one."""
         if (self._taken_over or self._rounding) and any(map(_moves, groups)):
             self._taken_over = self._taken_over and self._is_idle(groups, layout)
-            devices = {param.device for group in groups for param in group["params"]}
+            params = [param for group in groups for param in group["params"]]
+            devices = {param.device for param in params if param.dtype in _torch.HALF}
             if self._rounding and not any(map(_torch.is_capturing, devices)):
                 self._rounding = False
                 decided = [[row.decision for row in rows] for rows in layout]
