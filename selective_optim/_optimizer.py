@@ -323,7 +323,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             if mine:
                 self._planning.clear()
         if not compiling and (watch := self._watch) is not None:
-            self._look_on(watch)
+            layout = self._decider.laid_out
+            self._watch = watch.look(self._groups, layout, self._kernel)
         return loss
 
     @_torch.disable_dynamo
@@ -332,9 +333,6 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         decider = self._decider
         if decider.waits and decider.begin_training(self.param_groups, self.defaults):
             self._decided_anew()
-
-    def _look_on(self, watch: Watch) -> None:
-        self._watch = watch.look(self._groups, self._decider.laid_out, self._loss_of)
 
     @_torch.use_grad_for_differentiable
     @_torch.run_as_is
@@ -441,12 +439,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         decided = self._decider.readable(self.param_groups, self.defaults)
         groups, index = self.param_groups, self._decider.index
         report = make_report(groups, decided, self._default_form, index)
-        told = filter(None, [report.remark, self._loss_of(decided)])
+        told = filter(None, [report.remark, loss_of(self._kernel, groups, decided)])
         return replace(report, remark="; ".join(told))
-
-    def _loss_of(self, decided: Decided) -> str:
-        """Tell what half precision loses of the decay, if that is known."""
-        return loss_of(getattr(self, "_kernel", None), self._groups, decided)
 
     def _default_form(self, group: Group) -> Form | None:
         """Tell in which form a group decays by itself; ``None`` if unknown."""

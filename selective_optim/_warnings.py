@@ -68,13 +68,12 @@ def warn_of_lost_policy(policy: object) -> None:
     )
 
 
-def warn_of_high_rate(index: int, form: object, lr0: float, rate: float) -> None:
+def warn_of_high_rate(index: int, lr0: float, rate: float) -> None:
     """Warn of a rate above the one that decay is divided by."""
     warn(
-        f"the decay of group {index} in form {form!r} is divided by {lr0:g}, the rate "
-        f"that it began with, and its rate rises to {rate:g}, so that it decays more "
-        f"than `weight_decay` says. Give the group the rate that this is said for: "
-        f"dict(params=..., initial_lr={rate:g})."
+        f"decay in group {index} is divided by {lr0:g}, the rate that it began with, "
+        f"and its rate rises to {rate:g}: it decays more than `weight_decay` says. "
+        f"Give it the rate that is meant: dict(params=..., initial_lr={rate:g})."
     )
 
 

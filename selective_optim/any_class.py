@@ -58,6 +58,7 @@ class AnyOptimizer(SelectiveOptimizer):
     from one step to the next.
     """
 
+    _kernel: Any = None  # how the class steps is not known
     _splits: Sequence[Split] = ()  # none while groups are read
     _keys: tuple[str, ...] = ()  # what the class reads in a group
     _parts: list[Group]  # in the list that the class made
@@ -312,7 +313,8 @@ class AnyOptimizer(SelectiveOptimizer):
             _finish(around)
             compiling = torch.compiler.is_compiling()
             if not compiling and (watch := self._watch) is not None:
-                self._look_on(watch)
+                layout = self._decider.laid_out
+                self._watch = watch.look(self._groups, layout, self._kernel)
             return result
         finally:
             around.restore()

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from math import inf
+from operator import itemgetter
 from typing import Any
+
+from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim._warnings import warn, warn_of_decay_taken_over, warn_of_high_rate
-from selective_optim.decay import FULL, Decision, is_zero
+from selective_optim.decay import FULL, is_zero
 from selective_optim.decisions.initial_values import is_rate, rate_now
 from selective_optim.decisions.table import Group, Row
+from selective_optim.fused.guards import same_objects
+from selective_optim.step.half_precision import loss_of
 from selective_optim.step.setting import Groups
 
-Decided = list[list[Decision]]
 Layout = Sequence[Sequence[Row]]
 IDLE = 2  # steps without decay that are none of a schedule
 IN_A_ROW = 10  # steps above the first rate
+_rate_of = itemgetter("lr")
 ABOVE = 1 + 1e-6  # times that; schedules come back to it with an error of rounding
 
 
@@ -30,30 +36,32 @@ class Watch:
     def __init__(self, taken_over: bool = False, rounding: bool = False) -> None:
         self._taken_over, self._rounding, self._idle = taken_over, rounding, 0
         self._layout: Layout = ()
-        self._above: list[int] = []
-        self._divided: list[Decision | None] = []
+        self._above: list[int] = []  # by group, steps in a row above its limit
+        self._rates: list[Any] = []  # at the last step, if none was
+        self._limits: list[float] = []
 
     def __reduce__(self) -> Any:  # copies count anew, over rows of their own
         return Watch, (self._taken_over, self._rounding)
 
-    def look(
-        self, groups: Groups, layout: Layout, loss_of: Callable[[Decided], str]
-    ) -> Watch | None:
+    def look(self, groups: Groups, layout: Layout, kernel: Any) -> Watch | None:
         """Look at a step, and return what looks at the next one."""
         if (self._taken_over or self._rounding) and any(map(_moves, groups)):
             self._taken_over = self._taken_over and self._is_idle(groups, layout)
-            devices = {param.device for group in groups for param in group["params"]}
+            params = [param for group in groups for param in group["params"]]
+            devices = {param.device for param in params if param.dtype in _torch.HALF}
             if self._rounding and not any(map(_torch.is_capturing, devices)):
                 self._rounding = False
-                if loss := loss_of([[row.decision for row in own] for own in layout]):
-                    warn(loss)
+                decided = [[row.decision for row in rows] for rows in layout]
+                if lost := loss_of(kernel, groups, decided):
+                    warn(lost)
         # Another list, or a longer one, whenever anything moved.
         if layout is not self._layout or len(layout) != len(self._above):
-            self._layout, self._above = layout, [0] * len(layout)
-            self._divided = list(map(_divided, layout))
-        any(map(self._rises, range(len(self._divided)), groups))  # the first alone
-        more = self._taken_over or self._rounding or any(self._divided)
-        return self if more else None
+            self._layout, self._above, self._rates = layout, [0] * len(layout), []
+            limits = list(map(_limit, layout))
+            self._limits = limits if min(limits, default=inf) < inf else []
+        if self._limits:
+            self._look_at_rates(groups)
+        return self if self._taken_over or self._rounding or self._limits else None
 
     def _is_idle(self, groups: Groups, layout: Layout) -> bool:
         """Tell whether no group decays, but not yet for long."""
@@ -66,22 +74,29 @@ class Watch:
             warn_of_decay_taken_over(policy)
         return self._idle < IDLE
 
-    def _rises(self, index: int, group: Group) -> bool:
-        """Tell of a rate that is above the first one, if not for a moment."""
-        decision, rate, top = self._divided[index], rate_now(group), group.get("max_lr")
-        if decision is None or decision.lr0 is None or rate is None:
-            return False
-        if is_zero(group["weight_decay"]):
-            return False
-        limit = decision.lr0 * ABOVE
-        self._above[index] = self._above[index] + 1 if rate > limit else 0
-        if top is not None and is_rate(top) and top > limit:
-            rate = top
-        elif self._above[index] < IN_A_ROW:
-            return False
-        self._divided = []  # before: what warns may raise
-        warn_of_high_rate(index, decision.decay.form, decision.lr0, rate)
-        return True
+    def _look_at_rates(self, groups: Groups) -> None:
+        """Tell of the first rate that is above its limit, if not for a moment."""
+        rates: list[Any] = list(map(_rate_of, groups))
+        if same_objects(rates, self._rates):
+            return
+        for index, (group, rate, limit) in enumerate(zip(groups, rates, self._limits)):
+            if limit == inf:  # nothing there is divided
+                continue
+            top = group.get("max_lr")
+            if isinstance(rate, Tensor):
+                rate = rate_now(group) or 0.0
+            self._above[index] = self._above[index] + 1 if rate > limit else 0
+            if top is not None and is_rate(top) and top > limit:
+                rate = top
+            elif self._above[index] < IN_A_ROW:
+                continue
+            if not is_zero(group["weight_decay"]):
+                self._limits = []  # before: what warns may raise
+                warn_of_high_rate(index, limit, rate)
+                return
+        # Of tensors others may be written into, and what rises is counted on.
+        calm = not any(self._above) and not any(isinstance(r, Tensor) for r in rates)
+        self._rates = rates if calm else []
 
 
 def _moves(group: Group) -> bool:
@@ -90,7 +105,7 @@ def _moves(group: Group) -> bool:
     return rate is None or rate > 0
 
 
-def _divided(rows: Sequence[Row]) -> Decision | None:
-    """Return the decision of a group that divides by the smallest rate."""
+def _limit(rows: Sequence[Row]) -> float:
+    """Return the smallest rate that a decay is divided by, and a little more."""
     divided = [row.decision for row in rows if row.decision.decay.needs_lr0]
-    return min(divided, key=lambda each: each.lr0 or 0.0, default=None)
+    return ABOVE * min((each.lr0 for each in divided if each.lr0), default=inf)
