@@ -264,9 +264,10 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     @property
     def state(self) -> Any:
         """State tensors by parameter, as in torch."""
-        # The class's own step is no outsider. And 2.7 cannot set attributes as it
-        # compiles.
-        if not self._inside and not torch.compiler.is_compiling():
+        # The class's own step is no outsider, and asks for every parameter. And 2.7
+        # cannot set attributes as it compiles.
+        shown = self._shown.param_groups
+        if shown is None and not torch.compiler.is_compiling():
             self._stepper.expose(self._states)
         return self._states
 

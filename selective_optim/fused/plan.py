@@ -37,7 +37,7 @@ from selective_optim.step.parts import DecidedParam, Part
 from selective_optim.step.setting import Call, Groups, Setting, States
 
 _call = methodcaller("__call__")
-_place_of = attrgetter("dtype", "device")
+_place_of, _grad_layout_of = attrgetter("dtype", "device"), attrgetter("grad.layout")
 
 
 class Grads(NamedTuple):
@@ -79,9 +79,13 @@ def _holds_a_tensor(call: Any) -> bool:
     return any(isinstance(each, Tensor) for each in getattr(call, "args", ())[:1])
 
 
-def _layouts_of(grads: Sequence[Any]) -> list[torch.layout]:
+def _layouts_of(params: Sequence[Tensor]) -> list[torch.layout]:
     """List the layouts of gradients, where an absent one is taken to be dense."""
-    return [torch.strided if grad is None else grad.layout for grad in grads]
+    try:
+        return list(map(_grad_layout_of, params))  # all in C
+    except AttributeError:
+        grads = grads_of(params)
+        return [torch.strided if grad is None else grad.layout for grad in grads]
 
 
 def _share_counters(
@@ -170,7 +174,7 @@ class Plan:
         self._rest_of = picker([i for part in self.rest for i in part.positions])
         mine = self._rest_of(tensors)
         self._rest_places = list(map(_place_of, mine))
-        self._rest_layouts = _layouts_of(grads_of(mine))
+        self._rest_layouts = _layouts_of(mine)
         self._some_sparse = any(each != torch.strided for each in self._rest_layouts)
 
     # Hyperparameters make buckets of cells.
@@ -350,7 +354,7 @@ class Plan:
 
     def _rest_still(self, params: Sequence[Tensor]) -> bool:
         mine = self._rest_of(params)
-        places, layouts = list(map(_place_of, mine)), _layouts_of(grads_of(mine))
+        places, layouts = list(map(_place_of, mine)), _layouts_of(mine)
         return places == self._rest_places and layouts == self._rest_layouts
 
     def _proved(

@@ -19,6 +19,7 @@ from selective_optim.step.setting import (
     Call,
     Group,
     Setting,
+    Share,
     State,
     lr_on_device,
     share,
@@ -66,9 +67,9 @@ class AdamKernel(Kernel):
             fleeting,
         )
 
-    def shown(self, setting: Setting) -> Group:
-        form = setting.arguments["decoupled_weight_decay"]
-        return {**super().shown(setting), "decoupled_weight_decay": form}
+    def show(self, group: Group, shared: Share) -> None:
+        super().show(group, shared)
+        group["decoupled_weight_decay"] = shared.form == "decoupled"
 
     def entries(self, group: Group) -> tuple[str, ...]:
         moments = ("exp_avg", "exp_avg_sq")

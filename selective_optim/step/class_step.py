@@ -33,6 +33,7 @@ from selective_optim.step.setting import (
     Group,
     State,
     States,
+    share,
 )
 
 
@@ -45,7 +46,8 @@ class View:
         inits: What its parameters decay towards, where that is a tensor for each.
         decay_pass: Decay beside the class's step.
         direction: Tells the sign of the class's update ahead, if that is known.
-        entries: State that ``direction`` reads.
+        entries: State that is shaped like the parameters; ``None`` if that is not
+            known.
         sharded: Whether the class is to see local shards for ``DTensor``s.
         takes_scale: Whether a ``GradScaler``'s tensors may be left to the class.
     """
@@ -54,7 +56,7 @@ class View:
     inits: Sequence[Tensor] = ()
     decay_pass: DecayPass | None = None
     direction: Direction | None = None
-    entries: tuple[str, ...] = ()
+    entries: tuple[str, ...] | None = None
     sharded: bool = False
     takes_scale: bool = True
 
@@ -72,7 +74,7 @@ class View:
         owns = [states.get(param) or {} for param in params]
         pairs = zip(self.params, self.inits)
         targets = [init for param, init in pairs if param.grad is not None]
-        moments = [[own.get(entry) for own in owns] for entry in self.entries]
+        moments = [[own.get(entry) for own in owns] for entry in self.entries or ()]
         grads: list[Any] = [param.grad for param in params]
         return Batch(params, moments, [], targets, grads)
 
@@ -104,22 +106,26 @@ def view_of(
         params: All parameters of all groups, in order.
         reading: See ``Kernel.setting``.
     """
-    setting = kernel.setting(group, part.key.decay_key, reading)
+    key = part.key
+    default = kernel.default_form(group)
+    shared = share(group, key.decay_key, default, kernel.own_forms, reading)
     mine = [params[i] for i in part.positions]
-    # Asked for key by key: a group may be a dict that computes what is read.
-    shown = {key: group[key] for key in group}
-    shown |= {**kernel.shown(setting), "params": mine}
-    if part.key.fused:
+    # Asked for key by key where a group is a dict that computes what is read.
+    shown = dict(group) if type(group) is dict else {k: group[k] for k in group}
+    shown["params"] = mine
+    kernel.show(shown, shared)
+    if key.fused:
         shown["fused"] = True
     if "param_names" in group:
         names = dict(zip(map(id, group["params"]), group["param_names"]))
         shown["param_names"] = [names[id(param)] for param in mine]
-    return View(
-        *(shown, part.inits, setting.decay_pass),
-        *(partial(kernel.direction, setting), kernel.entries(group)),
-        sharded=part.key.sharded,
-        takes_scale=part.key.fused and not part.key.first,
-    )
+    view = View(shown, part.inits, shared.decay_pass, sharded=key.sharded)
+    view.takes_scale = key.fused and not key.first
+    if shared.decay_pass is not None:
+        setting = kernel.setting(group, key.decay_key, reading)
+        view.direction = partial(kernel.direction, setting)
+    view.entries = kernel.entries(group)
+    return view
 
 
 @dataclass(eq=False)
@@ -218,7 +224,7 @@ class ClassStep:
         for view in self._views:
             for param in view.present:
                 own = self.states.get(param) or {}
-                if view.direction is None or not all(e in own for e in view.entries):
+                if view.entries is None or not all(e in own for e in view.entries):
                     return None
                 tensors = [each for each in own.values() if isinstance(each, Tensor)]
                 touched += [param, *tensors]

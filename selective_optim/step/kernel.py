@@ -21,6 +21,7 @@ from selective_optim.step.setting import (
     Group,
     Groups,
     Setting,
+    Share,
     State,
 )
 
@@ -53,9 +54,9 @@ class Kernel:
         """
         raise NotImplementedError  # pragma: no cover
 
-    def shown(self, setting: Setting) -> Group:
-        """Return what a setting says otherwise than its group, by the class's keys."""
-        return {"weight_decay": setting.arguments["weight_decay"]}
+    def show(self, group: Group, shared: Share) -> None:
+        """Write into a group, as its class reads it, how a part of it decays."""
+        group["weight_decay"] = shared.wd
 
     @staticmethod
     def direction(
