@@ -152,6 +152,7 @@ REHEARSED = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*hardly decays:UserWarning")  # in bfloat16
 @pytest.mark.parametrize(("case", "optimizer"), REHEARSED, ids=str)
 def test_every_kind_of_case_is_rehearsed(case, optimizer):
     record = run_case(case, optimizer, CPU, EFFORT, compiled=False, limit=5.0)

@@ -316,6 +316,7 @@ class Decider:
         owned = {row.owner: row for row in old if id(row.token) not in seen}
         # After groups were added or removed by hand, positions say nothing.
         layout = self._table.layout if len(groups) == len(self._table.layout) else []
+        self._waiting_in = None  # or the rows of tensors that left would stay
         self._table.lay_out(
             [
                 [row for row in rows if row]
