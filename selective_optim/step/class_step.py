@@ -153,11 +153,14 @@ class ClassStep:
     def begin(self, views: Sequence[View]) -> bool:
         """Run the passes before the class's step, and tell whether to step at all."""
         self._views = views
-        scaling = scaling_of(self.optimizer)
-        if scaling != NO_SCALING and not all(
+        self._scaling = scaling = scaling_of(self.optimizer)
+        if scaling != NO_SCALING and all(
             view.takes_scale and view.decay_pass is None for view in views
         ):
-            self._scaling = scaling
+            # GradScaler sums over devices, and kernels look for exactly 1.
+            if scaling.found_inf is not None:
+                self.optimizer.found_inf = scaling.found_inf.clamp(max=1.0)
+        elif scaling != NO_SCALING:
             if not self._unscale():
                 return False
             self.optimizer.grad_scale = self.optimizer.found_inf = None
