@@ -500,6 +500,7 @@ def test_signature_is_the_class_s_with_ours_at_its_end(cls):
 
 def test_class_made_anew_can_be_collected():
     gc.collect()  # what other tests have left
+
     class Passing(Counting):
         pass
 
