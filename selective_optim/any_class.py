@@ -240,6 +240,8 @@ class AnyOptimizer(SelectiveOptimizer):
         parts = [part.group for split in splits for part in split.parts]
         if list(map(id, parts)) != list(map(id, self._parts)):
             refusals.require_no_lists(self, len(self._parts))
+        for split in splits:
+            split.empty()
         self._splits, self._layout = splits, layout
         self._parts[:] = parts
 

@@ -662,6 +662,18 @@ def test_group_that_is_added_later_is_split():
     assert_same(actual, expected)
 
 
+@pytest.mark.parametrize("cls", [Counting, NAdam])
+def test_group_is_added_right_after_loading_a_copy(cls):
+    """The parts of groups that were just loaded hold no parameters yet."""
+    params = make_params()
+    optimizer = train(ours(cls, params), params, range(2))
+    optimizer.load_state_dict(reload(optimizer))
+    optimizer.param_groups[0] = dict(optimizer.param_groups[0])
+    copied = copy.deepcopy(optimizer)
+    copied.add_param_group({"params": [("p0", nn.Parameter(torch.ones(2, 2)))]})
+    assert len(copied.param_groups) == len(optimizer.param_groups) + 1
+
+
 def test_group_that_cannot_be_added_changes_nothing():
     params = make_params()
     optimizer = ours(Counting, params)

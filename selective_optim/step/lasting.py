@@ -131,7 +131,7 @@ class Split:
     def empty(self) -> None:
         """Take the parameters out again, in lists that the class does not know."""
         for part in self.parts:
-            part.group.update({key: [] for key in PER_PARAM if key in part.group})
+            part.group.update({key: [] for key in PER_PARAM if key in self.group})
 
     def adopt(self, made: Sequence[Group], keys: Collection[str]) -> None:
         """Take over the groups that the class made of the parts, and show them."""
@@ -451,6 +451,7 @@ def load_parts(
             common = {k: v if k in keys else own_copy(v) for k, v in values}
             part.group = {**numbers, **common, **copy.deepcopy(own)}
         split.share_tensors(keys)
+        split.empty()
         split.shown = dict(group)
 
 
