@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, repeat
 from threading import get_ident, local
+from time import sleep
 from types import CodeType
 from typing import Any
 from weakref import WeakSet
@@ -268,7 +269,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # cannot set attributes as it compiles.
         shown = self._shown.param_groups
         if shown is None and not torch.compiler.is_compiling():
-            self._stepper.expose(self._states)
+            self._expose()
         return self._states
 
     @state.setter
@@ -278,6 +279,28 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             self._stepper.expose({})  # what was there goes; counters need no parting
         else:  # torch's constructor, which does not keep the dict that it makes
             self._stepper = Stepper(self._kernel)
+
+    def _expose(self) -> None:
+        """Take note that someone outside may edit the state from now on."""
+        if self._stepper.exposed:
+            return
+        if self._planning.setdefault("thread", -get_ident()) != -get_ident():
+            self._stepper.see()  # a step goes on, and takes note when it ends
+            return
+        try:
+            self._stepper.expose(self._states)
+        finally:
+            self._planning.clear()
+
+    def _claim(self) -> bool:
+        """Take the plan for this thread, unless another one steps by it."""
+        for _ in range(100):
+            owner = self._planning.setdefault("thread", get_ident())
+            if owner >= 0:
+                return owner == get_ident()
+            sleep(0.001)  # another thread takes the state apart, and looks at it then
+        self._planning["thread"] = get_ident()  # it was interrupted
+        return True
 
     # Stepping.
 
@@ -317,7 +340,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         self._begin_training()
         # A plan serves one thread at a time; others let the class step all parts. No
         # lock: after an interrupt anywhere the next step of a thread plans again.
-        mine = self._planning.setdefault("thread", get_ident()) == get_ident()
+        mine = self._claim()
         try:
             self._step_all(choosing, choosing and mine and not own, compiling)
         finally:

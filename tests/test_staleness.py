@@ -388,9 +388,9 @@ def test_state_is_not_searched_for_edits_until_someone_has_looked():
     optimizer = ours(CASES[-1], params, VERDICTS, **HYPER)
     train(optimizer, params, range(3))
     optimizer.decay_report()
-    assert not optimizer._stepper._exposed
+    assert not optimizer._stepper.exposed
     assert optimizer.state
-    assert optimizer._stepper._exposed
+    assert optimizer._stepper.exposed
 
 
 @pytest.mark.parametrize("case", EACH, ids=lambda case: case.id)

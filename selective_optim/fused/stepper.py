@@ -63,7 +63,7 @@ class Stepper:
         self._plan: Plan | None = None
         self._counters = Counters()
         self._stepped: Mapping[int, object] = {}
-        self._exposed = False
+        self.exposed = False
         self._busy, self._seen = False, False  # in a step; state was seen in it
         # Where each parameter was when its state was last known to fit it.
         self._places: dict[int, tuple[object, Place]] = {}
@@ -78,13 +78,17 @@ class Stepper:
             states: The state that is about to be seen.
         """
         if self._busy:  # a mode around the step reads it, between operations
-            self._seen = True
-        elif not self._exposed:
+            self.see()
+        elif not self.exposed:
             if self._plan is not None:
                 self._plan.expose()
             self._counters.part(states, self._seen)
             # Last: what an interrupt leaves undone is done the next time.
-            self._exposed, self._seen = True, False
+            self.exposed, self._seen = True, False
+
+    def see(self) -> None:
+        """Take note that the state was seen in a step, which exposes it at its end."""
+        self._seen = True
 
     def forget(self) -> None:
         """Plan anew at the next step."""
@@ -211,7 +215,7 @@ class Stepper:
             self._counters.part(states)
         plan = Plan(
             *(self.kernel, groups, params, states),
-            *(self._counters, self._exposed, self._stepped),
+            *(self._counters, self.exposed, self._stepped),
         )
         self.note_places([each.param for each in params])
         self._stepped, self._plan = plan.stepped, plan
