@@ -22,7 +22,6 @@ from selective_optim.step.setting import (
     Share,
     State,
     lr_on_device,
-    share,
 )
 
 # What a group says and torch's fused kernel is not told.
@@ -43,10 +42,7 @@ class AdamKernel(Kernel):
     def setting(
         self, group: Group, decay_key: DecayKey, reading: bool = True
     ) -> Setting:
-        default = self.default_form(group)
-        wd, form, decay_pass, fleeting = share(
-            group, decay_key, default, self.own_forms, reading
-        )
+        wd, form, decay_pass, fleeting = self.share(group, decay_key, reading)
         beta1, beta2 = group["betas"]
         return Setting(
             {

@@ -33,7 +33,6 @@ from selective_optim.step.setting import (
     Group,
     State,
     States,
-    share,
 )
 
 
@@ -107,8 +106,7 @@ def view_of(
         reading: See ``Kernel.setting``.
     """
     key = part.key
-    default = kernel.default_form(group)
-    shared = share(group, key.decay_key, default, kernel.own_forms, reading)
+    shared = kernel.share(group, key.decay_key, reading)
     mine = [params[i] for i in part.positions]
     # Asked for key by key where a group is a dict that computes what is read.
     shown = dict(group) if type(group) is dict else {k: group[k] for k in group}
@@ -119,13 +117,15 @@ def view_of(
     if "param_names" in group:
         names = dict(zip(map(id, group["params"]), group["param_names"]))
         shown["param_names"] = [names[id(param)] for param in mine]
-    view = View(shown, part.inits, shared.decay_pass, sharded=key.sharded)
-    view.takes_scale = key.fused and not key.first
+    direction = None
     if shared.decay_pass is not None:
         setting = kernel.setting(group, key.decay_key, reading)
-        view.direction = partial(kernel.direction, setting)
-    view.entries = kernel.entries(group)
-    return view
+        direction = partial(kernel.direction, setting)
+    return View(
+        *(shown, part.inits, shared.decay_pass, direction, kernel.entries(group)),
+        sharded=key.sharded,
+        takes_scale=key.fused and not key.first,
+    )
 
 
 @dataclass(eq=False)

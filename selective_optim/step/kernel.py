@@ -23,6 +23,7 @@ from selective_optim.step.setting import (
     Setting,
     Share,
     State,
+    share,
 )
 
 NUMBERS = (float, int, Tensor, Real)  # the common ones first: asked at every change
@@ -53,6 +54,11 @@ class Kernel:
                 step compiles anew where that number is another.
         """
         raise NotImplementedError  # pragma: no cover
+
+    def share(self, group: Group, decay_key: DecayKey, reading: bool) -> Share:
+        """Share the decay of a part out: what the class does of it, and what a pass."""
+        default = self.default_form(group)
+        return share(group, decay_key, default, self.own_forms, reading)
 
     def show(self, group: Group, shared: Share) -> None:
         """Write into a group, as its class reads it, how a part of it decays."""

@@ -19,7 +19,6 @@ from selective_optim.step.setting import (
     Setting,
     State,
     lr_on_device,
-    share,
 )
 
 
@@ -51,10 +50,7 @@ class SGDKernel(Kernel):
     def setting(
         self, group: Group, decay_key: DecayKey, reading: bool = True
     ) -> Setting:
-        default = self.default_form(group)
-        wd, _, decay_pass, fleeting = share(
-            group, decay_key, default, self.own_forms, reading
-        )
+        wd, _, decay_pass, fleeting = self.share(group, decay_key, reading)
         return Setting(
             {
                 "lr": group["lr"],
