@@ -26,8 +26,13 @@ from selective_optim._warnings import (
     warn_of_own_step,
 )
 from selective_optim.decay import Form, is_zero
-from selective_optim.decisions.decider import OWN_KEYS, WRITTEN, Decider, kept_on_error
-from selective_optim.decisions.deciding_for import given
+from selective_optim.decisions.decider import (
+    OWN_KEYS,
+    WRITTEN,
+    Decider,
+    decider_for,
+    kept_on_error,
+)
 from selective_optim.decisions.state_dict import (
     POLICIES,
     RECORD,
@@ -141,7 +146,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     ) -> Iterator[Any]:
         """Give torch's constructor what it takes, then decide for all groups."""
         require_numbers(numbers)
-        self._decider = Decider(*given(model, wd_policy))
+        self._decider = decider_for(model, wd_policy)
         self._kernel = kernel
         with kept_on_error(params):
             yield self._decider.read(params)

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from selective_optim._arguments import copied_groups
 from selective_optim._optimizer import Model
 from selective_optim._text import aligned
 from selective_optim.any_class import AnyOptimizer
 from selective_optim.decay import FULL, Decision
-from selective_optim.decisions.decider import Decider
-from selective_optim.decisions.deciding_for import given
+from selective_optim.decisions.decider import Decider, decider_for
 from selective_optim.report import DecayReport, Row, make_row
 from selective_optim.step.lasting import WD, Group, by_decay, pick, share_of
 
@@ -117,11 +117,11 @@ def param_groups(
     """
     common = {WD: weight_decay, "lr": lr}
     defaults = {k: v for k, v in common.items() if v is not None} | hyper
-    decider = Decider(*given(model, wd_policy))
+    decider = decider_for(model, wd_policy)
     # Forms, of which some need a rate, are refused below whatever it is.
     rate = 1.0 if lr is None else lr
     keys = [WD, "lr", *hyper]
-    groups = Reader(_copied(params), decider, keys, rate).param_groups
+    groups = Reader(copied_groups(params), decider, keys, rate).param_groups
     decided = decider.decisions(groups, {})
     named = all(decision.name for decisions in decided for decision in decisions)
     split = [
@@ -137,14 +137,6 @@ def param_groups(
         for decision, param in zip(decisions, group["params"])
     ]
     return SplitGroups((group for group, _ in split), rows)
-
-
-def _copied(params: Any) -> Any:
-    """Copy groups, into which torch writes as it reads them."""
-    groups = isinstance(params, (list, tuple)) and all(
-        isinstance(group, dict) for group in params
-    )
-    return [dict(group) for group in params] if groups else params
 
 
 def _parts(
