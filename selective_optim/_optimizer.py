@@ -49,7 +49,7 @@ from selective_optim.fused.guards import params_of
 from selective_optim.fused.stepper import Stepper
 from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy, as_policy
-from selective_optim.report import DecayReport, make_report
+from selective_optim.report import DecayReport, form_of_class, make_report
 from selective_optim.step.class_step import ClassStep, View, view_of
 from selective_optim.step.grad_scaler import scaling_of
 from selective_optim.step.half_precision import loss_of
@@ -467,7 +467,11 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # Not `decisions`: who looks is told later, by the step, what is wrong.
         decided = self._decider.readable(self.param_groups, self.defaults)
         groups, index = self.param_groups, self._decider.index
-        report = make_report(groups, decided, self._default_form, index)
+
+        def form_of(group: Group) -> Form | None:
+            return self._default_form(group) or form_of_class(self, group)
+
+        report = make_report(groups, decided, form_of, index)
         told = filter(None, [report.remark, loss_of(self._kernel, groups, decided)])
         return replace(report, remark="; ".join(told))
 

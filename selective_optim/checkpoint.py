@@ -49,6 +49,7 @@ from selective_optim.decisions.state_dict import (
     require_dict,
     require_whole,
 )
+from selective_optim.routes.loading import split_routes as split_routes
 
 
 def group_names(

@@ -72,8 +72,8 @@ def is_hidden(place: ParameterInfo, is_weight: IsWeight) -> bool:
         warn(
             f"which layer of {outputs.model} is its output is not sure, so "
             f"{', '.join(map(repr, outputs.names))} count as none of its hidden "
-            f"weights. Select by name what should, as in is_hidden_matrix | "
-            f"{outputs.names[-1]!r}."
+            f"weights. Name the output, Muon(..., output={outputs.names[-1]!r}); or "
+            f"select what is hidden, as is_hidden_matrix | {outputs.names[-1]!r} does."
         )
     return place.name not in outputs.names
 

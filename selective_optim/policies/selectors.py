@@ -350,6 +350,8 @@ is_hidden_matrix = Predicate(
 is_hidden_weight = Predicate(
     "is_hidden_weight", lambda place: is_hidden(place, is_weight), KNOWN
 )
+# A weight of two dimensions, be it an embedding or an output.
+is_matrix = Predicate("is_matrix", lambda p: p.ndim == 2 and layer_weight(p), KNOWN)
 is_vector = Predicate(
     "is_vector",
     lambda place: place.ndim is not None and place.ndim < 2,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -25,19 +25,12 @@ from selective_optim.decisions.state_dict import (
     require_dict,
     require_whole,
 )
+from selective_optim.routes.route import KEYS
 from selective_optim.step.lasting import PER_PARAM
 
 Group = dict[str, Any]
 ROUTE, OTHERS = "route", "routes"  # of a group; what a route's class saves besides
 BY_GROUP = (RECORD, POLICIES, PARTS)
-# By which one-object optimizers of other projects tell their two halves: Keller
-# Jordan's Muon, pytorch_optimizer and ultralytics; timm; dion; nanochat.
-HALVES: dict[str, Callable[[Any, Sequence[str]], str]] = {
-    "use_muon": lambda first, names: names[0] if first else names[-1],
-    "use_fallback": lambda rest, names: names[-1] if rest else names[0],
-    "algorithm": lambda name, names: str(name),
-    "kind": lambda name, names: str(name),
-}
 # What a class that keeps no record has for a group in each of those lists.
 NOTHING: dict[str, Any] = {RECORD: [], POLICIES: None, PARTS: []}
 
@@ -154,14 +147,17 @@ def _by_route(state_dict: Any, names: list[str]) -> dict[str, StateDict]:
     for index, group in enumerate(groups):
         if ROUTE in group:
             continue
-        key = next((key for key in HALVES if key in group), None)
-        if key is None:
+        key = next((key for key in KEYS if key in group), "")
+        held = group.pop(key, None)
+        group[ROUTE] = next(
+            (n for n in names if key and KEYS[key](n, names) == held), held
+        )
+        if group[ROUTE] is None:
             raise ValueError(
                 f"group {index} of the loaded state dict has no {ROUTE!r}: which of "
                 f"{', '.join(map(repr, names))} saved it is not known. Load "
                 f"{{{names[-1]!r}: state_dict}}, or one for each route."
             )
-        group[ROUTE] = HALVES[key](group.pop(key), names)
     return split_routes({**state_dict, "param_groups": groups})
 
 
@@ -218,7 +214,7 @@ def _by_name(
             mine.append(entries.get(name, Entry(name, name, hyper=rest)))
         known = [entry for entry in mine if entry.state is not None]
         way_out = "Make this optimizer with groups as they were saved."
-        hyper = {**rest, **without(merged(known, way_out), HALVES)} if known else rest
+        hyper = {**rest, **without(merged(known, way_out), KEYS)} if known else rest
         packed.append((hyper, mine))
     whole = write(saved, packed)
     return whole | (recorded(saved, packed) if RECORD in saved else {})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import chain
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -24,6 +25,16 @@ EXAMPLE = '"adamw": ("*", selective_optim.AdamW, dict(lr=3e-4))'
 NOBODY = ""  # the route of a parameter that none takes
 
 
+# By which optimizers of other projects tell their halves, and what each reads there:
+# Keller Jordan's Muon, pytorch_optimizer and ultralytics; timm; dion; nanochat.
+KEYS: dict[str, Callable[[str, Sequence[str]], object]] = {
+    "use_muon": lambda name, names: name == names[0],
+    "use_fallback": lambda name, names: name != names[0],
+    "algorithm": lambda name, names: name,
+    "kind": lambda name, names: name,
+}
+
+
 @dataclass(frozen=True)
 class Route:
     """One class, what it steps, and its arguments.
@@ -38,7 +49,7 @@ class Route:
 
     name: str
     selector: Selector
-    cls: Any
+    cls: Any = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     keys: frozenset[str] = frozenset()
 
@@ -195,10 +206,10 @@ def ask_routes(
         routes: The routes.
         coming: The groups.
         groups: The same, among others; a ``"route"`` in one takes all of it.
-        strict: Whether every glob must match, and every route take a parameter.
+        strict: Whether every glob must match.
 
     Raises:
-        ValueError: A parameter or a route is left over, or cannot be told.
+        ValueError: A parameter is left over, or it cannot be told which route takes it.
         TypeError: A selector fails.
     """
     given = [groups[each.group].get("route") for each in coming]
@@ -207,26 +218,28 @@ def ask_routes(
         decided = iter(decider.ask(RoutePolicy(routes), asked, strict))
     except (TypeError, ValueError) as error:
         told = str(error).replace("`wd_policy`", "`routes`")
+        told = told.replace(", or pass missing_ok=True to its policy", "")
         raise type(error)(told) from error
     taken = []
     for each, route in zip(coming, given):
         if route is None:
-            taken.append(_names(each, next(decided)))
+            taken.append(_names(each, next(decided), routes))
         else:
             taken.append([_known(route, each, routes)] * len(each.params))
-    if strict:
-        _require_used(routes, taken)
     return taken
 
 
-def _names(coming: Pending, decided: Sequence[Decision]) -> list[str]:
+def _names(
+    coming: Pending, decided: Sequence[Decision], routes: tuple[Route, ...]
+) -> list[str]:
     names = [decision.reason for decision in decided]
     if NOBODY in names:
         place = names.index(NOBODY)
         label = decided[place].label(coming.group, place)
+        example = EXAMPLE if routes[0].cls else '"rest": "*"'
         raise ValueError(
             f"no route takes {label} ({shape_of(coming.params[place])}). Let the last "
-            f"route take the rest: {EXAMPLE}."
+            f"route take the rest: {example}."
         )
     return names
 
@@ -241,15 +254,16 @@ def _known(route: Any, coming: Pending, routes: tuple[Route, ...]) -> str:
     return str(route)
 
 
-def _require_used(routes: tuple[Route, ...], taken: list[list[str]]) -> None:
-    used = {name for names in taken for name in names}
-    count = sum(map(len, taken))
+def unused(routes: tuple[Route, ...], taken: Sequence[Sequence[str]]) -> str:
+    """Say which route takes no parameter; empty if each takes some."""
+    used = set(chain(*taken))
     for number, route in enumerate(routes):
         if route.name not in used:
             before = [f"{other.selector!r}" for other in routes[:number]]
             after = f" that {' and '.join(before)} leave" if before else ""
-            raise ValueError(
-                f"route {route.name!r} takes none of {count} parameters: "
-                f"{route.selector!r} matches none{after}. Leave the route out, or "
-                f"correct its selector."
+            return (
+                f"route {route.name!r} takes none of {sum(map(len, taken))} "
+                f"parameters: {route.selector!r} matches none{after}. Leave the route "
+                f"out, or correct its selector."
             )
+    return ""

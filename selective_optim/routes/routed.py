@@ -15,6 +15,7 @@ import torch
 from selective_optim import _torch
 from selective_optim._arguments import copied_groups, require_numbers
 from selective_optim._optimizer import Model, SelectiveOptimizer
+from selective_optim._warnings import warn
 from selective_optim.any_class import READING
 from selective_optim.decisions.decider import (
     Decider,
@@ -28,7 +29,7 @@ from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy, as_policy
 from selective_optim.report import DecayReport, Row, remark_of
 from selective_optim.routes.loading import joined, loadable, warn_of_new
-from selective_optim.routes.route import ask_routes, read_routes
+from selective_optim.routes.route import Route, ask_routes, read_routes, unused
 from selective_optim.routes.states import States
 from selective_optim.step.grad_scaler import NO_SCALING, scaling_of
 
@@ -80,6 +81,7 @@ class Routed(torch.optim.Optimizer):
 
     _decider: Decider
     optimizers: dict[str, SelectiveOptimizer]
+    _may_be_empty = False  # whether a route may take nothing
 
     # Construction.
 
@@ -99,20 +101,21 @@ class Routed(torch.optim.Optimizer):
         known = self._decider.read(copied_groups(params))
         super().__init__(known, dict(READING))
         parts = self._decided_parts(self._decider.take_pending(), strict=True)
-        common = {} if weight_decay is None else {WD: weight_decay}
+        self._common = {} if weight_decay is None else {WD: weight_decay}
         for route in self._routes:
             mine = [group for group in parts if group[ROUTE] == route.name]
-            arguments = {
-                **common,
-                **route.arguments,
-                "wd_policy": part_of(self._decider),
-            }
-            self.optimizers[route.name] = route.make(mine, arguments)
+            if mine:
+                self._make(route, mine)
         self._link([group[ROUTE] for group in parts])
         first = self.param_groups[0]
         self.defaults = {key: first.get(key) for key in ("lr", WD)}
         self._decider.warn_if_idle(self.param_groups)
         self._decider.index.let_go()
+
+    def _make(self, route: Route, groups: list[Group]) -> None:
+        arguments = {**self._common, **route.arguments}
+        arguments["wd_policy"] = part_of(self._decider)
+        self.optimizers[route.name] = route.make(groups, arguments)
 
     def _read_group(self, param_group: Any) -> None:
         """Take a group as torch does; it is decided for when all are there."""
@@ -133,6 +136,10 @@ class Routed(torch.optim.Optimizer):
         """
         decider, policies = self._decider, dict[str, Policy | None]()
         taken = ask_routes(decider, self._routes, coming, self.param_groups, strict)
+        if strict and (told := unused(self._routes, taken)):
+            if not self._may_be_empty:
+                raise ValueError(told)
+            warn(told)
         for route in self._routes:
             own = route.arguments.get("wd_policy")
             policies[route.name] = decider.policy if own is None else as_policy(own)
@@ -193,10 +200,12 @@ class Routed(torch.optim.Optimizer):
 
     def _add_part(self, part: Group) -> None:
         [route] = [route for route in self._routes if route.name == part[ROUTE]]
-        route.require_served(part)
-        optimizer = self.optimizers[route.name]
-        optimizer.add_param_group(part)
-        self.param_groups.append(optimizer.param_groups[-1])
+        if route.name not in self.optimizers:
+            self._make(route, [part])
+        else:
+            route.require_served(part)
+            self.optimizers[route.name].add_param_group(part)
+        self.param_groups.append(self.optimizers[route.name].param_groups[-1])
 
     def _distribute(self) -> None:
         """Give each route's optimizer the groups that now stand in the list."""
@@ -387,6 +396,7 @@ class Routed(torch.optim.Optimizer):
             "param_groups": self.param_groups,
             "optimizers": self.optimizers,
             "_routes": self._routes,
+            "_common": self._common,
             "decider": self._decider.snapshot(self.param_groups, {}),
         }
 
