@@ -277,6 +277,12 @@ class Decider:
             self._table.append(each.group, rows)
         return True
 
+    def gather(self, part: Decider, groups: Sequence[Group]) -> None:
+        """Take over what one of the optimizers has decided or inherited by itself."""
+        for group, rows in zip(groups, part.rows(groups, {})):
+            for param, row in zip(group["params"], rows):
+                self._table.record(param, row.decision, row.policy)
+
     def _bound(self, policies: Iterable[Policy | None]) -> dict[int, Policy | None]:
         """Give each policy a look at the model, once for all groups; by id."""
         modules = self.index.modules()

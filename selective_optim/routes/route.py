@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import chain
@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from selective_optim._arguments import require_numbers
+from selective_optim._entries import without
+from selective_optim._optimizer import SelectiveOptimizer
 from selective_optim._text import received, shape_of
 from selective_optim.any_class import selective
 from selective_optim.decay import FULL, Decision, Verdict
@@ -60,18 +62,20 @@ class Route:
         default = None if parameter is None else parameter.default
         return self.arguments.get("lr", default)
 
-    def part(self, group: Group, positions: Iterable[int], others: set[str]) -> Group:
+    def part(
+        self, group: Group, positions: Sequence[int] | None, others: set[str]
+    ) -> Group:
         """Make the group of this route of a user's.
 
         Args:
             group: The user's.
-            positions: Where the parameters of this route stand in it.
+            positions: Where the parameters of this route stand in it; ``None`` is all.
             others: Keys that other routes read, and perhaps not this one.
         """
         not_read = others - self.keys
         own = {k: v for k, v in group.items() if k not in not_read}
         for key in ("params", "param_names"):
-            if key in own:
+            if key in own and positions is not None:
                 own[key] = [group[key][i] for i in positions]
         rates, scale = own.pop("lr", self.lr), own.pop("lr_scale", 1)
         lr = rates.get(self.name, self.lr) if isinstance(rates, Mapping) else rates
@@ -90,29 +94,31 @@ class Route:
         except (TypeError, ValueError) as error:
             self._explain(error, groups)
 
-    def require_served(self, group: Group) -> None:
-        """Check that the class takes a group's parameters, which some ask but once.
+    def require_served(self, params: Sequence[Tensor]) -> None:
+        """Check that the class takes parameters, which some ask in constructors alone.
 
         Raises:
             TypeError, ValueError: It does not.
         """
-        try:
-            self.cls([dict(group)], **self._plain)
-        except (TypeError, ValueError) as error:
-            self._explain(error, [group])
+        if error := self._refusal(params):
+            self._explain(error, [{"params": params}])
 
-    @property
-    def _plain(self) -> dict[str, Any]:
-        return {k: v for k, v in self.arguments.items() if k != "wd_policy"}
+    def _refusal(self, params: Sequence[Tensor]) -> Exception | None:
+        """Ask the class itself, with nothing of this library around it."""
+        ours = issubclass(self.cls, SelectiveOptimizer)
+        cls = self.cls.__mro__[2] if ours else self.cls  # what it stands before
+        try:
+            cls(params, **without(self.arguments, ["wd_policy"]))
+        except Exception as error:  # whatever it raises
+            return error
+        return None
 
     def _explain(self, error: Exception, groups: Sequence[Group]) -> NoReturn:
         """Name the parameter that the class refuses even if it is alone."""
         for group in groups:
             names = group.get("param_names") or [None] * len(group["params"])
             for name, param in zip(names, group["params"]):
-                try:
-                    self.cls([param], **self._plain)
-                except Exception:
+                if self._refusal([param]) is not None:
                     raise self._refused(error, name, param) from error
         raise type(error)(f"route {self.name!r}: {error}") from error
 
@@ -225,7 +231,7 @@ def ask_routes(
         if route is None:
             taken.append(_names(each, next(decided), routes))
         else:
-            taken.append([_known(route, each, routes)] * len(each.params))
+            taken.append([known_route(route, routes)] * len(each.params))
     return taken
 
 
@@ -244,11 +250,16 @@ def _names(
     return names
 
 
-def _known(route: Any, coming: Pending, routes: tuple[Route, ...]) -> str:
+def known_route(route: object, routes: tuple[Route, ...]) -> str:
+    """Read the ``"route"`` of a group.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
     names = [known.name for known in routes]
     if route not in names:
         raise ValueError(
-            f"group {coming.group} has the route {route!r}, and the routes are "
+            f"a group has the route {route!r}, and the routes are "
             f"{', '.join(map(repr, names))}. Leave it out to have it decided."
         )
     return str(route)
