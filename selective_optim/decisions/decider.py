@@ -314,6 +314,11 @@ class Decider:
         departing = (row.policy for row in rows if row.decision.decay != FULL)
         return next(departing, None)
 
+    def name_of(self, param: Tensor) -> str | None:
+        """Return the name by which a parameter was decided."""
+        row = self._table.row_of(param)
+        return None if row is None else row.decision.telling_name
+
     def rows(
         self, groups: Sequence[Group], defaults: Mapping[str, Any]
     ) -> list[list[Row]]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import chain
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ EXAMPLE = '"adamw": ("*", selective_optim.AdamW, dict(lr=3e-4))'
 NOBODY = ""  # the route of a parameter that none takes
 
 
+NameOf = Callable[[Tensor], "str | None"]
 # By which optimizers of other projects tell their halves, and what each reads there:
 # Keller Jordan's Muon, pytorch_optimizer and ultralytics; timm; dion; nanochat.
 KEYS: dict[str, Callable[[str, Sequence[str]], object]] = {
@@ -83,7 +84,9 @@ class Route:
             own["lr"] = lr if scale == 1 else lr * scale
         return {**own, "route": self.name}
 
-    def make(self, groups: Sequence[Group], arguments: Mapping[str, Any]) -> Any:
+    def make(
+        self, groups: Sequence[Group], arguments: Mapping[str, Any], name_of: NameOf
+    ) -> Any:
         """Make the optimizer of this route with these arguments.
 
         Raises:
@@ -92,16 +95,17 @@ class Route:
         try:
             return selective(self.cls)(groups, **arguments)
         except (TypeError, ValueError) as error:
-            self._explain(error, groups)
+            params = chain(*(group["params"] for group in groups))
+            raise self._explained(error, params, name_of) from error
 
-    def require_served(self, params: Sequence[Tensor]) -> None:
+    def require_served(self, params: Sequence[Tensor], name_of: NameOf) -> None:
         """Check that the class takes parameters, which some ask in constructors alone.
 
         Raises:
             TypeError, ValueError: It does not.
         """
         if error := self._refusal(params):
-            self._explain(error, [{"params": params}])
+            raise self._explained(error, params, name_of) from error
 
     def _refusal(self, params: Sequence[Tensor]) -> Exception | None:
         """Ask the class itself, with nothing of this library around it."""
@@ -113,22 +117,20 @@ class Route:
             return error
         return None
 
-    def _explain(self, error: Exception, groups: Sequence[Group]) -> NoReturn:
+    def _explained(
+        self, error: Exception, params: Iterable[Tensor], name_of: NameOf
+    ) -> Exception:
         """Name the parameter that the class refuses even if it is alone."""
-        for group in groups:
-            names = group.get("param_names") or [None] * len(group["params"])
-            for name, param in zip(names, group["params"]):
-                if self._refusal([param]) is not None:
-                    raise self._refused(error, name, param) from error
-        raise type(error)(f"route {self.name!r}: {error}") from error
-
-    def _refused(self, error: Exception, name: str | None, param: Tensor) -> Exception:
-        told = f"{name!r} ({shape_of(param)})" if name else shape_of(param)
-        return type(error)(
-            f"route {self.name!r} gives {told} to {self.cls.__name__}, which refuses "
-            f"it: {error}. Narrow its selector, as with is_hidden_matrix, or put a "
-            f"route before it that takes this parameter."
-        )
+        for param in params:
+            if self._refusal([param]) is not None:
+                label = f"{name_of(param)!r} ({shape_of(param)})"
+                return type(error)(
+                    f"route {self.name!r} gives {label} to {self.cls.__name__}, which "
+                    f"refuses it: {error}. Narrow its selector, as with "
+                    f"is_hidden_matrix, or put a route before it that takes this "
+                    f"parameter."
+                )
+        return type(error)(f"route {self.name!r}: {error}")
 
 
 @dataclass(frozen=True, repr=False)

@@ -121,7 +121,9 @@ class Routed(torch.optim.Optimizer):
     def _make(self, route: Route, groups: list[Group]) -> None:
         arguments = {**self._common, **route.arguments}
         arguments["wd_policy"] = part_of(self._decider)
-        self.optimizers[route.name] = route.make(groups, arguments)
+        self.optimizers[route.name] = route.make(
+            groups, arguments, self._decider.name_of
+        )
 
     def _read_group(self, param_group: Any) -> None:
         """Take a group as torch does; it is decided for when all are there."""
@@ -228,7 +230,7 @@ class Routed(torch.optim.Optimizer):
         else:
             self.optimizers[route.name].add_param_group(part)
         group = self.optimizers[route.name].param_groups[-1]
-        route.require_served(group["params"])
+        route.require_served(group["params"], self._decider.name_of)
         self.param_groups.append(group)
 
     def _distribute(self) -> None:
