@@ -11,6 +11,7 @@ from functools import lru_cache
 from inspect import Parameter, Signature
 from operator import is_
 from threading import get_ident
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -134,18 +135,19 @@ class AnyOptimizer(SelectiveOptimizer):
         return self._groups
 
     def _append_group(self, group: Group) -> None:
-        # As torch reads it; the class adds its parts.
-        torch.optim.Optimizer.add_param_group(self, group)
+        """Let torch read a group, and not the class, which adds its parts."""
+        # Not with other defaults of our own meanwhile: an interrupt would leave them.
+        reading = SimpleNamespace(
+            defaults={**READING, "lr": self.defaults.get("lr")},
+            param_groups=list(self._groups),
+        )
+        torch.optim.Optimizer.add_param_group(reading, group)  # type: ignore[arg-type]
+        self._groups.append(reading.param_groups[-1])
 
     def _read_group(self, param_group: Group) -> None:
         """Read a group, which the class then makes of its parts, and decide for it."""
         given = set(param_group) if isinstance(param_group, dict) else ()
-        defaults = self.defaults
-        self.defaults = {**READING, "lr": defaults.get("lr")}
-        try:
-            SelectiveOptimizer.add_param_group(self, param_group)
-        finally:
-            self.defaults = defaults
+        SelectiveOptimizer.add_param_group(self, param_group)
         for key in {*READING, "lr"}.difference(given):
             del self._groups[-1][key]
 
@@ -158,27 +160,23 @@ class AnyOptimizer(SelectiveOptimizer):
             self._read_group(param_group)
             return
         self._drop_removed()
+        groups, parts = len(self._groups), len(self._parts)
         with kept_on_error([param_group]):
-            self._read_group(param_group)
-            decided = self._decider.decisions(self._groups, self.defaults)
-            split = split_group(self._groups[-1], decided[-1], None)
-            count = len(self._parts)
             try:
-                self._add_parts(split)
-                self._adopt([split], self._parts[count:])
+                self._read_group(param_group)
+                decided = self._decider.decisions(self._groups, self.defaults)
+                split = split_group(self._groups[-1], decided[-1], None)
+                self._show(self._parts)
+                # Past the method that decides: parts were decided for as a group.
+                for part in split.parts:
+                    super(SelectiveOptimizer, self).add_param_group(part.group)
+                self._show(None)
+                self._adopt([split], self._parts[parts:])
             except BaseException:
-                del self._parts[count:], self._groups[-1:]
+                self._show(None)
+                del self._parts[parts:], self._groups[groups:]
                 raise
         self._splits.append(split)
-
-    def _add_parts(self, split: Split) -> None:
-        self._show(self._parts)
-        try:
-            # Past the method that decides: parts were decided for as a group.
-            for part in split.parts:
-                super(SelectiveOptimizer, self).add_param_group(part.group)
-        finally:
-            self._show(None)
 
     def _drop_removed(self) -> None:
         """Drop the parts of groups that were taken out, or the class finds them twice.
@@ -382,6 +380,7 @@ class AnyOptimizer(SelectiveOptimizer):
             split.group = group
         self._arrange()
         saved = saved_parts(state_dict, state_dict.get(PARTS), self._splits)
+        self._layout = None  # first: an interrupt must not leave parts half in place
         load_parts(self._splits, groups, saved, self.defaults)
         self._parts[:] = [p.group for split in self._splits for p in split.parts]
 
