@@ -12,7 +12,7 @@ from functools import reduce
 from itertools import chain, islice
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from selective_optim._living import outermost_owners
 from selective_optim.parameters import (
@@ -24,7 +24,7 @@ from selective_optim.parameters import (
     wanted,
 )
 from selective_optim.policies.base import Policy
-from selective_optim.policies.recognition import kind_known, says_nothing
+from selective_optim.policies.recognition import kind_known, kinds_known, says_nothing
 from selective_optim.policies.selectors import KINDS, Need, kind_of, lacking
 
 
@@ -46,45 +46,52 @@ def describe(index: ModelIndex, coming: Sequence[Pending]) -> list[list[Paramete
         coming: The groups.
     """
     asked = [wanted(each.params, each.names, each.group) for each in coming]
-    flat = list(chain.from_iterable(asked))
-    infos = index.infos(flat)
+    rest = iter(index.infos(list(chain.from_iterable(asked))))
+    infos = [list(islice(rest, len(own))) for own in asked]
     # With `model=` a tensor of another model is a mistake.
     if not index.explicit:
-        none = frozenset[Need]()
-        by_group = [each.policy.needs if each.policy else none for each in coming]
-        needs = chain.from_iterable([n] * len(a) for n, a in zip(by_group, asked))
-        _search(index, flat, infos, list(needs))
-    rest = iter(infos)
-    return [list(islice(rest, len(own))) for own in asked]
+        unsure = zip(coming, asked, infos)
+        _search(index, [gap for each in unsure for gap in _gaps(*each)])
+    return infos
 
 
-def _search(
-    index: ModelIndex,
-    asked: Sequence[Wanted],
-    infos: list[ParameterInfo],
-    needs: Sequence[frozenset[Need]],
-) -> None:
+class Gap(NamedTuple):
+    """A place in a list where a living module may know more."""
+
+    infos: list[ParameterInfo]
+    position: int
+    asked: Wanted
+
+
+def _gaps(
+    each: Pending, asked: Sequence[Wanted], infos: list[ParameterInfo]
+) -> list[Gap]:
+    """List where a policy needs what is not known."""
+    needs = each.policy.needs if each.policy else frozenset[Need]()
+    if needs <= {"shapes"}:
+        return []
+    anything = "anything" in needs
+    doubts = (anything or needs & KINDS) and not kinds_known(infos)
+    return [
+        Gap(infos, position, asked[position])
+        for position, info in enumerate(infos)
+        if lacking(needs, info)
+        or (anything and info.owner is None)
+        or (doubts and info.owner is not None and not kind_known(info))
+    ]
+
+
+def _search(index: ModelIndex, gaps: Sequence[Gap]) -> None:
     """Fill in from living modules what policies need and nothing else gives."""
-    short = [i for i, info in enumerate(infos) if _unsure(needs[i], info)]
-    if not short:
-        return
-    roots = outermost_owners(asked[i].param for i in short)
-    told = [index_of(root).infos([asked[i] for i in short]) for root in roots]
-    for i, *each in zip(short, *told):
-        infos[i] = _joined(infos[i], [info for info in each if info is not None])
-    paths = [place.path for i in short for place in infos[i].places]
-    used = [path[0] for path in paths if path]
+    asked = [gap.asked for gap in gaps]
+    roots = outermost_owners(each.param for each in asked) if gaps else []
+    told = [index_of(root).infos(asked) for root in roots]
+    used = set[nn.Module]()
+    for gap, *each in zip(gaps, *told):
+        found = _joined(gap.infos[gap.position], [info for info in each if info])
+        gap.infos[gap.position] = found
+        used |= {place.path[0] for place in found.places if place.path}
     index.find(root for root in roots if root in used)
-
-
-def _unsure(needs: frozenset[Need], info: ParameterInfo) -> bool:
-    """Tell whether a living module may know what a policy needs and is not known."""
-    if not needs & {"names", "leaves", "modules", "anything"}:
-        return False
-    if info.owner is None and "anything" in needs:
-        return True
-    by_kind = info.owner is not None and needs & (KINDS | {"anything"})
-    return bool(lacking(needs, info)) or bool(by_kind and not kind_known(info))
 
 
 def _joined(given: ParameterInfo, told: Sequence[ParameterInfo]) -> ParameterInfo:

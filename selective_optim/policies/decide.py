@@ -22,7 +22,9 @@ from selective_optim.policies.outputs import UnsureError
 from selective_optim.policies.recognition import (
     WORDS,
     kind_known,
+    kinds_known,
     says_norm,
+    says_nothing,
 )
 from selective_optim.policies.selectors import (
     KINDS,
@@ -58,8 +60,10 @@ def decide(
         TypeError: The policy yields something other than a decay.
     """
     places = places or range(len(infos))
+    by_kind = policy is not None and not KINDS.isdisjoint(policy.needs)
+    doubts = by_kind and not kinds_known(infos)
     if policy is not None:
-        _require_knowledge(policy, infos, places)
+        _require_knowledge(policy, infos, places, doubts)
     decisions = []
     for info, place in zip(infos, places):
         try:
@@ -70,8 +74,7 @@ def decide(
         shape = shape_now(info.parameter) if info.shape is None else info.shape
         known = (info.name, shape, owner_kinds(info), info.own_name)
         reason = verdict.reason
-        asked = policy is not None and policy.needs & KINDS
-        if asked and info.owner is not None and not kind_known(info):
+        if doubts and info.owner is not None and not kind_known(info):
             reason += " (kind unknown)"
         decisions.append(Decision(verdict.decay.settled, reason, *known))
     return decisions
@@ -108,7 +111,10 @@ def _explained(
 
 
 def _require_knowledge(
-    policy: Policy, infos: Sequence[ParameterInfo], places: Sequence[int]
+    policy: Policy,
+    infos: Sequence[ParameterInfo],
+    places: Sequence[int],
+    doubts: bool,
 ) -> None:
     needs = policy.needs
     for info, place in zip(infos, places):
@@ -122,7 +128,8 @@ def _require_knowledge(
                 f"`wd_policy` {policy!r} needs the shape of {info.describe(place)}, "
                 f"which is {_lost(info)}"
             )
-        if wanted := lacking(needs, info):
+        nothing = doubts and info.owner is not None and says_nothing(info)
+        if wanted := lacking(needs, info) or "module types" * nothing:
             raise ValueError(
                 f"`wd_policy` {policy!r} needs {wanted}, and of {info.describe(place)} "
                 f"only {_all_known(info)} is known. {_ways_out(policy, infos)}"

@@ -9,7 +9,7 @@ all of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import takewhile
 from types import FunctionType, NoneType
@@ -114,7 +114,7 @@ def _name_says_norm(name: str) -> bool:
     return OTHER_NOUNS.isdisjoint(words[norms[-1] + 1 :])
 
 
-def _kind(module: nn.Module) -> Any:
+def _kind(module: nn.Module | None) -> Any:
     return type(module)  # mypy holds that classes of modules have no hash
 
 
@@ -189,12 +189,23 @@ def _class_tells(cls: Any) -> bool:
 
 
 def _owner_tells(place: ParameterInfo) -> bool:
-    """Tell whether the module that holds a parameter says what it is.
+    """Tell whether the module that holds a parameter says what it is."""
+    return _class_tells(_kind(place.owner)) and not _mangled(place.leaf)
 
-    One that is called "fc1__weight" was a part of another module.
-    """
-    owner, mangled = place.owner, "__" in (place.leaf or "").strip("_")
-    return owner is None or (not mangled and _class_tells(_kind(owner)))
+
+def _mangled(leaf: str | None) -> bool:
+    # One that is called "fc1__weight" was a part of another module.
+    return "__" in (leaf or "").strip("_")
+
+
+def kinds_known(infos: Iterable[ParameterInfo]) -> bool:
+    """Tell whether of each parameter the first module says what it is, if any does."""
+    # By class and attribute, of which models have few.
+    seen: set[Any] = {(type(info.owner), info.leaf) for info in infos}
+    return all(
+        cls is NoneType or (_class_tells(cls) and not _mangled(leaf))
+        for cls, leaf in seen
+    )
 
 
 def _list_tells(place: ParameterInfo) -> bool:
@@ -208,6 +219,8 @@ def _list_tells(place: ParameterInfo) -> bool:
 
 def telling_places(info: ParameterInfo) -> Sequence[ParameterInfo]:
     """Return the places of a parameter that say what it is, or all if none does."""
+    if not info.elsewhere:
+        return (info,)
     places = info.places
     owned = [place for place in places if _owner_tells(place)]
     return owned or [place for place in places if _list_tells(place)] or places

@@ -56,8 +56,7 @@ def lacking(needs: frozenset[Need], info: ParameterInfo) -> str:
         return "names"
     if "leaves" in needs and info.leaf is None:
         return "names"
-    nothing = info.owner is not None and needs & KINDS and says_nothing(info)
-    return "module types" if nothing else ""
+    return ""
 
 
 class Selector:
@@ -247,8 +246,7 @@ class Predicate(Selector):
 
     def matches(self, info: ParameterInfo) -> bool:
         # A list beside the module that uses a parameter does not say what it is.
-        places = telling_places(info) if info.elsewhere else (info,)
-        return any(map(self.at, places))
+        return any(map(self.at, telling_places(info)))
 
     def at(self, place: ParameterInfo) -> bool:
         return self.question(place) not in (None, False)
