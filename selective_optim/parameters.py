@@ -231,10 +231,9 @@ def is_modules(params: object) -> TypeGuard[Sequence[nn.Module]]:
 
 
 _T = TypeVar("_T")
-# Weak on both sides: an index holds neither its module nor any parameter.
-_indices: weakref.WeakKeyDictionary[nn.Module, ModuleIndex] = (
-    weakref.WeakKeyDictionary()
-)
+# By id of the module, of which some compare by what they hold. An index holds neither
+# its module nor any parameter, and goes with its module.
+_indices: dict[int, ModuleIndex] = {}
 _clearing: list[bool] = []
 
 
@@ -243,9 +242,9 @@ def index_of(module: nn.Module) -> ModuleIndex:
     if not _clearing:
         _clearing.append(True)
         clear_at_registration(_indices.clear)
-    index = _indices.get(module)
+    index = _indices.get(id(module))
     if index is None:
-        index = _indices[module] = ModuleIndex(module)
+        index = _indices[id(module)] = ModuleIndex(module)
     return index
 
 
@@ -253,7 +252,8 @@ class ModuleIndex:
     """Every place of every parameter of a module."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
+        key = id(module)
+        self._module = weakref.ref(module, lambda _: _indices.pop(key, None))
         self._answers: dict[Hashable, Any] = {}
         self._read(module)
 
@@ -309,8 +309,9 @@ class ModuleIndex:
 
 def at_both(first: ParameterInfo, second: ParameterInfo) -> ParameterInfo:
     """Join what two modules tell; a place in a module that both contain counts once."""
-    owners = [place.owner for place in first.places]
-    other = [replace(p, elsewhere=()) for p in second.places if p.owner not in owners]
+    owners = [id(place.owner) for place in first.places]
+    new = [place for place in second.places if id(place.owner) not in owners]
+    other = [replace(place, elsewhere=()) for place in new]
     names = dict.fromkeys((*first.names, *(p.name for p in other if p.name)))
     joined = (*first.elsewhere, *other)
     return replace(first, names=tuple(names), elsewhere=joined) if other else first
@@ -353,13 +354,13 @@ class ModelIndex:
         """Learn of further modules."""
         for module in modules:
             self._held.append(module)
-            if module not in self.modules(found=False):
+            if id(module) not in map(id, self.modules(found=False)):
                 self._modules.append(weakref.ref(module))
 
     def find(self, modules: Iterable[nn.Module]) -> None:
         """Learn of modules that nobody gave."""
-        known = self.modules()
-        self._found += [weakref.ref(m) for m in modules if m not in known]
+        known = set(map(id, self.modules()))
+        self._found += [weakref.ref(m) for m in modules if id(m) not in known]
 
     def let_go(self) -> None:
         """Keep no module alive from now on."""

@@ -125,6 +125,16 @@ def test_optimizer_for_each_parameter_decides_alike():
 
 
 @pytest.mark.integration
+def test_tensordict_of_parameters():
+    tensordict = pytest.importorskip("tensordict")
+    model = Net()
+    params = tensordict.TensorDict.from_module(model)
+    params = tensordict.nn.TensorDictParams(params)
+    for given in (params, params.parameters(), params.values(True, True)):
+        assert decayed(AdamW(given, **SETTINGS)) == {"body.weight", "head.weight"}
+
+
+@pytest.mark.integration
 @pytest.mark.parametrize("cls", [SGD, AdamW])
 def test_mup(cls):
     mup = pytest.importorskip("mup")

@@ -4,6 +4,7 @@ import copy
 import gc
 import re
 import weakref
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -63,6 +64,24 @@ class Learner(nn.Module):
         return x @ self.vars[0]
 
 
+class Compares(Holder, Mapping):
+    """As ``TensorDictParams``: a mapping, and equal to another by what it holds."""
+
+    def __getitem__(self, name):
+        return self.get_parameter(name)
+
+    def __iter__(self):
+        return (name for name, _ in self.named_parameters())
+
+    def __len__(self):
+        return len([*self])
+
+    def __eq__(self, other):
+        raise RuntimeError("no truth value")
+
+    __hash__ = nn.Module.__hash__
+
+
 def dictionary(params):
     return nn.ParameterDict({n.replace(".", "_"): p for n, p in params})
 
@@ -77,6 +96,7 @@ CONTAINERS = {
     "ParameterDict": dictionary,
     "holder": Holder,
     "holder that runs": Functional,
+    "mapping": Compares,
     "learner": lambda pairs: Learner(tensors_of(pairs)),
     "list in a list": lambda pairs: nn.ModuleList(
         [nn.ParameterList(tensors_of(pairs))]

@@ -12,7 +12,7 @@ from functools import reduce
 from itertools import chain, islice
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from selective_optim._living import outermost_owners
 from selective_optim.parameters import (
@@ -86,12 +86,12 @@ def _search(index: ModelIndex, gaps: Sequence[Gap]) -> None:
     asked = [gap.asked for gap in gaps]
     roots = outermost_owners(each.param for each in asked) if gaps else []
     told = [index_of(root).infos(asked) for root in roots]
-    used = set[nn.Module]()
+    used = set[int]()
     for gap, *each in zip(gaps, *told):
         found = _joined(gap.infos[gap.position], [info for info in each if info])
         gap.infos[gap.position] = found
-        used |= {place.path[0] for place in found.places if place.path}
-    index.find(root for root in roots if root in used)
+        used |= {id(place.path[0]) for place in found.places if place.path}
+    index.find(root for root in roots if id(root) in used)
 
 
 def _joined(given: ParameterInfo, told: Sequence[ParameterInfo]) -> ParameterInfo:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache
 from itertools import takewhile
 from types import FunctionType, NoneType
@@ -210,11 +211,12 @@ def kinds_known(infos: Iterable[ParameterInfo]) -> bool:
 
 def _list_tells(place: ParameterInfo) -> bool:
     """Tell whether the list that holds a parameter is called after what it holds."""
-    module, leaf = holder(place)
+    module, _ = holder(place)
     if module is None or module is place.owner or not _class_tells(_kind(module)):
         return False
-    named = bias_leaf(leaf) or embedding_leaf(leaf)
-    return named or norm_part(place) is not None
+    listed = replace(place, leaf="")  # a key in it is a name of other code
+    known = bias_part(listed) or embedding_part(listed)
+    return known or norm_part(listed) is not None
 
 
 def telling_places(info: ParameterInfo) -> Sequence[ParameterInfo]:
