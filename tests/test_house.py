@@ -24,7 +24,7 @@ FILES = {
 # From the ground up; a room imports from lower floors, and from its own wing.
 FLOORS = [
     ("_torch", "_text", "decay"),
-    ("_arguments", "_canonical_names", "_warnings"),
+    ("_arguments", "_canonical_names", "_living", "_warnings"),
     ("parameters", "step", "schedules"),
     ("fused", "policies"),
     ("decisions",),

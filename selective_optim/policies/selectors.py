@@ -28,16 +28,35 @@ from selective_optim.policies.recognition import (
     layer_weight,
     norm_part,
     original_class,
+    says_nothing,
+    telling_places,
     token_leaf,
 )
 from selective_optim.policies.user_code import (
     StrictInfo,
+    UnknownError,
     callable_text,
     class_text,
     picklable,
 )
 
-Need = Literal["names", "modules", "shapes"]
+# "leaves" are names of attributes; a callable may read "anything".
+Need = Literal["names", "leaves", "modules", "shapes", "anything"]
+
+
+# What a parameter is can be known without its name in the model.
+KINDS: frozenset[Need] = frozenset({"leaves", "modules"})
+
+
+def lacking(needs: frozenset[Need], info: ParameterInfo) -> str:
+    """Say what a policy needs that is not known of a parameter; "" if nothing."""
+    if "modules" in needs and info.owner is None:
+        return "module types"
+    if "names" in needs and info.name is None:
+        return "names"
+    if "leaves" in needs and info.leaf is None:
+        return "names"
+    return ""
 
 
 class Selector:
@@ -169,6 +188,7 @@ class Question(Selector):
     """Any callable from ``ParameterInfo`` to bool."""
 
     function: Callable[[ParameterInfo], bool]
+    needs = frozenset({"anything"})
 
     def __repr__(self) -> str:
         return callable_text(self.function)
@@ -203,7 +223,7 @@ class Predicate(Selector):
         return self.name
 
     def told(self, info: ParameterInfo) -> str:
-        found = map(self.question, info.places)
+        found = map(self.question, telling_places(info))
         how = next((each for each in found if each and each is not True), None)
         return f"{self.name}: {how}" if how else self.name
 
@@ -216,7 +236,17 @@ class Predicate(Selector):
                 f"`{self.name}` is a selector as it stands, and not what makes one. "
                 f"Write for example exclude({self.name})."
             )
-        return self.matches(infos[0])
+        (info,) = infos
+        known = ParameterInfo(**vars(info))
+        # A callable that asks has not said before what it must know.
+        asked = isinstance(info, StrictInfo) and self.needs & KINDS
+        if asked and known.owner is not None and says_nothing(known):
+            raise UnknownError("owner")
+        return self.matches(info)
+
+    def matches(self, info: ParameterInfo) -> bool:
+        # A list beside the module that uses a parameter does not say what it is.
+        return any(map(self.at, telling_places(info)))
 
     def at(self, place: ParameterInfo) -> bool:
         return self.question(place) not in (None, False)
@@ -315,7 +345,7 @@ def as_selector(item: object) -> Selector:
 
 
 # A bias is added to what its module computes, whatever its shape.
-is_bias = Predicate("is_bias", bias_part, frozenset({"names"}))
+is_bias = Predicate("is_bias", bias_part, frozenset({"leaves"}))
 # What belongs to a norm scales or shifts what has just been normalized.
 is_norm = Predicate("is_norm", norm_part, frozenset({"modules"}))
 # An embedding is a learned row for an index, a position or a special token: lookup
@@ -324,7 +354,7 @@ is_embedding = Predicate("is_embedding", embedding_part, frozenset({"modules"}))
 # A token is a learned row that stands in the input for no index: class, mask and
 # register tokens, separators, queries.
 is_token = Predicate(
-    "is_token", lambda place: token_leaf(holder(place)[1]), frozenset({"names"})
+    "is_token", lambda place: token_leaf(holder(place)[1]), frozenset({"leaves"})
 )
 # The weight of a linear, convolution, attention, recurrent or embedding layer.
 is_layer_weight = Predicate(
@@ -360,10 +390,10 @@ is_vector = Predicate(
 everything = Predicate("everything", lambda place: True)
 
 # What a parameter is; the first that matches says so, so a norm's bias is a norm's.
-KINDS = (is_norm, is_bias, is_embedding, is_vector)
+PREDICATES = (is_norm, is_bias, is_embedding, is_vector)
 
 
 def kind_of(info: ParameterInfo) -> str:
     """Say what a parameter is: norm, bias, embedding, vector or weight."""
-    found = next((kind.name for kind in KINDS if kind.matches(info)), "weight")
+    found = next((kind.name for kind in PREDICATES if kind.matches(info)), "weight")
     return found.removeprefix("is_")
