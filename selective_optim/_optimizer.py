@@ -423,7 +423,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _refuse_foreign_step(self, groups: Iterable[Group]) -> None:
         for group in groups:
             policy = self._decider.decided_by(group["params"])
-            if policy is not None and group["weight_decay"]:
+            fixed = any(known.decision.decay.fixed for known in self.decided_params())
+            if policy is not None and (fixed or group["weight_decay"]):
                 raise RuntimeError(
                     f"the step of another class was called on this "
                     f"{type(self).__name__}: it would decay parameters that "
@@ -578,7 +579,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _resume(self, begins: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:
         """Go on from where training began, if a state dict records that."""
         # Mostly nothing depends on it, here or there: names alone.
-        if {"name"}.issuperset(chain(*begins, *now)):
+        if {"name", "fixed"}.issuperset(chain(*begins, *now)):
             return
         inits, rates = self._decider.resume(self.param_groups, begins)
         if inits:

@@ -58,6 +58,15 @@ def warn_if_idle(
         )
 
 
+def warn_of_small_multiplier(multiplier: float, wd: Any, instead: str) -> None:
+    """Warn of a multiplier that reads like a decay."""
+    warn(
+        f"`wd_policy` multiplies weight_decay by {multiplier:g}, which comes to a "
+        f"decay of {multiplier * float(wd):g}. Write {instead} "
+        f"if a multiplier is meant."
+    )
+
+
 def warn_of_lost_policy(policy: object) -> None:
     """Warn of another optimizer's numbers, which do not bring its policy along."""
     warn(
@@ -190,7 +199,7 @@ def _losers(
         for index, (group, decisions) in enumerate(zip(param_groups, decided))
         if is_zero(group["weight_decay"]) and not is_zero(before[index])
         for position, decision in enumerate(decisions)
-        if decision.decay.multiplier
+        if decision.decay.multiplier and decision.decay.fixed is None
     ]
 
 
@@ -211,20 +220,25 @@ def _changes(
     return changes
 
 
-def _decision_in(entry: Any) -> tuple[float, Any, Any] | None:
+def _decision_in(entry: Any) -> tuple[float, Any, Any, Any] | None:
     """Read what makes two decisions different ones out of an entry of a record."""
     try:
-        target = entry[2].get("target") if len(entry) > 2 else None
+        begin = entry[2] if len(entry) > 2 else {}
+        target, fixed = begin.get("target"), begin.get("fixed")
         readable = isinstance(target, (int, float, str, type(None)))
-        return (float(entry[0]), entry[1], target) if readable else None
+        fixed = None if fixed is None else float(fixed)
+        return (float(entry[0]), entry[1], target, fixed) if readable else None
     except (TypeError, ValueError, IndexError, KeyError, AttributeError):
         return None
 
 
-def _text(multiplier: float, form: str | None, target: Any, was: bool) -> str:
+def _text(
+    multiplier: float, form: str | None, target: Any, fixed: float | None, was: bool
+) -> str:
     if not multiplier:
         return "was exempt" if was else "is exempt"
     times = "in full" if multiplier == 1 else f"{multiplier:g} times as much"
+    times = times if fixed is None else f"by {fixed:g}"
     how = f" ({form})" if form else ""
     how += "" if target is None else f" towards {target_text(target)}"
     return f"{'decayed' if was else 'decays'} {times}{how}"

@@ -129,7 +129,7 @@ def param_groups(
         for group, decisions in zip(groups, decided)
         for part, chosen in _parts({**defaults, **group}, decisions, named)
     ]
-    decider.warn_if_idle([group for group, _ in split])
+    decider.warn_if_weak([{**defaults, **group} for group in groups])
     decider.index.let_go()
     rows = [
         _row(index, group, decision, param)

@@ -48,6 +48,7 @@ def decide_for_nothing():
 
 WARNING = {
     "exempt": lambda: AdamW(params(), wd_policy="none"),
+    "small multiplier": lambda: AdamW(nn.Linear(2, 2), wd_policy={"bias": 1e-5}),
     "exempt, SGD": lambda: SGD(params(), weight_decay=0.1, wd_policy="none"),
     "exempt, any": lambda: selective(torch.optim.NAdam)(
         params(), weight_decay=0.1, wd_policy="none"

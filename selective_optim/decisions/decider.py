@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 from selective_optim import _torch
 from selective_optim._arguments import require_numbers
-from selective_optim._warnings import warn_if_idle, warn_of_misspelt
+from selective_optim._warnings import (
+    warn_if_idle,
+    warn_of_misspelt,
+    warn_of_small_multiplier,
+)
 from selective_optim.decay import FULL, INIT, Decision
 from selective_optim.decisions.initial_values import (
     base_rate,
@@ -175,7 +179,7 @@ class Decider:
     def finish(self, groups: Sequence[Group]) -> None:
         """Decide for all groups of a constructor, and warn if nothing decays."""
         self.decide_pending()
-        self.warn_if_idle(groups)
+        self.warn_if_weak(groups)
 
     def decide_pending(self) -> None:
         """Decide for all groups of a constructor."""
@@ -532,7 +536,7 @@ class Decider:
         self._decide_for(pending, self._infos(pending), [policy])
         self._table.forget_absent()  # they are decided anew when they come back
         self.policy = policy
-        self.warn_if_idle(groups)
+        self.warn_if_weak(groups)
 
     # Copies.
 
@@ -560,14 +564,23 @@ class Decider:
 
     # Warnings.
 
-    def warn_if_idle(self, groups: Sequence[Group]) -> None:
-        """Warn once if a policy was given and nothing will decay."""
+    def warn_if_weak(self, groups: Sequence[Group]) -> None:
+        """Warn if nothing will decay, and of a multiplier that reads like a decay."""
         rows = [row for rows in self._table.layout for row in rows]
         policy = next((row.policy for row in rows if row.policy is not None), None)
         if policy is not None:
             decays = [group["weight_decay"] for group in groups]
+            decays += [row.decision.decay.of(0.0) for row in rows]
             multipliers = [row.decision.decay.multiplier for row in rows]
             warn_if_idle(policy, decays, multipliers, self._decays_elsewhere)
+        doubts = [
+            (multiplier, group["weight_decay"], instead)
+            for group, own in zip(groups, self._table.layout)
+            for policy in {id(row.policy): row.policy for row in own}.values()
+            for multiplier, instead in (policy.doubts if policy else ())
+        ]
+        if doubts:
+            warn_of_small_multiplier(*doubts[0])
 
     def _decays_elsewhere(self, policy: Policy) -> bool:
         """Ask about the whole model, of which other ranks may hold parts."""

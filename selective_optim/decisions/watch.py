@@ -69,6 +69,8 @@ class Watch:
         if not all(is_zero(group["weight_decay"]) for group in groups):
             return False
         departing = [r for rows in layout for r in rows if r.decision.decay != FULL]
+        if any(row.decision.decay.fixed for row in departing):
+            return False
         policy = next((row.policy for row in departing if row.policy), None)
         if policy is not None and self._idle == IDLE:
             warn_of_decay_taken_over(policy)
@@ -90,7 +92,10 @@ class Watch:
                 rate = top
             elif self._above[index] < IN_A_ROW:
                 continue
-            if not is_zero(group["weight_decay"]):
+            rows = self._layout[index]
+            if not all(
+                is_zero(r.decision.decay.of(group["weight_decay"])) for r in rows
+            ):
                 self._limits = []  # before: what warns may raise
                 warn_of_high_rate(index, limit, rate)
                 return
