@@ -158,7 +158,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         alive.add(self)
         # Without decay from the beginning that is meant, or was told.
         decays = [not is_zero(group["weight_decay"]) for group in self._groups]
-        self._watch = Watch(taken_over=any(decays), rounding=True)
+        self._watch = Watch(taken_over=any(decays), rounding=True, ranks=True)
         if "weight_decay" in constants_of(type(self).step):
             self._watch_own_step()
 

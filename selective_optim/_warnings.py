@@ -97,6 +97,26 @@ def warn_of_decay_taken_over(policy: object) -> None:
     )
 
 
+def warn_of_other_rank(rank: int, name: str, here: str, there: str, count: int) -> None:
+    """Warn that a rank decided otherwise than the one that came first."""
+    more = f" (and {count - 1} more)" if count > 1 else ""
+    warn(
+        f"rank {rank} decided otherwise than the rank that stepped first: {name!r} is "
+        f"{here} here and {there} there{more}. Pass the same `wd_policy` on every "
+        f"rank, as a text or a mapping from names. Ranks that train apart on purpose "
+        f"may ignore this."
+    )
+
+
+def warn_of_unsteady_policy(policy: object, name: str, first: str, then: str) -> None:
+    """Warn of a policy whose answers differ from one time to the next."""
+    warn(
+        f"`wd_policy` {policy!r} decides otherwise when it is asked again: {name} is "
+        f"{first} and then {then}, so ranks and resumed runs may differ. Let it depend "
+        f"on `info` alone, or pass a mapping from names to numbers."
+    )
+
+
 def warn_of_own_step(name: str) -> None:
     """Warn that a subclass decays in a step of its own, past the policy."""
     warn(

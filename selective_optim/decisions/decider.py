@@ -18,6 +18,7 @@ from selective_optim._warnings import (
     warn_if_idle,
     warn_of_misspelt,
     warn_of_small_multiplier,
+    warn_of_unsteady_policy,
 )
 from selective_optim.decay import FULL, INIT, Decision
 from selective_optim.decisions.initial_values import (
@@ -239,10 +240,30 @@ class Decider:
             with_rates(decide(bound[id(each.policy)], own), own, each.lr0s)
             for each, own in together
         ]
+        self._warn_if_unsteady(together, decided)
         for (each, own), decisions in zip(together, decided):
             pairs = zip(own, decisions, strict=True)
             rows = [self._table.record(i.parameter, d, each.policy) for i, d in pairs]
             self._table.append(each.group, rows)
+
+    def _warn_if_unsteady(
+        self,
+        together: Iterable[tuple[Pending, Infos]],
+        decided: Iterable[Sequence[Decision]],
+    ) -> None:
+        """Ask functions of the user's a second time, and warn of other answers."""
+        for (each, own), decisions in zip(together, decided):
+            if each.policy is None or not each.policy.asks_user:
+                continue
+            again: Sequence[Decision | None] = [None] * len(own)
+            with suppress(TypeError, ValueError):  # it may fail where it did not before
+                again = self._ask(each.policy, own)
+            for place, (first, then) in enumerate(zip(decisions, again)):
+                if then is None or then.decay != first.decay:
+                    told = repr(then.decay) if then else "an error"
+                    label = first.label(each.group, place)
+                    warn_of_unsteady_policy(each.policy, label, repr(first.decay), told)
+                    return
 
     def _bound(self, policies: Iterable[Policy | None]) -> dict[int, Policy | None]:
         """Give each policy a look at the model, once for all groups; by id."""

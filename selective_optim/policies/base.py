@@ -29,7 +29,7 @@ from selective_optim.decay import (
     target_text,
 )
 from selective_optim.parameters import ParameterInfo
-from selective_optim.policies.selectors import Need, Selector, as_selector
+from selective_optim.policies.selectors import Need, Question, Selector, as_selector
 from selective_optim.policies.user_code import StrictInfo, callable_text, picklable
 
 
@@ -45,6 +45,12 @@ class Policy:
     def needs(self) -> frozenset[Need]:
         """What must be known of a parameter before this policy can decide."""
         return frozenset[Need]().union(*[selector.needs for selector in self.selectors])
+
+    @property
+    def asks_user(self) -> bool:
+        """Whether it asks a function of the user's, which may answer anything."""
+        leaves = [leaf for selector in self.selectors for leaf in selector.leaves]
+        return any(isinstance(leaf, Question) for leaf in leaves)
 
     @property
     def required(self) -> tuple[Selector, ...]:
@@ -125,6 +131,10 @@ class Product(Policy):
     @property
     def required(self) -> tuple[Selector, ...]:
         return self.left.required + self.right.required
+
+    @property
+    def asks_user(self) -> bool:
+        return self.left.asks_user or self.right.asks_user
 
     @property
     def doubts(self) -> tuple[tuple[float, str], ...]:  # type: ignore[override]  # read only
@@ -229,6 +239,7 @@ class Function(Policy):
     """Any callable from ``ParameterInfo`` to number, bool or ``Decay``."""
 
     function: Callable[[ParameterInfo], Any]
+    asks_user = True
 
     def __repr__(self) -> str:
         return callable_text(self.function)
