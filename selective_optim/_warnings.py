@@ -180,23 +180,23 @@ def warn_of_changes(
         )
 
 
-def warn_of_lost_inits(names: Sequence[str]) -> None:
+def warn_of_lost_inits(names: Sequence[str], whose: str) -> None:
     """Warn once that a checkpoint does not tell where parameters began."""
     warn(
         f"the loaded checkpoint does not record what {_first_of(names, ', ')} decay "
-        f"towards, so that is what they were when they were decided here. Load a "
-        f"state dict that optimizer.state_dict() returned under the same policy, or "
-        f"decide while the parameters are what they shall decay towards."
+        f"towards, so that is what they are when training goes on. Save what "
+        f"{whose}.state_dict() returns under the same policy, and load that with "
+        f"{whose}.load_state_dict."
     )
 
 
-def warn_of_lost_rates(names: Sequence[str]) -> None:
+def warn_of_lost_rates(names: Sequence[str], whose: str) -> None:
     """Warn once that a checkpoint does not tell which rate training began with."""
     warn(
         f"the loaded checkpoint does not record the rate that training began with, by "
         f"which the decay of {_first_of(names, ', ')} is divided, and its own rate is "
-        f"another. Load a state dict that optimizer.state_dict() returned, or make the "
-        f"optimizer with the rate of the beginning."
+        f"another. Load what {whose}.state_dict() returned, or make groups with the "
+        f"rate of the beginning: dict(params=..., initial_lr=...)."
     )
 
 

@@ -443,6 +443,7 @@ class Decider:
         Args:
             groups: The optimizer's groups.
             begins: ``"lr0"`` and ``"init"`` of every parameter in order, where known.
+                Else a rate that a scheduler left in the group stands for ``"lr0"``.
 
         Returns:
             Labels of the parameters whose ``init`` is not recorded, and of those whose
@@ -452,9 +453,11 @@ class Decider:
         # Another list tells those who look.
         self._table.layout = list(map(list, self._table.layout))
         for index, (group, rows) in enumerate(zip(groups, self._table.layout)):
+            # torch's schedulers save where they began; OneCycleLR writes another rate.
+            scheduled = None if "max_lr" in group else group.get("initial_lr")
             pairs = zip(group["params"], rows, told)
             for place, (param, row, begin) in enumerate(pairs):
-                decay, lr0 = row.decision.decay, begin.get("lr0")
+                decay, lr0 = row.decision.decay, begin.get("lr0", scheduled)
                 if is_rate(lr0):  # also for a policy that is assigned later
                     row = self._renewed(param, row, lr0=lr0)
                 elif decay.needs_lr0 and row.decision.lr0 != base_rate(group):

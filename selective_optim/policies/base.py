@@ -354,10 +354,10 @@ def towards(target: Target, *selectors: object, missing_ok: bool = False) -> Pol
 
     Args:
         target: A finite number, such as 1 for the gains of norms, or ``"init"``: the
-            value of the parameter when it was decided. ``"init"`` keeps one tensor
+            value of the parameter when training begins. ``"init"`` keeps one tensor
             per parameter and saves it in the state dict.
-            ``torch.distributed.checkpoint`` leaves it out: make the optimizer before
-            it loads, while the parameters still have these values.
+            ``torch.distributed.checkpoint`` leaves it out: save and load
+            ``optimizer.state_dict()`` beside it, on each rank.
         selectors: As for ``exclude``; without any, all parameters.
         missing_ok: As for ``exclude``.
 
