@@ -240,7 +240,8 @@ class Decider:
             with_rates(decide(bound[id(each.policy)], own), own, each.lr0s)
             for each, own in together
         ]
-        self._warn_if_unsteady(together, decided)
+        policies = [bound[id(each.policy)] for each in coming]
+        self._warn_if_unsteady(policies, infos, decided)
         for (each, own), decisions in zip(together, decided):
             pairs = zip(own, decisions, strict=True)
             rows = [self._table.record(i.parameter, d, each.policy) for i, d in pairs]
@@ -248,21 +249,22 @@ class Decider:
 
     def _warn_if_unsteady(
         self,
-        together: Iterable[tuple[Pending, Infos]],
+        policies: Iterable[Policy | None],
+        infos: Iterable[Infos],
         decided: Iterable[Sequence[Decision]],
     ) -> None:
         """Ask functions of the user's a second time, and warn of other answers."""
-        for (each, own), decisions in zip(together, decided):
-            if each.policy is None or not each.policy.asks_user:
+        for policy, own, decisions in zip(policies, infos, decided):
+            if policy is None or not policy.asks_user:
                 continue
-            again: Sequence[Decision | None] = [None] * len(own)
-            with suppress(TypeError, ValueError):  # it may fail where it did not before
-                again = self._ask(each.policy, own)
-            for place, (first, then) in enumerate(zip(decisions, again)):
-                if then is None or then.decay != first.decay:
-                    told = repr(then.decay) if then else "an error"
-                    label = first.label(each.group, place)
-                    warn_of_unsteady_policy(each.policy, label, repr(first.decay), told)
+            for place, (info, first) in enumerate(zip(own, decisions)):
+                then = None
+                with suppress(Exception):  # it may fail where it did not before
+                    then = policy.decide(info).decay.settled
+                if then != first.decay:
+                    label = first.label(info.group, place)
+                    told = "an error" if then is None else repr(then)
+                    warn_of_unsteady_policy(policy, label, repr(first.decay), told)
                     return
 
     def _bound(self, policies: Iterable[Policy | None]) -> dict[int, Policy | None]:
