@@ -69,6 +69,19 @@ def _mul_each_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
         tensor.mul_(factor)
 
 
+_default_store = _find(
+    "torch.distributed.distributed_c10d:_get_default_store",
+    "ranks that decide differently are not told",
+    lambda: None,
+)
+
+
+def store_of_ranks() -> Any:
+    """Return the store of the default process group, if there is one."""
+    dist = torch.distributed
+    return _default_store() if dist.is_available() and dist.is_initialized() else None
+
+
 EACH = "tensor by tensor"
 foreach_mul_ = _find("torch:_foreach_mul_", f"decoupled SGD {EACH}", _mul_each_)
 

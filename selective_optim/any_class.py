@@ -87,7 +87,7 @@ class AnyOptimizer(SelectiveOptimizer):
             lr = bound.arguments.get("lr")
             groups = self._read(params, signature.parameters, lr)
             self._construct(groups, args, kwargs)
-        self._decider.warn_if_idle(groups)
+        self._decider.warn_if_weak(groups)
         self._made()
 
     def _construct(self, groups: list[Group], args: Any, kwargs: Any) -> None:

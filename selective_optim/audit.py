@@ -27,7 +27,7 @@ HEADINGS = {
     "tied": "looks wrong: tied parameters with two verdicts",
     "other": "worth a look: decay, and are neither weights of layers, norms nor biases",
 }
-ROW_KEYS = ("name", "shape", "numel", "requires_grad", "form", "target", "reason")
+ROW_KEYS = ("name", "shape", "numel", "requires_grad", "form", "target", "fixed")
 # What the weights of a layer are called: weight, in_proj_weight, gate_up_proj.
 WEIGHT_LEAF = re.compile(r"weight|kernel|proj")
 SHOWN = 10  # lines of each heading that print; all of them are in `findings`
@@ -184,7 +184,8 @@ class Audit:
         """Return plain lists, dicts, strings and numbers, ready for JSON."""
         told = self.report.as_dict()
         rows = [
-            {key: row[key] for key in ROW_KEYS} | {"multiplier": row["weight_decay"]}
+            {key: row[key] for key in (*ROW_KEYS, "reason")}
+            | {"multiplier": row["weight_decay"] if row["fixed"] is None else 1.0}
             for row in told.pop("rows")
         ]
         del told["remark"]

@@ -15,7 +15,7 @@ from selective_optim.any_class import AnyOptimizer
 from selective_optim.decay import FULL, Decision
 from selective_optim.decisions.decider import Decider, decider_for
 from selective_optim.report import DecayReport, Row, make_row
-from selective_optim.routes.groups import Part, by_route, marks_of
+from selective_optim.routes.groups import Part, by_route, marks_of, with_one_decay
 from selective_optim.step.lasting import WD, Group, by_decay, pick, share_of
 
 HEADERS = ("group", "lr", "decay", "tensors", "elements", "route", "reason")
@@ -157,7 +157,7 @@ def param_groups(
         for group, decisions, route in whole
         for part, chosen in _parts(group, decisions, named)
     ]
-    decider.warn_if_idle([group for group, *_ in split])
+    decider.warn_if_weak([with_one_decay({**defaults, **group}) for group in groups])
     decider.index.let_go()
     rows = [
         _row(index, group, decision, param, route)

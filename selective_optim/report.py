@@ -49,8 +49,8 @@ class Row:
         shape: Original shape.
         numel: Number of elements.
         lr: Learning rate of the group now; NaN without an optimizer.
-        weight_decay: Effective decay, ``group["weight_decay"] * multiplier``. A frozen
-            parameter has the one that it would have.
+        weight_decay: Effective decay, ``group["weight_decay"] * multiplier``, or the
+            fixed one. A frozen parameter has the one that it would have.
         form: ``"l2"``, ``"decoupled"`` or another of ``policies.form``; ``None`` if
             the optimizer will decide, or does not say.
         reason: The selector that decided. Without a policy, the kind of parameter:
@@ -67,6 +67,7 @@ class Row:
         applied: Whether a step decays it, if that was measured.
         measured: By how much, on the scale of ``weight_decay``, if that was measured
             and the decay moves the parameter directly.
+        fixed: Its decay if the policy fixed that, whatever the group says.
     """
 
     group: int
@@ -87,6 +88,7 @@ class Row:
     route: str = ""
     applied: bool | None = None
     measured: float | None = None
+    fixed: float | None = None
 
     @property
     def fate(self) -> str:
@@ -342,7 +344,7 @@ def make_row(
         numel=shape.numel(),
         # A tensor waits for the device, which a report may and a step may not.
         lr=float(group.get("lr", math.nan)),
-        weight_decay=float(group["weight_decay"]) * decision.decay.multiplier,
+        weight_decay=float(decision.decay.of(group["weight_decay"])),
         form=form,
         reason=decision.reason,
         requires_grad=param.requires_grad,
@@ -351,6 +353,7 @@ def make_row(
         lr0=decision.decay_key.lr0,
         # torch steps whatever has a gradient.
         left_over=not param.requires_grad and param.grad is not None,
+        fixed=decision.decay.fixed,
     )
 
 

@@ -15,6 +15,7 @@ from selective_optim import SGD, Adam, AdamW, Decay
 from selective_optim.policies import (
     exclude,
     first_match,
+    fixed,
     form,
     is_norm,
     is_vector,
@@ -141,6 +142,7 @@ def at_weight(value, rule):
 
 NUMBER = "a multiplier must be a number"
 FINITE = "a multiplier must be finite and >= 0"
+FIXED = 'Write for example fixed(0.05, "head.*") or Decay(fixed=0.05).'
 
 CASES = {
     "name needs modules": Case(
@@ -676,6 +678,26 @@ MISWRITTEN = {
         ValueError,
         'a target must be a finite number or "init", not inf. Write for example '
         "towards(1.0, is_norm).",
+    ),
+    "fixed decay that is no number": (
+        lambda: fixed("*.bias", 0.1),
+        TypeError,
+        f"a fixed decay must be a number, not '*.bias'. {FIXED}",
+    ),
+    "fixed decay that is left out": (
+        lambda: fixed(None, "*.bias"),
+        TypeError,
+        f"a fixed decay must be a number, not None. {FIXED}",
+    ),
+    "negative fixed decay": (
+        lambda: fixed(-0.1),
+        ValueError,
+        f"a fixed decay must be finite and >= 0, not -0.1. {FIXED}",
+    ),
+    "fixed decay that is NaN": (
+        lambda: Decay(fixed=math.nan),
+        ValueError,
+        f"a fixed decay must be finite and >= 0, not nan. {FIXED}",
     ),
     "mapping value": (
         lambda: first_match({"*.bias": math.nan}),

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from selective_optim import _torch
 from selective_optim._arguments import require_numbers
-from selective_optim._warnings import warn_if_idle, warn_of_misspelt
+from selective_optim._warnings import (
+    warn_if_idle,
+    warn_of_misspelt,
+    warn_of_small_multiplier,
+    warn_of_unsteady_policy,
+)
 from selective_optim.decay import FULL, INIT, Decision
 from selective_optim.decisions.copies import (
     correspond,
@@ -175,7 +180,7 @@ class Decider:
     def finish(self, groups: Sequence[Group]) -> None:
         """Decide for all groups of a constructor, and warn if nothing decays."""
         self.decide_pending()
-        self.warn_if_idle(groups)
+        self.warn_if_weak(groups)
 
     def decide_pending(self) -> None:
         """Decide for all groups of a constructor."""
@@ -254,6 +259,8 @@ class Decider:
             with_rates(decide(bound[id(each.policy)], own), own, each.lr0s)
             for each, own in together
         ]
+        policies = [bound[id(each.policy)] for each in coming]
+        self._warn_if_unsteady(policies, infos, decided)
         for (each, own), decisions in zip(together, decided):
             pairs = zip(own, decisions, strict=True)
             rows = [self._table.record(i.parameter, d, each.policy) for i, d in pairs]
@@ -278,6 +285,26 @@ class Decider:
         for group, rows in zip(groups, part.rows(groups, {})):
             for param, row in zip(group["params"], rows):
                 self._table.record(param, row.decision, row.policy)
+
+    def _warn_if_unsteady(
+        self,
+        policies: Iterable[Policy | None],
+        infos: Iterable[Infos],
+        decided: Iterable[Sequence[Decision]],
+    ) -> None:
+        """Ask functions of the user's a second time, and warn of other answers."""
+        for policy, own, decisions in zip(policies, infos, decided):
+            if policy is None or not policy.asks_user:
+                continue
+            for place, (info, first) in enumerate(zip(own, decisions)):
+                then = None
+                with suppress(Exception):  # it may fail where it did not before
+                    then = policy.decide(info).decay.settled
+                if then != first.decay:
+                    label = first.label(info.group, place)
+                    told = "an error" if then is None else repr(then)
+                    warn_of_unsteady_policy(policy, label, repr(first.decay), told)
+                    return
 
     def _bound(self, policies: Iterable[Policy | None]) -> dict[int, Policy | None]:
         """Give each policy a look at the model, once for all groups; by id."""
@@ -467,6 +494,7 @@ class Decider:
         Args:
             groups: The optimizer's groups.
             begins: ``"lr0"`` and ``"init"`` of every parameter in order, where known.
+                Else a rate that a scheduler left in the group stands for ``"lr0"``.
 
         Returns:
             Labels of the parameters whose ``init`` is not recorded, and of those whose
@@ -476,9 +504,11 @@ class Decider:
         # Another list tells those who look.
         self._table.layout = list(map(list, self._table.layout))
         for index, (group, rows) in enumerate(zip(groups, self._table.layout)):
+            # torch's schedulers save where they began; OneCycleLR writes another rate.
+            scheduled = None if "max_lr" in group else group.get("initial_lr")
             pairs = zip(group["params"], rows, told)
             for place, (param, row, begin) in enumerate(pairs):
-                decay, lr0 = row.decision.decay, begin.get("lr0")
+                decay, lr0 = row.decision.decay, begin.get("lr0", scheduled)
                 if is_rate(lr0):  # also for a policy that is assigned later
                     row = self._renewed(param, row, lr0=lr0)
                 elif decay.needs_lr0 and row.decision.lr0 != base_rate(group):
@@ -582,7 +612,7 @@ class Decider:
             self._decide_for(pending, describe(self.index, pending), [policy])
         self._table.forget_absent()  # they are decided anew when they come back
         self.policy = policy
-        self.warn_if_idle(groups)
+        self.warn_if_weak(groups)
 
     # Copies.
 
@@ -610,14 +640,25 @@ class Decider:
 
     # Warnings.
 
-    def warn_if_idle(self, groups: Sequence[Group]) -> None:
-        """Warn once if a policy was given and nothing will decay."""
+    def warn_if_weak(self, groups: Sequence[Group]) -> None:
+        """Warn if nothing will decay, and of a multiplier that reads like a decay."""
+        if self.whole is not None:
+            return
         rows = [row for rows in self._table.layout for row in rows]
         policy = next((row.policy for row in rows if row.policy is not None), None)
-        if policy is not None and self.whole is None:
+        if policy is not None:
             decays = [group["weight_decay"] for group in groups]
+            decays += [row.decision.decay.of(0.0) for row in rows]
             multipliers = [row.decision.decay.multiplier for row in rows]
             warn_if_idle(policy, decays, multipliers, self._decays_elsewhere)
+        doubts = [
+            (multiplier, group["weight_decay"], instead)
+            for group, own in zip(groups, self._table.layout)
+            for policy in {id(row.policy): row.policy for row in own}.values()
+            for multiplier, instead in (policy.doubts if policy else ())
+        ]
+        if doubts:
+            warn_of_small_multiplier(*doubts[0])
 
     def _decays_elsewhere(self, policy: Policy) -> bool:
         """Ask about the whole model, of which other ranks may hold parts."""

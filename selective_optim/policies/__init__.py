@@ -2,8 +2,8 @@
 
 A policy maps a ``ParameterInfo`` to a ``Decay``. Write it as a name, a mapping, a
 callable, or an expression in Python or as text. An expression has the functions
-``exclude``, ``only``, ``scale``, ``form``, ``towards``, ``first_match``, ``layerwise``,
-``marked`` and ``named``, and ``*`` between them.
+``exclude``, ``only``, ``scale``, ``fixed``, ``form``, ``towards``, ``first_match``,
+``layerwise``, ``marked`` and ``named``, and ``*`` between them.
 
 How a decision is made, by ``selective_optim.decisions.decider`` for an optimizer and by
 ``decide.decide_alone`` where there is none:
@@ -29,6 +29,7 @@ from selective_optim.decay import Form as Form
 from selective_optim.policies.base import Policy as Policy
 from selective_optim.policies.base import exclude as exclude
 from selective_optim.policies.base import first_match as first_match
+from selective_optim.policies.base import fixed as fixed
 from selective_optim.policies.base import form as form
 from selective_optim.policies.base import only as only
 from selective_optim.policies.base import scale as scale
@@ -60,7 +61,7 @@ from selective_optim.policies.selectors import is_vector as is_vector
 __all__ = [
     "Decay", "Difference", "Differences", "Form", "Policy", "PolicyName",
     "Selector", "WdPolicy", "as_policy", "diff", "everything", "exclude", "exempt_",
-    "first_match", "form", "is_bias", "is_embedding", "is_hidden_matrix",
+    "first_match", "fixed", "form", "is_bias", "is_embedding", "is_hidden_matrix",
     "is_hidden_weight", "is_layer_weight", "is_norm", "is_output", "is_token",
     "is_vector", "layerwise", "marked", "named", "only", "parse", "scale",
     "towards",

@@ -27,6 +27,7 @@ from selective_optim.policies.base import (
     either,
     exclude,
     first_match,
+    fixed,
     form,
     only,
     scale,
@@ -89,6 +90,7 @@ MAKERS: dict[Any, str] = {
     scale: 'scale("head.*", by=0.1)',
     form: 'form("l2", "head.*")',
     towards: "towards(1, is_norm)",
+    fixed: 'fixed(0.05, "head.*")',
     layerwise: "layerwise(0.75)",
     marked: "marked()",
 }
@@ -144,8 +146,8 @@ def parse(text: str) -> Policy:
     """Read a policy from text: a name, or an expression as ``repr`` prints it.
 
     An expression has the functions ``exclude``, ``only``, ``scale``, ``form``,
-    ``towards``, ``layerwise``, ``marked``, ``first_match`` and ``named``, names of
-    policies, selectors, numbers and ``*``. A selector is a glob in quotes,
+    ``towards``, ``fixed``, ``layerwise``, ``marked``, ``first_match`` and ``named``,
+    names of policies, selectors, numbers and ``*``. A selector is a glob in quotes,
     ``re.compile('...')``, a predicate, or a loaded module class such as
     ``nn.LayerNorm``. Selectors join with ``|``, ``&`` and ``~``. Nothing is evaluated
     or imported, so a text may come from anywhere.
