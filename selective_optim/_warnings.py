@@ -211,8 +211,8 @@ def _losers(
     param_groups: Sequence[dict[str, Any]],
 ) -> list[str]:
     """Label the parameters that a policy decays and whose group's decay is now 0."""
-    verdicts = list(chain.from_iterable(decided))
-    if all(verdict.decay.multiplier for verdict in verdicts):
+    answers = list(chain.from_iterable(decided))
+    if all(answer.decay.multiplier for answer in answers):
         return []  # without an exempt parameter there was nothing to split
     return [
         decision.label(index, position)

@@ -362,7 +362,7 @@ class ModelIndex:
         known = set(map(id, self.modules()))
         self._found += [weakref.ref(m) for m in modules if id(m) not in known]
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Keep no module alive from now on."""
         self._held.clear()
 
@@ -412,7 +412,7 @@ class ModelIndex:
         twin.find(memo.get(id(module), module) for module in self.found)
         # Copied before its model, it cannot insist that tensors live in that.
         twin._given = self._given and all(id(module) in memo for module in modules)
-        twin.let_go()
+        twin.release()
         return twin
 
     def __reduce__(self) -> tuple[type[ModelIndex], tuple[()]]:

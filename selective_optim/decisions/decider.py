@@ -175,7 +175,7 @@ class Decider:
                 require_members(self.index, zip(infos, [policy]))
                 self._decide_for([pending], infos, [policy] if own else [])
         finally:
-            self.index.let_go()
+            self.index.release()
 
     def finish(self, groups: Sequence[Group]) -> None:
         """Decide for all groups of a constructor, and warn if nothing decays."""
