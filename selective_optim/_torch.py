@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -243,6 +243,41 @@ WRAPPERS = frozenset(
 )
 
 
+def canonical_name(name: str) -> str:
+    """Strip what wrappers and parametrizations add to a dotted name."""
+    *modules, leaf = without_wrappers(name).split(".")
+    if modules[-2:-1] == ["parametrizations"] and leaf.startswith("original"):
+        *modules, _, leaf = modules
+    return ".".join([*modules, leaf])
+
+
+def without_wrappers(name: str) -> str:
+    """Strip what wrappers add to a dotted name, and nothing else."""
+    *modules, leaf = name.split(".")
+    return ".".join([*(part for part in modules if part not in WRAPPERS), leaf])
+
+
+def name_of_its_own(name: str) -> str | None:
+    """Return what tells a parametrization's several parameters apart, if they are.
+
+    One that made one parameter of one calls it ``original``, without a number.
+    """
+    plain = without_wrappers(name)
+    *_, above, _, leaf = ("", "", *plain.split("."))
+    numbered = above == "parametrizations" and leaf.removeprefix("original").isdigit()
+    return plain if numbered else None
+
+
+def told_apart(names: Sequence[str]) -> list[str]:
+    """Make names canonical, but for those that a parametrization's parameters share."""
+    canonical = list(map(canonical_name, names))
+    bearers = Counter(canonical)
+    return [
+        short if bearers[short] == 1 else without_wrappers(name)
+        for name, short in zip(names, canonical)
+    ]
+
+
 # A module's own parameters and modules by name, ``None`` among them. torch's methods
 # copy and deduplicate; these are the dicts behind them.
 registered = attrgetter("_parameters")
@@ -251,6 +286,17 @@ children = attrgetter("_modules")
 
 # torch's private bases of all batch and instance norms, which mmengine tests for.
 NORM_BASES = (nn.SyncBatchNorm.__mro__[1], nn.InstanceNorm1d.__mro__[1])
+
+
+def original_class(module: nn.Module | None) -> str:
+    """Name the class that a scripted or unflattened module was of; else ""."""
+    # Modules of ExportedProgram.module() do not say what they were made of.
+    if isinstance(module, torch.jit.ScriptModule):
+        return str(module.original_name)
+    if type(module).__module__ == "torch.export.unflatten":
+        name = getattr(module, "type_name", str)()  # not so the root in 2.7
+        return str(name).rpartition(".")[2]
+    return ""
 
 
 # Threads.

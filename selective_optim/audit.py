@@ -16,7 +16,7 @@ from selective_optim._text import aligned, shape_text
 from selective_optim.decay import Decision
 from selective_optim.parameters import ModelIndex, ParameterInfo
 from selective_optim.policies.decide import decide_alone
-from selective_optim.policies.selectors import kind_of
+from selective_optim.policies.predicates import kind_of
 from selective_optim.report import DecayReport, make_report
 
 HEADINGS = {

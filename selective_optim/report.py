@@ -27,7 +27,7 @@ from selective_optim.parameters import (
     wanted,
 )
 from selective_optim.policies.decide import NO_POLICY, decide
-from selective_optim.policies.selectors import is_bias, kind_of
+from selective_optim.policies.predicates import is_bias, kind_of
 
 Group = dict[str, Any]
 # Columns of numbers stand to the right.

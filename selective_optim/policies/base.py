@@ -27,8 +27,14 @@ from selective_optim.decay import (
     target_text,
 )
 from selective_optim.parameters import ParameterInfo
-from selective_optim.policies.selectors import Need, Selector, as_selector
-from selective_optim.policies.user_code import StrictInfo, callable_text, picklable
+from selective_optim.policies.selectors import (
+    Need,
+    Selector,
+    StrictInfo,
+    as_selector,
+    callable_text,
+    picklable,
+)
 
 
 class Policy:

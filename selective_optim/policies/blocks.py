@@ -14,8 +14,8 @@ from numbers import Real
 from torch import nn
 
 from selective_optim import _torch
-from selective_optim._canonical_names import canonical_name
 from selective_optim._text import received
+from selective_optim._torch import canonical_name
 from selective_optim.policies.recognition import (
     embedding_module,
     has_parameters,

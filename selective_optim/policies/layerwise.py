@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from selective_optim import _torch
-from selective_optim._canonical_names import canonical_name
+from selective_optim._torch import canonical_name
 from selective_optim.decay import Decay, Verdict
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
@@ -24,7 +24,7 @@ from selective_optim.policies.blocks import (
     require_arguments,
     tower,
 )
-from selective_optim.policies.outputs import heads
+from selective_optim.policies.predicates import heads
 from selective_optim.policies.recognition import embedding_part, norm_module
 from selective_optim.policies.selectors import Need
 

@@ -15,8 +15,8 @@ from selective_optim._text import received
 from selective_optim.decay import EXEMPT, FULL, Decay, Verdict, number_text
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
+from selective_optim.policies.lists import MARK, Lists, relative_names
 from selective_optim.policies.selectors import Need
-from selective_optim.policies.user_code import MARK, Lists, relative_names
 
 # S4 and what follows it write a parameter's own settings there.
 SETTINGS = "_optim"

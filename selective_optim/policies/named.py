@@ -20,7 +20,7 @@ from torch import nn
 from selective_optim._text import received
 from selective_optim.decay import FORMS, Decay
 from selective_optim.parameters import ParameterInfo
-from selective_optim.policies import selectors
+from selective_optim.policies import predicates
 from selective_optim.policies.base import (
     Function,
     Policy,
@@ -34,11 +34,8 @@ from selective_optim.policies.base import (
 )
 from selective_optim.policies.layerwise import layerwise
 from selective_optim.policies.markers import marked
-from selective_optim.policies.recipes import RECIPES
-from selective_optim.policies.selectors import (
+from selective_optim.policies.predicates import (
     Predicate,
-    Selector,
-    as_selector,
     everything,
     is_bias,
     is_embedding,
@@ -46,7 +43,8 @@ from selective_optim.policies.selectors import (
     is_norm,
     is_vector,
 )
-from selective_optim.policies.user_code import loaded_class
+from selective_optim.policies.recipes import RECIPES
+from selective_optim.policies.selectors import Selector, as_selector, loaded_class
 
 NAMED: dict[str, Policy] = {
     "all": only(everything),
@@ -176,7 +174,7 @@ def parse(text: str) -> Policy:
     return named(plain)
 
 
-PREDICATES = {p.name: p for p in vars(selectors).values() if isinstance(p, Predicate)}
+PREDICATES = {p.name: p for p in vars(predicates).values() if isinstance(p, Predicate)}
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function for function in (*MAKERS, first_match, named)
 }

@@ -20,8 +20,8 @@ from selective_optim import _torch
 from selective_optim.decay import EXEMPT, FULL, Verdict
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
+from selective_optim.policies.lists import MARK, Lists, relative_names, unwrapped
 from selective_optim.policies.selectors import Need
-from selective_optim.policies.user_code import MARK, Lists, relative_names, unwrapped
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)

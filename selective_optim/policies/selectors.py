@@ -1,43 +1,166 @@
-"""What a rule matches: names, modules, parameters and ready-made predicates.
+"""What a rule matches: names, modules, parameters, and callables of the user's.
 
 :func:`as_selector` turns what a user writes into a frozen :class:`Selector` that
 answers ``matches(info)``, says what it must know to answer, and prints as it was
 written. A tied parameter matches when any of its places does. Selectors join with
 ``|`` (any), ``&`` (all) and ``~`` (not).
+
+A lambda that reads ``info.name`` where no name is known must not decide on ``None``:
+the strict view raises, and the message says what was missing.
 """
 
 from __future__ import annotations
 
+import pickle
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import translate
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from selective_optim._text import received
+from selective_optim._torch import original_class
 from selective_optim.parameters import ParameterInfo
-from selective_optim.policies.outputs import is_hidden, is_output_of
-from selective_optim.policies.recognition import (
-    bias_part,
-    embedding_part,
-    holder,
-    layer_weight,
-    norm_part,
-    original_class,
-    token_leaf,
-)
-from selective_optim.policies.user_code import (
-    StrictInfo,
-    callable_text,
-    class_text,
-    picklable,
-)
 
 Need = Literal["names", "modules", "shapes"]
+
+
+class UnknownError(Exception):
+    """A callable read a field that is not known of the parameter."""
+
+
+def _known(field: str) -> Any:
+    def read(info: ParameterInfo) -> Any:
+        value = vars(info)[field]
+        # The shape of a scalar and its length are empty, and known.
+        if value is None or (value == () and not isinstance(value, torch.Size)):
+            raise UnknownError(field)
+        return value
+
+    return property(read)
+
+
+class StrictInfo(ParameterInfo):
+    """The same knowledge; reading what is not there raises instead of ``None``."""
+
+    def __init__(self, info: ParameterInfo) -> None:
+        vars(self).update(vars(info))
+        vars(self)["elsewhere"] = tuple(map(StrictInfo, info.elsewhere))
+
+    # Properties come before what stands in the instance's own dict.
+    name, names, leaf = _known("name"), _known("names"), _known("leaf")
+    owner, path = _known("owner"), _known("path")
+    shape, ndim = _known("shape"), _known("ndim")
+
+    def __getattr__(self, field: str) -> Any:
+        fields = ", ".join(vars(self))
+        raise AttributeError(
+            f"ParameterInfo has no attribute {field!r}. Read one of {fields}."
+        )
+
+    def __repr__(self) -> str:
+        return repr(ParameterInfo(**vars(self)))
+
+
+@dataclass(frozen=True)
+class LostCallable:
+    """Stands for a callable that does not pickle; raises where it is asked.
+
+    Decisions are pickled with their optimizer: only a new parameter asks it.
+    """
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def __call__(self, info: ParameterInfo) -> Any:
+        raise ValueError(
+            f"{self.text} did not pickle, and a new parameter is to be decided for. "
+            f"Type optimizer.wd_policy = ..., or write the policy as a function."
+        )
+
+
+def picklable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a callable, or, if it does not pickle, a stand-in that raises."""
+    try:
+        # Tried at once: an error inside pickle would name neither policy nor remedy.
+        pickle.dumps(function)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return LostCallable(callable_text(function))
+    return function
+
+
+def callable_text(function: Callable[..., Any]) -> str:
+    """Print a callable by its name; a lambda also by the line that made it."""
+    if isinstance(function, partial) or not hasattr(function, "__qualname__"):
+        return repr(function)
+    name = function.__qualname__.rpartition("<locals>.")[2]
+    code = getattr(function, "__code__", None)
+    if name != "<lambda>" or code is None:
+        return name
+    return f"<lambda at {code.co_filename.rpartition('/')[2]}:{code.co_firstlineno}>"
+
+
+def _subclasses(cls: type[nn.Module]) -> Iterator[type[nn.Module]]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def _classes_named(name: str) -> list[type[nn.Module]]:
+    # A notebook's cell that ran twice leaves two classes behind, of which the path
+    # leads to the second.
+    found = list({c: None for c in _subclasses(nn.Module) if c.__name__ == name})
+    reached = [cls for cls in found if _at_path(_path_of(cls)) is cls]
+    return reached or found
+
+
+def _path_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _at_path(path: str) -> object:
+    parts = path.split(".")
+    for size in range(len(parts) - 1, 0, -1):
+        found: object = sys.modules.get(".".join(parts[:size]))
+        if found is not None:
+            for part in parts[size:]:
+                found = getattr(found, part, None)
+            return found
+    return None
+
+
+def class_text(cls: type[nn.Module]) -> str:
+    """Return the shortest name by which a policy's text finds a class."""
+    name = cls.__name__
+    if getattr(nn, name, None) is cls:
+        return f"nn.{name}"
+    return name if len(_classes_named(name)) == 1 else _path_of(cls)
+
+
+def loaded_class(name: str) -> type[nn.Module] | None:
+    """Find a module class by name, or by its path, among those that are loaded.
+
+    Raises:
+        ValueError: Several classes bear the name.
+    """
+    # A bare name is torch.nn's first, which has quantized namesakes.
+    at_path = _at_path(f"torch.{name}") or _at_path(f"torch.nn.{name}")
+    at_path = at_path or _at_path(name)
+    if isinstance(at_path, type) and issubclass(at_path, nn.Module):
+        return at_path
+    found = [] if "." in name else _classes_named(name)
+    if len(found) > 1:
+        paths = " or ".join(sorted(map(_path_of, found)))
+        raise ValueError(f"{name} is the name of {len(found)} classes. Write {paths}.")
+    return found[0] if found else None
 
 
 class Selector:
@@ -191,38 +314,6 @@ class Question(Selector):
 
 
 @dataclass(frozen=True, repr=False)
-class Predicate(Selector):
-    """A ready-made selector that pickles and prints as its name."""
-
-    name: str
-    # Tells how it was recognized; empty where that is plain to see, None if it is not.
-    question: Callable[[ParameterInfo], str | bool | None]
-    needs: frozenset[Need] = frozenset()
-
-    def __repr__(self) -> str:
-        return self.name
-
-    def told(self, info: ParameterInfo) -> str:
-        found = map(self.question, info.places)
-        how = next((each for each in found if each and each is not True), None)
-        return f"{self.name}: {how}" if how else self.name
-
-    def __reduce__(self) -> str:
-        return self.name
-
-    def __call__(self, *infos: ParameterInfo) -> bool:
-        if len(infos) != 1 or not isinstance(infos[0], ParameterInfo):
-            raise TypeError(
-                f"`{self.name}` is a selector as it stands, and not what makes one. "
-                f"Write for example exclude({self.name})."
-            )
-        return self.matches(infos[0])
-
-    def at(self, place: ParameterInfo) -> bool:
-        return self.question(place) not in (None, False)
-
-
-@dataclass(frozen=True, repr=False)
 class Joined(Selector):
     """Several selectors that answer together."""
 
@@ -312,56 +403,3 @@ def as_selector(item: object) -> Selector:
         f"a module, a parameter or a callable, not {received(item)}. "
         f'Write for example "*.bias" or nn.LayerNorm.'
     )
-
-
-# A bias is added to what its module computes, whatever its shape.
-is_bias = Predicate("is_bias", bias_part, frozenset({"names"}))
-# What belongs to a norm scales or shifts what has just been normalized.
-is_norm = Predicate("is_norm", norm_part, frozenset({"modules"}))
-# An embedding is a learned row for an index, a position or a special token: lookup
-# tables, tables of positions and of relative ones, and all that is_token selects.
-is_embedding = Predicate("is_embedding", embedding_part, frozenset({"modules"}))
-# A token is a learned row that stands in the input for no index: class, mask and
-# register tokens, separators, queries.
-is_token = Predicate(
-    "is_token", lambda place: token_leaf(holder(place)[1]), frozenset({"names"})
-)
-# The weight of a linear, convolution, attention, recurrent or embedding layer.
-is_layer_weight = Predicate(
-    "is_layer_weight", layer_weight, frozenset({"modules", "shapes"})
-)
-
-
-def is_weight(place: ParameterInfo) -> bool:
-    """Tell whether a place is that of a matrix or more that embeds nothing."""
-    # Of a tie the embedding may stand elsewhere, and the tie is then an output.
-    wide = place.ndim is not None and place.ndim >= 2
-    return wide and layer_weight(place) and not embedding_part(place)
-
-
-KNOWN: frozenset[Need] = frozenset({"names", "modules", "shapes"})
-# The layer that yields the model's answer, its bias included.
-is_output = Predicate("is_output", lambda p: is_output_of(p, is_weight), KNOWN)
-# A weight of two dimensions between embedding and output: what Muon is made for.
-is_hidden_matrix = Predicate(
-    "is_hidden_matrix", lambda p: p.ndim == 2 and is_hidden(p, is_weight), KNOWN
-)
-# The same of two or more, convolutions and stacked experts included.
-is_hidden_weight = Predicate(
-    "is_hidden_weight", lambda place: is_hidden(place, is_weight), KNOWN
-)
-is_vector = Predicate(
-    "is_vector",
-    lambda place: place.ndim is not None and place.ndim < 2,
-    frozenset({"shapes"}),
-)
-everything = Predicate("everything", lambda place: True)
-
-# What a parameter is; the first that matches says so, so a norm's bias is a norm's.
-KINDS = (is_norm, is_bias, is_embedding, is_vector)
-
-
-def kind_of(info: ParameterInfo) -> str:
-    """Say what a parameter is: norm, bias, embedding, vector or weight."""
-    found = next((kind.name for kind in KINDS if kind.matches(info)), "weight")
-    return found.removeprefix("is_")

@@ -1,8 +1,9 @@
-"""Which layer yields a model's answer, where that can be told without running it.
+"""Ready-made selectors: bias, norm, embedding, weight of a layer, output layer.
 
-Models have accessors, ties to an embedding, telling names, and an order in which they
-register layers. Each is wrong for some models: a layer is known as the output where
-an accessor or a tie says so, or where name and order agree.
+Which layer yields a model's answer is told without running it. Models have accessors,
+ties to an embedding, telling names, and an order in which they register layers. Each
+is wrong for some models: a layer is known as the output where an accessor or a tie
+says so, or where name and order agree.
 """
 
 from __future__ import annotations
@@ -15,9 +16,16 @@ from torch import nn
 
 from selective_optim._warnings import warn
 from selective_optim.parameters import ParameterInfo, index_of
+from selective_optim.policies.recognition import (
+    bias_part,
+    embedding_part,
+    holder,
+    layer_weight,
+    norm_part,
+    token_leaf,
+)
+from selective_optim.policies.selectors import Need, Selector
 
-# Tells whether a place is that of a matrix, convolution or stack of them.
-IsWeight = Callable[[ParameterInfo], bool]
 ACCESSORS = ("get_output_embeddings", "get_classifier")
 TELLING = re.compile(
     r"(?!pre_)(?:\w+_)?(?:heads?|classifier|logits|unembed)(?:_\w+)?$|aux\d*$"
@@ -45,9 +53,9 @@ class Outputs:
     told: bool = False  # whether a warning has named the candidates
 
 
-def is_output_of(place: ParameterInfo, is_weight: IsWeight) -> bool:
+def is_output_of(place: ParameterInfo) -> bool:
     """Tell whether a parameter belongs to the output layer; raises UnsureError."""
-    outputs = _outputs(place.path[0], is_weight)
+    outputs = _outputs(place.path[0])
     if not outputs.sure:
         told = f"of {outputs.model} it is not sure which layer is the output"
         names = ", ".join(map(repr, outputs.names))
@@ -62,11 +70,11 @@ def heads(root: nn.Module) -> list[nn.Module]:
     return [child for key, child in children if TELLING.match(key)]
 
 
-def is_hidden(place: ParameterInfo, is_weight: IsWeight) -> bool:
+def is_hidden(place: ParameterInfo) -> bool:
     """Tell whether a weight is no candidate for the output; warns of several once."""
     if not is_weight(place):
         return False
-    outputs = _outputs(place.path[0], is_weight)
+    outputs = _outputs(place.path[0])
     if not (outputs.sure or outputs.told):
         outputs.told = True
         warn(
@@ -78,11 +86,11 @@ def is_hidden(place: ParameterInfo, is_weight: IsWeight) -> bool:
     return place.name not in outputs.names
 
 
-def _outputs(root: nn.Module, is_weight: IsWeight) -> Outputs:
-    return index_of(root).remember("outputs", lambda: _find(root, is_weight))
+def _outputs(root: nn.Module) -> Outputs:
+    return index_of(root).remember("outputs", lambda: _find(root))
 
 
-def _find(root: nn.Module, is_weight: IsWeight) -> Outputs:
+def _find(root: nn.Module) -> Outputs:
     infos = index_of(root).everyone()
     weights = [info for info in infos if any(map(is_weight, info.places))]
     model = type(root).__name__
@@ -168,3 +176,86 @@ def _agree(candidates: list[ParameterInfo], last: ParameterInfo) -> bool:
         return True
     telling = [bool(parts and LAST.match(parts[-1])) for parts in own]
     return telling[-1] and sum(telling) == 1
+
+
+@dataclass(frozen=True, repr=False)
+class Predicate(Selector):
+    """A ready-made selector that pickles and prints as its name."""
+
+    name: str
+    # Tells how it was recognized; empty where that is plain to see, None if it is not.
+    question: Callable[[ParameterInfo], str | bool | None]
+    needs: frozenset[Need] = frozenset()
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def told(self, info: ParameterInfo) -> str:
+        found = map(self.question, info.places)
+        how = next((each for each in found if each and each is not True), None)
+        return f"{self.name}: {how}" if how else self.name
+
+    def __reduce__(self) -> str:
+        return self.name
+
+    def __call__(self, *infos: ParameterInfo) -> bool:
+        if len(infos) != 1 or not isinstance(infos[0], ParameterInfo):
+            raise TypeError(
+                f"`{self.name}` is a selector as it stands, and not what makes one. "
+                f"Write for example exclude({self.name})."
+            )
+        return self.matches(infos[0])
+
+    def at(self, place: ParameterInfo) -> bool:
+        return self.question(place) not in (None, False)
+
+
+# A bias is added to what its module computes, whatever its shape.
+is_bias = Predicate("is_bias", bias_part, frozenset({"names"}))
+# What belongs to a norm scales or shifts what has just been normalized.
+is_norm = Predicate("is_norm", norm_part, frozenset({"modules"}))
+# An embedding is a learned row for an index, a position or a special token: lookup
+# tables, tables of positions and of relative ones, and all that is_token selects.
+is_embedding = Predicate("is_embedding", embedding_part, frozenset({"modules"}))
+# A token is a learned row that stands in the input for no index: class, mask and
+# register tokens, separators, queries.
+is_token = Predicate(
+    "is_token", lambda place: token_leaf(holder(place)[1]), frozenset({"names"})
+)
+# The weight of a linear, convolution, attention, recurrent or embedding layer.
+is_layer_weight = Predicate(
+    "is_layer_weight", layer_weight, frozenset({"modules", "shapes"})
+)
+
+
+def is_weight(place: ParameterInfo) -> bool:
+    """Tell whether a place is that of a matrix or more that embeds nothing."""
+    # Of a tie the embedding may stand elsewhere, and the tie is then an output.
+    wide = place.ndim is not None and place.ndim >= 2
+    return wide and layer_weight(place) and not embedding_part(place)
+
+
+KNOWN: frozenset[Need] = frozenset({"names", "modules", "shapes"})
+# The layer that yields the model's answer, its bias included.
+is_output = Predicate("is_output", is_output_of, KNOWN)
+# A weight of two dimensions between embedding and output: what Muon is made for.
+is_hidden_matrix = Predicate(
+    "is_hidden_matrix", lambda p: p.ndim == 2 and is_hidden(p), KNOWN
+)
+# The same of two or more, convolutions and stacked experts included.
+is_hidden_weight = Predicate("is_hidden_weight", is_hidden, KNOWN)
+is_vector = Predicate(
+    "is_vector",
+    lambda place: place.ndim is not None and place.ndim < 2,
+    frozenset({"shapes"}),
+)
+everything = Predicate("everything", lambda place: True)
+
+# What a parameter is; the first that matches says so, so a norm's bias is a norm's.
+KINDS = (is_norm, is_bias, is_embedding, is_vector)
+
+
+def kind_of(info: ParameterInfo) -> str:
+    """Say what a parameter is: norm, bias, embedding, vector or weight."""
+    found = next((kind.name for kind in KINDS if kind.matches(info)), "weight")
+    return found.removeprefix("is_")
