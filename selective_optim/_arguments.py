@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain
 from types import FunctionType, ModuleType
 from typing import Any
@@ -74,7 +74,11 @@ def held_optimizers(wrapper: object) -> list[Any]:
     level, seen = [wrapper], {id(wrapper)}
     # Of references; a dict or list takes one. An optimizer may lead far, to a trainer.
     for _ in range(3 if is_optimizer(wrapper) else 6):
-        near = chain(*map(_references, level))
+        # The collector reads lists from behind.
+        near = chain.from_iterable(
+            item if isinstance(item, (list, tuple)) else gc.get_referents(item)
+            for item in level
+        )
         new = {id(item): item for item in near if id(item) not in seen}
         level = [item for item in new.values() if not isinstance(item, NOT_SEARCHED)]
         seen.update(new)
@@ -86,11 +90,6 @@ def held_optimizers(wrapper: object) -> list[Any]:
         if found and covered >= own:
             break
     return found
-
-
-def _references(item: object) -> Sequence[object]:
-    # The collector reads lists from behind.
-    return item if isinstance(item, (list, tuple)) else gc.get_referents(item)
 
 
 def param_ids(optimizer: object) -> set[int]:

@@ -380,7 +380,7 @@ def sharded_as(shard: Tensor, param: Any) -> Any:
     cls: Any = dtensor_class()
     if type(param) is not cls or shard.shape != local_tensor(param).shape:
         return shard
-    mesh, places = placement(spec_of(param))
+    mesh, places = placement(param)
     sizes = {"shape": param.shape, "stride": param.stride()}
     return cls.from_local(shard, mesh, places, run_check=False, **sizes)
 
@@ -393,7 +393,7 @@ def lies_as(tensor: Any, param: Any) -> bool:
     sharded = type(param) is dtensor_class()
     if (type(tensor) is dtensor_class()) != sharded:
         return False
-    return not sharded or placement(spec_of(tensor)) == placement(spec_of(param))
+    return not sharded or placement(tensor) == placement(param)
 
 
 def placed_as(tensor: Any, param: Any) -> Tensor:
@@ -405,7 +405,7 @@ def placed_as(tensor: Any, param: Any) -> Tensor:
     sharded = type(tensor) is cls
     placed = tensor
     if type(param) is cls:
-        mesh, places = placement(spec_of(param))
+        mesh, places = placement(param)
         share = import_module("torch.distributed.tensor").distribute_tensor
         placed = (
             tensor.redistribute(mesh, places)
@@ -418,25 +418,17 @@ def placed_as(tensor: Any, param: Any) -> Tensor:
     return whole
 
 
-def spec_of(tensor: Any) -> Any:
-    """Return what says where a ``DTensor`` lives; one object as long as it stays."""
-    try:
-        return tensor._spec
-    except AttributeError:
-        return tensor.device_mesh, tensor.placements
+def placement(tensor: Any) -> tuple[Any, Any]:
+    """Return mesh and placements of a ``DTensor``."""
+    return tensor.device_mesh, tensor.placements
 
 
 def specs_of(tensors: Sequence[Any]) -> list[Any]:
-    """List what says where many ``DTensor``s live, in C where torch lets us."""
+    """List what says where ``DTensor``s live: one object each as long as it stays."""
     try:
-        return list(map(_spec, tensors))
+        return list(map(_spec, tensors))  # in C
     except AttributeError:
-        return list(map(spec_of, tensors))
-
-
-def placement(spec: Any) -> tuple[Any, Any]:
-    """Return mesh and placements of what :func:`spec_of` gave."""
-    return spec if isinstance(spec, tuple) else (spec.mesh, spec.placements)
+        return list(map(placement, tensors))
 
 
 def flattened(params: Iterable[Tensor]) -> set[int]:

@@ -15,6 +15,7 @@ SHOWN = 3  # parameters that a warning names
 # How alike a key must be to one that is read to be taken for it: "wd_polcy" is 0.94
 # and "weight_decays" 0.96. Keys that others put there are less: "lr_scale" is 0.4.
 RESEMBLANCE = 0.85
+INSIDE = ("selective_optim", "torch", "contextlib")  # packages that warnings skip
 P = TypeVar("P")
 
 
@@ -22,13 +23,9 @@ def warn(message: str) -> None:
     """Warn at the line, outside this library and torch, that led here."""
     # From Python 3.12 on, `skip_file_prefixes` of warnings.warn does this.
     level, frame = 1, inspect.currentframe()
-    while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in INSIDE:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
-
-
-def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] in ("selective_optim", "torch", "contextlib")
 
 
 def warn_if_idle(

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import compress, groupby
-from operator import attrgetter, length_hint, methodcaller
+from operator import attrgetter, eq, length_hint, methodcaller
 from typing import Any, NamedTuple
 
 import torch
@@ -392,8 +392,8 @@ class Plan:
         specs = _torch.specs_of(grads)
         if same_objects(specs, self._specs):
             return True
-        where = map(_torch.placement, map(_torch.spec_of, params))
-        if not all(a == b for a, b in zip(where, map(_torch.placement, specs))):
+        where = map(_torch.placement, params)
+        if not all(map(eq, where, map(_torch.placement, grads))):
             return False
         self._specs = specs
         return True

@@ -24,7 +24,7 @@ from selective_optim.policies.recognition import (
     norm_part,
     token_leaf,
 )
-from selective_optim.policies.selectors import Need, Selector
+from selective_optim.policies.selectors import MODULES, NAMES, SHAPES, Need, Selector
 
 ACCESSORS = ("get_output_embeddings", "get_classifier")
 TELLING = re.compile(
@@ -53,6 +53,13 @@ class Outputs:
     told: bool = False  # whether a warning has named the candidates
 
 
+def is_weight(place: ParameterInfo) -> bool:
+    """Tell whether a place is that of a matrix or more that embeds nothing."""
+    # Of a tie the embedding may stand elsewhere, and the tie is then an output.
+    wide = place.ndim is not None and place.ndim >= 2
+    return wide and layer_weight(place) and not embedding_part(place)
+
+
 def is_output_of(place: ParameterInfo) -> bool:
     """Tell whether a parameter belongs to the output layer; raises UnsureError."""
     outputs = _outputs(place.path[0])
@@ -66,7 +73,7 @@ def is_output_of(place: ParameterInfo) -> bool:
 
 def heads(root: nn.Module) -> list[nn.Module]:
     """Return what a model calls its head, at the outermost level."""
-    children = [pair for module in _whole(root) for pair in module.named_children()]
+    children = [pair for _, module in whole(root) for pair in module.named_children()]
     return [child for key, child in children if TELLING.match(key)]
 
 
@@ -94,7 +101,7 @@ def _find(root: nn.Module) -> Outputs:
     infos = index_of(root).everyone()
     weights = [info for info in infos if any(map(is_weight, info.places))]
     model = type(root).__name__
-    for module in _whole(root):
+    for _, module in whole(root):
         found = _said(module, weights)
         if found is not None:
             return Outputs(model, found)
@@ -111,13 +118,16 @@ def _find(root: nn.Module) -> Outputs:
     return Outputs(model, names[-1:] if sure else names, sure)
 
 
-def _whole(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield a model, and what it consists of where it holds nothing but another."""
-    yield module
+def whole(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield a model, and what it consists of where it holds nothing but another.
+
+    Beside each module stands what the names of its parameters begin with.
+    """
+    yield prefix, module
     held = {id(param) for param in module.parameters()}
-    for child in module.children():
+    for key, child in module.named_children():
         if held and {id(param) for param in child.parameters()} == held:
-            yield from _whole(child)
+            yield from whole(child, f"{prefix}{key}.")
 
 
 def _said(module: nn.Module, weights: list[ParameterInfo]) -> tuple[str, ...] | None:
@@ -211,44 +221,28 @@ class Predicate(Selector):
 
 
 # A bias is added to what its module computes, whatever its shape.
-is_bias = Predicate("is_bias", bias_part, frozenset({"names"}))
+is_bias = Predicate("is_bias", bias_part, NAMES)
 # What belongs to a norm scales or shifts what has just been normalized.
-is_norm = Predicate("is_norm", norm_part, frozenset({"modules"}))
+is_norm = Predicate("is_norm", norm_part, MODULES)
 # An embedding is a learned row for an index, a position or a special token: lookup
 # tables, tables of positions and of relative ones, and all that is_token selects.
-is_embedding = Predicate("is_embedding", embedding_part, frozenset({"modules"}))
+is_embedding = Predicate("is_embedding", embedding_part, MODULES)
 # A token is a learned row that stands in the input for no index: class, mask and
 # register tokens, separators, queries.
-is_token = Predicate(
-    "is_token", lambda place: token_leaf(holder(place)[1]), frozenset({"names"})
-)
+is_token = Predicate("is_token", lambda p: token_leaf(holder(p)[1]), NAMES)
 # The weight of a linear, convolution, attention, recurrent or embedding layer.
-is_layer_weight = Predicate(
-    "is_layer_weight", layer_weight, frozenset({"modules", "shapes"})
-)
-
-
-def is_weight(place: ParameterInfo) -> bool:
-    """Tell whether a place is that of a matrix or more that embeds nothing."""
-    # Of a tie the embedding may stand elsewhere, and the tie is then an output.
-    wide = place.ndim is not None and place.ndim >= 2
-    return wide and layer_weight(place) and not embedding_part(place)
-
-
-KNOWN: frozenset[Need] = frozenset({"names", "modules", "shapes"})
+is_layer_weight = Predicate("is_layer_weight", layer_weight, MODULES | SHAPES)
+KNOWN = NAMES | MODULES | SHAPES
 # The layer that yields the model's answer, its bias included.
 is_output = Predicate("is_output", is_output_of, KNOWN)
 # A weight of two dimensions between embedding and output: what Muon is made for.
 is_hidden_matrix = Predicate(
-    "is_hidden_matrix", lambda p: p.ndim == 2 and is_hidden(p), KNOWN
+    "is_hidden_matrix", lambda place: place.ndim == 2 and is_hidden(place), KNOWN
 )
 # The same of two or more, convolutions and stacked experts included.
 is_hidden_weight = Predicate("is_hidden_weight", is_hidden, KNOWN)
-is_vector = Predicate(
-    "is_vector",
-    lambda place: place.ndim is not None and place.ndim < 2,
-    frozenset({"shapes"}),
-)
+# Of no shape, as of a lazy parameter, nothing is known.
+is_vector = Predicate("is_vector", lambda place: place.ndim in (0, 1), SHAPES)
 everything = Predicate("everything", lambda place: True)
 
 # What a parameter is; the first that matches says so, so a norm's bias is a norm's.

@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fnmatch import translate
+from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any, Literal
@@ -29,6 +29,9 @@ from selective_optim._torch import original_class
 from selective_optim.parameters import ParameterInfo
 
 Need = Literal["names", "modules", "shapes"]
+NAMES = frozenset[Need]({"names"})
+MODULES = frozenset[Need]({"modules"})
+SHAPES = frozenset[Need]({"shapes"})
 
 
 class UnknownError(Exception):
@@ -213,7 +216,7 @@ class NamePattern(Selector):
     """
 
     pattern: str | re.Pattern[str]
-    needs = frozenset({"names"})
+    needs = NAMES
     by_name = True
 
     def __repr__(self) -> str:
@@ -224,17 +227,11 @@ class NamePattern(Selector):
         told = f", {re.RegexFlag(flags)!r}" if flags else ""
         return f"re.compile({self.pattern.pattern!r}{told})"
 
-    @cached_property
-    def _find(self) -> Callable[[str], object]:
-        if isinstance(self.pattern, str):
-            return re.compile(translate(self.pattern)).match
-        return self.pattern.search
-
     def at(self, place: ParameterInfo) -> bool:
-        return any(map(self._find, filter(None, (place.name, place.own_name))))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"pattern": self.pattern}
+        names = filter(None, (place.name, place.own_name))
+        if isinstance(self.pattern, str):
+            return any(fnmatchcase(name, self.pattern) for name in names)
+        return any(map(self.pattern.search, names))
 
 
 @dataclass(frozen=True, repr=False)
@@ -242,7 +239,7 @@ class InsideClass(Selector):
     """Any parameter inside a module of a class."""
 
     cls: type[nn.Module]
-    needs = frozenset({"modules"})
+    needs = MODULES
 
     def __repr__(self) -> str:
         return self._text
@@ -279,7 +276,7 @@ class Identity(Selector):
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]  # depends on target
-        return frozenset({"modules"} if isinstance(self.target, nn.Module) else ())
+        return MODULES if isinstance(self.target, nn.Module) else frozenset()
 
     def at(self, place: ParameterInfo) -> bool:
         return self.target is place.parameter or any(
