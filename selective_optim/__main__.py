@@ -188,7 +188,6 @@ def _is_audited(made: object) -> bool:
 
 
 def _read_checkpoint(path: str) -> list[Any]:
-    """Find the state dicts of optimizers in what was saved."""
     try:
         level: list[Any] = [[torch.load(path, map_location="cpu", weights_only=True)]]
     except Exception as error:
@@ -283,7 +282,6 @@ def run_audit(options: argparse.Namespace) -> int:
 
 
 def _policy(text: str | None) -> Any:
-    """Read a policy's name or expression, or ``MODULE:NAME`` of one."""
     if text is None:
         return None
     own = ":" in text and not is_expression(text)

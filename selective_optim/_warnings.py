@@ -179,8 +179,7 @@ def _losers(
     param_groups: Sequence[dict[str, Any]],
 ) -> list[str]:
     """Label the parameters that a policy decays and whose group's decay is now 0."""
-    verdicts = list(chain.from_iterable(decided))
-    if all(verdict.decay.multiplier for verdict in verdicts):
+    if all(each.decay.multiplier for each in chain.from_iterable(decided)):
         return []  # without an exempt parameter there was nothing to split
     return [
         decision.label(index, position)

@@ -151,7 +151,6 @@ def fit(
 
 
 def _layout(model: Any) -> list[tuple[Hyper, list[tuple[Tensor, Entry]]]]:
-    """List the groups that a state dict must fit, and the parameters in each."""
     if not isinstance(model, Optimizer):
         places = [(p, Entry(name, key)) for p, name, key in named_parameters(model)]
         return [({}, places)]
@@ -180,7 +179,6 @@ def _layout(model: Any) -> list[tuple[Hyper, list[tuple[Tensor, Entry]]]]:
 
 
 def _fitted(new: Entry, param: Tensor, entry: Entry | None) -> tuple[str, Entry]:
-    """Tell what becomes of a parameter, and what goes on for it."""
     if entry is None:
         return "new", new
     state = dict(entry.state) if isinstance(entry.state, Mapping) else {}

@@ -186,14 +186,11 @@ class Bucket:
         """Keep the parameters that have a gradient."""
         if there is None or all(mine := there[self.part]):
             return self.batch
-
-        def kept(tensors: list[Tensor]) -> list[Tensor]:
-            return list(compress(tensors, mine))
-
         own = self.batch
-        moments = [kept(moment) for moment in own.moments]
-        steps, targets, grads = kept(own.steps), kept(own.targets), kept(own.grads)
-        return Batch(kept(own.params), moments, steps, targets, grads)
+        lists = (own.params, own.steps, own.targets, own.grads, *own.moments)
+        kept = [list(compress(tensors, mine)) for tensors in lists]
+        params, steps, targets, grads, *moments = kept
+        return Batch(params, moments, steps, targets, grads)
 
     def calls(self, batch: Batch, scaling: Scaling) -> list[Call]:
         """Return calls that step a batch: torch's fused kernel, bound to its lists.

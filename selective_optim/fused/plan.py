@@ -91,7 +91,6 @@ def _layouts_of(params: Sequence[Tensor]) -> list[torch.layout]:
 def _share_counters(
     parts: Sequence[Part], params: Sequence[DecidedParam], states: States
 ) -> bool:
-    """Tell whether parameters have one step counter between them."""
     mine = [params[i].param for part in parts for i in part.positions]
     owns = [own for param in mine if "step" in (own := states.get(param) or {})]
     return _distinct([own["step"] for own in owns]) < _distinct(owns)
@@ -232,7 +231,6 @@ class Plan:
     # Gathering: tensors are taken in, and let go.
 
     def _gather(self, groups: Groups, states: States) -> None:
-        """Take in the tensors as groups and state hold them now."""
         active = list(self._order(params_of(groups)))
         for run in self._runs:
             self._load(run, active, states)
@@ -268,7 +266,6 @@ class Plan:
             bucket.load(part, params, columns)
 
     def _release(self) -> None:
-        """Let go of every tensor."""
         self._active = self._present = None
         if self._program is not None and not self._program.lasting:
             self._program = None
@@ -382,7 +379,6 @@ class Plan:
         return Grads(local, there)
 
     def _shards_still(self, whole: list[Any]) -> bool:
-        """Tell whether parameters and gradients are placed as they were."""
         assert self._active is not None  # gathered
         part = slice(self._plain, self._count)
         params, grads = self._active[part], whole[part]
@@ -422,7 +418,6 @@ class Plan:
                 self._release()
 
     def _assemble(self, there: list[bool] | None, scalings: Scalings) -> Program:
-        """Put together the calls of a step over the fused buckets."""
         advance = self._advance if there is None else self._advance_of(there)
         calls: list[Call] = []
         ends = []

@@ -249,7 +249,6 @@ def _matching(roots: Sequence[nn.Module], layers: str) -> list[nn.Module]:
 def _in_single_match(
     named: Sequence[tuple[str, nn.Module]], layers: str
 ) -> list[nn.Module]:
-    """Return the layers that a glob means which matches one module, named first."""
     name, block = named[0]
     if name != layers and NUMBERED.match(name):
         return [block]  # a model of one block, and a glob on its number

@@ -129,7 +129,6 @@ class Distances:
         self._lift = min(self._distance[module] for module in first.values())
 
     def _measure(self, modules: Modules, stacks: list[list[nn.Module]]) -> None:
-        """Note how far each module lies from the top, and which are around stacks."""
         blocks = {block for stack in stacks for block in stack}
         self._distance: dict[nn.Module, int] = {}
         for stack in stacks:

@@ -360,7 +360,6 @@ class Reader:
             raise self._wrong(node, told, rest) from error
 
     def _argument(self, node: ast.expr) -> Any:
-        """Read a number, a text, a mapping, a decay or a selector."""
         if isinstance(node, ast.Constant):
             value = node.value
             if value is None or isinstance(value, str | int | float):

@@ -131,7 +131,6 @@ def whole(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]
 
 
 def _said(module: nn.Module, weights: list[ParameterInfo]) -> tuple[str, ...] | None:
-    """Return the names of the weights in what an accessor returns, if it is known."""
     for accessor in ACCESSORS:
         if not hasattr(type(module), accessor):
             continue
@@ -177,7 +176,6 @@ def _head(info: ParameterInfo) -> str | None:
 
 
 def _agree(candidates: list[ParameterInfo], last: ParameterInfo) -> bool:
-    """Tell whether the last weight is the one output among those with telling names."""
     if {_head(info) for info in candidates} != {_head(last)}:
         return False
     size = (_head(last) or "").count(".") + 1
