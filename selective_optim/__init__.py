@@ -29,6 +29,8 @@ from selective_optim.groups import width_groups as width_groups
 from selective_optim.hand_split import param_groups as param_groups
 from selective_optim.parameters import ParameterInfo as ParameterInfo
 from selective_optim.report import DecayReport as DecayReport
+from selective_optim.routes.muon import Muon as Muon
+from selective_optim.routes.routed import Routed as Routed
 from selective_optim.schedules import WeightDecay as WeightDecay
 from selective_optim.schedules import proportional_to_lr as proportional_to_lr
 from selective_optim.sgd import SGD as SGD
@@ -41,7 +43,9 @@ __all__ = [
     "AdamW",
     "Decay",
     "DecayReport",
+    "Muon",
     "ParameterInfo",
+    "Routed",
     "WeightDecay",
     "audit",
     "checkpoint",

@@ -41,6 +41,14 @@ def _as_number(name: str, text: str) -> str:
     return f"Pass {shown}; YAML reads a number with e and without a dot as a text."
 
 
+def copied_groups(params: Any) -> Any:
+    """Copy groups, into which torch writes as it reads them."""
+    groups = isinstance(params, (list, tuple)) and all(
+        isinstance(group, dict) for group in params
+    )
+    return [dict(group) for group in params] if groups else params
+
+
 def require_decay(optimizer: Any, purpose: str) -> None:
     """Check that every group of an optimizer has a weight decay.
 

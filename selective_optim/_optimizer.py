@@ -26,7 +26,12 @@ from selective_optim._warnings import (
     warn_of_own_step,
 )
 from selective_optim.decay import Form, is_zero
-from selective_optim.decisions.decider import OWN_KEYS, WRITTEN, Decider, kept_on_error
+from selective_optim.decisions.decider import (
+    OWN_KEYS,
+    WRITTEN,
+    Decider,
+    kept_on_error,
+)
 from selective_optim.decisions.deciding_for import given
 from selective_optim.decisions.state_dict import (
     POLICIES,
@@ -44,7 +49,7 @@ from selective_optim.fused.guards import params_of
 from selective_optim.fused.stepper import Stepper
 from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy, as_policy
-from selective_optim.report import DecayReport, make_report
+from selective_optim.report import DecayReport, form_of_class, make_report
 from selective_optim.step.class_step import ClassStep, View, view_of
 from selective_optim.step.grad_scaler import scaling_of
 from selective_optim.step.half_precision import loss_of
@@ -77,6 +82,13 @@ def constants_of(function: Any) -> set[Any]:
                 codes.append(constant)
             found.add(constant)
     return found
+
+
+def decider_for(model: object, wd_policy: object) -> Decider:
+    """Make the decider of a constructor, unless it is given one."""
+    if isinstance(wd_policy, Decider):
+        return wd_policy
+    return Decider(*given(model, wd_policy))
 
 
 def _typed(state_dict: Mapping[str, Any]) -> str:
@@ -141,7 +153,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     ) -> Iterator[Any]:
         """Give torch's constructor what it takes, then decide for all groups."""
         require_numbers(numbers)
-        self._decider = Decider(*given(model, wd_policy))
+        self._decider = decider_for(model, wd_policy)
         self._kernel = kernel
         with kept_on_error(params):
             yield self._decider.read(params)
@@ -462,7 +474,11 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # Not `decisions`: who looks is told later, by the step, what is wrong.
         decided = self._decider.readable(self.param_groups, self.defaults)
         groups, index = self.param_groups, self._decider.index
-        report = make_report(groups, decided, self._default_form, index)
+
+        def form_of(group: Group) -> Form | None:
+            return self._default_form(group) or form_of_class(self, group)
+
+        report = make_report(groups, decided, form_of, index)
         told = filter(None, [report.remark, loss_of(self._kernel, groups, decided)])
         return replace(report, remark="; ".join(told))
 

@@ -236,6 +236,11 @@ def without_hooks(optimizer: torch.optim.Optimizer, *kinds: str) -> Iterator[Non
         vars(optimizer).update(kept)
 
 
+def hooks_of(optimizer: torch.optim.Optimizer, kind: str) -> list[Callable[..., Any]]:
+    """List an optimizer's own hooks of a kind, as ``"load_state_dict_pre"``."""
+    return [*vars(optimizer).get(f"_optimizer_{kind}_hooks", {}).values()]
+
+
 # Under which wrappers (DDP, compiled modules, FSDP1, checkpointing) register what they
 # wrap, so that it stands in the names of parameters.
 WRAPPERS = frozenset(

@@ -17,10 +17,14 @@ import torch
 
 from selective_optim import _torch
 from selective_optim._arguments import require_numbers
-from selective_optim._optimizer import Model, SelectiveOptimizer, constants_of
+from selective_optim._optimizer import (
+    Model,
+    SelectiveOptimizer,
+    constants_of,
+    decider_for,
+)
 from selective_optim.decay import Form
-from selective_optim.decisions.decider import Decider, kept_on_error
-from selective_optim.decisions.deciding_for import given
+from selective_optim.decisions.decider import kept_on_error
 from selective_optim.decisions.state_dict import PARTS, Decided, require_groups_like
 from selective_optim.report import form_of_class
 from selective_optim.step import refusals
@@ -77,7 +81,7 @@ class AnyOptimizer(SelectiveOptimizer):
         **kwargs: Any,
     ) -> None:
         # Decided before the class exists: it is given the parts.
-        self._decider = Decider(*given(model, wd_policy))
+        self._decider = decider_for(model, wd_policy)
         signature = inspect.signature(type(self))
         bound = signature.bind_partial(params, *args, **kwargs)
         bound.apply_defaults()

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from selective_optim._optimizer import Model
+from selective_optim._arguments import copied_groups
+from selective_optim._optimizer import Model, decider_for
 from selective_optim._text import aligned
 from selective_optim.any_class import AnyOptimizer
 from selective_optim.decay import FULL, Decision
 from selective_optim.decisions.decider import Decider
-from selective_optim.decisions.deciding_for import given
 from selective_optim.report import DecayReport, Row, make_row
+from selective_optim.routes.groups import Part, by_route, marks_of
 from selective_optim.step.lasting import WD, Group, by_decay, pick, share_of
 
-HEADERS = ("group", "lr", "decay", "tensors", "elements", "reason")
+HEADERS = ("group", "lr", "decay", "tensors", "elements", "route", "reason")
 
 
 class SplitGroups(list[dict[str, Any]]):
@@ -35,8 +37,14 @@ class SplitGroups(list[dict[str, Any]]):
 
     def __str__(self) -> str:
         lines = [_line(index, group, self.rows) for index, group in enumerate(self)]
+        shown = [i for i, cell in enumerate(HEADERS) if cell != "route" or self._routed]
+        table = [[line[i] for i in shown] for line in (HEADERS, *lines)]
         summary = DecayReport(self.rows).summary()
-        return "\n".join([*aligned([HEADERS, *lines], right=range(5)), summary])
+        return "\n".join([*aligned(table, right=range(5)), summary])
+
+    @property
+    def _routed(self) -> bool:
+        return any(row.route for row in self.rows)
 
 
 class Reader(AnyOptimizer):
@@ -67,6 +75,7 @@ def _line(index: int, group: Group, rows: Iterable[Row]) -> tuple[str, ...]:
         f"{float(group[WD]):g}",
         f"{len(mine):,}",
         elements,
+        mine[0].route if mine else "",
         reasons,
     )
 
@@ -78,6 +87,9 @@ def param_groups(
     lr: float | Tensor | None = None,
     *,
     model: Model = None,
+    routes: Mapping[str, Any] | None = None,
+    key: str = "",
+    values: Mapping[str, Any] | None = None,
     **hyper: Any,
 ) -> SplitGroups:
     """Split parameters into groups with one weight decay each, as by hand.
@@ -94,6 +106,13 @@ def param_groups(
         weight_decay: Decay of parameters with multiplier 1, >= 0.
         lr: Learning rate; ``None`` leaves it to the optimizer.
         model: The module, or modules, that the parameters live in.
+        routes: From names to selectors, for an optimizer that steps some groups by one
+            class and others by another; the first that matches takes a parameter.
+        key: Under which that optimizer reads which groups are which: ``"use_muon"``
+            (Keller Jordan, pytorch_optimizer, ultralytics) is true on the first route,
+            ``"use_fallback"`` (timm) on all others, ``"algorithm"`` (dion) and
+            ``"kind"`` (nanochat) are the name of the route.
+        values: What stands under another ``key``, by route.
         **hyper: Further hyperparameters for every group.
 
     Returns:
@@ -117,34 +136,35 @@ def param_groups(
     """
     common = {WD: weight_decay, "lr": lr}
     defaults = {k: v for k, v in common.items() if v is not None} | hyper
-    decider = Decider(*given(model, wd_policy))
+    decider = decider_for(model, wd_policy)
     # Forms, of which some need a rate, are refused below whatever it is.
     rate = 1.0 if lr is None else lr
     keys = [WD, "lr", *hyper]
-    groups = Reader(_copied(params), decider, keys, rate).param_groups
+    groups = Reader(copied_groups(params), decider, keys, rate).param_groups
     decided = decider.decisions(groups, {})
-    named = all(decision.name for decisions in decided for decision in decisions)
-    split = [
-        (part, [decisions[i] for i in chosen])
+    whole: Iterable[Part] = [
+        ({**defaults, **group}, decisions, "")
         for group, decisions in zip(groups, decided)
-        for part, chosen in _parts({**defaults, **group}, decisions, named)
     ]
-    decider.warn_if_idle([group for group, _ in split])
+    named = all(decision.name for decisions in decided for decision in decisions)
+    if routes is not None:
+        named, marks = False, marks_of(routes, key, values)
+        whole = by_route(
+            [group for group, *_ in whole], decided, decider, routes, marks
+        )
+    split = [
+        (part, [decisions[i] for i in chosen], route)
+        for group, decisions, route in whole
+        for part, chosen in _parts(group, decisions, named)
+    ]
+    decider.warn_if_idle([group for group, *_ in split])
     decider.index.let_go()
     rows = [
-        _row(index, group, decision, param)
-        for index, (group, decisions) in enumerate(split)
+        _row(index, group, decision, param, route)
+        for index, (group, decisions, route) in enumerate(split)
         for decision, param in zip(decisions, group["params"])
     ]
-    return SplitGroups((group for group, _ in split), rows)
-
-
-def _copied(params: Any) -> Any:
-    """Copy groups, into which torch writes as it reads them."""
-    groups = isinstance(params, (list, tuple)) and all(
-        isinstance(group, dict) for group in params
-    )
-    return [dict(group) for group in params] if groups else params
+    return SplitGroups((group for group, *_ in split), rows)
 
 
 def _parts(
@@ -170,7 +190,10 @@ def _parts(
         )
 
 
-def _row(index: int, group: Group, decision: Decision, param: Tensor) -> Row:
+def _row(
+    index: int, group: Group, decision: Decision, param: Tensor, route: str
+) -> Row:
     # The group's decay is that of its parameters already.
     share = decision._replace(decay=FULL)
-    return make_row(index, {"lr": float("nan"), **group}, share, None, param)
+    row = make_row(index, {"lr": float("nan"), **group}, share, None, param)
+    return replace(row, route=route)

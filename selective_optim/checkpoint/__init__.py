@@ -23,8 +23,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from selective_optim._text import received, shape_text
-from selective_optim.checkpoint.entries import (
+from selective_optim._entries import (
     WD,
     Entry,
     Hyper,
@@ -41,6 +40,7 @@ from selective_optim.checkpoint.entries import (
     without,
     write,
 )
+from selective_optim._text import received, shape_text
 from selective_optim.checkpoint.fitting import Fit as Fit
 from selective_optim.checkpoint.fitting import fit as fit
 from selective_optim.decisions.state_dict import (
@@ -49,6 +49,7 @@ from selective_optim.decisions.state_dict import (
     require_dict,
     require_whole,
 )
+from selective_optim.routes.loading import split_routes as split_routes
 
 
 def group_names(

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from selective_optim._text import aligned
-from selective_optim._torch import told_apart, without_wrappers
-from selective_optim.checkpoint.entries import (
+from selective_optim._entries import (
     WD,
     Entry,
     Hyper,
@@ -30,6 +28,8 @@ from selective_optim.checkpoint.entries import (
     without,
     write,
 )
+from selective_optim._text import aligned
+from selective_optim._torch import told_apart, without_wrappers
 from selective_optim.decisions.state_dict import RECORD, require_dict, require_whole
 from selective_optim.step.lasting import PER_PARAM
 

@@ -101,6 +101,8 @@ class Decider:
         self._pending: list[Pending] | None = None
         self._cleared: list[list[Row]] = []
         self._waiting_in: object = None  # a layout in which nothing is yet to be taken
+        # Decides for several optimizers together, one of which has this decider.
+        self.whole: Decider | None = None
 
     # Groups that come in.
 
@@ -179,11 +181,32 @@ class Decider:
 
     def decide_pending(self) -> None:
         """Decide for all groups of a constructor."""
+        pending = self.take_pending()
+        self.decide_for(pending, [self.policy, *(each.policy for each in pending)])
+
+    def take_pending(self) -> list[Pending]:
+        """Hand over the groups that were read, to be decided for otherwise."""
         pending, self._pending = self._pending or [], None
-        infos = self._infos(pending)
+        return pending
+
+    def decide_for(
+        self, coming: Sequence[Pending], strict: Iterable[Policy | None]
+    ) -> None:
+        """Decide for groups together; globs of strict policies match something."""
+        infos = self._infos(coming)
         self.index.require_members(infos)
-        strict = [self.policy, *(each.policy for each in pending)]
-        self._decide_for(pending, infos, strict)
+        self._decide_for(coming, infos, strict)
+
+    def ask(
+        self, policy: Policy, coming: Sequence[Pending], strict: bool
+    ) -> list[list[Decision]]:
+        """Ask another policy about groups, and record nothing."""
+        infos = self._infos(coming)
+        self.index.require_members(infos)
+        if strict:
+            every = list(chain(*infos))
+            require_matches(policy, every, self._matches, self.index.everyone)
+        return [self._ask(policy, own) for own in infos]
 
     def _infos(self, coming: Sequence[Pending]) -> list[list[ParameterInfo]]:
         """Describe the parameters of all groups in one go."""
@@ -225,6 +248,8 @@ class Decider:
             infos: What is known of their parameters.
             strict: Policies whose globs must each match something.
         """
+        if self.whole is not None and self._taken_from(self.whole, coming):
+            return
         together = list(zip(coming, infos, strict=True))
         for policy in {id(p): p for p in strict if p is not None}.values():
             mine = [i for each, own in together if each.policy is policy for i in own]
@@ -239,6 +264,17 @@ class Decider:
             pairs = zip(own, decisions, strict=True)
             rows = [self._table.record(i.parameter, d, each.policy) for i, d in pairs]
             self._table.append(each.group, rows)
+
+    def _taken_from(self, whole: Decider, coming: Sequence[Pending]) -> bool:
+        """Take over what was decided with the parameters of other optimizers."""
+        found = [[whole._table.row_of(p) for p in each.params] for each in coming]
+        if not all(chain(*found)):
+            return False
+        for each, own in zip(coming, found):
+            pairs = zip(each.params, filter(None, own))
+            rows = [self._table.record(p, r.decision, r.policy) for p, r in pairs]
+            self._table.append(each.group, rows)
+        return True
 
     def _bound(self, policies: Iterable[Policy | None]) -> dict[int, Policy | None]:
         """Give each policy a look at the model, once for all groups; by id."""
@@ -564,7 +600,7 @@ class Decider:
         """Warn once if a policy was given and nothing will decay."""
         rows = [row for rows in self._table.layout for row in rows]
         policy = next((row.policy for row in rows if row.policy is not None), None)
-        if policy is not None:
+        if policy is not None and self.whole is None:
             decays = [group["weight_decay"] for group in groups]
             multipliers = [row.decision.decay.multiplier for row in rows]
             warn_if_idle(policy, decays, multipliers, self._decays_elsewhere)
@@ -580,6 +616,13 @@ class Decider:
             return any(decision.decay.multiplier for decision in decisions)
 
         return self.index.remember(("decays", policy), ask)
+
+
+def part_of(whole: Decider) -> Decider:
+    """Make the decider of an optimizer that steps some of the parameters."""
+    decider = Decider()
+    decider.policy, decider.index, decider.whole = whole.policy, whole.index, whole
+    return decider
 
 
 def _modules_in(value: object) -> list[nn.Module]:

@@ -87,8 +87,8 @@ def is_hidden(place: ParameterInfo) -> bool:
         warn(
             f"which layer of {outputs.model} is its output is not sure, so "
             f"{', '.join(map(repr, outputs.names))} count as none of its hidden "
-            f"weights. Select by name what should, as in is_hidden_matrix | "
-            f"{outputs.names[-1]!r}."
+            f"weights. Name the output, Muon(..., output={outputs.names[-1]!r}); or "
+            f"select what is hidden, as is_hidden_matrix | {outputs.names[-1]!r} does."
         )
     return place.name not in outputs.names
 
@@ -239,6 +239,8 @@ is_hidden_matrix = Predicate(
 )
 # The same of two or more, convolutions and stacked experts included.
 is_hidden_weight = Predicate("is_hidden_weight", is_hidden, KNOWN)
+# A weight of two dimensions, be it an embedding or an output.
+is_matrix = Predicate("is_matrix", lambda p: p.ndim == 2 and layer_weight(p), KNOWN)
 # Of no shape, as of a lazy parameter, nothing is known.
 is_vector = Predicate("is_vector", lambda place: place.ndim in (0, 1), SHAPES)
 everything = Predicate("everything", lambda place: True)

@@ -1,0 +1,136 @@
+"""Muon for the hidden matrices of a model, and AdamW for the rest, in one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from selective_optim._optimizer import Model
+from selective_optim._warnings import warn
+from selective_optim.adamw import AdamW
+from selective_optim.policies.named import WdPolicy
+from selective_optim.policies.predicates import (
+    everything,
+    is_embedding,
+    is_hidden_matrix,
+    is_matrix,
+)
+from selective_optim.policies.selectors import Selector, as_selector
+from selective_optim.routes.routed import Routed
+
+# torch's, of its Newton-Schulz iteration (torch/optim/_muon.py).
+COEFFICIENTS = (3.4445, -4.775, 2.0315)
+
+
+class Muon(Routed):
+    """``Routed`` with ``torch.optim.Muon`` on hidden matrices and AdamW on the rest.
+
+    Hidden matrices are weights of two dimensions that are neither embedding nor output
+    layer (``policies.is_hidden_matrix``). What Muon does not take goes to AdamW:
+    convolutions and stacked experts, too, of which a warning tells the share. It is no
+    ``torch.optim.Muon``: ``selective(torch.optim.Muon)`` is that, and takes matrices
+    only.
+
+    Args:
+        params: As for ``Routed``.
+        lr: Rate of Muon, >= 0.
+        weight_decay: Of both, >= 0.
+        momentum: Decay rate of Muon's average of gradients.
+        nesterov: Whether Muon looks ahead.
+        ns_coefficients: Of its Newton-Schulz iteration.
+        eps: Added to the norm by which that divides.
+        ns_steps: How often it iterates.
+        adjust_lr_fn: How the rate follows the shape of a matrix: ``"original"`` (also
+            by default) or ``"match_rms_adamw"``, whose rates are those of AdamW.
+        rest: Arguments of AdamW.
+        output: Selects the output layer where it is not sure which one that is.
+        wd_policy: Who decays, under both.
+        model: The module, or modules, that the parameters live in.
+
+    Raises:
+        ImportError: This torch has no Muon (before 2.9).
+        TypeError: AdamW does not take one of the arguments in ``rest``.
+        ValueError: It cannot be told what a parameter is.
+
+    Warns:
+        UserWarning: The output layer is not sure; or a tenth or more of the elements
+            of weights have more than two dimensions.
+
+    Example:
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 9)
+        ... )
+        >>> optimizer = Muon(model.parameters(), output="2.*", rest=dict(lr=3e-4))
+        >>> [(row.name, row.route) for row in optimizer.decay_report()][:2]
+        [('1.weight', 'muon'), ('0.weight', 'adamw')]
+
+    Source:
+        ``torch/optim/_muon.py``; Jordan et al. 2024, "Muon: An optimizer for hidden
+        layers in neural networks".
+    """
+
+    _may_be_empty = True  # on some models one of the two steps nothing
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        *,
+        rest: Mapping[str, Any] | None = None,
+        output: Any = None,
+        wd_policy: WdPolicy = None,
+        model: Model = None,
+    ) -> None:
+        muon = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+        }
+        cls = getattr(torch.optim, "Muon", None)
+        if cls is None:
+            raise ImportError(
+                f"torch {torch.__version__} has no Muon; 2.9 has. Type "
+                f"pip install -U torch."
+            )
+        hidden: Selector = is_hidden_matrix
+        if output is not None:
+            hidden = is_matrix & ~is_embedding & ~as_selector(output)
+        super().__init__(
+            params,
+            {"muon": (hidden, cls, muon), "adamw": (everything, AdamW, rest or {})},
+            weight_decay=weight_decay,
+            wd_policy=wd_policy,
+            model=model,
+        )
+        self._warn_of_wide()
+
+    def _warn_of_wide(self) -> None:
+        """Tell the share of weights that Muon could step were they matrices."""
+        sizes = [p.numel() for group in self.param_groups for p in group["params"]]
+        # Tables of positions have a first dimension of 1.
+        wide = [
+            param.numel()
+            for group in self.param_groups
+            for param in group["params"]
+            if param.ndim > 2 and param.shape[0] > 1
+        ]
+        if 10 * sum(wide) >= sum(sizes) > 0:
+            warn(
+                f"torch's Muon steps matrices alone: {len(wide)} weights of more than "
+                f"two dimensions, {sum(wide) / sum(sizes):.0%} of all elements, are "
+                f"stepped by AdamW. Where Muon is to step convolutions, use "
+                f"selective_optim.selective(timm.optim.Muon)."
+            )

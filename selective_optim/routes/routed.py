@@ -1,0 +1,412 @@
+"""One optimizer of several classes, each of which steps the parameters of its route."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain, repeat
+from operator import is_
+from typing import Any
+
+import torch
+
+from selective_optim import _torch
+from selective_optim._arguments import copied_groups, require_numbers
+from selective_optim._optimizer import Model, SelectiveOptimizer, decider_for
+from selective_optim._warnings import warn
+from selective_optim.any_class import READING
+from selective_optim.decisions.decider import (
+    Decider,
+    Pending,
+    kept_on_error,
+    part_of,
+)
+from selective_optim.decisions.initial_values import base_rate
+from selective_optim.policies.base import Policy
+from selective_optim.policies.named import WdPolicy, as_policy
+from selective_optim.report import DecayReport, Row, remark_of
+from selective_optim.routes.loading import joined, loadable, warn_of_new
+from selective_optim.routes.route import Route, ask_routes, read_routes, unused
+from selective_optim.routes.states import States
+from selective_optim.step.grad_scaler import NO_SCALING, scaling_of
+
+Group = dict[str, Any]
+ROUTE, WD = "route", "weight_decay"
+OWN_KEYS = (ROUTE, "lr_scale")
+SCALING = ("grad_scale", "found_inf")
+
+
+class Routed(torch.optim.Optimizer):
+    """Steps each parameter by the class of the first route that takes it.
+
+    Outside it is one optimizer: one list of groups, one state, one state dict. Groups
+    are one per group of the user's and route; ``"route"`` in a group names it, and
+    ``optimizers`` has the optimizer of each route. The bits are those of separate
+    optimizers over the same parameters.
+
+    Args:
+        params: As for the optimizers of this library. A group's ``"lr"`` may be a
+            mapping from routes to rates; its ``"lr_scale"`` is a factor on the rate of
+            every route. A group with a ``"route"`` goes there as it is.
+        routes: From a name to a selector (as those of ``policies``), a class (any that
+            ``selective`` serves) and the arguments for it.
+        weight_decay: Of every route whose arguments have none, >= 0; by default that
+            of its class.
+        wd_policy: Who decays, as for the optimizers of this library. A route may bring
+            its own among its arguments.
+        model: The module, or modules, that the parameters live in.
+
+    Raises:
+        TypeError: A route is not written as one, or its class does not take an
+            argument.
+        ValueError: No route takes a parameter, or a route takes none; or a class
+            refuses what its route takes.
+
+    Example:
+        >>> from selective_optim import AdamW
+        >>> from selective_optim.policies import is_hidden_matrix
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 9)
+        ... )
+        >>> optimizer = Routed(model, {
+        ...     "body": ("1.weight", torch.optim.RMSprop, dict(lr=0.02)),
+        ...     "adamw": ("*", AdamW, dict(lr=3e-4)),
+        ... }, weight_decay=0.1, wd_policy="no_bias")
+        >>> [(group["route"], group["lr"]) for group in optimizer.param_groups]
+        [('body', 0.02), ('adamw', 0.0003)]
+    """
+
+    _decider: Decider
+    optimizers: dict[str, SelectiveOptimizer]
+    _may_be_empty = False  # whether a route may take nothing
+
+    # Construction.
+
+    def __init__(
+        self,
+        params: Any,
+        routes: Mapping[str, Any],
+        *,
+        weight_decay: float | None = None,
+        wd_policy: WdPolicy = None,
+        model: Model = None,
+    ) -> None:
+        self._routes = read_routes(routes)
+        require_numbers({WD: weight_decay})
+        self._decider = decider_for(model, wd_policy)
+        self.optimizers = {}
+        known = self._decider.read(copied_groups(params))
+        super().__init__(known, dict(READING))
+        parts = self._decided_parts(self._decider.take_pending(), strict=True)
+        self._common = {} if weight_decay is None else {WD: weight_decay}
+        for route in self._routes:
+            mine = [group for group in parts if group[ROUTE] == route.name]
+            if mine:
+                self._make(route, mine)
+        self._link([group[ROUTE] for group in parts])
+        first = self.param_groups[0]
+        self.defaults = {key: first.get(key) for key in ("lr", WD)}
+        self._decider.warn_if_idle(self.param_groups)
+        self._decider.index.let_go()
+
+    def _make(self, route: Route, groups: list[Group]) -> None:
+        arguments = {**self._common, **route.arguments}
+        arguments["wd_policy"] = part_of(self._decider)
+        self.optimizers[route.name] = route.make(groups, arguments)
+
+    def _read_group(self, param_group: Any) -> None:
+        """Take a group as torch does; it is decided for when all are there."""
+        keys = {key for route in self._routes for key in route.keys}
+        policy, group = self._decider.unpack(param_group, [*keys, *OWN_KEYS])
+        given = set(group) if isinstance(group, dict) else READING.keys()
+        super().add_param_group(group)
+        for key in READING.keys() - given:
+            del self.param_groups[-1][key]
+        self._decider.add_group(self.param_groups, policy, group is not param_group)
+
+    def _decided_parts(self, coming: Sequence[Pending], strict: bool) -> list[Group]:
+        """Split groups by route, and decide for what each route takes.
+
+        Args:
+            coming: Groups that were read.
+            strict: Whether every route must take something, as in a constructor.
+        """
+        decider, policies = self._decider, dict[str, Policy | None]()
+        taken = ask_routes(decider, self._routes, coming, self.param_groups, strict)
+        if strict and (told := unused(self._routes, taken)):
+            if not self._may_be_empty:
+                raise ValueError(told)
+            warn(told)
+        for route in self._routes:
+            own = route.arguments.get("wd_policy")
+            policies[route.name] = decider.policy if own is None else as_policy(own)
+        every = {key for route in self._routes for key in route.keys}
+        parts, pending = list[Group](), list[Pending]()
+        first = 0 if strict else len(self.param_groups) - len(coming)
+        for each, names in zip(coming, taken):
+            group = self.param_groups[each.group]
+            for route in self._routes:
+                chosen = [i for i, name in enumerate(names) if name == route.name]
+                if not chosen:
+                    continue
+                part = route.part(group, chosen, every)
+                own_policy = each.policy is not decider.policy
+                policy = each.policy if own_policy else policies[route.name]
+                told = part.get("param_names", ())
+                lr0s = repeat(base_rate(part))
+                index = first + len(parts)
+                pending.append(Pending(index, part["params"], told, policy, lr0s))
+                parts.append(part)
+        asked = [each.policy for each in pending] if strict else ()
+        decider.decide_for(pending, [decider.policy, *asked] if strict else [])
+        return parts
+
+    def _link(self, order: Sequence[str]) -> None:
+        """List the groups of all routes, in the order of their routes that is given."""
+        groups = {name: iter(o.param_groups) for name, o in self.optimizers.items()}
+        self.param_groups = [next(groups[name]) for name in order]
+
+    @_torch.disable_dynamo
+    def add_param_group(self, param_group: Any) -> None:
+        """Add a parameter group, split by routes.
+
+        Args:
+            param_group: As for the constructor.
+
+        Raises:
+            ValueError: It cannot be routed or decided; then nothing is added.
+        """
+        if not self.optimizers:
+            self._read_group(param_group)
+            return
+        self._distribute()
+        before = list(self.param_groups)
+        self._decider.read(())
+        try:
+            with kept_on_error([param_group]):
+                self._read_group(*copied_groups([param_group]))
+                parts = self._decided_parts(self._decider.take_pending(), strict=False)
+                self.param_groups[len(before) :] = []
+                for part in parts:
+                    self._add_part(part)
+        except BaseException:
+            self._decider.take_pending()
+            self.param_groups[:] = before
+            self._distribute()
+            raise
+
+    def _add_part(self, part: Group) -> None:
+        [route] = [route for route in self._routes if route.name == part[ROUTE]]
+        if route.name not in self.optimizers:
+            self._make(route, [part])
+        else:
+            route.require_served(part)
+            self.optimizers[route.name].add_param_group(part)
+        self.param_groups.append(self.optimizers[route.name].param_groups[-1])
+
+    def _distribute(self) -> None:
+        """Give each route's optimizer the groups that now stand in the list."""
+        mine: dict[str, list[Group]] = {name: [] for name in self.optimizers}
+        for index, group in enumerate(self.param_groups):
+            if group.get(ROUTE) not in mine:
+                raise ValueError(
+                    f"group {index} has the route {group.get(ROUTE)!r}, and the routes "
+                    f"are {', '.join(map(repr, mine))}. Add a group by "
+                    f"optimizer.add_param_group(dict(params=...))."
+                )
+            mine[group[ROUTE]].append(group)
+        for name, groups in mine.items():
+            known = self.optimizers[name].param_groups
+            if len(known) != len(groups) or not all(map(is_, known, groups)):
+                self._require_whole(name, groups)
+                self.optimizers[name].param_groups = groups
+
+    def _require_whole(self, name: str, groups: Sequence[Group]) -> None:
+        keys = self.optimizers[name].defaults.keys()
+        for group in groups:
+            if missing := sorted(keys - group.keys()):
+                raise ValueError(
+                    f"a group of route {name!r} has no {missing[0]!r}: it was made for "
+                    f"another class. Make a new optimizer with other routes, and load "
+                    f"this one's state_dict() into it."
+                )
+
+    # What all routes have together.
+
+    @property
+    def state(self) -> Any:
+        """State tensors by parameter, of all routes."""
+        return States(self.optimizers)
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        for optimizer in self.optimizers.values():
+            params = chain(*(group["params"] for group in optimizer.param_groups))
+            own = ((param, value[param]) for param in params if param in value)
+            optimizer.state = defaultdict(dict, own)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        optimizers = self.optimizers.values()
+        return all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
+
+    @property
+    def wd_policy(self) -> Policy | None:
+        """Who decays. Assigning decides anew for every parameter, or raises."""
+        return self._decider.policy
+
+    @wd_policy.setter
+    def wd_policy(self, wd_policy: WdPolicy) -> None:
+        self._distribute()
+        optimizers = list(self.optimizers.values())
+        before = self._decider.snapshot(self.param_groups, {})
+        each = [o._decider.snapshot(o.param_groups, o.defaults) for o in optimizers]
+        self._decider.assign(wd_policy, self.param_groups)
+        try:
+            for optimizer in optimizers:
+                optimizer.wd_policy = self._decider.policy
+        except BaseException:
+            self._decider = Decider.restored(before, self.param_groups)
+            for optimizer, snapshot in zip(optimizers, each):
+                restored = Decider.restored(snapshot, optimizer.param_groups)
+                optimizer._decider = restored
+                restored.whole = self._decider
+                optimizer._decided_anew()
+            raise
+
+    def decay_report(self) -> DecayReport:
+        """Tell what decays, and by which route it is stepped."""
+        self._distribute()
+        rows: dict[int, list[Row]] = {}
+        reports = {name: o.decay_report() for name, o in self.optimizers.items()}
+        for name, report in reports.items():
+            own = [i for i, g in enumerate(self.param_groups) if g[ROUTE] == name]
+            for row in report.rows:
+                told = replace(row, group=own[row.group], route=name)
+                rows.setdefault(told.group, []).append(told)
+        remark = remark_of(*[report.remark for report in reports.values()])
+        return DecayReport(tuple(r for i in sorted(rows) for r in rows[i]), remark)
+
+    def __repr__(self) -> str:
+        policy = "" if self.wd_policy is None else f"wd_policy: {self.wd_policy!r}\n"
+        return f"{super().__repr__().removesuffix(')')}{policy})"
+
+    # Stepping.
+
+    @_torch.run_as_is
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient by the class of its route.
+
+        Args:
+            closure: Reevaluates the model and returns the loss; called once.
+
+        Returns:
+            What the closure returned, or ``None``.
+
+        Raises:
+            ValueError: A group has no route of this optimizer; nothing is stepped.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        _distribute(self)
+        with self._scaled():
+            for optimizer in self.optimizers.values():
+                _torch.unhooked(type(optimizer).step)(optimizer)
+        return loss
+
+    @contextmanager
+    def _scaled(self) -> Iterator[None]:
+        """Hand on what a ``GradScaler`` lays on this optimizer for the step."""
+        scaling = scaling_of(self)
+        told = () if scaling == NO_SCALING else self.optimizers.values()
+        for optimizer in told:
+            vars(optimizer).update(zip(SCALING, scaling))
+        try:
+            yield
+        finally:
+            for optimizer in told:
+                for name in SCALING:
+                    vars(optimizer).pop(name, None)
+
+    # State dicts and copies.
+
+    @_torch.disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """Return one state dict of torch's shape, whose groups have a ``"route"``."""
+        self._distribute()
+
+        def save(*_: object) -> dict[str, Any]:
+            saved = {name: o.state_dict() for name, o in self.optimizers.items()}
+            return joined(saved, [group[ROUTE] for group in self.param_groups])
+
+        # Before hooks of the user's, which may put the state dict into another.
+        handle = self.register_state_dict_post_hook(save, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    @_torch.disable_dynamo
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Load a state dict of this class, or those of separate optimizers.
+
+        What is not where it was saved is found by name. A parameter that another
+        route steps now begins anew, and so does one that was not saved.
+
+        Args:
+            state_dict: What ``state_dict()`` returned; or a list of the state dicts
+                of separate optimizers in the order of the routes, or a mapping from
+                routes to them; or one of an optimizer that tells its two halves by
+                ``"use_muon"``, ``"use_fallback"``, ``"algorithm"`` or ``"kind"``.
+
+        Raises:
+            ValueError: It has other routes, or does not fit; then nothing is loaded.
+
+        Warns:
+            UserWarning: Some parameters begin anew, or decay otherwise than was saved.
+        """
+        self._distribute()
+        for hook in _torch.hooks_of(self, "load_state_dict_pre"):
+            adapted = hook(self, state_dict)
+            state_dict = state_dict if adapted is None else adapted
+        decided = {
+            name: o._decider.readable(o.param_groups, o.defaults)
+            for name, o in self.optimizers.items()
+        }
+        groups = {name: o.param_groups for name, o in self.optimizers.items()}
+        saved, new = loadable(state_dict, groups, decided)
+        for name, optimizer in self.optimizers.items():  # before anything is loaded
+            optimizer._require_loadable(saved[name], decided[name])
+        warn_of_new(new)
+        order = [group[ROUTE] for group in self.param_groups]
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(saved[name])
+        self._link(order)
+        for hook in _torch.hooks_of(self, "load_state_dict_post"):
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "defaults": self.defaults,
+            "param_groups": self.param_groups,
+            "optimizers": self.optimizers,
+            "_routes": self._routes,
+            "_common": self._common,
+            "decider": self._decider.snapshot(self.param_groups, {}),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        rest = dict(state)
+        decider = rest.pop("decider")
+        self.optimizers = rest["optimizers"]
+        super().__setstate__(rest)
+        self._decider = Decider.restored(decider, self.param_groups)
+        for optimizer in self.optimizers.values():
+            optimizer._decider.whole = self._decider
+
+
+_distribute = _torch.disable_dynamo(Routed._distribute)
