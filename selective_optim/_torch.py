@@ -105,10 +105,6 @@ def _copy_each_(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         tensor.copy_(value)
 
 
-def _flatten_each(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
 def _unflatten_each(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
     parts = torch.split(flat, [tensor.numel() for tensor in like])
     return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
@@ -117,7 +113,11 @@ def _unflatten_each(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
 PASS = f"passes of decay {EACH}"
 foreach_copy_ = _find("torch:_foreach_copy_", PASS, _copy_each_)
 # In a third of the time of Python's own: 0.3 and 0.9 ms for 1,000 tensors.
-flatten = _find("torch._utils:_flatten_dense_tensors", PASS, _flatten_each)
+flatten = _find(
+    "torch._utils:_flatten_dense_tensors",
+    PASS,
+    lambda tensors: torch.cat([tensor.reshape(-1) for tensor in tensors]),
+)
 unflatten = _find("torch._utils:_unflatten_dense_tensors", PASS, _unflatten_each)
 
 
@@ -173,26 +173,17 @@ class TensorProof:
 sparse_values = methodcaller("_values")  # those that are stored, as one tensor
 
 
-def _unscale_each_(grads: Sequence[Tensor], _: Tensor, inverse: Tensor) -> None:
-    _mul_each_(grads, inverse)
-
-
 amp_unscale_ = _find(
     "torch:_amp_foreach_non_finite_check_and_unscale_",
     f"unscaling {EACH}",
-    _unscale_each_,
+    lambda grads, _, inverse: _mul_each_(grads, inverse),
 )
 
 
 def check_graph_capture(optimizer: torch.optim.Optimizer) -> None:
     """Run torch's check of ``capturable``, whatever this torch calls it."""
-    for name in (
-        "_accelerator_graph_capture_health_check",
-        "_cuda_graph_capture_health_check",
-    ):
-        if hasattr(optimizer, name):
-            getattr(optimizer, name)()
-            return
+    older = getattr(optimizer, "_cuda_graph_capture_health_check", lambda: None)
+    getattr(optimizer, "_accelerator_graph_capture_health_check", older)()
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -406,21 +397,16 @@ def placed_as(tensor: Any, param: Any) -> Tensor:
 
     A whole one is the same on every rank, so that nothing need be sent.
     """
-    cls = dtensor_class()
-    sharded = type(tensor) is cls
-    placed = tensor
-    if type(param) is cls:
-        mesh, places = placement(param)
-        share = import_module("torch.distributed.tensor").distribute_tensor
-        placed = (
-            tensor.redistribute(mesh, places)
-            if sharded
-            else share(tensor, mesh, places, src_data_rank=None)
-        )
+    placed: Tensor = tensor
+    sharded = type(tensor) is dtensor_class()
+    if type(param) is not dtensor_class():
+        placed = tensor.full_tensor() if sharded else tensor
     elif sharded:
-        placed = tensor.full_tensor()
-    whole: Tensor = placed
-    return whole
+        placed = tensor.redistribute(*placement(param))
+    else:
+        share = import_module("torch.distributed.tensor").distribute_tensor
+        placed = share(tensor, *placement(param), src_data_rank=None)
+    return placed
 
 
 def placement(tensor: Any) -> tuple[Any, Any]:
