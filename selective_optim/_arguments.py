@@ -17,11 +17,7 @@ NUMBERS = ("lr", "weight_decay", "momentum", "dampening", "eps", "betas")
 
 
 def require_numbers(group: Mapping[str, object], where: str = "") -> None:
-    """Check that hyperparameters are no texts, as YAML makes of ``1e-3``.
-
-    Raises:
-        TypeError: One is.
-    """
+    """Raise TypeError for hyperparameters that are texts, as YAML makes of ``1e-3``."""
     for name, value in group.items():
         values = value if name == "betas" and isinstance(value, tuple) else (value,)
         for each in values if name in NUMBERS else ():
@@ -50,11 +46,7 @@ def copied_groups(params: Any) -> Any:
 
 
 def require_decay(optimizer: Any, purpose: str) -> None:
-    """Check that every group of an optimizer has a weight decay.
-
-    Raises:
-        ValueError: One has none.
-    """
+    """Raise ValueError if a group of an optimizer has no weight decay."""
     for index, group in enumerate(optimizer.param_groups):
         if "weight_decay" not in group:
             raise ValueError(

@@ -34,14 +34,7 @@ def warn_if_idle(
     multipliers: Collection[float],
     decays_elsewhere: Callable[[P], bool],
 ) -> None:
-    """Warn if a policy was given and nothing will decay.
-
-    Args:
-        policy: The policy.
-        decays: The ``weight_decay`` of every group.
-        multipliers: What the policy gives every parameter.
-        decays_elsewhere: Tells whether it decays any other parameter of the model.
-    """
+    """Warn if a policy decays no parameter here or elsewhere, or no group decays."""
     if all(map(is_zero, decays)):
         warn(
             f"`weight_decay` is 0 in every group, so `wd_policy` {policy!r} "
@@ -119,17 +112,9 @@ def warn_of_changes(
 ) -> None:
     """Warn once if a checkpoint was made with other decisions than those now taken.
 
-    An entry that cannot be read, as of another version, is not compared. Without
-    a record, a checkpoint that takes the decay from parameters is told: groups split by
-    hand that became merged ones do, where the first of a group was exempt.
-
-    Args:
-        decided: What is decided for every parameter here.
-        before: The ``weight_decay`` of every group before loading.
-        param_groups: The groups after it.
-        saved: What the state dict records of every parameter, if anything.
-        now: What one of this optimizer records.
-        advice: How to continue as before.
+    An entry of ``saved`` that cannot be read, as of another version, is not compared.
+    Without a record, a checkpoint that takes the decay from parameters is told: groups
+    split by hand that became merged ones do, where the first of a group was exempt.
     """
     if saved is not None and (changes := _changes(decided, saved, now)):
         warn(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import io
 import re
 import statistics
 from pathlib import Path
+from tokenize import COMMENT, generate_tokens
 
 import pytest
 import torch
@@ -99,14 +101,16 @@ def function_lengths() -> dict[str, int]:
 def counts() -> dict[str, float]:
     """Count what makes the package easy or hard to hold in the head."""
     texts = [path.read_text() for path in FILES.values()]
-    lines = [line.strip() for text in texts for line in text.splitlines()]
+    lines = sum(len(text.splitlines()) for text in texts)
+    tokens = [generate_tokens(io.StringIO(text).readline) for text in texts]
+    comments = sum(token.type == COMMENT for each in tokens for token in each)
     lengths = sorted(function_lengths().values())
     return {
-        "lines": len(lines),
+        "lines": lines,
         "files": len(FILES),
         "files in the root": sum(path.parent == ROOT for path in FILES.values()),
         "floors": max(map(height, FILES)),
-        "comments in %": 100 * sum(line[:1] == "#" for line in lines) / len(lines),
+        "comments in %": 100 * comments / lines,
         "lines of the median function": statistics.median(lengths),
         "lines of nine functions in ten": lengths[len(lengths) * 9 // 10],
         "lines of the longest function": lengths[-1],
@@ -115,7 +119,7 @@ def counts() -> dict[str, float]:
 
 # No count may grow but that of comments. Lower a limit when you have reached less.
 MOST = {
-    "lines": 15_942,
+    "lines": 15_768,
     "files": 69,
     "files in the root": 20,
     "floors": 13,
@@ -123,7 +127,7 @@ MOST = {
     "lines of nine functions in ten": 19,
     "lines of the longest function": 43,
 }
-LEAST = {"comments in %": 3.0}
+LEAST = {"comments in %": 4.4}
 
 
 def test_the_house_stays_small():

@@ -49,19 +49,12 @@ class CellKey(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """Parameters that always go through a kernel together.
-
-    Args:
-        key: What they have in common.
-        label: Names one of them in messages.
-        positions: Their numbers among all parameters of all groups.
-        inits: What they decay towards, where that is a tensor for each.
-    """
+    """Parameters that always go through a kernel together."""
 
     key: CellKey
-    label: str
-    positions: list[int]
-    inits: list[Tensor]
+    label: str  # names one of them in messages
+    positions: list[int]  # among all parameters of all groups
+    inits: list[Tensor]  # what they decay towards, where that is a tensor for each
 
 
 def make_cells(parts: Sequence[Part], params: Sequence[DecidedParam]) -> list[Cell]:
@@ -149,13 +142,7 @@ class Bucket:
         self.setting, self.single_thread = setting, single_thread
 
     def load(self, part: slice, params: list[Tensor], columns: Lists) -> None:
-        """Take in the tensors of the steps to come.
-
-        Args:
-            part: Which of the tensors are this bucket's.
-            params: As the kernel gets them.
-            columns: The tensors of each state entry.
-        """
+        """Take in this bucket's part of the tensors of the steps to come."""
         batch = self.batch
         batch.params[:] = params[part]
         for mine, column in zip((*batch.moments, batch.steps), columns):

@@ -170,10 +170,6 @@ def find_stacks(roots: Sequence[nn.Module], layers: Layers) -> list[list[nn.Modu
     Of nested matches of a glob the outer counts, and the name of one container stands
     for what it contains. A list of globs is one stack each. ``None`` takes the run of
     blocks that holds most of the parameters.
-
-    Raises:
-        ValueError: A glob names no blocks, two globs match one module, or no single
-            run of blocks holds most of the parameters.
     """
     if layers is None:
         return [_found(roots)]

@@ -112,9 +112,6 @@ class Distances:
     Of several stacks of blocks each has its own depth, for everything in the module
     around this stack and no other. Modules around all stacks are the top; embeddings
     and modules before the stacks lie below the first blocks of the deepest.
-
-    Raises:
-        ValueError: No blocks are found, or more than one list of them.
     """
 
     def __init__(self, roots: Sequence[nn.Module], layers: Layers) -> None:

@@ -283,11 +283,7 @@ class Reader:
         self.text = text
 
     def read(self) -> Policy:
-        """Read the text.
-
-        Raises:
-            PolicyTextError: It cannot be read; the message shows where.
-        """
+        """Read the text."""
         try:
             body = ast.parse(self.text, mode="eval").body
         except SyntaxError as error:

@@ -52,12 +52,8 @@ RWKV_RATES = (
 class Recipe(Policy):
     """Another project's rule.
 
-    Args:
-        name: The project.
-        known: What must be known of a parameter to decide.
-        exempts: Gives the reason to exempt a parameter, or ``None`` to decay it.
-        listed: Gives the reason to exempt what the model's own methods list.
-        lists: What the modules list, each asked once.
+    ``exempts`` gives the reason to exempt a parameter, or ``None`` to decay it, and
+    ``listed`` the reason to exempt what the model's own methods list.
     """
 
     name: str

@@ -149,11 +149,7 @@ def class_text(cls: type[nn.Module]) -> str:
 
 
 def loaded_class(name: str) -> type[nn.Module] | None:
-    """Find a module class by name, or by its path, among those that are loaded.
-
-    Raises:
-        ValueError: Several classes bear the name.
-    """
+    """Find a loaded module class by name, which several may bear, or by its path."""
     # A bare name is torch.nn's first, which has quantized namesakes.
     at_path = _at_path(f"torch.{name}") or _at_path(f"torch.nn.{name}")
     at_path = at_path or _at_path(name)
@@ -188,16 +184,16 @@ class Selector:
         return (self,)
 
     def __or__(self, other: object) -> Selector:
-        return _joined(AnyOf, "|", self, other)
+        return _joined("|", self, other)
 
     def __ror__(self, other: object) -> Selector:
-        return _joined(AnyOf, "|", other, self)
+        return _joined("|", other, self)
 
     def __and__(self, other: object) -> Selector:
-        return _joined(AllOf, "&", self, other)
+        return _joined("&", self, other)
 
     def __rand__(self, other: object) -> Selector:
-        return _joined(AllOf, "&", other, self)
+        return _joined("&", other, self)
 
     def __invert__(self) -> Selector:
         return Not(self)
@@ -312,9 +308,14 @@ class Question(Selector):
 
 @dataclass(frozen=True, repr=False)
 class Joined(Selector):
-    """Several selectors that answer together."""
+    """Selects what any of its parts selects (``|``), or what all of them do (``&``)."""
 
+    sign: Literal["|", "&"]
     parts: tuple[Selector, ...]
+
+    def __repr__(self) -> str:
+        text = repr if self.sign == "|" else _inner_text
+        return f" {self.sign} ".join(map(text, self.parts))
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]  # that of the parts
@@ -324,25 +325,9 @@ class Joined(Selector):
     def leaves(self) -> tuple[Selector, ...]:
         return tuple(chain.from_iterable(part.leaves for part in self.parts))
 
-
-class AnyOf(Joined):
-    """Selects what any of its parts selects."""
-
-    def __repr__(self) -> str:
-        return " | ".join(map(repr, self.parts))
-
     def matches(self, info: ParameterInfo) -> bool:
-        return any(part.matches(info) for part in self.parts)
-
-
-class AllOf(Joined):
-    """Selects what all of its parts select."""
-
-    def __repr__(self) -> str:
-        return " & ".join(map(_inner_text, self.parts))
-
-    def matches(self, info: ParameterInfo) -> bool:
-        return all(part.matches(info) for part in self.parts)
+        found = (part.matches(info) for part in self.parts)
+        return any(found) if self.sign == "|" else all(found)
 
 
 @dataclass(frozen=True, repr=False)
@@ -370,21 +355,22 @@ def _inner_text(part: Selector) -> str:
     return f"({part!r})" if isinstance(part, Joined) else repr(part)
 
 
-def _joined(kind: type[Joined], sign: str, *items: object) -> Selector:
+def _joined(sign: Literal["|", "&"], *items: object) -> Selector:
     try:
         chosen = list(map(as_selector, items))
     except TypeError as error:
         raise TypeError(f"`{sign}` joins selectors: {error}") from None
-    parts = (s.parts if type(s) is kind else (s,) for s in chosen)
-    return kind(tuple(chain.from_iterable(parts)))
+    parts: list[Selector] = []
+    for each in chosen:
+        if isinstance(each, Joined) and each.sign == sign:
+            parts += each.parts
+        else:
+            parts.append(each)
+    return Joined(sign, tuple(parts))
 
 
 def as_selector(item: object) -> Selector:
-    """Make a selector of a glob, pattern, class, module, parameter or callable.
-
-    Raises:
-        TypeError: ``item`` is none of these.
-    """
+    """Make a selector of a glob, pattern, class, module, parameter or callable."""
     if isinstance(item, Selector):
         return item
     if isinstance(item, (str, re.Pattern)):
