@@ -12,6 +12,7 @@ import ast
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from types import FunctionType
 from typing import Any, Literal, TypeAlias
 
@@ -305,7 +306,7 @@ class Reader:
         elif isinstance(node, ast.Name):
             policy = NAMED.get(node.id)
         elif isinstance(node, ast.Dict):
-            policy = self._called(node, first_match, [self._dict(node)])
+            policy = self._called(node, partial(first_match, self._dict(node)))
         if policy is None:
             raise self._not_a_policy(node)
         return policy
@@ -338,17 +339,11 @@ class Reader:
             if keyword.arg is None:
                 raise self._wrong(keyword.value, "`**` cannot stand here.", TYPE_THIS)
             keywords[keyword.arg] = self._argument(keyword.value)
-        return self._called(node, function, arguments, keywords)
+        return self._called(node, partial(function, *arguments, **keywords))
 
-    def _called(
-        self,
-        node: ast.expr,
-        function: Callable[..., Any],
-        arguments: list[Any],
-        keywords: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def _called(self, node: ast.expr, call: Callable[[], Any]) -> Any:
         try:
-            return function(*arguments, **(keywords or {}))
+            return call()
         except (TypeError, ValueError, re.error) as error:
             text = str(error)
             told = text if text.endswith(".") else f"{text}."
@@ -418,7 +413,7 @@ class Reader:
             told = "re.compile takes a text and flags."
             raise self._wrong(node, told, r"Write for example re.compile('\\.bias$').")
         value = self._flags(flags[0]) if flags else 0
-        compiled: re.Pattern[str] = self._called(node, re.compile, [text, value])
+        compiled: re.Pattern[str] = self._called(node, partial(re.compile, text, value))
         return compiled
 
     def _flags(self, node: ast.expr) -> int:
