@@ -156,7 +156,7 @@ def test_every_candidate_is_left_out_of_hidden_weights_with_one_warning(case):
     assert len(caught) == 1
     assert set(names).isdisjoint(hidden)
     assert all(repr(name) in str(caught[0].message) for name in names)
-    line = re.search(r"as in (.*)\.$", str(caught[0].message))[1]
+    line = re.search(r"as in (.*), or tell", str(caught[0].message))[1]
     [selector] = parse(f"only({line})").selectors
     assert names[-1] in selected(model, selector)
 

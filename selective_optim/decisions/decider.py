@@ -276,6 +276,12 @@ class Decider:
             self._table.append(each.group, rows)
         return True
 
+    def gather(self, part: Decider, groups: Sequence[Group]) -> None:
+        """Take over what one of the optimizers has decided or inherited by itself."""
+        for group, rows in zip(groups, part.rows(groups, {})):
+            for param, row in zip(group["params"], rows):
+                self._table.record(param, row.decision, row.policy)
+
     def _bound(self, policies: Iterable[Policy | None]) -> dict[int, Policy | None]:
         """Give each policy a look at the model, once for all groups; by id."""
         modules = self.index.modules()
@@ -306,6 +312,11 @@ class Decider:
         rows = [row for row in map(self._table.row_of, params) if row is not None]
         departing = (row.policy for row in rows if row.decision.decay != FULL)
         return next(departing, None)
+
+    def name_of(self, param: Tensor) -> str | None:
+        """Return the name by which a parameter was decided."""
+        row = self._table.row_of(param)
+        return None if row is None else row.decision.telling_name
 
     def rows(
         self, groups: Sequence[Group], defaults: Mapping[str, Any]

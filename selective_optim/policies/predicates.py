@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 from torch import nn
 
@@ -51,6 +52,7 @@ class Outputs:
     names: tuple[str, ...]  # all candidates; where `sure`, the outputs and no others
     sure: bool = True
     told: bool = False  # whether a warning has named the candidates
+    visible: frozenset[str] = frozenset()  # all names of what is not hidden
 
 
 def is_weight(place: ParameterInfo) -> bool:
@@ -87,19 +89,33 @@ def is_hidden(place: ParameterInfo) -> bool:
         warn(
             f"which layer of {outputs.model} is its output is not sure, so "
             f"{', '.join(map(repr, outputs.names))} count as none of its hidden "
-            f"weights. Name the output, Muon(..., output={outputs.names[-1]!r}); or "
-            f"select what is hidden, as is_hidden_matrix | {outputs.names[-1]!r} does."
+            f"weights. Select by name what should, as in is_hidden_matrix | "
+            f"{outputs.names[-1]!r}, or tell Muon output={outputs.names[-1]!r}."
         )
-    return place.name not in outputs.names
+    return place.name not in outputs.visible
 
 
 def _outputs(root: nn.Module) -> Outputs:
-    return index_of(root).remember("outputs", lambda: _find(root))
+    def ask() -> Outputs:
+        weights = [
+            i for i in index_of(root).everyone() if any(map(is_weight, i.places))
+        ]
+        found = _find(root, weights)
+        # A tie is one with an embedding, wherever it is met first; and what is called
+        # an output may be that of a part, of which no accessor tells.
+        visible = [
+            info.names
+            for info in weights
+            if not all(map(is_weight, info.places))
+            or not set(found.names).isdisjoint(info.names)
+            or any(_head(place) is not None for place in info.places)
+        ]
+        return replace(found, visible=frozenset(chain(*visible)))
+
+    return index_of(root).remember("outputs", ask)
 
 
-def _find(root: nn.Module) -> Outputs:
-    infos = index_of(root).everyone()
-    weights = [info for info in infos if any(map(is_weight, info.places))]
+def _find(root: nn.Module, weights: list[ParameterInfo]) -> Outputs:
     model = type(root).__name__
     for _, module in whole(root):
         found = _said(module, weights)

@@ -131,7 +131,7 @@ def loadable(
     for name, own in groups.items():
         fitted[name] = saved.get(name, {"state": {}, "param_groups": []})
         if not _fits(fitted[name], own, decided[name]):
-            fitted[name] = _by_name(fitted[name], own, decided[name], new)
+            fitted[name] = _by_name(name, fitted[name], own, decided[name], new)
         for group in fitted[name]["param_groups"]:
             group[ROUTE] = name
     return fitted, new
@@ -196,32 +196,38 @@ def _names(decided: Decided) -> list[str | None]:
 
 
 def _by_name(
-    saved: StateDict, groups: Sequence[Group], decided: Decided, new: list[str]
+    name: str,
+    saved: StateDict,
+    groups: Sequence[Group],
+    decided: Decided,
+    new: list[str],
 ) -> StateDict:
     """Give each parameter the state that was saved under its name for its route.
 
     Args:
-        saved: What was saved for the route.
+        name: Of the route.
+        saved: What was saved for it.
         groups: Its groups, whose hyperparameters stay where nothing was saved.
         decided: What was decided for their parameters.
         new: Takes the labels of those for which nothing was saved.
     """
     way_out = (
-        "Load merge_groups(state_dict, group_names(groups, model)) of "
-        "selective_optim.checkpoint in its place, where groups are those that saved."
+        f"Load merge_groups(state_dict, group_names(groups, model), order=[row.name "
+        f"for row in optimizer.decay_report() if row.route == {name!r}]) of "
+        f"selective_optim.checkpoint in its place, where groups are those that saved."
     )
     entries = read(saved, None, way_out)
     packed: list[tuple[Hyper, list[Entry]]] = []
     for index, (group, own) in enumerate(zip(groups, decided)):
         mine, rest = [], without(group, PER_PARAM)
         for place, decision in enumerate(own):
-            name = str(decision.telling_name)
-            if name not in entries:
+            known = str(decision.telling_name)
+            if known not in entries:
                 new.append(decision.label(index, place))
-            mine.append(entries.get(name, Entry(name, name, hyper=rest)))
-        known = [entry for entry in mine if entry.state is not None]
+            mine.append(entries.get(known, Entry(known, known, hyper=rest)))
+        found = [entry for entry in mine if entry.state is not None]
         way_out = "Make this optimizer with groups as they were saved."
-        hyper = {**rest, **without(merged(known, way_out), KEYS)} if known else rest
+        hyper = {**rest, **without(merged(found, way_out), KEYS)} if found else rest
         packed.append((hyper, mine))
     whole = write(saved, packed)
     return whole | (recorded(saved, packed) if RECORD in saved else {})

@@ -18,6 +18,7 @@ from selective_optim.policies.predicates import (
     is_matrix,
 )
 from selective_optim.policies.selectors import Selector, as_selector
+from selective_optim.report import amount
 from selective_optim.routes.routed import Routed
 
 # torch's, of its Newton-Schulz iteration (torch/optim/_muon.py).
@@ -129,8 +130,8 @@ class Muon(Routed):
         ]
         if 10 * sum(wide) >= sum(sizes) > 0:
             warn(
-                f"torch's Muon steps matrices alone: {len(wide)} weights of more than "
-                f"two dimensions, {sum(wide) / sum(sizes):.0%} of all elements, are "
-                f"stepped by AdamW. Where Muon is to step convolutions, use "
-                f"selective_optim.selective(timm.optim.Muon)."
+                f"torch's Muon steps matrices alone, so AdamW steps "
+                f"{amount(len(wide), 'weight')} of more than two dimensions, "
+                f"{sum(wide) / sum(sizes):.0%} of all elements. Where Muon is to step "
+                f"convolutions, use selective_optim.selective(timm.optim.Muon)."
             )

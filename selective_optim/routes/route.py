@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import chain
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor
 
 from selective_optim._arguments import require_numbers
+from selective_optim._entries import without
+from selective_optim._optimizer import SelectiveOptimizer
 from selective_optim._text import received, shape_of
 from selective_optim.any_class import selective
 from selective_optim.decay import FULL, Decision, Verdict
@@ -23,6 +25,7 @@ from selective_optim.policies.selectors import Selector, as_selector
 Group = dict[str, Any]
 EXAMPLE = '"adamw": ("*", selective_optim.AdamW, dict(lr=3e-4))'
 NOBODY = ""  # the route of a parameter that none takes
+NameOf = Callable[[Tensor], "str | None"]
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,20 @@ class Route:
         default = None if parameter is None else parameter.default
         return self.arguments.get("lr", default)
 
-    def part(self, group: Group, positions: Iterable[int], others: set[str]) -> Group:
+    def part(
+        self, group: Group, positions: Sequence[int] | None, others: set[str]
+    ) -> Group:
         """Make the group of this route of a user's.
 
         Args:
             group: The user's.
-            positions: Where the parameters of this route stand in it.
+            positions: Where the parameters of this route stand in it; ``None`` is all.
             others: Keys that other routes read, and perhaps not this one.
         """
         not_read = others - self.keys
         own = {k: v for k, v in group.items() if k not in not_read}
         for key in ("params", "param_names"):
-            if key in own:
+            if key in own and positions is not None:
                 own[key] = [group[key][i] for i in positions]
         rates, scale = own.pop("lr", self.lr), own.pop("lr_scale", 1)
         lr = rates.get(self.name, self.lr) if isinstance(rates, Mapping) else rates
@@ -69,7 +74,9 @@ class Route:
             own["lr"] = lr if scale == 1 else lr * scale
         return {**own, "route": self.name}
 
-    def make(self, groups: Sequence[Group], arguments: Mapping[str, Any]) -> Any:
+    def make(
+        self, groups: Sequence[Group], arguments: Mapping[str, Any], name_of: NameOf
+    ) -> Any:
         """Make the optimizer of this route with these arguments.
 
         Raises:
@@ -78,41 +85,42 @@ class Route:
         try:
             return selective(self.cls)(groups, **arguments)
         except (TypeError, ValueError) as error:
-            self._explain(error, groups)
+            params = chain(*(group["params"] for group in groups))
+            raise self._explained(error, params, name_of) from error
 
-    def require_served(self, group: Group) -> None:
-        """Check that the class takes a group's parameters, which some ask but once.
+    def require_served(self, params: Sequence[Tensor], name_of: NameOf) -> None:
+        """Check that the class takes parameters, which some ask in constructors alone.
 
         Raises:
             TypeError, ValueError: It does not.
         """
+        if error := self._refusal(params):
+            raise self._explained(error, params, name_of) from error
+
+    def _refusal(self, params: Sequence[Tensor]) -> Exception | None:
+        """Ask the class itself, with nothing of this library around it."""
+        ours = issubclass(self.cls, SelectiveOptimizer)
+        cls = self.cls.__mro__[2] if ours else self.cls  # what it stands before
         try:
-            self.cls([dict(group)], **self._plain)
-        except (TypeError, ValueError) as error:
-            self._explain(error, [group])
+            cls(params, **without(self.arguments, ["wd_policy"]))
+        except Exception as error:  # whatever it raises
+            return error
+        return None
 
-    @property
-    def _plain(self) -> dict[str, Any]:
-        return {k: v for k, v in self.arguments.items() if k != "wd_policy"}
-
-    def _explain(self, error: Exception, groups: Sequence[Group]) -> NoReturn:
+    def _explained(
+        self, error: Exception, params: Iterable[Tensor], name_of: NameOf
+    ) -> Exception:
         """Name the parameter that the class refuses even if it is alone."""
-        for group in groups:
-            names = group.get("param_names") or [None] * len(group["params"])
-            for name, param in zip(names, group["params"]):
-                try:
-                    self.cls([param], **self._plain)
-                except Exception:
-                    raise self._refused(error, name, param) from error
-        raise type(error)(f"route {self.name!r}: {error}") from error
-
-    def _refused(self, error: Exception, name: str | None, param: Tensor) -> Exception:
-        told = f"{name!r} ({shape_of(param)})" if name else shape_of(param)
-        return type(error)(
-            f"route {self.name!r} gives {told} to {self.cls.__name__}, which refuses "
-            f"it: {error}. Narrow its selector, as with is_hidden_matrix, or put a "
-            f"route before it that takes this parameter."
-        )
+        for param in params:
+            if self._refusal([param]) is not None:
+                label = f"{name_of(param)!r} ({shape_of(param)})"
+                return type(error)(
+                    f"route {self.name!r} gives {label} to {self.cls.__name__}, which "
+                    f"refuses it: {error}. Narrow its selector, as with "
+                    f"is_hidden_matrix, or put a route before it that takes this "
+                    f"parameter."
+                )
+        return type(error)(f"route {self.name!r}: {error}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -215,7 +223,7 @@ def ask_routes(
         if route is None:
             taken.append(_names(each, next(decided), routes))
         else:
-            taken.append([_known(route, each, routes)] * len(each.params))
+            taken.append([known_route(route, routes)] * len(each.params))
     return taken
 
 
@@ -234,11 +242,16 @@ def _names(
     return names
 
 
-def _known(route: Any, coming: Pending, routes: tuple[Route, ...]) -> str:
+def known_route(route: object, routes: tuple[Route, ...]) -> str:
+    """Read the ``"route"`` of a group.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
     names = [known.name for known in routes]
     if route not in names:
         raise ValueError(
-            f"group {coming.group} has the route {route!r}, and the routes are "
+            f"a group has the route {route!r}, and the routes are "
             f"{', '.join(map(repr, names))}. Leave it out to have it decided."
         )
     return str(route)

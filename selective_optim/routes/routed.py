@@ -28,7 +28,13 @@ from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy, as_policy
 from selective_optim.report import DecayReport, Row, remark_of
 from selective_optim.routes.loading import joined, loadable, warn_of_new
-from selective_optim.routes.route import Route, ask_routes, read_routes, unused
+from selective_optim.routes.route import (
+    Route,
+    ask_routes,
+    known_route,
+    read_routes,
+    unused,
+)
 from selective_optim.routes.states import States
 from selective_optim.step.grad_scaler import NO_SCALING, scaling_of
 
@@ -114,14 +120,19 @@ class Routed(torch.optim.Optimizer):
     def _make(self, route: Route, groups: list[Group]) -> None:
         arguments = {**self._common, **route.arguments}
         arguments["wd_policy"] = part_of(self._decider)
-        self.optimizers[route.name] = route.make(groups, arguments)
+        self.optimizers[route.name] = route.make(
+            groups, arguments, self._decider.name_of
+        )
 
     def _read_group(self, param_group: Any) -> None:
         """Take a group as torch does; it is decided for when all are there."""
-        keys = {key for route in self._routes for key in route.keys}
-        policy, group = self._decider.unpack(param_group, [*keys, *OWN_KEYS])
-        given = set(group) if isinstance(group, dict) else READING.keys()
-        super().add_param_group(group)
+        policy, group = self._decider.unpack(param_group, [*self._keys, *OWN_KEYS])
+        given = set(group) if isinstance(group, dict) else set()
+        defaults, self.defaults = self.defaults, dict(READING)
+        try:
+            super().add_param_group(group)
+        finally:
+            self.defaults = defaults
         for key in READING.keys() - given:
             del self.param_groups[-1][key]
         self._decider.add_group(self.param_groups, policy, group is not param_group)
@@ -142,7 +153,6 @@ class Routed(torch.optim.Optimizer):
         for route in self._routes:
             own = route.arguments.get("wd_policy")
             policies[route.name] = decider.policy if own is None else as_policy(own)
-        every = {key for route in self._routes for key in route.keys}
         parts, pending = list[Group](), list[Pending]()
         first = 0 if strict else len(self.param_groups) - len(coming)
         for each, names in zip(coming, taken):
@@ -151,7 +161,7 @@ class Routed(torch.optim.Optimizer):
                 chosen = [i for i, name in enumerate(names) if name == route.name]
                 if not chosen:
                     continue
-                part = route.part(group, chosen, every)
+                part = route.part(group, chosen, self._keys)
                 own_policy = each.policy is not decider.policy
                 policy = each.policy if own_policy else policies[route.name]
                 told = part.get("param_names", ())
@@ -162,6 +172,10 @@ class Routed(torch.optim.Optimizer):
         asked = [each.policy for each in pending] if strict else ()
         decider.decide_for(pending, [decider.policy, *asked] if strict else [])
         return parts
+
+    @property
+    def _keys(self) -> set[str]:
+        return {key for route in self._routes for key in route.keys}
 
     def _link(self, order: Sequence[str]) -> None:
         """List the groups of all routes, in the order of their routes that is given."""
@@ -186,10 +200,7 @@ class Routed(torch.optim.Optimizer):
         self._decider.read(())
         try:
             with kept_on_error([param_group]):
-                self._read_group(*copied_groups([param_group]))
-                parts = self._decided_parts(self._decider.take_pending(), strict=False)
-                self.param_groups[len(before) :] = []
-                for part in parts:
+                for part in self._new_parts(*copied_groups([param_group])):
                     self._add_part(part)
         except BaseException:
             self._decider.take_pending()
@@ -197,14 +208,29 @@ class Routed(torch.optim.Optimizer):
             self._distribute()
             raise
 
+    def _new_parts(self, group: Any) -> list[Group]:
+        """Split a group by routes, unless it says where it goes."""
+        route = group.get(ROUTE) if isinstance(group, dict) else None
+        if route is not None:
+            [own] = [
+                r for r in self._routes if r.name == known_route(route, self._routes)
+            ]
+            return [own.part(group, None, self._keys)]
+        count = len(self.param_groups)
+        self._read_group(group)
+        parts = self._decided_parts(self._decider.take_pending(), strict=False)
+        del self.param_groups[count:]
+        return parts
+
     def _add_part(self, part: Group) -> None:
         [route] = [route for route in self._routes if route.name == part[ROUTE]]
         if route.name not in self.optimizers:
             self._make(route, [part])
         else:
-            route.require_served(part)
             self.optimizers[route.name].add_param_group(part)
-        self.param_groups.append(self.optimizers[route.name].param_groups[-1])
+        group = self.optimizers[route.name].param_groups[-1]
+        route.require_served(group["params"], self._decider.name_of)
+        self.param_groups.append(group)
 
     def _distribute(self) -> None:
         """Give each route's optimizer the groups that now stand in the list."""
@@ -261,6 +287,8 @@ class Routed(torch.optim.Optimizer):
     def wd_policy(self, wd_policy: WdPolicy) -> None:
         self._distribute()
         optimizers = list(self.optimizers.values())
+        for optimizer in optimizers:
+            self._decider.gather(optimizer._decider, optimizer.param_groups)
         before = self._decider.snapshot(self.param_groups, {})
         each = [o._decider.snapshot(o.param_groups, o.defaults) for o in optimizers]
         self._decider.assign(wd_policy, self.param_groups)
