@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import lru_cache
 from inspect import Parameter, Signature
@@ -63,7 +63,8 @@ class AnyOptimizer(SelectiveOptimizer):
     """
 
     _kernel: Any = None  # how the class steps is not known
-    _splits: Sequence[Split] = ()  # none while groups are read
+    # One list with shallow copies, which share groups; none while groups are read.
+    _splits: Any = ()
     _keys: tuple[str, ...] = ()  # what the class reads in a group
     _parts: list[Group]  # in the list that the class made
     _class_adds = False  # the class adds parts now, which are decided
@@ -173,7 +174,7 @@ class AnyOptimizer(SelectiveOptimizer):
             except BaseException:
                 del self._parts[count:], self._groups[-1:]
                 raise
-        self._splits = [*self._splits, split]
+        self._splits.append(split)
 
     def _add_parts(self, split: Split) -> None:
         self._show(self._parts)
@@ -190,7 +191,7 @@ class AnyOptimizer(SelectiveOptimizer):
         Some frameworks clear the groups to shard the model, and add them anew.
         """
         here = set(map(id, self.param_groups))
-        self._splits = [split for split in self._splits if id(split.group) in here]
+        self._splits[:] = [own for own in self._splits if id(own.group) in here]
         self._parts[:] = [p.group for split in self._splits for p in split.parts]
 
     # What the class sees.
@@ -246,7 +247,7 @@ class AnyOptimizer(SelectiveOptimizer):
             refusals.require_no_lists(self, len(self._parts))
         for split in splits:
             split.empty()
-        self._splits, self._layout = splits, layout
+        self._splits[:], self._layout = splits, layout
         self._parts[:] = parts
 
     def _forget_plan(self) -> None:
@@ -393,16 +394,15 @@ class AnyOptimizer(SelectiveOptimizer):
         # What was written into a group since the last step is not in its parts yet.
         with suppress(ValueError):  # what cannot be decided is told at the next step
             self._hand_down()
-        return {"splits": self._splits}
+        return {"splits": self._splits, "parts": self._parts}
 
     def _take_state(self) -> None:
         """Leave the state to the class."""
 
     def _take_copied(self, copied: dict[str, Any]) -> None:
-        self._splits = copied["splits"]
+        self._splits, self._parts = copied["splits"], copied["parts"]
         for split in self._splits:
             split.recognize()
-        self._parts = [p.group for split in self._splits for p in split.parts]
 
 
 def selective(optimizer_class: OptimizerClass) -> Any:
