@@ -162,7 +162,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     def _made(self) -> None:
         """Take note of an optimizer that is whole now."""
-        self._decider.index.let_go()
+        self._decider.index.release()
         stated = self._stated & self.defaults.keys()
         if "weight_decay" in stated and self._decider.policy is None:
             fixed = self.defaults.keys() - inspect.signature(type(self)).parameters

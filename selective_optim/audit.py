@@ -123,9 +123,9 @@ def _findings(model: nn.Module, wd_policy: object) -> Iterator[Finding]:
                 found["marked"] = marked.reason
         # Each place by itself: asked as one parameter, all would answer alike.
         alone = [replace(p, names=(p.name or "",), elsewhere=()) for p in info.places]
-        verdicts = [policy.decide(place) for place in alone]
-        if len({verdict.decay for verdict in verdicts}) > 1:
-            told = zip(alone, verdicts)
+        answers = [policy.decide(place) for place in alone]
+        if len({answer.decay for answer in answers}) > 1:
+            told = zip(alone, answers)
             parts = [f"{p.name}: {v.decay.multiplier:g} ({v.reason})" for p, v in told]
             found["tied"] = "; ".join(parts)
         if decays and not found and _is_other(info):

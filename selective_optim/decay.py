@@ -211,7 +211,7 @@ class DecayKey(NamedTuple):
 FULL_KEY = DecayKey(FULL)
 
 
-class Verdict(NamedTuple):
+class Answer(NamedTuple):
     """A decay and the reason for it, in the words of the policy that decided."""
 
     decay: Decay
@@ -219,7 +219,7 @@ class Verdict(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """A verdict on one parameter, with what was known of it when it was taken.
+    """A policy's answer for one parameter, with what was known of it when it was taken.
 
     Args:
         decay: How it decays.

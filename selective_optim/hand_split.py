@@ -158,7 +158,7 @@ def param_groups(
         for part, chosen in _parts(group, decisions, named)
     ]
     decider.warn_if_idle([group for group, *_ in split])
-    decider.index.let_go()
+    decider.index.release()
     rows = [
         _row(index, group, decision, param, route)
         for index, (group, decisions, route) in enumerate(split)

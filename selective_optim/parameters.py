@@ -350,7 +350,7 @@ class ModelIndex:
             if module not in self.modules():
                 self._modules.append(weakref.ref(module))
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Keep no module alive from now on."""
         self._held.clear()
 
@@ -414,7 +414,7 @@ class ModelIndex:
         twin = ModelIndex([memo.get(id(module), module) for module in modules])
         # Copied before its model, it cannot insist that tensors live in that.
         twin._given = self._given and all(id(module) in memo for module in modules)
-        twin.let_go()
+        twin.release()
         return twin
 
     def __reduce__(self) -> tuple[type[ModelIndex], tuple[()]]:

@@ -172,7 +172,7 @@ class Decider:
                 self.index.require_members(infos)
                 self._decide_for([pending], infos, [policy] if own else [])
         finally:
-            self.index.let_go()
+            self.index.release()
 
     def finish(self, groups: Sequence[Group]) -> None:
         """Decide for all groups of a constructor, and warn if nothing decays."""

@@ -17,10 +17,10 @@ from selective_optim.decay import (
     FULL,
     TARGET_RULE,
     TARGET_WAY_OUT,
+    Answer,
     Decay,
     Form,
     Target,
-    Verdict,
     as_decay,
     broken_rule,
     number_text,
@@ -54,7 +54,7 @@ class Policy:
         asked = () if self.missing_ok else self.selectors
         return tuple([each for selector in asked for each in selector.leaves])
 
-    def decide(self, info: ParameterInfo) -> Verdict:
+    def decide(self, info: ParameterInfo) -> Answer:
         """Decide for one parameter and say why."""
         raise NotImplementedError  # pragma: no cover
 
@@ -131,10 +131,10 @@ class Product(Policy):
     def bind(self, roots: Sequence[nn.Module]) -> Policy:
         return Product(self.left.bind(roots), self.right.bind(roots))
 
-    def decide(self, info: ParameterInfo) -> Verdict:
+    def decide(self, info: ParameterInfo) -> Answer:
         left, right = self.left.decide(info), self.right.decide(info)
         reasons = [v.reason for v in (left, right) if v.decay != FULL] or [right.reason]
-        return Verdict(left.decay * right.decay, ", ".join(reasons))
+        return Answer(left.decay * right.decay, ", ".join(reasons))
 
 
 @dataclass(frozen=True, repr=False)
@@ -159,14 +159,14 @@ class Rule(Policy):
             arguments.append("missing_ok=True")
         return f"{self.verb}({', '.join(arguments)})"
 
-    def decide(self, info: ParameterInfo) -> Verdict:
+    def decide(self, info: ParameterInfo) -> Answer:
         for selector in self.selectors:
             if selector.matches(info):
-                return Verdict(self.inside, f"{self.verb} {selector.told(info)}")
+                return Answer(self.inside, f"{self.verb} {selector.told(info)}")
         if not self.selectors:
-            return Verdict(self.inside, repr(self))
+            return Answer(self.inside, repr(self))
         reason = f"not in {self!r}" if self.verb == "only" else UNMATCHED
-        return Verdict(self.outside, reason)
+        return Answer(self.outside, reason)
 
 
 @dataclass(frozen=True, repr=False)
@@ -186,11 +186,11 @@ class FirstMatch(Policy):
         missing = ", missing_ok=True" if self.missing_ok else ""
         return f"first_match({{{cases}}}{missing})"
 
-    def decide(self, info: ParameterInfo) -> Verdict:
+    def decide(self, info: ParameterInfo) -> Answer:
         for selector, decay in zip(self.selectors, self.decays):
             if selector.matches(info):
-                return Verdict(decay, selector.told(info))
-        return Verdict(FULL, UNMATCHED)
+                return Answer(decay, selector.told(info))
+        return Answer(FULL, UNMATCHED)
 
 
 class AnswerError(Exception):
@@ -206,12 +206,12 @@ class Function(Policy):
     def __repr__(self) -> str:
         return callable_text(self.function)
 
-    def decide(self, info: ParameterInfo) -> Verdict:
+    def decide(self, info: ParameterInfo) -> Answer:
         value = self.function(StrictInfo(info))
         broken = None if isinstance(value, Decay) else broken_rule(value)
         if broken is not None:
             raise AnswerError(value, *broken)
-        return Verdict(as_decay(value), repr(self))
+        return Answer(as_decay(value), repr(self))
 
     def __deepcopy__(self, memo: object) -> Function:
         return self  # frozen, and functions are not copied

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
 from selective_optim._warnings import warn
-from selective_optim.decay import FULL, REMEDY, Decision, Verdict
+from selective_optim.decay import FULL, REMEDY, Answer, Decision
 from selective_optim.parameters import ParameterInfo, owner_kinds, shape_now
 from selective_optim.policies.base import AnswerError, Policy
 from selective_optim.policies.predicates import UnsureError, is_norm
@@ -57,13 +57,13 @@ def decide(
     decisions = []
     for info, place in zip(infos, places):
         try:
-            verdict = policy.decide(info) if policy else Verdict(FULL, NO_POLICY)
+            answer = policy.decide(info) if policy else Answer(FULL, NO_POLICY)
         # Whatever a user's callable raises is told with the parameter's name.
         except Exception as error:
             raise _explained(error, policy, info.describe(place), info) from error
         shape = shape_now(info.parameter) if info.shape is None else info.shape
         known = (info.name, shape, owner_kinds(info), info.own_name)
-        decisions.append(Decision(verdict.decay.settled, verdict.reason, *known))
+        decisions.append(Decision(answer.decay.settled, answer.reason, *known))
     return decisions
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from selective_optim import _torch
 from selective_optim._torch import canonical_name
-from selective_optim.decay import Decay, Verdict
+from selective_optim.decay import Answer, Decay
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
 from selective_optim.policies.blocks import (
@@ -180,10 +180,10 @@ class Layerwise(Policy):
         # Measured once for all parameters: it walks the model several times.
         return replace(self, distances=Distances(roots, self.layers) if roots else None)
 
-    def decide(self, info: ParameterInfo) -> Verdict:
+    def decide(self, info: ParameterInfo) -> Answer:
         distances = self.distances or Distances(info.path[:1], self.layers)
         distance = distances.of(info)
-        return Verdict(Decay(self.rate**distance), f"{self!r} at {distance}")
+        return Answer(Decay(self.rate**distance), f"{self!r} at {distance}")
 
 
 def layerwise(rate: float, layers: Layers = None) -> Policy:

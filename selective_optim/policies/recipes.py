@@ -18,7 +18,7 @@ from operator import contains, eq
 from torch import nn
 
 from selective_optim import _torch
-from selective_optim.decay import EXEMPT, FULL, Verdict
+from selective_optim.decay import EXEMPT, FULL, Answer
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
 from selective_optim.policies.lists import MARK, Lists, relative_names, unwrapped
@@ -77,12 +77,12 @@ class Recipe(Policy):
     def bind(self, roots: Sequence[nn.Module]) -> Policy:
         return replace(self, lists=Lists())
 
-    def decide(self, info: ParameterInfo) -> Verdict:
+    def decide(self, info: ParameterInfo) -> Answer:
         reason = self.listed and self.listed(info, self.lists or Lists())
         reason = reason or self.exempts(info)
         if reason is None:
-            return Verdict(FULL, f"{self.name}: decays")
-        return Verdict(EXEMPT, f"{self.name}: {reason}")
+            return Answer(FULL, f"{self.name}: decays")
+        return Answer(EXEMPT, f"{self.name}: {reason}")
 
 
 def _recipe(name: str) -> Recipe:

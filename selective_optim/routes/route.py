@@ -16,7 +16,7 @@ from selective_optim._entries import without
 from selective_optim._optimizer import SelectiveOptimizer
 from selective_optim._text import received, shape_of
 from selective_optim.any_class import selective
-from selective_optim.decay import FULL, Decision, Verdict
+from selective_optim.decay import FULL, Answer, Decision
 from selective_optim.decisions.decider import Decider, Pending
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
@@ -138,11 +138,11 @@ class RoutePolicy(Policy):
         told = (f"{route.name!r}: {route.selector!r}" for route in self.routes)
         return f"{{{', '.join(told)}}}"
 
-    def decide(self, info: ParameterInfo) -> Verdict:
+    def decide(self, info: ParameterInfo) -> Answer:
         for route in self.routes:
             if route.selector.matches(info):
-                return Verdict(FULL, route.name)
-        return Verdict(FULL, NOBODY)
+                return Answer(FULL, route.name)
+        return Answer(FULL, NOBODY)
 
 
 def read_routes(routes: object) -> tuple[Route, ...]:

@@ -115,7 +115,7 @@ class Routed(torch.optim.Optimizer):
         first = self.param_groups[0]
         self.defaults = {key: first.get(key) for key in ("lr", WD)}
         self._decider.warn_if_idle(self.param_groups)
-        self._decider.index.let_go()
+        self._decider.index.release()
 
     def _make(self, route: Route, groups: list[Group]) -> None:
         arguments = {**self._common, **route.arguments}
