@@ -383,8 +383,15 @@ def make_report(
             if by_policy and decision.decay.multiplier and not row.weight_decay:
                 row = replace(row, reason=ZERO)
             rows.append(replace(row, role=role, decided=by_policy))
-    told = split_wrongly(rows), left_out(index, groups)
+    told = split_wrongly(rows), left_out(index, groups), _found(index)
     return DecayReport(tuple(rows), remark_of(*told))
+
+
+def _found(index: ModelIndex) -> str:
+    """Tell which living modules told what nobody gave."""
+    names = dict.fromkeys(type(module).__name__ for module in index.found)
+    told = f"{NOTE}known from {', '.join(names)}, found alive with these parameters"
+    return told if names else ""
 
 
 ZERO = "weight_decay=0"  # the reason where a policy decays and a group does not
@@ -459,7 +466,7 @@ def left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
     known = {id(info.parameter) for info in index.everyone()}
     strange = {shape for key, shape in held.items() if key not in known}
     missing: dict[int, ParameterInfo] = {}
-    for module in index.modules():
+    for module in index.modules(found=False):
         trained = [i for i in index_of(module).everyone() if i.parameter.requires_grad]
         out = {id(i.parameter): i for i in trained if id(i.parameter) not in held}
         shapes = {shape_now(info.parameter) for info in out.values()}

@@ -51,6 +51,10 @@ def pairs():
     return list(net().named_parameters())
 
 
+def container():
+    return nn.ParameterList(bare())
+
+
 def flat():
     """Stand in for FSDP1's flat parameter, by the mark that torch puts on it."""
     param = nn.Parameter(torch.ones(9))
@@ -147,6 +151,13 @@ CASES = {
         "of group 0 (shape 4 x 3) only the tensor is known. Pass model=model or "
         'model.named_parameters(), or use wd_policy="matrices", which decays whatever '
         "has two or more dimensions; where " + WAYS_OUT.partition("; where ")[2],
+    ),
+    "container": Case(
+        container,
+        "no_norm",
+        ValueError,
+        "`wd_policy` exclude(is_norm) needs module types, and of '0' (shape 4 x 3) "
+        f"only a place in nn.ParameterList is known. {WAYS_OUT}",
     ),
     "name needs modules, has names": Case(
         pairs,

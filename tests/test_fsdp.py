@@ -241,14 +241,14 @@ def test_fsdp1_lost_shapes_are_refused(ranks, source, policy):
         assert "flattened" in message
 
 
-def refuse_fsdp1_callable(rank):
+def decide_fsdp1_callable(rank):
     model = flatten(make_net())
-    with pytest.raises((TypeError, ValueError), match="wants_matrices"):
-        AdamW(list(model.parameters()), wd_policy=wants_matrices)
+    return names_that_decay(AdamW(list(model.parameters()), wd_policy=wants_matrices))
 
 
-def test_fsdp1_lost_shape_is_none_to_a_callable(ranks):
-    ranks(refuse_fsdp1_callable)
+def test_fsdp1_tells_a_callable_the_shapes_of_bare_tensors(ranks):
+    expected = ["embed.weight", "first.weight", "last.weight"]
+    assert ranks(decide_fsdp1_callable) == [expected, expected]
 
 
 def decide_fsdp1_by_name(rank):

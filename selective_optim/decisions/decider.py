@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain, islice, repeat
-from typing import Any, NamedTuple
+from itertools import chain, repeat
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,6 +16,11 @@ from selective_optim import _torch
 from selective_optim._arguments import require_numbers
 from selective_optim._warnings import warn_if_idle, warn_of_misspelt
 from selective_optim.decay import FULL, INIT, Decision
+from selective_optim.decisions.copies import (
+    correspond,
+    refuse_flattened,
+    require_members,
+)
 from selective_optim.decisions.initial_values import (
     base_rate,
     beside,
@@ -23,6 +28,7 @@ from selective_optim.decisions.initial_values import (
     is_rate,
     with_rates,
 )
+from selective_optim.decisions.knowledge import Pending, describe
 from selective_optim.decisions.table import (
     DecisionTable,
     Group,
@@ -33,9 +39,7 @@ from selective_optim.decisions.table import (
 )
 from selective_optim.parameters import (
     ModelIndex,
-    ParameterInfo,
     as_modules,
-    wanted,
 )
 from selective_optim.policies.base import Policy
 from selective_optim.policies.decide import decide, require_matches
@@ -70,16 +74,6 @@ def kept_on_error(groups: Any) -> Iterator[None]:
             if isinstance(before.get("params"), Iterator):  # used up by now
                 group["params"] = params
         raise
-
-
-class Pending(NamedTuple):
-    """A group on its way in, and who decides for it."""
-
-    group: int
-    params: Sequence[Tensor]
-    names: Sequence[str | None]
-    policy: Policy | None
-    lr0s: Iterable[float | None] = ()
 
 
 class Decider:
@@ -164,12 +158,12 @@ class Decider:
             self._pending.append(pending)
             return
         try:
-            infos = self._infos([pending])
+            infos = describe(self.index, [pending])
             # With a policy of its own a group is decided anew, whatever it was before.
             if own or not self._comes_again(index, *infos):
                 # Before the policy is asked: of a stranger no module is known either,
                 # and a message about that would lead astray.
-                self.index.require_members(infos)
+                require_members(self.index, zip(infos, [policy]))
                 self._decide_for([pending], infos, [policy] if own else [])
         finally:
             self.index.release()
@@ -193,26 +187,20 @@ class Decider:
         self, coming: Sequence[Pending], strict: Iterable[Policy | None]
     ) -> None:
         """Decide for groups together; globs of strict policies match something."""
-        infos = self._infos(coming)
-        self.index.require_members(infos)
+        infos = describe(self.index, coming)
+        require_members(self.index, zip(infos, [each.policy for each in coming]))
         self._decide_for(coming, infos, strict)
 
     def ask(
         self, policy: Policy, coming: Sequence[Pending], strict: bool
     ) -> list[list[Decision]]:
         """Ask another policy about groups, and record nothing."""
-        infos = self._infos(coming)
-        self.index.require_members(infos)
+        infos = describe(self.index, coming)
+        require_members(self.index, zip(infos, repeat(policy)))
         if strict:
             every = list(chain(*infos))
             require_matches(policy, every, self._matches, self.index.everyone)
         return [self._ask(policy, own) for own in infos]
-
-    def _infos(self, coming: Sequence[Pending]) -> list[list[ParameterInfo]]:
-        """Describe the parameters of all groups in one go."""
-        asked = [wanted(each.params, each.names, each.group) for each in coming]
-        infos = iter(self.index.infos(list(chain.from_iterable(asked))))
-        return [list(islice(infos, len(own))) for own in asked]
 
     def _comes_again(self, index: int, infos: Infos) -> bool:
         """Take over the rows of a group that was cleared and now comes again.
@@ -356,7 +344,7 @@ class Decider:
             if not all(rows)
             for names in [trusted_names(group, rows, borne)]
         ]
-        infos = iter(self._infos(lacking))
+        infos = iter(describe(self.index, lacking))
         # Objects that had a row, whose token `swap_tensors` has given away.
         seen = {id(row.token) for rows in found for row in rows if row}
         old = chain.from_iterable(self._table.layout)
@@ -397,6 +385,11 @@ class Decider:
                 row = self._table.take_over(info, known)
             completed.append(row)
         places = [i for i, row in enumerate(completed) if row is None]
+        if len(places) == len(infos):
+            old = [row.decision for row in before]
+            if correspond(infos, old, policy):
+                return list(map(self._table.take_over, infos, before))
+            refuse_flattened(infos, old, policy)
         new = [infos[i] for i in places]
         decisions = self._ask(policy, new, places) if new else ()
         for i, decision in zip(places, with_rates(decisions, new, repeat(lr0))):
@@ -576,7 +569,7 @@ class Decider:
             lr0s = [row.decision.lr0 if row else base_rate(group) for row in rows]
             params = list(group["params"])
             pending.append(Pending(index, params, names, policy, lr0s))
-        self._decide_for(pending, self._infos(pending), [policy])
+        self._decide_for(pending, describe(self.index, pending), [policy])
         self._table.forget_absent()  # they are decided anew when they come back
         self.policy = policy
         self.warn_if_idle(groups)

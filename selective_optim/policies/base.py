@@ -203,6 +203,10 @@ class Function(Policy):
 
     function: Callable[[ParameterInfo], Any]
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"anything"})
+
     def __repr__(self) -> str:
         return callable_text(self.function)
 

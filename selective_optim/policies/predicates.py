@@ -23,9 +23,21 @@ from selective_optim.policies.recognition import (
     holder,
     layer_weight,
     norm_part,
+    says_nothing,
+    telling_places,
     token_leaf,
 )
-from selective_optim.policies.selectors import MODULES, NAMES, SHAPES, Need, Selector
+from selective_optim.policies.selectors import (
+    KINDS,
+    LEAVES,
+    MODULES,
+    NAMES,
+    SHAPES,
+    Need,
+    Selector,
+    StrictInfo,
+    UnknownError,
+)
 
 ACCESSORS = ("get_output_embeddings", "get_classifier")
 TELLING = re.compile(
@@ -215,7 +227,7 @@ class Predicate(Selector):
         return self.name
 
     def told(self, info: ParameterInfo) -> str:
-        found = map(self.question, info.places)
+        found = map(self.question, telling_places(info))
         how = next((each for each in found if each and each is not True), None)
         return f"{self.name}: {how}" if how else self.name
 
@@ -228,14 +240,24 @@ class Predicate(Selector):
                 f"`{self.name}` is a selector as it stands, and not what makes one. "
                 f"Write for example exclude({self.name})."
             )
-        return self.matches(infos[0])
+        (info,) = infos
+        known = ParameterInfo(**vars(info))
+        # A callable that asks has not said before what it must know.
+        asked = isinstance(info, StrictInfo) and self.needs & KINDS
+        if asked and known.owner is not None and says_nothing(known):
+            raise UnknownError("owner")
+        return self.matches(info)
+
+    def matches(self, info: ParameterInfo) -> bool:
+        # A list beside the module that uses a parameter does not say what it is.
+        return any(map(self.at, telling_places(info)))
 
     def at(self, place: ParameterInfo) -> bool:
         return self.question(place) not in (None, False)
 
 
 # A bias is added to what its module computes, whatever its shape.
-is_bias = Predicate("is_bias", bias_part, NAMES)
+is_bias = Predicate("is_bias", bias_part, LEAVES)
 # What belongs to a norm scales or shifts what has just been normalized.
 is_norm = Predicate("is_norm", norm_part, MODULES)
 # An embedding is a learned row for an index, a position or a special token: lookup
@@ -243,7 +265,7 @@ is_norm = Predicate("is_norm", norm_part, MODULES)
 is_embedding = Predicate("is_embedding", embedding_part, MODULES)
 # A token is a learned row that stands in the input for no index: class, mask and
 # register tokens, separators, queries.
-is_token = Predicate("is_token", lambda p: token_leaf(holder(p)[1]), NAMES)
+is_token = Predicate("is_token", lambda p: token_leaf(holder(p)[1]), LEAVES)
 # The weight of a linear, convolution, attention, recurrent or embedding layer.
 is_layer_weight = Predicate("is_layer_weight", layer_weight, MODULES | SHAPES)
 KNOWN = NAMES | MODULES | SHAPES
@@ -262,10 +284,10 @@ is_vector = Predicate("is_vector", lambda place: place.ndim in (0, 1), SHAPES)
 everything = Predicate("everything", lambda place: True)
 
 # What a parameter is; the first that matches says so, so a norm's bias is a norm's.
-KINDS = (is_norm, is_bias, is_embedding, is_vector)
+PREDICATES = (is_norm, is_bias, is_embedding, is_vector)
 
 
 def kind_of(info: ParameterInfo) -> str:
     """Say what a parameter is: norm, bias, embedding, vector or weight."""
-    found = next((kind.name for kind in KINDS if kind.matches(info)), "weight")
+    found = next((kind.name for kind in PREDICATES if kind.matches(info)), "weight")
     return found.removeprefix("is_")

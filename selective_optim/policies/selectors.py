@@ -28,10 +28,25 @@ from selective_optim._text import received
 from selective_optim._torch import original_class
 from selective_optim.parameters import ParameterInfo
 
-Need = Literal["names", "modules", "shapes"]
+# "leaves" are names of attributes; a callable may read "anything".
+Need = Literal["names", "leaves", "modules", "shapes", "anything"]
 NAMES = frozenset[Need]({"names"})
+LEAVES = frozenset[Need]({"leaves"})
 MODULES = frozenset[Need]({"modules"})
 SHAPES = frozenset[Need]({"shapes"})
+# What a parameter is can be known without its name in the model.
+KINDS = LEAVES | MODULES
+
+
+def lacking(needs: frozenset[Need], info: ParameterInfo) -> str:
+    """Say what a policy needs that is not known of a parameter; "" if nothing."""
+    if "modules" in needs and info.owner is None:
+        return "module types"
+    if "names" in needs and info.name is None:
+        return "names"
+    if "leaves" in needs and info.leaf is None:
+        return "names"
+    return ""
 
 
 class UnknownError(Exception):
@@ -285,6 +300,7 @@ class Question(Selector):
     """Any callable from ``ParameterInfo`` to bool."""
 
     function: Callable[[ParameterInfo], bool]
+    needs = frozenset({"anything"})
 
     def __repr__(self) -> str:
         return callable_text(self.function)

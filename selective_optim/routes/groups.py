@@ -7,7 +7,8 @@ from typing import Any
 
 from selective_optim._arguments import NUMBERS
 from selective_optim.decay import Decision
-from selective_optim.decisions.decider import Decider, Pending
+from selective_optim.decisions.decider import Decider
+from selective_optim.decisions.knowledge import Pending
 from selective_optim.policies.selectors import as_selector
 from selective_optim.routes.loading import KEYS
 from selective_optim.routes.route import Route, ask_routes, unused

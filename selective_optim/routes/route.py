@@ -17,7 +17,8 @@ from selective_optim._optimizer import SelectiveOptimizer
 from selective_optim._text import received, shape_of
 from selective_optim.any_class import selective
 from selective_optim.decay import FULL, Answer, Decision
-from selective_optim.decisions.decider import Decider, Pending
+from selective_optim.decisions.decider import Decider
+from selective_optim.decisions.knowledge import Pending
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
 from selective_optim.policies.selectors import Selector, as_selector

@@ -19,11 +19,11 @@ from selective_optim._warnings import warn
 from selective_optim.any_class import READING
 from selective_optim.decisions.decider import (
     Decider,
-    Pending,
     kept_on_error,
     part_of,
 )
 from selective_optim.decisions.initial_values import base_rate
+from selective_optim.decisions.knowledge import Pending
 from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy, as_policy
 from selective_optim.report import DecayReport, Row, remark_of
