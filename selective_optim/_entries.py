@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from selective_optim._canonical_names import (
+from selective_optim._text import received
+from selective_optim._torch import (
     canonical_name,
     told_apart,
     without_wrappers,
 )
-from selective_optim._text import received
 from selective_optim.decay import Decay
 from selective_optim.decisions.state_dict import (
     PARTS,

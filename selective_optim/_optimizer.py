@@ -30,9 +30,9 @@ from selective_optim.decisions.decider import (
     OWN_KEYS,
     WRITTEN,
     Decider,
-    decider_for,
     kept_on_error,
 )
+from selective_optim.decisions.deciding_for import given
 from selective_optim.decisions.state_dict import (
     POLICIES,
     RECORD,
@@ -82,6 +82,13 @@ def constants_of(function: Any) -> set[Any]:
                 codes.append(constant)
             found.add(constant)
     return found
+
+
+def decider_for(model: object, wd_policy: object) -> Decider:
+    """Make the decider of a constructor, unless it is given one."""
+    if isinstance(wd_policy, Decider):
+        return wd_policy
+    return Decider(*given(model, wd_policy))
 
 
 def _typed(state_dict: Mapping[str, Any]) -> str:

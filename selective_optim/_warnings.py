@@ -15,6 +15,7 @@ SHOWN = 3  # parameters that a warning names
 # How alike a key must be to one that is read to be taken for it: "wd_polcy" is 0.94
 # and "weight_decays" 0.96. Keys that others put there are less: "lr_scale" is 0.4.
 RESEMBLANCE = 0.85
+INSIDE = ("selective_optim", "torch", "contextlib")  # packages that warnings skip
 P = TypeVar("P")
 
 
@@ -22,13 +23,9 @@ def warn(message: str) -> None:
     """Warn at the line, outside this library and torch, that led here."""
     # From Python 3.12 on, `skip_file_prefixes` of warnings.warn does this.
     level, frame = 1, inspect.currentframe()
-    while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in INSIDE:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
-
-
-def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] in ("selective_optim", "torch", "contextlib")
 
 
 def warn_if_idle(
@@ -37,14 +34,7 @@ def warn_if_idle(
     multipliers: Collection[float],
     decays_elsewhere: Callable[[P], bool],
 ) -> None:
-    """Warn if a policy was given and nothing will decay.
-
-    Args:
-        policy: The policy.
-        decays: The ``weight_decay`` of every group.
-        multipliers: What the policy gives every parameter.
-        decays_elsewhere: Tells whether it decays any other parameter of the model.
-    """
+    """Warn if a policy decays no parameter here or elsewhere, or no group decays."""
     if all(map(is_zero, decays)):
         warn(
             f"`weight_decay` is 0 in every group, so `wd_policy` {policy!r} "
@@ -151,17 +141,9 @@ def warn_of_changes(
 ) -> None:
     """Warn once if a checkpoint was made with other decisions than those now taken.
 
-    An entry that cannot be read, as of another version, is not compared. Without
-    a record, a checkpoint that takes the decay from parameters is told: groups split by
-    hand that became merged ones do, where the first of a group was exempt.
-
-    Args:
-        decided: What is decided for every parameter here.
-        before: The ``weight_decay`` of every group before loading.
-        param_groups: The groups after it.
-        saved: What the state dict records of every parameter, if anything.
-        now: What one of this optimizer records.
-        advice: How to continue as before.
+    An entry of ``saved`` that cannot be read, as of another version, is not compared.
+    Without a record, a checkpoint that takes the decay from parameters is told: groups
+    split by hand that became merged ones do, where the first of a group was exempt.
     """
     if saved is not None and (changes := _changes(decided, saved, now)):
         warn(
@@ -211,8 +193,7 @@ def _losers(
     param_groups: Sequence[dict[str, Any]],
 ) -> list[str]:
     """Label the parameters that a policy decays and whose group's decay is now 0."""
-    answers = list(chain.from_iterable(decided))
-    if all(answer.decay.multiplier for answer in answers):
+    if all(each.decay.multiplier for each in chain.from_iterable(decided)):
         return []  # without an exempt parameter there was nothing to split
     return [
         decision.label(index, position)

@@ -18,9 +18,14 @@ import torch
 
 from selective_optim import _torch
 from selective_optim._arguments import require_numbers
-from selective_optim._optimizer import Model, SelectiveOptimizer, constants_of
+from selective_optim._optimizer import (
+    Model,
+    SelectiveOptimizer,
+    constants_of,
+    decider_for,
+)
 from selective_optim.decay import Form
-from selective_optim.decisions.decider import decider_for, kept_on_error
+from selective_optim.decisions.decider import kept_on_error
 from selective_optim.decisions.state_dict import PARTS, Decided, require_groups_like
 from selective_optim.report import form_of_class
 from selective_optim.step import refusals

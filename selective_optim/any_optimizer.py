@@ -116,7 +116,6 @@ def decay_report(
 def _optimizers_in(
     given: Any, index: ModelIndex, above: tuple[Any, ...] = ()
 ) -> Iterator[Any]:
-    """Find the optimizers in a list, a wrapper or a state dict."""
     if isinstance(given, Mapping):
         given = _saved(given, index) if "param_groups" in given else [*given.values()]
     own = is_optimizer(given) and hasattr(given, "decay_report")
@@ -223,7 +222,6 @@ def _with_effect(row: Row, decay: float | Tensor, *steps: Tensor) -> Row:
 
 
 def _other_than_promised(rows: Sequence[Row]) -> str:
-    """Tell of decay that was measured and is not what the groups say."""
     known = [row for row in rows if row.fate == "decayed" and row.applied is not None]
     never = [row for row in known if not row.applied]
     # The first step of momentum may add to L2, which is no other decay.

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from selective_optim._arguments import copied_groups
-from selective_optim._optimizer import Model
+from selective_optim._optimizer import Model, decider_for
 from selective_optim._text import aligned
 from selective_optim.any_class import AnyOptimizer
 from selective_optim.decay import FULL, Decision
-from selective_optim.decisions.decider import Decider, decider_for
+from selective_optim.decisions.decider import Decider
 from selective_optim.report import DecayReport, Row, make_row
 from selective_optim.routes.groups import Part, by_route, marks_of, with_one_decay
 from selective_optim.step.lasting import WD, Group, by_decay, pick, share_of

@@ -27,7 +27,7 @@ from selective_optim.parameters import (
     wanted,
 )
 from selective_optim.policies.decide import NO_POLICY, decide
-from selective_optim.policies.selectors import is_bias, kind_of
+from selective_optim.policies.predicates import is_bias, kind_of
 
 Group = dict[str, Any]
 # Columns of numbers stand to the right.
@@ -200,13 +200,11 @@ class DecayReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, strings and numbers, ready for JSON."""
-        rows = [{**asdict(row), "shape": list(row.shape)} for row in self.rows]
         sizes = {f: [r.numel for r in self.rows if r.fate == f] for f in COLORS}
         sums = {f: {"tensors": len(n), "elements": sum(n)} for f, n in sizes.items()}
-        return {"rows": rows, **sums, "remark": self.remark}
+        return {"rows": plain(self.rows), **sums, "remark": self.remark}
 
     def _repr_html_(self) -> str:
-        """Show the table in a notebook."""
         headers, *lines = self.table()
         sides = ["right" if key in NUMBERS else "left" for key in headers]
         head, *body = [
@@ -233,12 +231,12 @@ class DecayReport:
         ax = _new_axes(len(kinds)) if ax is None else ax
         left = [0.0] * len(kinds)
         for fate in [f for f in COLORS if any(row.fate == f for row in self.rows)]:
-            sizes = [
-                (_elements(rows, fate), _elements(rows)) for rows in kinds.values()
+            shares = [
+                100 * _elements(rows, fate) / (_elements(rows) or 1)
+                for rows in kinds.values()
             ]
-            shares = [100 * part / (whole or 1) for part, whole in sizes]
-            color = COLORS[fate]
-            ax.barh(range(len(kinds)), shares, 0.7, left, color=color, label=fate)
+            bar = {"color": COLORS[fate], "label": fate}
+            ax.barh(range(len(kinds)), shares, 0.7, left, **bar)
             left = [a + b for a, b in zip(left, shares)]
         for place, rows in enumerate(kinds.values()):
             ax.text(102, place, _amount(rows), va="center", fontsize="small")
@@ -253,12 +251,16 @@ class DecayReport:
         return ax
 
 
+def plain(records: Iterable[Any]) -> list[dict[str, Any]]:
+    """Make dicts of records, ready for JSON."""
+    return [{**asdict(each), "shape": list(each.shape)} for each in records]
+
+
 def _elements(rows: Iterable[Row], fate: str | None = None) -> int:
     return sum(row.numel for row in rows if fate in (None, row.fate))
 
 
 def _by_kind(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Collect rows by kind, the largest first, and the smallest under one name."""
     kinds: dict[str, list[Row]] = {}
     for row in rows:
         kinds.setdefault(row.kind, []).append(row)

@@ -26,7 +26,6 @@ from selective_optim.decisions.copies import (
     refuse_flattened,
     require_members,
 )
-from selective_optim.decisions.deciding_for import given
 from selective_optim.decisions.initial_values import (
     base_rate,
     beside,
@@ -671,13 +670,6 @@ class Decider:
             return any(decision.decay.multiplier for decision in decisions)
 
         return self.index.remember(("decays", policy), ask)
-
-
-def decider_for(model: object, wd_policy: object) -> Decider:
-    """Make the decider of a constructor, unless it is given one."""
-    if isinstance(wd_policy, Decider):
-        return wd_policy
-    return Decider(*given(model, wd_policy))
 
 
 def part_of(whole: Decider) -> Decider:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective_optim._canonical_names import canonical_name
 from selective_optim._text import shape_text
+from selective_optim._torch import canonical_name
 from selective_optim.decay import Decision, Form
 from selective_optim.step.kernel import Kernel
 

@@ -29,8 +29,15 @@ from selective_optim.decay import (
     target_text,
 )
 from selective_optim.parameters import ParameterInfo
-from selective_optim.policies.selectors import Need, Question, Selector, as_selector
-from selective_optim.policies.user_code import StrictInfo, callable_text, picklable
+from selective_optim.policies.selectors import (
+    Need,
+    Question,
+    Selector,
+    StrictInfo,
+    as_selector,
+    callable_text,
+    picklable,
+)
 
 
 class Policy:

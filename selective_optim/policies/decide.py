@@ -18,7 +18,7 @@ from selective_optim._warnings import warn
 from selective_optim.decay import FULL, REMEDY, Answer, Decision
 from selective_optim.parameters import ParameterInfo, owner_kinds, shape_now
 from selective_optim.policies.base import AnswerError, Policy
-from selective_optim.policies.outputs import UnsureError
+from selective_optim.policies.predicates import UnsureError, is_norm
 from selective_optim.policies.recognition import (
     WORDS,
     kind_known,
@@ -31,10 +31,10 @@ from selective_optim.policies.selectors import (
     InsideClass,
     NamePattern,
     Selector,
-    is_norm,
+    UnknownError,
+    class_text,
     lacking,
 )
-from selective_optim.policies.user_code import UnknownError, class_text
 
 NO_POLICY = "no policy"
 MATRICES = (

@@ -15,8 +15,8 @@ from selective_optim._text import received
 from selective_optim.decay import EXEMPT, FULL, Answer, Decay, number_text
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
-from selective_optim.policies.selectors import Need
-from selective_optim.policies.user_code import MARK, Lists, relative_names
+from selective_optim.policies.lists import MARK, Lists, relative_names
+from selective_optim.policies.selectors import MODULES, NAMES, Need
 
 # S4 and what follows it write a parameter's own settings there.
 SETTINGS = "_optim"
@@ -69,7 +69,7 @@ class Marked(Policy):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"names", "modules"})
+        return NAMES | MODULES
 
     def bind(self, roots: Sequence[nn.Module]) -> Policy:
         return replace(self, lists=Lists())

@@ -16,9 +16,9 @@ from itertools import takewhile
 from types import FunctionType, NoneType
 from typing import Any
 
-import torch
 from torch import nn
 
+from selective_optim._torch import original_class
 from selective_optim.parameters import ParameterInfo, index_of, own_classes
 from selective_optim.policies.source import (
     goes_with,
@@ -123,17 +123,6 @@ def _kind(module: nn.Module | None) -> Any:
 def says_norm(cls: Any) -> bool:
     """Tell whether a class, or one it derives from, is called a normalization."""
     return any(_name_says_norm(base.__name__) for base in cls.__mro__)
-
-
-def original_class(module: nn.Module | None) -> str:
-    """Name the class that a scripted or unflattened module was of; else ""."""
-    # Modules of ExportedProgram.module() do not say what they were made of.
-    if isinstance(module, torch.jit.ScriptModule):
-        return str(module.original_name)
-    if type(module).__module__ == "torch.export.unflatten":
-        name = getattr(module, "type_name", str)()  # not so the root in 2.7
-        return str(name).rpartition(".")[2]
-    return ""
 
 
 def norm_module(module: nn.Module | None) -> bool:

@@ -10,7 +10,8 @@ from selective_optim.decay import Decision
 from selective_optim.decisions.decider import Decider
 from selective_optim.decisions.knowledge import Pending
 from selective_optim.policies.selectors import as_selector
-from selective_optim.routes.route import KEYS, Route, ask_routes, unused
+from selective_optim.routes.loading import KEYS
+from selective_optim.routes.route import Route, ask_routes, unused
 from selective_optim.step.lasting import PER_PARAM, WD, Group
 
 Part = tuple[Group, Sequence[Decision], str]

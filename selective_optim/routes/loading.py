@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -25,7 +25,6 @@ from selective_optim.decisions.state_dict import (
     require_dict,
     require_whole,
 )
-from selective_optim.routes.route import KEYS
 from selective_optim.step.lasting import PER_PARAM
 
 Group = dict[str, Any]
@@ -33,6 +32,14 @@ ROUTE, OTHERS = "route", "routes"  # of a group; what a route's class saves besi
 BY_GROUP = (RECORD, POLICIES, PARTS)
 # What a class that keeps no record has for a group in each of those lists.
 NOTHING: dict[str, Any] = {RECORD: [], POLICIES: None, PARTS: []}
+# By which optimizers of other projects tell their halves, and what each reads there:
+# Keller Jordan's Muon, pytorch_optimizer and ultralytics; timm; dion; nanochat.
+KEYS: dict[str, Callable[[str, Sequence[str]], object]] = {
+    "use_muon": lambda name, names: name == names[0],
+    "use_fallback": lambda name, names: name != names[0],
+    "algorithm": lambda name, names: name,
+    "kind": lambda name, names: name,
+}
 
 
 def joined(saved: Mapping[str, StateDict], order: Sequence[str]) -> StateDict:

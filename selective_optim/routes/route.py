@@ -26,17 +26,7 @@ from selective_optim.policies.selectors import Selector, as_selector
 Group = dict[str, Any]
 EXAMPLE = '"adamw": ("*", selective_optim.AdamW, dict(lr=3e-4))'
 NOBODY = ""  # the route of a parameter that none takes
-
-
 NameOf = Callable[[Tensor], "str | None"]
-# By which optimizers of other projects tell their halves, and what each reads there:
-# Keller Jordan's Muon, pytorch_optimizer and ultralytics; timm; dion; nanochat.
-KEYS: dict[str, Callable[[str, Sequence[str]], object]] = {
-    "use_muon": lambda name, names: name == names[0],
-    "use_fallback": lambda name, names: name != names[0],
-    "algorithm": lambda name, names: name,
-    "kind": lambda name, names: name,
-}
 
 
 @dataclass(frozen=True)

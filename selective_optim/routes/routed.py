@@ -14,12 +14,11 @@ import torch
 
 from selective_optim import _torch
 from selective_optim._arguments import copied_groups, require_numbers
-from selective_optim._optimizer import Model, SelectiveOptimizer
+from selective_optim._optimizer import Model, SelectiveOptimizer, decider_for
 from selective_optim._warnings import warn
 from selective_optim.any_class import READING
 from selective_optim.decisions.decider import (
     Decider,
-    decider_for,
     kept_on_error,
     part_of,
 )

@@ -41,9 +41,9 @@ from selective_optim._entries import (
     without,
     write,
 )
-from selective_optim._fit import Fit as Fit
-from selective_optim._fit import fit as fit
 from selective_optim._text import received, shape_text
+from selective_optim.checkpoint.fitting import Fit as Fit
+from selective_optim.checkpoint.fitting import fit as fit
 from selective_optim.decisions.state_dict import (
     PARTS,
     RECORD,
