@@ -108,10 +108,10 @@ def param_groups(
         model: The module, or modules, that the parameters live in.
         routes: From names to selectors, for an optimizer that steps some groups by one
             class and others by another; the first that matches takes a parameter.
-        key: Under which that optimizer reads which groups are which: ``"use_muon"``
+        key: Under which that optimizer reads which groups are which. ``"use_muon"``
             (Keller Jordan, pytorch_optimizer, ultralytics) is true on the first route,
-            ``"use_fallback"`` (timm) on all others, ``"algorithm"`` (dion) and
-            ``"kind"`` (nanochat) are the name of the route.
+            ``"use_fallback"`` (timm) on all others. ``"algorithm"`` (dion) and
+            ``"kind"`` (nanochat) hold the name of the route.
         values: What stands under another ``key``, by route.
         **hyper: Further hyperparameters for every group.
 

@@ -100,10 +100,10 @@ class Route:
 
     def _refusal(self, params: Sequence[Tensor]) -> Exception | None:
         """Ask the class itself, with nothing of this library around it."""
-        ours = issubclass(self.cls, SelectiveOptimizer)
-        cls = self.cls.__mro__[2] if ours else self.cls  # what it stands before
+        if issubclass(self.cls, SelectiveOptimizer):
+            return None  # those take every parameter
         try:
-            cls(params, **without(self.arguments, ["wd_policy"]))
+            self.cls(params, **without(self.arguments, ["wd_policy"]))
         except Exception as error:  # whatever it raises
             return error
         return None
