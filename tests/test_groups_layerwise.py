@@ -1,6 +1,7 @@
 """Layerwise rates: one depth for the groups and for the policy."""
 
 import copy
+import math
 import pickle
 import re
 from functools import partial
@@ -45,6 +46,11 @@ class Model(nn.Module):
         self.token = nn.Parameter(torch.ones(4))
         for name, part in parts.items():
             self.add_module(name, part)
+
+    def forward(self, x):
+        for part in self.children():
+            x = part(x)
+        return x
 
 
 def vit(depth=3):
@@ -824,3 +830,87 @@ def test_stage_whose_blocks_hold_less_than_half_is_a_block_itself():
     model = nn.ModuleDict({"stages": stages, "head": nn.Linear(4, 2)})
     found = layerwise_groups(model, lr=0.1, rate=0.5)
     assert len(found) == 1 + len(stages)
+
+
+def distances(model, **arguments):
+    """Tell how far each parameter lies below the top, by name."""
+    optimizer = SGD(model, 0.1, weight_decay=1.0, wd_policy=layerwise(0.5, **arguments))
+    return {
+        row.name: round(-math.log2(row.weight_decay))
+        for row in optimizer.decay_report()
+    }
+
+
+class Feed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.up = nn.Linear(4, 8)
+        self.down = nn.Linear(8, 4)
+
+
+class Attend(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before = nn.LayerNorm(4)
+        self.to_q = nn.Linear(4, 4)
+        self.to_out = nn.Linear(4, 4)
+
+
+def test_pieces_of_one_block_in_a_sequence_are_no_layers():
+    # As vit_pytorch's MaxViT writes them: 11 blocks, and not 55 layers.
+    def block():
+        return nn.Sequential(Block(), Attend(), Feed(), Attend(), Feed())
+
+    model = Model(
+        layers=nn.ModuleList([block() for _ in range(3)]), head=nn.Linear(4, 2)
+    )
+    found = distances(model)
+    assert {found[f"layers.0.{i}.{n}.bias"] for i, n in ((1, "to_q"), (4, "up"))} == {3}
+    assert found["layers.2.0.norm.bias"] == 1
+
+
+def test_a_stack_that_embeds_patches_is_a_stem():
+    # As vit_pytorch's T2T: it holds most of a small model's parameters.
+    patches = nn.Sequential(*(Block(32) for _ in range(2)))
+    blocks = nn.ModuleList(Block() for _ in range(3))
+    model = Model(to_patch_embedding=patches, layers=blocks, head=nn.Linear(4, 2))
+    found = distances(model)
+    assert found["to_patch_embedding.1.norm.bias"] == 4
+    assert found["layers.2.norm.bias"] == 1
+
+
+def test_what_pools_is_above_the_blocks_wherever_it_is_registered():
+    # As vit_pytorch's CCT.
+    model = Model(
+        stem=nn.Linear(3, 4),
+        attention_pool=nn.Linear(4, 1),
+        blocks=nn.Sequential(*(Block() for _ in range(3))),
+        head=nn.Linear(4, 2),
+    )
+    found = distances(model)
+    assert (found["stem.bias"], found["attention_pool.bias"]) == (4, 0)
+
+
+@pytest.mark.parametrize(
+    ("down", "up"), [("down_layers", "up_layers"), ("downs", "ups"), ("down", "up")]
+)
+def test_what_goes_down_and_up_again_must_be_named(down, up):
+    # As MONAI's SegResNet, whose way up was numbered as if beside its way down.
+    parts = {
+        down: nn.ModuleList(Block(16) for _ in range(4)),
+        up: nn.ModuleList(Block() for _ in range(3)),
+    }
+    model = Model(stem=nn.Linear(3, 4), **parts, head=nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="goes down and up again") as caught:
+        distances(model)
+    line = str(caught.value).rpartition("layers=")[2].removesuffix(".")
+    found = distances(model, layers=eval(line))
+    assert [found[f"{down}.{i}.norm.bias"] for i in range(4)] == [4, 3, 2, 1]
+    assert [found[f"{up}.{i}.norm.bias"] for i in range(3)] == [3, 2, 1]
+
+
+def test_upper_and_downstream_parts_are_no_way_back():
+    parts = {"downstream": nn.ModuleList([nn.Linear(4, 4)]), "upper": nn.ModuleList()}
+    blocks = nn.Sequential(*(Block() for _ in range(3)))
+    assert distances(Model(blocks=blocks, **parts))["blocks.0.norm.bias"] == 3

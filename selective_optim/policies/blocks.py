@@ -30,6 +30,8 @@ CONTAINERS = (nn.Sequential, *LISTS)
 # A convolution with its norm is a piece of a block, a linear layer not even that.
 PARTS_OF_A_BLOCK = 3
 NO_NUMBERS = "Name modules that repeat; this model has none that are numbered."
+DOWN, UP = re.compile(r"down(?!_?stream)"), re.compile(r"up(?!date|per)")
+POOL = re.compile(r"(?:.*_)?pool(?:ing|er)?(?:_.*)?$")
 # Blocks that hold a tenth of what the largest run holds could be meant as well.
 RIVAL = 10
 
@@ -95,7 +97,10 @@ def _inside_stage(stage: nn.Module) -> tuple[nn.Module, ...]:
     if _is_layer(stage):
         return ()
     if type(stage) in CONTAINERS:
-        return tuple(filter(_may_be_block, stage.children()))
+        blocks = tuple(filter(_may_be_block, stage.children()))
+        # Of blocks most have the parameters of another; what has not is pieces of one.
+        kinds = Counter(tuple(n for n, _ in b.named_parameters()) for b in blocks)
+        return blocks if 2 * max(kinds.values(), default=0) >= len(blocks) else ()
     runs = runs_in(stage)
     largest = max(runs, key=lambda run: run.size, default=None)
     return largest.items if largest and 2 * largest.size >= _size(stage) else ()
@@ -187,7 +192,11 @@ def find_stacks(roots: Sequence[nn.Module], layers: Layers) -> list[list[nn.Modu
 
 
 def _found(roots: Sequence[nn.Module]) -> list[nn.Module]:
-    runs = sorted((r for root in roots for r in runs_in(root)), key=lambda r: -r.size)
+    _require_no_way_back(roots)
+    every = [run for root in roots for run in runs_in(root)]
+    # Patches may be embedded by a stack of blocks, which is a stem.
+    main = [run for run in every if "patch_embed" not in run.glob] or every
+    runs = sorted(main, key=lambda run: -run.size)
     # A tower of text beside one of images is smaller and no stem; it must be named.
     rivals = [run for run in runs if RIVAL * run.size >= runs[0].size]
     if len(rivals) == 1:
@@ -210,6 +219,20 @@ def _found(roots: Sequence[nn.Module]) -> list[nn.Module]:
         f"`layers` must name the repeated blocks of {models}, where none were found; "
         f"numbered modules in it: {', '.join(map(repr, lists)) or 'none'}. {way_out}"
     )
+
+
+def _require_no_way_back(roots: Sequence[nn.Module]) -> None:
+    """Check that no lists beside each other go down and up again, as in a U-Net."""
+    for name, module in named_modules(roots):
+        lists = [key for key, m in module.named_children() if isinstance(m, CONTAINERS)]
+        pair = [next(filter(way.match, lists), None) for way in (DOWN, UP)]
+        if None not in pair:
+            told = ", ".join(f'"{name}.{key}"'.replace('".', '"') for key in pair)
+            raise ValueError(
+                f"`layers` must say which blocks of {type(roots[0]).__name__} to count "
+                f"by: it goes down and up again. Write the stacks, each of its own "
+                f"depth: layers=[{told}]."
+            )
 
 
 def _counting_globs(roots: Sequence[nn.Module]) -> Iterator[str]:
@@ -292,10 +315,12 @@ def distances_in(modules: Modules, blocks: Modules) -> dict[nn.Module, int]:
             around.add(module)
     for parent in filter(around.difference(blocks).__contains__, modules):
         layer.update(_beside(parent, numbers))
-        for child in parent.children():
+        for key, child in parent.named_children():
             # Between two blocks it embeds what comes out of the first.
             if layer[child] > len(blocks) and embedding_module(child):
                 layer.update(dict.fromkeys(child.modules(), 0))
+            if layer[child] == 0 and POOL.match(key):  # it pools what the blocks give
+                layer.update(dict.fromkeys(child.modules(), len(blocks) + 1))
         if norm is None:
             norm = _norm_beside(parent, blocks[-1])
     if norm is not None:
