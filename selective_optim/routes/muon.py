@@ -133,6 +133,6 @@ class Muon(Routed):
             warn(
                 f"torch's Muon steps matrices alone, so AdamW steps "
                 f"{amount(len(wide), 'weight')} of more than two dimensions, "
-                f"{sum(wide) / sum(sizes):.0%} of all elements. Where Muon is to step convolutions, use "
-                f"selective_optim.selective(timm.optim.Muon)."
+                f"{sum(wide) / sum(sizes):.0%} of all elements. Where Muon is to step "
+                f"convolutions, use selective_optim.selective(timm.optim.Muon)."
             )
