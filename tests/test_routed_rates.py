@@ -1,0 +1,99 @@
+"""What schedules and loops do to the rates and decays of routes."""
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
+
+from selective_optim import Muon, proportional_to_lr
+from selective_optim.schedules import WeightDecay
+from tests.support.routes import loss_of, routed, separate, twins
+
+RATES = [0.02, 3e-3]
+
+
+def rates(optimizer, key="lr"):
+    return [group[key] for group in optimizer.param_groups]
+
+
+def train(model, *optimizers, steps=4):
+    for number in range(steps):
+        loss_of(model, number).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_one_number_of_one_cycle_is_the_highest_rate_of_every_route():
+    one = routed(twins()[0])
+    cycle = OneCycleLR(
+        one, max_lr=0.1, total_steps=10, pct_start=0.5, cycle_momentum=False
+    )
+    seen = []
+    for _ in range(4):
+        one.step()
+        cycle.step()
+        seen.append(rates(one))
+    assert max(seen) == pytest.approx([0.1, 0.1])
+
+
+def test_one_cycle_with_a_rate_for_each_route_keeps_their_ratio():
+    one = routed(twins()[0])
+    cycle = OneCycleLR(one, max_lr=rates(one), total_steps=9, cycle_momentum=False)
+    for _ in range(8):
+        muon, adamw = rates(one)
+        assert muon / adamw == pytest.approx(RATES[0] / RATES[1])
+        one.step()
+        cycle.step()
+
+
+def test_cosine_leads_every_rate_to_one_least_rate():
+    one = routed(twins()[0])
+    cosine = CosineAnnealingLR(one, T_max=4, eta_min=1e-4)
+    for _ in range(2):
+        one.step()
+        cosine.step()
+    assert rates(one) == pytest.approx([1e-4 + (lr - 1e-4) / 2 for lr in RATES])
+    for _ in range(2):
+        one.step()
+        cosine.step()
+    assert rates(one) == pytest.approx([1e-4, 1e-4])
+
+
+def test_plateaus_have_a_least_rate_for_each_route():
+    one = routed(twins()[0])
+    plateau = ReduceLROnPlateau(one, patience=0, factor=0.1, min_lr=[0.01, 0.0])
+    for _ in range(2):
+        plateau.step(1.0)
+    assert rates(one) == pytest.approx([0.01, 3e-4])
+
+
+def test_a_loop_that_writes_one_rate_into_every_group_gives_all_routes_that():
+    """As nanoGPT does."""
+    model, twin = twins()
+    one, others = routed(model), separate(twin)
+    for optimizer in (one, *others):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+    train(model, one)
+    train(twin, *others)
+    assert rates(one) == [1e-3, 1e-3]
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+
+
+def test_decay_of_every_route_has_a_schedule_of_its_own():
+    model, _ = twins()
+    one = Muon(model, weight_decay=0.2, rest={"weight_decay": 0.1})
+    decay = CosineAnnealingLR(WeightDecay(one), T_max=2, eta_min=0.0)
+    train(model, one, steps=1)
+    decay.step()
+    assert rates(one, "weight_decay") == pytest.approx([0.1, 0.05])
+    assert rates(one) == [1e-3, 1e-3]
+
+
+def test_decay_follows_the_rate_of_its_route():
+    model, _ = twins()
+    one = routed(model)
+    proportional_to_lr(one)
+    one.param_groups[1]["lr"] = 3e-4
+    train(model, one, steps=1)
+    assert rates(one, "weight_decay") == pytest.approx([0.1, 0.01])
