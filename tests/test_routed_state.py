@@ -216,7 +216,23 @@ def spoiled(saved):
     return {**saved, "state": state}
 
 
+def flagged(saved):
+    groups = [
+        {"params": g["params"], "use_muon": g["route"] == "muon"}
+        for g in saved["param_groups"]
+    ]
+    return {"state": saved["state"], "param_groups": groups}
+
+
 REFUSED = {
+    "two halves without names": (
+        flagged,
+        "group 0 of the loaded state dict has no 'param_names', and its parameters are "
+        "found by name. Write them into it: for group, names in "
+        "zip(state_dict['param_groups'], selective_optim.checkpoint.group_names("
+        "groups, model)): group['param_names'] = names, where groups are those that "
+        "saved.",
+    ),
     "unknown route": (
         renamed,
         "the loaded state dict has the route 'lion', and the routes here are 'muon', "

@@ -26,11 +26,12 @@ from selective_optim.decisions.state_dict import (
     require_whole,
 )
 from selective_optim.routes.route import KEYS
-from selective_optim.step.lasting import PER_PARAM
+from selective_optim.step.lasting import PER_PARAM, WD, pick
 
 Group = dict[str, Any]
 ROUTE, OTHERS = "route", "routes"  # of a group; what a route's class saves besides
 BY_GROUP = (RECORD, POLICIES, PARTS)
+RATES, USE_MUON = ("lr", "initial_lr"), "use_muon"
 # What a class that keeps no record has for a group in each of those lists.
 NOTHING: dict[str, Any] = {RECORD: [], POLICIES: None, PARTS: []}
 
@@ -143,22 +144,62 @@ def _by_route(state_dict: Any, names: list[str]) -> dict[str, StateDict]:
     if "param_groups" not in state_dict and state_dict.keys() <= set(names):
         return {name: _copied(own) for name, own in state_dict.items()}
     require_whole(state_dict)
-    groups = [dict(group) for group in state_dict["param_groups"]]
-    for index, group in enumerate(groups):
-        if ROUTE in group:
-            continue
-        key = next((key for key in KEYS if key in group), "")
-        held = group.pop(key, None)
-        group[ROUTE] = next(
-            (n for n in names if key and KEYS[key](n, names) == held), held
+    if any(ROUTE not in group for group in state_dict["param_groups"]):
+        state_dict = _routed(state_dict, names)
+    return split_routes(state_dict)
+
+
+def _routed(state_dict: StateDict, names: Sequence[str]) -> StateDict:
+    """Give the groups of another project's one-object optimizer the routes here.
+
+    Its hyperparameters stay its own, but for rates and decay.
+    """
+    groups, state = list[Group](), dict[Any, Any](state_dict["state"])
+    for index, group in enumerate(state_dict["param_groups"]):
+        keys = group["params"]
+        told = [_route_told(group, state.get(key, {}), names) for key in keys]
+        _require_told(index, group, told, names)
+        for key in keys:
+            state[key] = without(state.get(key, {}), [USE_MUON])
+            if "step" in group and "exp_avg" in state[key]:  # pytorch_optimizer's
+                state[key].setdefault("step", group["step"])
+        for name in dict.fromkeys(filter(None, told)):
+            chosen = [place for place, own in enumerate(told) if own == name]
+            # timm's groups have the rate of Muon, and a factor for that of AdamW.
+            scale = group.get("fallback_lr_scale", 1) if name != names[0] else 1
+            rates = {key: group[key] * scale for key in RATES if key in group}
+            decay = {key: group[key] for key in [WD] if key in group}
+            groups.append({ROUTE: name, **pick(group, chosen), **rates, **decay})
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _route_told(group: Group, own: Group, names: Sequence[str]) -> Any:
+    """Tell the route of a parameter by its state, as in timm, or else by its group."""
+    told = own if USE_MUON in own else group
+    key = next((key for key in KEYS if key in told), None)
+    if key is None:
+        return group.get(ROUTE)
+    return next((n for n in names if KEYS[key](n, names) == told[key]), told[key])
+
+
+def _require_told(
+    index: int, group: Group, told: Sequence[Any], names: Sequence[str]
+) -> None:
+    if told and not any(told):
+        raise ValueError(
+            f"group {index} of the loaded state dict has no {ROUTE!r}: which of "
+            f"{', '.join(map(repr, names))} saved it is not known. Load "
+            f"{{{names[-1]!r}: state_dict}}, or one for each route."
         )
-        if group[ROUTE] is None:
-            raise ValueError(
-                f"group {index} of the loaded state dict has no {ROUTE!r}: which of "
-                f"{', '.join(map(repr, names))} saved it is not known. Load "
-                f"{{{names[-1]!r}: state_dict}}, or one for each route."
-            )
-    return split_routes({**state_dict, "param_groups": groups})
+    by_name = all(isinstance(key, str) for key in group["params"])
+    if "param_names" not in group and not by_name:
+        raise ValueError(
+            f"group {index} of the loaded state dict has no 'param_names', and its "
+            f"parameters are found by name. Write them into it: for group, names in "
+            f"zip(state_dict['param_groups'], selective_optim.checkpoint.group_names("
+            f"groups, model)): group['param_names'] = names, where groups are those "
+            f"that saved."
+        )
 
 
 def _copied(state_dict: Any) -> StateDict:
@@ -220,7 +261,7 @@ def _by_name(
             mine.append(entries.get(known, Entry(known, known, hyper=rest)))
         found = [entry for entry in mine if entry.state is not None]
         way_out = "Make this optimizer with groups as they were saved."
-        hyper = {**rest, **without(merged(found, way_out), KEYS)} if found else rest
+        hyper = {**rest, **merged(found, way_out)} if found else rest
         packed.append((hyper, mine))
     whole = write(saved, packed)
     return whole | (recorded(saved, packed) if RECORD in saved else {})
