@@ -29,6 +29,7 @@ from tests.support.routes import (
     twins,
 )
 from tests.test_dcp import FORMS, quiet
+from tests.test_fsdp import accelerate_fsdp2
 
 FIRST, SECOND = range(4), range(4, 8)
 SGDS = {"lr": 0.05, "momentum": 0.9}
@@ -279,3 +280,25 @@ def test_saved_on_two_processes_and_loaded_on_one(ranks, form, tmp_path):
     assert_same([one.state[param] for param in model.parameters()], states)
     assert [group["lr"] for group in one.param_groups] == [0.02, 3e-3]
     train(model, [one], 0, SECOND)
+
+
+def prepared_by_accelerate(rank, pair):
+    """Accelerate takes the optimizer with the model, and shards both."""
+    accelerator, (model, twin) = accelerate_fsdp2(rank), twins()
+    names = {id(param): name for name, param in model.named_parameters()}
+    [one] = one_object(model, pair)
+    known = [names[id(p)] for group in one.param_groups for p in group["params"]]
+    model, optimizer = accelerator.prepare(model, one)
+    assert [row.name for row in one.decay_report()] == known
+    others = by_hand(shard(twin), pair)
+    train(model, [optimizer], rank)
+    train(twin, others, rank)
+    assert_same(values_of(model), values_of(twin))
+
+
+@pytest.mark.distributed
+@pytest.mark.integration
+@each_pair
+def test_accelerate_shards_it_with_the_model(ranks, pair):
+    pytest.importorskip("accelerate")
+    ranks(prepared_by_accelerate, pair)

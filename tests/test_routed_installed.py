@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from selective_optim import AdamW, Routed, param_groups
+from selective_optim import AdamW, Muon, Routed, param_groups
 from selective_optim.policies import is_hidden_matrix, is_hidden_weight
 from tests.support.compare import assert_same
 from tests.support.routes import ADAMW, MUON, Net, loss_of, routed, split, twins
@@ -95,14 +95,13 @@ def test_convolutions_go_to_the_muon_of_timm():
     torch.manual_seed(0)
     model = ConvNet()
     twin = copy.deepcopy(model)
-    one = Routed(
-        model,
-        {
-            "muon": (is_hidden_weight, muon, {"lr": 0.02}),
-            "adamw": ("*", AdamW, ADAMW),
-        },
-        weight_decay=0.1,
-    )
+    with pytest.warns(UserWarning, match="convolutions") as caught:
+        Muon(model)
+    told = re.search(r"'muon': (\(.*\))\.$", str(caught[-1].message))[1]
+    known = {"is_hidden_weight": is_hidden_weight, "timm": import_module("timm")}
+
+    routes = {"muon": eval(told, known), "adamw": ("*", AdamW, ADAMW)}
+    one = Routed(model, routes, weight_decay=0.1)
     named = dict(twin.named_parameters())
     names = [row.name for row in one.decay_report() if row.route == "muon"]
     assert {"body.0.weight", "mix.weight"} <= set(names)
