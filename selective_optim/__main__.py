@@ -54,11 +54,7 @@ class Built(NamedTuple):
 def read_target(text: str) -> Target:
     """Take apart ``MODULE:NAME``, ``FILE.py:NAME`` or ``MODULE.NAME``, with arguments.
 
-    Returns:
-        Module, name, arguments and keywords, the last ``None`` without parentheses.
-
-    Raises:
-        CommandError: It is none of these.
+    Without parentheses the keywords are ``None``. All else raises CommandError.
     """
     matched = CALL.fullmatch(text.strip())
     head = matched["head"].strip() if matched else ""
@@ -111,11 +107,7 @@ def _value(text: str) -> Any:
 
 
 def load(module: str, path: str) -> Any:
-    """Import a module or file and return what a dotted path names in it.
-
-    Raises:
-        CommandError: There is no such thing.
-    """
+    """Import a module or file and return what a dotted path names in it."""
     try:
         found: Any = _module(module)
     except (Exception, SystemExit) as error:
@@ -154,11 +146,7 @@ def told(error: BaseException) -> str:
 
 
 def build(text: str) -> Built:
-    """Call what a text names, without memory for weights where that can be done.
-
-    Raises:
-        CommandError: It cannot be called, or returns neither module nor optimizer.
-    """
+    """Call what a text names, without memory for weights where that can be done."""
     if Path(text).is_file() and not text.endswith(".py"):
         return Built(_read_checkpoint(text), "as saved", None)
     module, path, arguments, keywords = read_target(text)
@@ -188,7 +176,6 @@ def _is_audited(made: object) -> bool:
 
 
 def _read_checkpoint(path: str) -> list[Any]:
-    """Find the state dicts of optimizers in what was saved."""
     try:
         level: list[Any] = [[torch.load(path, map_location="cpu", weights_only=True)]]
     except Exception as error:
@@ -254,11 +241,7 @@ exit status:
 
 
 def run_audit(options: argparse.Namespace) -> int:
-    """Print the audit; return 1 if something looks wrong and that is to count.
-
-    Raises:
-        CommandError: The target or a policy does not work.
-    """
+    """Print the audit; return 1 if something looks wrong and that is to count."""
     try:
         with redirect_stdout(sys.stderr):  # what models print is no part of the audit
             given = [_policy(text) for text in (options.policy, options.against)]
@@ -283,7 +266,6 @@ def run_audit(options: argparse.Namespace) -> int:
 
 
 def _policy(text: str | None) -> Any:
-    """Read a policy's name or expression, or ``MODULE:NAME`` of one."""
     if text is None:
         return None
     own = ":" in text and not is_expression(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain
 from types import FunctionType, ModuleType
 from typing import Any
@@ -17,11 +17,7 @@ NUMBERS = ("lr", "weight_decay", "momentum", "dampening", "eps", "betas")
 
 
 def require_numbers(group: Mapping[str, object], where: str = "") -> None:
-    """Check that hyperparameters are no texts, as YAML makes of ``1e-3``.
-
-    Raises:
-        TypeError: One is.
-    """
+    """Raise TypeError for hyperparameters that are texts, as YAML makes of ``1e-3``."""
     for name, value in group.items():
         values = value if name == "betas" and isinstance(value, tuple) else (value,)
         for each in values if name in NUMBERS else ():
@@ -50,11 +46,7 @@ def copied_groups(params: Any) -> Any:
 
 
 def require_decay(optimizer: Any, purpose: str) -> None:
-    """Check that every group of an optimizer has a weight decay.
-
-    Raises:
-        ValueError: One has none.
-    """
+    """Raise ValueError if a group of an optimizer has no weight decay."""
     for index, group in enumerate(optimizer.param_groups):
         if "weight_decay" not in group:
             raise ValueError(
@@ -82,7 +74,11 @@ def held_optimizers(wrapper: object) -> list[Any]:
     level, seen = [wrapper], {id(wrapper)}
     # Of references; a dict or list takes one. An optimizer may lead far, to a trainer.
     for _ in range(3 if is_optimizer(wrapper) else 6):
-        near = chain(*map(_references, level))
+        # The collector reads lists from behind.
+        near = chain.from_iterable(
+            item if isinstance(item, (list, tuple)) else gc.get_referents(item)
+            for item in level
+        )
         new = {id(item): item for item in near if id(item) not in seen}
         level = [item for item in new.values() if not isinstance(item, NOT_SEARCHED)]
         seen.update(new)
@@ -94,11 +90,6 @@ def held_optimizers(wrapper: object) -> list[Any]:
         if found and covered >= own:
             break
     return found
-
-
-def _references(item: object) -> Sequence[object]:
-    # The collector reads lists from behind.
-    return item if isinstance(item, (list, tuple)) else gc.get_referents(item)
 
 
 def param_ids(optimizer: object) -> set[int]:

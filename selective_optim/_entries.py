@@ -13,12 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from selective_optim._canonical_names import (
+from selective_optim._text import received
+from selective_optim._torch import (
     canonical_name,
     told_apart,
     without_wrappers,
 )
-from selective_optim._text import received
+from selective_optim.decay import Decay
 from selective_optim.decisions.state_dict import (
     PARTS,
     POLICIES,
@@ -54,10 +55,9 @@ class Entry:
 
     @property
     def wd(self) -> Any:
-        """Effective decay: the group's times the multiplier."""
-        wd, multiplier = self.hyper[WD], self.record[0]
-        own = wd if multiplier == 1 else wd * multiplier
-        return (self.part_values or {}).get(WD, own)
+        """Effective decay."""
+        decay = Decay(self.record[0], fixed=begin_in(self.record).get("fixed"))
+        return (self.part_values or {}).get(WD, decay.of(self.hyper[WD]))
 
     def label(self) -> str:
         """Name the parameter and its group, as a message should."""
@@ -219,7 +219,7 @@ def recorded(state_dict: StateDict, groups: Groups) -> dict[str, Any]:
 
 
 def _record(entry: Entry, largest: Any) -> list[Any]:
-    if entry.hyper.get(WD, largest) == largest:
+    if "fixed" in begin_in(entry.record) or entry.hyper.get(WD, largest) == largest:
         return list(entry.record)
     # To 15 digits, so that 0.01 of 0.1 is the 0.1 that a policy says.
     multiplier = float(f"{float(entry.wd) / float(largest):.15g}")

@@ -30,9 +30,9 @@ from selective_optim.decisions.decider import (
     OWN_KEYS,
     WRITTEN,
     Decider,
-    decider_for,
     kept_on_error,
 )
+from selective_optim.decisions.deciding_for import given
 from selective_optim.decisions.state_dict import (
     POLICIES,
     RECORD,
@@ -84,6 +84,13 @@ def constants_of(function: Any) -> set[Any]:
     return found
 
 
+def decider_for(model: object, wd_policy: object) -> Decider:
+    """Make the decider of a constructor, unless it is given one."""
+    if isinstance(wd_policy, Decider):
+        return wd_policy
+    return Decider(*given(model, wd_policy))
+
+
 def _typed(state_dict: Mapping[str, Any]) -> str:
     """Write how the policies of a state dict are passed again, where that is known."""
     saved = state_dict.get(POLICIES)
@@ -124,6 +131,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     _stated: frozenset[str]  # keywords that the constructor was given
     _reached = False  # whether a step came here
     _lost_policy = False  # whether it was told that it is made of another's numbers
+    _untouched = False  # no step, load or copy yet, and no state of its own
     _watch: Watch | None = None  # of steps, while there may be something to tell
     _planning: dict[str, int]  # the thread that a plan serves
 
@@ -155,15 +163,16 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     def _made(self) -> None:
         """Take note of an optimizer that is whole now."""
-        self._decider.index.let_go()
+        self._decider.index.release()
         stated = self._stated & self.defaults.keys()
         if "weight_decay" in stated and self._decider.policy is None:
             fixed = self.defaults.keys() - inspect.signature(type(self)).parameters
             self._warn_of_origin({k: self.defaults[k] for k in stated}, (), fixed)
         alive.add(self)
+        self._untouched = not any(self._states.values())
         # Without decay from the beginning that is meant, or was told.
         decays = [not is_zero(group["weight_decay"]) for group in self._groups]
-        self._watch = Watch(taken_over=any(decays), rounding=True)
+        self._watch = Watch(taken_over=any(decays), rounding=True, ranks=True)
         if "weight_decay" in constants_of(type(self).step):
             self._watch_own_step()
 
@@ -360,8 +369,20 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _begin_training(self) -> None:
         """Take what parameters decay towards, if that is what they are now."""
         decider = self._decider
+        if self._untouched:
+            self._untouched = False
+            self._take_written_state()
         if decider.waits and decider.begin_training(self.param_groups, self.defaults):
             self._decided_anew()
+
+    def _take_written_state(self) -> None:
+        """Go on from state that was written past ``load_state_dict``, with no record.
+
+        So loads ``ZeroRedundancyOptimizer``, whose attribute ``optim`` this is.
+        """
+        if any(self._states.get(param) for param in params_of(self.param_groups)):
+            now = [begin_in(entry) for entry in chain(*self._record())]
+            self._resume([{} for _ in now], now, "optimizer.optim")
 
     @_torch.use_grad_for_differentiable
     @_torch.run_as_is
@@ -428,7 +449,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _refuse_foreign_step(self, groups: Iterable[Group]) -> None:
         for group in groups:
             policy = self._decider.decided_by(group["params"])
-            if policy is not None and group["weight_decay"]:
+            fixed = any(known.decision.decay.fixed for known in self.decided_params())
+            if policy is not None and (fixed or group["weight_decay"]):
                 raise RuntimeError(
                     f"the step of another class was called on this "
                     f"{type(self).__name__}: it would decay parameters that "
@@ -560,6 +582,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         known, advice = None if record is None else entries, _typed(loaded)
         groups = self.param_groups
         warn_of_changes(decided, before, groups, known, now, advice)
+        self._untouched = False
         self._resume([*map(begin_in, entries)], [*map(begin_in, now)])
         self._loaded(loaded)
 
@@ -584,16 +607,21 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _loaded(self, state_dict: dict[str, Any]) -> None:
         """Take over what a state dict holds beside torch's entries and the record."""
 
-    def _resume(self, begins: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:
+    def _resume(
+        self,
+        begins: list[dict[str, Any]],
+        now: list[dict[str, Any]],
+        whose: str = "optimizer",
+    ) -> None:
         """Go on from where training began, if a state dict records that."""
         # Mostly nothing depends on it, here or there: names alone.
-        if {"name"}.issuperset(chain(*begins, *now)):
+        if {"name", "fixed"}.issuperset(chain(*begins, *now)):
             return
         inits, rates = self._decider.resume(self.param_groups, begins)
         if inits:
-            warn_of_lost_inits(inits)
+            warn_of_lost_inits(inits, whose)
         if rates:
-            warn_of_lost_rates(rates)
+            warn_of_lost_rates(rates, whose)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Not `__getstate__`, which subclasses override with torch's three keys.

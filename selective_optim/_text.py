@@ -38,12 +38,7 @@ def received(value: object) -> str:
 
 
 def aligned(lines: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """Pad the cells of each column to one width.
-
-    Args:
-        lines: Rows of as many cells each, the headers first.
-        right: Indices of the columns that stand to the right, as numbers do.
-    """
+    """Pad cells to the width of their column; those of ``right`` stand to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join(

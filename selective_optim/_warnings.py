@@ -15,6 +15,7 @@ SHOWN = 3  # parameters that a warning names
 # How alike a key must be to one that is read to be taken for it: "wd_polcy" is 0.94
 # and "weight_decays" 0.96. Keys that others put there are less: "lr_scale" is 0.4.
 RESEMBLANCE = 0.85
+INSIDE = ("selective_optim", "torch", "contextlib")  # packages that warnings skip
 P = TypeVar("P")
 
 
@@ -22,13 +23,9 @@ def warn(message: str) -> None:
     """Warn at the line, outside this library and torch, that led here."""
     # From Python 3.12 on, `skip_file_prefixes` of warnings.warn does this.
     level, frame = 1, inspect.currentframe()
-    while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in INSIDE:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
-
-
-def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] in ("selective_optim", "torch", "contextlib")
 
 
 def warn_if_idle(
@@ -37,14 +34,7 @@ def warn_if_idle(
     multipliers: Collection[float],
     decays_elsewhere: Callable[[P], bool],
 ) -> None:
-    """Warn if a policy was given and nothing will decay.
-
-    Args:
-        policy: The policy.
-        decays: The ``weight_decay`` of every group.
-        multipliers: What the policy gives every parameter.
-        decays_elsewhere: Tells whether it decays any other parameter of the model.
-    """
+    """Warn if a policy decays no parameter here or elsewhere, or no group decays."""
     if all(map(is_zero, decays)):
         warn(
             f"`weight_decay` is 0 in every group, so `wd_policy` {policy!r} "
@@ -56,6 +46,15 @@ def warn_if_idle(
             f"`wd_policy` {policy!r} exempts all {len(multipliers)} parameters. "
             f"Pass weight_decay=0 instead if nothing is to decay."
         )
+
+
+def warn_of_small_multiplier(multiplier: float, wd: Any, instead: str) -> None:
+    """Warn of a multiplier that reads like a decay."""
+    warn(
+        f"`wd_policy` multiplies weight_decay by {multiplier:g}, which comes to a "
+        f"decay of {multiplier * float(wd):g}. Write {instead} "
+        f"if a multiplier is meant."
+    )
 
 
 def warn_of_lost_policy(policy: object) -> None:
@@ -85,6 +84,26 @@ def warn_of_decay_taken_over(policy: object) -> None:
         f"effect. A wrapper that applies decay itself wants groups that are split by "
         f"hand: torch's class over selective_optim.param_groups(model, {policy!r}, "
         f"weight_decay=...). A schedule that begins at 0 may ignore this."
+    )
+
+
+def warn_of_other_rank(rank: int, name: str, here: str, there: str, count: int) -> None:
+    """Warn that a rank decided otherwise than the one that came first."""
+    more = f" (and {count - 1} more)" if count > 1 else ""
+    warn(
+        f"rank {rank} decided otherwise than the rank that stepped first: {name!r} is "
+        f"{here} here and {there} there{more}. Pass the same `wd_policy` on every "
+        f"rank, as a text or a mapping from names. Ranks that train apart on purpose "
+        f"may ignore this."
+    )
+
+
+def warn_of_unsteady_policy(policy: object, name: str, first: str, then: str) -> None:
+    """Warn of a policy whose answers differ from one time to the next."""
+    warn(
+        f"`wd_policy` {policy!r} decides otherwise when it is asked again: {name} is "
+        f"{first} and then {then}, so ranks and resumed runs may differ. Let it depend "
+        f"on `info` alone, or pass a mapping from names to numbers."
     )
 
 
@@ -122,17 +141,9 @@ def warn_of_changes(
 ) -> None:
     """Warn once if a checkpoint was made with other decisions than those now taken.
 
-    An entry that cannot be read, as of another version, is not compared. Without
-    a record, a checkpoint that takes the decay from parameters is told: groups split by
-    hand that became merged ones do, where the first of a group was exempt.
-
-    Args:
-        decided: What is decided for every parameter here.
-        before: The ``weight_decay`` of every group before loading.
-        param_groups: The groups after it.
-        saved: What the state dict records of every parameter, if anything.
-        now: What one of this optimizer records.
-        advice: How to continue as before.
+    An entry of ``saved`` that cannot be read, as of another version, is not compared.
+    Without a record, a checkpoint that takes the decay from parameters is told: groups
+    split by hand that became merged ones do, where the first of a group was exempt.
     """
     if saved is not None and (changes := _changes(decided, saved, now)):
         warn(
@@ -151,23 +162,23 @@ def warn_of_changes(
         )
 
 
-def warn_of_lost_inits(names: Sequence[str]) -> None:
+def warn_of_lost_inits(names: Sequence[str], whose: str) -> None:
     """Warn once that a checkpoint does not tell where parameters began."""
     warn(
         f"the loaded checkpoint does not record what {_first_of(names, ', ')} decay "
-        f"towards, so that is what they were when they were decided here. Load a "
-        f"state dict that optimizer.state_dict() returned under the same policy, or "
-        f"decide while the parameters are what they shall decay towards."
+        f"towards, so that is what they are when training goes on. Save what "
+        f"{whose}.state_dict() returns under the same policy, and load that with "
+        f"{whose}.load_state_dict."
     )
 
 
-def warn_of_lost_rates(names: Sequence[str]) -> None:
+def warn_of_lost_rates(names: Sequence[str], whose: str) -> None:
     """Warn once that a checkpoint does not tell which rate training began with."""
     warn(
         f"the loaded checkpoint does not record the rate that training began with, by "
         f"which the decay of {_first_of(names, ', ')} is divided, and its own rate is "
-        f"another. Load a state dict that optimizer.state_dict() returned, or make the "
-        f"optimizer with the rate of the beginning."
+        f"another. Load what {whose}.state_dict() returned, or make groups with the "
+        f"rate of the beginning: dict(params=..., initial_lr=...)."
     )
 
 
@@ -182,15 +193,14 @@ def _losers(
     param_groups: Sequence[dict[str, Any]],
 ) -> list[str]:
     """Label the parameters that a policy decays and whose group's decay is now 0."""
-    verdicts = list(chain.from_iterable(decided))
-    if all(verdict.decay.multiplier for verdict in verdicts):
+    if all(each.decay.multiplier for each in chain.from_iterable(decided)):
         return []  # without an exempt parameter there was nothing to split
     return [
         decision.label(index, position)
         for index, (group, decisions) in enumerate(zip(param_groups, decided))
         if is_zero(group["weight_decay"]) and not is_zero(before[index])
         for position, decision in enumerate(decisions)
-        if decision.decay.multiplier
+        if decision.decay.multiplier and decision.decay.fixed is None
     ]
 
 
@@ -211,20 +221,25 @@ def _changes(
     return changes
 
 
-def _decision_in(entry: Any) -> tuple[float, Any, Any] | None:
+def _decision_in(entry: Any) -> tuple[float, Any, Any, Any] | None:
     """Read what makes two decisions different ones out of an entry of a record."""
     try:
-        target = entry[2].get("target") if len(entry) > 2 else None
+        begin = entry[2] if len(entry) > 2 else {}
+        target, fixed = begin.get("target"), begin.get("fixed")
         readable = isinstance(target, (int, float, str, type(None)))
-        return (float(entry[0]), entry[1], target) if readable else None
+        fixed = None if fixed is None else float(fixed)
+        return (float(entry[0]), entry[1], target, fixed) if readable else None
     except (TypeError, ValueError, IndexError, KeyError, AttributeError):
         return None
 
 
-def _text(multiplier: float, form: str | None, target: Any, was: bool) -> str:
+def _text(
+    multiplier: float, form: str | None, target: Any, fixed: float | None, was: bool
+) -> str:
     if not multiplier:
         return "was exempt" if was else "is exempt"
     times = "in full" if multiplier == 1 else f"{multiplier:g} times as much"
+    times = times if fixed is None else f"by {fixed:g}"
     how = f" ({form})" if form else ""
     how += "" if target is None else f" towards {target_text(target)}"
     return f"{'decayed' if was else 'decays'} {times}{how}"

@@ -38,8 +38,8 @@ class AdamW(SelectiveOptimizer, torch.optim.AdamW):
         wd_policy: Who decays: a name, a text, a mapping from selectors to multipliers,
             a callable or a policy of ``selective_optim.policies``. Multipliers are
             factors on ``weight_decay``: 0 exempts. ``None`` decays everything.
-        model: The module, or modules, that the parameters live in; needed only where
-            ``params`` does not lead to them, as a list of tensors does not.
+        model: The module, or modules, that the parameters live in. Left out, where
+            ``params`` does not lead to them, they are looked for among living ones.
 
     Raises:
         TypeError: A hyperparameter is a text, or ``wd_policy`` no policy.

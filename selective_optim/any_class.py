@@ -5,21 +5,27 @@ from __future__ import annotations
 import copyreg
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import lru_cache
 from inspect import Parameter, Signature
 from operator import is_
 from threading import get_ident
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from selective_optim import _torch
 from selective_optim._arguments import require_numbers
-from selective_optim._optimizer import Model, SelectiveOptimizer, constants_of
+from selective_optim._optimizer import (
+    Model,
+    SelectiveOptimizer,
+    constants_of,
+    decider_for,
+)
 from selective_optim.decay import Form
-from selective_optim.decisions.decider import decider_for, kept_on_error
+from selective_optim.decisions.decider import kept_on_error
 from selective_optim.decisions.state_dict import PARTS, Decided, require_groups_like
 from selective_optim.report import form_of_class
 from selective_optim.step import refusals
@@ -58,7 +64,8 @@ class AnyOptimizer(SelectiveOptimizer):
     """
 
     _kernel: Any = None  # how the class steps is not known
-    _splits: Sequence[Split] = ()  # none while groups are read
+    # One list with shallow copies, which share groups; none while groups are read.
+    _splits: Any = ()
     _keys: tuple[str, ...] = ()  # what the class reads in a group
     _parts: list[Group]  # in the list that the class made
     _class_adds = False  # the class adds parts now, which are decided
@@ -85,7 +92,7 @@ class AnyOptimizer(SelectiveOptimizer):
             lr = bound.arguments.get("lr")
             groups = self._read(params, signature.parameters, lr)
             self._construct(groups, args, kwargs)
-        self._decider.warn_if_idle(groups)
+        self._decider.warn_if_weak(groups)
         self._made()
 
     def _construct(self, groups: list[Group], args: Any, kwargs: Any) -> None:
@@ -133,18 +140,19 @@ class AnyOptimizer(SelectiveOptimizer):
         return self._groups
 
     def _append_group(self, group: Group) -> None:
-        # As torch reads it; the class adds its parts.
-        torch.optim.Optimizer.add_param_group(self, group)
+        """Let torch read a group, and not the class, which adds its parts."""
+        # Not with other defaults of our own meanwhile: an interrupt would leave them.
+        reading = SimpleNamespace(
+            defaults={**READING, "lr": self.defaults.get("lr")},
+            param_groups=list(self._groups),
+        )
+        torch.optim.Optimizer.add_param_group(reading, group)  # type: ignore[arg-type]
+        self._groups.append(reading.param_groups[-1])
 
     def _read_group(self, param_group: Group) -> None:
         """Read a group, which the class then makes of its parts, and decide for it."""
         given = set(param_group) if isinstance(param_group, dict) else ()
-        defaults = self.defaults
-        self.defaults = {**READING, "lr": defaults.get("lr")}
-        try:
-            SelectiveOptimizer.add_param_group(self, param_group)
-        finally:
-            self.defaults = defaults
+        SelectiveOptimizer.add_param_group(self, param_group)
         for key in {*READING, "lr"}.difference(given):
             del self._groups[-1][key]
 
@@ -157,27 +165,23 @@ class AnyOptimizer(SelectiveOptimizer):
             self._read_group(param_group)
             return
         self._drop_removed()
+        groups, parts = len(self._groups), len(self._parts)
         with kept_on_error([param_group]):
-            self._read_group(param_group)
-            decided = self._decider.decisions(self._groups, self.defaults)
-            split = split_group(self._groups[-1], decided[-1], None)
-            count = len(self._parts)
             try:
-                self._add_parts(split)
-                self._adopt([split], self._parts[count:])
+                self._read_group(param_group)
+                decided = self._decider.decisions(self._groups, self.defaults)
+                split = split_group(self._groups[-1], decided[-1], None)
+                self._show(self._parts)
+                # Past the method that decides: parts were decided for as a group.
+                for part in split.parts:
+                    super(SelectiveOptimizer, self).add_param_group(part.group)
+                self._show(None)
+                self._adopt([split], self._parts[parts:])
             except BaseException:
-                del self._parts[count:], self._groups[-1:]
+                self._show(None)
+                del self._parts[parts:], self._groups[groups:]
                 raise
-        self._splits = [*self._splits, split]
-
-    def _add_parts(self, split: Split) -> None:
-        self._show(self._parts)
-        try:
-            # Past the method that decides: parts were decided for as a group.
-            for part in split.parts:
-                super(SelectiveOptimizer, self).add_param_group(part.group)
-        finally:
-            self._show(None)
+        self._splits.append(split)
 
     def _drop_removed(self) -> None:
         """Drop the parts of groups that were taken out, or the class finds them twice.
@@ -185,7 +189,7 @@ class AnyOptimizer(SelectiveOptimizer):
         Some frameworks clear the groups to shard the model, and add them anew.
         """
         here = set(map(id, self.param_groups))
-        self._splits = [split for split in self._splits if id(split.group) in here]
+        self._splits[:] = [own for own in self._splits if id(own.group) in here]
         self._parts[:] = [p.group for split in self._splits for p in split.parts]
 
     # What the class sees.
@@ -241,7 +245,7 @@ class AnyOptimizer(SelectiveOptimizer):
             refusals.require_no_lists(self, len(self._parts))
         for split in splits:
             split.empty()
-        self._splits, self._layout = splits, layout
+        self._splits[:], self._layout = splits, layout
         self._parts[:] = parts
 
     def _forget_plan(self) -> None:
@@ -381,6 +385,7 @@ class AnyOptimizer(SelectiveOptimizer):
             split.group = group
         self._arrange()
         saved = saved_parts(state_dict, state_dict.get(PARTS), self._splits)
+        self._layout = None  # first: an interrupt must not leave parts half in place
         load_parts(self._splits, groups, saved, self.defaults)
         self._parts[:] = [p.group for split in self._splits for p in split.parts]
 
@@ -388,16 +393,15 @@ class AnyOptimizer(SelectiveOptimizer):
         # What was written into a group since the last step is not in its parts yet.
         with suppress(ValueError):  # what cannot be decided is told at the next step
             self._hand_down()
-        return {"splits": self._splits}
+        return {"splits": self._splits, "parts": self._parts}
 
     def _take_state(self) -> None:
         """Leave the state to the class."""
 
     def _take_copied(self, copied: dict[str, Any]) -> None:
-        self._splits = copied["splits"]
+        self._splits, self._parts = copied["splits"], copied["parts"]
         for split in self._splits:
             split.recognize()
-        self._parts = [p.group for split in self._splits for p in split.parts]
 
 
 def selective(optimizer_class: OptimizerClass) -> Any:

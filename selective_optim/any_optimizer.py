@@ -116,7 +116,6 @@ def decay_report(
 def _optimizers_in(
     given: Any, index: ModelIndex, above: tuple[Any, ...] = ()
 ) -> Iterator[Any]:
-    """Find the optimizers in a list, a wrapper or a state dict."""
     if isinstance(given, Mapping):
         given = _saved(given, index) if "param_groups" in given else [*given.values()]
     own = is_optimizer(given) and hasattr(given, "decay_report")
@@ -166,7 +165,7 @@ def _recorded(entry: Sequence[Any] | None, name: str | None) -> Decision | None:
     if entry is None:
         return None
     begin = entry[2] if len(entry) > 2 else {}
-    decay = Decay(entry[0], entry[1], begin.get("target"))
+    decay = Decay(entry[0], entry[1], begin.get("target"), begin.get("fixed"))
     shape, lr0 = torch.Size((0,)), begin.get("lr0")
     return Decision(decay, "recorded", name, shape, (), lr0=lr0)
 
@@ -187,6 +186,10 @@ def _stepped(optimizer: Any, share: float) -> Sequence[Tensor]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     ones = [nn.Parameter(torch.ones_like(p, dtype=torch.float32)) for p in params]
     memo: dict[int, Any] = {id(p): one for p, one in zip(params, ones)}
+    # In the copy, a decay that is fixed has the share, too.
+    for known in getattr(optimizer, "decided_params", list)():
+        if (decay := known.decision.decay).fixed is not None:
+            memo[id(decay)] = replace(decay, fixed=share)
     twin = copy.deepcopy(optimizer, memo)
     if not hasattr(twin, "decay_report"):
         # torch copies what all optimizers have, and nothing that a class adds.
@@ -213,12 +216,12 @@ def _with_effect(row: Row, decay: float | Tensor, *steps: Tensor) -> Row:
     # of the update tells nothing.
     direct = math.isclose(none - full, 2 * (none - half), rel_tol=0.01)
     unit = FORMS[row.form].strength(1.0, RATE, row.lr0) if row.form and row.lr0 else 1.0
+    decay = decay if row.fixed is None else row.fixed
     value = float(f"{(none - full) / RATE / unit * float(decay):.4g}")
     return replace(row, applied=none != full, measured=value if direct else None)
 
 
 def _other_than_promised(rows: Sequence[Row]) -> str:
-    """Tell of decay that was measured and is not what the groups say."""
     known = [row for row in rows if row.fate == "decayed" and row.applied is not None]
     never = [row for row in known if not row.applied]
     # The first step of momentum may add to L2, which is no other decay.

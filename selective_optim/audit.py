@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from selective_optim._text import aligned, shape_text
 from selective_optim.decay import Decision
 from selective_optim.parameters import ModelIndex, ParameterInfo
 from selective_optim.policies.decide import decide_alone
-from selective_optim.policies.selectors import kind_of
-from selective_optim.report import DecayReport, make_report
+from selective_optim.policies.predicates import kind_of
+from selective_optim.report import COLORS, DecayReport, make_report, plain
 
 HEADINGS = {
     "norm": "looks wrong: norms that decay",
@@ -27,7 +27,7 @@ HEADINGS = {
     "tied": "looks wrong: tied parameters with two verdicts",
     "other": "worth a look: decay, and are neither weights of layers, norms nor biases",
 }
-ROW_KEYS = ("name", "shape", "numel", "requires_grad", "form", "target", "reason")
+ROW_KEYS = ("name", "shape", "numel", "requires_grad", "form", "target")
 # What the weights of a layer are called: weight, in_proj_weight, gate_up_proj.
 WEIGHT_LEAF = re.compile(r"weight|kernel|proj")
 SHOWN = 10  # lines of each heading that print; all of them are in `findings`
@@ -123,9 +123,9 @@ def _findings(model: nn.Module, wd_policy: object) -> Iterator[Finding]:
                 found["marked"] = marked.reason
         # Each place by itself: asked as one parameter, all would answer alike.
         alone = [replace(p, names=(p.name or "",), elsewhere=()) for p in info.places]
-        verdicts = [policy.decide(place) for place in alone]
-        if len({verdict.decay for verdict in verdicts}) > 1:
-            told = zip(alone, verdicts)
+        answers = [policy.decide(place) for place in alone]
+        if len({answer.decay for answer in answers}) > 1:
+            told = zip(alone, answers)
             parts = [f"{p.name}: {v.decay.multiplier:g} ({v.reason})" for p, v in told]
             found["tied"] = "; ".join(parts)
         if decays and not found and _is_other(info):
@@ -184,20 +184,17 @@ class Audit:
         """Return plain lists, dicts, strings and numbers, ready for JSON."""
         told = self.report.as_dict()
         rows = [
-            {key: row[key] for key in ROW_KEYS} | {"multiplier": row["weight_decay"]}
-            for row in told.pop("rows")
+            {key: row[key] for key in (*ROW_KEYS, "fixed", "reason")}
+            | {"multiplier": row["weight_decay"] if row["fixed"] is None else 1.0}
+            for row in told["rows"]
         ]
-        del told["remark"]
-        found = {
-            "disagreements": getattr(self.difference, "rows", ()),
-            "findings": self.findings,
-            "hints": self.hints,
-        }
         return {
             **{key: getattr(self, key) for key in ("model", "policy", "against")},
             "rows": rows,
-            **told,
-            **{key: list(map(_plain, records)) for key, records in found.items()},
+            **{key: told[key] for key in COLORS},
+            "disagreements": plain(getattr(self.difference, "rows", ())),
+            "findings": plain(self.findings),
+            "hints": plain(self.hints),
         }
 
 
@@ -210,10 +207,6 @@ def _listing(kind: str, findings: Sequence[Finding]) -> str:
     if len(findings) > SHOWN:
         lines.append(f"  and {len(findings) - SHOWN:,} more")
     return "\n".join(lines)
-
-
-def _plain(record: Any) -> dict[str, Any]:
-    return {**asdict(record), "shape": list(record.shape)}
 
 
 def audit(

@@ -70,15 +70,26 @@ Target = float | Literal["init"]
 TARGET_RULE = f'a target must be a finite number or "{INIT}"'
 TARGET_WAY_OUT = "Write for example towards(1.0, is_norm)."
 REMEDY = "Use 0 to exempt a parameter, 1 to decay it in full."
+FIXED_WAY_OUT = 'Write for example fixed(0.05, "head.*") or Decay(fixed=0.05).'
+SMALL = 0.01  # multipliers under it read like decays
 
 
-def broken_rule(value: object) -> tuple[type[Exception], str] | None:
-    """Tell which rule a multiplier breaks, if any, and the kind of error that is."""
+def broken_rule(
+    value: object, what: str = "a multiplier"
+) -> tuple[type[Exception], str] | None:
+    """Tell which rule a number breaks, if any, and the kind of error that is."""
     if not isinstance(value, Real):
-        return TypeError, "a multiplier must be a number"
+        return TypeError, f"{what} must be a number"
     if not 0 <= float(value) < math.inf:
-        return ValueError, "a multiplier must be finite and >= 0"
+        return ValueError, f"{what} must be finite and >= 0"
     return None
+
+
+def _require(value: object, what: str, way_out: str) -> float:
+    if broken := broken_rule(value, what):
+        kind, rule = broken
+        raise kind(f"{rule}, not {value!r}. {way_out}")
+    return float(value)  # type: ignore[arg-type]  # the rule says so
 
 
 @dataclass(frozen=True)
@@ -92,50 +103,63 @@ class Decay:
             ``"cautious"``, see ``policies.form``; ``None`` for the optimizer's own.
         target: Value that it decays towards: a finite number, or ``"init"``, its value
             when it was decided; ``None`` is 0.
+        fixed: Decay that stands for ``group["weight_decay"]``, finite and >= 0, so
+            that neither edits nor schedules of that change it; the multiplier still
+            counts.
 
     Raises:
-        TypeError: ``multiplier`` or ``target`` is of no such type.
-        ValueError: ``multiplier`` is negative, infinite or NaN, ``form`` is unknown,
-            or ``target`` is infinite or NaN.
+        TypeError: ``multiplier``, ``target`` or ``fixed`` is of no such type.
+        ValueError: ``multiplier`` or ``fixed`` is negative, infinite or NaN, ``form``
+            is unknown, or ``target`` is infinite or NaN.
     """
 
     multiplier: float = 1.0
     form: Form | None = None
     target: Target | None = None
+    fixed: float | None = None
 
     def __post_init__(self) -> None:
-        if broken := broken_rule(self.multiplier):
-            kind, rule = broken
-            raise kind(f"{rule}, not {self.multiplier!r}. {REMEDY}")
+        multiplier = _require(self.multiplier, "a multiplier", REMEDY)
+        if self.fixed is not None:
+            fixed = _require(self.fixed, "a fixed decay", FIXED_WAY_OUT)
+            object.__setattr__(self, "fixed", fixed)
+            multiplier = multiplier if fixed else 0.0  # exempt in every product
         if self.form is not None and self.form not in FORMS:
             raise ValueError(
                 f"`form` must be {FORM_NAMES} or None, not {self.form!r}. "
                 f'Write for example Decay(1, "l2").'
             )
-        object.__setattr__(self, "multiplier", float(self.multiplier))
+        object.__setattr__(self, "multiplier", multiplier)
         object.__setattr__(self, "target", _as_target(self.target))
 
     def __mul__(self, other: object) -> Decay:
         if not isinstance(other, Decay):
             return NotImplemented
         target = self.target if other.target is None else other.target
+        fixed = self.fixed if other.fixed is None else other.fixed
         product = self.multiplier * other.multiplier
-        return Decay(product, other.form or self.form, target)
+        return Decay(product, other.form or self.form, target, fixed)
 
     def __repr__(self) -> str:
         form = f", {self.form!r}" if self.form else ""
         target = "" if self.target is None else f", target={target_text(self.target)}"
-        return f"Decay({number_text(self.multiplier)}{form}{target})"
+        fixed = "" if self.fixed is None else f", fixed={number_text(self.fixed)}"
+        return f"Decay({number_text(self.multiplier)}{form}{target}{fixed})"
 
     def of(self, wd: Any) -> Any:
-        """Return the effective decay, of that of a group: its product, or 0."""
+        """Return the effective decay, of that of a group unless it is fixed."""
         multiplier = self.multiplier
+        wd = wd if self.fixed is None else self.fixed
         return wd if multiplier == 1 else 0.0 if multiplier == 0 else wd * multiplier
 
     @property
     def settled(self) -> Decay:
-        """Without a target of 0, which only overrules another one."""
-        return replace(self, target=None) if self.target == 0 else self
+        """Without a target of 0, which only overrules, and with all of ``fixed``."""
+        plain = replace(self, target=None) if self.target == 0 else self
+        if self.fixed is None:
+            return plain
+        wd = self.of(0.0)
+        return replace(plain, multiplier=float(wd > 0), fixed=wd or None)
 
     @property
     def stated(self) -> str:
@@ -211,7 +235,7 @@ class DecayKey(NamedTuple):
 FULL_KEY = DecayKey(FULL)
 
 
-class Verdict(NamedTuple):
+class Answer(NamedTuple):
     """A decay and the reason for it, in the words of the policy that decided."""
 
     decay: Decay
@@ -219,7 +243,7 @@ class Verdict(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """A verdict on one parameter, with what was known of it when it was taken.
+    """A policy's answer for one parameter, with what was known of it when it was taken.
 
     Args:
         decay: How it decays.
@@ -260,6 +284,7 @@ class Decision(NamedTuple):
     def begin(self) -> dict[str, Any]:
         """Return what its decay depends on besides multiplier and form, if anything."""
         known = {
+            "fixed": self.decay.fixed,
             "target": self.decay.target if self.decay.multiplier else None,
             "lr0": self.decay_key.lr0,
             "init": self.init,

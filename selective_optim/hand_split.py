@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from selective_optim._arguments import copied_groups
-from selective_optim._optimizer import Model
+from selective_optim._optimizer import Model, decider_for
 from selective_optim._text import aligned
 from selective_optim.any_class import AnyOptimizer
 from selective_optim.decay import FULL, Decision
-from selective_optim.decisions.decider import Decider, decider_for
+from selective_optim.decisions.decider import Decider
 from selective_optim.report import DecayReport, Row, make_row
-from selective_optim.routes.groups import Part, by_route, marks_of
+from selective_optim.routes.groups import Part, by_route, marks_of, with_one_decay
 from selective_optim.step.lasting import WD, Group, by_decay, pick, share_of
 
 HEADERS = ("group", "lr", "decay", "tensors", "elements", "route", "reason")
@@ -108,10 +108,10 @@ def param_groups(
         model: The module, or modules, that the parameters live in.
         routes: From names to selectors, for an optimizer that steps some groups by one
             class and others by another; the first that matches takes a parameter.
-        key: Under which that optimizer reads which groups are which: ``"use_muon"``
+        key: Under which that optimizer reads which groups are which. ``"use_muon"``
             (Keller Jordan, pytorch_optimizer, ultralytics) is true on the first route,
             ``"use_fallback"`` (timm) on all others. ``"algorithm"`` (dion) and
-            ``"kind"`` (nanochat) are the name of the route.
+            ``"kind"`` (nanochat) hold the name of the route.
         values: What stands under another ``key``, by route.
         **hyper: Further hyperparameters for every group.
 
@@ -157,8 +157,8 @@ def param_groups(
         for group, decisions, route in whole
         for part, chosen in _parts(group, decisions, named)
     ]
-    decider.warn_if_idle([group for group, *_ in split])
-    decider.index.let_go()
+    decider.warn_if_weak([with_one_decay({**defaults, **group}) for group in groups])
+    decider.index.release()
     rows = [
         _row(index, group, decision, param, route)
         for index, (group, decisions, route) in enumerate(split)

@@ -18,16 +18,13 @@ from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from selective_optim import _torch
-from selective_optim._canonical_names import canonical_name, name_of_its_own
+from selective_optim._living import clear_at_registration
 from selective_optim._text import received, shape_of
+from selective_optim._torch import canonical_name, name_of_its_own
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,28 +231,20 @@ def is_modules(params: object) -> TypeGuard[Sequence[nn.Module]]:
 
 
 _T = TypeVar("_T")
-# Weak on both sides: an index holds neither its module nor any parameter.
-_indices: weakref.WeakKeyDictionary[nn.Module, ModuleIndex] = (
-    weakref.WeakKeyDictionary()
-)
-_watching: list[Any] = []
-
-
-def _forget_all(*_: object) -> None:
-    # Somewhere a parameter or module was registered. A place that is gone shows when it
-    # is looked up; one that is new, as when two weights are tied, would not.
-    _indices.clear()
+# By id of the module, of which some compare by what they hold. An index holds neither
+# its module nor any parameter, and goes with its module.
+_indices: dict[int, ModuleIndex] = {}
+_clearing: list[bool] = []
 
 
 def index_of(module: nn.Module) -> ModuleIndex:
     """Return what is known of a module, walked now or since nothing was registered."""
-    # Not at import: torch calls these at every registration in the process.
-    if not _watching:
-        _watching.append(register_module_parameter_registration_hook(_forget_all))
-        _watching.append(register_module_module_registration_hook(_forget_all))
-    index = _indices.get(module)
+    if not _clearing:
+        _clearing.append(True)
+        clear_at_registration(_indices.clear)
+    index = _indices.get(id(module))
     if index is None:
-        index = _indices[module] = ModuleIndex(module)
+        index = _indices[id(module)] = ModuleIndex(module)
     return index
 
 
@@ -263,7 +252,8 @@ class ModuleIndex:
     """Every place of every parameter of a module."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
+        key = id(module)
+        self._module = weakref.ref(module, lambda _: _indices.pop(key, None))
         self._answers: dict[Hashable, Any] = {}
         self._read(module)
 
@@ -317,11 +307,21 @@ class ModuleIndex:
         return answer
 
 
+def at_both(first: ParameterInfo, second: ParameterInfo) -> ParameterInfo:
+    """Join what two modules tell; a place in a module that both contain counts once."""
+    owners = [id(place.owner) for place in first.places]
+    new = [place for place in second.places if id(place.owner) not in owners]
+    other = [replace(place, elsewhere=()) for place in new]
+    names = dict.fromkeys((*first.names, *(p.name for p in other if p.name)))
+    joined = (*first.elsewhere, *other)
+    return replace(first, names=tuple(names), elsewhere=joined) if other else first
+
+
 class ModelIndex:
     """What is known of an optimizer's parameters, from the best source at hand.
 
     In this order: ``model=``; a module, or the generator of one, given as
-    parameters; names; else only shapes.
+    parameters; living modules that were found to hold them; names; else only shapes.
 
     Args:
         model: A module, modules, or ``None``.
@@ -331,6 +331,7 @@ class ModelIndex:
         modules = as_modules(model)
         self._given = bool(modules)
         self._modules = list(map(weakref.ref, modules))
+        self._found: list[weakref.ref[nn.Module]] = []
         # Until it is decided for, nothing but a generator may keep a module alive.
         self._held = modules
 
@@ -339,18 +340,29 @@ class ModelIndex:
         """Tell whether ``model=`` was given, and is still alive to be asked."""
         return self._given and all(ref() is not None for ref in self._modules)
 
-    def modules(self) -> list[nn.Module]:
-        """Return the known modules that are still alive."""
-        return [module for ref in self._modules if (module := ref()) is not None]
+    def modules(self, found: bool = True) -> list[nn.Module]:
+        """Return the modules that are still alive: those given, and those found."""
+        known = (*self._modules, *(self._found if found else ()))
+        return [module for ref in known if (module := ref()) is not None]
+
+    @property
+    def found(self) -> list[nn.Module]:
+        """The living modules that nobody gave and that hold the parameters."""
+        return self.modules()[len(self.modules(found=False)) :]
 
     def add(self, modules: Iterable[nn.Module]) -> None:
         """Learn of further modules."""
         for module in modules:
             self._held.append(module)
-            if module not in self.modules():
+            if id(module) not in map(id, self.modules(found=False)):
                 self._modules.append(weakref.ref(module))
 
-    def let_go(self) -> None:
+    def find(self, modules: Iterable[nn.Module]) -> None:
+        """Learn of modules that nobody gave."""
+        known = set(map(id, self.modules()))
+        self._found += [weakref.ref(m) for m in modules if id(m) not in known]
+
+    def release(self) -> None:
         """Keep no module alive from now on."""
         self._held.clear()
 
@@ -374,7 +386,7 @@ class ModelIndex:
         found: list[ParameterInfo | None] = [None] * len(params)
         for module in self.modules():
             here = index_of(module).infos(params)
-            found = [a or b for a, b in zip(found, here)]
+            found = [at_both(a, b) if a and b else a or b for a, b in zip(found, here)]
         return [info or _named_info(*each) for info, each in zip(found, params)]
 
     def remember(self, question: Hashable, ask: Callable[[], _T]) -> _T:
@@ -393,28 +405,14 @@ class ModelIndex:
         """Describe every parameter of the known modules, in the optimizer or not."""
         return [info for m in self.modules() for info in index_of(m).everyone()]
 
-    def require_members(self, groups: Sequence[Sequence[ParameterInfo]]) -> None:
-        """Check that every parameter lives in ``model=``, if that was given.
-
-        Raises:
-            ValueError: One does not; the message gives its shape and position.
-        """
-        infos = chain.from_iterable(map(enumerate, groups if self.explicit else ()))
-        for position, info in infos:
-            if info.owner is None:
-                raise ValueError(
-                    f"{info.describe(position)}, at position {position} of group "
-                    f"{info.group}, is in none of the modules given as `model`. "
-                    f"Pass every module that holds parameters: model=[model, ...]."
-                )
-
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelIndex:
         """Follow the modules that were copied along with the optimizer."""
-        modules = self.modules()
+        modules = self.modules(found=False)
         twin = ModelIndex([memo.get(id(module), module) for module in modules])
+        twin.find(memo.get(id(module), module) for module in self.found)
         # Copied before its model, it cannot insist that tensors live in that.
         twin._given = self._given and all(id(module) in memo for module in modules)
-        twin.let_go()
+        twin.release()
         return twin
 
     def __reduce__(self) -> tuple[type[ModelIndex], tuple[()]]:

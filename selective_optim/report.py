@@ -27,7 +27,7 @@ from selective_optim.parameters import (
     wanted,
 )
 from selective_optim.policies.decide import NO_POLICY, decide
-from selective_optim.policies.selectors import is_bias, kind_of
+from selective_optim.policies.predicates import is_bias, kind_of
 
 Group = dict[str, Any]
 # Columns of numbers stand to the right.
@@ -49,8 +49,8 @@ class Row:
         shape: Original shape.
         numel: Number of elements.
         lr: Learning rate of the group now; NaN without an optimizer.
-        weight_decay: Effective decay, ``group["weight_decay"] * multiplier``. A frozen
-            parameter has the one that it would have.
+        weight_decay: Effective decay, ``group["weight_decay"] * multiplier``, or the
+            fixed one. A frozen parameter has the one that it would have.
         form: ``"l2"``, ``"decoupled"`` or another of ``policies.form``; ``None`` if
             the optimizer will decide, or does not say.
         reason: The selector that decided. Without a policy, the kind of parameter:
@@ -67,6 +67,7 @@ class Row:
         applied: Whether a step decays it, if that was measured.
         measured: By how much, on the scale of ``weight_decay``, if that was measured
             and the decay moves the parameter directly.
+        fixed: Its decay if the policy fixed that, whatever the group says.
     """
 
     group: int
@@ -87,6 +88,7 @@ class Row:
     route: str = ""
     applied: bool | None = None
     measured: float | None = None
+    fixed: float | None = None
 
     @property
     def fate(self) -> str:
@@ -198,13 +200,11 @@ class DecayReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, strings and numbers, ready for JSON."""
-        rows = [{**asdict(row), "shape": list(row.shape)} for row in self.rows]
         sizes = {f: [r.numel for r in self.rows if r.fate == f] for f in COLORS}
         sums = {f: {"tensors": len(n), "elements": sum(n)} for f, n in sizes.items()}
-        return {"rows": rows, **sums, "remark": self.remark}
+        return {"rows": plain(self.rows), **sums, "remark": self.remark}
 
     def _repr_html_(self) -> str:
-        """Show the table in a notebook."""
         headers, *lines = self.table()
         sides = ["right" if key in NUMBERS else "left" for key in headers]
         head, *body = [
@@ -231,12 +231,12 @@ class DecayReport:
         ax = _new_axes(len(kinds)) if ax is None else ax
         left = [0.0] * len(kinds)
         for fate in [f for f in COLORS if any(row.fate == f for row in self.rows)]:
-            sizes = [
-                (_elements(rows, fate), _elements(rows)) for rows in kinds.values()
+            shares = [
+                100 * _elements(rows, fate) / (_elements(rows) or 1)
+                for rows in kinds.values()
             ]
-            shares = [100 * part / (whole or 1) for part, whole in sizes]
-            color = COLORS[fate]
-            ax.barh(range(len(kinds)), shares, 0.7, left, color=color, label=fate)
+            bar = {"color": COLORS[fate], "label": fate}
+            ax.barh(range(len(kinds)), shares, 0.7, left, **bar)
             left = [a + b for a, b in zip(left, shares)]
         for place, rows in enumerate(kinds.values()):
             ax.text(102, place, _amount(rows), va="center", fontsize="small")
@@ -251,12 +251,16 @@ class DecayReport:
         return ax
 
 
+def plain(records: Iterable[Any]) -> list[dict[str, Any]]:
+    """Make dicts of records, ready for JSON."""
+    return [{**asdict(each), "shape": list(each.shape)} for each in records]
+
+
 def _elements(rows: Iterable[Row], fate: str | None = None) -> int:
     return sum(row.numel for row in rows if fate in (None, row.fate))
 
 
 def _by_kind(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Collect rows by kind, the largest first, and the smallest under one name."""
     kinds: dict[str, list[Row]] = {}
     for row in rows:
         kinds.setdefault(row.kind, []).append(row)
@@ -342,7 +346,7 @@ def make_row(
         numel=shape.numel(),
         # A tensor waits for the device, which a report may and a step may not.
         lr=float(group.get("lr", math.nan)),
-        weight_decay=float(group["weight_decay"]) * decision.decay.multiplier,
+        weight_decay=float(decision.decay.of(group["weight_decay"])),
         form=form,
         reason=decision.reason,
         requires_grad=param.requires_grad,
@@ -351,6 +355,7 @@ def make_row(
         lr0=decision.decay_key.lr0,
         # torch steps whatever has a gradient.
         left_over=not param.requires_grad and param.grad is not None,
+        fixed=decision.decay.fixed,
     )
 
 
@@ -381,8 +386,15 @@ def make_report(
             if by_policy and decision.decay.multiplier and not row.weight_decay:
                 row = replace(row, reason=ZERO)
             rows.append(replace(row, role=role, decided=by_policy))
-    told = split_wrongly(rows), left_out(index, groups)
+    told = split_wrongly(rows), left_out(index, groups), _found(index)
     return DecayReport(tuple(rows), remark_of(*told))
+
+
+def _found(index: ModelIndex) -> str:
+    """Tell which living modules told what nobody gave."""
+    names = dict.fromkeys(type(module).__name__ for module in index.found)
+    told = f"{NOTE}known from {', '.join(names)}, found alive with these parameters"
+    return told if names else ""
 
 
 ZERO = "weight_decay=0"  # the reason where a policy decays and a group does not
@@ -457,7 +469,7 @@ def left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
     known = {id(info.parameter) for info in index.everyone()}
     strange = {shape for key, shape in held.items() if key not in known}
     missing: dict[int, ParameterInfo] = {}
-    for module in index.modules():
+    for module in index.modules(found=False):
         trained = [i for i in index_of(module).everyone() if i.parameter.requires_grad]
         out = {id(i.parameter): i for i in trained if id(i.parameter) not in held}
         shapes = {shape_now(info.parameter) for info in out.values()}

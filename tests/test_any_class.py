@@ -1028,3 +1028,15 @@ def test_key_that_the_user_takes_out_is_gone_from_what_the_class_sees():
     del optimizer.param_groups[0]["mine"]
     optimizer.step()
     assert ["mine" in keys for keys in optimizer.seen] == [False, False]
+
+
+@pytest.mark.parametrize("stated", ["independent", "corrected"])
+def test_state_that_a_class_makes_when_constructed_is_none_that_was_loaded(stated):
+    """Nothing is missing from it, and its rate is that of the constructor."""
+    policy = policies.form(stated) * policies.towards("init")
+    optimizer = selective(torch.optim.Adagrad)(
+        make_params()[:3], lr=LR, weight_decay=WD, wd_policy=policy
+    )
+    optimizer.param_groups[0].update(initial_lr=2 * LR)
+    optimizer.step()
+    assert {row.lr0 for row in optimizer.decay_report()} == {LR}

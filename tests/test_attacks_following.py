@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import swap_tensors
 
+from selective_optim import param_groups, selective
 from tests.support import attacks
 from tests.support.attacks import (
     DECOUPLED,
@@ -26,6 +27,7 @@ from tests.support.attacks import (
     make,
     net,
 )
+from tests.support.compare import assert_same
 
 each_name = pytest.mark.parametrize("name", SERVED)
 
@@ -424,3 +426,32 @@ def test_parameter_that_moves_to_another_rate_has_that_rate(
 def test_classes_of_three_keys_are_found_by_pickle():
     things: Any = [*THREE.values()]
     assert pickled(things) == things
+
+
+def test_a_shallow_copy_and_its_original_split_and_write_as_one():
+    """They share groups, as in torch; parts that one makes are the other's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    twin = copy.deepcopy(model)
+    cls = selective(torch.optim.NAdam)
+    one = cls(model, lr=0.01, weight_decay=0.1, wd_policy="no_bias")
+    other = copy.copy(one)
+    by_hand = param_groups(twin, "no_bias", 0.1)
+    reference = torch.optim.NAdam(by_hand, lr=0.01)
+    edits = [
+        lambda o: o.param_groups[0].update(maximize=True),
+        lambda o: setattr(o, "wd_policy", "no_bias"),
+        lambda o: o.param_groups[0]["params"].reverse(),
+        lambda o: o.param_groups[0].update(maximize=False, lr=0.02),
+    ]
+    for number in range(12):
+        edits[number % 4](one)
+        for group in reference.param_groups:
+            group["maximize"] = one.param_groups[0]["maximize"]
+            group["lr"] = one.param_groups[0]["lr"]
+        for params in zip(model.parameters(), twin.parameters()):
+            for param in params:
+                param.grad = torch.full_like(param, 0.1 * (number - 5))
+        (one, other)[number % 3 == 0].step()
+        reference.step()
+        assert_same(model, twin)

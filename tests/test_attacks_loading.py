@@ -417,7 +417,7 @@ def test_class_that_fails_while_it_loads_leaves_groups_whole():
 # Interrupts, between any two lines.
 
 
-@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "NAdam"])
 def test_interrupt_at_any_line_of_loading_leaves_decisions_and_groups(name):
     number, interrupted = 0, True
     while interrupted:
@@ -429,7 +429,7 @@ def test_interrupt_at_any_line_of_loading_leaves_decisions_and_groups(name):
     assert number > 1
 
 
-@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "NAdam"])
 def test_interrupt_at_any_line_of_adding_adds_a_group_or_none(name):
     number, interrupted = 0, True
     while interrupted:

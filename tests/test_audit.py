@@ -34,6 +34,9 @@ class Tiny(nn.Module):
         self.head = nn.Linear(4, 5)
         self.head.weight = self.embed.weight
 
+    def forward(self, tokens):
+        return self.scale * self.head(self.norm(self.embed(tokens)))
+
 
 def tiny():
     print("building")
@@ -166,14 +169,15 @@ def test_audit_as_dict_has_the_same_content():
         "requires_grad": True,
         "form": None,
         "target": None,
+        "fixed": None,
         "reason": "decays in full",
     }
     assert told["disagreements"] == [
         {
             "name": "head.bias",
             "shape": [5],
-            "a": {"multiplier": 1.0, "form": None, "target": None},
-            "b": {"multiplier": 0.0, "form": None, "target": None},
+            "a": {"multiplier": 1.0, "form": None, "target": None, "fixed": None},
+            "b": {"multiplier": 0.0, "form": None, "target": None, "fixed": None},
             "reason_a": "decays in full",
             "reason_b": "exclude is_bias",
         }

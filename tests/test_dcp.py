@@ -296,3 +296,72 @@ def test_saved_on_two_processes_and_loaded_on_one(
     # Shards end elsewhere, and vectorized code rounds its remainder differently.
     torch.testing.assert_close(resumed[0].state_dict(), whole[0].state_dict())
     torch.testing.assert_close(state_by_name(*resumed), state_by_name(*whole))
+
+
+# Full state dicts, as they are broadcast from rank 0.
+
+FULL = {"full_state_dict": True}
+FLAT = {"flatten_optimizer_state_dict": True}
+FROM_0 = {**FULL, "broadcast_from_rank0": True}
+
+
+def trained_and_taken(whose, options):
+    run = make_plain(whose, POLICY if whose == "ours" else {})
+    train(*run, FIRST)
+    return run, get_optimizer_state_dict(*run, options=StateDictOptions(**options))
+
+
+def broadcast(rank, whose, form):
+    """Return the error of loading what rank 0 took, or the state that came."""
+    run, taken = trained_and_taken(whose, FULL | form)
+    expected = copy.deepcopy(state_by_name(*run))
+    resumed = make_plain(whose, POLICY if whose == "ours" else {})
+    options = StateDictOptions(**FROM_0, **form)
+    try:
+        set_optimizer_state_dict(*resumed, taken if rank == 0 else {}, options=options)
+    except (KeyError, ValueError) as error:
+        return str(error)
+    assert_same(state_by_name(*resumed), expected)
+    return None
+
+
+@pytest.mark.distributed
+def test_flattened_state_dict_cannot_be_broadcast_and_the_message_says_how(ranks):
+    """torch itself fails with a KeyError on every rank."""
+    assert ranks(broadcast, "torch", FLAT) == ["'state'", "'param_groups'"]
+    ours, _ = ranks(broadcast, "ours", FLAT)
+    assert ours == (
+        "`state_dict` is flattened, and a full one must be plain to be loaded or "
+        "converted. Save and load it with flatten_optimizer_state_dict=False."
+    )
+    assert ranks(broadcast, "ours", {}) == [None, None]
+
+
+def test_flattened_state_dict_is_not_converted():
+    _, taken = trained_and_taken("ours", FLAT)
+    with pytest.raises(ValueError, match="Save and load it with flatten_optimizer_"):
+        merge_groups(taken)
+
+
+def decay_by_hand(rank, taking, loading, split_first):
+    """Load a state dict of ours into torch's hand-split groups."""
+    _, taken = trained_and_taken("ours", taking)
+    (model, optimizer), layout = make_hand_split()
+    taken = split_groups(taken, layout) if split_first else taken
+    options = StateDictOptions(**loading)
+    set_optimizer_state_dict(model, optimizer, taken, options=options)
+    return [group["weight_decay"] for group in optimizer.param_groups]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("taking", "loading"), [(FLAT, FLAT), (FULL, FULL), (FULL, FROM_0)]
+)
+def test_exempt_group_of_torch_takes_full_decay_from_flat_and_full_ones(
+    ranks, taking, loading
+):
+    for actual in ranks(decay_by_hand, taking, loading, False):
+        assert actual == [0.9, 0.9]
+    if taking != FLAT:  # the way that the documentation gives
+        for actual in ranks(decay_by_hand, taking, loading, True):
+            assert actual == [0.9, 0.0]

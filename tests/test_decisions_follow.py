@@ -15,7 +15,7 @@ from torch import nn
 
 import selective_optim
 from selective_optim import SGD, AdamW, Decay
-from selective_optim.decay import Verdict
+from selective_optim.decay import Answer
 from selective_optim.policies.base import Policy
 from tests.support import twins
 
@@ -417,7 +417,7 @@ class Listed(Policy):
     names: list[str]
 
     def decide(self, info):
-        return Verdict(Decay(float(info.name in self.names)), "listed")
+        return Answer(Decay(float(info.name in self.names)), "listed")
 
 
 def answers_biases(info):

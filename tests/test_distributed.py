@@ -211,6 +211,41 @@ def test_zero_rank_without_a_match_of_the_glob_is_silent(ranks):
     assert sorted(first + second) == ["0.weight"]
 
 
+def refuse_functional(rank):
+    """Torch's functional classes have one decay for all parameters."""
+    with pytest.raises(ValueError, match="no supported functional optimizer equi"):
+        zero(make_net().parameters(), optimizer_class=AdamW, overlap_with_ddp=True)
+    from torch.distributed.optim import as_functional_optim
+
+    with pytest.raises(ValueError, match="does not have a functional counterpart"):
+        as_functional_optim(AdamW, lr=0.1)
+
+
+def test_torchs_functional_optimizers_refuse_a_class_with_a_policy(ranks):
+    ranks(refuse_functional)
+
+
+def test_an_optimizer_per_parameter_in_hooks_equals_one_that_steps_all():
+    """What the documentation gives in their place."""
+    runs = []
+    for hooked in (True, False):
+        model = make_net()
+        arguments = {"model": model, "lr": 0.1, "wd_policy": "no_bias_norm"}
+        named = [*model.named_parameters()]
+        pairs = [[pair] for pair in named] if hooked else [named]
+        optimizers = [AdamW(own, weight_decay=0.5, **arguments) for own in pairs]
+        owners = dict(zip(model.parameters(), optimizers * len(named)))
+        for param in model.parameters() if hooked else ():
+            param.register_post_accumulate_grad_hook(lambda p, o=owners: o[p].step())
+        for step in range(3):
+            model.zero_grad()
+            loss_of(model, step, 0).backward()
+            if not hooked:
+                optimizers[0].step()
+        runs.append(values_of(model))
+    assert_same(*runs)
+
+
 # Tensor parallelism: two meshes, and plain parameters beside them, in one group
 
 

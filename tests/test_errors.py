@@ -15,6 +15,7 @@ from selective_optim import SGD, Adam, AdamW, Decay
 from selective_optim.policies import (
     exclude,
     first_match,
+    fixed,
     form,
     is_norm,
     is_vector,
@@ -49,6 +50,10 @@ def bare():
 
 def pairs():
     return list(net().named_parameters())
+
+
+def container():
+    return nn.ParameterList(bare())
 
 
 def flat():
@@ -137,6 +142,7 @@ def at_weight(value, rule):
 
 NUMBER = "a multiplier must be a number"
 FINITE = "a multiplier must be finite and >= 0"
+FIXED = 'Write for example fixed(0.05, "head.*") or Decay(fixed=0.05).'
 
 CASES = {
     "name needs modules": Case(
@@ -147,6 +153,13 @@ CASES = {
         "of group 0 (shape 4 x 3) only the tensor is known. Pass model=model or "
         'model.named_parameters(), or use wd_policy="matrices", which decays whatever '
         "has two or more dimensions; where " + WAYS_OUT.partition("; where ")[2],
+    ),
+    "container": Case(
+        container,
+        "no_norm",
+        ValueError,
+        "`wd_policy` exclude(is_norm) needs module types, and of '0' (shape 4 x 3) "
+        f"only a place in nn.ParameterList is known. {WAYS_OUT}",
     ),
     "name needs modules, has names": Case(
         pairs,
@@ -665,6 +678,26 @@ MISWRITTEN = {
         ValueError,
         'a target must be a finite number or "init", not inf. Write for example '
         "towards(1.0, is_norm).",
+    ),
+    "fixed decay that is no number": (
+        lambda: fixed("*.bias", 0.1),
+        TypeError,
+        f"a fixed decay must be a number, not '*.bias'. {FIXED}",
+    ),
+    "fixed decay that is left out": (
+        lambda: fixed(None, "*.bias"),
+        TypeError,
+        f"a fixed decay must be a number, not None. {FIXED}",
+    ),
+    "negative fixed decay": (
+        lambda: fixed(-0.1),
+        ValueError,
+        f"a fixed decay must be finite and >= 0, not -0.1. {FIXED}",
+    ),
+    "fixed decay that is NaN": (
+        lambda: Decay(fixed=math.nan),
+        ValueError,
+        f"a fixed decay must be finite and >= 0, not nan. {FIXED}",
     ),
     "mapping value": (
         lambda: first_match({"*.bias": math.nan}),

@@ -612,8 +612,8 @@ def test_a_state_dict_without_init_says_so():
 
 
 @pytest.mark.parametrize("kind", ["independent", "corrected"])
-@pytest.mark.parametrize("key", ["lr", "initial_lr"])
-def test_a_state_dict_without_the_first_rate_says_so_where_that_may_matter(kind, key):
+@pytest.mark.parametrize("own", [{"lr": 0.5}, {"initial_lr": 0.5, "max_lr": 1.0}])
+def test_a_state_dict_without_the_first_rate_says_so_where_that_may_matter(kind, own):
     """As that of ``torch.distributed.checkpoint``, which has no record of ours."""
     params = make_params()
     state_dict = train(make("AdamW", params, form(kind)), params).state_dict()
@@ -622,11 +622,23 @@ def test_a_state_dict_without_the_first_rate_says_so_where_that_may_matter(kind,
     for group in state_dict["param_groups"]:
         group["lr"] = other.param_groups[0]["lr"]
     other.load_state_dict(state_dict)  # the same rate: nothing is lost
-    state_dict["param_groups"][0][key] = 0.5
+    state_dict["param_groups"][0].update(own)
     with pytest.warns(UserWarning, match="does not record the rate .* parameter 0 of"):
         other.load_state_dict(state_dict)
     plain = make("AdamW", make_params(), "all")
     plain.load_state_dict(state_dict)  # which no rate divides
+
+
+@pytest.mark.parametrize("kind", ["independent", "corrected"])
+def test_the_first_rate_that_a_scheduler_saved_stands_for_the_record(kind):
+    params = make_params()
+    optimizer = make("AdamW", params, form(kind))
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    state_dict = train(optimizer, params).state_dict()
+    del state_dict["decay"]
+    resumed = AdamW(params, lr=7.0, weight_decay=WD, wd_policy=form(kind))
+    resumed.load_state_dict(state_dict)
+    assert {row.lr0 for row in resumed.decay_report()} == {LR}
 
 
 def test_a_target_of_zero_is_none():

@@ -139,6 +139,30 @@ def test_fsdp2_decides_as_before_wrapping(ranks, policy, expected):
     assert ranks(decide_fsdp2, policy) == [expected, expected]
 
 
+def train_made_before_sharding(rank, point_again):
+    """Make the optimizer first, and tell which weights a step then moves."""
+    model = make_net()
+    optimizer = AdamW(model.parameters(), lr=0.1, wd_policy="no_bias_norm")
+    decayed = names_that_decay(optimizer)
+    shard(model)
+    if point_again:
+        (group,) = optimizer.param_groups
+        group["params"] = list(model.parameters())
+    before = {name: value.clone() for name, value in values_of(model).items()}
+    train(model, optimizer, rank, range(2))
+    after = values_of(model)
+    moved = any(not torch.equal(before[name], after[name]) for name in before)
+    return moved, decayed == names_that_decay(optimizer)
+
+
+@pytest.mark.parametrize("point_again", [False, True])
+def test_optimizer_made_before_sharding_trains_once_it_holds_the_new_parameters(
+    ranks, point_again
+):
+    """As in torch; decisions follow into the shards."""
+    assert ranks(train_made_before_sharding, point_again) == [(point_again, True)] * 2
+
+
 def accelerate_fsdp2(rank):
     """Let Accelerate shard on the CPU, which it otherwise does on accelerators only."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
@@ -241,14 +265,14 @@ def test_fsdp1_lost_shapes_are_refused(ranks, source, policy):
         assert "flattened" in message
 
 
-def refuse_fsdp1_callable(rank):
+def decide_fsdp1_callable(rank):
     model = flatten(make_net())
-    with pytest.raises((TypeError, ValueError), match="wants_matrices"):
-        AdamW(list(model.parameters()), wd_policy=wants_matrices)
+    return names_that_decay(AdamW(list(model.parameters()), wd_policy=wants_matrices))
 
 
-def test_fsdp1_lost_shape_is_none_to_a_callable(ranks):
-    ranks(refuse_fsdp1_callable)
+def test_fsdp1_tells_a_callable_the_shapes_of_bare_tensors(ranks):
+    expected = ["embed.weight", "first.weight", "last.weight"]
+    assert ranks(decide_fsdp1_callable) == [expected, expected]
 
 
 def decide_fsdp1_by_name(rank):

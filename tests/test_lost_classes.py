@@ -7,12 +7,8 @@ import torch
 from torch import nn
 
 from selective_optim.parameters import ModuleIndex
-from selective_optim.policies.selectors import (
-    as_selector,
-    is_bias,
-    is_embedding,
-    is_norm,
-)
+from selective_optim.policies.predicates import is_bias, is_embedding, is_norm
+from selective_optim.policies.selectors import as_selector
 
 # torch announces the end of torch.jit, and of its own old ways.
 IGNORED = ("ignore::DeprecationWarning", "ignore::FutureWarning")

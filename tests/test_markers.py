@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 
 from selective_optim import AdamW
-from selective_optim._canonical_names import canonical_name
+from selective_optim._torch import canonical_name
 from selective_optim.parameters import ModuleIndex
 from selective_optim.policies import exclude, exempt_, is_bias, marked, named
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
+from selective_optim import AdamW
 from selective_optim.parameters import ModuleIndex
 from selective_optim.policies import is_bias, is_embedding, is_norm, is_token, named
 
@@ -79,6 +80,9 @@ class Lists(nn.Module):
 
 def test_parameter_in_a_list_goes_by_the_name_of_the_list():
     assert exempt(Lists()) == {"biases.0", "cross_layer_b.0", "table.bias"}
+    report = AdamW(Lists(), wd_policy="no_bias").decay_report()
+    unknown = {row.name for row in report if "kind unknown" in row.reason}
+    assert unknown == {"table.bias", "table.rows", "nested.0.0"}
 
 
 class Attention(nn.Module):

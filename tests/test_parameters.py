@@ -15,8 +15,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from selective_optim import SGD, AdamW, ParameterInfo
-from selective_optim._canonical_names import canonical_name
 from selective_optim._text import shape_text
+from selective_optim._torch import canonical_name
 from selective_optim.parameters import ModuleIndex, wanted
 
 

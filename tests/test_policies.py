@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from selective_optim import SGD, AdamW, Decay
-from selective_optim.decay import Verdict
+from selective_optim.decay import Answer
 from selective_optim.parameters import ModuleIndex
 from selective_optim.policies import (
     Policy,
@@ -129,9 +129,9 @@ REASONS = {
 
 @pytest.mark.parametrize(("policy", "name", "reason"), REASONS.values(), ids=REASONS)
 def test_reason_names_the_selector_that_decided(policy, name, reason):
-    verdict = as_policy(policy).decide(INFOS[NAMES.index(name)])
-    assert isinstance(verdict, Verdict)
-    assert verdict.reason == reason
+    answer = as_policy(policy).decide(INFOS[NAMES.index(name)])
+    assert isinstance(answer, Answer)
+    assert answer.reason == reason
 
 
 WRITTEN = [
@@ -314,7 +314,7 @@ def test_policy_looks_at_the_model_once_for_all_groups():
             return self
 
         def decide(self, info):
-            return Verdict(Decay(1.0), "looked")
+            return Answer(Decay(1.0), "looked")
 
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     groups = [{"params": [param]} for param in model.parameters()]

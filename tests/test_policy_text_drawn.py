@@ -12,6 +12,7 @@ from selective_optim.policies import (
     everything,
     exclude,
     first_match,
+    fixed,
     form,
     is_bias,
     is_norm,
@@ -50,6 +51,7 @@ numbers = st.floats(0, 1e9, allow_nan=False)
 factors = st.one_of(
     st.builds(exclude, selectors, selectors, missing_ok=st.booleans()),
     st.builds(scale, selectors, by=numbers),
+    st.builds(fixed, st.floats(0, 1e6), selectors),
     st.builds(towards, st.floats(-1e6, 1e6) | st.just("init"), selectors),
     st.builds(form, st.sampled_from(["independent", "cautious"]), selectors),
     st.builds(layerwise, numbers),

@@ -165,7 +165,7 @@ def test_what_an_optimizer_of_two_halves_saved_is_loaded_by_name(make):
     train(twin, theirs)
     saved = copy.deepcopy(theirs.state_dict())
     one = routed(model, routes=ROUTES)
-    with pytest.raises(ValueError, match="'param_names'") as caught:
+    with pytest.raises(ValueError, match="has no name") as caught:
         one.load_state_dict(saved)
     line = re.search(r"(for group.*): (group.*), where", str(caught.value))
     known = {

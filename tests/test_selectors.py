@@ -11,9 +11,7 @@ import torch
 from torch import nn
 
 from selective_optim.parameters import ModelIndex, wanted
-from selective_optim.policies.selectors import (
-    Selector,
-    as_selector,
+from selective_optim.policies.predicates import (
     is_bias,
     is_embedding,
     is_layer_weight,
@@ -21,6 +19,7 @@ from selective_optim.policies.selectors import (
     is_token,
     is_vector,
 )
+from selective_optim.policies.selectors import Selector, as_selector
 
 
 class TiedNet(nn.Module):

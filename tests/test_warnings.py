@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import count
 
 import pytest
 import torch
@@ -41,6 +42,11 @@ def pass_groups_on():
     AdamW(first.param_groups)
 
 
+def decide_otherwise():
+    answers = count()
+    AdamW(params(), wd_policy=lambda info: next(answers))
+
+
 def decide_for_nothing():
     with deciding_for(nn.Linear(2, 2), wd_policy="no_bias"):
         pass
@@ -48,6 +54,8 @@ def decide_for_nothing():
 
 WARNING = {
     "exempt": lambda: AdamW(params(), wd_policy="none"),
+    "small multiplier": lambda: AdamW(nn.Linear(2, 2), wd_policy={"bias": 1e-5}),
+    "unsteady": decide_otherwise,
     "exempt, SGD": lambda: SGD(params(), weight_decay=0.1, wd_policy="none"),
     "exempt, any": lambda: selective(torch.optim.NAdam)(
         params(), weight_decay=0.1, wd_policy="none"

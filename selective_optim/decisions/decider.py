@@ -7,16 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain, islice, repeat
-from typing import Any, NamedTuple
+from itertools import chain, repeat
+from typing import Any
 
 from torch import Tensor, nn
 
 from selective_optim import _torch
 from selective_optim._arguments import require_numbers
-from selective_optim._warnings import warn_if_idle, warn_of_misspelt
+from selective_optim._warnings import (
+    warn_if_idle,
+    warn_of_misspelt,
+    warn_of_small_multiplier,
+    warn_of_unsteady_policy,
+)
 from selective_optim.decay import FULL, INIT, Decision
-from selective_optim.decisions.deciding_for import given
+from selective_optim.decisions.copies import (
+    correspond,
+    refuse_flattened,
+    require_members,
+)
 from selective_optim.decisions.initial_values import (
     base_rate,
     beside,
@@ -24,6 +33,7 @@ from selective_optim.decisions.initial_values import (
     is_rate,
     with_rates,
 )
+from selective_optim.decisions.knowledge import Pending, describe
 from selective_optim.decisions.table import (
     DecisionTable,
     Group,
@@ -36,7 +46,6 @@ from selective_optim.parameters import (
     ModelIndex,
     ParameterInfo,
     as_modules,
-    wanted,
 )
 from selective_optim.policies.base import Policy
 from selective_optim.policies.decide import decide, require_matches
@@ -71,16 +80,6 @@ def kept_on_error(groups: Any) -> Iterator[None]:
             if isinstance(before.get("params"), Iterator):  # used up by now
                 group["params"] = params
         raise
-
-
-class Pending(NamedTuple):
-    """A group on its way in, and who decides for it."""
-
-    group: int
-    params: Sequence[Tensor]
-    names: Sequence[str | None]
-    policy: Policy | None
-    lr0s: Iterable[float | None] = ()
 
 
 class Decider:
@@ -164,21 +163,23 @@ class Decider:
         if self._pending is not None:
             self._pending.append(pending)
             return
+        if self._taken_from_whole([pending]):
+            return
         try:
-            infos = self._infos([pending])
+            infos = describe(self.index, [pending])
             # With a policy of its own a group is decided anew, whatever it was before.
             if own or not self._comes_again(index, *infos):
                 # Before the policy is asked: of a stranger no module is known either,
                 # and a message about that would lead astray.
-                self.index.require_members(infos)
+                require_members(self.index, zip(infos, [policy]))
                 self._decide_for([pending], infos, [policy] if own else [])
         finally:
-            self.index.let_go()
+            self.index.release()
 
     def finish(self, groups: Sequence[Group]) -> None:
         """Decide for all groups of a constructor, and warn if nothing decays."""
         self.decide_pending()
-        self.warn_if_idle(groups)
+        self.warn_if_weak(groups)
 
     def decide_pending(self) -> None:
         """Decide for all groups of a constructor."""
@@ -194,26 +195,24 @@ class Decider:
         self, coming: Sequence[Pending], strict: Iterable[Policy | None]
     ) -> None:
         """Decide for groups together; globs of strict policies match something."""
-        infos = self._infos(coming)
-        self.index.require_members(infos)
-        self._decide_for(coming, infos, strict)
+        if not self._taken_from_whole(coming):
+            self._decide_for(coming, self._known_of(coming), strict)
 
     def ask(
         self, policy: Policy, coming: Sequence[Pending], strict: bool
     ) -> list[list[Decision]]:
         """Ask another policy about groups, and record nothing."""
-        infos = self._infos(coming)
-        self.index.require_members(infos)
+        infos = self._known_of([each._replace(policy=policy) for each in coming])
         if strict:
             every = list(chain(*infos))
             require_matches(policy, every, self._matches, self.index.everyone)
         return [self._ask(policy, own) for own in infos]
 
-    def _infos(self, coming: Sequence[Pending]) -> list[list[ParameterInfo]]:
-        """Describe the parameters of all groups in one go."""
-        asked = [wanted(each.params, each.names, each.group) for each in coming]
-        infos = iter(self.index.infos(list(chain.from_iterable(asked))))
-        return [list(islice(infos, len(own))) for own in asked]
+    def _known_of(self, coming: Sequence[Pending]) -> list[list[ParameterInfo]]:
+        infos = describe(self.index, coming)
+        policies = [each.policy for each in coming]
+        require_members(self.index, zip(infos, policies))
+        return infos
 
     def _comes_again(self, index: int, infos: Infos) -> bool:
         """Take over the rows of a group that was cleared and now comes again.
@@ -249,8 +248,6 @@ class Decider:
             infos: What is known of their parameters.
             strict: Policies whose globs must each match something.
         """
-        if self.whole is not None and self._taken_from(self.whole, coming):
-            return
         together = list(zip(coming, infos, strict=True))
         for policy in {id(p): p for p in strict if p is not None}.values():
             mine = [i for each, own in together if each.policy is policy for i in own]
@@ -261,14 +258,19 @@ class Decider:
             with_rates(decide(bound[id(each.policy)], own), own, each.lr0s)
             for each, own in together
         ]
+        policies = [bound[id(each.policy)] for each in coming]
+        self._warn_if_unsteady(policies, infos, decided)
         for (each, own), decisions in zip(together, decided):
             pairs = zip(own, decisions, strict=True)
             rows = [self._table.record(i.parameter, d, each.policy) for i, d in pairs]
             self._table.append(each.group, rows)
 
-    def _taken_from(self, whole: Decider, coming: Sequence[Pending]) -> bool:
+    def _taken_from_whole(self, coming: Sequence[Pending]) -> bool:
         """Take over what was decided with the parameters of other optimizers."""
-        found = [[whole._table.row_of(p) for p in each.params] for each in coming]
+        if self.whole is None:
+            return False
+        row_of = self.whole._table.row_of
+        found = [[row_of(param) for param in each.params] for each in coming]
         if not all(chain(*found)):
             return False
         for each, own in zip(coming, found):
@@ -282,6 +284,26 @@ class Decider:
         for group, rows in zip(groups, part.rows(groups, {})):
             for param, row in zip(group["params"], rows):
                 self._table.record(param, row.decision, row.policy)
+
+    def _warn_if_unsteady(
+        self,
+        policies: Iterable[Policy | None],
+        infos: Iterable[Infos],
+        decided: Iterable[Sequence[Decision]],
+    ) -> None:
+        """Ask functions of the user's a second time, and warn of other answers."""
+        for policy, own, decisions in zip(policies, infos, decided):
+            if policy is None or not policy.asks_user:
+                continue
+            for place, (info, first) in enumerate(zip(own, decisions)):
+                then = None
+                with suppress(Exception):  # it may fail where it did not before
+                    then = policy.decide(info).decay.settled
+                if then != first.decay:
+                    label = first.label(info.group, place)
+                    told = "an error" if then is None else repr(then)
+                    warn_of_unsteady_policy(policy, label, repr(first.decay), told)
+                    return
 
     def _bound(self, policies: Iterable[Policy | None]) -> dict[int, Policy | None]:
         """Give each policy a look at the model, once for all groups; by id."""
@@ -357,7 +379,7 @@ class Decider:
             if not all(rows)
             for names in [trusted_names(group, rows, borne)]
         ]
-        infos = iter(self._infos(lacking))
+        infos = iter(describe(self.index, lacking))
         # Objects that had a row, whose token `swap_tensors` has given away.
         seen = {id(row.token) for rows in found for row in rows if row}
         old = chain.from_iterable(self._table.layout)
@@ -398,6 +420,11 @@ class Decider:
                 row = self._table.take_over(info, known)
             completed.append(row)
         places = [i for i, row in enumerate(completed) if row is None]
+        if len(places) == len(infos):
+            old = [row.decision for row in before]
+            if correspond(infos, old, policy):
+                return list(map(self._table.take_over, infos, before))
+            refuse_flattened(infos, old, policy)
         new = [infos[i] for i in places]
         decisions = self._ask(policy, new, places) if new else ()
         for i, decision in zip(places, with_rates(decisions, new, repeat(lr0))):
@@ -466,6 +493,7 @@ class Decider:
         Args:
             groups: The optimizer's groups.
             begins: ``"lr0"`` and ``"init"`` of every parameter in order, where known.
+                Else a rate that a scheduler left in the group stands for ``"lr0"``.
 
         Returns:
             Labels of the parameters whose ``init`` is not recorded, and of those whose
@@ -475,9 +503,11 @@ class Decider:
         # Another list tells those who look.
         self._table.layout = list(map(list, self._table.layout))
         for index, (group, rows) in enumerate(zip(groups, self._table.layout)):
+            # torch's schedulers save where they began; OneCycleLR writes another rate.
+            scheduled = None if "max_lr" in group else group.get("initial_lr")
             pairs = zip(group["params"], rows, told)
             for place, (param, row, begin) in enumerate(pairs):
-                decay, lr0 = row.decision.decay, begin.get("lr0")
+                decay, lr0 = row.decision.decay, begin.get("lr0", scheduled)
                 if is_rate(lr0):  # also for a policy that is assigned later
                     row = self._renewed(param, row, lr0=lr0)
                 elif decay.needs_lr0 and row.decision.lr0 != base_rate(group):
@@ -577,10 +607,11 @@ class Decider:
             lr0s = [row.decision.lr0 if row else base_rate(group) for row in rows]
             params = list(group["params"])
             pending.append(Pending(index, params, names, policy, lr0s))
-        self._decide_for(pending, self._infos(pending), [policy])
+        if not self._taken_from_whole(pending):
+            self._decide_for(pending, describe(self.index, pending), [policy])
         self._table.forget_absent()  # they are decided anew when they come back
         self.policy = policy
-        self.warn_if_idle(groups)
+        self.warn_if_weak(groups)
 
     # Copies.
 
@@ -608,14 +639,25 @@ class Decider:
 
     # Warnings.
 
-    def warn_if_idle(self, groups: Sequence[Group]) -> None:
-        """Warn once if a policy was given and nothing will decay."""
+    def warn_if_weak(self, groups: Sequence[Group]) -> None:
+        """Warn if nothing will decay, and of a multiplier that reads like a decay."""
+        if self.whole is not None:
+            return
         rows = [row for rows in self._table.layout for row in rows]
         policy = next((row.policy for row in rows if row.policy is not None), None)
-        if policy is not None and self.whole is None:
+        if policy is not None:
             decays = [group["weight_decay"] for group in groups]
+            decays += [row.decision.decay.of(0.0) for row in rows]
             multipliers = [row.decision.decay.multiplier for row in rows]
             warn_if_idle(policy, decays, multipliers, self._decays_elsewhere)
+        doubts = [
+            (multiplier, group["weight_decay"], instead)
+            for group, own in zip(groups, self._table.layout)
+            for policy in {id(row.policy): row.policy for row in own}.values()
+            for multiplier, instead in (policy.doubts if policy else ())
+        ]
+        if doubts:
+            warn_of_small_multiplier(*doubts[0])
 
     def _decays_elsewhere(self, policy: Policy) -> bool:
         """Ask about the whole model, of which other ranks may hold parts."""
@@ -628,13 +670,6 @@ class Decider:
             return any(decision.decay.multiplier for decision in decisions)
 
         return self.index.remember(("decays", policy), ask)
-
-
-def decider_for(model: object, wd_policy: object) -> Decider:
-    """Make the decider of a constructor, unless it is given one."""
-    if isinstance(wd_policy, Decider):
-        return wd_policy
-    return Decider(*given(model, wd_policy))
 
 
 def part_of(whole: Decider) -> Decider:

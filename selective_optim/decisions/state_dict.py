@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective_optim._canonical_names import canonical_name
 from selective_optim._text import shape_text
+from selective_optim._torch import canonical_name
 from selective_optim.decay import Decision, Form
 from selective_optim.step.kernel import Kernel
 
@@ -231,6 +231,11 @@ def require_whole(state_dict: Any) -> None:
     Raises:
         ValueError: It does not.
     """
+    if any(str(key).startswith("param_groups.") for key in state_dict):
+        raise ValueError(
+            "`state_dict` is flattened, and a full one must be plain to be loaded or "
+            "converted. Save and load it with flatten_optimizer_state_dict=False."
+        )
     if absent := {"state", "param_groups"} - state_dict.keys():
         raise ValueError(
             f"`state_dict` has no {min(absent)!r}, so it is none of an optimizer. "

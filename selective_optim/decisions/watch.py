@@ -13,6 +13,7 @@ from selective_optim import _torch
 from selective_optim._warnings import warn, warn_of_decay_taken_over, warn_of_high_rate
 from selective_optim.decay import FULL, is_zero
 from selective_optim.decisions.initial_values import is_rate, rate_now
+from selective_optim.decisions.ranks import compare_with_first
 from selective_optim.decisions.table import Group, Row
 from selective_optim.fused.guards import same_objects
 from selective_optim.step.half_precision import loss_of
@@ -31,21 +32,30 @@ class Watch:
     Args:
         taken_over: Whether to look for decay that a wrapper takes over.
         rounding: Whether to look for decay that half precision rounds away.
+        ranks: Whether to compare with what other ranks decided.
     """
 
-    def __init__(self, taken_over: bool = False, rounding: bool = False) -> None:
+    def __init__(
+        self, taken_over: bool = False, rounding: bool = False, ranks: bool = False
+    ) -> None:
         self._taken_over, self._rounding, self._idle = taken_over, rounding, 0
+        self._ranks = ranks
         self._layout: Layout = ()
         self._above: list[int] = []  # by group, steps in a row above its limit
         self._rates: list[Any] = []  # at the last step, if none was
         self._limits: list[float] = []
 
-    def __reduce__(self) -> Any:  # copies count anew, over rows of their own
+    # Copies count anew, over rows of their own. One rank alone may make them.
+    def __reduce__(self) -> Any:
         return Watch, (self._taken_over, self._rounding)
 
     def look(self, groups: Groups, layout: Layout, kernel: Any) -> Watch | None:
         """Look at a step, and return what looks at the next one."""
-        if (self._taken_over or self._rounding) and any(map(_moves, groups)):
+        beginning = self._taken_over or self._rounding or self._ranks
+        if beginning and any(map(_moves, groups)):
+            if self._ranks:
+                self._ranks = False
+                compare_with_first(layout)
             self._taken_over = self._taken_over and self._is_idle(groups, layout)
             params = [param for group in groups for param in group["params"]]
             devices = {param.device for param in params if param.dtype in _torch.HALF}
@@ -61,7 +71,8 @@ class Watch:
             self._limits = limits if min(limits, default=inf) < inf else []
         if self._limits:
             self._look_at_rates(groups)
-        return self if self._taken_over or self._rounding or self._limits else None
+        beginning = self._taken_over or self._rounding or self._ranks
+        return self if beginning or self._limits else None
 
     def _is_idle(self, groups: Groups, layout: Layout) -> bool:
         """Tell whether no group decays, but not yet for long."""
@@ -69,6 +80,8 @@ class Watch:
         if not all(is_zero(group["weight_decay"]) for group in groups):
             return False
         departing = [r for rows in layout for r in rows if r.decision.decay != FULL]
+        if any(row.decision.decay.fixed for row in departing):
+            return False
         policy = next((row.policy for row in departing if row.policy), None)
         if policy is not None and self._idle == IDLE:
             warn_of_decay_taken_over(policy)
@@ -90,7 +103,10 @@ class Watch:
                 rate = top
             elif self._above[index] < IN_A_ROW:
                 continue
-            if not is_zero(group["weight_decay"]):
+            rows = self._layout[index]
+            if not all(
+                is_zero(r.decision.decay.of(group["weight_decay"])) for r in rows
+            ):
                 self._limits = []  # before: what warns may raise
                 warn_of_high_rate(index, limit, rate)
                 return

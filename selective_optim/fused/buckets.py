@@ -49,19 +49,12 @@ class CellKey(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """Parameters that always go through a kernel together.
-
-    Args:
-        key: What they have in common.
-        label: Names one of them in messages.
-        positions: Their numbers among all parameters of all groups.
-        inits: What they decay towards, where that is a tensor for each.
-    """
+    """Parameters that always go through a kernel together."""
 
     key: CellKey
-    label: str
-    positions: list[int]
-    inits: list[Tensor]
+    label: str  # names one of them in messages
+    positions: list[int]  # among all parameters of all groups
+    inits: list[Tensor]  # what they decay towards, where that is a tensor for each
 
 
 def make_cells(parts: Sequence[Part], params: Sequence[DecidedParam]) -> list[Cell]:
@@ -149,13 +142,7 @@ class Bucket:
         self.setting, self.single_thread = setting, single_thread
 
     def load(self, part: slice, params: list[Tensor], columns: Lists) -> None:
-        """Take in the tensors of the steps to come.
-
-        Args:
-            part: Which of the tensors are this bucket's.
-            params: As the kernel gets them.
-            columns: The tensors of each state entry.
-        """
+        """Take in this bucket's part of the tensors of the steps to come."""
         batch = self.batch
         batch.params[:] = params[part]
         for mine, column in zip((*batch.moments, batch.steps), columns):
@@ -186,14 +173,11 @@ class Bucket:
         """Keep the parameters that have a gradient."""
         if there is None or all(mine := there[self.part]):
             return self.batch
-
-        def kept(tensors: list[Tensor]) -> list[Tensor]:
-            return list(compress(tensors, mine))
-
         own = self.batch
-        moments = [kept(moment) for moment in own.moments]
-        steps, targets, grads = kept(own.steps), kept(own.targets), kept(own.grads)
-        return Batch(kept(own.params), moments, steps, targets, grads)
+        lists = (own.params, own.steps, own.targets, own.grads, *own.moments)
+        kept = [list(compress(tensors, mine)) for tensors in lists]
+        params, steps, targets, grads, *moments = kept
+        return Batch(params, moments, steps, targets, grads)
 
     def calls(self, batch: Batch, scaling: Scaling) -> list[Call]:
         """Return calls that step a batch: torch's fused kernel, bound to its lists.

@@ -120,13 +120,7 @@ class Counters:
         self.joining = True
 
     def reserve(self, device: torch.device, now: int, later: int) -> list[Tensor]:
-        """Make counters on a device that view one tensor, with room for later ones.
-
-        Args:
-            device: Where the parameters are.
-            now: How many are wanted.
-            later: How many parameters may yet begin.
-        """
+        """Make ``now`` counters that view one tensor; ``later`` more may begin."""
         self._viewed = True
         mine = [block for block in self._blocks if block.flat.device == device]
         made: list[Tensor] = []
@@ -138,12 +132,7 @@ class Counters:
         return made
 
     def part(self, states: States, seen: bool = False) -> None:
-        """Make each counter a tensor of its own, and none that is not, from now on.
-
-        Args:
-            states: The state by parameter.
-            seen: Whether someone may hold the counters that are in it.
-        """
+        """Make each counter a tensor of its own, in place if it may have been seen."""
         if self._viewed:
             # Or the new ones could not be written to outside of it.
             with torch.inference_mode(False):

@@ -126,11 +126,9 @@ class _Unseen:
 class GroupsGuard:
     """The parameters and hyperparameters of all groups, as they were planned.
 
-    Args:
-        groups: The optimizer's parameter groups.
-        held: Whether the optimizer's state holds every parameter, so that it may be
-            held here, too. Python then compares equal lists by identity first, all
-            in C; else tokens are compared, at 0.04 us per parameter.
+    Where the optimizer's state holds every parameter (``held``), it may be held here,
+    too. Python then compares equal lists by identity first, all in C; else tokens are
+    compared, at 0.04 us per parameter.
     """
 
     def __init__(self, groups: Groups, held: bool) -> None:

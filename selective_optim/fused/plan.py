@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import compress, groupby
-from operator import attrgetter, length_hint, methodcaller
+from operator import attrgetter, eq, length_hint, methodcaller
 from typing import Any, NamedTuple
 
 import torch
@@ -41,37 +41,21 @@ _place_of, _grad_layout_of = attrgetter("dtype", "device"), attrgetter("grad.lay
 
 
 class Grads(NamedTuple):
-    """The gradients of one step, in a plan's order.
+    """The gradients of one step, in a plan's order."""
 
-    Args:
-        local: As fused kernels get them: shards where sharded, or what stands in for
-            an absent one.
-        there: Which parameters have one, or ``None`` where all have.
-    """
-
-    local: list[Any]
-    there: list[bool] | None = None
+    local: list[Any]  # shards where sharded, or what stands in for an absent one
+    there: list[bool] | None = None  # which are not absent; None where all are there
 
 
 class Program(NamedTuple):
-    """The calls of one step over the fused buckets, in order.
+    """The calls of one step over the fused buckets, in order."""
 
-    Args:
-        before: Advance the counters.
-        calls: Step the buckets.
-        ends: For each bucket, how many of ``calls`` have run when it is done.
-        after: Take the counters back where a scaler drops the step.
-        threads: How many the caller has, where some calls run on one; else 0.
-        lasting: Whether the calls are bound to lists alone, and hold no tensor while
-            these are empty.
-    """
-
-    before: list[Call]
-    calls: list[Call]
-    ends: list[int]
-    after: list[Call]
-    threads: int
-    lasting: bool
+    before: list[Call]  # advance the counters
+    calls: list[Call]  # step the buckets
+    ends: list[int]  # for each bucket, how many of ``calls`` have run when it is done
+    after: list[Call]  # take the counters back where a scaler drops the step
+    threads: int  # of the caller, where some calls run on one; else 0
+    lasting: bool  # whether calls are bound to lists alone: no tensor while these empty
 
 
 def _holds_a_tensor(call: Any) -> bool:
@@ -91,7 +75,6 @@ def _layouts_of(params: Sequence[Tensor]) -> list[torch.layout]:
 def _share_counters(
     parts: Sequence[Part], params: Sequence[DecidedParam], states: States
 ) -> bool:
-    """Tell whether parameters have one step counter between them."""
     mine = [params[i].param for part in parts for i in part.positions]
     owns = [own for param in mine if "step" in (own := states.get(param) or {})]
     return _distinct([own["step"] for own in owns]) < _distinct(owns)
@@ -104,20 +87,9 @@ def _distinct(objects: Sequence[object]) -> int:
 class Plan:
     """The parts of a step, and the kernel calls of those that are fused.
 
-    Args:
-        kernel: Of the optimizer's class.
-        groups: Its parameter groups.
-        params: Every parameter, in order, with what was decided for it.
-        states: Its state, by parameter; begun here as torch begins it.
-        counters: Its step counters.
-        exposed: Whether anyone outside may edit the state. A plan then keeps no
-            tensor between steps: what is replaced or cleared is freed at once.
-        stepped: Tokens of the parameters that the last plan had a part for, by id.
-
-    Raises:
-        ValueError: A hyperparameter is NaN.
-        RuntimeError: A gradient is sparse where that cannot be stepped.
-        KeyError: State lacks an entry, as in torch.
+    Where someone outside may edit the state (``exposed``), a plan keeps no tensor
+    between steps: what is replaced or cleared is freed at once. ``stepped`` has the
+    tokens of the parameters that the last plan had a part for, by id.
     """
 
     def __init__(
@@ -232,7 +204,6 @@ class Plan:
     # Gathering: tensors are taken in, and let go.
 
     def _gather(self, groups: Groups, states: States) -> None:
-        """Take in the tensors as groups and state hold them now."""
         active = list(self._order(params_of(groups)))
         for run in self._runs:
             self._load(run, active, states)
@@ -246,11 +217,7 @@ class Plan:
     def _load(
         self, run: Sequence[Bucket], active: list[Tensor], states: States
     ) -> None:
-        """Take in the tensors of buckets in a row whose state has the same entries.
-
-        Raises:
-            KeyError: State lacks an entry.
-        """
+        """Take in the tensors of buckets in a row whose state has the same entries."""
         start, entries = run[0].part.start, run[0].entries
         params = active[start : run[-1].part.stop]
         owns = [states.get(param) or {} for param in params] if entries else []
@@ -268,7 +235,6 @@ class Plan:
             bucket.load(part, params, columns)
 
     def _release(self) -> None:
-        """Let go of every tensor."""
         self._active = self._present = None
         if self._program is not None and not self._program.lasting:
             self._program = None
@@ -291,10 +257,7 @@ class Plan:
     def current_grads(self, groups: Groups, states: States) -> Grads | None:
         """Return this step's gradients if the plan is still true, else ``None``.
 
-        New hyperparameters are taken over here.
-
-        Raises:
-            ValueError: A hyperparameter is NaN.
+        New hyperparameters are taken over here; one that is NaN raises ValueError.
         """
         if self._fleeting or not self._guard.holds(groups):
             if not self._reread(groups):
@@ -382,7 +345,6 @@ class Plan:
         return Grads(local, there)
 
     def _shards_still(self, whole: list[Any]) -> bool:
-        """Tell whether parameters and gradients are placed as they were."""
         assert self._active is not None  # gathered
         part = slice(self._plain, self._count)
         params, grads = self._active[part], whole[part]
@@ -392,8 +354,8 @@ class Plan:
         specs = _torch.specs_of(grads)
         if same_objects(specs, self._specs):
             return True
-        where = map(_torch.placement, map(_torch.spec_of, params))
-        if not all(a == b for a, b in zip(where, map(_torch.placement, specs))):
+        where = map(_torch.placement, params)
+        if not all(map(eq, where, map(_torch.placement, grads))):
             return False
         self._specs = specs
         return True
@@ -422,7 +384,6 @@ class Plan:
                 self._release()
 
     def _assemble(self, there: list[bool] | None, scalings: Scalings) -> Program:
-        """Put together the calls of a step over the fused buckets."""
         advance = self._advance if there is None else self._advance_of(there)
         calls: list[Call] = []
         ends = []

@@ -30,13 +30,7 @@ PLANNING = _torch.CAN_PLAN
 
 
 class Begun(NamedTuple):
-    """A step that has begun.
-
-    Args:
-        parts: What the optimizer's class steps.
-        plan: What steps the other parts, if there are any.
-        grads: Their gradients.
-    """
+    """What the class steps of a step, and a plan of the rest with its gradients."""
 
     parts: list[Part]
     plan: Plan | None = None
@@ -51,11 +45,7 @@ class Owner(Protocol):
 
 
 class Stepper:
-    """Keeps the plan of an optimizer and makes a new one when the old is not true.
-
-    Args:
-        kernel: Of the optimizer's class.
-    """
+    """Keeps the plan of an optimizer and makes a new one when the old is not true."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -73,9 +63,6 @@ class Stepper:
 
         Until then nothing outside can edit it: a step need not look at state, and
         may hold its tensors, and counters may be views of one tensor.
-
-        Args:
-            states: The state that is about to be seen.
         """
         if self._busy:  # a mode around the step reads it, between operations
             self.see()
@@ -144,17 +131,8 @@ class Stepper:
     ) -> Begun:
         """Begin a step, and tell what the optimizer's class is to step.
 
-        Args:
-            groups: The optimizer's parameter groups.
-            owner: The optimizer.
-            states: The optimizer's state, by parameter.
-            choosing: Whether fused kernels may be chosen. Else all parts go where the
-                flags of their group say.
-            planned: Whether they may be planned. Else the class steps all parts.
-
-        Raises:
-            ValueError: A hyperparameter is NaN.
-            RuntimeError: A gradient is sparse where that cannot be stepped.
+        Fused kernels are chosen if ``choosing``; else all parts go where the flags of
+        their group say. They are planned if ``planned``; else the class steps all.
         """
         # A group may be a dict that computes what is read, which no guard sees.
         if not (PLANNING and planned and set(map(type, groups)) <= {dict}):
@@ -185,12 +163,7 @@ class Stepper:
 
     @_torch.disable_dynamo
     def run(self, begun: Begun, scaling: Scaling) -> None:
-        """Step the parts that are planned.
-
-        Args:
-            begun: The step.
-            scaling: ``grad_scale`` and ``found_inf`` of a ``GradScaler``, or ``None``.
-        """
+        """Step the parts that are planned."""
         if begun.plan is not None and begun.grads is not None:
             begun.plan.run(begun.grads, scaling)
             if begun.plan.once:

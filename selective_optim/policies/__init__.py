@@ -2,8 +2,8 @@
 
 A policy maps a ``ParameterInfo`` to a ``Decay``. Write it as a name, a mapping, a
 callable, or an expression in Python or as text. An expression has the functions
-``exclude``, ``only``, ``scale``, ``form``, ``towards``, ``first_match``, ``layerwise``,
-``marked`` and ``named``, and ``*`` between them.
+``exclude``, ``only``, ``scale``, ``fixed``, ``form``, ``towards``, ``first_match``,
+``layerwise``, ``marked`` and ``named``, and ``*`` between them.
 
 How a decision is made, by ``selective_optim.decisions.decider`` for an optimizer and by
 ``decide.decide_alone`` where there is none:
@@ -17,9 +17,9 @@ How a decision is made, by ``selective_optim.decisions.decider`` for an optimize
    ``blocks.py`` finds; ``marked`` and recipes ask each module for its list once.
 4. ``decide.decide`` checks that names, modules and shapes are known as far as the
    policy needs them, and asks it about each parameter. Policies ask ``selectors.py``;
-   norms, biases, embeddings and weights are known to ``recognition.py``. A user's
-   callable is shown a strict view (``user_code.py``), which raises where it reads what
-   is not known.
+   the ready-made ones of ``predicates.py`` ask ``recognition.py``, which knows norms,
+   biases, embeddings and weights. A user's callable is shown a strict view, which
+   raises where it reads what is not known.
 
 Nothing here imports an optimizer.
 """
@@ -29,6 +29,7 @@ from selective_optim.decay import Form as Form
 from selective_optim.policies.base import Policy as Policy
 from selective_optim.policies.base import exclude as exclude
 from selective_optim.policies.base import first_match as first_match
+from selective_optim.policies.base import fixed as fixed
 from selective_optim.policies.base import form as form
 from selective_optim.policies.base import only as only
 from selective_optim.policies.base import scale as scale
@@ -44,23 +45,23 @@ from selective_optim.policies.named import WdPolicy as WdPolicy
 from selective_optim.policies.named import as_policy as as_policy
 from selective_optim.policies.named import named as named
 from selective_optim.policies.named import parse as parse
+from selective_optim.policies.predicates import everything as everything
+from selective_optim.policies.predicates import is_bias as is_bias
+from selective_optim.policies.predicates import is_embedding as is_embedding
+from selective_optim.policies.predicates import is_hidden_matrix as is_hidden_matrix
+from selective_optim.policies.predicates import is_hidden_weight as is_hidden_weight
+from selective_optim.policies.predicates import is_layer_weight as is_layer_weight
+from selective_optim.policies.predicates import is_norm as is_norm
+from selective_optim.policies.predicates import is_output as is_output
+from selective_optim.policies.predicates import is_token as is_token
+from selective_optim.policies.predicates import is_vector as is_vector
 from selective_optim.policies.selectors import Selector as Selector
-from selective_optim.policies.selectors import everything as everything
-from selective_optim.policies.selectors import is_bias as is_bias
-from selective_optim.policies.selectors import is_embedding as is_embedding
-from selective_optim.policies.selectors import is_hidden_matrix as is_hidden_matrix
-from selective_optim.policies.selectors import is_hidden_weight as is_hidden_weight
-from selective_optim.policies.selectors import is_layer_weight as is_layer_weight
-from selective_optim.policies.selectors import is_norm as is_norm
-from selective_optim.policies.selectors import is_output as is_output
-from selective_optim.policies.selectors import is_token as is_token
-from selective_optim.policies.selectors import is_vector as is_vector
 
 # fmt: off
 __all__ = [
     "Decay", "Difference", "Differences", "Form", "Policy", "PolicyName",
     "Selector", "WdPolicy", "as_policy", "diff", "everything", "exclude", "exempt_",
-    "first_match", "form", "is_bias", "is_embedding", "is_hidden_matrix",
+    "first_match", "fixed", "form", "is_bias", "is_embedding", "is_hidden_matrix",
     "is_hidden_weight", "is_layer_weight", "is_norm", "is_output", "is_token",
     "is_vector", "layerwise", "marked", "named", "only", "parse", "scale",
     "towards",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
@@ -12,23 +12,32 @@ from torch import nn
 from selective_optim._text import received
 from selective_optim.decay import (
     EXEMPT,
+    FIXED_WAY_OUT,
     FORM_NAMES,
     FORMS,
     FULL,
+    SMALL,
     TARGET_RULE,
     TARGET_WAY_OUT,
+    Answer,
     Decay,
     Form,
     Target,
-    Verdict,
     as_decay,
     broken_rule,
     number_text,
     target_text,
 )
 from selective_optim.parameters import ParameterInfo
-from selective_optim.policies.selectors import Need, Selector, as_selector
-from selective_optim.policies.user_code import StrictInfo, callable_text, picklable
+from selective_optim.policies.selectors import (
+    Need,
+    Question,
+    Selector,
+    StrictInfo,
+    as_selector,
+    callable_text,
+    picklable,
+)
 
 
 class Policy:
@@ -36,6 +45,8 @@ class Policy:
 
     selectors: tuple[Selector, ...] = ()  # which this policy asks
     missing_ok: bool = False  # whether they may all match nothing
+    # Multipliers that read like decays, and what to write instead.
+    doubts: tuple[tuple[float, str], ...] = ()
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -43,12 +54,18 @@ class Policy:
         return frozenset[Need]().union(*[selector.needs for selector in self.selectors])
 
     @property
+    def asks_user(self) -> bool:
+        """Whether it asks a function of the user's, which may answer anything."""
+        leaves = [leaf for selector in self.selectors for leaf in selector.leaves]
+        return any(isinstance(leaf, Question) for leaf in leaves)
+
+    @property
     def required(self) -> tuple[Selector, ...]:
         """The selectors that should match at least one parameter."""
         asked = () if self.missing_ok else self.selectors
         return tuple([each for selector in asked for each in selector.leaves])
 
-    def decide(self, info: ParameterInfo) -> Verdict:
+    def decide(self, info: ParameterInfo) -> Answer:
         """Decide for one parameter and say why."""
         raise NotImplementedError  # pragma: no cover
 
@@ -105,7 +122,7 @@ UNMATCHED = "decays in full"  # the reason where no selector matches
 
 @dataclass(frozen=True, repr=False)
 class Product(Policy):
-    """Two policies at once: multipliers multiply, the right-hand form wins."""
+    """Two policies at once: multipliers multiply, else the right-hand one wins."""
 
     left: Policy
     right: Policy
@@ -122,13 +139,21 @@ class Product(Policy):
     def required(self) -> tuple[Selector, ...]:
         return self.left.required + self.right.required
 
+    @property
+    def asks_user(self) -> bool:
+        return self.left.asks_user or self.right.asks_user
+
+    @property
+    def doubts(self) -> tuple[tuple[float, str], ...]:  # type: ignore[override]  # read only
+        return self.left.doubts + self.right.doubts
+
     def bind(self, roots: Sequence[nn.Module]) -> Policy:
         return Product(self.left.bind(roots), self.right.bind(roots))
 
-    def decide(self, info: ParameterInfo) -> Verdict:
+    def decide(self, info: ParameterInfo) -> Answer:
         left, right = self.left.decide(info), self.right.decide(info)
         reasons = [v.reason for v in (left, right) if v.decay != FULL] or [right.reason]
-        return Verdict(left.decay * right.decay, ", ".join(reasons))
+        return Answer(left.decay * right.decay, ", ".join(reasons))
 
 
 @dataclass(frozen=True, repr=False)
@@ -149,18 +174,30 @@ class Rule(Policy):
             arguments.insert(0, repr(self.inside.form))
         if self.inside.target is not None:
             arguments.insert(0, target_text(self.inside.target))
+        if self.inside.fixed is not None:
+            arguments.insert(0, number_text(self.inside.fixed))
         if self.missing_ok:
             arguments.append("missing_ok=True")
         return f"{self.verb}({', '.join(arguments)})"
 
-    def decide(self, info: ParameterInfo) -> Verdict:
+    @property
+    def doubts(self) -> tuple[tuple[float, str], ...]:  # type: ignore[override]  # read only
+        by = self.inside.multiplier
+        if self.verb != "scale" or not 0 < by < SMALL:
+            return ()
+        fixed = replace(self, verb="fixed", inside=Decay(fixed=by))
+        decays = (self.inside,) * len(self.selectors)
+        meant = FirstMatch(self.selectors, decays, self.missing_ok)
+        return ((by, f"{fixed!r} if that is the decay itself, or {meant!r}"),)
+
+    def decide(self, info: ParameterInfo) -> Answer:
         for selector in self.selectors:
             if selector.matches(info):
-                return Verdict(self.inside, f"{self.verb} {selector.told(info)}")
+                return Answer(self.inside, f"{self.verb} {selector.told(info)}")
         if not self.selectors:
-            return Verdict(self.inside, repr(self))
+            return Answer(self.inside, repr(self))
         reason = f"not in {self!r}" if self.verb == "only" else UNMATCHED
-        return Verdict(self.outside, reason)
+        return Answer(self.outside, reason)
 
 
 @dataclass(frozen=True, repr=False)
@@ -170,21 +207,34 @@ class FirstMatch(Policy):
     selectors: tuple[Selector, ...]
     decays: tuple[Decay, ...] = ()
     missing_ok: bool = False
+    bare: tuple[float, ...] = field(default=(), compare=False)  # written as numbers
+
+    @property
+    def doubts(self) -> tuple[tuple[float, str], ...]:  # type: ignore[override]  # read only
+        written = [number_text(n) for n in self.bare]
+        told = [
+            f"Decay(fixed={n}) if that is the decay itself, or Decay({n})"
+            for n in written
+        ]
+        return tuple(zip(self.bare, told))
 
     def __repr__(self) -> str:
-        pairs = zip(self.selectors, self.decays)
-        plain = ((s, d, d == Decay(d.multiplier)) for s, d in pairs)
         cases = ", ".join(
-            f"{s!r}: {number_text(d.multiplier) if bare else d}" for s, d, bare in plain
+            f"{s!r}: {self._written(d)}" for s, d in zip(self.selectors, self.decays)
         )
         missing = ", missing_ok=True" if self.missing_ok else ""
         return f"first_match({{{cases}}}{missing})"
 
-    def decide(self, info: ParameterInfo) -> Verdict:
+    def decide(self, info: ParameterInfo) -> Answer:
         for selector, decay in zip(self.selectors, self.decays):
             if selector.matches(info):
-                return Verdict(decay, selector.told(info))
-        return Verdict(FULL, UNMATCHED)
+                return Answer(decay, selector.told(info))
+        return Answer(FULL, UNMATCHED)
+
+    def _written(self, decay: Decay) -> str:
+        n = decay.multiplier
+        plain = decay == Decay(n) and (n in self.bare or not 0 < n < SMALL)
+        return number_text(n) if plain else repr(decay)
 
 
 class AnswerError(Exception):
@@ -196,16 +246,21 @@ class Function(Policy):
     """Any callable from ``ParameterInfo`` to number, bool or ``Decay``."""
 
     function: Callable[[ParameterInfo], Any]
+    asks_user = True
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"anything"})
 
     def __repr__(self) -> str:
         return callable_text(self.function)
 
-    def decide(self, info: ParameterInfo) -> Verdict:
+    def decide(self, info: ParameterInfo) -> Answer:
         value = self.function(StrictInfo(info))
         broken = None if isinstance(value, Decay) else broken_rule(value)
         if broken is not None:
             raise AnswerError(value, *broken)
-        return Verdict(as_decay(value), repr(self))
+        return Answer(as_decay(value), repr(self))
 
     def __deepcopy__(self, memo: object) -> Function:
         return self  # frozen, and functions are not copied
@@ -221,7 +276,7 @@ def _rule(
     missing_ok: bool,
     outside: Decay = FULL,
 ) -> Rule:
-    if not selectors and verb not in ("form", "towards"):
+    if not selectors and verb not in ("form", "towards", "fixed"):
         raise ValueError(
             f'`{verb}` needs at least one selector. Write for example {verb}("*.bias").'
         )
@@ -310,10 +365,10 @@ def towards(target: Target, *selectors: object, missing_ok: bool = False) -> Pol
 
     Args:
         target: A finite number, such as 1 for the gains of norms, or ``"init"``: the
-            value of the parameter when it was decided. ``"init"`` keeps one tensor
+            value of the parameter when training begins. ``"init"`` keeps one tensor
             per parameter and saves it in the state dict.
-            ``torch.distributed.checkpoint`` leaves it out: make the optimizer before
-            it loads, while the parameters still have these values.
+            ``torch.distributed.checkpoint`` leaves it out: save and load
+            ``optimizer.state_dict()`` beside it, on each rank.
         selectors: As for ``exclude``; without any, all parameters.
         missing_ok: As for ``exclude``.
 
@@ -335,14 +390,44 @@ def towards(target: Target, *selectors: object, missing_ok: bool = False) -> Pol
     return _rule("towards", selectors, Decay(1.0, target=target), missing_ok)
 
 
+def fixed(wd: float, *selectors: object, missing_ok: bool = False) -> Policy:
+    """Decay the matched parameters, or all, by ``wd`` itself, whatever the group says.
+
+    Schedules and edits of ``group["weight_decay"]`` do not change it. The form still
+    says how it is applied, with the learning rate or without. Multipliers of other
+    policies multiply it: ``scale("*", by=0.1) * fixed(0.05, "*")`` decays by 0.005, and
+    ``exclude`` exempts. Of two fixed decays the right-hand one wins.
+
+    Args:
+        wd: Decay in place of ``group["weight_decay"]``, finite and >= 0; 0 exempts.
+        selectors: As for ``exclude``; without any, all parameters.
+        missing_ok: As for ``exclude``.
+
+    Raises:
+        TypeError: ``wd`` is not a number.
+        ValueError: ``wd`` is negative, infinite or NaN.
+
+    Example:
+        >>> from selective_optim import SGD
+        >>> policy = fixed(0.0001, "weight")
+        >>> optimizer = SGD(nn.Linear(2, 1), weight_decay=0.01, wd_policy=policy)
+        >>> [row.weight_decay for row in optimizer.decay_report()]
+        [0.0001, 0.01]
+    """
+    if wd is None:
+        raise TypeError(f"a fixed decay must be a number, not None. {FIXED_WAY_OUT}")
+    return _rule("fixed", selectors, Decay(fixed=wd), missing_ok)
+
+
 def first_match(cases: Mapping[Any, Any], *, missing_ok: bool = False) -> Policy:
     """Let the first selector that matches decide, as a plain mapping does.
 
     Args:
-        cases: From selector to number, bool or ``Decay``, in order.
+        cases: From selector to number, bool or ``Decay``, in order. A number is a
+            multiplier; ``Decay(fixed=...)`` is a decay itself.
         missing_ok: Accept a glob or regular expression that matches nothing.
     """
-    selectors, decays = [], []
+    selectors, decays, bare = [], [], []
     for item, value in cases.items():
         selectors.append(as_selector(item))
         try:
@@ -350,4 +435,6 @@ def first_match(cases: Mapping[Any, Any], *, missing_ok: bool = False) -> Policy
         except (TypeError, ValueError) as error:
             told = f"`wd_policy` at {selectors[-1]!r}: {error}"
             raise type(error)(told) from error
-    return FirstMatch(tuple(selectors), tuple(decays), missing_ok)
+        if not isinstance(value, Decay) and 0 < value < SMALL:
+            bare.append(float(value))
+    return FirstMatch(tuple(selectors), tuple(decays), missing_ok, tuple(bare))

@@ -14,8 +14,8 @@ from numbers import Real
 from torch import nn
 
 from selective_optim import _torch
-from selective_optim._canonical_names import canonical_name
 from selective_optim._text import received
+from selective_optim._torch import canonical_name
 from selective_optim.policies.recognition import (
     embedding_module,
     has_parameters,
@@ -170,10 +170,6 @@ def find_stacks(roots: Sequence[nn.Module], layers: Layers) -> list[list[nn.Modu
     Of nested matches of a glob the outer counts, and the name of one container stands
     for what it contains. A list of globs is one stack each. ``None`` takes the run of
     blocks that holds most of the parameters.
-
-    Raises:
-        ValueError: A glob names no blocks, two globs match one module, or no single
-            run of blocks holds most of the parameters.
     """
     if layers is None:
         return [_found(roots)]
@@ -249,7 +245,6 @@ def _matching(roots: Sequence[nn.Module], layers: str) -> list[nn.Module]:
 def _in_single_match(
     named: Sequence[tuple[str, nn.Module]], layers: str
 ) -> list[nn.Module]:
-    """Return the layers that a glob means which matches one module, named first."""
     name, block = named[0]
     if name != layers and NUMBERED.match(name):
         return [block]  # a model of one block, and a glob on its number

@@ -15,18 +15,26 @@ from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
 from selective_optim._warnings import warn
-from selective_optim.decay import FULL, REMEDY, Decision, Verdict
+from selective_optim.decay import FULL, REMEDY, Answer, Decision
 from selective_optim.parameters import ParameterInfo, owner_kinds, shape_now
 from selective_optim.policies.base import AnswerError, Policy
-from selective_optim.policies.outputs import UnsureError
-from selective_optim.policies.recognition import WORDS, says_norm
+from selective_optim.policies.predicates import UnsureError, is_norm
+from selective_optim.policies.recognition import (
+    WORDS,
+    kind_known,
+    kinds_known,
+    says_norm,
+    says_nothing,
+)
 from selective_optim.policies.selectors import (
+    KINDS,
     InsideClass,
     NamePattern,
     Selector,
-    is_norm,
+    UnknownError,
+    class_text,
+    lacking,
 )
-from selective_optim.policies.user_code import UnknownError, class_text
 
 NO_POLICY = "no policy"
 MATRICES = (
@@ -52,18 +60,23 @@ def decide(
         TypeError: The policy yields something other than a decay.
     """
     places = places or range(len(infos))
+    by_kind = policy is not None and not KINDS.isdisjoint(policy.needs)
+    doubts = by_kind and not kinds_known(infos)
     if policy is not None:
-        _require_knowledge(policy, infos, places)
+        _require_knowledge(policy, infos, places, doubts)
     decisions = []
     for info, place in zip(infos, places):
         try:
-            verdict = policy.decide(info) if policy else Verdict(FULL, NO_POLICY)
+            answer = policy.decide(info) if policy else Answer(FULL, NO_POLICY)
         # Whatever a user's callable raises is told with the parameter's name.
         except Exception as error:
             raise _explained(error, policy, info.describe(place), info) from error
         shape = shape_now(info.parameter) if info.shape is None else info.shape
         known = (info.name, shape, owner_kinds(info), info.own_name)
-        decisions.append(Decision(verdict.decay.settled, verdict.reason, *known))
+        reason = answer.reason
+        if doubts and info.owner is not None and not kind_known(info):
+            reason += " (kind unknown)"
+        decisions.append(Decision(answer.decay.settled, reason, *known))
     return decisions
 
 
@@ -80,7 +93,7 @@ def _explained(
     if isinstance(error, UnknownError):
         field = error.args[0]
         shape = field in ("shape", "ndim")
-        lost = _lost(info) if shape else f"not known. {_ways_out(policy)}"
+        lost = _lost(info) if shape else f"not known. {_ways_out(policy, [])}"
         return ValueError(
             f"`wd_policy` {policy!r} read `{field}` of {parameter}, which is {lost}"
         )
@@ -98,7 +111,10 @@ def _explained(
 
 
 def _require_knowledge(
-    policy: Policy, infos: Sequence[ParameterInfo], places: Sequence[int]
+    policy: Policy,
+    infos: Sequence[ParameterInfo],
+    places: Sequence[int],
+    doubts: bool,
 ) -> None:
     needs = policy.needs
     for info, place in zip(infos, places):
@@ -112,22 +128,29 @@ def _require_knowledge(
                 f"`wd_policy` {policy!r} needs the shape of {info.describe(place)}, "
                 f"which is {_lost(info)}"
             )
-        modules_lack = "modules" in needs and info.owner is None
-        if modules_lack or ("names" in needs and info.name is None):
-            wanted = "module types" if modules_lack else "names"
+        nothing = doubts and info.owner is not None and says_nothing(info)
+        if wanted := lacking(needs, info) or "module types" * nothing:
             raise ValueError(
                 f"`wd_policy` {policy!r} needs {wanted}, and of {info.describe(place)} "
-                f"only {'the name' if info.name else 'the tensor'} is known. "
-                f"{_ways_out(policy)}"
+                f"only {_all_known(info)} is known. {_ways_out(policy, infos)}"
             )
 
 
-def _ways_out(policy: Policy | None) -> str:
-    # Of other policies "matrices" would change what was asked for.
-    plain = MATRICES if repr(policy) == "exclude(is_bias, is_norm)" else ""
+def _all_known(info: ParameterInfo) -> str:
+    if info.owner is not None:
+        return f"a place in {class_text(type(info.owner))}"
+    return "the name" if info.name else "the tensor"
+
+
+def _ways_out(policy: Policy | None, infos: Sequence[ParameterInfo]) -> str:
+    # Of other policies "matrices" would change what was asked for, and of vectors
+    # alone, as engines flatten them, it would decay nothing.
+    matrices = any(info.ndim is not None and info.ndim > 1 for info in infos)
+    plain = matrices and repr(policy) == "exclude(is_bias, is_norm)"
     return (
-        f"Pass model=model or model.named_parameters(){plain}; where a framework makes "
-        f"the optimizer, write with selective_optim.deciding_for(model): around it."
+        f"Pass model=model or model.named_parameters(){MATRICES if plain else ''}; "
+        f"where a framework makes the optimizer, write with "
+        f"selective_optim.deciding_for(model): around it."
     )
 
 

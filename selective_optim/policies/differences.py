@@ -67,6 +67,7 @@ def _text(decay: Decay) -> str:
     if not decay.multiplier:
         return "exempt"
     words = ["decayed", f"x {decay.multiplier:g}" * (decay.multiplier != 1)]
+    words.append("" if decay.fixed is None else f"by {decay.fixed:g}")
     target = "" if decay.target is None else f"towards {target_text(decay.target)}"
     return " ".join(filter(None, [*words, decay.form, target]))
 

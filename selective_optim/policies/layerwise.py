@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from selective_optim import _torch
-from selective_optim._canonical_names import canonical_name
-from selective_optim.decay import Decay, Verdict
+from selective_optim._torch import canonical_name
+from selective_optim.decay import Answer, Decay
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
 from selective_optim.policies.blocks import (
@@ -24,9 +24,9 @@ from selective_optim.policies.blocks import (
     require_arguments,
     tower,
 )
-from selective_optim.policies.outputs import heads
+from selective_optim.policies.predicates import heads, whole
 from selective_optim.policies.recognition import embedding_part, norm_module
-from selective_optim.policies.selectors import Need
+from selective_optim.policies.selectors import MODULES, NAMES, Need
 
 Order = tuple[float, ...]
 # A last number by which timm's matchers join a layer to the one before it.
@@ -43,28 +43,18 @@ def own_layers(roots: Sequence[nn.Module]) -> dict[str, int] | None:
     """
     if len(roots) != 1:
         return None
-    prefix, model = _speaker(roots[0])
-    matcher = getattr(model, "group_matcher", None)
-    if not callable(matcher):
+    # Not getattr: wrappers answer for the module inside, whose names are others.
+    speakers = (p for p in whole(roots[0]) if hasattr(type(p[1]), "group_matcher"))
+    prefix, model = next(speakers, ("", None))
+    if model is None or not callable(model.group_matcher):
         return None
-    place = _placing(matcher(coarse=False))
+    place = _placing(model.group_matcher(coarse=False))
     # Matchers are written for the names that the model itself gives.
     places = {name: place(_plain(name)) for name, _ in model.named_parameters()}
     numbers = _numbers(set(places.values()))
     if len(set(numbers.values())) < 2:
         return None
     return {canonical_name(prefix + name): numbers[places[name]] for name in places}
-
-
-def _speaker(model: nn.Module, prefix: str = "") -> tuple[str, nn.Module]:
-    """Return the module that a model consists of, and what its names begin with."""
-    if hasattr(type(model), "group_matcher"):
-        return prefix, model
-    held = {id(param) for param in model.parameters()}
-    for key, child in model.named_children():
-        if held and {id(param) for param in child.parameters()} == held:
-            return _speaker(child, f"{prefix}{key}.")
-    return prefix, model
 
 
 def _plain(name: str) -> str:
@@ -122,9 +112,6 @@ class Distances:
     Of several stacks of blocks each has its own depth, for everything in the module
     around this stack and no other. Modules around all stacks are the top; embeddings
     and modules before the stacks lie below the first blocks of the deepest.
-
-    Raises:
-        ValueError: No blocks are found, or more than one list of them.
     """
 
     def __init__(self, roots: Sequence[nn.Module], layers: Layers) -> None:
@@ -139,7 +126,6 @@ class Distances:
         self._lift = min(self._distance[module] for module in first.values())
 
     def _measure(self, modules: Modules, stacks: list[list[nn.Module]]) -> None:
-        """Note how far each module lies from the top, and which are around stacks."""
         blocks = {block for stack in stacks for block in stack}
         self._distance: dict[nn.Module, int] = {}
         for stack in stacks:
@@ -188,16 +174,16 @@ class Layerwise(Policy):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"names", "modules"})
+        return NAMES | MODULES
 
     def bind(self, roots: Sequence[nn.Module]) -> Policy:
         # Measured once for all parameters: it walks the model several times.
         return replace(self, distances=Distances(roots, self.layers) if roots else None)
 
-    def decide(self, info: ParameterInfo) -> Verdict:
+    def decide(self, info: ParameterInfo) -> Answer:
         distances = self.distances or Distances(info.path[:1], self.layers)
         distance = distances.of(info)
-        return Verdict(Decay(self.rate**distance), f"{self!r} at {distance}")
+        return Answer(Decay(self.rate**distance), f"{self!r} at {distance}")
 
 
 def layerwise(rate: float, layers: Layers = None) -> Policy:

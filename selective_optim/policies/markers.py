@@ -12,11 +12,11 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from selective_optim._text import received
-from selective_optim.decay import EXEMPT, FULL, Decay, Verdict, number_text
+from selective_optim.decay import EXEMPT, FULL, Answer, Decay, number_text
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
-from selective_optim.policies.selectors import Need
-from selective_optim.policies.user_code import MARK, Lists, relative_names
+from selective_optim.policies.lists import MARK, Lists, relative_names
+from selective_optim.policies.selectors import MODULES, NAMES, Need
 
 # S4 and what follows it write a parameter's own settings there.
 SETTINGS = "_optim"
@@ -69,33 +69,33 @@ class Marked(Policy):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"names", "modules"})
+        return NAMES | MODULES
 
     def bind(self, roots: Sequence[nn.Module]) -> Policy:
         return replace(self, lists=Lists())
 
-    def decide(self, info: ParameterInfo) -> Verdict:
+    def decide(self, info: ParameterInfo) -> Answer:
         if getattr(info.parameter, MARK, False):
-            return Verdict(EXEMPT, MARK)
+            return Answer(EXEMPT, MARK)
         lists = self.lists or Lists()
         for place in info.places:
             for module, name in relative_names(place):
                 if reason := _mark(module, name, lists):
-                    return Verdict(EXEMPT, reason)
+                    return Answer(EXEMPT, reason)
         settings = getattr(info.parameter, SETTINGS, None)
         own = settings.get("weight_decay") if isinstance(settings, Mapping) else None
-        return Verdict(FULL, "not marked") if own is None else self._by_own(float(own))
+        return Answer(FULL, "not marked") if own is None else self._by_own(float(own))
 
-    def _by_own(self, own: float) -> Verdict:
+    def _by_own(self, own: float) -> Answer:
         told = f"{SETTINGS} has weight_decay {number_text(own)}"
         if own == 0:
-            return Verdict(EXEMPT, told)
+            return Answer(EXEMPT, told)
         if not self.weight_decay:
             raise ValueError(
                 f"its {told}, which scales the optimizer's own, and that is not "
                 f"known. Write marked(weight_decay=...) with the optimizer's."
             )
-        return Verdict(Decay(own / self.weight_decay), told)
+        return Answer(Decay(own / self.weight_decay), told)
 
 
 def _mark(module: nn.Module, name: str, lists: Lists) -> str | None:

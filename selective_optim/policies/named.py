@@ -12,6 +12,7 @@ import ast
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from types import FunctionType
 from typing import Any, Literal, TypeAlias
 
@@ -20,13 +21,14 @@ from torch import nn
 from selective_optim._text import received
 from selective_optim.decay import FORMS, Decay
 from selective_optim.parameters import ParameterInfo
-from selective_optim.policies import selectors
+from selective_optim.policies import predicates
 from selective_optim.policies.base import (
     Function,
     Policy,
     either,
     exclude,
     first_match,
+    fixed,
     form,
     only,
     scale,
@@ -34,11 +36,8 @@ from selective_optim.policies.base import (
 )
 from selective_optim.policies.layerwise import layerwise
 from selective_optim.policies.markers import marked
-from selective_optim.policies.recipes import RECIPES
-from selective_optim.policies.selectors import (
+from selective_optim.policies.predicates import (
     Predicate,
-    Selector,
-    as_selector,
     everything,
     is_bias,
     is_embedding,
@@ -46,7 +45,8 @@ from selective_optim.policies.selectors import (
     is_norm,
     is_vector,
 )
-from selective_optim.policies.user_code import loaded_class
+from selective_optim.policies.recipes import RECIPES
+from selective_optim.policies.selectors import Selector, as_selector, loaded_class
 
 NAMED: dict[str, Policy] = {
     "all": only(everything),
@@ -89,6 +89,7 @@ MAKERS: dict[Any, str] = {
     scale: 'scale("head.*", by=0.1)',
     form: 'form("l2", "head.*")',
     towards: "towards(1, is_norm)",
+    fixed: 'fixed(0.05, "head.*")',
     layerwise: "layerwise(0.75)",
     marked: "marked()",
 }
@@ -144,8 +145,8 @@ def parse(text: str) -> Policy:
     """Read a policy from text: a name, or an expression as ``repr`` prints it.
 
     An expression has the functions ``exclude``, ``only``, ``scale``, ``form``,
-    ``towards``, ``layerwise``, ``marked``, ``first_match`` and ``named``, names of
-    policies, selectors, numbers and ``*``. A selector is a glob in quotes,
+    ``towards``, ``fixed``, ``layerwise``, ``marked``, ``first_match`` and ``named``,
+    names of policies, selectors, numbers and ``*``. A selector is a glob in quotes,
     ``re.compile('...')``, a predicate, or a loaded module class such as
     ``nn.LayerNorm``. Selectors join with ``|``, ``&`` and ``~``. Nothing is evaluated
     or imported, so a text may come from anywhere.
@@ -176,7 +177,7 @@ def parse(text: str) -> Policy:
     return named(plain)
 
 
-PREDICATES = {p.name: p for p in vars(selectors).values() if isinstance(p, Predicate)}
+PREDICATES = {p.name: p for p in vars(predicates).values() if isinstance(p, Predicate)}
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function for function in (*MAKERS, first_match, named)
 }
@@ -285,11 +286,7 @@ class Reader:
         self.text = text
 
     def read(self) -> Policy:
-        """Read the text.
-
-        Raises:
-            PolicyTextError: It cannot be read; the message shows where.
-        """
+        """Read the text."""
         try:
             body = ast.parse(self.text, mode="eval").body
         except SyntaxError as error:
@@ -311,7 +308,7 @@ class Reader:
         elif isinstance(node, ast.Name):
             policy = NAMED.get(node.id)
         elif isinstance(node, ast.Dict):
-            policy = self._called(node, first_match, [self._dict(node)])
+            policy = self._called(node, partial(first_match, self._dict(node)))
         if policy is None:
             raise self._not_a_policy(node)
         return policy
@@ -344,17 +341,11 @@ class Reader:
             if keyword.arg is None:
                 raise self._wrong(keyword.value, "`**` cannot stand here.", TYPE_THIS)
             keywords[keyword.arg] = self._argument(keyword.value)
-        return self._called(node, function, arguments, keywords)
+        return self._called(node, partial(function, *arguments, **keywords))
 
-    def _called(
-        self,
-        node: ast.expr,
-        function: Callable[..., Any],
-        arguments: list[Any],
-        keywords: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def _called(self, node: ast.expr, call: Callable[[], Any]) -> Any:
         try:
-            return function(*arguments, **(keywords or {}))
+            return call()
         except (TypeError, ValueError, re.error) as error:
             text = str(error)
             told = text if text.endswith(".") else f"{text}."
@@ -362,7 +353,6 @@ class Reader:
             raise self._wrong(node, told, rest) from error
 
     def _argument(self, node: ast.expr) -> Any:
-        """Read a number, a text, a mapping, a decay or a selector."""
         if isinstance(node, ast.Constant):
             value = node.value
             if value is None or isinstance(value, str | int | float):
@@ -425,7 +415,7 @@ class Reader:
             told = "re.compile takes a text and flags."
             raise self._wrong(node, told, r"Write for example re.compile('\\.bias$').")
         value = self._flags(flags[0]) if flags else 0
-        compiled: re.Pattern[str] = self._called(node, re.compile, [text, value])
+        compiled: re.Pattern[str] = self._called(node, partial(re.compile, text, value))
         return compiled
 
     def _flags(self, node: ast.expr) -> int:

@@ -12,26 +12,24 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from operator import contains, eq
 
 from torch import nn
 
 from selective_optim import _torch
-from selective_optim.decay import EXEMPT, FULL, Verdict
+from selective_optim.decay import EXEMPT, FULL, Answer
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
-from selective_optim.policies.selectors import Need
-from selective_optim.policies.user_code import MARK, Lists, relative_names, unwrapped
+from selective_optim.policies.lists import MARK, Lists, relative_names, unwrapped
+from selective_optim.policies.selectors import MODULES, NAMES, SHAPES, Need
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 # Collected as ultralytics collects them.
 TORCH_NORMS = tuple(item for name, item in sorted(vars(nn).items()) if "Norm" in name)
-HUGGINGFACE_NAMES = tuple(
-    map(
-        re.compile,
-        ("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"),
-    )
+HUGGINGFACE_NAMES = (
+    *("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"),
 )
 DCN = frozenset({"DeformConv2d", "ModulatedDeformConv2d"})
 TORCHVISION_EMBEDDINGS = frozenset(
@@ -54,12 +52,8 @@ RWKV_RATES = (
 class Recipe(Policy):
     """Another project's rule.
 
-    Args:
-        name: The project.
-        known: What must be known of a parameter to decide.
-        exempts: Gives the reason to exempt a parameter, or ``None`` to decay it.
-        listed: Gives the reason to exempt what the model's own methods list.
-        lists: What the modules list, each asked once.
+    ``exempts`` gives the reason to exempt a parameter, or ``None`` to decay it, and
+    ``listed`` the reason to exempt what the model's own methods list.
     """
 
     name: str
@@ -83,12 +77,12 @@ class Recipe(Policy):
     def bind(self, roots: Sequence[nn.Module]) -> Policy:
         return replace(self, lists=Lists())
 
-    def decide(self, info: ParameterInfo) -> Verdict:
+    def decide(self, info: ParameterInfo) -> Answer:
         reason = self.listed and self.listed(info, self.lists or Lists())
         reason = reason or self.exempts(info)
         if reason is None:
-            return Verdict(FULL, f"{self.name}: decays")
-        return Verdict(EXEMPT, f"{self.name}: {reason}")
+            return Answer(FULL, f"{self.name}: decays")
+        return Answer(EXEMPT, f"{self.name}: {reason}")
 
 
 def _recipe(name: str) -> Recipe:
@@ -120,20 +114,21 @@ def _held_by(info: ParameterInfo, *classes: type) -> str | None:
     return f"held by {type(info.owner).__name__}" if held else None
 
 
-def _of_root(info: ParameterInfo, lists: Lists) -> str | None:
-    root = unwrapped(info.path)[0]
-    return lists.told(root, "no_weight_decay", info.name)
+def _of_root(
+    info: ParameterInfo,
+    lists: Lists,
+    method: str = "no_weight_decay",
+    matches: Callable[[str, str], bool] = eq,
+) -> str | None:
+    return lists.told(unwrapped(info.path)[0], method, info.name, matches)
 
 
-def _of_root_by_name(info: ParameterInfo, lists: Lists) -> str | None:
-    root = unwrapped(info.path)[0]
-    return lists.told(root, "no_weight_decay", info.name, eq)
+_of_root_as_globs = partial(_of_root, matches=fnmatchcase)
 
 
 def _of_root_or_keyword(info: ParameterInfo, lists: Lists) -> str | None:
-    root = unwrapped(info.path)[0]
-    by_word = lists.told(root, "no_weight_decay_keywords", info.name, contains)
-    return _of_root_by_name(info, lists) or by_word
+    by_word = _of_root(info, lists, "no_weight_decay_keywords", contains)
+    return _of_root(info, lists) or by_word
 
 
 def _of_any_module(info: ParameterInfo, lists: Lists) -> str | None:
@@ -156,7 +151,7 @@ def _huggingface(info: ParameterInfo) -> str | None:
     if any(isinstance(module, nn.LayerNorm) for module in unwrapped(info.path)[1:]):
         return "inside LayerNorm"
     name = (info.name or "").lower()
-    found = next((p.pattern for p in HUGGINGFACE_NAMES if p.search(name)), None)
+    found = next((p for p in HUGGINGFACE_NAMES if re.search(p, name)), None)
     return f"name has {found!r}" if found else None
 
 
@@ -214,9 +209,8 @@ def _torchvision(info: ParameterInfo) -> str | None:
 
 
 def _torchvision_swin(info: ParameterInfo) -> str | None:
-    if info.leaf == "bias" or info.leaf in TORCHVISION_EMBEDDINGS:
-        return f"called {info.leaf}"
-    return _torchvision(info)
+    called = info.leaf in ("bias", *TORCHVISION_EMBEDDINGS)
+    return f"called {info.leaf}" if called else _torchvision(info)
 
 
 def _yolox(info: ParameterInfo) -> str | None:
@@ -241,8 +235,7 @@ def _sam2(info: ParameterInfo) -> str | None:
 
 
 def _rtdetr(info: ParameterInfo) -> str | None:
-    found = RTDETR_NORM.search(info.name or "")
-    return "norm of encoder or decoder" if found else None
+    return "norm of encoder or decoder" if RTDETR_NORM.search(info.name or "") else None
 
 
 def _gptneox(info: ParameterInfo) -> str | None:
@@ -297,9 +290,6 @@ def _marin(info: ParameterInfo) -> str | None:
     return "neither attn_gate nor router"
 
 
-NAMES: frozenset[Need] = frozenset({"names"})
-MODULES: frozenset[Need] = frozenset({"modules"})
-SHAPES: frozenset[Need] = frozenset({"shapes"})
 ALL = NAMES | MODULES | SHAPES
 
 _RECIPES = (
@@ -310,7 +300,7 @@ _RECIPES = (
     # Exempts vectors, scalars and `*.bias`, and the model's `no_weight_decay()`.
     # `param_groups_weight_decay` in timm/optim/_param_groups.py, given the model's
     # list as `create_optimizer_v2` in _optim_factory.py gives it, version 1.0.31.
-    Recipe("timm", ALL, lambda i: _at_most_1d(i) or _dot_bias(i), _of_root),
+    Recipe("timm", ALL, lambda i: _at_most_1d(i) or _dot_bias(i), _of_root_as_globs),
     # Exempts all inside seven norm classes, and what its owner calls `bias`.
     # `norm_bias_params` in fastai/torch_core.py, as `Learner.create_opt` uses it for
     # `wd_bn_bias=False`, version 2.8.12.
@@ -366,12 +356,12 @@ _RECIPES = (
     # Exempts vectors, `*.bias` and the model's `no_weight_decay()`; scalars decay.
     # `get_parameter_groups` in ConvNeXt's optim_factory.py; BEiT's is the same. Rates
     # per layer are those of `layerwise_groups`.
-    Recipe("convnext", ALL, lambda i: _vector(i) or _dot_bias(i), _of_root_by_name),
+    Recipe("convnext", ALL, lambda i: _vector(i) or _dot_bias(i), _of_root),
     # Exempts vectors and the model's `no_weight_decay()`; other biases decay. The rates
     # of MAE's fine-tuning, 0.75 per layer, are those of
     # `layerwise_groups(model, lr, 0.75, lr_scale=True)`.
     # `param_groups_lrd` in MAE's util/lr_decay.py.
-    Recipe("mae", ALL, _vector, _of_root_by_name),
+    Recipe("mae", ALL, _vector, _of_root),
     # Exempts `*.bias` and names that contain `norm` or `gamma`.
     # `get_params_groups_with_decay` in dinov2/utils/param_groups.py.
     Recipe("dinov2", NAMES, lambda i: _word(i, "norm", "gamma") or _dot_bias(i)),

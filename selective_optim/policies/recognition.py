@@ -9,15 +9,17 @@ all of them.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache
 from itertools import takewhile
-from types import NoneType
+from types import FunctionType, NoneType
 from typing import Any
 
-import torch
 from torch import nn
 
-from selective_optim.parameters import ParameterInfo, own_classes
+from selective_optim._torch import original_class
+from selective_optim.parameters import ParameterInfo, index_of, own_classes
 from selective_optim.policies.source import (
     goes_with,
     only_added,
@@ -37,13 +39,13 @@ WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 NORM_WORD = re.compile(r".*norm$|normali[sz]ation$|.*grn$")
 # A class called after a norm and then after one of these is the other thing:
 # LayerNormLinear, NormFreeBlock, NormHead.
-OTHER_NOUNS = frozenset(
+LAYERS = frozenset(
     (
         *("attention", "block", "cell", "conv", "embedding", "embeddings", "ffn"),
-        *("free", "head", "linear", "lstm", "mlp", "model", "net", "network"),
-        "wrapper",
+        *("head", "linear", "lstm", "mlp"),
     )
 )
+OTHER_NOUNS = LAYERS | {"free", "model", "net", "network", "wrapper"}
 NOT_A_NORM = re.compile(r"_*(?:pre|post|add|weight|spectral)_?norm", re.IGNORECASE)
 # The last part: bias_ih_l0 of recurrent layers, bias_k of attention, pos_bias_u.
 BIAS = re.compile(r"(?:.*_)?bias\d*(?:_[ih]h(?:_l\d+(?:_reverse)?)?|_[a-z])?$")
@@ -55,6 +57,7 @@ NO_BIAS = frozenset(
 BIAS_TABLE = re.compile(r"(?:.*_)?(?:relative|position)_")
 # Names of biases that are names of other things elsewhere: b_Q, b1, cross_layer_b.
 MAY_BE_BIAS = re.compile(r"(?:.*_)?b\d*(?:_.*)?$|beta$")
+METHODS = (FunctionType, classmethod, staticmethod)
 PARTS_OF_A_NAME = re.compile(r"[a-zA-Z]+")
 LISTS = (nn.ParameterList, nn.ParameterDict)
 EMBEDS = frozenset({"emb", "embed", "embeds", "embedding", "embeddings"})
@@ -112,7 +115,7 @@ def _name_says_norm(name: str) -> bool:
     return OTHER_NOUNS.isdisjoint(words[norms[-1] + 1 :])
 
 
-def _kind(module: nn.Module) -> Any:
+def _kind(module: nn.Module | None) -> Any:
     return type(module)  # mypy holds that classes of modules have no hash
 
 
@@ -120,17 +123,6 @@ def _kind(module: nn.Module) -> Any:
 def says_norm(cls: Any) -> bool:
     """Tell whether a class, or one it derives from, is called a normalization."""
     return any(_name_says_norm(base.__name__) for base in cls.__mro__)
-
-
-def original_class(module: nn.Module | None) -> str:
-    """Name the class that a scripted or unflattened module was of; else ""."""
-    # Modules of ExportedProgram.module() do not say what they were made of.
-    if isinstance(module, torch.jit.ScriptModule):
-        return str(module.original_name)
-    if type(module).__module__ == "torch.export.unflatten":
-        name = getattr(module, "type_name", str)()  # not so the root in 2.7
-        return str(name).rpartition(".")[2]
-    return ""
 
 
 def norm_module(module: nn.Module | None) -> bool:
@@ -171,6 +163,77 @@ def holder(place: ParameterInfo) -> tuple[nn.Module | None, str]:
         return module, place.leaf or ""
     modules = list(takewhile(lambda m: isinstance(m, LISTS), reversed(place.path[1:])))
     return place.path[-1 - len(modules)], place.name.split(".")[-1 - len(modules)]
+
+
+@lru_cache(4096)
+def _class_tells(cls: Any) -> bool:
+    """Tell whether a class says by its name or its methods what its parameters are."""
+    if issubclass(cls, (*LISTS, Mapping)):  # tensordict's are mappings
+        return False
+    words = {word.lower() for word in WORDS.findall(cls.__name__)}
+    if says_norm(cls) or not LAYERS.isdisjoint(words):
+        return True
+    defined = [item for base in own_classes(cls) for item in vars(base).items()]
+    methods = [name for name, value in defined if isinstance(value, METHODS)]
+    return not all(name.startswith("__") for name in methods)
+
+
+def _owner_tells(place: ParameterInfo) -> bool:
+    """Tell whether the module that holds a parameter says what it is."""
+    return _class_tells(_kind(place.owner)) and not _mangled(place.leaf)
+
+
+def _mangled(leaf: str | None) -> bool:
+    # One that is called "fc1__weight" was a part of another module.
+    return "__" in (leaf or "").strip("_")
+
+
+def kinds_known(infos: Iterable[ParameterInfo]) -> bool:
+    """Tell whether of each parameter the first module says what it is, if any does."""
+    # By class and attribute, of which models have few.
+    seen: set[Any] = {(type(info.owner), info.leaf) for info in infos}
+    return all(
+        cls is NoneType or (_class_tells(cls) and not _mangled(leaf))
+        for cls, leaf in seen
+    )
+
+
+def _list_tells(place: ParameterInfo) -> bool:
+    """Tell whether the list that holds a parameter is called after what it holds."""
+    module, _ = holder(place)
+    if module is None or module is place.owner or not _class_tells(_kind(module)):
+        return False
+    listed = replace(place, leaf="")  # a key in it is a name of other code
+    known = bias_part(listed) or embedding_part(listed)
+    return known or norm_part(listed) is not None
+
+
+def telling_places(info: ParameterInfo) -> Sequence[ParameterInfo]:
+    """Return the places of a parameter that say what it is, or all if none does."""
+    if not info.elsewhere:
+        return (info,)
+    places = info.places
+    owned = [place for place in places if _owner_tells(place)]
+    return owned or [place for place in places if _list_tells(place)] or places
+
+
+def kind_known(info: ParameterInfo) -> bool:
+    """Tell whether any module that holds a parameter says what it is."""
+    places = info.places
+    return any(map(_owner_tells, places)) or any(map(_list_tells, places))
+
+
+def says_nothing(info: ParameterInfo) -> bool:
+    """Tell whether neither a parameter's module nor any beside it says what they are.
+
+    So it is of containers, of holders, and of a program that was exported.
+    """
+    return not kind_known(info) and not _root_tells(info.path[0])
+
+
+def _root_tells(root: nn.Module) -> bool:
+    index = index_of(root)
+    return index.remember("tells", lambda: any(map(kind_known, index.everyone())))
 
 
 @cache

@@ -1,43 +1,180 @@
-"""What a rule matches: names, modules, parameters and ready-made predicates.
+"""What a rule matches: names, modules, parameters, and callables of the user's.
 
 :func:`as_selector` turns what a user writes into a frozen :class:`Selector` that
 answers ``matches(info)``, says what it must know to answer, and prints as it was
 written. A tied parameter matches when any of its places does. Selectors join with
 ``|`` (any), ``&`` (all) and ``~`` (not).
+
+A lambda that reads ``info.name`` where no name is known must not decide on ``None``:
+the strict view raises, and the message says what was missing.
 """
 
 from __future__ import annotations
 
+import pickle
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fnmatch import translate
-from functools import cached_property
+from fnmatch import fnmatchcase
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from selective_optim._text import received
+from selective_optim._torch import original_class
 from selective_optim.parameters import ParameterInfo
-from selective_optim.policies.outputs import is_hidden, is_output_of
-from selective_optim.policies.recognition import (
-    bias_part,
-    embedding_part,
-    holder,
-    layer_weight,
-    norm_part,
-    original_class,
-    token_leaf,
-)
-from selective_optim.policies.user_code import (
-    StrictInfo,
-    callable_text,
-    class_text,
-    picklable,
-)
 
-Need = Literal["names", "modules", "shapes"]
+# "leaves" are names of attributes; a callable may read "anything".
+Need = Literal["names", "leaves", "modules", "shapes", "anything"]
+NAMES = frozenset[Need]({"names"})
+LEAVES = frozenset[Need]({"leaves"})
+MODULES = frozenset[Need]({"modules"})
+SHAPES = frozenset[Need]({"shapes"})
+# What a parameter is can be known without its name in the model.
+KINDS = LEAVES | MODULES
+
+
+def lacking(needs: frozenset[Need], info: ParameterInfo) -> str:
+    """Say what a policy needs that is not known of a parameter; "" if nothing."""
+    if "modules" in needs and info.owner is None:
+        return "module types"
+    if "names" in needs and info.name is None:
+        return "names"
+    if "leaves" in needs and info.leaf is None:
+        return "names"
+    return ""
+
+
+class UnknownError(Exception):
+    """A callable read a field that is not known of the parameter."""
+
+
+def _known(field: str) -> Any:
+    def read(info: ParameterInfo) -> Any:
+        value = vars(info)[field]
+        # The shape of a scalar and its length are empty, and known.
+        if value is None or (value == () and not isinstance(value, torch.Size)):
+            raise UnknownError(field)
+        return value
+
+    return property(read)
+
+
+class StrictInfo(ParameterInfo):
+    """The same knowledge; reading what is not there raises instead of ``None``."""
+
+    def __init__(self, info: ParameterInfo) -> None:
+        vars(self).update(vars(info))
+        vars(self)["elsewhere"] = tuple(map(StrictInfo, info.elsewhere))
+
+    # Properties come before what stands in the instance's own dict.
+    name, names, leaf = _known("name"), _known("names"), _known("leaf")
+    owner, path = _known("owner"), _known("path")
+    shape, ndim = _known("shape"), _known("ndim")
+
+    def __getattr__(self, field: str) -> Any:
+        fields = ", ".join(vars(self))
+        raise AttributeError(
+            f"ParameterInfo has no attribute {field!r}. Read one of {fields}."
+        )
+
+    def __repr__(self) -> str:
+        return repr(ParameterInfo(**vars(self)))
+
+
+@dataclass(frozen=True)
+class LostCallable:
+    """Stands for a callable that does not pickle; raises where it is asked.
+
+    Decisions are pickled with their optimizer: only a new parameter asks it.
+    """
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def __call__(self, info: ParameterInfo) -> Any:
+        raise ValueError(
+            f"{self.text} did not pickle, and a new parameter is to be decided for. "
+            f"Type optimizer.wd_policy = ..., or write the policy as a function."
+        )
+
+
+def picklable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a callable, or, if it does not pickle, a stand-in that raises."""
+    try:
+        # Tried at once: an error inside pickle would name neither policy nor remedy.
+        pickle.dumps(function)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return LostCallable(callable_text(function))
+    return function
+
+
+def callable_text(function: Callable[..., Any]) -> str:
+    """Print a callable by its name; a lambda also by the line that made it."""
+    if isinstance(function, partial) or not hasattr(function, "__qualname__"):
+        return repr(function)
+    name = function.__qualname__.rpartition("<locals>.")[2]
+    code = getattr(function, "__code__", None)
+    if name != "<lambda>" or code is None:
+        return name
+    return f"<lambda at {code.co_filename.rpartition('/')[2]}:{code.co_firstlineno}>"
+
+
+def _subclasses(cls: type[nn.Module]) -> Iterator[type[nn.Module]]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def _classes_named(name: str) -> list[type[nn.Module]]:
+    # A notebook's cell that ran twice leaves two classes behind, of which the path
+    # leads to the second.
+    found = list({c: None for c in _subclasses(nn.Module) if c.__name__ == name})
+    reached = [cls for cls in found if _at_path(_path_of(cls)) is cls]
+    return reached or found
+
+
+def _path_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _at_path(path: str) -> object:
+    parts = path.split(".")
+    for size in range(len(parts) - 1, 0, -1):
+        found: object = sys.modules.get(".".join(parts[:size]))
+        if found is not None:
+            for part in parts[size:]:
+                found = getattr(found, part, None)
+            return found
+    return None
+
+
+def class_text(cls: type[nn.Module]) -> str:
+    """Return the shortest name by which a policy's text finds a class."""
+    name = cls.__name__
+    if getattr(nn, name, None) is cls:
+        return f"nn.{name}"
+    return name if len(_classes_named(name)) == 1 else _path_of(cls)
+
+
+def loaded_class(name: str) -> type[nn.Module] | None:
+    """Find a loaded module class by name, which several may bear, or by its path."""
+    # A bare name is torch.nn's first, which has quantized namesakes.
+    at_path = _at_path(f"torch.{name}") or _at_path(f"torch.nn.{name}")
+    at_path = at_path or _at_path(name)
+    if isinstance(at_path, type) and issubclass(at_path, nn.Module):
+        return at_path
+    found = [] if "." in name else _classes_named(name)
+    if len(found) > 1:
+        paths = " or ".join(sorted(map(_path_of, found)))
+        raise ValueError(f"{name} is the name of {len(found)} classes. Write {paths}.")
+    return found[0] if found else None
 
 
 class Selector:
@@ -62,16 +199,16 @@ class Selector:
         return (self,)
 
     def __or__(self, other: object) -> Selector:
-        return _joined(AnyOf, "|", self, other)
+        return _joined("|", self, other)
 
     def __ror__(self, other: object) -> Selector:
-        return _joined(AnyOf, "|", other, self)
+        return _joined("|", other, self)
 
     def __and__(self, other: object) -> Selector:
-        return _joined(AllOf, "&", self, other)
+        return _joined("&", self, other)
 
     def __rand__(self, other: object) -> Selector:
-        return _joined(AllOf, "&", other, self)
+        return _joined("&", other, self)
 
     def __invert__(self) -> Selector:
         return Not(self)
@@ -90,7 +227,7 @@ class NamePattern(Selector):
     """
 
     pattern: str | re.Pattern[str]
-    needs = frozenset({"names"})
+    needs = NAMES
     by_name = True
 
     def __repr__(self) -> str:
@@ -101,17 +238,11 @@ class NamePattern(Selector):
         told = f", {re.RegexFlag(flags)!r}" if flags else ""
         return f"re.compile({self.pattern.pattern!r}{told})"
 
-    @cached_property
-    def _find(self) -> Callable[[str], object]:
-        if isinstance(self.pattern, str):
-            return re.compile(translate(self.pattern)).match
-        return self.pattern.search
-
     def at(self, place: ParameterInfo) -> bool:
-        return any(map(self._find, filter(None, (place.name, place.own_name))))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"pattern": self.pattern}
+        names = filter(None, (place.name, place.own_name))
+        if isinstance(self.pattern, str):
+            return any(fnmatchcase(name, self.pattern) for name in names)
+        return any(map(self.pattern.search, names))
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,7 +250,7 @@ class InsideClass(Selector):
     """Any parameter inside a module of a class."""
 
     cls: type[nn.Module]
-    needs = frozenset({"modules"})
+    needs = MODULES
 
     def __repr__(self) -> str:
         return self._text
@@ -156,7 +287,7 @@ class Identity(Selector):
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]  # depends on target
-        return frozenset({"modules"} if isinstance(self.target, nn.Module) else ())
+        return MODULES if isinstance(self.target, nn.Module) else frozenset()
 
     def at(self, place: ParameterInfo) -> bool:
         return self.target is place.parameter or any(
@@ -169,6 +300,7 @@ class Question(Selector):
     """Any callable from ``ParameterInfo`` to bool."""
 
     function: Callable[[ParameterInfo], bool]
+    needs = frozenset({"anything"})
 
     def __repr__(self) -> str:
         return callable_text(self.function)
@@ -191,42 +323,15 @@ class Question(Selector):
 
 
 @dataclass(frozen=True, repr=False)
-class Predicate(Selector):
-    """A ready-made selector that pickles and prints as its name."""
+class Joined(Selector):
+    """Selects what any of its parts selects (``|``), or what all of them do (``&``)."""
 
-    name: str
-    # Tells how it was recognized; empty where that is plain to see, None if it is not.
-    question: Callable[[ParameterInfo], str | bool | None]
-    needs: frozenset[Need] = frozenset()
+    sign: Literal["|", "&"]
+    parts: tuple[Selector, ...]
 
     def __repr__(self) -> str:
-        return self.name
-
-    def told(self, info: ParameterInfo) -> str:
-        found = map(self.question, info.places)
-        how = next((each for each in found if each and each is not True), None)
-        return f"{self.name}: {how}" if how else self.name
-
-    def __reduce__(self) -> str:
-        return self.name
-
-    def __call__(self, *infos: ParameterInfo) -> bool:
-        if len(infos) != 1 or not isinstance(infos[0], ParameterInfo):
-            raise TypeError(
-                f"`{self.name}` is a selector as it stands, and not what makes one. "
-                f"Write for example exclude({self.name})."
-            )
-        return self.matches(infos[0])
-
-    def at(self, place: ParameterInfo) -> bool:
-        return self.question(place) not in (None, False)
-
-
-@dataclass(frozen=True, repr=False)
-class Joined(Selector):
-    """Several selectors that answer together."""
-
-    parts: tuple[Selector, ...]
+        text = repr if self.sign == "|" else _inner_text
+        return f" {self.sign} ".join(map(text, self.parts))
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]  # that of the parts
@@ -236,25 +341,9 @@ class Joined(Selector):
     def leaves(self) -> tuple[Selector, ...]:
         return tuple(chain.from_iterable(part.leaves for part in self.parts))
 
-
-class AnyOf(Joined):
-    """Selects what any of its parts selects."""
-
-    def __repr__(self) -> str:
-        return " | ".join(map(repr, self.parts))
-
     def matches(self, info: ParameterInfo) -> bool:
-        return any(part.matches(info) for part in self.parts)
-
-
-class AllOf(Joined):
-    """Selects what all of its parts select."""
-
-    def __repr__(self) -> str:
-        return " & ".join(map(_inner_text, self.parts))
-
-    def matches(self, info: ParameterInfo) -> bool:
-        return all(part.matches(info) for part in self.parts)
+        found = (part.matches(info) for part in self.parts)
+        return any(found) if self.sign == "|" else all(found)
 
 
 @dataclass(frozen=True, repr=False)
@@ -282,21 +371,22 @@ def _inner_text(part: Selector) -> str:
     return f"({part!r})" if isinstance(part, Joined) else repr(part)
 
 
-def _joined(kind: type[Joined], sign: str, *items: object) -> Selector:
+def _joined(sign: Literal["|", "&"], *items: object) -> Selector:
     try:
         chosen = list(map(as_selector, items))
     except TypeError as error:
         raise TypeError(f"`{sign}` joins selectors: {error}") from None
-    parts = (s.parts if type(s) is kind else (s,) for s in chosen)
-    return kind(tuple(chain.from_iterable(parts)))
+    parts: list[Selector] = []
+    for each in chosen:
+        if isinstance(each, Joined) and each.sign == sign:
+            parts += each.parts
+        else:
+            parts.append(each)
+    return Joined(sign, tuple(parts))
 
 
 def as_selector(item: object) -> Selector:
-    """Make a selector of a glob, pattern, class, module, parameter or callable.
-
-    Raises:
-        TypeError: ``item`` is none of these.
-    """
+    """Make a selector of a glob, pattern, class, module, parameter or callable."""
     if isinstance(item, Selector):
         return item
     if isinstance(item, (str, re.Pattern)):
@@ -312,58 +402,3 @@ def as_selector(item: object) -> Selector:
         f"a module, a parameter or a callable, not {received(item)}. "
         f'Write for example "*.bias" or nn.LayerNorm.'
     )
-
-
-# A bias is added to what its module computes, whatever its shape.
-is_bias = Predicate("is_bias", bias_part, frozenset({"names"}))
-# What belongs to a norm scales or shifts what has just been normalized.
-is_norm = Predicate("is_norm", norm_part, frozenset({"modules"}))
-# An embedding is a learned row for an index, a position or a special token: lookup
-# tables, tables of positions and of relative ones, and all that is_token selects.
-is_embedding = Predicate("is_embedding", embedding_part, frozenset({"modules"}))
-# A token is a learned row that stands in the input for no index: class, mask and
-# register tokens, separators, queries.
-is_token = Predicate(
-    "is_token", lambda place: token_leaf(holder(place)[1]), frozenset({"names"})
-)
-# The weight of a linear, convolution, attention, recurrent or embedding layer.
-is_layer_weight = Predicate(
-    "is_layer_weight", layer_weight, frozenset({"modules", "shapes"})
-)
-
-
-def is_weight(place: ParameterInfo) -> bool:
-    """Tell whether a place is that of a matrix or more that embeds nothing."""
-    # Of a tie the embedding may stand elsewhere, and the tie is then an output.
-    wide = place.ndim is not None and place.ndim >= 2
-    return wide and layer_weight(place) and not embedding_part(place)
-
-
-KNOWN: frozenset[Need] = frozenset({"names", "modules", "shapes"})
-# The layer that yields the model's answer, its bias included.
-is_output = Predicate("is_output", lambda p: is_output_of(p, is_weight), KNOWN)
-# A weight of two dimensions between embedding and output: what Muon is made for.
-is_hidden_matrix = Predicate(
-    "is_hidden_matrix", lambda p: p.ndim == 2 and is_hidden(p, is_weight), KNOWN
-)
-# The same of two or more, convolutions and stacked experts included.
-is_hidden_weight = Predicate(
-    "is_hidden_weight", lambda place: is_hidden(place, is_weight), KNOWN
-)
-# A weight of two dimensions, be it an embedding or an output.
-is_matrix = Predicate("is_matrix", lambda p: p.ndim == 2 and layer_weight(p), KNOWN)
-is_vector = Predicate(
-    "is_vector",
-    lambda place: place.ndim is not None and place.ndim < 2,
-    frozenset({"shapes"}),
-)
-everything = Predicate("everything", lambda place: True)
-
-# What a parameter is; the first that matches says so, so a norm's bias is a norm's.
-KINDS = (is_norm, is_bias, is_embedding, is_vector)
-
-
-def kind_of(info: ParameterInfo) -> str:
-    """Say what a parameter is: norm, bias, embedding, vector or weight."""
-    found = next((kind.name for kind in KINDS if kind.matches(info)), "weight")
-    return found.removeprefix("is_")

@@ -7,10 +7,12 @@ from typing import Any
 
 from selective_optim._arguments import NUMBERS
 from selective_optim.decay import Decision
-from selective_optim.decisions.decider import Decider, Pending
+from selective_optim.decisions.decider import Decider
+from selective_optim.decisions.knowledge import Pending
 from selective_optim.policies.selectors import as_selector
-from selective_optim.routes.route import KEYS, Route, ask_routes, unused
-from selective_optim.step.lasting import PER_PARAM, Group
+from selective_optim.routes.loading import KEYS
+from selective_optim.routes.route import Route, ask_routes, unused
+from selective_optim.step.lasting import PER_PARAM, WD, Group
 
 Part = tuple[Group, Sequence[Decision], str]
 
@@ -64,6 +66,12 @@ def _of(name: str, key: str, value: Any) -> Any:
             f"{{{name!r}: ..., ...}}, one for each route."
         )
     return value[name]
+
+
+def with_one_decay(group: Group) -> Group:
+    """Take the largest decay of a group that has one for each route."""
+    wd = group.get(WD)
+    return {**group, WD: max(wd.values())} if isinstance(wd, Mapping) else group
 
 
 def marks_of(

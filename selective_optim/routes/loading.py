@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -25,7 +25,6 @@ from selective_optim.decisions.state_dict import (
     require_dict,
     require_whole,
 )
-from selective_optim.routes.route import KEYS
 from selective_optim.step.lasting import PER_PARAM, WD, pick
 
 Group = dict[str, Any]
@@ -34,6 +33,21 @@ BY_GROUP = (RECORD, POLICIES, PARTS)
 RATES, USE_MUON = ("lr", "initial_lr"), "use_muon"
 # What a class that keeps no record has for a group in each of those lists.
 NOTHING: dict[str, Any] = {RECORD: [], POLICIES: None, PARTS: []}
+# By which optimizers of other projects tell their halves, and what each reads there:
+# Keller Jordan's Muon, pytorch_optimizer and ultralytics; timm; dion; nanochat.
+KEYS: dict[str, Callable[[str, Sequence[str]], object]] = {
+    "use_muon": lambda name, names: name == names[0],
+    "use_fallback": lambda name, names: name != names[0],
+    "algorithm": lambda name, names: name,
+    "kind": lambda name, names: name,
+}
+
+
+NAME_THEM = (
+    "Write names into it: for group, names in zip(state_dict['param_groups'], "
+    "selective_optim.checkpoint.group_names(groups, model)): group['param_names'] = "
+    "names, where groups are those that saved."
+)
 
 
 def joined(saved: Mapping[str, StateDict], order: Sequence[str]) -> StateDict:
@@ -125,7 +139,7 @@ def loadable(
     for name, own in groups.items():
         fitted[name] = saved.get(name, {"state": {}, "param_groups": []})
         if not _fits(fitted[name], own, decided[name]):
-            fitted[name] = _by_name(name, fitted[name], own, decided[name], new)
+            fitted[name] = _by_name(fitted[name], own, decided[name], new)
         for group in fitted[name]["param_groups"]:
             group[ROUTE] = name
     return fitted, new
@@ -158,7 +172,12 @@ def _routed(state_dict: StateDict, names: Sequence[str]) -> StateDict:
     for index, group in enumerate(state_dict["param_groups"]):
         keys = group["params"]
         told = [_route_told(group, state.get(key, {}), names) for key in keys]
-        _require_told(index, group, told, names)
+        if told and not any(told):
+            raise ValueError(
+                f"group {index} of the loaded state dict has no {ROUTE!r}: which of "
+                f"{', '.join(map(repr, names))} saved it is not known. Load "
+                f"{{{names[-1]!r}: state_dict}}, or one for each route."
+            )
         for key in keys:
             state[key] = without(state.get(key, {}), [USE_MUON])
             if "step" in group and "exp_avg" in state[key]:  # pytorch_optimizer's
@@ -180,26 +199,6 @@ def _route_told(group: Group, own: Group, names: Sequence[str]) -> Any:
     if key is None:
         return group.get(ROUTE)
     return next((n for n in names if KEYS[key](n, names) == told[key]), told[key])
-
-
-def _require_told(
-    index: int, group: Group, told: Sequence[Any], names: Sequence[str]
-) -> None:
-    if told and not any(told):
-        raise ValueError(
-            f"group {index} of the loaded state dict has no {ROUTE!r}: which of "
-            f"{', '.join(map(repr, names))} saved it is not known. Load "
-            f"{{{names[-1]!r}: state_dict}}, or one for each route."
-        )
-    by_name = all(isinstance(key, str) for key in group["params"])
-    if "param_names" not in group and not by_name:
-        raise ValueError(
-            f"group {index} of the loaded state dict has no 'param_names', and its "
-            f"parameters are found by name. Write them into it: for group, names in "
-            f"zip(state_dict['param_groups'], selective_optim.checkpoint.group_names("
-            f"groups, model)): group['param_names'] = names, where groups are those "
-            f"that saved."
-        )
 
 
 def _copied(state_dict: Any) -> StateDict:
@@ -230,27 +229,17 @@ def _names(decided: Decided) -> list[str | None]:
 
 
 def _by_name(
-    name: str,
-    saved: StateDict,
-    groups: Sequence[Group],
-    decided: Decided,
-    new: list[str],
+    saved: StateDict, groups: Sequence[Group], decided: Decided, new: list[str]
 ) -> StateDict:
     """Give each parameter the state that was saved under its name for its route.
 
     Args:
-        name: Of the route.
-        saved: What was saved for it.
+        saved: What was saved for the route.
         groups: Its groups, whose hyperparameters stay where nothing was saved.
         decided: What was decided for their parameters.
         new: Takes the labels of those for which nothing was saved.
     """
-    way_out = (
-        f"Load merge_groups(state_dict, group_names(groups, model), order=[row.name "
-        f"for row in optimizer.decay_report() if row.route == {name!r}]) of "
-        f"selective_optim.checkpoint in its place, where groups are those that saved."
-    )
-    entries = read(saved, None, way_out)
+    entries = read(saved, None, NAME_THEM)
     packed: list[tuple[Hyper, list[Entry]]] = []
     for index, (group, own) in enumerate(zip(groups, decided)):
         mine, rest = [], without(group, PER_PARAM)

@@ -11,14 +11,13 @@ from selective_optim._optimizer import Model
 from selective_optim._warnings import warn
 from selective_optim.adamw import AdamW
 from selective_optim.policies.named import WdPolicy
-from selective_optim.policies.selectors import (
-    Selector,
-    as_selector,
+from selective_optim.policies.predicates import (
     everything,
     is_embedding,
     is_hidden_matrix,
     is_matrix,
 )
+from selective_optim.policies.selectors import Selector, as_selector
 from selective_optim.report import amount
 from selective_optim.routes.routed import Routed
 

@@ -16,26 +16,18 @@ from selective_optim._entries import without
 from selective_optim._optimizer import SelectiveOptimizer
 from selective_optim._text import received, shape_of
 from selective_optim.any_class import selective
-from selective_optim.decay import FULL, Decision, Verdict
-from selective_optim.decisions.decider import Decider, Pending
+from selective_optim.decay import FULL, Answer, Decision
+from selective_optim.decisions.decider import Decider
+from selective_optim.decisions.knowledge import Pending
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
 from selective_optim.policies.selectors import Selector, as_selector
+from selective_optim.step.lasting import pick
 
 Group = dict[str, Any]
 EXAMPLE = '"adamw": ("*", selective_optim.AdamW, dict(lr=3e-4))'
 NOBODY = ""  # the route of a parameter that none takes
-
-
 NameOf = Callable[[Tensor], "str | None"]
-# By which optimizers of other projects tell their halves, and what each reads there:
-# Keller Jordan's Muon, pytorch_optimizer and ultralytics; timm; dion; nanochat.
-KEYS: dict[str, Callable[[str, Sequence[str]], object]] = {
-    "use_muon": lambda name, names: name == names[0],
-    "use_fallback": lambda name, names: name != names[0],
-    "algorithm": lambda name, names: name,
-    "kind": lambda name, names: name,
-}
 
 
 @dataclass(frozen=True)
@@ -75,9 +67,8 @@ class Route:
         """
         not_read = others - self.keys
         own = {k: v for k, v in group.items() if k not in not_read}
-        for key in ("params", "param_names"):
-            if key in own and positions is not None:
-                own[key] = [group[key][i] for i in positions]
+        if positions is not None:
+            own |= pick(group, positions)
         rates, scale = own.pop("lr", self.lr), own.pop("lr_scale", 1)
         lr = rates.get(self.name, self.lr) if isinstance(rates, Mapping) else rates
         if lr is not None:
@@ -109,10 +100,10 @@ class Route:
 
     def _refusal(self, params: Sequence[Tensor]) -> Exception | None:
         """Ask the class itself, with nothing of this library around it."""
-        ours = issubclass(self.cls, SelectiveOptimizer)
-        cls = self.cls.__mro__[2] if ours else self.cls  # what it stands before
+        if issubclass(self.cls, SelectiveOptimizer):
+            return None  # those take every parameter
         try:
-            cls(params, **without(self.arguments, ["wd_policy"]))
+            self.cls(params, **without(self.arguments, ["wd_policy"]))
         except Exception as error:  # whatever it raises
             return error
         return None
@@ -148,11 +139,11 @@ class RoutePolicy(Policy):
         told = (f"{route.name!r}: {route.selector!r}" for route in self.routes)
         return f"{{{', '.join(told)}}}"
 
-    def decide(self, info: ParameterInfo) -> Verdict:
+    def decide(self, info: ParameterInfo) -> Answer:
         for route in self.routes:
             if route.selector.matches(info):
-                return Verdict(FULL, route.name)
-        return Verdict(FULL, NOBODY)
+                return Answer(FULL, route.name)
+        return Answer(FULL, NOBODY)
 
 
 def read_routes(routes: object) -> tuple[Route, ...]:

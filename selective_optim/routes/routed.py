@@ -14,17 +14,16 @@ import torch
 
 from selective_optim import _torch
 from selective_optim._arguments import copied_groups, require_numbers
-from selective_optim._optimizer import Model, SelectiveOptimizer
+from selective_optim._optimizer import Model, SelectiveOptimizer, decider_for
 from selective_optim._warnings import warn
 from selective_optim.any_class import READING
 from selective_optim.decisions.decider import (
     Decider,
-    Pending,
-    decider_for,
     kept_on_error,
     part_of,
 )
 from selective_optim.decisions.initial_values import base_rate
+from selective_optim.decisions.knowledge import Pending
 from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy, as_policy
 from selective_optim.report import DecayReport, Row, remark_of
@@ -115,8 +114,8 @@ class Routed(torch.optim.Optimizer):
         self._link([group[ROUTE] for group in parts])
         first = self.param_groups[0]
         self.defaults = {key: first.get(key) for key in ("lr", WD)}
-        self._decider.warn_if_idle(self.param_groups)
-        self._decider.index.let_go()
+        self._decider.warn_if_weak(self.param_groups)
+        self._decider.index.release()
 
     def _make(self, route: Route, groups: list[Group]) -> None:
         arguments = {**self._common, **route.arguments}

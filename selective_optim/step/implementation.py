@@ -146,8 +146,8 @@ def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor] | None:
     first = tensors[0]
     if any(type(tensor) is not type(first) for tensor in tensors):
         return None
-    where = _torch.placement(_torch.spec_of(first))
-    if any(_torch.placement(_torch.spec_of(tensor)) != where for tensor in tensors):
+    where = _torch.placement(first)
+    if any(_torch.placement(tensor) != where for tensor in tensors):
         return None
     if any(placement.is_partial() for placement in where[1]):
         return None

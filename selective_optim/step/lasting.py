@@ -179,16 +179,18 @@ class Split:
         }
         if "lr" in moved and self._follows_rate:
             moved.add(WD)
-        for key, value in group.items():
-            if key not in moved:
-                continue
+        # Computed before any is written, so that an error leaves the parts alike.
+        written: list[tuple[Group, str, Any]] = []
+        for key in group.keys() & moved:
+            value = group[key]
             if key in DECAY_KEYS:
-                for part in self.parts:
-                    part.group[key] = self.computed(part, key)
+                written += [(p.group, key, self.computed(p, key)) for p in self.parts]
             elif key not in PER_PARAM and not same(value, shown.get(key, _ABSENT)):
                 self._require_common(key)
-                for part in self.parts:
-                    part.group[key] = value if key in keys else own_copy(value)
+                own = (value if key in keys else own_copy(value) for _ in self.parts)
+                written += [(p.group, key, v) for p, v in zip(self.parts, own)]
+        for part_group, key, value in written:
+            part_group[key] = value
         # A key that the user removed goes from the parts; one that is only there stays.
         for key in shown.keys() - group.keys():
             for part in self.parts:

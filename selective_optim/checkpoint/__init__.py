@@ -8,8 +8,9 @@ of ``torch.distributed.checkpoint.state_dict`` (not flattened), which lists para
 by name, is taken too and kept.
 
 A flattened one keeps one ``weight_decay`` per parameter, that of its group. Loaded
-into other groups, torch takes for each group that of one of its parameters: one of
-this library gives torch's hand-split exempt group the full decay. Set
+into other groups, torch takes for each group that of one of its parameters, and so it
+does with a full one, which may be broadcast from rank 0: one of this library gives
+torch's hand-split exempt group the full decay. Set
 ``group["weight_decay"] = 0.0`` there after loading, or convert the plain form.
 """
 
@@ -40,9 +41,9 @@ from selective_optim._entries import (
     without,
     write,
 )
-from selective_optim._fit import Fit as Fit
-from selective_optim._fit import fit as fit
 from selective_optim._text import received, shape_text
+from selective_optim.checkpoint.fitting import Fit as Fit
+from selective_optim.checkpoint.fitting import fit as fit
 from selective_optim.decisions.state_dict import (
     PARTS,
     RECORD,

@@ -1,8 +1,9 @@
-"""Which layer yields a model's answer, where that can be told without running it.
+"""Ready-made selectors: bias, norm, embedding, weight of a layer, output layer.
 
-Models have accessors, ties to an embedding, telling names, and an order in which they
-register layers. Each is wrong for some models: a layer is known as the output where
-an accessor or a tie says so, or where name and order agree.
+Which layer yields a model's answer is told without running it. Models have accessors,
+ties to an embedding, telling names, and an order in which they register layers. Each
+is wrong for some models: a layer is known as the output where an accessor or a tie
+says so, or where name and order agree.
 """
 
 from __future__ import annotations
@@ -16,9 +17,28 @@ from torch import nn
 
 from selective_optim._warnings import warn
 from selective_optim.parameters import ParameterInfo, index_of
+from selective_optim.policies.recognition import (
+    bias_part,
+    embedding_part,
+    holder,
+    layer_weight,
+    norm_part,
+    says_nothing,
+    telling_places,
+    token_leaf,
+)
+from selective_optim.policies.selectors import (
+    KINDS,
+    LEAVES,
+    MODULES,
+    NAMES,
+    SHAPES,
+    Need,
+    Selector,
+    StrictInfo,
+    UnknownError,
+)
 
-# Tells whether a place is that of a matrix, convolution or stack of them.
-IsWeight = Callable[[ParameterInfo], bool]
 ACCESSORS = ("get_output_embeddings", "get_classifier")
 TELLING = re.compile(
     r"(?!pre_)(?:\w+_)?(?:heads?|classifier|logits|unembed)(?:_\w+)?$|aux\d*$"
@@ -47,9 +67,16 @@ class Outputs:
     visible: frozenset[str] = frozenset()  # all names of what is not hidden
 
 
-def is_output_of(place: ParameterInfo, is_weight: IsWeight) -> bool:
+def is_weight(place: ParameterInfo) -> bool:
+    """Tell whether a place is that of a matrix or more that embeds nothing."""
+    # Of a tie the embedding may stand elsewhere, and the tie is then an output.
+    wide = place.ndim is not None and place.ndim >= 2
+    return wide and layer_weight(place) and not embedding_part(place)
+
+
+def is_output_of(place: ParameterInfo) -> bool:
     """Tell whether a parameter belongs to the output layer; raises UnsureError."""
-    outputs = _outputs(place.path[0], is_weight)
+    outputs = _outputs(place.path[0])
     if not outputs.sure:
         told = f"of {outputs.model} it is not sure which layer is the output"
         names = ", ".join(map(repr, outputs.names))
@@ -60,15 +87,15 @@ def is_output_of(place: ParameterInfo, is_weight: IsWeight) -> bool:
 
 def heads(root: nn.Module) -> list[nn.Module]:
     """Return what a model calls its head, at the outermost level."""
-    children = [pair for module in _whole(root) for pair in module.named_children()]
+    children = [pair for _, module in whole(root) for pair in module.named_children()]
     return [child for key, child in children if TELLING.match(key)]
 
 
-def is_hidden(place: ParameterInfo, is_weight: IsWeight) -> bool:
+def is_hidden(place: ParameterInfo) -> bool:
     """Tell whether a weight is no candidate for the output; warns of several once."""
     if not is_weight(place):
         return False
-    outputs = _outputs(place.path[0], is_weight)
+    outputs = _outputs(place.path[0])
     if not (outputs.sure or outputs.told):
         outputs.told = True
         warn(
@@ -80,7 +107,7 @@ def is_hidden(place: ParameterInfo, is_weight: IsWeight) -> bool:
     return place.name not in outputs.visible
 
 
-def _outputs(root: nn.Module, is_weight: IsWeight) -> Outputs:
+def _outputs(root: nn.Module) -> Outputs:
     def ask() -> Outputs:
         weights = [
             i for i in index_of(root).everyone() if any(map(is_weight, i.places))
@@ -102,7 +129,7 @@ def _outputs(root: nn.Module, is_weight: IsWeight) -> Outputs:
 
 def _find(root: nn.Module, weights: list[ParameterInfo]) -> Outputs:
     model = type(root).__name__
-    for module in _whole(root):
+    for _, module in whole(root):
         found = _said(module, weights)
         if found is not None:
             return Outputs(model, found)
@@ -119,17 +146,19 @@ def _find(root: nn.Module, weights: list[ParameterInfo]) -> Outputs:
     return Outputs(model, names[-1:] if sure else names, sure)
 
 
-def _whole(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield a model, and what it consists of where it holds nothing but another."""
-    yield module
+def whole(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield a model, and what it consists of where it holds nothing but another.
+
+    Beside each module stands what the names of its parameters begin with.
+    """
+    yield prefix, module
     held = {id(param) for param in module.parameters()}
-    for child in module.children():
+    for key, child in module.named_children():
         if held and {id(param) for param in child.parameters()} == held:
-            yield from _whole(child)
+            yield from whole(child, f"{prefix}{key}.")
 
 
 def _said(module: nn.Module, weights: list[ParameterInfo]) -> tuple[str, ...] | None:
-    """Return the names of the weights in what an accessor returns, if it is known."""
     for accessor in ACCESSORS:
         if not hasattr(type(module), accessor):
             continue
@@ -175,7 +204,6 @@ def _head(info: ParameterInfo) -> str | None:
 
 
 def _agree(candidates: list[ParameterInfo], last: ParameterInfo) -> bool:
-    """Tell whether the last weight is the one output among those with telling names."""
     if {_head(info) for info in candidates} != {_head(last)}:
         return False
     size = (_head(last) or "").count(".") + 1
@@ -184,3 +212,82 @@ def _agree(candidates: list[ParameterInfo], last: ParameterInfo) -> bool:
         return True
     telling = [bool(parts and LAST.match(parts[-1])) for parts in own]
     return telling[-1] and sum(telling) == 1
+
+
+@dataclass(frozen=True, repr=False)
+class Predicate(Selector):
+    """A ready-made selector that pickles and prints as its name."""
+
+    name: str
+    # Tells how it was recognized; empty where that is plain to see, None if it is not.
+    question: Callable[[ParameterInfo], str | bool | None]
+    needs: frozenset[Need] = frozenset()
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def told(self, info: ParameterInfo) -> str:
+        found = map(self.question, telling_places(info))
+        how = next((each for each in found if each and each is not True), None)
+        return f"{self.name}: {how}" if how else self.name
+
+    def __reduce__(self) -> str:
+        return self.name
+
+    def __call__(self, *infos: ParameterInfo) -> bool:
+        if len(infos) != 1 or not isinstance(infos[0], ParameterInfo):
+            raise TypeError(
+                f"`{self.name}` is a selector as it stands, and not what makes one. "
+                f"Write for example exclude({self.name})."
+            )
+        (info,) = infos
+        known = ParameterInfo(**vars(info))
+        # A callable that asks has not said before what it must know.
+        asked = isinstance(info, StrictInfo) and self.needs & KINDS
+        if asked and known.owner is not None and says_nothing(known):
+            raise UnknownError("owner")
+        return self.matches(info)
+
+    def matches(self, info: ParameterInfo) -> bool:
+        # A list beside the module that uses a parameter does not say what it is.
+        return any(map(self.at, telling_places(info)))
+
+    def at(self, place: ParameterInfo) -> bool:
+        return self.question(place) not in (None, False)
+
+
+# A bias is added to what its module computes, whatever its shape.
+is_bias = Predicate("is_bias", bias_part, LEAVES)
+# What belongs to a norm scales or shifts what has just been normalized.
+is_norm = Predicate("is_norm", norm_part, MODULES)
+# An embedding is a learned row for an index, a position or a special token: lookup
+# tables, tables of positions and of relative ones, and all that is_token selects.
+is_embedding = Predicate("is_embedding", embedding_part, MODULES)
+# A token is a learned row that stands in the input for no index: class, mask and
+# register tokens, separators, queries.
+is_token = Predicate("is_token", lambda p: token_leaf(holder(p)[1]), LEAVES)
+# The weight of a linear, convolution, attention, recurrent or embedding layer.
+is_layer_weight = Predicate("is_layer_weight", layer_weight, MODULES | SHAPES)
+KNOWN = NAMES | MODULES | SHAPES
+# The layer that yields the model's answer, its bias included.
+is_output = Predicate("is_output", is_output_of, KNOWN)
+# A weight of two dimensions between embedding and output: what Muon is made for.
+is_hidden_matrix = Predicate(
+    "is_hidden_matrix", lambda place: place.ndim == 2 and is_hidden(place), KNOWN
+)
+# The same of two or more, convolutions and stacked experts included.
+is_hidden_weight = Predicate("is_hidden_weight", is_hidden, KNOWN)
+# A weight of two dimensions, be it an embedding or an output.
+is_matrix = Predicate("is_matrix", lambda p: p.ndim == 2 and layer_weight(p), KNOWN)
+# Of no shape, as of a lazy parameter, nothing is known.
+is_vector = Predicate("is_vector", lambda place: place.ndim in (0, 1), SHAPES)
+everything = Predicate("everything", lambda place: True)
+
+# What a parameter is; the first that matches says so, so a norm's bias is a norm's.
+PREDICATES = (is_norm, is_bias, is_embedding, is_vector)
+
+
+def kind_of(info: ParameterInfo) -> str:
+    """Say what a parameter is: norm, bias, embedding, vector or weight."""
+    found = next((kind.name for kind in PREDICATES if kind.matches(info)), "weight")
+    return found.removeprefix("is_")

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from selective_optim._canonical_names import told_apart, without_wrappers
 from selective_optim._entries import (
     WD,
     Entry,
@@ -30,6 +29,7 @@ from selective_optim._entries import (
     write,
 )
 from selective_optim._text import aligned
+from selective_optim._torch import told_apart, without_wrappers
 from selective_optim.decisions.state_dict import RECORD, require_dict, require_whole
 from selective_optim.step.lasting import PER_PARAM
 
@@ -151,7 +151,6 @@ def fit(
 
 
 def _layout(model: Any) -> list[tuple[Hyper, list[tuple[Tensor, Entry]]]]:
-    """List the groups that a state dict must fit, and the parameters in each."""
     if not isinstance(model, Optimizer):
         places = [(p, Entry(name, key)) for p, name, key in named_parameters(model)]
         return [({}, places)]
@@ -180,7 +179,6 @@ def _layout(model: Any) -> list[tuple[Hyper, list[tuple[Tensor, Entry]]]]:
 
 
 def _fitted(new: Entry, param: Tensor, entry: Entry | None) -> tuple[str, Entry]:
-    """Tell what becomes of a parameter, and what goes on for it."""
     if entry is None:
         return "new", new
     state = dict(entry.state) if isinstance(entry.state, Mapping) else {}

@@ -1,0 +1,54 @@
+"""Ranks that decide differently, told through the store of their process group.
+
+DDP lets such ranks drift apart, and FSDP decays a part of a parameter alone. The rank
+that steps first writes down what it decided; each later one reads that and compares.
+Both is one call that waits for nobody.
+"""
+
+from __future__ import annotations
+
+from base64 import b64decode, b64encode
+from collections.abc import Sequence
+from hashlib import sha256
+from zlib import compress, decompress
+
+import torch.distributed as dist
+
+from selective_optim import _torch
+from selective_optim._warnings import warn_of_other_rank
+from selective_optim.decisions.table import Row
+
+
+def compare_with_first(layout: Sequence[Sequence[Row]]) -> None:
+    """Warn if another rank decided otherwise for parameters of these names.
+
+    Names and shapes are the key: stages of a pipeline share neither, and ranks of
+    ``ZeroRedundancyOptimizer`` hold other parameters. A sweep makes one optimizer after
+    another: the key also counts those of these names that this rank has stepped.
+    """
+    store = _torch.store_of_ranks()
+    if store is None:
+        return
+    decisions = [row.decision for rows in layout for row in rows]
+    named = {decision.telling_name or "": decision for decision in decisions}
+    if "" in named or len(named) < len(decisions):
+        return
+    names = sorted(named)
+    decays = [repr(named[name].decay) for name in names]
+    known = "\n".join(f"{name} {tuple(named[name].shape)}" for name in names)
+    key = f"selective_optim/{sha256(known.encode()).hexdigest()}"
+    rank = dist.get_rank()
+    try:
+        key = f"{key}/{store.add(f'{key}/of rank {rank}', 1)}"
+        # Decisions repeat from layer to layer: of 200,000 parameters this is a few kB.
+        own = b64encode(compress("\n".join(decays).encode()))
+        first = store.compare_set(key, "", own.decode())
+    except RuntimeError:  # nobody serves it any longer
+        return
+    if first in (b"", own):  # empty: a store that keeps nothing, as of a fake group
+        return
+    there = decompress(b64decode(first)).decode().split("\n")
+    others = [i for i, decay in enumerate(decays) if decay != there[i]]
+    if others:
+        at = others[0]
+        warn_of_other_rank(rank, names[at], decays[at], there[at], len(others))

@@ -1,0 +1,277 @@
+"""Ranks that decide differently, and policies that answer otherwise the next time."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+import re
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from selective_optim import SGD, AdamW, _torch, selective
+from selective_optim.policies import exclude, fixed, is_bias, only, scale, towards
+from tests.support.distributed import Ranks
+
+NAdam = selective(torch.optim.NAdam)
+each_class = pytest.mark.parametrize("cls", [SGD, AdamW, NAdam])
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks() as ranks:
+        yield ranks
+
+
+def net(width=4):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, width), nn.LayerNorm(width), nn.Linear(width, 2))
+
+
+def stepped(cls, policy, model, steps=2):
+    optimizer = cls(model, lr=0.01, weight_decay=0.1, wd_policy=policy)
+    for _ in range(steps):
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    return optimizer
+
+
+def told(run, *args):
+    """Return what was warned of while it ran, on this rank."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(*args)
+    # torch warns of the process group, of NumPy and of itself.
+    return [str(w.message) for w in caught if "wd_policy" in str(w.message)]
+
+
+# Ranks.
+
+
+def step_with_own_policy(rank, cls, policies):
+    return told(stepped, cls, policies[rank], net())
+
+
+OTHER = {
+    "exempt": ("no_bias", "no_bias_norm", "1.weight", "Decay(1)", "Decay(0)"),
+    "multiplier": ("all", scale("2.*", by=0.5), "2.bias", "Decay(1)", "Decay(0.5)"),
+    "fixed": (None, fixed(0.2, "0.bias"), "0.bias", "Decay(1)", "Decay(1, fixed=0.2)"),
+    "target": (
+        *(towards(2, is_bias), towards(1, is_bias), "0.bias"),
+        *("Decay(1, target=2)", "Decay(1, target=1)"),
+    ),
+}
+
+
+@pytest.mark.distributed
+@each_class
+@pytest.mark.parametrize("case", OTHER.values(), ids=OTHER)
+def test_rank_that_decides_otherwise_warns_once_and_names_itself(ranks, cls, case):
+    one, other, name, *decays = case
+    policies = (one, other)
+    said = ranks(step_with_own_policy, cls, policies)
+    assert sorted(map(len, said)) == [0, 1]
+    late = said.index(max(said, key=len))
+    here, there = decays[late], decays[1 - late]
+    assert re.fullmatch(
+        rf"rank {late} decided otherwise than the rank that stepped first: '{name}' is "
+        rf"{re.escape(here)} here and {re.escape(there)} there( \(and \d more\))?\. "
+        r"Pass the same `wd_policy` on every rank, as a text or a mapping from names\. "
+        r"Ranks that train apart on purpose may ignore this\.",
+        said[late][0],
+    )
+
+
+def step_under_ddp(rank, policies):
+    model = DistributedDataParallel(net())
+    said = told(stepped, AdamW, policies[rank], model)
+    return said, [param.detach().clone() for param in model.parameters()]
+
+
+@pytest.mark.distributed
+def test_drift_under_ddp_is_told_and_ends_with_the_advice(ranks):
+    (one, first), (other, second) = ranks(step_under_ddp, ("no_bias", "all"))
+    assert len(one + other) == 1
+    assert any(not torch.equal(a, b) for a, b in zip(first, second))
+    (one, first), (other, second) = ranks(step_under_ddp, ("no_bias", {"*.bias": 0}))
+    assert not one + other
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def step_several(rank, cls):
+    """A sweep, a second model, a stage of a pipeline, and a copy on one rank."""
+
+    def run():
+        for policy in ("no_bias", "all", "no_bias_norm"):
+            stepped(cls, policy, net())
+        stepped(cls, {"1.*": 0}, net(width=5))
+        stepped(cls, ("no_bias", "all")[rank], net(width=6 + rank))
+        optimizer = stepped(cls, "matrices", net(), steps=0)
+        if rank == 0:
+            copy.deepcopy(optimizer).step()
+            copy.deepcopy(stepped(cls, "all", net(width=9))).step()
+        optimizer.step()
+        stepped(cls, "layer_weights", net())
+
+    return told(run)
+
+
+@pytest.mark.distributed
+@each_class
+def test_ranks_that_decide_alike_and_different_models_are_silent(ranks, cls):
+    assert ranks(step_several, cls) == [[], []]
+
+
+def step_without_names(rank):
+    params = list(net().parameters())
+    policy = ("matrices", "all")[rank]
+    return told(lambda: AdamW(params[rank + 1 : rank + 2], wd_policy=policy).step())
+
+
+@pytest.mark.distributed
+def test_parameters_that_others_do_not_hold_are_silent(ranks):
+    assert ranks(step_without_names) == [[], []]
+
+
+def step_alone(rank):
+    if rank == 0:
+        stepped(AdamW, "no_bias", net(width=20))
+    dist.barrier()
+    return told(stepped, AdamW, "all", net(width=20)) if rank else None
+
+
+@pytest.mark.distributed
+def test_no_rank_waits_for_another(ranks):
+    """One that has not stepped keeps nobody waiting, and compares when it does."""
+    _, said = ranks(step_alone)
+    assert len(said) == 1
+    assert said[0].startswith("rank 1 decided otherwise")
+
+
+def step_at_rate_0(rank):
+    optimizer = AdamW(net(width=21), lr=0.0, wd_policy=("no_bias", "all")[rank])
+    first = told(optimizer.step)
+    optimizer.param_groups[0]["lr"] = 0.1
+    return first, told(optimizer.step)
+
+
+@pytest.mark.distributed
+def test_steps_that_move_nothing_do_not_compare(ranks):
+    """With them torch.distributed.checkpoint makes state, on one rank alone."""
+    (first, then), (second, later) = ranks(step_at_rate_0)
+    assert (first, second, len(then + later)) == ([], [], 1)
+
+
+class Gone:
+    def add(self, key, amount):
+        raise dist.DistNetworkError("closed")
+
+
+class Fake:
+    """As torch's FakeStore, which keeps nothing."""
+
+    def add(self, key, amount):
+        return 0
+
+    def compare_set(self, key, expected, desired):
+        return b""
+
+
+@pytest.mark.parametrize("store", [None, Gone(), Fake()])
+def test_without_a_store_nothing_happens(store, monkeypatch):
+    monkeypatch.setattr(_torch, "store_of_ranks", lambda: store)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    assert told(stepped, AdamW, "no_bias", net()) == []
+
+
+def test_decisions_are_compared_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(_torch, "store_of_ranks", lambda: asked.append(1))
+    optimizer = stepped(AdamW, "no_bias", net(), steps=4)
+    assert len(asked) == 1
+    assert optimizer._watch is None  # a steady step looks at nothing
+
+
+# Policies that answer otherwise.
+
+
+def numbers():
+    """Answer with another number each time, as a counter does."""
+    counter = itertools.count(1)
+    return lambda info: next(counter)
+
+
+def ending():
+    answers = iter([1, 0, 1, 0, 1, 0])
+    return lambda info: next(answers)
+
+
+def once():
+    seen = set()
+    return lambda info: info.name not in seen and not seen.add(info.name)
+
+
+UNSTEADY = {
+    "counter": (numbers, r"'0\.weight' is Decay\(1\) and then Decay\(7\)"),
+    "iterator": (ending, r"'0\.weight' is Decay\(1\) and then an error"),
+    "memory": (once, r"'0\.weight' is Decay\(1\) and then Decay\(0\)"),
+    "selector": (
+        lambda: exclude(is_bias & once()),
+        r"'0\.bias' is Decay\(0\) and then Decay\(1\)",
+    ),
+    "mapping": (
+        lambda: {once(): 0.5},
+        r"'0\.weight' is Decay\(0\.5\) and then Decay\(1\)",
+    ),
+    "product": (
+        lambda: only("*") * exclude(~is_bias & once()),
+        r"'0\.weight' is Decay\(0\) and then Decay\(1\)",
+    ),
+}
+
+
+@each_class
+@pytest.mark.parametrize(("make", "said"), UNSTEADY.values(), ids=UNSTEADY)
+def test_policy_that_answers_otherwise_the_next_time_warns_once(cls, make, said):
+    with pytest.warns(UserWarning, match="when it is asked again") as caught:
+        optimizer = cls(net(), weight_decay=0.1, wd_policy=make())
+    (warning,) = caught
+    assert re.search(
+        rf"again: {said}, so ranks and resumed runs may differ\. Let it depend on "
+        r"`info` alone, or pass a mapping from names to numbers\.$",
+        str(warning.message),
+    )
+    assert warning.filename == __file__
+    # What it decided first holds, and the advice keeps that.
+    decided = {r.name: r.weight_decay / 0.1 for r in optimizer.decay_report()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cls(net(), weight_decay=0.1, wd_policy=decided)
+
+
+def test_assigned_policy_and_that_of_a_group_are_asked_again():
+    optimizer = AdamW(net(), weight_decay=0.1)
+    with pytest.warns(UserWarning, match="when it is asked again"):
+        optimizer.wd_policy = once()
+    with pytest.warns(UserWarning, match="when it is asked again"):
+        optimizer.add_param_group({"params": net(), "wd_policy": once()})
+
+
+def test_drawn_answers_are_told():
+    random.seed(0)
+    with pytest.warns(UserWarning, match="when it is asked again"):
+        AdamW(net(), wd_policy=lambda info: random.random())
+
+
+def test_policies_without_functions_are_asked_once(monkeypatch):
+    asked = []
+    decide = type(exclude("*")).decide
+    note = lambda policy, info: (asked.append(info), decide(policy, info))[1]  # noqa: E731
+    monkeypatch.setattr(type(exclude("*")), "decide", note)
+    AdamW(net(), wd_policy=exclude(is_bias))
+    assert len(asked) == 6
