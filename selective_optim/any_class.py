@@ -56,6 +56,19 @@ _pull_again = torch.no_grad()(ClassStep.pull_again)
 _finish = torch.no_grad()(ClassStep.finish)
 
 
+def as_torch_reads(group: Group, before: Iterable[Group], **defaults: Any) -> Group:
+    """Let torch read and check a group, and no class that would step it.
+
+    Not with other defaults in an optimizer meanwhile: an interrupt would leave them.
+    """
+    reading = SimpleNamespace(
+        defaults={**READING, **defaults}, param_groups=list(before)
+    )
+    torch.optim.Optimizer.add_param_group(reading, group)  # type: ignore[arg-type]
+    read: Group = reading.param_groups[-1]
+    return read
+
+
 class AnyOptimizer(SelectiveOptimizer):
     """Stands before a class that may keep what it writes into its groups.
 
@@ -140,14 +153,8 @@ class AnyOptimizer(SelectiveOptimizer):
         return self._groups
 
     def _append_group(self, group: Group) -> None:
-        """Let torch read a group, and not the class, which adds its parts."""
-        # Not with other defaults of our own meanwhile: an interrupt would leave them.
-        reading = SimpleNamespace(
-            defaults={**READING, "lr": self.defaults.get("lr")},
-            param_groups=list(self._groups),
-        )
-        torch.optim.Optimizer.add_param_group(reading, group)  # type: ignore[arg-type]
-        self._groups.append(reading.param_groups[-1])
+        lr = self.defaults.get("lr")
+        self._groups.append(as_torch_reads(group, self._groups, lr=lr))
 
     def _read_group(self, param_group: Group) -> None:
         """Read a group, which the class then makes of its parts, and decide for it."""

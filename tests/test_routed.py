@@ -16,10 +16,18 @@ from torch.optim.lr_scheduler import (
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import selective_optim
-from selective_optim import SGD, AdamW, Routed, decay_report, selective
+from selective_optim import (
+    SGD,
+    AdamW,
+    Routed,
+    WeightDecay,
+    checkpoint,
+    decay_report,
+    selective,
+)
 from selective_optim.policies import is_hidden_matrix
 from tests.support.compare import assert_same
-from tests.support.routes import ADAMW, MUON, loss_of, routed, routes, split, twins
+from tests.support.routes import ADAMW, MUON, Net, loss_of, routed, routes, split, twins
 from tests.support.routes import separate as separate_optimizers
 
 STEPS = 20
@@ -386,3 +394,27 @@ def test_nothing_of_it_outlives_it():
         warnings.simplefilter("error")
         again = routed(model)
     step(model, [again], 1)
+
+
+def test_schedules_of_weight_decay_serve_every_route():
+    model, _ = twins()
+    one = routed(model)
+    scheduler = LambdaLR(WeightDecay(one), lambda epoch: 0.5**epoch)
+    step(model, [one], 0)
+    scheduler.step()
+    assert [group["weight_decay"] for group in one.param_groups] == [0.05, 0.05]
+
+
+def test_a_changed_model_keeps_what_still_fits():
+    model, _ = twins()
+    one = routed(model)
+    step(model, [one], 0)
+    wider = Net()
+    wider.head = nn.Linear(6, 9)
+    again = routed(wider)
+    fitted = checkpoint.fit(copy.deepcopy(one.state_dict()), again)
+    assert fitted.resized == ["head.weight", "head.bias"]
+    assert len(fitted.kept) == 9
+    again.load_state_dict(fitted.state_dict)
+    step(wider, [again], 1)
+    assert [group["route"] for group in again.param_groups] == ["muon", "adamw"]

@@ -224,7 +224,7 @@ def ask_routes(
         if route is None:
             taken.append(_names(each, next(decided), routes))
         else:
-            taken.append([known_route(route, routes)] * len(each.params))
+            taken.append([known_route(route, routes).name] * len(each.params))
     return taken
 
 
@@ -243,19 +243,20 @@ def _names(
     return names
 
 
-def known_route(route: object, routes: tuple[Route, ...]) -> str:
-    """Read the ``"route"`` of a group.
+def known_route(name: object, routes: tuple[Route, ...]) -> Route:
+    """Find the route that a group names.
 
     Raises:
         ValueError: There is none of that name.
     """
-    names = [known.name for known in routes]
-    if route not in names:
+    found = next((route for route in routes if route.name == name), None)
+    if found is None:
         raise ValueError(
-            f"a group has the route {route!r}, and the routes are "
-            f"{', '.join(map(repr, names))}. Leave it out to have it decided."
+            f"a group has the route {name!r}, and the routes are "
+            f"{', '.join(repr(route.name) for route in routes)}. Leave it out to have "
+            f"it decided."
         )
-    return str(route)
+    return found
 
 
 def unused(routes: tuple[Route, ...], taken: Sequence[Sequence[str]]) -> str:

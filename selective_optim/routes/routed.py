@@ -16,7 +16,7 @@ from selective_optim import _torch
 from selective_optim._arguments import copied_groups, require_numbers
 from selective_optim._optimizer import Model, SelectiveOptimizer, decider_for
 from selective_optim._warnings import warn
-from selective_optim.any_class import READING
+from selective_optim.any_class import READING, as_torch_reads
 from selective_optim.decisions.decider import (
     Decider,
     kept_on_error,
@@ -128,13 +128,10 @@ class Routed(torch.optim.Optimizer):
         """Take a group as torch does; it is decided for when all are there."""
         policy, group = self._decider.unpack(param_group, [*self._keys, *OWN_KEYS])
         given = set(group) if isinstance(group, dict) else set()
-        defaults, self.defaults = self.defaults, dict(READING)
-        try:
-            super().add_param_group(group)
-        finally:
-            self.defaults = defaults
+        read = as_torch_reads(group, self.param_groups)
         for key in READING.keys() - given:
-            del self.param_groups[-1][key]
+            del read[key]
+        self.param_groups.append(read)
         self._decider.add_group(self.param_groups, policy, group is not param_group)
 
     def _decided_parts(self, coming: Sequence[Pending], strict: bool) -> list[Group]:
@@ -212,10 +209,7 @@ class Routed(torch.optim.Optimizer):
         """Split a group by routes, unless it says where it goes."""
         route = group.get(ROUTE) if isinstance(group, dict) else None
         if route is not None:
-            [own] = [
-                r for r in self._routes if r.name == known_route(route, self._routes)
-            ]
-            return [own.part(group, None, self._keys)]
+            return [known_route(route, self._routes).part(group, None, self._keys)]
         count = len(self.param_groups)
         self._read_group(group)
         parts = self._decided_parts(self._decider.take_pending(), strict=False)
@@ -223,7 +217,7 @@ class Routed(torch.optim.Optimizer):
         return parts
 
     def _add_part(self, part: Group) -> None:
-        [route] = [route for route in self._routes if route.name == part[ROUTE]]
+        route = known_route(part[ROUTE], self._routes)
         if route.name not in self.optimizers:
             self._make(route, [part])
         else:
