@@ -41,8 +41,6 @@ KEYS: dict[str, Callable[[str, Sequence[str]], object]] = {
     "algorithm": lambda name, names: name,
     "kind": lambda name, names: name,
 }
-
-
 NAME_THEM = (
     "Write names into it: for group, names in zip(state_dict['param_groups'], "
     "selective_optim.checkpoint.group_names(groups, model)): group['param_names'] = "
@@ -186,9 +184,9 @@ def _routed(state_dict: StateDict, names: Sequence[str]) -> StateDict:
             chosen = [place for place, own in enumerate(told) if own == name]
             # timm's groups have the rate of Muon, and a factor for that of AdamW.
             scale = group.get("fallback_lr_scale", 1) if name != names[0] else 1
-            rates = {key: group[key] * scale for key in RATES if key in group}
-            decay = {key: group[key] for key in [WD] if key in group}
-            groups.append({ROUTE: name, **pick(group, chosen), **rates, **decay})
+            kept = [key for key in (*RATES, WD) if key in group]
+            own = {key: group[key] * (scale if key in RATES else 1) for key in kept}
+            groups.append({ROUTE: name, **pick(group, chosen), **own})
     return {**state_dict, "state": state, "param_groups": groups}
 
 
