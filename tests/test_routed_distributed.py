@@ -244,6 +244,28 @@ def test_taking_a_dcp_state_dict_in_training_changes_nothing(form):
     assert_same_run(*run, *whole)
 
 
+@each_form
+def test_two_optimizers_that_dcp_saved_load_by_way_of_two(form):
+    (model, one), (twin, _) = fresh(), fresh()
+    others, again = by_hand(twin, "muon"), by_hand(twin, "muon")
+    train(twin, others, 0)
+    saved = get_optimizer_state_dict(twin, others, options=form)
+    with pytest.raises((ValueError, KeyError), match="route"):
+        set_optimizer_state_dict(model, one, copy.deepcopy(saved), options=form)
+    set_optimizer_state_dict(twin, again, saved, options=form)
+    named = {id(param): name for name, param in twin.named_parameters()}
+    states = [other.state_dict() for other in again]
+    for other, state in zip(again, states):
+        for group, mine in zip(state["param_groups"], other.param_groups):
+            group["param_names"] = [named[id(param)] for param in mine["params"]]
+    one.load_state_dict(states)
+    theirs = others[0].state | others[1].state
+    assert_same(
+        [one.state[param] for param in model.parameters()],
+        [theirs[param] for param in twin.parameters()],
+    )
+
+
 def save_from_rank(rank, folder, form):
     model, one = fresh(shard)
     train(model, [one], rank)
