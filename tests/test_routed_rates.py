@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
 
-from selective_optim import Muon, proportional_to_lr
+from selective_optim import Muon, layerwise_groups, proportional_to_lr, rate_groups
 from selective_optim.schedules import WeightDecay
 from tests.support.routes import loss_of, routed, separate, twins
 
@@ -97,3 +97,24 @@ def test_decay_follows_the_rate_of_its_route():
     one.param_groups[1]["lr"] = 3e-4
     train(model, one, steps=1)
     assert rates(one, "weight_decay") == pytest.approx([0.1, 0.01])
+
+
+def test_layers_scale_the_rate_of_every_route():
+    model, _ = twins()
+    scales = layerwise_groups(
+        model, {"muon": 0.02, "adamw": 3e-3}, rate=0.5, layers="blocks.*"
+    )
+    assert "blocks.1" in str(scales)
+    one = Muon(scales, model=model)
+    found = {row.name: one.param_groups[row.group]["lr"] for row in one.decay_report()}
+    assert found["head.weight"] == 3e-3
+    assert found["blocks.1.0.weight"] == 0.01
+    assert found["blocks.0.0.weight"] == 0.005
+    assert found["blocks.0.0.bias"] == found["embed.weight"] * 2 == 7.5e-4
+
+
+def test_patterns_give_a_rate_for_every_route():
+    model, _ = twins()
+    low = {"lr": {"muon": 0.002, "adamw": 3e-4}}
+    one = Muon(rate_groups(model, {"blocks.0.*": low, "*": {"lr": 1e-3}}), model=model)
+    assert [group["lr"] for group in one.param_groups] == [0.002, 3e-4, 1e-3, 1e-3]
