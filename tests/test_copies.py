@@ -136,6 +136,24 @@ def test_tensors_of_other_dimensions_are_decided_by_what_they_are():
     assert multipliers(optimizer) == [0, 1] * 3
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ((4,), [(2, 2)], [1]),
+        ((4,), [(2, 2), (3,)], [1, 0]),
+        ((2, 2), [(3,)] * 2, [0, 0]),
+    ],
+)
+def test_what_is_neither_flat_nor_a_stack_is_decided_by_its_shape(old, new, expected):
+    params = [nn.Parameter(torch.ones(old)), nn.Parameter(torch.ones(2, 2))]
+    groups = [{"params": [param]} for param in params]
+    optimizer = SGD(groups, lr=0.1, weight_decay=WD, wd_policy="matrices")
+    sizes = [torch.ones(size, requires_grad=True) for size in new]
+    optimizer.param_groups[0]["params"] = sizes
+    step(optimizer)
+    assert multipliers(optimizer) == [*expected, 1]
+
+
 def test_placeholders_between_two_steps_decide_nothing():
     model = net()
     optimizer = AdamW(model.parameters(), weight_decay=WD, wd_policy="no_bias_norm")

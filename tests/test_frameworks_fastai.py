@@ -113,10 +113,12 @@ def test_one_cycle_has_the_bits_of_torch_where_everything_decays():
     torch.testing.assert_close(ours.state_dict(), torchs.state_dict(), rtol=0, atol=0)
 
 
-def test_opt_func_without_a_model_names_the_way_out():
+def test_opt_func_without_a_model_finds_it():
+    model = network()
+    before = snapshot(model)
     opt = partial(selective_optim.AdamW, wd_policy="no_bias_norm")
-    with pytest.raises(ValueError, match="Pass model=model"):
-        learner(network(), opt).fit(1)
+    learner(model, opt).fit_one_cycle(1, lr_max=slice(1e-2, 1e-1), wd=0.3)
+    assert unmoved(before, model) == exempt_names(model)
 
 
 def test_frozen_body_does_not_decay():

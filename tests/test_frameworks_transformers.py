@@ -76,11 +76,13 @@ def test_optimizer_cls_and_kwargs_with_a_model_makes_one_group(tmp_path):
     assert_same(ours, torchs)
 
 
-def test_optimizer_cls_and_kwargs_alone_names_the_way_out(tmp_path):
+def test_optimizer_cls_and_kwargs_alone_gets_the_decay_of_the_trainers_groups(tmp_path):
+    """Whose model is found, and whose groups say 0 where its arguments do."""
     arguments = (AdamW, {**SETTINGS, **POLICY})
     alone = trainer(llama(), tmp_path, optimizer_cls_and_kwargs=arguments)
-    with pytest.raises(ValueError, match="Pass model=model"):
+    with pytest.warns(UserWarning, match="`weight_decay` is 0 in every group"):
         alone.train()
+    assert all(row.owner for row in alone.optimizer.optimizer.decay_report())
 
 
 def test_trainer_resumes_from_its_checkpoint_bit_for_bit(tmp_path):

@@ -272,6 +272,7 @@ def decide_fsdp1_callable(rank):
 
 def test_fsdp1_tells_a_callable_the_shapes_of_bare_tensors(ranks):
     expected = ["embed.weight", "first.weight", "last.weight"]
+    expected += ["norm.bias", "norm.weight"]  # of two dimensions
     assert ranks(decide_fsdp1_callable) == [expected, expected]
 
 

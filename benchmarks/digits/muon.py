@@ -29,8 +29,8 @@ from benchmarks.digits.training import (
 )
 from selective_optim import AdamW, Muon
 
-EPOCHS, SEEDS, EVERY = 20, 5, 11  # a loss is taken every so many steps
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+EPOCHS, SEEDS, EVERY = 20, 3, 11  # a loss is taken every so many steps
+RATES = (1e-3, 3e-3, 1e-2)
 HEADERS = ("optimizer", "rate", "last loss", "held-out loss", "steps to AdamW's best")
 SETTINGS: dict[str, Any] = {"weight_decay": 0.1, "wd_policy": "no_bias_norm"}
 

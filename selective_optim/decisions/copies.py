@@ -44,12 +44,14 @@ def correspond(infos: Infos, old: Sequence[Decision], policy: Policy | None) -> 
 
 
 def _another_form(infos: Infos, old: Sequence[Decision]) -> bool:
-    """Tell whether all are flat where not all were, or have a dimension more."""
+    """Tell whether all are flat where not all were, or stack what was there."""
+    if len(infos) > len(old):
+        return False
     flat = all(info.ndim == 1 for info in infos)
     was_flat = all(len(decision.shape) == 1 for decision in old)
     pairs = list(zip(infos, old))
-    stacked = all(info.ndim == len(d.shape) + 1 for info, d in pairs)
-    return (flat and not was_flat) or (bool(pairs) and stacked)
+    stacked = all(info.parameter.shape[1:] == d.shape for info, d in pairs)
+    return (flat and not was_flat) or (len(infos) == len(old) and stacked)
 
 
 def refuse_flattened(
