@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CyclicLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+)
 
 from selective_optim import Muon, layerwise_groups, proportional_to_lr, rate_groups
 from selective_optim.schedules import WeightDecay
@@ -44,6 +49,19 @@ def test_one_cycle_with_a_rate_for_each_route_keeps_their_ratio():
         assert muon / adamw == pytest.approx(RATES[0] / RATES[1])
         one.step()
         cycle.step()
+
+
+def test_cyclic_rates_need_the_same():
+    one = routed(twins()[0])
+    with pytest.raises(ValueError, match="momentum or beta1"):
+        CyclicLR(one, base_lr=[0.0, 0.0], max_lr=RATES, step_size_up=2)
+    cycle = CyclicLR(
+        one, base_lr=[0.0, 0.0], max_lr=RATES, step_size_up=2, cycle_momentum=False
+    )
+    for _ in range(2):
+        one.step()
+        cycle.step()
+    assert rates(one) == pytest.approx(RATES)
 
 
 def test_cosine_leads_every_rate_to_one_least_rate():
