@@ -117,7 +117,7 @@ def _infos(roots: Sequence[nn.Module]) -> list[ParameterInfo]:
 
 def layerwise_groups(
     model: Model,
-    lr: float | Tensor,
+    lr: float | Tensor | Mapping[str, float],
     rate: float,
     layers: str | Sequence[str] | None = None,
     lr_scale: bool = False,
@@ -132,7 +132,7 @@ def layerwise_groups(
 
     Args:
         model: Module or modules that hold the parameters.
-        lr: Learning rate of the top layer.
+        lr: Learning rate of the top layer, or one for each route of ``Routed``.
         rate: Factor from a layer to the one below, finite and >= 0.
         layers: Glob on the module names of the repeated blocks, such as
             ``"blocks.*"``, or the name of their list, ``"blocks"``. Pass a list of
@@ -167,10 +167,12 @@ def layerwise_groups(
     found: dict[int, list[ParameterInfo]] = {}
     for info in _infos(roots):
         found.setdefault(distances.of(info), []).append(info)
-    entries = [
-        (n, {"lr": lr, "lr_scale": rate**n} if lr_scale else {"lr": lr * rate**n}, held)
-        for n, held in sorted(found.items())
-    ]
+    entries = []
+    for n, held in sorted(found.items()):
+        own: dict[str, Any] = {"lr": lr, "lr_scale": rate**n}
+        if not lr_scale and not isinstance(lr, Mapping):
+            own = {"lr": lr * rate**n}
+        entries.append((n, own, held))
     return _listed("layer", entries, named=False)
 
 
@@ -184,7 +186,8 @@ def _listed(
         groups.append({**hyper, "params": [info.parameter for info in held]})
         if named:
             groups[-1]["param_names"] = [info.telling_name for info in held]
-        lr = hyper["lr"] * hyper.get("lr_scale", 1) if "lr" in hyper else None
+        one = isinstance(hyper.get("lr"), (Real, Tensor))  # or one for each route
+        lr = hyper["lr"] * hyper.get("lr_scale", 1) if one else None
         for info in held:
             shape = _shape(info)
             rows.append(GroupRow(place, info.name, shape, shape.numel(), lr))

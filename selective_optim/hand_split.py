@@ -84,7 +84,7 @@ def param_groups(
     params: Any,
     wd_policy: Any,
     weight_decay: float | Tensor | None = None,
-    lr: float | Tensor | None = None,
+    lr: float | Tensor | Mapping[str, float] | None = None,
     *,
     model: Model = None,
     routes: Mapping[str, Any] | None = None,
@@ -104,7 +104,7 @@ def param_groups(
             ``"wd_policy"`` too, go before the arguments here.
         wd_policy: The policy: a name, mapping, callable or expression.
         weight_decay: Decay of parameters with multiplier 1, >= 0.
-        lr: Learning rate; ``None`` leaves it to the optimizer.
+        lr: Learning rate, or one for each route; ``None`` leaves it to the optimizer.
         model: The module, or modules, that the parameters live in.
         routes: From names to selectors, for an optimizer that steps some groups by one
             class and others by another; the first that matches takes a parameter.

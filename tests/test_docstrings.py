@@ -18,7 +18,7 @@ PLACES = {
     audit: ("audit", "model_report", "find_mistakes", "find_hints", "Audit", "Finding"),
     checkpoint: (
         *("group_names", "merge_groups", "split_groups", "fit", "Fit"),
-        "keep_hyperparameters",
+        *("keep_hyperparameters", "split_routes"),
     ),
     report: ("Row",),
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import selective_optim
 from selective_optim import AdamW, Routed, checkpoint
 from selective_optim.policies import is_hidden_matrix
 from tests.support.compare import assert_same
@@ -135,16 +136,14 @@ def test_without_names_the_line_to_type_leads_there():
     one = routed(model)
     with pytest.raises(ValueError, match="has no name") as caught:
         one.load_state_dict(saved)
-    line = str(caught.value).partition("Load ")[2].partition(" of selective")[0]
+    line = re.search(r"(for group.*): (group.*), where", str(caught.value))
     known = {
-        "merge_groups": checkpoint.merge_groups,
-        "group_names": checkpoint.group_names,
+        "selective_optim": selective_optim,
         "state_dict": saved[1],
         "groups": others[1].param_groups,
         "model": twin,
-        "optimizer": one,
     }
-    saved[1] = eval(line, known)
+    exec(f"{line[1]}:\n    {line[2]}", known)
     one.load_state_dict(saved)
     theirs = state_by_name(twin, others[0]) | state_by_name(twin, others[1])
     assert_same(state_by_name(model, one), theirs)
@@ -216,7 +215,22 @@ def spoiled(saved):
     return {**saved, "state": state}
 
 
+def flagged(saved):
+    groups = [
+        {"params": g["params"], "use_muon": g["route"] == "muon"}
+        for g in saved["param_groups"]
+    ]
+    return {"state": saved["state"], "param_groups": groups}
+
+
 REFUSED = {
+    "two halves without names": (
+        flagged,
+        "parameter 0 of group 0 of the state dict has no name. Write names into it: "
+        "for group, names in zip(state_dict['param_groups'], "
+        "selective_optim.checkpoint.group_names(groups, model)): "
+        "group['param_names'] = names, where groups are those that saved.",
+    ),
     "unknown route": (
         renamed,
         "the loaded state dict has the route 'lion', and the routes here are 'muon', "

@@ -25,11 +25,12 @@ from selective_optim.decisions.state_dict import (
     require_dict,
     require_whole,
 )
-from selective_optim.step.lasting import PER_PARAM
+from selective_optim.step.lasting import PER_PARAM, WD, pick
 
 Group = dict[str, Any]
 ROUTE, OTHERS = "route", "routes"  # of a group; what a route's class saves besides
 BY_GROUP = (RECORD, POLICIES, PARTS)
+RATES, USE_MUON = ("lr", "initial_lr"), "use_muon"
 # What a class that keeps no record has for a group in each of those lists.
 NOTHING: dict[str, Any] = {RECORD: [], POLICIES: None, PARTS: []}
 # By which optimizers of other projects tell their halves, and what each reads there:
@@ -40,6 +41,11 @@ KEYS: dict[str, Callable[[str, Sequence[str]], object]] = {
     "algorithm": lambda name, names: name,
     "kind": lambda name, names: name,
 }
+NAME_THEM = (
+    "Write names into it: for group, names in zip(state_dict['param_groups'], "
+    "selective_optim.checkpoint.group_names(groups, model)): group['param_names'] = "
+    "names, where groups are those that saved."
+)
 
 
 def joined(saved: Mapping[str, StateDict], order: Sequence[str]) -> StateDict:
@@ -131,7 +137,7 @@ def loadable(
     for name, own in groups.items():
         fitted[name] = saved.get(name, {"state": {}, "param_groups": []})
         if not _fits(fitted[name], own, decided[name]):
-            fitted[name] = _by_name(name, fitted[name], own, decided[name], new)
+            fitted[name] = _by_name(fitted[name], own, decided[name], new)
         for group in fitted[name]["param_groups"]:
             group[ROUTE] = name
     return fitted, new
@@ -150,22 +156,47 @@ def _by_route(state_dict: Any, names: list[str]) -> dict[str, StateDict]:
     if "param_groups" not in state_dict and state_dict.keys() <= set(names):
         return {name: _copied(own) for name, own in state_dict.items()}
     require_whole(state_dict)
-    groups = [dict(group) for group in state_dict["param_groups"]]
-    for index, group in enumerate(groups):
-        if ROUTE in group:
-            continue
-        key = next((key for key in KEYS if key in group), "")
-        held = group.pop(key, None)
-        group[ROUTE] = next(
-            (n for n in names if key and KEYS[key](n, names) == held), held
-        )
-        if group[ROUTE] is None:
+    if any(ROUTE not in group for group in state_dict["param_groups"]):
+        state_dict = _routed(state_dict, names)
+    return split_routes(state_dict)
+
+
+def _routed(state_dict: StateDict, names: Sequence[str]) -> StateDict:
+    """Give the groups of another project's one-object optimizer the routes here.
+
+    Its hyperparameters stay its own, but for rates and decay.
+    """
+    groups, state = list[Group](), dict[Any, Any](state_dict["state"])
+    for index, group in enumerate(state_dict["param_groups"]):
+        keys = group["params"]
+        told = [_route_told(group, state.get(key, {}), names) for key in keys]
+        if told and not any(told):
             raise ValueError(
                 f"group {index} of the loaded state dict has no {ROUTE!r}: which of "
                 f"{', '.join(map(repr, names))} saved it is not known. Load "
                 f"{{{names[-1]!r}: state_dict}}, or one for each route."
             )
-    return split_routes({**state_dict, "param_groups": groups})
+        for key in keys:
+            state[key] = without(state.get(key, {}), [USE_MUON])
+            if "step" in group and "exp_avg" in state[key]:  # pytorch_optimizer's
+                state[key].setdefault("step", group["step"])
+        for name in dict.fromkeys(filter(None, told)):
+            chosen = [place for place, own in enumerate(told) if own == name]
+            # timm's groups have the rate of Muon, and a factor for that of AdamW.
+            scale = group.get("fallback_lr_scale", 1) if name != names[0] else 1
+            kept = [key for key in (*RATES, WD) if key in group]
+            own = {key: group[key] * (scale if key in RATES else 1) for key in kept}
+            groups.append({ROUTE: name, **pick(group, chosen), **own})
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _route_told(group: Group, own: Group, names: Sequence[str]) -> Any:
+    """Tell the route of a parameter by its state, as in timm, or else by its group."""
+    told = own if USE_MUON in own else group
+    key = next((key for key in KEYS if key in told), None)
+    if key is None:
+        return group.get(ROUTE)
+    return next((n for n in names if KEYS[key](n, names) == told[key]), told[key])
 
 
 def _copied(state_dict: Any) -> StateDict:
@@ -196,27 +227,17 @@ def _names(decided: Decided) -> list[str | None]:
 
 
 def _by_name(
-    name: str,
-    saved: StateDict,
-    groups: Sequence[Group],
-    decided: Decided,
-    new: list[str],
+    saved: StateDict, groups: Sequence[Group], decided: Decided, new: list[str]
 ) -> StateDict:
     """Give each parameter the state that was saved under its name for its route.
 
     Args:
-        name: Of the route.
-        saved: What was saved for it.
+        saved: What was saved for the route.
         groups: Its groups, whose hyperparameters stay where nothing was saved.
         decided: What was decided for their parameters.
         new: Takes the labels of those for which nothing was saved.
     """
-    way_out = (
-        f"Load merge_groups(state_dict, group_names(groups, model), order=[row.name "
-        f"for row in optimizer.decay_report() if row.route == {name!r}]) of "
-        f"selective_optim.checkpoint in its place, where groups are those that saved."
-    )
-    entries = read(saved, None, way_out)
+    entries = read(saved, None, NAME_THEM)
     packed: list[tuple[Hyper, list[Entry]]] = []
     for index, (group, own) in enumerate(zip(groups, decided)):
         mine, rest = [], without(group, PER_PARAM)
@@ -227,7 +248,7 @@ def _by_name(
             mine.append(entries.get(known, Entry(known, known, hyper=rest)))
         found = [entry for entry in mine if entry.state is not None]
         way_out = "Make this optimizer with groups as they were saved."
-        hyper = {**rest, **without(merged(found, way_out), KEYS)} if found else rest
+        hyper = {**rest, **merged(found, way_out)} if found else rest
         packed.append((hyper, mine))
     whole = write(saved, packed)
     return whole | (recorded(saved, packed) if RECORD in saved else {})

@@ -133,5 +133,6 @@ class Muon(Routed):
                 f"torch's Muon steps matrices alone, so AdamW steps "
                 f"{amount(len(wide), 'weight')} of more than two dimensions, "
                 f"{sum(wide) / sum(sizes):.0%} of all elements. Where Muon is to step "
-                f"convolutions, use selective_optim.selective(timm.optim.Muon)."
+                f"convolutions, write Routed in its place, with the route "
+                f"'muon': (is_hidden_weight, timm.optim.Muon, dict(lr=0.02))."
             )

@@ -22,6 +22,7 @@ from selective_optim.decisions.knowledge import Pending
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
 from selective_optim.policies.selectors import Selector, as_selector
+from selective_optim.step.lasting import pick
 
 Group = dict[str, Any]
 EXAMPLE = '"adamw": ("*", selective_optim.AdamW, dict(lr=3e-4))'
@@ -66,9 +67,8 @@ class Route:
         """
         not_read = others - self.keys
         own = {k: v for k, v in group.items() if k not in not_read}
-        for key in ("params", "param_names"):
-            if key in own and positions is not None:
-                own[key] = [group[key][i] for i in positions]
+        if positions is not None:
+            own |= pick(group, positions)
         rates, scale = own.pop("lr", self.lr), own.pop("lr_scale", 1)
         lr = rates.get(self.name, self.lr) if isinstance(rates, Mapping) else rates
         if lr is not None:
