@@ -418,3 +418,27 @@ def test_a_changed_model_keeps_what_still_fits():
     again.load_state_dict(fitted.state_dict)
     step(wider, [again], 1)
     assert [group["route"] for group in again.param_groups] == ["muon", "adamw"]
+
+
+class Averaging(torch.optim.SGD):
+    """Has modes, as schedule-free optimizers do."""
+
+    def train(self):
+        for group in self.param_groups:
+            group["train_mode"] = True
+
+    def eval(self):
+        for group in self.param_groups:
+            group["train_mode"] = False
+
+
+def test_modes_of_a_class_are_those_of_the_optimizer():
+    model, _ = twins()
+    assert not hasattr(routed(model), "train")
+    one = routed(model, routes=routes(adamw=("*", Averaging, {"lr": 0.1})))
+    one.train()
+    step(model, [one], 0)
+    assert one.param_groups[1]["train_mode"] is True
+    one = copy.deepcopy(one)
+    one.eval()
+    assert [group.get("train_mode") for group in one.param_groups] == [None, False]

@@ -98,9 +98,10 @@ def is_hidden(place: ParameterInfo) -> bool:
     outputs = _outputs(place.path[0])
     if not (outputs.sure or outputs.told):
         outputs.told = True
+        verb = "count" if outputs.names[1:] else "counts"
         warn(
             f"which layer of {outputs.model} is its output is not sure, so "
-            f"{', '.join(map(repr, outputs.names))} count as none of its hidden "
+            f"{', '.join(map(repr, outputs.names))} {verb} as none of its hidden "
             f"weights. Select by name what should, as in is_hidden_matrix | "
             f"{outputs.names[-1]!r}, or tell Muon output={outputs.names[-1]!r}."
         )

@@ -16,7 +16,7 @@ from selective_optim import _torch
 from selective_optim._arguments import copied_groups, require_numbers
 from selective_optim._optimizer import Model, SelectiveOptimizer, decider_for
 from selective_optim._warnings import warn
-from selective_optim.any_class import READING, as_torch_reads
+from selective_optim.any_class import MODES, READING, as_torch_reads
 from selective_optim.decisions.decider import (
     Decider,
     kept_on_error,
@@ -266,6 +266,19 @@ class Routed(torch.optim.Optimizer):
             params = chain(*(group["params"] for group in optimizer.param_groups))
             own = ((param, value[param]) for param in params if param in value)
             optimizer.state = defaultdict(dict, own)
+
+    def __getattr__(self, name: str) -> Any:
+        """Find ``train`` and ``eval`` where a route's class has them."""
+        optimizers = vars(self).get("optimizers", {}) if name in MODES else {}
+        own = [getattr(o, name) for o in optimizers.values() if hasattr(o, name)]
+        if not own:
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+
+        def each() -> None:
+            for method in own:
+                method()
+
+        return each
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

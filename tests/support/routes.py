@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -9,6 +10,8 @@ from torch.nn.functional import cross_entropy
 from selective_optim import AdamW, Routed
 from selective_optim.policies import is_hidden_matrix
 
+if not hasattr(torch.optim, "Muon"):
+    pytest.skip("torch has no Muon before 2.9", allow_module_level=True)
 MUON = {"lr": 0.02, "momentum": 0.9}
 ADAMW = {"lr": 3e-3, "betas": (0.9, 0.95)}
 
