@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import recipes_page
+from benchmarks.digits import muon
 from benchmarks.digits.effect import spread
 from benchmarks.step.arms import ALONE, BARE, DEFAULT, FUSED, OURS
 from benchmarks.step.cases import case_named
@@ -147,6 +148,21 @@ def finetune_table() -> str:
     return table(headers, lines, 3)
 
 
+def muon_table() -> str:
+    """Write how far Muon with AdamW and AdamW alone come on digits."""
+    headers = ["optimizer", "rate", "last loss", "held-out loss", "steps"]
+    return table(headers, muon.lines(newest("digits_muon*.json")["results"]), 1)
+
+
+def routed_table() -> str:
+    """Write the time of a step of Muon over that of the two separate optimizers."""
+    lines = [
+        [f"{own['case']}", f"{own['ratio']['median']:.2f}", f"{own['equal_arms']:.2f}"]
+        for own in newest("routed_*.json")["results"]
+    ]
+    return table(["model", "one over two", "two over two"], lines, 1)
+
+
 def recipes_table() -> str:
     """Write what each recipe decays on well-known models."""
     return recipes_page.page(newest("recipes_*.json")) + "\n"
@@ -172,6 +188,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "forms": forms_table,
     "effect": effect_table,
     "finetune": finetune_table,
+    "muon": muon_table,
+    "routed": routed_table,
     "recipes": recipes_table,
     "any_class": any_class_table,
 }
