@@ -63,7 +63,8 @@ class Row:
         role: What it is: ``"norm"``, ``"norm's bias"``, ``"bias"``, ``"embedding"``,
             ``"vector"`` or ``"weight"``.
         decided: Whether a policy decided.
-        route: Class that steps it, where the report is of several optimizers.
+        route: What steps it, if the report is of several: a route of ``Routed``, or a
+            class.
         applied: Whether a step decays it, if that was measured.
         measured: By how much, on the scale of ``weight_decay``, if that was measured
             and the decay moves the parameter directly.

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 import selective_optim
 from selective_optim import AdamW, Routed, checkpoint
@@ -347,3 +348,16 @@ def test_a_model_whose_embedding_is_tied_keeps_it_from_muon():
     table = {row.name: row.route for row in one.decay_report()}
     assert table["embed.weight"] == "adamw"
     assert isinstance(model.head, nn.Linear)
+
+
+def test_a_scheduler_that_was_made_before_loading_needs_no_names():
+    params = [nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))]
+    two = {
+        "muon": (lambda info: info.ndim == 2, torch.optim.Muon, MUON),
+        "adamw": (lambda info: True, AdamW, ADAMW),
+    }
+    saved = Routed(params, two).state_dict()
+    one = Routed(params, two)
+    LambdaLR(one, lambda epoch: 0.5)
+    one.load_state_dict(saved)
+    assert [group["lr"] for group in one.param_groups] == [0.02, 3e-3]

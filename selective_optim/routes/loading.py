@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
+import torch
+
 from selective_optim._entries import (
     Entry,
     Hyper,
@@ -110,14 +112,14 @@ def split_routes(state_dict: StateDict) -> dict[str, StateDict]:
 
 def loadable(
     state_dict: Any,
-    groups: Mapping[str, Sequence[Group]],
+    optimizers: Mapping[str, torch.optim.Optimizer],
     decided: Mapping[str, Decided],
 ) -> tuple[dict[str, StateDict], list[str]]:
     """Make the state dict of each route of what was saved.
 
     Args:
         state_dict: As for ``Routed.load_state_dict``.
-        groups: Of each route.
+        optimizers: By route.
         decided: What was decided for their parameters.
 
     Returns:
@@ -126,18 +128,19 @@ def loadable(
     Raises:
         ValueError: It has other routes, or the names that it takes are not known.
     """
-    saved = _by_route(state_dict, list(groups))
-    if unknown := [name for name in saved if name not in groups]:
+    saved = _by_route(state_dict, list(optimizers))
+    if unknown := [name for name in saved if name not in optimizers]:
         raise ValueError(
             f"the loaded state dict has the route {unknown[0]!r}, and the routes here "
-            f"are {', '.join(map(repr, groups))}. Load a mapping from these names to "
-            f"the values of selective_optim.checkpoint.split_routes(state_dict)."
+            f"are {', '.join(map(repr, optimizers))}. Load a mapping from these names "
+            f"to the values of selective_optim.checkpoint.split_routes(state_dict)."
         )
     fitted, new = dict[str, StateDict](), list[str]()
-    for name, own in groups.items():
+    for name, optimizer in optimizers.items():
         fitted[name] = saved.get(name, {"state": {}, "param_groups": []})
-        if not _fits(fitted[name], own, decided[name]):
-            fitted[name] = _by_name(fitted[name], own, decided[name], new)
+        if not _fits(fitted[name], optimizer, decided[name]):
+            groups = optimizer.param_groups
+            fitted[name] = _by_name(fitted[name], groups, decided[name], new)
         for group in fitted[name]["param_groups"]:
             group[ROUTE] = name
     return fitted, new
@@ -207,13 +210,12 @@ def _copied(state_dict: Any) -> StateDict:
     return {**state_dict, "param_groups": groups}
 
 
-def _fits(saved: StateDict, groups: Sequence[Group], decided: Decided) -> bool:
+def _fits(saved: StateDict, optimizer: torch.optim.Optimizer, decided: Decided) -> bool:
     """Tell whether a state dict has these groups, and hyperparameters for all."""
     sizes = [len(group["params"]) for group in saved["param_groups"]]
-    if sizes != [len(group["params"]) for group in groups]:
+    if sizes != [len(group["params"]) for group in optimizer.param_groups]:
         return False
-    pairs = zip(saved["param_groups"], groups)
-    if any(mine.keys() - old.keys() - {ROUTE} for old, mine in pairs):
+    if any(optimizer.defaults.keys() - group.keys() for group in saved["param_groups"]):
         return False
     try:
         names = list(read(saved, None))

@@ -412,8 +412,7 @@ class Routed(torch.optim.Optimizer):
             name: o._decider.readable(o.param_groups, o.defaults)
             for name, o in self.optimizers.items()
         }
-        groups = {name: o.param_groups for name, o in self.optimizers.items()}
-        saved, new = loadable(state_dict, groups, decided)
+        saved, new = loadable(state_dict, self.optimizers, decided)
         for name, optimizer in self.optimizers.items():  # before anything is loaded
             optimizer._require_loadable(saved[name], decided[name])
         warn_of_new(new)
