@@ -134,6 +134,13 @@ def loadable(
             fitted[name] = _by_name(name, fitted[name], own, decided[name], new)
         for group in fitted[name]["param_groups"]:
             group[ROUTE] = name
+    count = sum(len(group["params"]) for own in groups.values() for group in own)
+    if new and len(new) == count:
+        raise ValueError(
+            f"the loaded state dict has nothing for any of {len(new)} parameters: it "
+            f"is of another model, or of none. Load what optimizer.state_dict() "
+            f"returned."
+        )
     return fitted, new
 
 
