@@ -21,16 +21,8 @@ from tests.support.attacks import Lines
 from tests.support.compare import assert_same
 from tests.support.others import in_another_thread
 
-FIRST = [
-    (torch.optim.Muon, {"lr": 0.02, "momentum": 0.9}),
-    (torch.optim.NAdam, {"lr": 0.01, "decoupled_weight_decay": True}),
-    (SGD, {"lr": 0.1, "momentum": 0.9}),
-]
-REST = [
-    (AdamW, {"lr": 0.01, "betas": (0.9, 0.95)}),
-    (SGD, {"lr": 0.1}),
-    (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5}),
-]
+FIRST = (torch.optim.Muon, {"lr": 0.02}), (SGD, {"lr": 0.1, "momentum": 0.9})
+REST = (AdamW, {"lr": 0.01}), (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5})
 POLICIES = {
     "all": lambda name: True,
     "no_bias": lambda name: not name.endswith("bias"),
@@ -63,7 +55,7 @@ class World:
 
     def here(self, route=None):
         pairs = [(i, n) for own, n in zip(self.layout, self.numbers) for i in own]
-        return [(i, n) for i, n in pairs if route in (None, n["route"])]
+        return [pair for pair in pairs if route in (None, pair[1]["route"])]
 
     def decay(self, i, numbers):
         return numbers["weight_decay"] * POLICIES[self.policy](self.names[i])
@@ -87,7 +79,7 @@ class World:
         generator = torch.Generator().manual_seed(self.drawn)
         for mine, other in zip(self.params, self.theirs):
             drawn = torch.randn(mine.shape, generator=generator)
-            there = self.rng.random() < 0.8 and mine.requires_grad
+            there = self.rng.random() < 0.8
             mine.grad, other.grad = (drawn, drawn.clone()) if there else (None, None)
         for name, twin in self.twins.items():
             before = {g["params"][0]: g for g in twin.param_groups}
@@ -97,19 +89,11 @@ class World:
                 group = before.get(self.theirs[i], {**like, "params": [self.theirs[i]]})
                 twin.param_groups.append({**group, **own})
             twin.step()
-        ours = self.ours
-        ways = [
-            ours.step,
-            lambda: ours.step(lambda: 1),
-            lambda: in_another_thread(ours.step),
-        ]
-        self.rng.choice(ways)()
+        self.rng.choice([lambda step: step(), in_another_thread])(self.ours.step)
 
     def require(self):
         assert_same(self.params, self.theirs)
-        states = {
-            p: own for twin in self.twins.values() for p, own in twin.state.items()
-        }
+        states = {p: own for t in self.twins.values() for p, own in t.state.items()}
         mine = [dict(self.ours.state.get(param, {})) for param in self.params]
         assert_same(mine, [dict(states.get(param, {})) for param in self.theirs])
         told = [(r.route, r.lr, r.weight_decay) for r in self.ours.decay_report().rows]
@@ -131,18 +115,13 @@ class World:
     def add(self):
         self.ours.add_param_group({"params": self.grow(), "model": self.models[-1]})
 
-    def shuffle(self):
-        at = self.rng.randrange(len(self.layout))
-        order = self.rng.sample(range(len(self.layout[at])), len(self.layout[at]))
-        self.layout[at] = [self.layout[at][i] for i in order]
-        params = self.ours.param_groups[at]["params"]
-        params[:] = [params[i] for i in order]
-
     def reorder(self):
         order = self.rng.sample(range(len(self.layout)), len(self.layout))
-        self.layout = [self.layout[i] for i in order]
+        self.layout = [self.layout[i][::-1] for i in order]
         self.numbers = [self.numbers[i] for i in order]
         self.ours.param_groups = [dict(self.ours.param_groups[i]) for i in order]
+        for group in self.ours.param_groups:
+            group["params"].reverse()
 
     def move(self):
         a, b = self.rng.sample(range(len(self.layout)), 2)
@@ -151,18 +130,13 @@ class World:
             groups = self.ours.param_groups
             groups[b]["params"].append(groups[a]["params"].pop())
 
-    def freeze(self):
-        at = self.rng.randrange(len(self.params))
-        for param in (self.params[at], self.theirs[at]):
-            param.requires_grad_(not param.requires_grad)
-
     def renew(self):
         """Put new tensors where parameters stand, as Accelerate and FSDP do."""
         keep = self.rng.random() < 0.5
         self.ours.decay_report()  # after a move, strangers in a group are refused
         sides = (self.params, [self.ours]), (self.theirs, [*self.twins.values()])
         for params, optimizers in sides:
-            new = {p: nn.Parameter(p.detach().clone(), p.requires_grad) for p in params}
+            new = {p: nn.Parameter(p.detach().clone()) for p in params}
             params[:] = new.values()
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -175,18 +149,6 @@ class World:
             for name, _ in list(module.named_parameters(recurse=False)):
                 setattr(module, name, next(rest))
         self.ours.decay_report()
-
-    def swap(self):
-        at = self.rng.randrange(len(self.params))
-        for param in (self.params[at], self.theirs[at]):
-            other = nn.Parameter(param.detach() * 2, param.requires_grad)
-            torch.utils.swap_tensors(param, other)
-
-    def state(self):
-        for optimizer in (self.ours, *self.twins.values()):
-            for value in [v for own in optimizer.state.values() for v in own.values()]:
-                if isinstance(value, torch.Tensor) and value.ndim:
-                    value.mul_(0.5)
 
     def load(self):
         saved = pickle.loads(pickle.dumps(self.ours.state_dict()))

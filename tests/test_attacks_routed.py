@@ -9,7 +9,7 @@ from torch import nn
 
 from selective_optim import SGD, AdamW, Muon, Routed
 from selective_optim.policies import is_hidden_matrix
-from tests.support.attacks import Lines
+from tests.support.attacks import Lines, Own
 from tests.support.compare import assert_same
 from tests.support.routes import ADAMW, MUON, loss_of, routed, routes, twins
 
@@ -113,6 +113,63 @@ def test_all_routes_without_decay_are_told_once():
         one.step()
     assert len(caught) == 1
     one.step()
+
+
+def test_a_rate_above_its_start_is_told_of_the_route():
+    forms = {"adamw": ("*", AdamW, {**ADAMW, "wd_policy": "form('independent')"})}
+    _, one = made(routes=routes(**forms))
+    one.param_groups[1]["lr"] *= 3
+    for _ in range(9):
+        one.step()
+    with pytest.warns(UserWarning, match="decay in group of route 'adamw' is divided"):
+        one.step()
+
+
+def test_a_policy_among_the_defaults_is_refused():
+    _, one = made()
+    one.defaults["wd_policy"] = "none"
+    with pytest.raises(ValueError, match="was written into optimizer"):
+        one.step()
+
+
+class Modes(Own):
+    """Keeps a counter in groups and no state, and steps in a mode of its own."""
+
+    training = False
+
+    def train(self):
+        self.training = True
+
+    def eval(self):
+        self.training = False
+
+    def step(self, closure=None):
+        assert self.training
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+        return super().step(closure)
+
+
+def test_modes_of_a_class_are_those_of_all():
+    _, one = made(routes=routes(adamw=("*", Modes, {"lr": 0.1})))
+    one.train()
+    one.step()
+    one.eval()
+    with pytest.raises(AssertionError):
+        one.step()
+    assert not hasattr(made()[1], "train")
+
+
+def test_a_class_without_state_loads_its_groups_by_name():
+    model, one = made(routes=routes(adamw=("*", Modes, {"lr": 0.1})))
+    one.train()
+    one.step()
+    one.param_groups[1]["lr"] = 0.05
+    named = [*model.named_parameters()][::-1]
+    again = Routed(named, routes(adamw=("*", Modes, {"lr": 0.1})), model=model)
+    with pytest.warns(UserWarning, match="another weight decay policy"):
+        again.load_state_dict(one.state_dict())
+    assert (again.param_groups[1]["lr"], again.param_groups[1]["count"]) == (0.05, 1)
 
 
 def test_a_misspelt_key_is_told_once():

@@ -110,7 +110,8 @@ class Watch:
                 is_zero(r.decision.decay.of(group["weight_decay"])) for r in rows
             ):
                 self._limits = []  # before: what warns may raise
-                warn_of_high_rate(index, limit, rate)
+                where = f"of route {group['route']!r}" if "route" in group else index
+                warn_of_high_rate(where, limit, rate)
                 return
         # Of tensors others may be written into, and what rises is counted on.
         calm = not any(self._above) and not any(isinstance(r, Tensor) for r in rates)

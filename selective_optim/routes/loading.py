@@ -226,13 +226,14 @@ def _by_name(
     entries = read(saved, None, way_out)
     packed: list[tuple[Hyper, list[Entry]]] = []
     for index, (group, own) in enumerate(zip(groups, decided)):
-        mine, rest = [], without(group, PER_PARAM)
+        mine, found, rest = list[Entry](), list[Entry](), without(group, PER_PARAM)
         for place, decision in enumerate(own):
             known = str(decision.telling_name)
-            if known not in entries:
+            if known in entries:
+                found.append(entries[known])
+            else:
                 new.append(decision.label(index, place))
             mine.append(entries.get(known, Entry(known, known, hyper=rest)))
-        found = [entry for entry in mine if entry.state is not None]
         way_out = "Make this optimizer with groups as they were saved."
         hyper = {**rest, **without(merged(found, way_out), KEYS)} if found else rest
         packed.append((hyper, mine))

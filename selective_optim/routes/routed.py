@@ -18,7 +18,7 @@ from selective_optim import _torch
 from selective_optim._arguments import copied_groups, require_numbers
 from selective_optim._optimizer import Model, SelectiveOptimizer, decider_for
 from selective_optim._warnings import warn
-from selective_optim.any_class import READING, as_torch_reads
+from selective_optim.any_class import MODES, READING, as_torch_reads
 from selective_optim.decay import is_zero
 from selective_optim.decisions.decider import (
     WRITTEN,
@@ -336,6 +336,20 @@ class Routed(torch.optim.Optimizer):
         told = filter(None, [report.remark, *lost])
         return replace(report, remark="; ".join(told))
 
+    def __getattr__(self, name: str) -> Any:
+        """Offer ``train`` and ``eval`` where a class has them."""
+        owners = vars(self).get("optimizers", {}) if name in MODES else {}
+        methods = [getattr(o, name) for o in owners.values() if hasattr(o, name)]
+        if not methods:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+        def switch() -> None:
+            self._distribute()
+            for method in methods:
+                method()
+
+        return switch
+
     def __repr__(self) -> str:
         policy = "" if self.wd_policy is None else f"wd_policy: {self.wd_policy!r}\n"
         return f"{super().__repr__().removesuffix(')')}{policy})"
@@ -372,6 +386,7 @@ class Routed(torch.optim.Optimizer):
     def _require_ready(self) -> None:
         """Raise where a route cannot decide, before any has stepped."""
         self._distribute()
+        self._decider.refuse_written((), self.defaults)
         groups = [list(map(id, group["params"])) for group in self.param_groups]
         if groups == self._checked and WRITTEN.isdisjoint(chain(*self.param_groups)):
             return
