@@ -172,6 +172,23 @@ def test_a_class_without_state_loads_its_groups_by_name():
     assert (again.param_groups[1]["lr"], again.param_groups[1]["count"]) == (0.05, 1)
 
 
+def test_models_with_the_same_names_load_in_order_or_are_refused():
+    nets = [twins()[0] for _ in range(2)]
+    rest = {"adamw": ("*", AdamW, ADAMW)}
+    one = Routed(nets, rest, model=nn.ModuleList(nets))
+    for number, net in enumerate(nets):
+        loss_of(net, number).backward()
+    one.step()
+    saved = copy.deepcopy(one.state_dict())
+    params = [param for net in nets for param in net.parameters()]
+    again = Routed(params, rest, model=nets)
+    again.load_state_dict(saved)
+    assert_same([again.state[p] for p in params], [one.state[p] for p in params])
+    saved = Routed(nets[0], rest).state_dict()
+    with pytest.raises(ValueError, match=r"'embed\.weight' names two parameters of"):
+        again.load_state_dict(saved)
+
+
 def test_a_misspelt_key_is_told_once():
     model, _ = twins()
     group = {"params": list(model.parameters()), "weight_decays": 0.1}

@@ -195,7 +195,8 @@ def _fits(saved: StateDict, groups: Sequence[Group], decided: Decided) -> bool:
         names = list(read(saved, None))
     except ValueError:  # without names the order is believed, as torch does
         return True
-    return names == _names(decided) or None in _names(decided)
+    mine = _names(decided)
+    return names == mine or None in mine or len(set(mine)) < len(mine)
 
 
 def _names(decided: Decided) -> list[str | None]:
@@ -230,6 +231,12 @@ def _by_name(
         for place, decision in enumerate(own):
             known = str(decision.telling_name)
             if known in entries:
+                if entries[known] in mine:
+                    raise ValueError(
+                        f"{known!r} names two parameters of route {name!r}, so what "
+                        f"was saved for each is not known. Make this optimizer of "
+                        f"model.named_parameters() of one module that has both."
+                    )
                 found.append(entries[known])
             else:
                 new.append(decision.label(index, place))

@@ -387,7 +387,9 @@ class Routed(torch.optim.Optimizer):
         """Raise where a route cannot decide, before any has stepped."""
         self._distribute()
         self._decider.refuse_written((), self.defaults)
-        groups = [list(map(id, group["params"])) for group in self.param_groups]
+        # Not each parameter, at every step.
+        lists = [group["params"] for group in self.param_groups]
+        groups = [(id(params), len(params)) for params in lists]
         if groups == self._checked and WRITTEN.isdisjoint(chain(*self.param_groups)):
             return
         for name, optimizer in self.optimizers.items():
