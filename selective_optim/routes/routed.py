@@ -338,7 +338,9 @@ class Routed(torch.optim.Optimizer):
 
     def __getattr__(self, name: str) -> Any:
         """Offer ``train`` and ``eval`` where a class has them."""
-        owners = vars(self).get("optimizers", {}) if name in MODES else {}
+        if name not in MODES:  # a scaler asks at every step
+            raise AttributeError(name)
+        owners = vars(self).get("optimizers", {})
         methods = [getattr(o, name) for o in owners.values() if hasattr(o, name)]
         if not methods:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
@@ -375,9 +377,14 @@ class Routed(torch.optim.Optimizer):
                 loss = closure()
         _require_ready(self)
         with self._scaled():
-            for name, optimizer in self.optimizers.items():
-                with self._numbered(name):
+            name = ""
+            try:  # no block for each route, at every step
+                for name in self.optimizers:
+                    optimizer = self.optimizers[name]
                     _torch.unhooked(type(optimizer).step)(optimizer)
+            except (TypeError, ValueError, RuntimeError) as error:
+                with self._numbered(name):
+                    raise error
         layout = self._decider.laid_out
         if self._watch and not self._watch.is_idle(self.param_groups, layout):
             self._watch = None
