@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from types import FunctionType, ModuleType
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from selective_optim._text import received
 
-NUMBERS = ("lr", "weight_decay", "momentum", "dampening", "eps", "betas")
+NUMBERS = ("lr", "lr_scale", "weight_decay", "momentum", "dampening", "eps", "betas")
 
 
 def require_numbers(group: Mapping[str, object], where: str = "") -> None:
@@ -42,6 +42,9 @@ def copied_groups(params: Any) -> Any:
     groups = isinstance(params, (list, tuple)) and all(
         isinstance(group, dict) for group in params
     )
+    for group in params if groups else ():
+        if isinstance(group.get("params"), Iterator):  # else used up by an error
+            group["params"] = list(group["params"])
     return [dict(group) for group in params] if groups else params
 
 

@@ -172,7 +172,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         self._untouched = not any(self._states.values())
         # Without decay from the beginning that is meant, or was told.
         decays = [not is_zero(group["weight_decay"]) for group in self._groups]
-        self._watch = Watch(taken_over=any(decays), rounding=True, ranks=True)
+        alone = self._decider.whole is None  # else other routes may decay
+        self._watch = Watch(alone and any(decays), rounding=True, ranks=True)
         if "weight_decay" in constants_of(type(self).step):
             self._watch_own_step()
 
@@ -489,13 +490,12 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # Not `decisions`: who looks is told later, by the step, what is wrong.
         decided = self._decider.readable(self.param_groups, self.defaults)
         groups, index = self.param_groups, self._decider.index
-
-        def form_of(group: Group) -> Form | None:
-            return self._default_form(group) or form_of_class(self, group)
-
-        report = make_report(groups, decided, form_of, index)
+        report = make_report(groups, decided, self._form_of, index)
         told = filter(None, [report.remark, loss_of(self._kernel, groups, decided)])
         return replace(report, remark="; ".join(told))
+
+    def _form_of(self, group: Group) -> Form | None:
+        return self._default_form(group) or form_of_class(self, group)
 
     def _default_form(self, group: Group) -> Form | None:
         """Tell in which form a group decays by itself; ``None`` if unknown."""

@@ -67,7 +67,7 @@ def warn_of_lost_policy(policy: object) -> None:
     )
 
 
-def warn_of_high_rate(index: int, lr0: float, rate: float) -> None:
+def warn_of_high_rate(index: object, lr0: float, rate: float) -> None:
     """Warn of a rate above the one that decay is divided by."""
     warn(
         f"decay in group {index} is divided by {lr0:g}, the rate that it began with, "

@@ -386,7 +386,8 @@ def make_report(
             by_policy = known is not None and known.reason != NO_POLICY
             if by_policy and decision.decay.multiplier and not row.weight_decay:
                 row = replace(row, reason=ZERO)
-            rows.append(replace(row, role=role, decided=by_policy))
+            route = str(group.get("route", ""))  # as Routed writes it
+            rows.append(replace(row, role=role, decided=by_policy, route=route))
     told = split_wrongly(rows), left_out(index, groups), _found(index)
     return DecayReport(tuple(rows), remark_of(*told))
 

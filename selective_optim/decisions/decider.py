@@ -128,7 +128,8 @@ class Decider:
         """
         if not isinstance(group, dict) or "params" not in group:
             return self.policy, group  # torch says what is wrong
-        warn_of_misspelt(group, [*keys, "params", "param_names", *OWN_KEYS])
+        if self.whole is None:  # else it was told
+            warn_of_misspelt(group, [*keys, "params", "param_names", *OWN_KEYS])
         require_numbers(group, " of a group")
         if "model" in group:
             self.index.add(as_modules(group["model"]))

@@ -56,7 +56,7 @@ class Watch:
             if self._ranks:
                 self._ranks = False
                 compare_with_first(layout)
-            self._taken_over = self._taken_over and self._is_idle(groups, layout)
+            self._taken_over = self._taken_over and self.is_idle(groups, layout)
             params = [param for group in groups for param in group["params"]]
             devices = {param.device for param in params if param.dtype in _torch.HALF}
             if self._rounding and not any(map(_torch.is_capturing, devices)):
@@ -74,8 +74,10 @@ class Watch:
         beginning = self._taken_over or self._rounding or self._ranks
         return self if beginning or self._limits else None
 
-    def _is_idle(self, groups: Groups, layout: Layout) -> bool:
+    def is_idle(self, groups: Groups, layout: Layout) -> bool:
         """Tell whether no group decays, but not yet for long."""
+        if not any(map(_moves, groups)):
+            return True
         self._idle += 1
         if not all(is_zero(group["weight_decay"]) for group in groups):
             return False
@@ -108,7 +110,8 @@ class Watch:
                 is_zero(r.decision.decay.of(group["weight_decay"])) for r in rows
             ):
                 self._limits = []  # before: what warns may raise
-                warn_of_high_rate(index, limit, rate)
+                where = f"of route {group['route']!r}" if "route" in group else index
+                warn_of_high_rate(where, limit, rate)
                 return
         # Of tensors others may be written into, and what rises is counted on.
         calm = not any(self._above) and not any(isinstance(r, Tensor) for r in rates)

@@ -146,6 +146,7 @@ class Stepper:
                 plan = self._new_plan(groups, owner.decided_params(), states)
                 grads = plan.first_grads()
         except BaseException:
+            self.forget()  # an interrupt may have left it half changed
             self.end(None, states)
             raise
         return Begun(plan.rest, plan, grads)

@@ -140,9 +140,16 @@ def loadable(
         fitted[name] = saved.get(name, {"state": {}, "param_groups": []})
         if not _fits(fitted[name], optimizer, decided[name]):
             groups = optimizer.param_groups
-            fitted[name] = _by_name(fitted[name], groups, decided[name], new)
+            fitted[name] = _by_name(name, fitted[name], groups, decided[name], new)
         for group in fitted[name]["param_groups"]:
             group[ROUTE] = name
+    count = sum(len(own) for groups in decided.values() for own in groups)
+    if new and len(new) == count:
+        raise ValueError(
+            f"the loaded state dict has nothing for any of {len(new)} parameters: it "
+            f"is of another model, or of none. Load what optimizer.state_dict() "
+            f"returned."
+        )
     return fitted, new
 
 
@@ -215,13 +222,17 @@ def _fits(saved: StateDict, optimizer: torch.optim.Optimizer, decided: Decided) 
     sizes = [len(group["params"]) for group in saved["param_groups"]]
     if sizes != [len(group["params"]) for group in optimizer.param_groups]:
         return False
-    if any(optimizer.defaults.keys() - group.keys() for group in saved["param_groups"]):
+    # torch adds to the defaults of copies what no group has.
+    pairs = zip(optimizer.param_groups, saved["param_groups"])
+    defaults = optimizer.defaults.keys()
+    if any(defaults & mine.keys() - own.keys() for mine, own in pairs):
         return False
     try:
         names = list(read(saved, None))
     except ValueError:  # without names the order is believed, as torch does
         return True
-    return names == _names(decided) or None in _names(decided)
+    mine = _names(decided)
+    return names == mine or None in mine or len(set(mine)) < len(mine)
 
 
 def _names(decided: Decided) -> list[str | None]:
@@ -229,12 +240,17 @@ def _names(decided: Decided) -> list[str | None]:
 
 
 def _by_name(
-    saved: StateDict, groups: Sequence[Group], decided: Decided, new: list[str]
+    name: str,
+    saved: StateDict,
+    groups: Sequence[Group],
+    decided: Decided,
+    new: list[str],
 ) -> StateDict:
     """Give each parameter the state that was saved under its name for its route.
 
     Args:
-        saved: What was saved for the route.
+        name: Of the route.
+        saved: What was saved for it.
         groups: Its groups, whose hyperparameters stay where nothing was saved.
         decided: What was decided for their parameters.
         new: Takes the labels of those for which nothing was saved.
@@ -242,13 +258,20 @@ def _by_name(
     entries = read(saved, None, NAME_THEM)
     packed: list[tuple[Hyper, list[Entry]]] = []
     for index, (group, own) in enumerate(zip(groups, decided)):
-        mine, rest = [], without(group, PER_PARAM)
+        mine, found, rest = list[Entry](), list[Entry](), without(group, PER_PARAM)
         for place, decision in enumerate(own):
             known = str(decision.telling_name)
-            if known not in entries:
+            if known in entries:
+                if entries[known] in mine:
+                    raise ValueError(
+                        f"{known!r} names two parameters of route {name!r}, so what "
+                        f"was saved for each is not known. Make this optimizer of "
+                        f"model.named_parameters() of one module that has both."
+                    )
+                found.append(entries[known])
+            else:
                 new.append(decision.label(index, place))
             mine.append(entries.get(known, Entry(known, known, hyper=rest)))
-        found = [entry for entry in mine if entry.state is not None]
         way_out = "Make this optimizer with groups as they were saved."
         hyper = {**rest, **merged(found, way_out)} if found else rest
         packed.append((hyper, mine))

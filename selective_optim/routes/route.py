@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from selective_optim._arguments import require_numbers
+from selective_optim._arguments import NUMBERS, require_numbers
 from selective_optim._entries import without
 from selective_optim._optimizer import SelectiveOptimizer
 from selective_optim._text import received, shape_of
@@ -69,8 +69,10 @@ class Route:
         own = {k: v for k, v in group.items() if k not in not_read}
         if positions is not None:
             own |= pick(group, positions)
-        rates, scale = own.pop("lr", self.lr), own.pop("lr_scale", 1)
-        lr = rates.get(self.name, self.lr) if isinstance(rates, Mapping) else rates
+        for key in [k for k in NUMBERS if isinstance(own.get(k), Mapping)]:
+            numbers = own.pop(key)
+            own |= {key: numbers[self.name]} if self.name in numbers else {}
+        lr, scale = own.pop("lr", self.lr), own.pop("lr_scale", 1)
         if lr is not None:
             own["lr"] = lr if scale == 1 else lr * scale
         return {**own, "route": self.name}
@@ -114,7 +116,8 @@ class Route:
         """Name the parameter that the class refuses even if it is alone."""
         for param in params:
             if self._refusal([param]) is not None:
-                label = f"{name_of(param)!r} ({shape_of(param)})"
+                name = name_of(param)
+                label = f"{repr(name) if name else 'a parameter'} ({shape_of(param)})"
                 return type(error)(
                     f"route {self.name!r} gives {label} to {self.cls.__name__}, which "
                     f"refuses it: {error}. Narrow its selector, as with "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from itertools import chain, repeat
 from operator import is_
@@ -17,16 +19,19 @@ from selective_optim._arguments import copied_groups, require_numbers
 from selective_optim._optimizer import Model, SelectiveOptimizer, decider_for
 from selective_optim._warnings import warn
 from selective_optim.any_class import MODES, READING, as_torch_reads
+from selective_optim.decay import is_zero
 from selective_optim.decisions.decider import (
+    WRITTEN,
     Decider,
     kept_on_error,
     part_of,
 )
 from selective_optim.decisions.initial_values import base_rate
 from selective_optim.decisions.knowledge import Pending
+from selective_optim.decisions.watch import Watch
 from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy, as_policy
-from selective_optim.report import DecayReport, Row, remark_of
+from selective_optim.report import DecayReport, make_report
 from selective_optim.routes.loading import joined, loadable, warn_of_new
 from selective_optim.routes.route import (
     Route,
@@ -37,11 +42,13 @@ from selective_optim.routes.route import (
 )
 from selective_optim.routes.states import States
 from selective_optim.step.grad_scaler import NO_SCALING, scaling_of
+from selective_optim.step.half_precision import loss_of
 
 Group = dict[str, Any]
 ROUTE, WD = "route", "weight_decay"
 OWN_KEYS = (ROUTE, "lr_scale")
 SCALING = ("grad_scale", "found_inf")
+NUMBER = re.compile(r"(?<=\bgroup )\d+|(?<=param_groups\[)\d+")
 
 
 class Routed(torch.optim.Optimizer):
@@ -87,6 +94,8 @@ class Routed(torch.optim.Optimizer):
     _decider: Decider
     optimizers: dict[str, SelectiveOptimizer]
     _may_be_empty = False  # whether a route may take nothing
+    _watch: Watch | None = None  # of the first steps
+    _checked: Any = None  # groups as they were when every route could decide
 
     # Construction.
 
@@ -115,6 +124,8 @@ class Routed(torch.optim.Optimizer):
         first = self.param_groups[0]
         self.defaults = {key: first.get(key) for key in ("lr", WD)}
         self._decider.warn_if_weak(self.param_groups)
+        if not all(is_zero(group[WD]) for group in self.param_groups):
+            self._watch = Watch()
         self._decider.index.release()
 
     def _make(self, route: Route, groups: list[Group]) -> None:
@@ -127,6 +138,9 @@ class Routed(torch.optim.Optimizer):
     def _read_group(self, param_group: Any) -> None:
         """Take a group as torch does; it is decided for when all are there."""
         policy, group = self._decider.unpack(param_group, [*self._keys, *OWN_KEYS])
+        if isinstance(group, dict) and isinstance(group.get("lr"), Mapping):
+            for name in group["lr"]:
+                known_route(name, self._routes)
         given = set(group) if isinstance(group, dict) else set()
         read = as_torch_reads(group, self.param_groups)
         for key in READING.keys() - given:
@@ -207,12 +221,15 @@ class Routed(torch.optim.Optimizer):
 
     def _new_parts(self, group: Any) -> list[Group]:
         """Split a group by routes, unless it says where it goes."""
-        route = group.get(ROUTE) if isinstance(group, dict) else None
-        if route is not None:
-            return [known_route(route, self._routes).part(group, None, self._keys)]
-        count = len(self.param_groups)
+        count, policy = len(self.param_groups), self._decider.policy
         self._read_group(group)
-        parts = self._decided_parts(self._decider.take_pending(), strict=False)
+        coming, read = self._decider.take_pending(), self.param_groups[count]
+        if ROUTE not in read:
+            parts = self._decided_parts(coming, strict=False)
+        else:  # its optimizer decides, which knows a group that was cleared
+            own = {} if coming[0].policy is policy else {"wd_policy": coming[0].policy}
+            route = known_route(read[ROUTE], self._routes)
+            parts = [route.part({**read, **own}, None, self._keys)]
         del self.param_groups[count:]
         return parts
 
@@ -221,7 +238,8 @@ class Routed(torch.optim.Optimizer):
         if route.name not in self.optimizers:
             self._make(route, [part])
         else:
-            self.optimizers[route.name].add_param_group(part)
+            with self._numbered(route.name):
+                self.optimizers[route.name].add_param_group(part)
         group = self.optimizers[route.name].param_groups[-1]
         route.require_served(group["params"], self._decider.name_of)
         self.param_groups.append(group)
@@ -244,7 +262,9 @@ class Routed(torch.optim.Optimizer):
                 self.optimizers[name].param_groups = groups
 
     def _require_whole(self, name: str, groups: Sequence[Group]) -> None:
-        keys = self.optimizers[name].defaults.keys()
+        # torch adds keys to `defaults` as it loads, that the class does not read.
+        own = known_route(name, self._routes).keys
+        keys = self.optimizers[name].defaults.keys() & own
         for group in groups:
             if missing := sorted(keys - group.keys()):
                 raise ValueError(
@@ -258,7 +278,7 @@ class Routed(torch.optim.Optimizer):
     @property
     def state(self) -> Any:
         """State tensors by parameter, of all routes."""
-        return States(self.optimizers)
+        return States(self.optimizers, self.param_groups)
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -266,19 +286,6 @@ class Routed(torch.optim.Optimizer):
             params = chain(*(group["params"] for group in optimizer.param_groups))
             own = ((param, value[param]) for param in params if param in value)
             optimizer.state = defaultdict(dict, own)
-
-    def __getattr__(self, name: str) -> Any:
-        """Find ``train`` and ``eval`` where a route's class has them."""
-        optimizers = vars(self).get("optimizers", {}) if name in MODES else {}
-        own = [getattr(o, name) for o in optimizers.values() if hasattr(o, name)]
-        if not own:
-            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
-
-        def each() -> None:
-            for method in own:
-                method()
-
-        return each
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -298,8 +305,8 @@ class Routed(torch.optim.Optimizer):
             self._decider.gather(optimizer._decider, optimizer.param_groups)
         before = self._decider.snapshot(self.param_groups, {})
         each = [o._decider.snapshot(o.param_groups, o.defaults) for o in optimizers]
-        self._decider.assign(wd_policy, self.param_groups)
         try:
+            self._decider.assign(wd_policy, self.param_groups)
             for optimizer in optimizers:
                 optimizer.wd_policy = self._decider.policy
         except BaseException:
@@ -314,15 +321,36 @@ class Routed(torch.optim.Optimizer):
     def decay_report(self) -> DecayReport:
         """Tell what decays, and by which route it is stepped."""
         self._distribute()
-        rows: dict[int, list[Row]] = {}
-        reports = {name: o.decay_report() for name, o in self.optimizers.items()}
-        for name, report in reports.items():
-            own = [i for i, g in enumerate(self.param_groups) if g[ROUTE] == name]
-            for row in report.rows:
-                told = replace(row, group=own[row.group], route=name)
-                rows.setdefault(told.group, []).append(told)
-        remark = remark_of(*[report.remark for report in reports.values()])
-        return DecayReport(tuple(r for i in sorted(rows) for r in rows[i]), remark)
+        known, lost = dict[int, Any](), list[str]()
+        for optimizer in self.optimizers.values():
+            groups = optimizer.param_groups
+            decided = optimizer._decider.readable(groups, optimizer.defaults)
+            known |= {id(g): (optimizer, own) for g, own in zip(groups, decided)}
+            lost.append(loss_of(optimizer._kernel, groups, decided))
+        report = make_report(
+            self.param_groups,
+            [known[id(group)][1] for group in self.param_groups],
+            lambda group: known[id(group)][0]._form_of(group),
+            self._decider.index,
+        )
+        told = filter(None, [report.remark, *lost])
+        return replace(report, remark="; ".join(told))
+
+    def __getattr__(self, name: str) -> Any:
+        """Offer ``train`` and ``eval`` where a class has them."""
+        if name not in MODES:  # a scaler asks at every step
+            raise AttributeError(name)
+        owners = vars(self).get("optimizers", {})
+        methods = [getattr(o, name) for o in owners.values() if hasattr(o, name)]
+        if not methods:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+        def switch() -> None:
+            self._distribute()
+            for method in methods:
+                method()
+
+        return switch
 
     def __repr__(self) -> str:
         policy = "" if self.wd_policy is None else f"wd_policy: {self.wd_policy!r}\n"
@@ -347,11 +375,46 @@ class Routed(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        _distribute(self)
+        _require_ready(self)
         with self._scaled():
-            for optimizer in self.optimizers.values():
-                _torch.unhooked(type(optimizer).step)(optimizer)
+            name = ""
+            try:  # no block for each route, at every step
+                for name in self.optimizers:
+                    optimizer = self.optimizers[name]
+                    _torch.unhooked(type(optimizer).step)(optimizer)
+            except (TypeError, ValueError, RuntimeError) as error:
+                with self._numbered(name):
+                    raise error
+        layout = self._decider.laid_out
+        if self._watch and not self._watch.is_idle(self.param_groups, layout):
+            self._watch = None
         return loss
+
+    def _require_ready(self) -> None:
+        """Raise where a route cannot decide, before any has stepped."""
+        self._distribute()
+        self._decider.refuse_written((), self.defaults)
+        # Not each parameter, at every step.
+        lists = [group["params"] for group in self.param_groups]
+        groups = [(id(params), len(params)) for params in lists]
+        if groups == self._checked and WRITTEN.isdisjoint(chain(*self.param_groups)):
+            return
+        for name, optimizer in self.optimizers.items():
+            with self._numbered(name):
+                optimizer._decider.rows(optimizer.param_groups, optimizer.defaults)
+        self._checked = groups
+
+    @contextmanager
+    def _numbered(self, name: str) -> Iterator[None]:
+        """Let what a route raises count groups as they stand here."""
+        try:
+            yield
+        except (TypeError, ValueError, RuntimeError) as error:
+            own = [i for i, g in enumerate(self.param_groups) if g[ROUTE] == name]
+            here = dict(enumerate([*own, len(self.param_groups)]))  # one may be coming
+            told = NUMBER.sub(lambda n: str(here.get(int(n[0]), n[0])), str(error))
+            error.args = (told,)
+            raise
 
     @contextmanager
     def _scaled(self) -> Iterator[None]:
@@ -414,7 +477,8 @@ class Routed(torch.optim.Optimizer):
         }
         saved, new = loadable(state_dict, self.optimizers, decided)
         for name, optimizer in self.optimizers.items():  # before anything is loaded
-            optimizer._require_loadable(saved[name], decided[name])
+            with self._numbered(name):
+                optimizer._require_loadable(saved[name], decided[name])
         warn_of_new(new)
         order = [group[ROUTE] for group in self.param_groups]
         for name, optimizer in self.optimizers.items():
@@ -436,6 +500,8 @@ class Routed(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         rest = dict(state)
         decider = rest.pop("decider")
+        # `copy.copy` shares groups and states, and decides for itself.
+        rest["optimizers"] = {n: copy(o) for n, o in rest["optimizers"].items()}
         self.optimizers = rest["optimizers"]
         super().__setstate__(rest)
         self._decider = Decider.restored(decider, self.param_groups)
@@ -443,4 +509,4 @@ class Routed(torch.optim.Optimizer):
             optimizer._decider.whole = self._decider
 
 
-_distribute = _torch.disable_dynamo(Routed._distribute)
+_require_ready = _torch.disable_dynamo(Routed._require_ready)

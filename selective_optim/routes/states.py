@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -13,20 +13,24 @@ class States(MutableMapping[Any, Any]):
 
     Args:
         optimizers: By route.
+        groups: Of all of them, as they stand.
     """
 
-    def __init__(self, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
-        self._optimizers = optimizers
+    def __init__(
+        self,
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        groups: Sequence[dict[str, Any]],
+    ) -> None:
+        self._optimizers, self._groups = optimizers, groups
 
     def _owner(self, key: Any) -> Any:
         """Return the state that has a key, or else is of whoever steps it."""
         for optimizer in self._optimizers.values():
             if key in optimizer.state:
                 return optimizer.state
-        for optimizer in self._optimizers.values():
-            for group in optimizer.param_groups:
-                if any(param is key for param in group["params"]):
-                    return optimizer.state
+        for group in self._groups:
+            if any(param is key for param in group["params"]):
+                return self._optimizers[group["route"]].state
         raise KeyError(key)
 
     def __getitem__(self, key: Any) -> Any:
