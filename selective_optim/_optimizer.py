@@ -108,10 +108,7 @@ def _quoted(text: str | None) -> str:
 
 
 def _quick_to_search(group: Group) -> Group:
-    """Put the keys of a saved group into a dict: torch looks each tensor's up there.
-
-    In a list of 10,000 parameters that takes 4 s.
-    """
+    # torch looks the key of every tensor up, which in lists takes 4 s at 10,000.
     keys = dict.fromkeys(group["params"])
     return {**group, "params": keys} if len(keys) == len(group["params"]) else group
 
@@ -578,8 +575,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             self._require_loadable(adapted, decided)
             saved.append(adapted)
             adapted = self._adapted(adapted)
-            groups = list(map(_quick_to_search, adapted["param_groups"]))
-            return {**adapted, "param_groups": groups}
+            groups = map(_quick_to_search, adapted["param_groups"])
+            return {**adapted, "param_groups": [*groups]}
 
         # Registered last: hooks of the user may adapt the state dict first.
         handle = self.register_load_state_dict_pre_hook(adapt)

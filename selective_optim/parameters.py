@@ -25,11 +25,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from selective_optim import _torch
 from selective_optim._living import clear_at_registration
 from selective_optim._text import received, shape_of
-from selective_optim._torch import (
-    canonical_name,
-    name_of_its_own,
-    without_wrappers,
-)
+from selective_optim._torch import canonical_name, name_of_its_own
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,11 +195,8 @@ class Place(NamedTuple):
     way: Way
     key: str
     name: str
+    leaf: str
     own_name: str | None = None
-
-    @property
-    def leaf(self) -> str:
-        return self.name.rpartition(".")[2]
 
     def path(self, param: Tensor, seen: dict[int, Path]) -> Path:
         """Return the modules from the root to the owner, none if it moved."""
@@ -220,14 +213,15 @@ def places(root: nn.Module) -> list[tuple[Tensor, Place]]:
     found: list[tuple[Tensor, Place]] = []
 
     def walk(inside: Path, way: Way, names: str) -> None:
-        above = without_wrappers(names)
+        above = _torch.without_wrappers(names)
         for key, param in _torch.registered(inside[-1]).items():
             if param is not None:
                 name, own = f"{above}{key}", None
                 if key.startswith("original"):
                     full = f"{names}{key}"
                     name, own = canonical_name(full), name_of_its_own(full)
-                found.append((param, Place(way, key, name, own)))
+                place = Place(way, key, name, name.rpartition(".")[2], own)
+                found.append((param, place))
         for key, child in _torch.children(inside[-1]).items():
             # One that contains itself has endless aliases.
             if child is not None and child not in inside:

@@ -312,15 +312,8 @@ class Decider:
         each = {id(policy): policy for policy in policies}
         return {key: policy and policy.bind(modules) for key, policy in each.items()}
 
-    def _ask(
-        self,
-        policy: Policy | None,
-        infos: Infos,
-        places: Sequence[int] | None = None,
-        lr0: float | None = None,
-    ) -> list[Decision]:
-        bound = self._bound([policy])[id(policy)]
-        return decide(bound, infos, places, repeat(lr0))
+    def _ask(self, policy: Policy, infos: Infos) -> list[Decision]:
+        return decide(self._bound([policy])[id(policy)], infos)
 
     def _matches(self, selector: Selector) -> bool:
         """Ask whether a selector matches anything in the model."""
@@ -432,7 +425,8 @@ class Decider:
                 return list(map(self._table.take_over, infos, before))
             refuse_flattened(infos, old, policy)
         new = [infos[i] for i in places]
-        decisions = self._ask(policy, new, places, lr0) if new else ()
+        bound = self._bound([policy])[id(policy)] if new else None
+        decisions = decide(bound, new, places, repeat(lr0))
         require_rates(decisions, new)
         for i, decision in zip(places, decisions):
             completed[i] = self._table.record(infos[i].parameter, decision, policy)

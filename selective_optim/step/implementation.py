@@ -6,9 +6,8 @@ its tensors do not allow goes where the flags of its group say.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from functools import partial
-from itertools import product, starmap
+from collections.abc import Collection, Container, Sequence
+from itertools import starmap
 from operator import attrgetter, methodcaller
 from typing import Any
 
@@ -63,23 +62,13 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two tensors of one shape walk their memory in the same order."""
-    if a.stride() == b.stride():
-        return True
-    pairs = zip(a.stride(), b.stride(), a.shape, strict=True)
-    return a.numel() == 0 or all(x == y for x, y, size in pairs if size > 1)
-
-
 def _beside(param: Tensor, other: Tensor) -> bool:
     """Tell whether a tensor walks memory as the parameter does, on its device."""
-    return (
-        type(other) in PLAIN
-        and _traits(other) == _traits(param)
-        and other.layout == torch.strided
-        and same_layout(param, other)
-        and not other.is_neg()
-    )
+    plain = type(other) in PLAIN and _traits(other) == _traits(param)
+    if not plain or other.layout != torch.strided or other.is_neg():
+        return False
+    strides = zip(param.stride(), other.stride(), param.shape, strict=True)
+    return param.numel() == 0 or all(a == b for a, b, size in strides if size > 1)
 
 
 def fusable(kernel: Kernel, param: Tensor, moments: Sequence[Tensor]) -> bool:
@@ -101,36 +90,6 @@ def fusable(kernel: Kernel, param: Tensor, moments: Sequence[Tensor]) -> bool:
             for moment in moments
         )
     )
-
-
-def takes_fused(
-    kernel: Kernel,
-    group: Group,
-    choice: bool | None,
-    param: Tensor,
-    own: State,
-    sharded: bool,
-) -> bool:
-    """Tell whether torch's fused kernel is to step a parameter, and steps it right.
-
-    Args:
-        kernel: Of the optimizer's class.
-        group: The parameter's group.
-        choice: Of that group, see :func:`fused_choice`.
-        param: The parameter.
-        own: Its state.
-        sharded: Whether it is a ``DTensor``; the kernel gets its shard.
-    """
-    if not wants_fused(kernel, choice, param):
-        return False
-    tensors = [param]
-    if own:
-        found = [own.get(entry) for entry in kernel.entries(group)]
-        tensors += [entry for entry in found if entry is not None]
-    local = local_tensors(tensors) if sharded else tensors
-    if local is None or not fusable(kernel, local[0], local[1:]):
-        return False
-    return "step" not in own or counts_beside(local[0], own["step"])
 
 
 def joins(param: Tensor, grad: Tensor) -> bool:
@@ -160,29 +119,26 @@ def one_of_each(columns: Sequence[Sequence[Any]]) -> list[Tensor] | None:
 
 def _all_plain(
     kernel: Kernel,
-    groups: Groups,
-    choices: Sequence[bool | None],
-    params: Sequence[DecidedParam],
-    states: States,
+    entries: Collection[tuple[str, ...]],
+    choices: Collection[bool | None],
+    params: Sequence[Tensor],
+    owns: Sequence[State],
 ) -> bool:
     """Tell whether at one look all parameters are fused; ``False`` says nothing."""
-    tensors = [each.param for each in params]
-    owns = [states.get(param) or {} for param in tensors]
-    names = {kernel.entries(group) for group in groups}
-    if False in choices or len(names) != 1:
+    if False in choices or len(entries) != 1:
         return False
-    held = names.pop() if any(owns) else ()
+    names = next(iter(entries)) if any(owns) else ()
     try:
-        moments = [[own[name] for own in owns] for name in held]
+        moments = [[own[name] for own in owns] for name in names]
     except KeyError:
         return False
-    found = one_of_each([tensors, [param.grad for param in tensors], *moments])
-    steps = [(p, own["step"]) for p, own in zip(tensors, owns) if "step" in own]
+    found = one_of_each([params, [param.grad for param in params], *moments])
+    steps = [(p, own["step"]) for p, own in zip(params, owns) if "step" in own]
     return found is not None and all(
         [
             *starmap(counts_beside, steps),
             *(fusable(kernel, param, ()) for param in found),
-            *starmap(partial(wants_fused, kernel), product(set(choices), found)),
+            *(wants_fused(kernel, each, p) for each in choices for p in found),
         ]
     )
 
@@ -240,7 +196,9 @@ def make_layout(
             where the flags of their group say.
     """
     choices = [choosing and fused_choice(kernel, group) for group in groups]
-    plain = _all_plain(kernel, groups, choices, params, states)
+    tensors, entries = [each.param for each in params], set(map(kernel.entries, groups))
+    owns = [states.get(param) or {} for param in tensors]
+    plain = _all_plain(kernel, entries, set(choices), tensors, owns)
     parts: dict[Key, Part] = {}
     known_parts: dict[object, Part] = {}  # by what is quicker to compare than keys
     idle: list[int] = []
@@ -280,10 +238,20 @@ def _takes_fused(
 ) -> tuple[bool, bool, bool]:
     """Tell whether a parameter is fused, by shards, and misfit by its gradient alone.
 
+    It is where torch's fused kernel is to step it, and steps it, or its shard, right.
     A gradient that is absent now is taken to fit; it is looked at when it comes.
     """
+    if not wants_fused(kernel, choice, param):
+        return False, False, False
     sharded = type(param) is _torch.dtensor_class()
-    fused = takes_fused(kernel, group, choice, param, own, sharded)
+    found = [own.get(entry) for entry in kernel.entries(group)] if own else []
+    tensors = [param, *(entry for entry in found if entry is not None)]
+    local = local_tensors(tensors) if sharded else tensors
+    fused = (
+        local is not None
+        and fusable(kernel, local[0], local[1:])
+        and ("step" not in own or counts_beside(local[0], own["step"]))
+    )
     misfit = fused and not (param.grad is None or joined(param, param.grad, sharded))
     fused = fused and not misfit
     return fused, fused and sharded, misfit
