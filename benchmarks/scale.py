@@ -31,7 +31,7 @@ from selective_optim import AdamW, decay_report
 # 40,000 groups would take minutes to make. Loading, it looks each tensor up in a list.
 ONE_GROUP = (10, 1_000, 10_000, 40_000, 100_000)
 MANY_GROUPS = (10, 1_000, 4_000)
-MOST = 10_000  # tensors that torch loads, and of which copies are timed
+LOADED, COPIED = 10_000, 4_000  # most tensors that torch loads, and of timed copies
 OURS, HAND, AGAIN = ARMS = ("ours", "by hand", "by hand again")
 
 
@@ -77,10 +77,10 @@ def life(arm: str, tensors: int, many: bool) -> Iterator[tuple[str, Callable[[],
     yield "first state_dict", lambda: saved.append(optimizer.state_dict())
     yield "state_dict", optimizer.state_dict
     resumed = build(arm, model, many)
-    if arm == OURS or tensors <= MOST:
+    if arm == OURS or tensors <= LOADED:
         yield "load_state_dict", lambda: resumed.load_state_dict(saved[0])
         yield "step after loading", resumed.step
-    if tensors <= MOST:
+    if tensors <= COPIED:
         yield "deepcopy", lambda: copy.deepcopy(optimizer)
         yield "pickle", lambda: pickle.dumps(optimizer)
         yield "report", partial(decay_report, optimizer, model)
@@ -89,8 +89,8 @@ def life(arm: str, tensors: int, many: bool) -> Iterator[tuple[str, Callable[[],
 def times(arm: str, tensors: int, many: bool) -> dict[str, float]:
     """Time each thing once, in microseconds per parameter."""
     taken = {}
+    gc.collect()
     for name, call in life(arm, tensors, many):
-        gc.collect()
         start = perf_counter()
         call()
         taken[name] = (perf_counter() - start) * 1e6 / tensors
@@ -129,7 +129,7 @@ def compare(tensors: int, many: bool, rounds: int) -> dict[str, Any]:
                 "ratio": ratio(ours, hand)._asdict(),
                 "again": ratio(again, hand)._asdict(),
             }
-    few = tensors <= MOST
+    few = tensors <= LOADED
     held = {arm: memory(arm, tensors, many) for arm in (OURS, HAND) if few}
     return {"tensors": tensors, "groups": many, "costs": told, "bytes": held}
 
@@ -147,12 +147,12 @@ def main() -> None:
     compare(100, False, 3)  # nothing is imported or compiled later
     sizes = [(n, False) for n in options.tensors] + [(n, True) for n in options.groups]
     for tensors, many in sizes:
-        rounds = min(11, max(2, options.work // tensors))
+        rounds = min(9, max(1 + (tensors < 50_000), options.work // tensors))
         case = compare(tensors, many, rounds)
         results["cases"].append(case)
         print(f"{tensors:,} tensors in {'as many groups' if many else 'one group'}:")
         for name, cost in case["costs"].items():
-            print(f"  {name:18} {cost['ours_us']:8.2f} us", end="")
+            print(f"  {name:18} {cost['ours_us']:8.2f} us ", end="")
             ratios = [cost[key]["median"] for key in ("ratio", "again") if key in cost]
             print(*[f"{each:.2f}" for each in ratios], sep=", ")
         print(f"  bytes {case['bytes']}", flush=True)
