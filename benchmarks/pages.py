@@ -181,6 +181,26 @@ def any_class_table() -> str:
     return table(headers, [*lines, ["**together**", *sums]], 1)
 
 
+def scale_table() -> str:
+    """Write what a parameter costs, and how many times that of torch it is."""
+    cases = newest("scale_torch*.json")["cases"]
+
+    def cell(cost: Record) -> str:
+        ratio = f" ({cost['ratio']['median']:.2f})" if "ratio" in cost else ""
+        return f"{cost['ours_us']:.1f}{ratio}" if cost else "-"
+
+    names = list(dict.fromkeys(name for case in cases for name in case["costs"]))
+    lines = [[n, *(cell(case["costs"].get(n, {})) for case in cases)] for n in names]
+    for when, told in (("made", "bytes, made"), ("stepped", "bytes, stepped")):
+        held = [[case["bytes"][a][when] for a in case["bytes"]] for case in cases]
+        cells = ["{:,.0f} ({:,.0f})".format(*own) if own else "-" for own in held]
+        lines.append([told, *cells])
+    titles = [
+        f"{case['tensors']:,}{' in as many groups' * case['groups']}" for case in cases
+    ]
+    return table(["per parameter", *titles], lines, 1)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "first_step": first_step_table,
@@ -192,6 +212,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "routed": routed_table,
     "recipes": recipes_table,
     "any_class": any_class_table,
+    "scale": scale_table,
 }
 
 

@@ -449,8 +449,10 @@ def is_flat_parameter(param: Tensor) -> bool:
 def original_shapes(root: nn.Module) -> dict[int, torch.Size]:
     """Map ``id(parameter)`` to the shape it had before FSDP1 flattened it."""
     shapes: dict[int, torch.Size] = {}
-    for module in root.modules():
-        flat = getattr(getattr(module, "_handle", None), "flat_param", None)
+    # In its dict: for what a module lacks, asking makes and drops an error.
+    handles = [vars(module).get("_handle") for module in root.modules()]
+    for handle in filter(None, handles):
+        flat = getattr(handle, "flat_param", None)
         for param, shape in zip(
             getattr(flat, "_params", None) or (), getattr(flat, "_shapes", ())
         ):

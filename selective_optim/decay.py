@@ -283,6 +283,10 @@ class Decision(NamedTuple):
 
     def begin(self) -> dict[str, Any]:
         """Return what its decay depends on besides multiplier and form, if anything."""
+        decay = self.decay
+        stated = decay.form is not None or not (decay.fixed is decay.target is None)
+        if not stated and self.init is None:  # as mostly
+            return {}
         known = {
             "fixed": self.decay.fixed,
             "target": self.decay.target if self.decay.multiplier else None,

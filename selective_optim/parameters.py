@@ -11,9 +11,10 @@ from __future__ import annotations
 import gc
 import inspect
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, repeat, starmap, takewhile
+from functools import lru_cache
+from itertools import chain, repeat, takewhile
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
@@ -110,8 +111,13 @@ def owner_kinds(info: ParameterInfo) -> tuple[str, ...]:
     """Name the class of the module that holds a parameter, and that class's bases."""
     if info.owner is None:
         return ()
-    own = own_classes(type(info.owner))
-    return tuple([f"{cls.__module__}.{cls.__qualname__}" for cls in own])
+    cls: Any = type(info.owner)  # mypy holds that classes of modules have no hash
+    return _kinds_of(cls)
+
+
+@lru_cache(4096)
+def _kinds_of(cls: Any) -> tuple[str, ...]:
+    return tuple([f"{c.__module__}.{c.__qualname__}" for c in own_classes(cls)])
 
 
 def own_classes(cls: type[nn.Module]) -> list[type]:
@@ -153,52 +159,76 @@ RELAYS: tuple[type, ...] = (filter, map, chain, type(iter([])), type(iter(())))
 Path = tuple[nn.Module, ...]
 
 
-@dataclass(frozen=True)
-class Place:
+class Way(NamedTuple):
+    """How a tree leads to a module; keeps nothing alive."""
+
+    module: weakref.ref[nn.Module]
+    above: Way | None = None
+    key: str = ""  # under which the module above registered this one
+
+    def path(self, seen: dict[int, Path]) -> Path:
+        """Return the modules from the root to this, none if it leads elsewhere.
+
+        ``seen`` holds those that were found in the same look, by the id of their way.
+        """
+        if (known := seen.get(id(self))) is not None:
+            return known
+        module = self.module()
+        path: Path = () if module is None else (module,)
+        # From the root down: a module that was replaced, or moved elsewhere, shows.
+        if self.above is not None and path:
+            around = self.above.path(seen)
+            there = around and _holds(_torch.children(around[-1]), self.key, module)
+            path = (*around, *path) if there else ()
+        seen[id(self)] = path
+        return path
+
+
+def _holds(entries: Mapping[str, object], key: str, value: object) -> bool:
+    # Not `get`: scripted modules keep theirs in mappings without it.
+    return key in entries and entries[key] is value
+
+
+class Place(NamedTuple):
     """One spot in a tree at which a parameter is registered; keeps nothing alive."""
 
-    modules: tuple[weakref.ref[nn.Module], ...]  # from the root to the owner
-    keys: tuple[str, ...]  # under which each registered the next, at last the parameter
+    way: Way
+    key: str
     name: str
     leaf: str
     own_name: str | None = None
 
-    def path(self, param: Tensor) -> Path | None:
-        """Return the modules from the root to the owner if ``param`` stands here."""
-        path = [module for ref in self.modules if (module := ref()) is not None]
-        if len(path) < len(self.modules):
-            return None
-        held = [*map(_torch.children, path[:-1]), _torch.registered(path[-1])]
-        # From the root down: a module that was replaced, or moved elsewhere, shows.
-        for entries, key, value in zip(held, self.keys, [*path[1:], param]):
-            # Not `get`: scripted modules keep theirs in mappings without it.
-            if key not in entries or entries[key] is not value:
-                return None
+    def path(self, param: Tensor, seen: dict[int, Path]) -> Path:
+        """Return the modules from the root to the owner, none if it moved."""
+        path = self.way.path(seen)
+        if not path or not _holds(_torch.registered(path[-1]), self.key, param):
+            return ()
         # A parametrization's originals belong to the module that it is registered on.
         made = isinstance(path[-1], ParametrizationList)
-        own = made and self.keys[-1].startswith("original")
-        return tuple(path[:-2] if own else path)
+        return path[:-2] if made and self.key.startswith("original") else path
 
 
 def places(root: nn.Module) -> list[tuple[Tensor, Place]]:
     """List every place of every parameter, aliases of tied ones included."""
     found: list[tuple[Tensor, Place]] = []
 
-    def walk(inside: Path, keys: tuple[str, ...]) -> None:
-        modules = tuple(map(weakref.ref, inside))
+    def walk(inside: Path, way: Way, names: str) -> None:
+        above = _torch.without_wrappers(names)
         for key, param in _torch.registered(inside[-1]).items():
             if param is not None:
-                full = ".".join([*keys, key])
-                name = canonical_name(full)
-                own = name_of_its_own(full) if key.startswith("original") else None
-                place = Place(modules, (*keys, key), name, name.rpartition(".")[2], own)
+                name, own = f"{above}{key}", None
+                if key.startswith("original"):
+                    full = f"{names}{key}"
+                    name, own = canonical_name(full), name_of_its_own(full)
+                place = Place(way, key, name, name.rpartition(".")[2], own)
                 found.append((param, place))
         for key, child in _torch.children(inside[-1]).items():
             # One that contains itself has endless aliases.
             if child is not None and child not in inside:
-                walk((*inside, child), (*keys, key))
+                below = Way(weakref.ref(child), way, key)
+                walk((*inside, child), below, f"{names}{key}.")
 
-    walk((root,), ())
+    walk((root,), Way(weakref.ref(root)), "")
     return found
 
 
@@ -266,18 +296,17 @@ class ModuleIndex:
 
     def infos(self, params: Sequence[Wanted]) -> list[ParameterInfo | None]:
         """Describe parameters; ``None`` for those that the module does not hold."""
-        found = list(starmap(self._look_up, params))
+        found = list(map(self._look_up, params, repeat({})))
         module = self._module()
         if None in found and module is not None:
             self._read(module)  # they may have come, or moved, since the last reading
-            found = list(starmap(self._look_up, params))
+            found = list(map(self._look_up, params, repeat({})))
         return found
 
-    def _look_up(
-        self, param: Tensor, group: int, shape: torch.Size | None, _: object
-    ) -> ParameterInfo | None:
+    def _look_up(self, asked: Wanted, seen: dict[int, Path]) -> ParameterInfo | None:
+        param, group, shape, _ = asked
         known = self._places.get(id(param), ())
-        paths = [path for place in known if (path := place.path(param)) is not None]
+        paths = [path for place in known if (path := place.path(param, seen))]
         if not known or len(paths) < len(known):
             return None
         names = tuple(dict.fromkeys([place.name for place in known]))

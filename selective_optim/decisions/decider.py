@@ -31,7 +31,7 @@ from selective_optim.decisions.initial_values import (
     beside,
     is_moving,
     is_rate,
-    with_rates,
+    require_rates,
 )
 from selective_optim.decisions.knowledge import Pending, describe
 from selective_optim.decisions.table import (
@@ -256,9 +256,10 @@ class Decider:
         # All are asked before anything is recorded, so that an error leaves nothing.
         bound = self._bound(each.policy for each in coming)
         decided = [
-            with_rates(decide(bound[id(each.policy)], own), own, each.lr0s)
+            decide(bound[id(each.policy)], own, lr0s=each.lr0s)
             for each, own in together
         ]
+        require_rates(chain(*decided), chain(*infos))
         policies = [bound[id(each.policy)] for each in coming]
         self._warn_if_unsteady(policies, infos, decided)
         for (each, own), decisions in zip(together, decided):
@@ -312,10 +313,8 @@ class Decider:
         each = {id(policy): policy for policy in policies}
         return {key: policy and policy.bind(modules) for key, policy in each.items()}
 
-    def _ask(
-        self, policy: Policy | None, infos: Infos, places: Sequence[int] | None = None
-    ) -> list[Decision]:
-        return decide(self._bound([policy])[id(policy)], infos, places)
+    def _ask(self, policy: Policy, infos: Infos) -> list[Decision]:
+        return decide(self._bound([policy])[id(policy)], infos)
 
     def _matches(self, selector: Selector) -> bool:
         """Ask whether a selector matches anything in the model."""
@@ -427,8 +426,10 @@ class Decider:
                 return list(map(self._table.take_over, infos, before))
             refuse_flattened(infos, old, policy)
         new = [infos[i] for i in places]
-        decisions = self._ask(policy, new, places) if new else ()
-        for i, decision in zip(places, with_rates(decisions, new, repeat(lr0))):
+        bound = self._bound([policy])[id(policy)] if new else None
+        decisions = decide(bound, new, places, repeat(lr0))
+        require_rates(decisions, new)
+        for i, decision in zip(places, decisions):
             completed[i] = self._table.record(infos[i].parameter, decision, policy)
         return [row for row in completed if row is not None]
 

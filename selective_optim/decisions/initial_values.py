@@ -9,7 +9,7 @@ dict.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -37,28 +37,23 @@ def rate_now(group: Mapping[str, Any]) -> float | None:
     return None if waits else base_rate({"lr": rate})
 
 
-def with_rates(
-    decisions: Iterable[Decision],
-    infos: Sequence[ParameterInfo],
-    lr0s: Iterable[float | None],
-) -> list[Decision]:
-    """Add to decisions the rates that the training of their parameters begins with.
+def require_rates(
+    decisions: Iterable[Decision], infos: Iterable[ParameterInfo]
+) -> None:
+    """Check that training begins with a rate where a form needs it.
 
     Raises:
-        ValueError: A form needs the rate, and there is none.
+        ValueError: There is none.
     """
-    made = []
-    for decision, info, lr0 in zip(decisions, infos, lr0s):
-        if decision.decay.needs_lr0 and not is_rate(lr0):
+    for decision, info in zip(decisions, infos):
+        if decision.decay.needs_lr0 and not is_rate(decision.lr0):
             known = decision.telling_name
             name = repr(known) if known else f"a parameter of group {info.group}"
             raise ValueError(
                 f"{name} decays in form {decision.decay.form!r}, which divides by the "
-                f"rate that training begins with, and that is {lr0}. Give its group "
-                f"that rate: dict(params=..., lr=0.0, initial_lr=3e-4)."
+                f"rate that training begins with, and that is {decision.lr0}. Give its "
+                f"group that rate: dict(params=..., lr=0.0, initial_lr=3e-4)."
             )
-        made.append(decision._replace(lr0=lr0))
-    return made
 
 
 def is_moving(group: Mapping[str, Any]) -> bool:

@@ -325,20 +325,18 @@ def record_of(forms: Sequence[Form | None], decided: Decided) -> Record:
     ``"target"``, and with which ``"lr0"`` and ``"init"`` training began.
     """
     return [
-        [
-            [
-                *(decision.decay.multiplier, decision.decay.form or default),
-                *([known] if (known := _known_of(decision)) else []),
-            ]
-            for decision in decisions
-        ]
+        [_entry(decision, default) for decision in decisions]
         for default, decisions in zip(forms, decided)
     ]
 
 
-def _known_of(decision: Decision) -> dict[str, Any]:
-    name = decision.telling_name
-    return ({} if name is None else {"name": name}) | decision.begin()
+def _entry(decision: Decision, default: Form | None) -> list[Any]:
+    decay, name = decision.decay, decision.own_name or decision.name
+    known = {} if name is None else {"name": name}
+    if begin := decision.begin():
+        known |= begin
+    entry = [decay.multiplier, decay.form or default]
+    return [*entry, known] if known else entry
 
 
 def entries_of(saved: Any, decided: Decided) -> list[Any]:

@@ -7,10 +7,10 @@ Cells of equal hyperparameters make a bucket, which is one call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import compress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,12 @@ from selective_optim.decay import DecayKey
 from selective_optim.fused.counters import Counters
 from selective_optim.fused.guards import flat
 from selective_optim.step.grad_scaler import Scaling
-from selective_optim.step.implementation import counts_beside, fusable, joins
+from selective_optim.step.implementation import (
+    counts_beside,
+    fusable,
+    joins,
+    one_of_each,
+)
 from selective_optim.step.kernel import Kernel
 from selective_optim.step.parts import DecidedParam, Part
 from selective_optim.step.passes import pass_calls
@@ -62,21 +67,24 @@ def make_cells(parts: Sequence[Part], params: Sequence[DecidedParam]) -> list[Ce
 
     Among both, cells that take all threads come first.
     """
-    cells: dict[CellKey, Cell] = {}
+    cells: list[Cell] = []
     for part in parts:
         group, decay_key, _, sharded, _ = part.key
+        mine: dict[object, Cell] = {}  # no two parts are fused and alike in the rest
         for place, number in enumerate(part.positions):
             param = params[number].param
-            size = _torch.shard_of(param).numel() if param.is_cpu else ONE_THREAD + 1
-            small = size <= ONE_THREAD
-            key = CellKey(group, decay_key, small, sharded, param.device, param.dtype)
-            cell = cells.get(key)
+            local = _torch.local_tensor(param) if sharded else param
+            small = param.is_cpu and local.numel() <= ONE_THREAD
+            kind = small, param.device, param.dtype
+            cell = mine.get(kind)
             if cell is None:
-                cell = cells[key] = Cell(key, part.label, [], [])
+                key = CellKey(group, decay_key, small, sharded, *kind[1:])
+                cell = mine[kind] = Cell(key, part.label, [], [])
+                cells.append(cell)
             cell.positions.append(number)
             if part.inits:
                 cell.inits.append(part.inits[place])
-    return sorted(cells.values(), key=lambda c: (c.key.sharded, c.key.single_thread))
+    return sorted(cells, key=lambda c: (c.key.sharded, c.key.single_thread))
 
 
 def begin_state(
@@ -158,7 +166,11 @@ class Bucket:
 
     def fits(self, grads: Sequence[Tensor]) -> bool:
         """Look at every tensor, one by one: can the fused kernel walk it?"""
-        rows = zip(self.batch.params, grads, *self.batch.moments, strict=True)
+        columns = (self.batch.params, grads, *self.batch.moments)
+        found = one_of_each(columns)
+        rows: Iterable[Any] = zip(*columns, strict=True)
+        if found is not None:
+            rows = [(param, param) for param in found]
         alike = all(
             param.dtype == self.key.dtype
             and param.device == self.key.device

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
 from functools import cache
-from itertools import product
+from itertools import product, repeat
 from typing import Any
 
 from torch import nn
@@ -47,6 +47,7 @@ def decide(
     policy: Policy | None,
     infos: Sequence[ParameterInfo],
     places: Sequence[int] | None = None,
+    lr0s: Iterable[float | None] = repeat(None),
 ) -> list[Decision]:
     """Ask the policy about every parameter.
 
@@ -54,6 +55,7 @@ def decide(
         policy: Who decides.
         infos: What is known of each parameter.
         places: Where each stands in its group, for messages; all in order if left out.
+        lr0s: The rates that the training of each begins with.
 
     Raises:
         ValueError: The policy needs what is not known of a parameter, or fails.
@@ -65,14 +67,14 @@ def decide(
     if policy is not None:
         _require_knowledge(policy, infos, places, doubts)
     decisions = []
-    for info, place in zip(infos, places):
+    for info, place, lr0 in zip(infos, places, lr0s):
         try:
             answer = policy.decide(info) if policy else Answer(FULL, NO_POLICY)
         # Whatever a user's callable raises is told with the parameter's name.
         except Exception as error:
             raise _explained(error, policy, info.describe(place), info) from error
         shape = shape_now(info.parameter) if info.shape is None else info.shape
-        known = (info.name, shape, owner_kinds(info), info.own_name)
+        known = (info.name, shape, owner_kinds(info), info.own_name, lr0)
         reason = answer.reason
         if doubts and info.owner is not None and not kind_known(info):
             reason += " (kind unknown)"

@@ -43,10 +43,11 @@ def loss_of(
 
 
 def _loses(kernel: Kernel, group: Group, param: Tensor, decision: Decision) -> bool:
+    if param.dtype not in _torch.HALF or type(_torch.shard_of(param)) not in PLAIN:
+        return False
     decay, lr0 = decision.decay_key
     form, wd = FORMS[decay.form or kernel.default_form(group)], group["weight_decay"]
-    half = param.dtype in _torch.HALF and type(_torch.shard_of(param)) in PLAIN
-    if not half or param.is_meta or decay.target or form.applied == "l2":
+    if param.is_meta or decay.target or form.applied == "l2":
         return False
     # A warm-up begins low, and ends where a schedule says that it began.
     rate = max(float(group["lr"]), float(group.get("initial_lr", 0.0)))
