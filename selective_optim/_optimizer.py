@@ -27,10 +27,10 @@ from selective_optim._warnings import (
 )
 from selective_optim.decay import Form, is_zero
 from selective_optim.decisions.decider import (
-    OWN_KEYS,
     WRITTEN,
     Decider,
     kept_on_error,
+    own_keys,
 )
 from selective_optim.decisions.deciding_for import given
 from selective_optim.decisions.state_dict import (
@@ -339,10 +339,10 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             RuntimeError: A parameter with a sparse gradient decays.
         """
         # Only code that is compiled can tell that it is.
-        return self._step(closure, torch.compiler.is_compiling())
+        return self._step_groups(closure, torch.compiler.is_compiling())
 
     @_torch.run_as_is
-    def _step(self, closure: Callable[[], Any] | None, compiling: bool) -> Any:
+    def _step_groups(self, closure: Callable[[], Any] | None, compiling: bool) -> Any:
         self._reached = True
         if self._kernel.counts:
             # As torch does: Adam asks, whose counters must then live on the device, and
@@ -525,8 +525,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
         def record(_: object, state_dict: dict[str, Any]) -> dict[str, Any]:
             for group in state_dict["param_groups"]:
-                for name in OWN_KEYS:
-                    group.pop(name, None)
+                for name in own_keys(group):
+                    del group[name]
             own = {RECORD: self._record(), POLICIES: self._decider.policies()}
             return {**state_dict, **own, **self._kept_apart()}
 

@@ -19,6 +19,7 @@ from selective_optim._text import received
 from selective_optim.decay import FORMS, Decay, Decision
 from selective_optim.decisions.state_dict import RECORD
 from selective_optim.parameters import ModelIndex
+from selective_optim.policies.decide import NO_POLICY
 from selective_optim.report import (
     NOTE,
     DecayReport,
@@ -95,6 +96,8 @@ def decay_report(
         groups = list(each.param_groups)
         if hasattr(each, "decay_report"):
             report = each.decay_report()
+            seen = make_report(groups, None, lambda group: None, index).rows
+            report = replace(report, rows=tuple(map(_named, report.rows, seen)))
         else:
             require_decay(each, "report")
             form_of = partial(form_of_class, each)
@@ -111,6 +114,13 @@ def decay_report(
         groups = [group for each in found for group in each.param_groups]
         told += [split_wrongly(rows), left_out(index, groups)]
     return DecayReport(tuple(rows), remark_of(*told, _other_than_promised(rows)))
+
+
+def _named(row: Row, seen: Row) -> Row:
+    """Take from the model what a parameter is that decays by no policy."""
+    if row.reason != NO_POLICY or not seen.name:
+        return row
+    return replace(row, name=seen.name, role=seen.role, owner=seen.owner)
 
 
 def _optimizers_in(

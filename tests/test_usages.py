@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from selective_optim import SGD, AdamW
+from selective_optim import SGD, AdamW, decay_report, selective
 from selective_optim.policies import only, towards
 from tests.support.compare import assert_same
 from tests.support.devices import on_cuda
 from tests.support.graphs import captured, side_stream, static_grads
 
 STEPS = range(5)
+SETTINGS = {"lr": 0.1, "weight_decay": 0.1}
 
 
 def grads(params, step):
@@ -139,6 +140,86 @@ def test_decay_of_loras_b_alone_is_that_of_two_groups_by_hand(make):
         optimizer.step()
         oracle.step()
     assert_same(trained, [p for _, p in named])
+
+
+# A schedule in the optimizer, as in the Annotated Transformer
+
+
+def with_own_schedule(cls):
+    class Scheduled(cls):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._step, self._rate = 0, 0.0
+
+        def step(self, closure=None):
+            self._step += 1
+            self._rate = 0.1 * min(self._step**-0.5, self._step * 3**-1.5)
+            for group in self.param_groups:
+                group["lr"] = self._rate
+            return super().step(closure)
+
+    return Scheduled
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "NAdam"])
+def test_subclass_may_count_its_steps_under_the_usual_name(name):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    twin = copy.deepcopy(model)
+    torchs = getattr(torch.optim, name)
+    ours = with_own_schedule(selective(torchs))
+    implementation = {} if name == "NAdam" else {"fused": False, "foreach": False}
+    shared = {**SETTINGS, **implementation}
+    optimizer = ours(model.parameters(), **shared, wd_policy="no_bias")
+    groups = [{"params": twin.weight}, {"params": twin.bias, "weight_decay": 0.0}]
+    oracle = with_own_schedule(torchs)(groups, **shared)
+    for step in STEPS:
+        for each in (model, twin):
+            for param, grad in zip(each.parameters(), grads(each.parameters(), step)):
+                param.grad = grad
+        optimizer.step()
+        oracle.step()
+    assert optimizer._step == oracle._step == len(STEPS)
+    assert_same(model, twin)
+
+
+# Groups that say of which model they are
+
+
+@pytest.mark.parametrize("cls", [SGD, AdamW, selective(torch.optim.NAdam)])
+def test_groups_may_be_tagged_with_the_name_of_their_model(cls):
+    parts = {"student": nn.Linear(4, 3), "projector": nn.Linear(3, 2)}
+    groups = [{"params": m.parameters(), "model": name} for name, m in parts.items()]
+    optimizer = cls(groups, **SETTINGS, wd_policy="no_bias")
+    again = cls(
+        [{"params": m.parameters()} for m in parts.values()],
+        **SETTINGS, wd_policy="no_bias",
+    )  # fmt: skip
+    optimizer.step()
+    again.load_state_dict(optimizer.state_dict())
+    for each in (optimizer, again):
+        assert [group["model"] for group in each.param_groups] == list(parts)
+        decays = [row.weight_decay for row in each.decay_report()]
+        assert decays == [0.1, 0, 0.1, 0]
+
+
+# Only the import is changed, and the groups stay split by hand
+
+
+@pytest.mark.parametrize("make", [SGD, AdamW, selective(torch.optim.NAdam)])
+def test_report_with_the_model_tells_what_a_list_of_names_missed(make):
+    model = nn.Sequential()
+    model.add_module("body", nn.Linear(4, 3))
+    model.add_module("norm", nn.LayerNorm(3))
+    named = list(model.named_parameters())
+    listed = [name.endswith(("bias", "LayerNorm.weight")) for name, _ in named]
+    groups = [
+        {"params": [p for (_, p), out in zip(named, listed) if out is exempt], **decay}
+        for exempt, decay in ((False, {}), (True, {"weight_decay": 0.0}))
+    ]
+    report = decay_report(make(groups, **SETTINGS), model)
+    assert report.remark == "looks wrong: 1 norm decays ('norm.weight')"
+    assert report["norm.weight"].weight_decay == 0.1
 
 
 # What a captured graph sees

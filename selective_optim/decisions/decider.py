@@ -62,6 +62,12 @@ _INSTEAD = {
 }
 
 
+def own_keys(group: Group) -> frozenset[str]:
+    """Tell which of our keys a group brings; a text as ``model`` is the user's tag."""
+    tag = {"model"} if isinstance(group.get("model"), str) else {}
+    return WRITTEN & group.keys() - tag
+
+
 @contextmanager
 def kept_on_error(groups: Any) -> Iterator[None]:
     """Leave a caller's group dicts as they were where what is done with them raises.
@@ -131,16 +137,17 @@ class Decider:
         if self.whole is None:  # else it was told
             warn_of_misspelt(group, [*keys, "params", "param_names", *OWN_KEYS])
         require_numbers(group, " of a group")
-        if "model" in group:
+        own = own_keys(group)
+        if "model" in own:
             self.index.add(as_modules(group["model"]))
         group["params"] = self.index.learn(group["params"])
-        if group.keys().isdisjoint(OWN_KEYS):
+        if not own:
             return self.policy, group
         if not isinstance(group["params"], (Tensor, set)):  # which torch refuses
             # torch fills a copy; a generator in the caller's dict would be used up.
             group["params"] = list(group["params"])
         policy = group.get("wd_policy", self.policy)
-        rest = {key: value for key, value in group.items() if key not in OWN_KEYS}
+        rest = {key: value for key, value in group.items() if key not in own}
         return _as_policy(policy), rest
 
     def add_group(
