@@ -131,7 +131,9 @@ def test_class_without_a_source_holds_no_gains():
 
 def of(package, name, *bases, **parts):
     """Make an empty module of a class that a package might define."""
-    cls = type(name, bases or (nn.Module,), {"__module__": f"{package}.models"})
+    # Of a class without a method nothing would be known.
+    own = {"__module__": f"{package}.models", "forward": lambda self, x: x}
+    cls = type(name, bases or (nn.Module,), own)
     module = cls()
     for leaf, shape in parts.items():
         setattr(module, leaf, nn.Parameter(torch.ones(shape)))

@@ -35,15 +35,15 @@ NAMES = [
 
 
 def seen_by(params, **arguments):
-    infos = []
+    infos = {}  # a callable is asked twice
 
     def policy(info):
-        infos.append(info)
-        return len(infos) > 1
+        infos.setdefault(id(info.parameter), info)
+        return True
 
     AdamW(params, wd_policy=policy, **arguments)
     # A policy sees a strict view, which raises for what is not known.
-    return [ParameterInfo(**vars(info)) for info in infos]
+    return [ParameterInfo(**vars(info)) for info in infos.values()]
 
 
 SOURCES = {
