@@ -217,8 +217,7 @@ def make_layout(
             if plain or choice is False
             else _takes_fused(kernel, group, choice, each.param, own or {})
         )
-        asked = fused or bool(group["fused"])
-        first = asked and not (begun or absent or kernel.counts)
+        first = bool(fused or group["fused"]) and not (begun or absent or kernel.counts)
         once |= misfit or first
         decay, *_, lr0, init = each.decision
         own_key = each.group, id(decay), lr0, init is None, fused, sharded, first
