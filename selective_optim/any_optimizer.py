@@ -105,8 +105,9 @@ def decay_report(
         own, note = _measured(each, report.rows) if measure else (report.rows, "")
         route = "" if alone else type(each).__name__
         rows += [replace(r, group=first + r.group, route=r.route or route) for r in own]
-        # One of this library knows its modules, if not by `model`.
-        told += [report.remark if alone and model is None else "", note]
+        # Those of several would count apart what is counted together below.
+        own_words = alone and (model is None or hasattr(each, "decay_report"))
+        told += [report.remark if own_words else "", note]
         if not (is_optimizer(each) or isinstance(each, Groups)):
             told.append(f"{NOTE}read from the groups of {type(each).__name__} alone")
         first += len(groups)
