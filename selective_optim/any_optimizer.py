@@ -31,6 +31,7 @@ from selective_optim.report import (
     remark_of,
     split_wrongly,
 )
+from selective_optim.step.half_precision import LOSS
 
 RATE = 1e-2  # of the step that is measured
 
@@ -107,7 +108,9 @@ def decay_report(
         rows += [replace(r, group=first + r.group, route=r.route or route) for r in own]
         # Those of several would count apart what is counted together below.
         own_words = alone and (model is None or hasattr(each, "decay_report"))
-        told += [report.remark if own_words else "", note]
+        parts = report.remark.partition("\n")[0].split("; ")
+        loss = [part for part in parts if LOSS in part]
+        told += [report.remark, note] if own_words else [*loss, note]
         if not (is_optimizer(each) or isinstance(each, Groups)):
             told.append(f"{NOTE}read from the groups of {type(each).__name__} alone")
         first += len(groups)

@@ -241,6 +241,9 @@ def test_report_tells_of_rounding_with_the_model_and_without():
         assert loss.startswith("looks wrong: 'weight' hardly decays: torch.bfloat16")
         assert notes == [found]
         assert not report.agrees
+    other = nn.Linear(4, 4)
+    several = [optimizer, SGD(other, lr=0.1, weight_decay=0.1, wd_policy="no_bias")]
+    assert decay_report(several, [model, other]).remark == loss
 
 
 # What a captured graph sees
