@@ -49,7 +49,7 @@ from selective_optim.fused.guards import params_of
 from selective_optim.fused.stepper import Stepper
 from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy, as_policy
-from selective_optim.report import DecayReport, form_of_class, make_report
+from selective_optim.report import DecayReport, form_of_class, make_report, remark_of
 from selective_optim.step.class_step import ClassStep, View, view_of
 from selective_optim.step.grad_scaler import scaling_of
 from selective_optim.step.half_precision import loss_of
@@ -497,8 +497,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         decided = self._decider.readable(self.param_groups, self.defaults)
         groups, index = self.param_groups, self._decider.index
         report = make_report(groups, decided, self._form_of, index)
-        told = filter(None, [report.remark, loss_of(self._kernel, groups, decided)])
-        return replace(report, remark="; ".join(told))
+        loss = loss_of(self._kernel, groups, decided)
+        return replace(report, remark=remark_of(report.remark, loss))
 
     def _form_of(self, group: Group) -> Form | None:
         return self._default_form(group) or form_of_class(self, group)

@@ -31,6 +31,7 @@ from selective_optim.report import (
     remark_of,
     split_wrongly,
 )
+from selective_optim.step.half_precision import LOSS
 
 RATE = 1e-2  # of the step that is measured
 
@@ -105,8 +106,11 @@ def decay_report(
         own, note = _measured(each, report.rows) if measure else (report.rows, "")
         route = "" if alone else type(each).__name__
         rows += [replace(r, group=first + r.group, route=r.route or route) for r in own]
-        # One of this library knows its modules, if not by `model`.
-        told += [report.remark if alone and model is None else "", note]
+        # Those of several would count apart what is counted together below.
+        own_words = alone and (model is None or hasattr(each, "decay_report"))
+        parts = report.remark.partition("\n")[0].split("; ")
+        loss = [part for part in parts if LOSS in part]
+        told += [report.remark, note] if own_words else [*loss, note]
         if not (is_optimizer(each) or isinstance(each, Groups)):
             told.append(f"{NOTE}read from the groups of {type(each).__name__} alone")
         first += len(groups)

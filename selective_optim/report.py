@@ -424,8 +424,9 @@ def remark_of(*told: str) -> str:
     """Join what looks wrong on one line, above the lines of notes."""
     lines = [line for part in told for line in part.splitlines()]
     notes = [line for line in lines if line.startswith(NOTE)]
-    wrong = "; ".join(line.removeprefix(WRONG) for line in lines if line not in notes)
-    return "\n".join(filter(None, [wrong and WRONG + wrong, *notes]))
+    parts = [line.removeprefix(WRONG) for line in lines if line not in notes]
+    wrong = "; ".join(dict.fromkeys(chain(*[part.split("; ") for part in parts])))
+    return "\n".join(filter(None, [wrong and WRONG + wrong, *dict.fromkeys(notes)]))
 
 
 def clause(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,6 +25,7 @@ from tests.support.data_parallel import (
     values_of,
 )
 from tests.support.distributed import Ranks, gathers_objects
+from tests.test_fsdp import flatten
 
 pytestmark = pytest.mark.distributed
 SETUP = SETUPS[0]
@@ -237,6 +238,26 @@ def test_torchtitans_container_shards_and_resumes(ranks):
     ranks(beside_torchtitan)
 
 
+# FSDP1
+
+
+def wrapped_later(rank, make):
+    model = make_net()
+    optimizer = make(model)
+    model = flatten(model)
+    train(model, optimizer, rank)
+    with FullyShardedDataParallel.summon_full_params(model):
+        return values_of(model)
+
+
+def beside_wrapped_later(rank):
+    assert_same(*(wrapped_later(rank, make) for make in (ours, SETUP.make_torchs)))
+
+
+def test_fsdp1_may_wrap_after_the_optimizer_was_made(ranks):
+    ranks(beside_wrapped_later)
+
+
 # Pipeline stages
 
 
@@ -246,11 +267,12 @@ def stage_of(rank):
     return nn.Sequential(*layers) if rank == 0 else nn.Sequential(layers[0])
 
 
-def train_stages(rank, make):
+def train_stages(rank, make, before):
     module = stage_of(rank)
+    optimizer = make(module) if before else None
     stage = PipelineStage(module, rank, 2, torch.device("cpu"))
     schedule = ScheduleGPipe(stage, 2, loss_fn=nn.functional.mse_loss)
-    optimizer = make(module)
+    optimizer = optimizer or make(module)
     inputs = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
     for _ in range(3):
         schedule.step(*([inputs] if rank == 0 else []), target=torch.ones(4, 4))
@@ -259,22 +281,23 @@ def train_stages(rank, make):
     return module, optimizer
 
 
-def beside_stages(rank, policy):
+def beside_stages(rank, policy, before):
     def hand_split(module):
         decayed = {n for n, p in module.named_parameters() if p.ndim > 1}
         return SETUP.make_torchs(module, decayed)
 
     model, optimizer = train_stages(
-        rank, lambda module: SETUP.make(module.parameters(), policy)
+        rank, lambda module: SETUP.make(module.parameters(), policy), before
     )
-    twin, _ = train_stages(rank, hand_split)
+    twin, _ = train_stages(rank, hand_split, before)
     assert_same(model, twin)
     assert decays(optimizer, model) == {"0.weight"}
 
 
+@pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize(
     "policy", ["no_bias_norm", exclude("1.*", is_bias, missing_ok=True)], ids=str
 )
-def test_each_stage_of_a_pipeline_decides_for_itself(ranks, policy):
+def test_each_stage_of_a_pipeline_decides_for_itself(ranks, policy, before):
     """A norm that lives in one stage alone is to be allowed to miss in the other."""
-    ranks(beside_stages, policy)
+    ranks(beside_stages, policy, before)

@@ -222,6 +222,30 @@ def test_report_with_the_model_tells_what_a_list_of_names_missed(make):
     assert report["norm.weight"].weight_decay == 0.1
 
 
+# A report in half precision, of bare tensors
+
+
+def test_report_tells_of_rounding_with_the_model_and_without():
+    model = nn.Linear(64, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    params = list(model.parameters())
+    optimizer = AdamW(params, lr=1e-4, weight_decay=0.1, wd_policy="no_bias")
+    found = "note: known from Linear, found alive with these parameters"
+    for report in (
+        optimizer.decay_report(),
+        decay_report(optimizer),
+        decay_report(optimizer, model),
+    ):
+        loss, *notes = report.remark.splitlines()
+        assert loss.startswith("looks wrong: 'weight' hardly decays: torch.bfloat16")
+        assert notes == [found]
+        assert not report.agrees
+    other = nn.Linear(4, 4)
+    several = [optimizer, SGD(other, lr=0.1, weight_decay=0.1, wd_policy="no_bias")]
+    assert decay_report(several, [model, other]).remark == loss
+
+
 # What a captured graph sees
 
 

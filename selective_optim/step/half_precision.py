@@ -23,6 +23,8 @@ SAMPLE = 512  # weights of a parameter that are looked at
 NOISE = 0.25  # of the rate: the deviation of Adam's update under gradients of noise
 UNITS = 6  # in the last place; noise of one hardly ever moves a weight so far
 
+LOSS = "hardly decays"  # what every text of it says
+
 
 def loss_of(
     kernel: Kernel | None, groups: Groups, decided: Iterable[Sequence[Decision]]
@@ -34,7 +36,7 @@ def loss_of(
         for position, (param, decision) in enumerate(zip(group["params"], decisions)):
             if _loses(kernel, group, param, decision):
                 return (
-                    f"{decision.label(index, position)} hardly decays: {param.dtype} "
+                    f"{decision.label(index, position)} {LOSS}: {param.dtype} "
                     f"rounds more than half of it away at this rate. Keep master "
                     f"weights in float32, or wrap a class with stochastic rounding or "
                     f"Kahan summation, as of torchao or optimi: selective(cls)."
