@@ -15,7 +15,7 @@ import warnings
 import pytest
 import torch
 
-from selective_optim import deciding_for
+from selective_optim import _optimizer, deciding_for
 from tests.support.attacks import (
     DECOUPLED,
     LR,
@@ -28,6 +28,12 @@ from tests.support.attacks import (
 )
 
 each_name = pytest.mark.parametrize("name", SERVED)
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """Let no optimizer of another test be the one that an optimizer is made of."""
+    _optimizer.alive.clear()
 
 
 def told(build):

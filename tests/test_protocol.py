@@ -605,10 +605,11 @@ def test_copy_made_before_its_model_does_not_insist_on_it():
     optimizer = selective_optim.AdamW(net.parameters(), **known)
     optimizer, net = copy.deepcopy((optimizer, net))
     net.append(nn.Linear(2, 2))
-    group = {"params": list(net[2].parameters())}
     with pytest.raises(ValueError, match="Pass model=model"):
-        optimizer.add_param_group(dict(group))
-    optimizer.add_param_group({**group, "model": net})
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    # Of the module that lives, or that is given, it is known.
+    optimizer.add_param_group({"params": [net[2].weight]})
+    optimizer.add_param_group({"params": [net[2].bias], "model": net})
     assert optimizer.decay_report().rows[-1].name == "2.bias"
 
 
