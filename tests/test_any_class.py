@@ -1040,3 +1040,20 @@ def test_state_that_a_class_makes_when_constructed_is_none_that_was_loaded(state
     optimizer.param_groups[0].update(initial_lr=2 * LR)
     optimizer.step()
     assert {row.lr0 for row in optimizer.decay_report()} == {LR}
+
+
+def test_new_dict_whose_first_part_is_all_new_takes_its_numbers():
+    """A part of new parameters alone comes before those that had other numbers."""
+    layer, other = model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    own = {"lr": 0.1, "weight_decay": 0.1, "wd_policy": "no_bias", "model": model}
+    optimizer = selective(NAdam)(layer.parameters(), **own)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    params = [other.weight, layer.bias]
+    optimizer.param_groups[:] = [
+        {**optimizer.param_groups[0], "params": params, "lr": 0.0, "betas": (0.5, 0.6)}
+    ]
+    before = [param.detach().clone() for param in params]
+    optimizer.step()
+    assert_same(params, before)

@@ -326,7 +326,9 @@ def split_again(
         ValueError: They come from parts that keep different values.
     """
     mine = [split for split in before if split.group is group]
-    shown = mine[0].shown if mine else None
+    # Known ahead: a part of new parameters alone may come before those that were shown.
+    origin = mine or [split for split, _ in _holders(group["params"], before)]
+    shown = origin[0].shown if origin else None
     # A new dict for tensors of several groups: hyperparameters are those it says.
     settled = {} if mine else _disputed(group, before, keys)
     parts = []
@@ -337,8 +339,6 @@ def split_again(
         ]
         together = [*going_on, *(part for _, part in known)]
         _require_agreement(together, decisions, settled)
-        if known and shown is None:
-            shown = known[0][0].shown
         # The same dict, which the class may know by identity.
         if going_on:
             shown_group = going_on[0].group
@@ -411,7 +411,8 @@ def _kept(split: Split, part: Part) -> Group:
     own = {
         k: v for k, v in part.own.items() if not same(v, split.group.get(k, _ABSENT))
     }
-    if not same(part.group[WD], split.computed(part, WD)):
+    # A new part has none yet where handing it down raised; the step will tell.
+    if not same(part.group.get(WD, wd := split.computed(part, WD)), wd):
         own[WD] = part.group[WD]  # the class writes it itself
     return {"positions": part.positions, **own}
 
