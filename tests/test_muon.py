@@ -13,7 +13,7 @@ from selective_optim import Muon, param_groups, selective
 from selective_optim.policies import is_hidden_matrix
 from tests import zoo
 from tests.support.compare import assert_same
-from tests.support.routes import Net, loss_of, split, twins
+from tests.support.routes import HALVES, Net, loss_of, split, twins
 
 NAMES = ("blocks.0.0.weight", "blocks.1.0.weight")
 
@@ -147,15 +147,7 @@ def test_selective_muon_stays_the_class_over_matrices():
         cls(model.parameters())
 
 
-KEYS = {
-    "use_muon": (True, False),
-    "use_fallback": (False, True),
-    "algorithm": ("muon", "adamw"),
-    "kind": ("muon", "adamw"),
-}
-
-
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", HALVES)
 def test_groups_for_one_object_optimizers_of_others(key):
     model, _ = twins()
     rates = {"muon": 0.02, "adamw": 3e-4}
@@ -165,7 +157,7 @@ def test_groups_for_one_object_optimizers_of_others(key):
         key=key,
     )
     body, decayed, exempt = split(model)
-    muon, adamw = KEYS[key]
+    muon, adamw = HALVES[key]
     assert list(groups) == [
         {"params": body, "weight_decay": 0.1, "lr": 0.02, key: muon},
         {"params": decayed, "weight_decay": 0.1, "lr": 3e-4, key: adamw},

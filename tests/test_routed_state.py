@@ -16,6 +16,7 @@ from selective_optim.policies import is_hidden_matrix
 from tests.support.compare import assert_same
 from tests.support.routes import (
     ADAMW,
+    HALVES,
     MUON,
     Net,
     loss_of,
@@ -148,14 +149,6 @@ def test_without_names_the_line_to_type_leads_there():
     one.load_state_dict(saved)
     theirs = state_by_name(twin, others[0]) | state_by_name(twin, others[1])
     assert_same(state_by_name(model, one), theirs)
-
-
-HALVES = {
-    "use_muon": (True, False),
-    "use_fallback": (False, True),
-    "algorithm": ("muon", "adamw"),
-    "kind": ("muon", "adamw"),
-}
 
 
 @pytest.mark.parametrize("key", HALVES)

@@ -14,6 +14,13 @@ if not hasattr(torch.optim, "Muon"):
     pytest.skip("torch has no Muon before 2.9", allow_module_level=True)
 MUON = {"lr": 0.02, "momentum": 0.9}
 ADAMW = {"lr": 3e-3, "betas": (0.9, 0.95)}
+# What other projects' optimizers read in groups of Muon, and in the others.
+HALVES = {
+    "use_muon": (True, False),
+    "use_fallback": (False, True),
+    "algorithm": ("muon", "adamw"),
+    "kind": ("muon", "adamw"),
+}
 
 
 class Net(nn.Module):
