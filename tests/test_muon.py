@@ -13,8 +13,9 @@ from selective_optim import Muon, param_groups, selective
 from selective_optim.policies import is_hidden_matrix
 from tests import zoo
 from tests.support.compare import assert_same
-from tests.support.routes import HALVES, Net, loss_of, split, twins
+from tests.support.routes import HALVES, Net, loss_of, needs_muon, split, twins
 
+pytestmark = needs_muon
 NAMES = ("blocks.0.0.weight", "blocks.1.0.weight")
 
 
