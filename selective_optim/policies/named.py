@@ -35,7 +35,6 @@ from selective_optim.policies.base import (
     towards,
 )
 from selective_optim.policies.layerwise import layerwise
-from selective_optim.policies.markers import marked
 from selective_optim.policies.predicates import (
     Predicate,
     everything,
@@ -45,7 +44,7 @@ from selective_optim.policies.predicates import (
     is_norm,
     is_vector,
 )
-from selective_optim.policies.recipes import RECIPES
+from selective_optim.policies.recipes import RECIPES, marked
 from selective_optim.policies.selectors import Selector, as_selector, loaded_class
 
 NAMED: dict[str, Policy] = {
