@@ -42,7 +42,7 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
-WINGS = ("policies", "step", "fused", "decisions", "routes", "checkpoint")
+WINGS = ("policies", "step", "fused", "decisions", "routes")
 
 
 def room_of(name: str) -> str:
