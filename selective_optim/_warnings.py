@@ -139,12 +139,9 @@ def warn_of_changes(
     now: Sequence[Any],
     advice: str,
 ) -> None:
-    """Warn once if a checkpoint was made with other decisions than those now taken.
-
-    An entry of ``saved`` that cannot be read, as of another version, is not compared.
-    Without a record, a checkpoint that takes the decay from parameters is told: groups
-    split by hand that became merged ones do, where the first of a group was exempt.
-    """
+    """Warn once if a checkpoint was made with other decisions than those now taken."""
+    # Without a record, groups split by hand may take the decay from parameters: merged
+    # ones have that of the first, which may have been exempt.
     if saved is not None and (changes := _changes(decided, saved, now)):
         warn(
             f"the loaded checkpoint was made with another weight decay policy: "
@@ -192,7 +189,6 @@ def _losers(
     before: Sequence[Any],
     param_groups: Sequence[dict[str, Any]],
 ) -> list[str]:
-    """Label the parameters that a policy decays and whose group's decay is now 0."""
     if all(each.decay.multiplier for each in chain.from_iterable(decided)):
         return []  # without an exempt parameter there was nothing to split
     return [
@@ -222,7 +218,7 @@ def _changes(
 
 
 def _decision_in(entry: Any) -> tuple[float, Any, Any, Any] | None:
-    """Read what makes two decisions different ones out of an entry of a record."""
+    # What cannot be read, as of another version, is not compared.
     try:
         begin = entry[2] if len(entry) > 2 else {}
         target, fixed = begin.get("target"), begin.get("fixed")

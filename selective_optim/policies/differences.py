@@ -51,16 +51,13 @@ class Differences:
     def __str__(self) -> str:
         if not self.rows:
             return f"no difference between {self.a!r} and {self.b!r}"
-        headers = ("name", "shape", "a", "reason", "b", "reason")
-        lines = aligned([headers, *map(_cells, self.rows)])
+        table = [("name", "shape", "a", "reason", "b", "reason")]
+        for row in self.rows:
+            decided = (_text(row.a), row.reason_a, _text(row.b), row.reason_b)
+            table.append((str(row.name), shape_text(row.shape), *decided))
         count = len(self.rows)
         total = "1 parameter differs" if count == 1 else f"{count:,} parameters differ"
-        return "\n".join([f"a: {self.a!r}", f"b: {self.b!r}", *lines, total])
-
-
-def _cells(row: Difference) -> tuple[str, ...]:
-    a, b = _text(row.a), _text(row.b)
-    return (str(row.name), shape_text(row.shape), a, row.reason_a, b, row.reason_b)
+        return "\n".join([f"a: {self.a!r}", f"b: {self.b!r}", *aligned(table), total])
 
 
 def _text(decay: Decay) -> str:
