@@ -302,7 +302,7 @@ class Decider:
     ) -> None:
         """Ask functions of the user's a second time, and warn of other answers."""
         for policy, own, decisions in zip(policies, infos, decided):
-            if policy is None or not policy.asks_user:
+            if policy is None or "anything" not in policy.needs:
                 continue
             for place, (info, first) in enumerate(zip(own, decisions)):
                 then = None
