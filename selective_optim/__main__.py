@@ -36,6 +36,7 @@ EXAMPLE_CALL = "Write for example 'timm:create_model(vit_base_patch16_224)'."
 CALL = re.compile(r"(?P<head>[^()]+)(?:\((?P<arguments>.*)\))?", re.DOTALL)
 KEYWORD = re.compile(r"\s*([A-Za-z_]\w*)\s*=(?!=)(.*)", re.DOTALL)
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+# The keywords are `None` where there are no parentheses.
 Target = tuple[str, str, tuple[Any, ...], dict[str, Any] | None]
 
 
@@ -52,10 +53,7 @@ class Built(NamedTuple):
 
 
 def read_target(text: str) -> Target:
-    """Take apart ``MODULE:NAME``, ``FILE.py:NAME`` or ``MODULE.NAME``, with arguments.
-
-    Without parentheses the keywords are ``None``. All else raises CommandError.
-    """
+    """Take apart ``MODULE:NAME`` or ``FILE.py:NAME``, with arguments if it has any."""
     matched = CALL.fullmatch(text.strip())
     head = matched["head"].strip() if matched else ""
     module, colon, path = head.rpartition(":")
@@ -84,7 +82,7 @@ def _read(path: str) -> str:
 
 
 def _split(text: str) -> Iterator[str]:
-    """Split at the commas that stand in no brackets and no quotes."""
+    # At the commas that stand in no brackets and no quotes.
     part = ""
     for piece in text.split(","):
         part += piece

@@ -69,10 +69,7 @@ NOT_SEARCHED = (type, ModuleType, FunctionType, Tensor, nn.Module, str)
 
 
 def held_optimizers(wrapper: object) -> list[Any]:
-    """List the nearest optimizers that a wrapper holds, in attributes, lists, wrappers.
-
-    Their parameters must be its own, if it has groups.
-    """
+    """List the nearest optimizers that a wrapper holds, and that step its parameters."""
     own, found, covered = param_ids(wrapper), [], set[int]()
     level, seen = [wrapper], {id(wrapper)}
     # Of references; a dict or list takes one. An optimizer may lead far, to a trainer.
