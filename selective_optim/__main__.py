@@ -24,8 +24,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 import selective_optim
-from selective_optim._arguments import param_ids
-from selective_optim._text import aligned
+from selective_optim._text import aligned, param_ids
 from selective_optim.any_optimizer import decay_report
 from selective_optim.audit import audit
 from selective_optim.policies import recipes

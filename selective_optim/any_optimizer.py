@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from selective_optim._arguments import held_optimizers, is_optimizer, require_decay
-from selective_optim._text import received
+from selective_optim._text import held_optimizers, is_optimizer, received, require_decay
 from selective_optim.decay import FORMS, Decay, Decision
 from selective_optim.decisions.state_dict import RECORD, begin_in
 from selective_optim.parameters import ModelIndex

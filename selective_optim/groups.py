@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selective_optim._arguments import copied_groups
 from selective_optim._optimizer import Model, decider_for
-from selective_optim._text import aligned, received
+from selective_optim._text import aligned, copied_groups, received
 from selective_optim.any_class import AnyOptimizer
 from selective_optim.decay import FULL, Decision
 from selective_optim.decisions.decider import Decider

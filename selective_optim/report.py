@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._arguments import param_ids
-from selective_optim._text import aligned
+from selective_optim._text import aligned, param_ids
 from selective_optim.decay import FORMS, Decision, Form, Target, target_text
 from selective_optim.parameters import (
     ModelIndex,

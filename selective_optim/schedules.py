@@ -16,7 +16,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from selective_optim import _torch
-from selective_optim._arguments import held_optimizers, is_optimizer, require_decay
+from selective_optim._text import held_optimizers, is_optimizer, require_decay
 from selective_optim.decay import FORMS, is_zero
 
 Group = dict[str, Any]

@@ -26,7 +26,7 @@ FILES = {
 # From the ground up; a room imports from lower floors, and from its own wing.
 FLOORS = [
     ("_torch", "_text", "decay"),
-    ("_arguments", "_living", "_warnings"),
+    ("_living", "_warnings"),
     ("parameters", "step", "schedules"),
     ("fused", "policies"),
     ("decisions",),

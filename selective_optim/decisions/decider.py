@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from selective_optim import _torch
-from selective_optim._arguments import require_numbers
+from selective_optim._text import require_numbers
 from selective_optim._warnings import (
     warn_if_idle,
     warn_of_misspelt,

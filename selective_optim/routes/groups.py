@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from selective_optim._arguments import NUMBERS
+from selective_optim._text import NUMBERS
 from selective_optim.decay import Decision
 from selective_optim.decisions.decider import Decider
 from selective_optim.decisions.knowledge import Pending

@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from selective_optim._arguments import NUMBERS, require_numbers
 from selective_optim._entries import without
 from selective_optim._optimizer import SelectiveOptimizer
-from selective_optim._text import received, shape_of
+from selective_optim._text import NUMBERS, received, require_numbers, shape_of
 from selective_optim.any_class import selective
 from selective_optim.decay import FULL, Answer, Decision
 from selective_optim.decisions.decider import Decider
