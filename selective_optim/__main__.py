@@ -61,7 +61,9 @@ def read_target(text: str) -> Target:
     if matched is None or not (module and path):
         example = EXAMPLE
         if head.endswith(".py"):
-            found = re.findall(r"^(?:def|class) (\w+)", _read(head), re.MULTILINE)
+            file = Path(head)
+            text_of_file = file.read_text("utf-8", "replace") if file.is_file() else ""
+            found = re.findall(r"^(?:def|class) (\w+)", text_of_file, re.MULTILINE)
             close = get_close_matches("build_model", found, 1, 0.0) or ["build_model"]
             example = f"Write for example {head}:{close[0]}."
         raise CommandError(f"`{text}` is not of the form MODULE:CALLABLE. {example}")
@@ -74,10 +76,6 @@ def read_target(text: str) -> Target:
         else:
             arguments.append(_value(part))
     return module, path, tuple(arguments), keywords
-
-
-def _read(path: str) -> str:
-    return Path(path).read_text("utf-8", "replace") if Path(path).is_file() else ""
 
 
 def _split(text: str) -> Iterator[str]:

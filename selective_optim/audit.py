@@ -13,9 +13,8 @@ from torch import nn
 
 from selective_optim import policies
 from selective_optim._text import aligned, shape_text
-from selective_optim.decay import Decision
 from selective_optim.parameters import ModelIndex, ParameterInfo
-from selective_optim.policies.decide import decide_alone
+from selective_optim.policies.differences import decide_alone
 from selective_optim.policies.predicates import kind_of
 from selective_optim.report import COLORS, DecayReport, make_report, plain
 
@@ -74,18 +73,11 @@ def model_report(
             0  exclude is_bias      0  exempt         1         2
         decayed: 1 tensor, 6 elements; exempt: 1 tensor, 2 elements
     """
-    infos, decisions = _decided(model, wd_policy)
+    infos, decisions = decide_alone(model, wd_policy)
     params = [info.parameter for info in infos]
     group = {"params": params, "lr": math.nan, "weight_decay": weight_decay}
     report = make_report([group], [decisions], lambda group: None, ModelIndex(model))
     return replace(report, remark="")  # an audit lists what looks wrong
-
-
-def _decided(
-    model: nn.Module, wd_policy: object
-) -> tuple[list[ParameterInfo], list[Decision]]:
-    infos = ModelIndex(model).everyone()
-    return infos, decide_alone(policies.as_policy(wd_policy), [model], infos)
 
 
 def find_mistakes(
@@ -113,7 +105,7 @@ def find_hints(model: nn.Module, wd_policy: object = "no_bias_norm") -> list[Fin
 def _findings(model: nn.Module, wd_policy: object) -> Iterator[Finding]:
     policy = policies.as_policy(wd_policy).bind([model])
     author = policies.marked().bind([model])
-    for info, decision in zip(*_decided(model, wd_policy), strict=True):
+    for info, decision in zip(*decide_alone(model, wd_policy), strict=True):
         found, kind, marked = dict[str, str](), kind_of(info), author.decide(info)
         if decays := decision.decay.multiplier != 0:
             # What decays towards anything else than 0 was meant to.

@@ -6,7 +6,7 @@ callable, or an expression in Python or as text. An expression has the functions
 ``layerwise``, ``marked`` and ``named``, and ``*`` between them.
 
 How a decision is made, by ``selective_optim.decisions.decider`` for an optimizer and by
-``decide.decide_alone`` where there is none:
+``differences.decide_alone`` where there is none:
 
 1. ``as_policy`` in ``named.py`` makes a policy of a name, a text, a mapping or a
    callable. The verbs and what every policy can do are in ``base.py``; other policies

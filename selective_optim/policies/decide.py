@@ -241,11 +241,3 @@ def _closest(text: str, names: Sequence[str]) -> list[str]:
         return max(likeness(".".join(parts[i : i + size])) for i in starts)
 
     return sorted(names, key=best, reverse=True)
-
-
-def decide_alone(
-    policy: Policy, roots: Sequence[nn.Module], infos: Sequence[ParameterInfo]
-) -> list[Decision]:
-    """Decide for the parameters of modules where there is no optimizer."""
-    require_matches(policy, infos, lambda selector: False, list)
-    return decide(policy.bind(roots), infos)
