@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from difflib import SequenceMatcher
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 from selective_optim.decay import Decay, Decision, is_zero, target_text
 
@@ -16,7 +16,6 @@ SHOWN = 3  # parameters that a warning names
 # and "weight_decays" 0.96. Keys that others put there are less: "lr_scale" is 0.4.
 RESEMBLANCE = 0.85
 INSIDE = ("selective_optim", "torch", "contextlib")  # packages that warnings skip
-P = TypeVar("P")
 
 
 def warn(message: str) -> None:
@@ -29,10 +28,10 @@ def warn(message: str) -> None:
 
 
 def warn_if_idle(
-    policy: P,
+    policy: Any,
     decays: Iterable[Any],
     multipliers: Collection[float],
-    decays_elsewhere: Callable[[P], bool],
+    decays_elsewhere: Callable[[Any], bool],
 ) -> None:
     """Warn if a policy decays no parameter here or elsewhere, or no group decays."""
     if all(map(is_zero, decays)):
