@@ -119,7 +119,9 @@ class Shown(local):
     ``torch.compile`` runs ``_init_group`` as it is for groups under this name alone.
     """
 
-    param_groups: list[Group] | None = None
+    def __init__(self) -> None:  # in every thread anew
+        # The compiler of 2.7 takes what a class has for what each thread has.
+        self.param_groups: list[Group] | None = None
 
 
 class SelectiveOptimizer(torch.optim.Optimizer):
