@@ -98,8 +98,7 @@ def wanted(
 ) -> list[Wanted]:
     """Ask about parameters, with the shapes that a user knows.
 
-    A shape that is lost or not there yet is ``None``. DeepSpeed's ``zero.Init`` takes
-    the elements away, and leaves the shape in an attribute.
+    A shape that is lost or not there yet is ``None``; DeepSpeed notes what it took.
     """
     pieces = _torch.flattened(params)
     shapes = [
