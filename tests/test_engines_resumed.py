@@ -1,7 +1,8 @@
 """Engines that shard, saved in the middle and resumed: the bits of hand-split groups.
 
 Each trains torch's optimizer, and ours in two parts with all made anew between them.
-Where an engine asks for a GPU, a subclass leaves that question out and nothing else.
+Where an engine asks for a GPU, a subclass leaves out that question, and what of devices
+follows.
 """
 
 import os

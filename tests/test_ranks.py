@@ -230,6 +230,33 @@ def test_every_way_to_decide_otherwise_is_told_once(ranks, case):
     assert sorted(map(len, ranks(step_made, case))) == [0, 1]
 
 
+def step_one_of_four(rank):
+    policies = ("no_bias", "all", "no_bias", {"*": 0.5})
+    dist.new_group([0, 1])  # ranks of a subgroup ask the same store
+    return told(stepped, AdamW, policies[rank], net())
+
+
+@pytest.mark.distributed
+def test_each_late_rank_of_four_compares_with_the_first():
+    with Ranks(world_size=4) as ranks:
+        said = ranks(step_one_of_four)
+    counts = list(map(len, said))
+    assert max(counts) == 1
+    # The first is silent, and so is one that decides as it does.
+    assert counts in ([0, 1, 0, 1], [1, 0, 1, 1], [1, 1, 1, 0])
+
+
+def step_with_nothing(rank):
+    params = [] if rank else net(width=50).parameters()
+    policy = ("no_bias", "all")[rank]
+    return told(lambda: AdamW([{"params": params}], wd_policy=policy).step())
+
+
+@pytest.mark.distributed
+def test_rank_without_parameters_is_silent(ranks):
+    assert ranks(step_with_nothing) == [[], []]
+
+
 def step_alone(rank):
     if rank == 0:
         stepped(AdamW, "no_bias", net(width=20))
