@@ -181,7 +181,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # Without decay from the beginning that is meant, or was told.
         decays = [not is_zero(group["weight_decay"]) for group in self._groups]
         alone = self._decider.whole is None  # else other routes may decay
-        self._watch = Watch(alone and any(decays), rounding=True, ranks=True)
+        self._watch = Watch(alone and any(decays), rounding=True, ranks=alone)
         if "weight_decay" in constants_of(type(self).step):
             self._watch_own_step()
 
@@ -222,6 +222,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         if policy is None:
             self._warn_of_origin(given, group["params"])
         self._watch = self._watch or Watch()
+        self._watch.ranks = self._decider.whole is None
 
     def _append_group(self, group: Group) -> None:
         super().add_param_group(group)
@@ -485,6 +486,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             self._decider = Decider.restored(before, self.param_groups)
             raise
         self._watch = self._watch or Watch()
+        self._watch.ranks = self._decider.whole is None
 
     def _forget_plan(self) -> None:
         self._stepper.forget()

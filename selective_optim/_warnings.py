@@ -90,10 +90,10 @@ def warn_of_other_rank(rank: int, name: str, here: str, there: str, count: int) 
     """Warn that a rank decided otherwise than the one that came first."""
     more = f" (and {count - 1} more)" if count > 1 else ""
     warn(
-        f"rank {rank} decided otherwise than the rank that stepped first: {name!r} is "
-        f"{here} here and {there} there{more}. Pass the same `wd_policy` on every "
-        f"rank, as a text or a mapping from names. Ranks that train apart on purpose "
-        f"may ignore this."
+        f"rank {rank} decided otherwise than the rank that stepped first: {name} is "
+        f"{here} here and {there} there{more}. Pass the same `wd_policy` "
+        f"and routes on every rank, as texts or mappings from names. Ranks that train "
+        f"apart on purpose may ignore this."
     )
 
 

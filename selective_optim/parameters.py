@@ -98,13 +98,15 @@ def wanted(
 ) -> list[Wanted]:
     """Ask about parameters, with the shapes that a user knows.
 
-    A shape that is lost or not there yet is ``None``.
+    A shape that is lost or not there yet is ``None``; DeepSpeed notes what it took.
     """
     pieces = _torch.flattened(params)
-    return [
-        Wanted(p, group, None if is_lazy(p) or id(p) in pieces else p.shape, name)
-        for p, name in zip(params, chain(names, repeat(None)))
+    shapes = [
+        None if is_lazy(p) or id(p) in pieces else getattr(p, "ds_shape", p.shape)
+        for p in params
     ]
+    named = zip(params, shapes, chain(names, repeat(None)))
+    return [Wanted(param, group, shape, name) for param, shape, name in named]
 
 
 def owner_kinds(info: ParameterInfo) -> tuple[str, ...]:

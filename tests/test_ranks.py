@@ -12,10 +12,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from selective_optim import SGD, AdamW, _torch, selective
-from selective_optim.policies import exclude, fixed, is_bias, only, scale, towards
+from selective_optim import SGD, AdamW, Routed, _torch, selective
+from selective_optim.policies import (
+    exclude,
+    fixed,
+    is_bias,
+    is_norm,
+    only,
+    scale,
+    towards,
+)
 from tests.support.distributed import Ranks
 
 NAdam = selective(torch.optim.NAdam)
@@ -81,8 +90,8 @@ def test_rank_that_decides_otherwise_warns_once_and_names_itself(ranks, cls, cas
     assert re.fullmatch(
         rf"rank {late} decided otherwise than the rank that stepped first: '{name}' is "
         rf"{re.escape(here)} here and {re.escape(there)} there( \(and \d more\))?\. "
-        r"Pass the same `wd_policy` on every rank, as a text or a mapping from names\. "
-        r"Ranks that train apart on purpose may ignore this\.",
+        r"Pass the same `wd_policy` and routes on every rank, as texts or mappings "
+        r"from names\. Ranks that train apart on purpose may ignore this\.",
         said[late][0],
     )
 
@@ -128,14 +137,124 @@ def test_ranks_that_decide_alike_and_different_models_are_silent(ranks, cls):
 
 
 def step_without_names(rank):
-    params = list(net().parameters())
-    policy = ("matrices", "all")[rank]
-    return told(lambda: AdamW(params[rank + 1 : rank + 2], wd_policy=policy).step())
+    params = [param.detach() for param in net().parameters()][rank : rank + 1]
+    return told(lambda: AdamW(params, wd_policy=("matrices", "none")[rank]).step())
 
 
 @pytest.mark.distributed
 def test_parameters_that_others_do_not_hold_are_silent(ranks):
     assert ranks(step_without_names) == [[], []]
+
+
+ROUTES = {"a": (is_bias, SGD, {"lr": 0.1}), "b": ("*", SGD, {"lr": 0.1})}
+
+
+def bare(model):
+    return [param.detach() for param in model.parameters()]
+
+
+def thawed(rank, model):
+    """Add a group when training has begun, as those who unfreeze layers do."""
+    policy = exclude(is_bias, is_norm) if rank else exclude(is_bias)
+    optimizer = AdamW(model[0].parameters(), model=model, wd_policy=policy)
+    optimizer.step()
+    optimizer.add_param_group({"params": model[1].parameters()})
+    return optimizer
+
+
+def assigned(rank, model):
+    optimizer = AdamW(model, wd_policy="no_bias")
+    optimizer.step()
+    optimizer.wd_policy = ("no_bias", "all")[rank]
+    return optimizer
+
+
+def routes_assigned(rank, model):
+    optimizer = Routed(model, ROUTES, weight_decay=0.1)
+    optimizer.step()
+    optimizer.wd_policy = ("no_bias", "all")[rank]
+    return optimizer
+
+
+def flattened(rank, model):
+    """FSDP1 leaves pieces of other shapes on every rank, whose names decide."""
+    model = FullyShardedDataParallel(
+        model, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    named = list(model.named_parameters())
+    return AdamW(named, wd_policy=("no_bias", "all")[rank])
+
+
+def other_routes(rank, model):
+    selector = (is_bias, "*.weight")[rank]
+    return Routed(model, {**ROUTES, "a": (selector, SGD, {"lr": 0.1})})
+
+
+def policy_of_a_route(rank, model):
+    arguments = {"lr": 0.1, "wd_policy": (None, "none")[rank]}
+    return Routed(model, {**ROUTES, "b": ("*", SGD, arguments)}, weight_decay=0.1)
+
+
+def policy_of_a_group(rank, model):
+    group = {"params": model.parameters(), "wd_policy": ("no_bias", "all")[rank]}
+    return AdamW([group])
+
+
+OTHERWISE = {
+    "bare": lambda rank, model: AdamW(bare(model), wd_policy=("matrices", "all")[rank]),
+    "callable": lambda rank, model: AdamW(model, wd_policy=lambda info: rank + 1),
+    "init": lambda rank, model: AdamW(model, wd_policy=(None, towards("init"))[rank]),
+    "group": policy_of_a_group,
+    "routes": other_routes,
+    "route": policy_of_a_route,
+    "added": thawed,
+    "assigned": assigned,
+    "assigned-routes": routes_assigned,
+    "flattened": flattened,
+}
+
+
+def step_made(rank, case):
+    def run():
+        width = 30 + list(OTHERWISE).index(case)  # as each is compared once
+        optimizer = OTHERWISE[case](rank, net(width))
+        optimizer.step()
+        optimizer.step()
+
+    return told(run)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_every_way_to_decide_otherwise_is_told_once(ranks, case):
+    assert sorted(map(len, ranks(step_made, case))) == [0, 1]
+
+
+def step_one_of_four(rank):
+    policies = ("no_bias", "all", "no_bias", {"*": 0.5})
+    dist.new_group([0, 1])  # ranks of a subgroup ask the same store
+    return told(stepped, AdamW, policies[rank], net())
+
+
+@pytest.mark.distributed
+def test_each_late_rank_of_four_compares_with_the_first():
+    with Ranks(world_size=4) as ranks:
+        said = ranks(step_one_of_four)
+    counts = list(map(len, said))
+    assert max(counts) == 1
+    # The first is silent, and so is one that decides as it does.
+    assert counts in ([0, 1, 0, 1], [1, 0, 1, 1], [1, 1, 1, 0])
+
+
+def step_with_nothing(rank):
+    params = [] if rank else net(width=50).parameters()
+    policy = ("no_bias", "all")[rank]
+    return told(lambda: AdamW([{"params": params}], wd_policy=policy).step())
+
+
+@pytest.mark.distributed
+def test_rank_without_parameters_is_silent(ranks):
+    assert ranks(step_with_nothing) == [[], []]
 
 
 def step_alone(rank):

@@ -8,7 +8,7 @@ Both is one call that waits for nobody.
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from zlib import compress, decompress
 
@@ -16,26 +16,25 @@ import torch.distributed as dist
 
 from selective_optim import _torch
 from selective_optim._warnings import warn_of_other_rank
-from selective_optim.decisions.table import Row
+from selective_optim.decisions.table import Group, Row
 
 
-def compare_with_first(layout: Sequence[Sequence[Row]]) -> None:
-    """Warn if another rank decided otherwise for parameters of these names.
+def compare_with_first(
+    groups: Sequence[Group], layout: Sequence[Sequence[Row]]
+) -> None:
+    """Warn if another rank decided otherwise for the same parameters.
 
-    Names and shapes are the key: stages of a pipeline share neither, and ranks of
-    ``ZeroRedundancyOptimizer`` hold other parameters. A sweep makes one optimizer after
-    another: the key also counts those of these names that this rank has stepped.
+    Names, or places where there are none, and shapes are the key: stages of a pipeline
+    share neither, and ranks of ``ZeroRedundancyOptimizer`` hold other parameters. A
+    sweep makes one optimizer after another: the key also counts those of these
+    parameters that this rank has stepped.
     """
     store = _torch.store_of_ranks()
     if store is None:
         return
-    decisions = [row.decision for rows in layout for row in rows]
-    named = {decision.telling_name or "": decision for decision in decisions}
-    if "" in named or len(named) < len(decisions):
-        return
-    names = sorted(named)
-    decays = [repr(named[name].decay) for name in names]
-    known = "\n".join(f"{name} {tuple(named[name].shape)}" for name in names)
+    decided = sorted(_decided(groups, layout))
+    decays = [decay for *_, decay in decided]
+    known = "\n".join(f"{name} {shape}" for name, shape, _ in decided)
     key = f"selective_optim/{sha256(known.encode()).hexdigest()}"
     rank = dist.get_rank()
     try:
@@ -51,4 +50,18 @@ def compare_with_first(layout: Sequence[Sequence[Row]]) -> None:
     others = [i for i, decay in enumerate(decays) if decay != there[i]]
     if others:
         at = others[0]
-        warn_of_other_rank(rank, names[at], decays[at], there[at], len(others))
+        warn_of_other_rank(rank, decided[at][0], decays[at], there[at], len(others))
+
+
+def _decided(
+    groups: Sequence[Group], layout: Sequence[Sequence[Row]]
+) -> Iterator[tuple[str, str, str]]:
+    """Name each parameter, its shape, how it decays and which route steps it."""
+    for index, (group, rows) in enumerate(zip(groups, layout)):
+        route = f" on route {group['route']!r}" if "route" in group else ""
+        pieces = _torch.flattened(group["params"])  # of another shape on every rank
+        for place, (param, (_, _, decision, _)) in enumerate(
+            zip(group["params"], rows)
+        ):
+            shape = "" if id(param) in pieces else str(tuple(decision.shape))
+            yield decision.label(index, place), shape, f"{decision.decay!r}{route}"

@@ -39,7 +39,7 @@ class Watch:
         self, taken_over: bool = False, rounding: bool = False, ranks: bool = False
     ) -> None:
         self._taken_over, self._rounding, self._idle = taken_over, rounding, 0
-        self._ranks = ranks
+        self.ranks = ranks
         self._layout: Layout = ()
         self._above: list[int] = []  # by group, steps in a row above its limit
         self._rates: list[Any] = []  # at the last step, if none was
@@ -51,12 +51,9 @@ class Watch:
 
     def look(self, groups: Groups, layout: Layout, kernel: Any) -> Watch | None:
         """Look at a step, and return what looks at the next one."""
-        beginning = self._taken_over or self._rounding or self._ranks
+        beginning = self._taken_over or self._rounding or self.ranks
         if beginning and any(map(_moves, groups)):
-            if self._ranks:
-                self._ranks = False
-                compare_with_first(layout)
-            self._taken_over = self._taken_over and self.is_idle(groups, layout)
+            self.begin(groups, layout)
             params = [param for group in groups for param in group["params"]]
             devices = {param.device for param in params if param.dtype in _torch.HALF}
             if self._rounding and not any(map(_torch.is_capturing, devices)):
@@ -71,13 +68,21 @@ class Watch:
             self._limits = limits if min(limits, default=inf) < inf else []
         if self._limits:
             self._look_at_rates(groups)
-        beginning = self._taken_over or self._rounding or self._ranks
+        beginning = self._taken_over or self._rounding or self.ranks
         return self if beginning or self._limits else None
 
-    def is_idle(self, groups: Groups, layout: Layout) -> bool:
-        """Tell whether no group decays, but not yet for long."""
+    def begin(self, groups: Groups, layout: Layout) -> bool:
+        """Look at a first step that moves; tell whether to look at the next one."""
         if not any(map(_moves, groups)):
             return True
+        if self.ranks:
+            self.ranks = False
+            compare_with_first(groups, layout)
+        self._taken_over = self._taken_over and self._is_idle(groups, layout)
+        return self._taken_over
+
+    def _is_idle(self, groups: Groups, layout: Layout) -> bool:
+        """Tell whether no group decays, but not yet for long."""
         self._idle += 1
         if not all(is_zero(group["weight_decay"]) for group in groups):
             return False

@@ -261,9 +261,13 @@ def known_route(name: object, routes: tuple[Route, ...]) -> Route:
     return found
 
 
-def unused(routes: tuple[Route, ...], taken: Sequence[Sequence[str]]) -> str:
-    """Say which route takes no parameter; empty if each takes some."""
-    used = set(chain(*taken))
+def unused(
+    routes: tuple[Route, ...],
+    taken: Sequence[Sequence[str]],
+    groups: Sequence[Group] = (),
+) -> str:
+    """Say which route takes no parameter; empty if each takes some, or has a group."""
+    used = {*chain(*taken), *(group.get("route") for group in groups)}
     for number, route in enumerate(routes):
         if route.name not in used:
             before = [f"{other.selector!r}" for other in routes[:number]]

@@ -124,8 +124,8 @@ class Routed(torch.optim.Optimizer):
         first = self.param_groups[0]
         self.defaults = {key: first.get(key) for key in ("lr", WD)}
         self._decider.warn_if_weak(self.param_groups)
-        if not all(is_zero(group[WD]) for group in self.param_groups):
-            self._watch = Watch()
+        decays = not all(is_zero(group[WD]) for group in self.param_groups)
+        self._watch = Watch(decays, ranks=True)
         self._decider.index.release()
 
     def _make(self, route: Route, groups: list[Group]) -> None:
@@ -157,7 +157,7 @@ class Routed(torch.optim.Optimizer):
         """
         decider, policies = self._decider, dict[str, Policy | None]()
         taken = ask_routes(decider, self._routes, coming, self.param_groups, strict)
-        if strict and (told := unused(self._routes, taken)):
+        if strict and (told := unused(self._routes, taken, self.param_groups)):
             if not self._may_be_empty:
                 raise ValueError(told)
             warn(told)
@@ -170,7 +170,8 @@ class Routed(torch.optim.Optimizer):
             group = self.param_groups[each.group]
             for route in self._routes:
                 chosen = [i for i, name in enumerate(names) if name == route.name]
-                if not chosen:
+                # A rank that shards groups by route may hold nothing of one.
+                if not chosen and group.get(ROUTE) != route.name:
                     continue
                 part = route.part(group, chosen, self._keys)
                 own_policy = each.policy is not decider.policy
@@ -218,6 +219,11 @@ class Routed(torch.optim.Optimizer):
             self.param_groups[:] = before
             self._distribute()
             raise
+        self._compare_anew()
+
+    def _compare_anew(self) -> None:
+        self._watch = self._watch or Watch()
+        self._watch.ranks = True
 
     def _new_parts(self, group: Any) -> list[Group]:
         """Split a group by routes, unless it says where it goes."""
@@ -317,6 +323,7 @@ class Routed(torch.optim.Optimizer):
                 restored.whole = self._decider
                 optimizer._decided_anew()
             raise
+        self._compare_anew()
 
     def decay_report(self) -> DecayReport:
         """Tell what decays, and by which route it is stepped."""
@@ -385,9 +392,12 @@ class Routed(torch.optim.Optimizer):
             except (TypeError, ValueError, RuntimeError) as error:
                 with self._numbered(name):
                     raise error
-        layout = self._decider.laid_out
-        if self._watch and not self._watch.is_idle(self.param_groups, layout):
-            self._watch = None
+        if self._watch is not None:
+            parts = list(self.optimizers.values())
+            groups = [group for part in parts for group in part.param_groups]
+            layout = [rows for part in parts for rows in part._decider.laid_out]
+            if not self._watch.begin(groups, layout):
+                self._watch = None
         return loss
 
     def _require_ready(self) -> None:
