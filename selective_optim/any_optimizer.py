@@ -18,6 +18,7 @@ from selective_optim._arguments import held_optimizers, is_optimizer, require_de
 from selective_optim._text import received
 from selective_optim.decay import FORMS, Decay, Decision
 from selective_optim.decisions.state_dict import RECORD
+from selective_optim.decisions.watch import LOSS
 from selective_optim.parameters import ModelIndex
 from selective_optim.policies.decide import NO_POLICY
 from selective_optim.report import (
@@ -31,7 +32,6 @@ from selective_optim.report import (
     remark_of,
     split_wrongly,
 )
-from selective_optim.step.half_precision import LOSS
 
 RATE = 1e-2  # of the step that is measured
 

@@ -7,10 +7,10 @@ Cells of equal hyperparameters make a bucket, which is one call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,17 +19,23 @@ from selective_optim import _torch
 from selective_optim.decay import DecayKey
 from selective_optim.fused.counters import Counters
 from selective_optim.fused.guards import flat
-from selective_optim.step.grad_scaler import Scaling
-from selective_optim.step.implementation import (
+from selective_optim.step.kernels import Kernel
+from selective_optim.step.parts import (
+    DecidedParam,
+    Part,
     counts_beside,
     fusable,
     joins,
-    one_of_each,
 )
-from selective_optim.step.kernel import Kernel
-from selective_optim.step.parts import DecidedParam, Part
 from selective_optim.step.passes import pass_calls
-from selective_optim.step.setting import Batch, Call, Groups, Setting, States
+from selective_optim.step.setting import (
+    Batch,
+    Call,
+    Groups,
+    Scaling,
+    Setting,
+    States,
+)
 
 Lists = Sequence[list[Tensor]]
 
@@ -166,20 +172,15 @@ class Bucket:
 
     def fits(self, grads: Sequence[Tensor]) -> bool:
         """Look at every tensor, one by one: can the fused kernel walk it?"""
-        columns = (self.batch.params, grads, *self.batch.moments)
-        found = one_of_each(columns)
-        rows: Iterable[Any] = zip(*columns, strict=True)
-        if found is not None:
-            rows = [(param, param) for param in found]
+        batch = self.batch
         alike = all(
             param.dtype == self.key.dtype
             and param.device == self.key.device
             and fusable(self._kernel, param, moments)
             and joins(param, grad)
-            for param, grad, *moments in rows
+            for param, grad, *moments in zip(batch.params, grads, *batch.moments)
         )
-        counted = zip(self.batch.params, self.batch.steps)
-        return alike and all(counts_beside(param, step) for param, step in counted)
+        return alike and all(map(counts_beside, batch.params, batch.steps))
 
     def present(self, there: Sequence[bool] | None) -> Batch:
         """Keep the parameters that have a gradient."""
@@ -199,10 +200,10 @@ class Bucket:
         """
         kernel, setting = self._kernel, self.setting
         calls: list[Call] = []
-        if setting.decay_pass is not None:
+        if (decay_pass := setting.share.decay_pass) is not None:
             own = setting.arguments
             calls, scaling = pass_calls(
-                *(setting.decay_pass, own["lr"], own["maximize"], batch),
+                *(decay_pass, own["lr"], own["maximize"], batch),
                 *(partial(kernel.direction, setting), scaling),
             )
         return [*calls, kernel.fused_call(setting, batch, scaling)]

@@ -7,8 +7,8 @@ the layout of the parts still holds, also of those that the class steps.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from itertools import compress, groupby
 from operator import attrgetter, eq, length_hint, methodcaller
 from typing import Any, NamedTuple
@@ -30,12 +30,19 @@ from selective_optim.fused.guards import (
     same_objects,
     without_gradients,
 )
-from selective_optim.step.grad_scaler import NO_SCALING, Scaling, Scalings
-from selective_optim.step.implementation import make_layout, require_dense
-from selective_optim.step.kernel import Kernel, require_no_nan
-from selective_optim.step.parts import DecidedParam, Part
-from selective_optim.step.setting import Call, Groups, Setting, States
+from selective_optim.step.kernels import Kernel, require_no_nan
+from selective_optim.step.parts import DecidedParam, Part, make_layout, require_dense
+from selective_optim.step.setting import (
+    NO_SCALING,
+    Call,
+    Groups,
+    Scaling,
+    Setting,
+    States,
+    scaling_on,
+)
 
+OnDevice = Callable[[torch.device], Any]  # a scaling, on a device
 _call = methodcaller("__call__")
 _place_of, _grad_layout_of = attrgetter("dtype", "device"), attrgetter("grad.layout")
 
@@ -158,7 +165,8 @@ class Plan:
         for cell in self._cells:
             index, decay_key, single, *kind = cell.key
             # The group's numbers of now: cells outlive a schedule, settings do not.
-            setting = self._kernel.setting(groups[index], decay_key)
+            group = groups[index]
+            setting = self._kernel.setting(group, self._kernel.share(group, decay_key))
             single &= self._threads > 1
             key = (setting.key, single, *kind)
             together.setdefault(key, (setting, single, []))[2].append(cell)
@@ -174,7 +182,7 @@ class Plan:
         # in place shows nowhere: then they are bound at every step.
         self._program: Program | None = None
         self._live = any(bucket.setting.live for bucket in self._buckets)
-        self._fleeting = any(bucket.setting.fleeting for bucket in self._buckets)
+        self._fleeting = any(bucket.setting.share.fleeting for bucket in self._buckets)
 
     def _arrange(self, groups: Groups, merged: list[list[Cell]]) -> None:
         """Lay out the parameters, bucket after bucket: plain ones, then sharded."""
@@ -364,7 +372,7 @@ class Plan:
 
     def run(self, grads: Grads, scaling: Scaling) -> None:
         """Step every bucket; counters advance before and fall back if skipped."""
-        scalings = Scalings(scaling)
+        scaled = cache(partial(scaling_on, scaling))  # moved to each device once
         # Into the lists that calls are bound to, and out of them in any case: gradients
         # that someone sets to None must be freed.
         for bucket in self._buckets:
@@ -374,16 +382,18 @@ class Plan:
             steady = scaling == NO_SCALING and grads.there is None and not self._live
             if program is None or not steady:
                 # Scales, absent gradients and tensor rates are of this step alone.
-                program = self._assemble(grads.there, scalings)
+                program = self._assemble(grads.there, scaling, scaled)
                 self._program = program if steady else None
-            self._perform(program, scalings)
+            self._perform(program, scaled)
         finally:
             for bucket in self._buckets:
                 bucket.batch.grads.clear()
             if not self._keeps:
                 self._release()
 
-    def _assemble(self, there: list[bool] | None, scalings: Scalings) -> Program:
+    def _assemble(
+        self, there: list[bool] | None, scaling: Scaling, scaled: OnDevice
+    ) -> Program:
         advance = self._advance if there is None else self._advance_of(there)
         calls: list[Call] = []
         ends = []
@@ -395,16 +405,16 @@ class Plan:
                 if bucket.single_thread != single:
                     single = bucket.single_thread
                     calls.append(self._on(1 if single else self._threads))
-                own = scalings.on(bucket.key.device)
-                calls += bucket.calls(batch, own)
+                calls += bucket.calls(batch, scaled(bucket.key.device))
             ends.append(len(calls))
         if single:
             calls.append(self._on(self._threads))
+        dropping = scaling.found_inf is not None
         return Program(
             before=advance.by(lambda device: 1.0),
             calls=calls,
             ends=ends,
-            after=advance.by(scalings.backward) if scalings.dropping else [],
+            after=advance.by(lambda d: -scaled(d).found_inf) if dropping else [],
             threads=self._threads if any(b.single_thread for b in self._buckets) else 0,
             lasting=advance.lasting and not any(map(_holds_a_tensor, calls)),
         )
@@ -421,7 +431,7 @@ class Plan:
             self._present = there, self._counters.advance(steps)
         return self._present[1]
 
-    def _perform(self, program: Program, scalings: Scalings) -> None:
+    def _perform(self, program: Program, scaled: OnDevice) -> None:
         """Run all calls without a line of Python between them.
 
         Python looks for signals between lines: an interrupt comes before the first
@@ -436,10 +446,10 @@ class Plan:
                 self._on(program.threads)()
             if rest := length_hint(left):
                 done = len(program.calls) + len(program.after) - rest
-                self._take_back(program, done, scalings)
+                self._take_back(program, done, scaled)
             raise
 
-    def _take_back(self, program: Program, done: int, scalings: Scalings) -> None:
+    def _take_back(self, program: Program, done: int, scaled: OnDevice) -> None:
         """Let the counters of buckets that a failed call left out stand as before."""
         if done < 0:  # it was a counter that failed
             return
@@ -447,6 +457,6 @@ class Plan:
             call()
         for bucket, end in zip(self._buckets, program.ends):
             if end > done and bucket.batch.steps:
-                dropped = scalings.on(bucket.key.device).found_inf
+                dropped = scaled(bucket.key.device).found_inf
                 amount = -1.0 if dropped is None else dropped - 1.0
                 _torch.foreach_add_(bucket.batch.steps, amount)

@@ -12,17 +12,17 @@ from selective_optim import _torch
 from selective_optim.fused.counters import Counters
 from selective_optim.fused.guards import params_of
 from selective_optim.fused.plan import Grads, Plan
-from selective_optim.step.grad_scaler import Scaling
-from selective_optim.step.implementation import (
+from selective_optim.step.kernels import Kernel, require_no_nan
+from selective_optim.step.parts import (
+    DecidedParam,
+    Part,
     counts_beside,
     fused_choice,
     make_layout,
     require_dense,
     wants_fused,
 )
-from selective_optim.step.kernel import Kernel, require_no_nan
-from selective_optim.step.parts import DecidedParam, Part
-from selective_optim.step.setting import Groups, State, States
+from selective_optim.step.setting import Groups, Scaling, State, States
 
 Place = tuple[torch.dtype, torch.device]
 # Off, the class steps what a plan would: the same bits, more calls.

@@ -28,7 +28,7 @@ from selective_optim.decisions.decider import (
 )
 from selective_optim.decisions.initial_values import base_rate
 from selective_optim.decisions.knowledge import Pending
-from selective_optim.decisions.watch import Watch
+from selective_optim.decisions.watch import Watch, loss_of
 from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy, as_policy
 from selective_optim.report import DecayReport, make_report
@@ -41,8 +41,7 @@ from selective_optim.routes.route import (
     unused,
 )
 from selective_optim.routes.states import States
-from selective_optim.step.grad_scaler import NO_SCALING, scaling_of
-from selective_optim.step.half_precision import loss_of
+from selective_optim.step.setting import NO_SCALING, scaling_of
 
 Group = dict[str, Any]
 ROUTE, WD = "route", "weight_decay"

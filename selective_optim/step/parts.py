@@ -3,32 +3,36 @@
 The optimizer's own class steps them as if they were groups split by hand. For SGD, Adam
 and AdamW a part is a list of positions; the group that the class sees is a view, made
 for one step, so that everything else in it is what the user's group says now.
+
+Where the user left the implementation open, fused is taken where it is right. What
+its tensors do not allow goes where the flags of its group say.
 """
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from selective_optim import _torch
 from selective_optim.decay import DecayKey, Decision
+from selective_optim.step.kernels import Kernel
+from selective_optim.step.setting import PLAIN, Group, Groups, State, States
+
+_traits = attrgetter("device", "shape", "layout")
 
 
 class DecidedParam(NamedTuple):
-    """One parameter with what was decided for it.
-
-    Args:
-        param: The parameter.
-        group: Index of its group.
-        position: Where it stands there.
-        decision: How it decays; an ``init`` lies as the parameter does.
-    """
+    """One parameter with what was decided for it."""
 
     param: Tensor
-    group: int
-    position: int
-    decision: Decision
+    group: int  # index of its group
+    position: int  # where it stands there
+    decision: Decision  # its ``init`` lies as the parameter does
 
     @property
     def label(self) -> str:
@@ -37,53 +41,220 @@ class DecidedParam(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What the parameters of a part have in common.
+    """What the parameters of a part have in common."""
 
-    Args:
-        group: Index of their group.
-        decay_key: What was decided for them.
-        fused: Whether torch's fused kernel steps them right; else they go where the
-            flags of their group say.
-        sharded: Whether that kernel gets the local shards of ``DTensor``s.
-        first: Whether their momentum begins with this step: torch's fused SGD begins
-            all buffers of a call or none.
-    """
-
-    group: int
+    group: int  # index of their group
     decay_key: DecayKey
-    fused: bool = False
-    sharded: bool = False
+    fused: bool = False  # torch's fused kernel steps them; else as their group's flags
+    sharded: bool = False  # that kernel gets the local shards of DTensors
+    # Momentum begins in this step: torch's fused SGD begins that of all or none.
     first: bool = False
 
 
 @dataclass(eq=False)
 class Part:
-    """Parameters that the class steps as one group.
-
-    Args:
-        key: What they have in common.
-        label: Names one of them in messages.
-        positions: Their numbers among all parameters of all groups.
-        inits: What they decay towards, where that is a tensor for each.
-    """
+    """Parameters that the class steps as one group."""
 
     key: Key
-    label: str
-    positions: list[int] = field(default_factory=list)
-    inits: list[Tensor] = field(default_factory=list)
+    label: str  # names one of them in messages
+    positions: list[int] = field(default_factory=list)  # among all of all groups
+    inits: list[Tensor] = field(default_factory=list)  # targets, if a tensor for each
 
 
 class Layout(NamedTuple):
-    """All parts of a step.
-
-    Args:
-        parts: In the order in which their first parameter stands in the groups.
-        idle: Positions of parameters that never had a gradient. Their implementation
-            is chosen with the first one.
-        once: Whether the next step may need other parts: momentum begins in this one,
-            or a gradient keeps its parameter from the fused kernel.
-    """
+    """All parts of a step, in the order of their first parameters."""
 
     parts: list[Part]
+    # Positions of those that never had a gradient. The first one decides where they go.
     idle: list[int]
+    # Whether the next step may need other parts: momentum begins in this one, or a
+    # gradient keeps its parameter from the fused kernel.
     once: bool
+
+
+def free_choice(group: Group) -> bool:
+    """Tell whether the user left the implementation open."""
+    return group.get("fused") is None and group.get("foreach") is None
+
+
+def fused_choice(kernel: Kernel, group: Group) -> bool | None:
+    """Tell whether a group goes to the fused kernel; ``None`` where that is open.
+
+    Asked once per group: it looks at every hyperparameter.
+    """
+    if group["differentiable"]:
+        return False
+    if group["fused"]:
+        return True
+    return None if free_choice(group) and kernel.takes_numbers(group) else False
+
+
+def wants_fused(kernel: Kernel, choice: bool | None, param: Tensor) -> bool:
+    """Tell whether a parameter goes to the fused kernel if its tensors allow it.
+
+    Where nothing was chosen, fused is taken where it is right: it is exact to
+    hand-split torch with ``fused=True``, and the fastest on every device measured.
+    """
+    return kernel.trusted(param) if choice is None else choice
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Tell whether a tensor fills its memory without gaps or overlap."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _beside(param: Tensor, other: Tensor) -> bool:
+    """Tell whether a tensor walks memory as the parameter does, on its device."""
+    if type(other) not in PLAIN or _traits(other) != _traits(param) or other.is_neg():
+        return False
+    if param.stride() == other.stride() or param.numel() == 0:
+        return True
+    strides = zip(param.stride(), other.stride(), param.shape, strict=True)
+    return all(a == b for a, b, size in strides if size > 1)
+
+
+def fusable(kernel: Kernel, param: Tensor, moments: Sequence[Tensor]) -> bool:
+    """Tell whether torch's fused kernel steps these tensors right.
+
+    It walks memory from the first element on: on the CPU a view with gaps would be
+    written into its neighbors and a transposed moment misread (torch 2.7 to 2.15,
+    measured).
+    """
+    return (
+        type(param) in PLAIN
+        and param.layout == torch.strided
+        and param.dtype in _torch.FUSED_DTYPES
+        and param.device.type in _torch.FUSED_DEVICES
+        and is_dense(param)
+        and not param.is_neg()
+        and all(
+            _beside(param, moment) and kernel.takes_beside(param, moment)
+            for moment in moments
+        )
+    )
+
+
+def joins(param: Tensor, grad: Tensor) -> bool:
+    """Tell whether a gradient can go beside its parameter into the fused kernel."""
+    return grad.dtype == param.dtype and _beside(param, grad)
+
+
+def counts_beside(param: Tensor, step: object) -> bool:
+    """Tell whether a fused kernel can read a step counter."""
+    return (
+        isinstance(step, Tensor)
+        and step.dtype == torch.float32
+        and step.device == param.device
+        and step.numel() == 1
+    )
+
+
+def _shards(tensors: Sequence[Tensor]) -> list[Tensor] | None:
+    """Return the local shards of ``DTensor``s, or ``None`` if they are placed apart."""
+    first = tensors[0]
+    if any(type(tensor) is not type(first) for tensor in tensors):
+        return None
+    where = _torch.placement(first)
+    if any(_torch.placement(tensor) != where for tensor in tensors):
+        return None
+    if any(placement.is_partial() for placement in where[1]):
+        return None
+    return [_torch.local_tensor(tensor) for tensor in tensors]
+
+
+def make_layout(
+    kernel: Kernel,
+    groups: Groups,
+    params: Sequence[DecidedParam],
+    states: States,
+    stepped: Container[int],
+    choosing: bool = True,
+) -> Layout:
+    """Sort the parameters into parts, and choose the implementation of each.
+
+    Args:
+        kernel: Of the optimizer's class.
+        groups: Its parameter groups.
+        params: All of their parameters, in order.
+        states: Its state, by parameter.
+        stepped: Ids of the tokens of those that the last layout had a part for. They
+            keep one while they have no gradient, so that a gradient that comes and
+            goes needs no other layout.
+        choosing: Whether to choose fused where that is open; else all of them go
+            where the flags of their group say.
+    """
+    choices = [choosing and fused_choice(kernel, group) for group in groups]
+    parts: dict[Key, Part] = {}
+    known_parts: dict[object, Part] = {}  # by what is quicker to compare than keys
+    idle: list[int] = []
+    once = False
+    for number, each in enumerate(params):
+        group, choice = groups[each.group], choices[each.group]
+        own = {} if choice is False and not group["fused"] else states.get(each.param)
+        absent = each.param.grad is None
+        begun = kernel.has_state(own, group)
+        known = absent and begun and id(_torch.token_of(each.param)) in stepped
+        if choice is not False and absent and not known:
+            idle.append(number)
+            continue
+        fused, sharded, misfit = (
+            (False, False, False)
+            if choice is False
+            else _takes_fused(kernel, group, choice, each.param, own or {})
+        )
+        first = bool(fused or group["fused"]) and not (begun or absent or kernel.counts)
+        once |= misfit or first
+        decay, *_, lr0, init = each.decision
+        own_key = each.group, id(decay), lr0, init is None, fused, sharded, first
+        part = known_parts.get(own_key)
+        if part is None:
+            key = Key(each.group, each.decision.decay_key, fused, sharded, first)
+            part = parts.setdefault(key, Part(key, each.label))
+            known_parts[own_key] = part
+        part.positions.append(number)
+        if init is not None:
+            part.inits.append(init)
+    return Layout(list(parts.values()), idle, once)
+
+
+def _takes_fused(
+    kernel: Kernel, group: Group, choice: bool | None, param: Tensor, own: State
+) -> tuple[bool, bool, bool]:
+    """Tell whether a parameter is fused, by shards, and misfit by its gradient alone.
+
+    A gradient that is absent now is taken to fit; it is looked at when it comes.
+    """
+    if not wants_fused(kernel, choice, param):
+        return False, False, False
+    sharded = type(param) is _torch.dtensor_class()
+    found = [own.get(entry) for entry in kernel.entries(group)] if own else []
+    tensors = [param, *(entry for entry in found if entry is not None)]
+    local = _shards(tensors) if sharded else tensors
+    fused = (
+        local is not None
+        and fusable(kernel, local[0], local[1:])
+        and ("step" not in own or counts_beside(local[0], own["step"]))
+    )
+    if not fused or param.grad is None:
+        return fused, fused and sharded, False
+    pair = _shards([param, param.grad]) if sharded else [param, param.grad]
+    fits = pair is not None and joins(*pair)
+    return fits, fits and sharded, not fits
+
+
+def require_dense(
+    kernel: Kernel, groups: Groups, params: Sequence[DecidedParam]
+) -> None:
+    """Raise RuntimeError if a parameter with a sparse gradient cannot be stepped."""
+    for each in params:
+        grad = each.param.grad
+        if grad is not None and grad.is_sparse:
+            decay = each.decision.decay
+            kernel.refuse_sparse(groups[each.group], decay, each.label)

@@ -20,14 +20,16 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim.decay import is_zero
-from selective_optim.step.grad_scaler import Scaling, unless_dropped, unscale_
 from selective_optim.step.setting import (
     PLAIN,
     Batch,
     Call,
     DecayPass,
     Direction,
+    Scaling,
     lr_on_device,
+    unless_dropped,
+    unscale_,
 )
 
 # Elements that are at hand at a time. On ResNet-50 and two cores 2 ** 17 to 2 ** 19
