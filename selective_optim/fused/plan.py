@@ -17,8 +17,14 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.fused.buckets import Bucket, Cell, begin_state, make_cells
-from selective_optim.fused.counters import Advance, Counters
+from selective_optim.fused.buckets import (
+    Advance,
+    Bucket,
+    Cell,
+    Counters,
+    begin_state,
+    make_cells,
+)
 from selective_optim.fused.guards import (
     GroupsGuard,
     TensorsGuard,
@@ -306,9 +312,12 @@ class Plan:
             grad if grad is None else _torch.local_tensor(grad)
             for grad in whole[self._plain :]
         ]
-        return Grads(
-            [*whole[: self._plain], *shards], there if self._some_absent else None
-        )
+        local = [*whole[: self._plain], *shards]
+        if self._some_absent:
+            return Grads(local, there)
+        if self._buckets and not self.once:  # the layout has just looked at all
+            self._tensors.admit(self._walked(local))
+        return Grads(local)
 
     def _reread(self, groups: Groups) -> bool:
         """Take over new hyperparameters; not where the parts depend on them."""
@@ -341,16 +350,18 @@ class Plan:
             except AttributeError:  # a gradient is None, or not sharded where it was
                 return None
             local = [*whole[: self._plain], *shards]
-        # State that nobody outside has seen is what the last step left.
-        tensors = (*self._local, *local)
-        if self._exposed:
-            tensors = (*tensors, *self._moments, *self._steps)
+        tensors = self._walked(local)
         if not self._tensors.holds(tensors):
             # No proof yet, or those of another dispatch state: look once, and remember.
             if not look or not all(b.fits(local[b.part]) for b in self._buckets):
                 return None
             self._tensors.admit(tensors)
         return Grads(local, there)
+
+    def _walked(self, local: list[Any]) -> tuple[Tensor, ...]:
+        """List the tensors to look at; state unseen is what the last step left."""
+        seen = (*self._moments, *self._steps) if self._exposed else ()
+        return (*self._local, *local, *seen)
 
     def _shards_still(self, whole: list[Any]) -> bool:
         assert self._active is not None  # gathered

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.fused.counters import Counters
+from selective_optim.fused.buckets import Counters
 from selective_optim.fused.guards import params_of
 from selective_optim.fused.plan import Grads, Plan
 from selective_optim.step.kernels import Kernel, require_no_nan

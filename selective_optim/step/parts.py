@@ -10,10 +10,10 @@ its tensors do not allow goes where the flags of its group say.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
-from typing import NamedTuple
+from operator import attrgetter, methodcaller
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from selective_optim.step.kernels import Kernel
 from selective_optim.step.setting import PLAIN, Group, Groups, State, States
 
 _traits = attrgetter("device", "shape", "layout")
+_place, _kind = attrgetter("dtype", "device"), attrgetter("dtype", "device", "shape")
+_is_contiguous, _is_neg = methodcaller("is_contiguous"), methodcaller("is_neg")
 
 
 class DecidedParam(NamedTuple):
@@ -191,6 +193,8 @@ def make_layout(
             where the flags of their group say.
     """
     choices = [choosing and fused_choice(kernel, group) for group in groups]
+    tensors = [each.param for each in params]
+    all_fused = _all_fused(kernel, groups, set(choices), tensors, states)
     parts: dict[Key, Part] = {}
     known_parts: dict[object, Part] = {}  # by what is quicker to compare than keys
     idle: list[int] = []
@@ -205,8 +209,8 @@ def make_layout(
             idle.append(number)
             continue
         fused, sharded, misfit = (
-            (False, False, False)
-            if choice is False
+            (all_fused, False, False)
+            if all_fused or choice is False
             else _takes_fused(kernel, group, choice, each.param, own or {})
         )
         first = bool(fused or group["fused"]) and not (begun or absent or kernel.counts)
@@ -222,6 +226,47 @@ def make_layout(
         if init is not None:
             part.inits.append(init)
     return Layout(list(parts.values()), idle, once)
+
+
+def _all_fused(
+    kernel: Kernel,
+    groups: Groups,
+    choices: Collection[bool | None],
+    params: Sequence[Tensor],
+    states: States,
+) -> bool:
+    """Tell at one look, in C, whether all parameters are fused; ``False`` says nothing.
+
+    The usual case takes a fifth of the time of one look after another.
+    """
+    owns = [states.get(param) or {} for param in params]
+    entries = set(map(kernel.entries, groups)) if any(owns) else {()}
+    if False in choices or len(entries) != 1:
+        return False
+    try:
+        moments = [[own[entry] for own in owns] for entry in entries.pop()]
+        columns: list[list[Any]] = [[*params], [p.grad for p in params], *moments]
+        kinds = list(map(_kind, params))
+        alike = all(
+            list(map(_kind, column)) == kinds
+            and {*PLAIN}.issuperset(map(type, column))
+            and all(map(_is_contiguous, column))
+            and not any(map(_is_neg, column))
+            for column in columns
+        )
+    except (KeyError, AttributeError, RuntimeError):
+        return False
+    one_of_each = dict(zip(map(_place, params), params)).values()
+    return (
+        alike
+        and all(fusable(kernel, param, ()) for param in one_of_each)
+        and all(wants_fused(kernel, c, p) for c in choices for p in one_of_each)
+        and all(
+            counts_beside(param, own["step"])
+            for param, own in zip(params, owns)
+            if "step" in own
+        )
+    )
 
 
 def _takes_fused(
