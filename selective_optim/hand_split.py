@@ -8,16 +8,27 @@ from typing import Any
 
 from torch import Tensor
 
-from selective_optim._arguments import copied_groups
+from selective_optim._arguments import NUMBERS, copied_groups
 from selective_optim._optimizer import Model, decider_for
 from selective_optim._text import aligned
 from selective_optim.any_class import AnyOptimizer
 from selective_optim.decay import FULL, Decision
 from selective_optim.decisions.decider import Decider
+from selective_optim.decisions.knowledge import Pending
+from selective_optim.policies.selectors import as_selector
 from selective_optim.report import DecayReport, Row, make_row
-from selective_optim.routes.groups import Part, by_route, marks_of, with_one_decay
-from selective_optim.step.lasting import WD, Group, by_decay, pick, share_of
+from selective_optim.routes.loading import KEYS
+from selective_optim.routes.route import Route, ask_routes, unused
+from selective_optim.step.lasting import (
+    PER_PARAM,
+    WD,
+    Group,
+    by_decay,
+    pick,
+    share_of,
+)
 
+Part = tuple[Group, Sequence[Decision], str]
 HEADERS = ("group", "lr", "decay", "tensors", "elements", "route", "reason")
 
 
@@ -148,8 +159,8 @@ def param_groups(
     ]
     named = all(decision.name for decisions in decided for decision in decisions)
     if routes is not None:
-        named, marks = False, marks_of(routes, key, values)
-        whole = by_route(
+        named, marks = False, _marks_of(routes, key, values)
+        whole = _by_route(
             [group for group, *_ in whole], decided, decider, routes, marks
         )
     split = [
@@ -157,7 +168,7 @@ def param_groups(
         for group, decisions, route in whole
         for part, chosen in _parts(group, decisions, named)
     ]
-    decider.warn_if_weak([with_one_decay({**defaults, **group}) for group in groups])
+    decider.warn_if_weak([_with_one_decay({**defaults, **group}) for group in groups])
     decider.index.release()
     rows = [
         _row(index, group, decision, param, route)
@@ -197,3 +208,67 @@ def _row(
     share = decision._replace(decay=FULL)
     row = make_row(index, {"lr": float("nan"), **group}, share, None, param)
     return replace(row, route=route)
+
+
+def _by_route(
+    groups: Sequence[Group],
+    decided: Sequence[Sequence[Decision]],
+    decider: Decider,
+    routes: Mapping[str, Any],
+    marks: Group,
+) -> Iterator[Part]:
+    """Split groups by route, and mark those of each so that they are told apart."""
+    known = tuple(Route(name, as_selector(item)) for name, item in routes.items())
+    coming = [
+        Pending(index, group["params"], group.get("param_names", ()), None)
+        for index, group in enumerate(groups)
+    ]
+    taken = ask_routes(decider, known, coming, groups, strict=True)
+    if told := unused(known, taken):
+        raise ValueError(told)
+    for group, decisions, names in zip(groups, decided, taken):
+        for name in routes:
+            chosen = [i for i, own in enumerate(names) if own == name]
+            values = {
+                k: _of(name, k, v) for k, v in group.items() if k not in PER_PARAM
+            }
+            params = [group["params"][i] for i in chosen]
+            part = {"params": params, **values, **marks[name]}
+            if chosen:
+                yield part, [decisions[i] for i in chosen], name
+
+
+def _of(name: str, key: str, value: Any) -> Any:
+    """Take a route's own number of a mapping."""
+    if key not in NUMBERS or not isinstance(value, Mapping):
+        return value
+    if name not in value:
+        raise ValueError(
+            f"`{key}` has no number for route {name!r}. Write {key}="
+            f"{{{name!r}: ..., ...}}, one for each route."
+        )
+    return value[name]
+
+
+def _with_one_decay(group: Group) -> Group:
+    """Take the largest decay of a group that has one for each route."""
+    wd = group.get(WD)
+    return {**group, WD: max(wd.values())} if isinstance(wd, Mapping) else group
+
+
+def _marks_of(
+    routes: Mapping[str, Any], key: str, values: Mapping[str, Any] | None
+) -> dict[str, Group]:
+    names = list(routes)
+    if values is not None and (missing := [n for n in names if n not in values]):
+        raise ValueError(
+            f"`values` has none for route {missing[0]!r}. Write one for each route."
+        )
+    if values is None and key not in KEYS:
+        raise ValueError(
+            f"what {key!r} holds is not known; known keys are "
+            f"{', '.join(map(repr, KEYS))}. Pass one of these, or say what your "
+            f"optimizer reads there: values={{{names[0]!r}: True, ...}}."
+        )
+    own = values or {name: KEYS[key](name, names) for name in names}
+    return {name: {key: own[name]} for name in names}

@@ -18,7 +18,7 @@ from selective_optim import _torch
 from selective_optim._arguments import copied_groups, require_numbers
 from selective_optim._optimizer import Model, SelectiveOptimizer, decider_for
 from selective_optim._warnings import warn
-from selective_optim.any_class import MODES, READING, as_torch_reads
+from selective_optim.any_class import MODES, READING, as_torch_reads, selective
 from selective_optim.decay import is_zero
 from selective_optim.decisions.decider import (
     WRITTEN,
@@ -32,7 +32,7 @@ from selective_optim.decisions.watch import Watch, loss_of
 from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy, as_policy
 from selective_optim.report import DecayReport, make_report
-from selective_optim.routes.loading import joined, loadable, warn_of_new
+from selective_optim.routes.loading import States, joined, loadable, warn_of_new
 from selective_optim.routes.route import (
     Route,
     ask_routes,
@@ -40,7 +40,6 @@ from selective_optim.routes.route import (
     read_routes,
     unused,
 )
-from selective_optim.routes.states import States
 from selective_optim.step.setting import NO_SCALING, scaling_of
 
 Group = dict[str, Any]
@@ -107,7 +106,7 @@ class Routed(torch.optim.Optimizer):
         wd_policy: WdPolicy = None,
         model: Model = None,
     ) -> None:
-        self._routes = read_routes(routes)
+        self._routes = read_routes(routes, selective)
         require_numbers({WD: weight_decay})
         self._decider = decider_for(model, wd_policy)
         self.optimizers = {}

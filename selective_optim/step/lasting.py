@@ -46,13 +46,7 @@ def flag_of(group: Group) -> str | None:
 
 
 def share_of(group: Group, decay_key: DecayKey, form: Form | None) -> Share:
-    """Share the decay of a part out between the class and a pass.
-
-    Args:
-        group: The user's group.
-        decay_key: What was decided for the part.
-        form: The form of the class where no group can choose it, if that is known.
-    """
+    """Share the decay of a part out between the class and a pass."""
     flag = flag_of(group)
     if flag is None:
         return share(group, decay_key, form, (form,) if form else ())
@@ -84,22 +78,15 @@ def alike(a: object, b: object) -> bool:
 
 @dataclass(eq=False)
 class Part:
-    """Parameters of one group with one decay, and the group that the class sees.
-
-    Args:
-        decay_key: What was decided for them.
-        group: What the class sees and writes to.
-        positions: Where its parameters stand in the user's group. They are in the
-            part's own while the class sees it: one that leaves must be freed.
-        tokens: What is theirs and nobody else's, see ``_torch.token_of``.
-        inits: What they decay towards, where that is a tensor for each.
-    """
+    """Parameters of one group with one decay, and the group that the class sees."""
 
     decay_key: DecayKey
-    group: Group
+    group: Group  # what the class sees and writes to
+    # Where its parameters stand in the user's group. They are in the part's own while
+    # the class sees it: one that leaves must be freed.
     positions: list[int]
-    tokens: list[object]
-    inits: list[Tensor] = field(default_factory=list)
+    tokens: list[object]  # theirs and nobody else's, see `_torch.token_of`
+    inits: list[Tensor] = field(default_factory=list)  # targets, if a tensor for each
 
     @property
     def own(self) -> Group:
@@ -109,19 +96,12 @@ class Part:
 
 @dataclass(eq=False)
 class Split:
-    """A user's group and its parts.
-
-    Args:
-        group: The user's.
-        parts: At least one, which has no parameters where the group has none.
-        form: The form of the class where no group can choose it, if that is known.
-        shown: What stood in the group when it was last looked at.
-    """
+    """A user's group and its parts."""
 
     group: Group
-    parts: list[Part]
-    form: Form | None = None
-    shown: Group = field(default_factory=dict)
+    parts: list[Part]  # at least one, with no parameters where the group has none
+    form: Form | None = None  # of the class, if it is known and no group can choose it
+    shown: Group = field(default_factory=dict)  # the group when last looked at
 
     def fill(self) -> None:
         """Give the parts their parameters, for the class to see."""
@@ -165,9 +145,7 @@ class Split:
     def hand_down(self, keys: Collection[str]) -> None:
         """Write what has changed in the group into its parts.
 
-        Args:
-            keys: Hyperparameters; their tensors serve all parts at once. Another
-                tensor is one that each part keeps for itself.
+        Tensors under ``keys`` serve all parts; each part keeps others for itself.
         """
         # Asked for key by key: a group may be a dict that computes what is read.
         group, shown = {key: self.group[key] for key in self.group}, self.shown
@@ -204,10 +182,7 @@ class Split:
         return any(FORMS[form].follows_lr for form in forms if form is not None)
 
     def _require_common(self, key: str) -> None:
-        """Check that a value is not one that the class sets for each part apart.
-
-        A schedule that goes on from the group's would go on from none of theirs.
-        """
+        # A schedule that goes on from the group's would go on from none of theirs.
         first, *others = [part.group.get(key, _ABSENT) for part in self.parts]
         if not all(alike(first, other) for other in others):
             raise ValueError(
@@ -244,8 +219,7 @@ class Split:
     def share_tensors(self, keys: Collection[str]) -> None:
         """Let all parts read one tensor for each hyperparameter.
 
-        Some classes turn a rate into a tensor of each group; schedulers write into
-        the one that they see.
+        Some classes make a tensor of a rate; schedulers write into the one they see.
         """
         first, *others = [part.group for part in self.parts]
         for key in keys:
@@ -317,13 +291,10 @@ def split_again(
     before: Sequence[Split],
     keys: Collection[str],
 ) -> Split:
-    """Split a group whose parameters or decisions have changed; see :meth:`fill`.
+    """Split a group whose parameters or decisions have changed, or raise ValueError.
 
     The part with the same decay goes on. A new one takes over what the parts that its
-    parameters come from keep for themselves.
-
-    Raises:
-        ValueError: They come from parts that keep different values.
+    parameters come from keep for themselves, which must be the same.
     """
     mine = [split for split in before if split.group is group]
     # Known ahead: a part of new parameters alone may come before those that were shown.
@@ -385,7 +356,6 @@ def _holders(
 def _require_agreement(
     parts: Sequence[Part], decisions: Sequence[Decision], settled: Collection[str]
 ) -> None:
-    """Check that parts that become one keep the same of their own."""
     for part in parts[1:]:
         for key, value in parts[0].own.items():
             other = part.own.get(key, _ABSENT)
@@ -420,11 +390,7 @@ def _kept(split: Split, part: Part) -> Group:
 def saved_parts(
     state_dict: Mapping[str, Any], record: Any, splits: Sequence[Split]
 ) -> list[list[Group]]:
-    """Read what a state dict holds for each part alone, before anything is loaded.
-
-    Raises:
-        ValueError: Parameters of one part were saved in parts that differ.
-    """
+    """Read what a state dict holds for each part alone, before anything is loaded."""
     records = record or [[] for _ in splits]
     return [
         [_saved_own(saved, part.positions, own) for part in split.parts]
@@ -438,14 +404,7 @@ def load_parts(
     saved: Sequence[Sequence[Group]],
     keys: Collection[str],
 ) -> None:
-    """Give the parts what was saved for them, in the groups that loading has made.
-
-    Args:
-        splits: The parts.
-        groups: The user's groups, which torch makes anew on loading.
-        saved: Of :func:`saved_parts`.
-        keys: Hyperparameters, whose tensors serve all parts at once.
-    """
+    """Give the parts what was saved for them, in the groups that loading has made."""
     for split, group, owns in zip(splits, groups, saved):
         split.group = group
         for part, own in zip(split.parts, owns):

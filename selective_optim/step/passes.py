@@ -51,13 +51,8 @@ def pass_calls(
 ) -> tuple[list[Call], Scaling]:
     """Return the calls of a pass before the step, and what of the scale is left.
 
-    Args:
-        decay_pass: What to do.
-        lr: Rate of this step.
-        maximize: Whether the gradient is followed uphill.
-        batch: The tensors; gradients are read when the calls run, and written to.
-        direction: Tells the sign of the update; ``"cautious"`` alone asks.
-        scaling: What the kernel would be given of a ``GradScaler``.
+    Gradients are read when the calls run, and written to. ``"cautious"`` alone asks
+    for the direction.
     """
     lr = lr_on_device(lr, batch.params)
     if decay_pass.applied == "decoupled" and decay_pass.target == 0.0:
@@ -84,13 +79,9 @@ def decay_agreeing_(
     batch: Batch,
     before: Sequence[Tensor],
 ) -> None:
-    """Decay cautiously after a step: the update is what the step has changed.
+    """Decay cautiously after a step: the update is what has changed since before.
 
-    Args:
-        decay_pass: What to do.
-        rate: ``lr * wd``.
-        batch: The parameters after the step, and their targets.
-        before: The parameters as they were.
+    The rate is ``lr * wd``.
     """
     for i, (param, old) in enumerate(zip(batch.params, before, strict=True)):
         piece = Piece([param], [old], [], batch.targets[i : i + 1], [])
@@ -125,18 +116,14 @@ def _shrinking(
 def _shrink_unless_(
     params: list[Tensor], factor: float | Tensor, found_inf: Tensor
 ) -> None:
-    """Multiply in place where no infinity was found, without asking the device."""
     for param in params:
         param.copy_(unless_dropped(found_inf, param * factor, param))
 
 
 class Piece(NamedTuple):
-    """Tensors that are computed at once, parameter by parameter in every list.
+    """Tensors that are computed at once, parameter by parameter in every list."""
 
-    ``into`` is where results go: the parameters themselves, or new gradients.
-    """
-
-    into: Sequence[Tensor]
+    into: Sequence[Tensor]  # where results go: the parameters, or new gradients
     params: Sequence[Tensor]
     grads: Sequence[Tensor]
     targets: Sequence[Tensor]
@@ -182,7 +169,6 @@ def _pull_gradients_(
 
 
 def _offset(decay_pass: DecayPass, joined: Tensor, piece: Piece) -> Tensor:
-    """Return how far parameters are from their targets."""
     if isinstance(decay_pass.target, str):
         return joined - _joined(piece.targets)
     return joined - decay_pass.target if decay_pass.target else joined
@@ -292,7 +278,6 @@ def _joined_moments(moments: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _parted(joined: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Take apart again what was joined."""
     if len(like) == 1:
         return [joined]
     # torch 2.7 gives what has no elements another shape.
@@ -301,7 +286,6 @@ def _parted(joined: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _write_(params: Sequence[Tensor], joined: Tensor) -> None:
-    """Give parameters the values that were computed for them together."""
     if len(params) == 1 or torch.is_grad_enabled():  # where autograd follows
         for param, new in zip(params, _parted(joined, params)):
             param.copy_(new)
