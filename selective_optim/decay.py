@@ -19,24 +19,17 @@ Number = float | Tensor
 
 
 class FormKind(NamedTuple):
-    """What a form does, per step and element, before torch's update.
+    """What a form does, per step and element, before torch's update."""
 
-    Args:
-        formula: With rate ``lr``, decay ``wd``, parameter ``p``, target ``t`` (0 by
-            default), gradient ``g``, and ``u``, by ``lr`` times which torch lowers
-            the parameter.
-        applied: Which of three things happens: ``"l2"`` adds to the gradient,
-            ``"decoupled"`` moves the parameter, ``"cautious"`` moves a part of it.
-        strength: What stands for ``wd`` there, of ``wd``, ``lr`` and ``lr0``.
-        needs_lr0: Whether ``strength`` reads the rate that training began with.
-        follows_lr: Whether it changes with the rate of now.
-    """
-
+    # With rate `lr`, decay `wd`, parameter `p`, target `t` (0 by default), gradient
+    # `g`, and `u`, by `lr` times which torch lowers the parameter.
     formula: str
+    # "l2" adds to the gradient, "decoupled" moves the parameter, "cautious" a part.
     applied: Literal["l2", "decoupled", "cautious"]
+    # What stands for `wd` in that, of `wd`, `lr` and `lr0`.
     strength: Callable[[Number, Number, float], Number]
-    needs_lr0: bool = False
-    follows_lr: bool = False
+    needs_lr0: bool = False  # whether that reads the rate that training began with
+    follows_lr: bool = False  # whether it changes with the rate of now
 
 
 FORMS: dict[Form, FormKind] = {
@@ -221,15 +214,10 @@ def as_decay(value: object) -> Decay:
 
 
 class DecayKey(NamedTuple):
-    """All of a decision that a number depends on; what is equal in it decays alike.
-
-    Args:
-        decay: What was decided.
-        lr0: The rate that training began with, where the form needs it; else ``None``.
-    """
+    """All of a decision that a number depends on; what is equal in it decays alike."""
 
     decay: Decay
-    lr0: float | None = None
+    lr0: float | None = None  # the rate that training began with, if the form needs it
 
 
 FULL_KEY = DecayKey(FULL)
@@ -243,30 +231,19 @@ class Answer(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """A policy's answer for one parameter, with what was known of it when it was taken.
-
-    Args:
-        decay: How it decays.
-        reason: The selector or policy that decided.
-        name: Canonical name, or ``None`` where no name is known.
-        shape: Original shape; the present one where that is lost.
-        kinds: Class of the module that holds it, and that class's bases; empty
-            where no module is known.
-        own_name: The name that tells it from others that share ``name``: what a
-            parametrization made several of, as weight norm; else ``None``.
-        lr0: Its group's rate when it was added, or the ``"initial_lr"`` that the
-            group came with; ``None`` where no optimizer steps it.
-        init: What it was when training began, where it decays towards that; ``None``
-            until then.
-    """
+    """A policy's answer for one parameter, with what was known of it at that time."""
 
     decay: Decay
-    reason: str
-    name: str | None
-    shape: torch.Size
-    kinds: tuple[str, ...]
+    reason: str  # the selector or policy that decided
+    name: str | None  # canonical, if any is known
+    shape: torch.Size  # the original one; that of now where it is lost
+    kinds: tuple[str, ...]  # class of the module that holds it, if known, and its bases
+    # Tells it from others that share `name`: those that a parametrization made of one.
     own_name: str | None = None
+    # Its group's rate when it was added, or the "initial_lr" that the group came with;
+    # None where no optimizer steps it.
     lr0: float | None = None
+    # What it was when training began, where it decays towards that; None until then.
     init: Tensor | None = None
 
     @property

@@ -253,7 +253,7 @@ def _unjoinable(params: Sequence[Tensor]) -> list[bool]:
     """
     times = Counter(map(id, params))
     return [
-        type(param) not in PLAIN or view or times[id(param)] > 1
+        not _torch.CAN_JOIN or type(param) not in PLAIN or view or times[id(param)] > 1
         for param, view in zip(params, _are_views(params))
     ]
 
