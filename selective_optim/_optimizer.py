@@ -393,7 +393,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _step_all(self, choosing: bool, planned: bool, compiling: bool) -> None:
         """Step the parts: the class those that are not planned, then the plan."""
         stepper, scaling = self._stepper, scaling_of(self)
-        given = (self.param_groups, self, self._states)
+        given = (self.param_groups, self.decided_params, self._states)
         begun = stepper.begin(*given, choosing, planned)
         try:
             if begun.parts:

@@ -57,10 +57,8 @@ _finish = torch.no_grad()(ClassStep.finish)
 
 
 def as_torch_reads(group: Group, before: Iterable[Group], **defaults: Any) -> Group:
-    """Let torch read and check a group, and no class that would step it.
-
-    Not with other defaults in an optimizer meanwhile: an interrupt would leave them.
-    """
+    """Let torch read and check a group, and no class that would step it."""
+    # Not with other defaults in an optimizer meanwhile: an interrupt would leave them.
     reading = SimpleNamespace(
         defaults={**READING, **defaults}, param_groups=list(before)
     )
@@ -139,13 +137,7 @@ class AnyOptimizer(SelectiveOptimizer):
         return [*self.defaults, *self._keys]
 
     def _read(self, params: Any, keys: Iterable[str], lr: Any) -> list[Group]:
-        """Read parameters as torch does, and decide for them.
-
-        Args:
-            params: As for the optimizer's class.
-            keys: What the class reads in a group.
-            lr: The rate of groups that bring none, if the class has rates.
-        """
+        """Read parameters as torch does, and decide for them."""
         self._keys = tuple(keys)
         reading = {**READING, "lr": lr}
         torch.optim.Optimizer.__init__(self, self._decider.read(params), reading)
@@ -466,12 +458,19 @@ def _make(cls: OptimizerClass) -> OptimizerClass:
 
 
 def _constructor(cls: OptimizerClass) -> Callable[..., None]:
-    """Make a constructor with the signature of the class, and ours at its end."""
+    """Make one with the signature of the class, and our keywords at its end."""
 
     def __init__(self: AnyOptimizer, params: Any, *args: Any, **kwargs: Any) -> None:
         AnyOptimizer.__init__(self, params, *args, **kwargs)
 
-    vars(__init__)["__signature__"] = _signature(cls)
+    given = list(inspect.signature(cls.__init__).parameters.values())
+    rest = [p for p in given if p.kind is Parameter.VAR_KEYWORD]
+    others = [p for p in given if p.kind is not Parameter.VAR_KEYWORD]
+    ours = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=None)
+        for name in ("wd_policy", "model")
+    ]
+    vars(__init__)["__signature__"] = Signature([*others, *ours, *rest])
     return __init__
 
 
@@ -496,18 +495,6 @@ def _seeing_parts(name: str) -> Callable[..., Any]:
 
     method.__name__ = name
     return method
-
-
-def _signature(cls: OptimizerClass) -> Signature:
-    """Add our arguments to those of a constructor, keyword-only and last."""
-    given = list(inspect.signature(cls.__init__).parameters.values())
-    rest = [p for p in given if p.kind is Parameter.VAR_KEYWORD]
-    others = [p for p in given if p.kind is not Parameter.VAR_KEYWORD]
-    ours = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=None)
-        for name in ("wd_policy", "model")
-    ]
-    return Signature([*others, *ours, *rest])
 
 
 @lru_cache

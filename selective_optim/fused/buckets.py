@@ -44,7 +44,6 @@ from selective_optim.step.setting import (
     States,
 )
 
-Lists = Sequence[list[Tensor]]
 Amount = Callable[[torch.device], float | Tensor]
 _device_of = attrgetter("device")
 
@@ -138,11 +137,12 @@ def begin_state(
 class Bucket:
     """Cells of equal settings, stepped by one call of torch's fused kernel.
 
-    ``positions`` number its parameters among all of all groups; ``part`` says which
-    of a plan's parameters are its own; ``entries`` names their state. The lists of
-    ``batch`` stay, and so do calls that are bound to them; tensors are in them for the
-    time that they are at hand.
+    The lists of ``batch`` stay, and so do calls that are bound to them; tensors are in
+    them for the time that they are at hand.
     """
+
+    setting: Setting
+    single_thread: bool  # whether one thread is to run the call
 
     def __init__(
         self,
@@ -153,18 +153,17 @@ class Bucket:
     ) -> None:
         self._kernel = kernel
         self.key, self.label = cells[0].key, cells[0].label
+        # Of its parameters, among all of all groups, and among those of a plan.
         self.positions: list[int] = flat(cell.positions for cell in cells)
-        self.inits: list[Tensor] = flat(cell.inits for cell in cells)
         self.part = slice(start, start + len(self.positions))
+        self.inits: list[Tensor] = flat(cell.inits for cell in cells)
         # In the order in which torch asks for them, and misses one that is gone.
         self.entries = (*entries, "step") if kernel.counts else entries
         self.batch = Batch([], [[] for _ in entries], [])
 
-    def take(self, setting: Setting, single_thread: bool) -> None:
-        """Take over hyperparameters, and whether one thread is to run the call."""
-        self.setting, self.single_thread = setting, single_thread
-
-    def load(self, part: slice, params: list[Tensor], columns: Lists) -> None:
+    def load(
+        self, part: slice, params: list[Tensor], columns: Sequence[list[Tensor]]
+    ) -> None:
         """Take in this bucket's part of the tensors of the steps to come."""
         batch = self.batch
         batch.params[:] = params[part]
@@ -202,11 +201,7 @@ class Bucket:
         return Batch(params, moments, steps, targets, grads)
 
     def calls(self, batch: Batch, scaling: Scaling) -> list[Call]:
-        """Return calls that step a batch: torch's fused kernel, bound to its lists.
-
-        The lists are read when the calls run, so a batch whose gradients are
-        replaced in place is stepped again by the same calls.
-        """
+        """Return calls that step a batch, whose lists are read when the calls run."""
         kernel, setting = self._kernel, self.setting
         calls: list[Call] = []
         if (decay_pass := setting.share.decay_pass) is not None:
@@ -302,15 +297,13 @@ class Advance:
 
 
 class Counters:
-    """The blocks of counters of one optimizer.
-
-    ``joining`` says whether counters may be views: nobody outside sees them, and no
-    CUDA graph remembers where they lie.
-    """
+    """The blocks of counters of one optimizer."""
 
     def __init__(self) -> None:
         self._blocks: list[Block] = []
         self._viewed = False  # whether any counter may be a view, also of a block gone
+        # Whether counters may be views: nobody outside sees them, and no CUDA graph
+        # remembers where they lie.
         self.joining = True
 
     def reserve(self, device: torch.device, now: int, later: int) -> list[Tensor]:

@@ -101,8 +101,7 @@ class Plan:
     """The parts of a step, and the kernel calls of those that are fused.
 
     Where someone outside may edit the state (``exposed``), a plan keeps no tensor
-    between steps: what is replaced or cleared is freed at once. ``stepped`` has the
-    tokens of the parameters that the last plan had a part for, by id.
+    between steps: what is replaced or cleared is freed at once.
     """
 
     def __init__(
@@ -152,7 +151,7 @@ class Plan:
         """Note who has a part, who has none yet, and what would change the rest."""
         # Tokens and not parameters: a model that is gone must not live on in a plan.
         tokens = [_torch.token_of(tensors[i]) for part in parts for i in part.positions]
-        self.stepped = dict(zip(map(id, tokens), tokens))
+        self.stepped = dict(zip(map(id, tokens), tokens))  # for the next plan
         # Those in no part never had a gradient; the first one needs a new plan.
         self._any_idle = bool(idle)
         self._idle = picker(idle)
@@ -183,7 +182,7 @@ class Plan:
             self._arrange(groups, merged)
             self._merged = merged
         for bucket, (setting, single, _) in zip(self._buckets, together.values()):
-            bucket.take(setting, single)
+            bucket.setting, bucket.single_thread = setting, single
         # Calls are bound to numbers. Where a number is a tensor, one that is written to
         # in place shows nowhere: then they are bound at every step.
         self._program: Program | None = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from selective_optim.step.parts import (
 from selective_optim.step.setting import Groups, Scaling, State, States
 
 Place = tuple[torch.dtype, torch.device]
+# Lists every parameter, in order, with what was decided for it.
+Decided = Callable[[], Sequence[DecidedParam]]
 # Off, the class steps what a plan would: the same bits, more calls.
 PLANNING = _torch.CAN_PLAN
 
@@ -35,13 +37,6 @@ class Begun(NamedTuple):
     parts: list[Part]
     plan: Plan | None = None
     grads: Grads | None = None
-
-
-class Owner(Protocol):
-    """What a plan asks an optimizer for, at the steps that need it."""
-
-    def decided_params(self) -> Sequence[DecidedParam]:
-        """List every parameter, in order, with what was decided for it."""
 
 
 class Stepper:
@@ -124,7 +119,7 @@ class Stepper:
     def begin(
         self,
         groups: Groups,
-        owner: Owner,
+        decided: Decided,
         states: States,
         choosing: bool,
         planned: bool,
@@ -137,13 +132,13 @@ class Stepper:
         # A group may be a dict that computes what is read, which no guard sees.
         if not (PLANNING and planned and set(map(type, groups)) <= {dict}):
             self._plan = None
-            return Begun(self._unplanned(groups, owner, states, choosing))
+            return Begun(self._unplanned(groups, decided(), states, choosing))
         self._busy = True
         try:
             plan = self._plan
             grads = None if plan is None else plan.current_grads(groups, states)
             if plan is None or grads is None:
-                plan = self._new_plan(groups, owner.decided_params(), states)
+                plan = self._new_plan(groups, decided(), states)
                 grads = plan.first_grads()
         except BaseException:
             self.forget()  # an interrupt may have left it half changed
@@ -152,10 +147,13 @@ class Stepper:
         return Begun(plan.rest, plan, grads)
 
     def _unplanned(
-        self, groups: Groups, owner: Owner, states: States, choosing: bool
+        self,
+        groups: Groups,
+        params: Sequence[DecidedParam],
+        states: States,
+        choosing: bool,
     ) -> list[Part]:
         """Make the parts anew; by fused kernels, too, the class steps them."""
-        params = owner.decided_params()
         require_no_nan(self.kernel, groups)
         require_dense(self.kernel, groups, params)
         self._follow_moved(groups, params, states)

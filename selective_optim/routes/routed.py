@@ -149,9 +149,7 @@ class Routed(torch.optim.Optimizer):
     def _decided_parts(self, coming: Sequence[Pending], strict: bool) -> list[Group]:
         """Split groups by route, and decide for what each route takes.
 
-        Args:
-            coming: Groups that were read.
-            strict: Whether every route must take something, as in a constructor.
+        If ``strict``, as in a constructor, every route must take something.
         """
         decider, policies = self._decider, dict[str, Policy | None]()
         taken = ask_routes(decider, self._routes, coming, self.param_groups, strict)

@@ -92,7 +92,7 @@ class Kernel:
 
     def trusted(self, param: Tensor) -> bool:
         """Tell whether the fused kernel is right for this dtype and device."""
-        raise NotImplementedError  # pragma: no cover
+        return True
 
     def takes_beside(self, param: Tensor, moment: Tensor) -> bool:
         """Tell whether the fused kernel reads a moment of this dtype."""
@@ -176,9 +176,6 @@ class AdamKernel(Kernel):
     def entries(self, group: Group) -> tuple[str, ...]:
         moments = ("exp_avg", "exp_avg_sq")
         return (*moments, "max_exp_avg_sq") if group.get("amsgrad") else moments
-
-    def trusted(self, param: Tensor) -> bool:
-        return True
 
     def takes_beside(self, param: Tensor, moment: Tensor) -> bool:
         pair = (param.dtype, moment.dtype)
