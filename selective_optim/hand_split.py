@@ -19,14 +19,7 @@ from selective_optim.policies.selectors import as_selector
 from selective_optim.report import DecayReport, Row, make_row
 from selective_optim.routes.loading import KEYS
 from selective_optim.routes.route import Route, ask_routes, unused
-from selective_optim.step.lasting import (
-    PER_PARAM,
-    WD,
-    Group,
-    by_decay,
-    pick,
-    share_of,
-)
+from selective_optim.step.lasting import PER_PARAM, WD, Group, by_decay, pick, share_of
 
 Part = tuple[Group, Sequence[Decision], str]
 HEADERS = ("group", "lr", "decay", "tensors", "elements", "route", "reason")

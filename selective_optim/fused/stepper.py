@@ -217,5 +217,5 @@ class Stepper:
                 if isinstance(value, Tensor):
                     dtype, device = value.dtype, value.device
                     own[entry] = value.to(
-                        now[0] if dtype == was[0] and entry != "step" else dtype,
+                        now[0] if dtype == was[0] and entry != "step" else dtype
                     ).to(now[1] if device == was[1] else device)

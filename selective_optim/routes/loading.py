@@ -54,9 +54,7 @@ class States(MutableMapping[Any, Any]):
     """State by parameter, each where the optimizer that steps it keeps it."""
 
     def __init__(
-        self,
-        optimizers: Mapping[str, torch.optim.Optimizer],
-        groups: Sequence[Group],
+        self, optimizers: Mapping[str, torch.optim.Optimizer], groups: Sequence[Group]
     ) -> None:
         self._optimizers, self._groups = optimizers, groups
 

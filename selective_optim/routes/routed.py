@@ -20,12 +20,7 @@ from selective_optim._optimizer import Model, SelectiveOptimizer, decider_for
 from selective_optim._warnings import warn
 from selective_optim.any_class import MODES, READING, as_torch_reads, selective
 from selective_optim.decay import is_zero
-from selective_optim.decisions.decider import (
-    WRITTEN,
-    Decider,
-    kept_on_error,
-    part_of,
-)
+from selective_optim.decisions.decider import WRITTEN, Decider, kept_on_error, part_of
 from selective_optim.decisions.initial_values import base_rate
 from selective_optim.decisions.knowledge import Pending
 from selective_optim.decisions.watch import Watch, loss_of

@@ -74,10 +74,7 @@ def pass_calls(
 
 
 def decay_agreeing_(
-    decay_pass: DecayPass,
-    rate: float | Tensor,
-    batch: Batch,
-    before: Sequence[Tensor],
+    decay_pass: DecayPass, rate: float | Tensor, batch: Batch, before: Sequence[Tensor]
 ) -> None:
     """Decay cautiously after a step: the update is what has changed since before.
 
