@@ -34,6 +34,7 @@ from selective_optim.step.lasting import (
     WD,
     Group,
     Split,
+    chosen_form,
     flag_of,
     load_parts,
     record_of_parts,
@@ -107,7 +108,6 @@ class AnyOptimizer(SelectiveOptimizer):
         self._made()
 
     def _construct(self, groups: list[Group], args: Any, kwargs: Any) -> None:
-        """Let the class make its groups of the parts of the user's."""
         decided = self._decider.decisions(groups, {})
         splits = [split_group(*pair, None) for pair in zip(groups, decided)]
         self._class_adds = True
@@ -122,22 +122,18 @@ class AnyOptimizer(SelectiveOptimizer):
         self._splits = splits
 
     def _adopt(self, splits: Iterable[Split], made: Iterable[Group]) -> None:
-        """Take over the groups that the class made of parts."""
         groups = iter(made)
         for split in splits:
             split.adopt([next(groups) for _ in split.parts], self.defaults)
             split.empty()
-            split.form = self._form_without_flag(split.group)
+            if flag_of(split.group) is None:
+                split.form = form_of_class(self, split.group)
             refusals.require_forms(self, split)
-
-    def _form_without_flag(self, group: Group) -> Form | None:
-        return None if flag_of(group) else form_of_class(self, group)
 
     def _group_keys(self) -> Iterable[str]:
         return [*self.defaults, *self._keys]
 
     def _read(self, params: Any, keys: Iterable[str], lr: Any) -> list[Group]:
-        """Read parameters as torch does, and decide for them."""
         self._keys = tuple(keys)
         reading = {**READING, "lr": lr}
         torch.optim.Optimizer.__init__(self, self._decider.read(params), reading)
@@ -195,7 +191,6 @@ class AnyOptimizer(SelectiveOptimizer):
 
     @_torch.disable_dynamo
     def _enter(self) -> None:
-        """Bring the parts up to date and show them to the class."""
         self._begin_training()
         self._hand_down()
         refusals.require_no_index_overrides(self, self._parts)
@@ -218,7 +213,6 @@ class AnyOptimizer(SelectiveOptimizer):
                 split.empty()
 
     def _hand_down(self) -> None:
-        """Write what the user wrote into groups into their parts."""
         self._arrange()
         for split in self._splits:
             split.hand_down(self.defaults)
@@ -254,8 +248,7 @@ class AnyOptimizer(SelectiveOptimizer):
         self._arrange()
 
     def _default_form(self, group: Group) -> Form | None:
-        flag = flag_of(group)
-        return None if flag is None else "decoupled" if group[flag] else "l2"
+        return chosen_form(group)
 
     @property
     def param_groups(self) -> list[Group]:
@@ -353,7 +346,6 @@ class AnyOptimizer(SelectiveOptimizer):
         return called
 
     def _seeing_parts(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Run a method of the class with its groups as parts."""
         own = getattr(super(SelectiveOptimizer, self), method)
         if self._inside or self._class_adds:
             return own(*args, **kwargs)

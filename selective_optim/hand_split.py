@@ -52,14 +52,7 @@ class SplitGroups(list[dict[str, Any]]):
 
 
 class Reader(AnyOptimizer):
-    """Reads groups and decides for them; no class steps them here.
-
-    Args:
-        params: As for :func:`param_groups`.
-        decider: Decides for them.
-        keys: What may stand in a group.
-        lr: The rate of groups that bring none.
-    """
+    """Reads groups and decides for them; no class steps them here."""
 
     def __init__(
         self, params: Any, decider: Decider, keys: Iterable[str], lr: Any
@@ -232,7 +225,6 @@ def _by_route(
 
 
 def _of(name: str, key: str, value: Any) -> Any:
-    """Take a route's own number of a mapping."""
     if key not in NUMBERS or not isinstance(value, Mapping):
         return value
     if name not in value:
@@ -244,7 +236,6 @@ def _of(name: str, key: str, value: Any) -> Any:
 
 
 def _with_one_decay(group: Group) -> Group:
-    """Take the largest decay of a group that has one for each route."""
     wd = group.get(WD)
     return {**group, WD: max(wd.values())} if isinstance(wd, Mapping) else group
 

@@ -258,12 +258,8 @@ def _fits(saved: StateDict, optimizer: torch.optim.Optimizer, decided: Decided) 
         names = list(read(saved, None))
     except ValueError:  # without names the order is believed, as torch does
         return True
-    mine = _names(decided)
+    mine = [decision.telling_name for own in decided for decision in own]
     return names == mine or None in mine or len(set(mine)) < len(mine)
-
-
-def _names(decided: Decided) -> list[str | None]:
-    return [decision.telling_name for own in decided for decision in own]
 
 
 def _by_name(

@@ -82,15 +82,7 @@ def _each_tensor(own: State, change: Callable[[Any], Any]) -> State:
 def view_of(
     part: Part, group: Group, kernel: Kernel, params: Sequence[Tensor], reading: bool
 ) -> View:
-    """Make the view of a part for one step.
-
-    Args:
-        part: Which parameters, and what they have in common.
-        group: The user's group that they are of.
-        kernel: Of the optimizer's class.
-        params: All parameters of all groups, in order.
-        reading: See ``setting.share``.
-    """
+    """Make the view of a part of a user's group, among all parameters of all groups."""
     key = part.key
     shared = kernel.share(group, key.decay_key, reading)
     mine = [params[i] for i in part.positions]
@@ -116,15 +108,9 @@ def view_of(
 
 @dataclass(eq=False)
 class ClassStep:
-    """Surrounds a step of the class: begin, let the class step if told so, finish.
+    """Surrounds a step of the class: begin, let the class step if told so, finish."""
 
-    Args:
-        optimizer: Shows groups to its class; a ``GradScaler`` may have laid its
-            tensors on it.
-        states: Its state.
-    """
-
-    optimizer: Any
+    optimizer: Any  # a GradScaler may have laid its tensors on it
     states: States
     _views: Sequence[View] = ()
     _scaling: Scaling = NO_SCALING

@@ -37,12 +37,7 @@ CHOICES = ("foreach", "fused", "capturable", "differentiable")
 
 
 class Kernel:
-    """Reads settings, makes state, and calls torch; it keeps nothing of a step.
-
-    Args:
-        decoupled: Decay the parameter itself where no form is stated, and the group
-            has no key for it: torch's SGD has none.
-    """
+    """Reads settings, makes state, and calls torch; it keeps nothing of a step."""
 
     counts: bool  # whether state holds a step counter
     required: tuple[str, ...]  # keys that a loaded group must have
@@ -51,7 +46,7 @@ class Kernel:
     own_forms: tuple[Form, ...]  # that the class applies by itself, given a number
 
     def __init__(self, decoupled: bool = False) -> None:
-        self._decoupled = decoupled
+        self._decoupled = decoupled  # where a group has no key for it, as torch's SGD
 
     def default_form(self, group: Group) -> Form:
         """Return the form of parameters for which no other was decided."""

@@ -45,13 +45,17 @@ def flag_of(group: Group) -> str | None:
     return next((key for key in FLAGS if key in group), None)
 
 
+def chosen_form(group: Group) -> Form | None:
+    """Tell the form that a group chooses, if its class lets it."""
+    flag = flag_of(group)
+    return None if flag is None else "decoupled" if group[flag] else "l2"
+
+
 def share_of(group: Group, decay_key: DecayKey, form: Form | None) -> Share:
     """Share the decay of a part out between the class and a pass."""
-    flag = flag_of(group)
-    if flag is None:
-        return share(group, decay_key, form, (form,) if form else ())
-    form = "decoupled" if group[flag] else "l2"
-    return share(group, decay_key, form, ("l2", "decoupled"))
+    if chosen := chosen_form(group):
+        return share(group, decay_key, chosen, ("l2", "decoupled"))
+    return share(group, decay_key, form, (form,) if form else ())
 
 
 def same(a: object, b: object) -> bool:
@@ -91,7 +95,7 @@ class Part:
     @property
     def own(self) -> Group:
         """What the part holds besides its parameters and their decay."""
-        return without_decay(self.group)
+        return _without_decay(self.group)
 
 
 @dataclass(eq=False)
@@ -120,7 +124,7 @@ class Split:
         first = self.parts[0].group
         self.group.update({k: v for k, v in first.items() if k not in PER_PARAM})
         self.share_tensors(keys)
-        self.shown = without_computed(self.group)
+        self.shown = _without_computed(self.group)  # the rest is to be handed down
 
     def computed(self, part: Part, key: str) -> Any:
         """Compute what a part has under one of the keys in ``DECAY_KEYS``."""
@@ -165,7 +169,7 @@ class Split:
                 written += [(p.group, key, self.computed(p, key)) for p in self.parts]
             elif key not in PER_PARAM and not same(value, shown.get(key, _ABSENT)):
                 self._require_common(key)
-                own = (value if key in keys else own_copy(value) for _ in self.parts)
+                own = (value if key in keys else _own_copy(value) for _ in self.parts)
                 written += [(p.group, key, v) for p, v in zip(self.parts, own)]
         for part_group, key, value in written:
             part_group[key] = value
@@ -177,7 +181,6 @@ class Split:
 
     @property
     def _follows_rate(self) -> bool:
-        """Whether the decay of a part is computed with the rate of the group."""
         forms = [part.decay_key.decay.form for part in self.parts]
         return any(FORMS[form].follows_lr for form in forms if form is not None)
 
@@ -228,18 +231,15 @@ class Split:
                     other[key] = first[key]
 
 
-def without_computed(group: Group) -> Group:
-    """Take what a group has shown; the rest is yet to be handed down."""
+def _without_computed(group: Group) -> Group:
     return {key: value for key, value in group.items() if key not in DECAY_KEYS}
 
 
-def without_decay(group: Group) -> Group:
-    """Take what is neither parameters nor their decay."""
+def _without_decay(group: Group) -> Group:
     return {key: value for key, value in group.items() if key not in NOT_SHARED}
 
 
-def own_copy(value: Any) -> Any:
-    """Copy a tensor that each part counts in by itself."""
+def _own_copy(value: Any) -> Any:  # of a tensor that each part counts in by itself
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
@@ -316,9 +316,9 @@ def split_again(
         else:
             # A counter that the class keeps in a group goes where its parameters go.
             # One that comes from none begins with what the others were last given.
-            last = without_decay({**group, **(shown or {})})
+            last = _without_decay({**group, **(shown or {})})
             own = {**(known[0][1].own if known else last), **settled}
-            shown_group = {k: v if k in keys else own_copy(v) for k, v in own.items()}
+            shown_group = {k: v if k in keys else _own_copy(v) for k, v in own.items()}
         parts.append(_part(decay_key, shown_group, group, decisions, chosen))
     form = before[0].form if before else None
     shown = None if shown is None else {**shown, **settled}
@@ -326,7 +326,7 @@ def split_again(
     if shown is not None and going.issuperset(part.decay_key for part in parts):
         # The class may have written their decay.
         return Split(group, parts, form, shown)
-    return Split(group, parts, form, without_computed(shown or {}))
+    return Split(group, parts, form, _without_computed(shown or {}))
 
 
 def _disputed(
@@ -409,8 +409,8 @@ def load_parts(
         split.group = group
         for part, own in zip(split.parts, owns):
             numbers = {k: split.computed(part, k) for k in DECAY_KEYS if k in group}
-            values = without_decay(group).items()
-            common = {k: v if k in keys else own_copy(v) for k, v in values}
+            values = _without_decay(group).items()
+            common = {k: v if k in keys else _own_copy(v) for k, v in values}
             part.group = {**numbers, **common, **copy.deepcopy(own)}
         split.share_tensors(keys)
         split.empty()

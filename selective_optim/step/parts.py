@@ -179,18 +179,11 @@ def make_layout(
     stepped: Container[int],
     choosing: bool = True,
 ) -> Layout:
-    """Sort the parameters into parts, and choose the implementation of each.
+    """Sort all parameters into parts, and choose the implementation of each.
 
-    Args:
-        kernel: Of the optimizer's class.
-        groups: Its parameter groups.
-        params: All of their parameters, in order.
-        states: Its state, by parameter.
-        stepped: Ids of the tokens of those that the last layout had a part for. They
-            keep one while they have no gradient, so that a gradient that comes and
-            goes needs no other layout.
-        choosing: Whether to choose fused where that is open; else all of them go
-            where the flags of their group say.
+    Those that the last layout had a part for, by ids of tokens in ``stepped``, keep one
+    while they have no gradient: one that comes and goes needs no other layout. Without
+    ``choosing``, all of them go where the flags of their group say.
     """
     choices = [choosing and fused_choice(kernel, group) for group in groups]
     tensors = [each.param for each in params]

@@ -52,13 +52,9 @@ def share(
 ) -> Share:
     """Share the decay of a part out between its class and a pass.
 
-    Args:
-        group: The user's group.
-        decay_key: What was decided for the part.
-        default: The form in which the class decays by itself, if that is known.
-        own_forms: The forms that it can be told, given a number.
-        reading: Whether to read the number in a rate that is a tensor on the CPU. A
-            compiled step compiles anew where that number is another.
+    The class decays in the form ``default``, if that is known, and can be told
+    ``own_forms``, given a number. The number in a rate that is a tensor is read if
+    ``reading``: a compiled step would compile anew where it is another.
     """
     decay, lr0 = decay_key
     wd = decay.of(group["weight_decay"])
@@ -70,7 +66,10 @@ def share(
     form = FORMS[kind]
     fleeting = form.follows_lr and isinstance(group["lr"], Tensor)
     if lr0 is not None:
-        lr = _rate(group["lr"]) if fleeting and reading else group["lr"]
+        lr = group["lr"]
+        # Where that waits for no device and leaves no graph of autograd.
+        if fleeting and reading and lr.is_cpu and not lr.requires_grad:
+            lr = lr.item()
         wd = form.strength(wd, lr, lr0)
     # A kernel's decay is a number; one on a device is not to be waited for.
     waits = fleeting and isinstance(wd, Tensor)
@@ -78,11 +77,6 @@ def share(
         return Share(wd, form.applied, None, fleeting)
     beside = DecayPass(form.applied, wd, decay.target or 0.0)
     return Share(0.0, default, beside, fleeting)
-
-
-def _rate(lr: Tensor) -> float | Tensor:
-    """Read a rate where that waits for no device and leaves no graph of autograd."""
-    return lr.item() if lr.is_cpu and not lr.requires_grad else lr
 
 
 class Setting(NamedTuple):
