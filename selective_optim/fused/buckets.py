@@ -1,8 +1,8 @@
-"""Which parameters of the fused parts share a kernel call, and their first state.
+"""Which of the fused parts share a kernel call, and the first state of all.
 
-A cell holds parameters of one part on one device, of one dtype. What their group's
-hyperparameters are does not matter here, so cells outlive a changing learning rate.
-Cells of equal hyperparameters make a bucket, which is one call.
+What the hyperparameters of its group are does not matter to a part, so that it outlives
+a changing learning rate. Parts of equal hyperparameters make a bucket, which is one
+call.
 
 Adding one to 1,000 separate step counters takes a fifth of what the fused kernel takes
 for 1,000 small parameters; adding it to one tensor that they view, nothing. But a
@@ -18,13 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import compress
 from operator import attrgetter
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import DecayKey
 from selective_optim.fused.guards import flat
 from selective_optim.step.kernels import Kernel
 from selective_optim.step.parts import DecidedParam, Part, counts_beside, fusable, joins
@@ -33,59 +31,6 @@ from selective_optim.step.setting import Batch, Call, Groups, Scaling, Setting, 
 
 Amount = Callable[[torch.device], float | Tensor]
 _device_of = attrgetter("device")
-
-# torch's fused kernels on the CPU open a parallel region for every tensor, however
-# small (grain size 0 in aten/src/ATen/native/cpu/Fused*Kernel.cpp, 2.7 to 2.15). A
-# tensor of this many elements or fewer takes one thread less time than two: on two
-# cores AdamW and SGD met at 4,096. With more threads a region costs more, and saves
-# at most twice as much, so that the cut does not fall. Where other processes hold the
-# cores, every region waits for a thread that is not scheduled.
-ONE_THREAD = 4096
-
-
-class CellKey(NamedTuple):
-    """What the parameters of a cell have in common; see also ``parts.Key``."""
-
-    group: int
-    decay_key: DecayKey
-    single_thread: bool
-    sharded: bool
-    device: torch.device
-    dtype: torch.dtype
-
-
-class Cell(NamedTuple):
-    """Parameters that always go through a kernel together."""
-
-    key: CellKey
-    label: str  # names one of them in messages
-    positions: list[int]  # among all parameters of all groups
-    inits: list[Tensor]  # what they decay towards, where that is a tensor for each
-
-
-def make_cells(parts: Sequence[Part], params: Sequence[DecidedParam]) -> list[Cell]:
-    """Cut the fused parts into cells: plain ones first, then those of ``DTensor``s.
-
-    Among both, cells that take all threads come first.
-    """
-    cells: list[Cell] = []
-    for part in parts:
-        group, decay_key, _, sharded, _ = part.key
-        mine: dict[object, Cell] = {}  # no two parts are fused and alike in the rest
-        for place, number in enumerate(part.positions):
-            param = params[number].param
-            local = _torch.local_tensor(param) if sharded else param
-            small = param.is_cpu and local.numel() <= ONE_THREAD
-            kind = small, param.device, param.dtype
-            cell = mine.get(kind)
-            if cell is None:
-                key = CellKey(group, decay_key, small, sharded, *kind[1:])
-                cell = mine[kind] = Cell(key, part.label, [], [])
-                cells.append(cell)
-            cell.positions.append(number)
-            if part.inits:
-                cell.inits.append(part.inits[place])
-    return sorted(cells, key=lambda c: (c.key.sharded, c.key.single_thread))
 
 
 def begin_state(
@@ -122,7 +67,7 @@ def begin_state(
 
 
 class Bucket:
-    """Cells of equal settings, stepped by one call of torch's fused kernel.
+    """Parts of equal settings, stepped by one call of torch's fused kernel.
 
     The lists of ``batch`` stay, and so do calls that are bound to them; tensors are in
     them for the time that they are at hand.
@@ -134,16 +79,16 @@ class Bucket:
     def __init__(
         self,
         kernel: Kernel,
-        cells: Sequence[Cell],
+        parts: Sequence[Part],
         entries: tuple[str, ...],
         start: int,
     ) -> None:
         self._kernel = kernel
-        self.key, self.label = cells[0].key, cells[0].label
+        self.key, self.label = parts[0].key, parts[0].label
         # Of its parameters, among all of all groups, and among those of a plan.
-        self.positions: list[int] = flat(cell.positions for cell in cells)
+        self.positions: list[int] = flat(part.positions for part in parts)
         self.part = slice(start, start + len(self.positions))
-        self.inits: list[Tensor] = flat(cell.inits for cell in cells)
+        self.inits: list[Tensor] = flat(part.inits for part in parts)
         # In the order in which torch asks for them, and misses one that is gone.
         self.entries = (*entries, "step") if kernel.counts else entries
         self.batch = Batch([], [[] for _ in entries], [])

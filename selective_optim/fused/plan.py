@@ -20,10 +20,8 @@ from selective_optim import _torch
 from selective_optim.fused.buckets import (
     Advance,
     Bucket,
-    Cell,
     Counters,
     begin_state,
-    make_cells,
 )
 from selective_optim.fused.guards import (
     GroupsGuard,
@@ -85,11 +83,8 @@ def _layouts_of(params: Sequence[Tensor]) -> list[torch.layout]:
         return [torch.strided if grad is None else grad.layout for grad in grads]
 
 
-def _share_counters(
-    parts: Sequence[Part], params: Sequence[DecidedParam], states: States
-) -> bool:
-    mine = [params[i].param for part in parts for i in part.positions]
-    owns = [own for param in mine if "step" in (own := states.get(param) or {})]
+def _share_counters(params: Sequence[DecidedParam], states: States) -> bool:
+    owns = [own for p in params if "step" in (own := states.get(p.param) or {})]
     return _distinct([own["step"] for own in owns]) < _distinct(owns)
 
 
@@ -120,28 +115,28 @@ class Plan:
         self._kernel = kernel
         self._counters = counters
         self._exposed = exposed
-        parts, idle, self.once = make_layout(kernel, groups, params, states, stepped)
-        fused = [part for part in parts if part.key.fused and not part.key.first]
-        if exposed and _share_counters(fused, params, states):
-            fused = []  # each group counts for itself, as the class does it
+        # Where counters are shared, each group counts for itself, as the class does it.
+        planned = not (exposed and _share_counters(params, states))
+        given = (kernel, groups, params, states, stepped)
+        parts, idle, self.once = make_layout(*given, planned=planned)
+        fused = [part for part in parts if part.key.device is not None]
         # What the optimizer's own class steps.
-        self.rest: list[Part] = [
-            part for part in parts if not fused or not part.key.fused or part.key.first
-        ]
-        self._cells = make_cells(fused, params)
+        self.rest = [part for part in parts if part.key.device is None]
+        # Plain ones first; among both, those that take all threads.
+        self._parts = sorted(fused, key=lambda p: (p.key.sharded, p.key.single_thread))
         begin_state(kernel, groups, fused, params, states, counters)
         tensors = [each.param for each in params]
         self._note_parts(parts, idle, tensors)
         self._structure = list(map(kernel.structure, groups))
         # What the state holds lives as long as the optimizer, and is kept alive by
         # nothing here. Plain SGD has no state, and lets go after each step.
-        mine = {i for cell in self._cells for i in cell.positions}
+        mine = {i for part in fused for i in part.positions}
         self._keeps = not exposed and all(tensors[i] in states for i in mine)
         held = self._keeps and all(tensor in states for tensor in tensors)
         self._guard = GroupsGuard(groups, held=held)
-        self._some_single = any(cell.key.single_thread for cell in self._cells)
-        self._merged: list[list[Cell]] | None = None
-        self._merge_cells(groups)
+        self._some_single = any(part.key.single_thread for part in fused)
+        self._merged: list[list[Part]] | None = None
+        self._merge_parts(groups)
         self._gather(groups, states)
         counters.keep(self._advance)
 
@@ -161,22 +156,22 @@ class Plan:
         self._rest_layouts = _layouts_of(mine)
         self._some_sparse = any(each != torch.strided for each in self._rest_layouts)
 
-    # Hyperparameters make buckets of cells.
+    # Hyperparameters make buckets of parts.
 
-    def _merge_cells(self, groups: Groups) -> None:
-        """Read the hyperparameters and merge the cells that share them into buckets."""
+    def _merge_parts(self, groups: Groups) -> None:
+        """Read the hyperparameters and merge the parts that share them into buckets."""
         self._threads = _torch.thread_count()
-        together: dict[Any, tuple[Setting, bool, list[Cell]]] = {}
-        for cell in self._cells:
-            index, decay_key, single, *kind = cell.key
-            # The group's numbers of now: cells outlive a schedule, settings do not.
+        together: dict[Any, tuple[Setting, bool, list[Part]]] = {}
+        for part in self._parts:
+            decay_key, index, _, sharded, _, single, *place = part.key
+            # The group's numbers of now: parts outlive a schedule, settings do not.
             group = groups[index]
             setting = self._kernel.setting(group, self._kernel.share(group, decay_key))
             single &= self._threads > 1
-            key = (setting.key, single, *kind)
-            together.setdefault(key, (setting, single, []))[2].append(cell)
-        merged = [cells for *_, cells in together.values()]
-        # A schedule mostly moves all alike: the same cells go together, and lists and
+            key = (setting.key, single, sharded, *place)
+            together.setdefault(key, (setting, single, []))[2].append(part)
+        merged = [parts for *_, parts in together.values()]
+        # A schedule mostly moves all alike: the same parts go together, and lists and
         # proofs stay.
         if merged != self._merged:
             self._arrange(groups, merged)
@@ -189,14 +184,14 @@ class Plan:
         self._live = any(bucket.setting.live for bucket in self._buckets)
         self._fleeting = any(bucket.setting.share.fleeting for bucket in self._buckets)
 
-    def _arrange(self, groups: Groups, merged: list[list[Cell]]) -> None:
+    def _arrange(self, groups: Groups, merged: list[list[Part]]) -> None:
         """Lay out the parameters, bucket after bucket: plain ones, then sharded."""
         self._buckets: list[Bucket] = []
         start = 0
-        for cells in merged:
-            entries = self._kernel.entries(groups[cells[0].key.group])
-            self._buckets.append(Bucket(self._kernel, cells, entries, start))
-            start += sum(len(cell.positions) for cell in cells)
+        for parts in merged:
+            entries = self._kernel.entries(groups[parts[0].key.group])
+            self._buckets.append(Bucket(self._kernel, parts, entries, start))
+            start += sum(len(part.positions) for part in parts)
         self._order = picker(flat(bucket.positions for bucket in self._buckets))
         plain = [b for b in self._buckets if not b.key.sharded]
         self._plain = sum(len(bucket.positions) for bucket in plain)
@@ -276,7 +271,7 @@ class Plan:
             if not self._reread(groups):
                 return None
         elif self._some_single and _torch.thread_count() != self._threads:
-            self._merge_cells(groups)
+            self._merge_parts(groups)
         params = params_of(groups) if self._any_idle or self.rest else []
         if self._any_idle and not without_gradients(self._idle(params)):
             return None
@@ -327,7 +322,7 @@ class Plan:
         if not self._guard.holds_keys(groups) or not all(equal(*p) for p in pairs):
             return False
         require_no_nan(self._kernel, groups)
-        self._merge_cells(groups)
+        self._merge_parts(groups)
         self._guard.take(groups)
         return True
 

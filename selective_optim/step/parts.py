@@ -28,6 +28,15 @@ _place, _kind = attrgetter("dtype", "device"), attrgetter("dtype", "device", "sh
 _is_contiguous, _is_neg = methodcaller("is_contiguous"), methodcaller("is_neg")
 
 
+# torch's fused kernels on the CPU open a parallel region for every tensor, however
+# small (grain size 0 in aten/src/ATen/native/cpu/Fused*Kernel.cpp, 2.7 to 2.15). A
+# tensor of this many elements or fewer takes one thread less time than two: on two
+# cores AdamW and SGD met at 4,096. With more threads a region costs more, and saves
+# at most twice as much, so that the cut does not fall. Where other processes hold the
+# cores, every region waits for a thread that is not scheduled.
+ONE_THREAD = 4096
+
+
 class DecidedParam(NamedTuple):
     """One parameter with what was decided for it."""
 
@@ -45,12 +54,16 @@ class DecidedParam(NamedTuple):
 class Key(NamedTuple):
     """What the parameters of a part have in common."""
 
-    group: int  # index of their group
     decay_key: DecayKey
+    group: int  # index of their group
     fused: bool = False  # torch's fused kernel steps them; else as their group's flags
     sharded: bool = False  # that kernel gets the local shards of DTensors
     # Momentum begins in this step: torch's fused SGD begins that of all or none.
     first: bool = False
+    # What tensors of one kernel call have in common, for those that are planned.
+    single_thread: bool = False
+    device: Any = None
+    dtype: Any = None
 
 
 @dataclass(eq=False)
@@ -178,16 +191,17 @@ def make_layout(
     states: States,
     stepped: Container[int],
     choosing: bool = True,
+    planned: bool = False,
 ) -> Layout:
     """Sort all parameters into parts, and choose the implementation of each.
 
     Those that the last layout had a part for, by ids of tokens in ``stepped``, keep one
     while they have no gradient: one that comes and goes needs no other layout. Without
-    ``choosing``, all of them go where the flags of their group say.
+    ``choosing``, all of them go where the flags of their group say. Parts that are
+    ``planned`` are of one device, dtype and number of threads.
     """
     choices = [choosing and fused_choice(kernel, group) for group in groups]
-    tensors = [each.param for each in params]
-    all_fused = _all_fused(kernel, groups, set(choices), tensors, states)
+    all_fused = _all_fused(kernel, groups, set(choices), params, states)
     parts: dict[Key, Part] = {}
     known_parts: dict[object, Part] = {}  # by what is quicker to compare than keys
     idle: list[int] = []
@@ -201,18 +215,19 @@ def make_layout(
         if choice is not False and absent and not known:
             idle.append(number)
             continue
-        fused, sharded, misfit = (
-            (all_fused, False, False)
-            if all_fused or choice is False
-            else _takes_fused(kernel, group, choice, each.param, own or {})
-        )
+        taken = all_fused, False, False
+        if not all_fused:
+            taken = _takes_fused(kernel, group, choice, each.param, own or {})
+        fused, sharded, misfit = taken
         first = bool(fused or group["fused"]) and not (begun or absent or kernel.counts)
         once |= misfit or first
         decay, *_, lr0, init = each.decision
-        own_key = each.group, id(decay), lr0, init is None, fused, sharded, first
+        call = _call_of(each.param) if planned and fused and not first else ()
+        common = (each.group, fused, sharded, first, *call)
+        own_key = id(decay), lr0, init is None, common
         part = known_parts.get(own_key)
         if part is None:
-            key = Key(each.group, each.decision.decay_key, fused, sharded, first)
+            key = Key(each.decision.decay_key, *common)
             part = parts.setdefault(key, Part(key, each.label))
             known_parts[own_key] = part
         part.positions.append(number)
@@ -221,24 +236,31 @@ def make_layout(
     return Layout(list(parts.values()), idle, once)
 
 
+def _call_of(param: Tensor) -> tuple[bool, torch.device, torch.dtype]:
+    """Tell on how many threads, and where, a kernel steps a parameter."""
+    small = param.is_cpu and _torch.shard_of(param).numel() <= ONE_THREAD
+    return small, param.device, param.dtype
+
+
 def _all_fused(
     kernel: Kernel,
     groups: Groups,
     choices: Collection[bool | None],
-    params: Sequence[Tensor],
+    decided: Sequence[DecidedParam],
     states: States,
 ) -> bool:
     """Tell at one look, in C, whether all parameters are fused; ``False`` says nothing.
 
     The usual case takes a fifth of the time of one look after another.
     """
+    params = [each.param for each in decided]
     owns = [states.get(param) or {} for param in params]
     entries = set(map(kernel.entries, groups)) if any(owns) else {()}
     if False in choices or len(entries) != 1:
         return False
     try:
         moments = [[own[entry] for own in owns] for entry in entries.pop()]
-        columns: list[list[Any]] = [[*params], [p.grad for p in params], *moments]
+        columns: list[list[Any]] = [params, [p.grad for p in params], *moments]
         kinds = list(map(_kind, params))
         alike = all(
             list(map(_kind, column)) == kinds
