@@ -502,8 +502,7 @@ def _kind(kind: Any) -> Any:
 
 def _text(cls: type) -> str:
     base = _base(cls)
-    text = type.__repr__(base or cls)
-    return f"selective({text})" if base else text
+    return f"selective({type.__repr__(base)})" if base else type.__repr__(cls)
 
 
 def _reduce(cls: type) -> Any:

@@ -17,12 +17,7 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.fused.buckets import (
-    Advance,
-    Bucket,
-    Counters,
-    begin_state,
-)
+from selective_optim.fused.buckets import Advance, Bucket, Counters, begin_state
 from selective_optim.fused.guards import (
     GroupsGuard,
     TensorsGuard,
@@ -302,11 +297,8 @@ class Plan:
         whole: list[Any] = grads_of(self._active or [])
         there = [grad is not None for grad in whole]
         self._some_absent = not all(there)
-        shards = [
-            grad if grad is None else _torch.local_tensor(grad)
-            for grad in whole[self._plain :]
-        ]
-        local = [*whole[: self._plain], *shards]
+        plain, sharded = whole[: self._plain], whole[self._plain :]
+        local = [*plain, *(g if g is None else _torch.local_tensor(g) for g in sharded)]
         if self._some_absent:
             return Grads(local, there)
         if self._buckets and not self.once:  # the layout has just looked at all

@@ -77,11 +77,7 @@ class Stepper:
         self._plan = None
 
     def adopt(self, groups: Groups, states: States) -> None:
-        """Take over a state that was loaded or copied.
-
-        Counters that a fused kernel can read stay the tensors that they are, as in
-        torch. Others, as those that a for-loop left on the CPU, are made readable.
-        """
+        """Take over a state that was loaded or copied."""
         self.forget()
         self.note_places(params_of(groups))
         if self.kernel.counts:
@@ -96,7 +92,10 @@ class Stepper:
         }
 
     def _fit_counters(self, groups: Groups, states: States) -> None:
-        """Exchange counters that would keep a parameter from the fused kernel."""
+        """Exchange counters that would keep a parameter from the fused kernel.
+
+        Such are those that a for-loop left on the CPU. Others stay, as in torch.
+        """
         moving: dict[tuple[torch.device, torch.device], list[State]] = {}
         for group in groups:
             choice = fused_choice(self.kernel, group)
@@ -126,8 +125,8 @@ class Stepper:
     ) -> Begun:
         """Begin a step, and tell what the optimizer's class is to step.
 
-        Fused kernels are chosen if ``choosing``; else all parts go where the flags of
-        their group say. They are planned if ``planned``; else the class steps all.
+        Without ``choosing``, parts go where the flags of their group say, and to the
+        class if they are not to be ``planned``.
         """
         # A group may be a dict that computes what is read, which no guard sees.
         if not (PLANNING and planned and set(map(type, groups)) <= {dict}):
@@ -157,7 +156,6 @@ class Stepper:
         require_no_nan(self.kernel, groups)
         require_dense(self.kernel, groups, params)
         self._follow_moved(groups, params, states)
-        self.note_places([each.param for each in params])
         return make_layout(self.kernel, groups, params, states, (), choosing).parts
 
     @_torch.disable_dynamo
@@ -189,7 +187,6 @@ class Stepper:
             *(self.kernel, groups, params, states),
             *(self._counters, self.exposed, self._stepped),
         )
-        self.note_places([each.param for each in params])
         self._stepped, self._plan = plan.stepped, plan
         return plan
 
@@ -219,3 +216,4 @@ class Stepper:
                     own[entry] = value.to(
                         now[0] if dtype == was[0] and entry != "step" else dtype
                     ).to(now[1] if device == was[1] else device)
+        self.note_places([each.param for each in params])

@@ -217,8 +217,7 @@ class ClassStep:
                 self._cautious.append((decay_pass, lr * decay_pass.wd, batch, before))
                 return
         given = (decay_pass, lr, maximize, batch, view.direction, NO_SCALING)
-        calls, _ = pass_calls(*given)
-        for call in calls:
+        for call in pass_calls(*given)[0]:
             call()
         if decay_pass.applied == "l2":
             self._pulled += [(param, param.grad) for param in batch.params]

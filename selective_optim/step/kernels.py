@@ -108,10 +108,8 @@ class Kernel:
         raise NotImplementedError  # pragma: no cover
 
     def takes_numbers(self, group: Group) -> bool:
-        """Tell whether fused kernels take the hyperparameters.
-
-        They refuse arrays, flags that are not ``bool``, and a decay in one element.
-        """
+        """Tell whether fused kernels take the hyperparameters."""
+        # They refuse arrays, flags that are not bool, and a decay in one element.
         values = [value for _, value in self.hyperparameters(group)]
         flags = [group[flag] for flag in self.flags]
         decay = group["weight_decay"]
@@ -272,10 +270,9 @@ class SGDKernel(Kernel):
 
 
 def require_no_nan(kernel: Kernel, groups: Groups) -> None:
-    """Raise ValueError if a hyperparameter is NaN, maybe since construction.
+    """Raise ValueError if a hyperparameter was edited to be NaN.
 
-    torch would write it into every parameter. It steps with all else, a negative rate
-    included.
+    torch steps with all else, a negative rate included.
     """
     for index, group in enumerate(groups):
         for name, value in kernel.hyperparameters(group):

@@ -126,19 +126,19 @@ class Split:
         self.share_tensors(keys)
         self.shown = _without_computed(self.group)  # the rest is to be handed down
 
+    def _share(self, part: Part) -> Share:
+        return share_of(self.group, part.decay_key, self.form)
+
     def computed(self, part: Part, key: str) -> Any:
         """Compute what a part has under one of the keys in ``DECAY_KEYS``."""
-        shared = share_of(self.group, part.decay_key, self.form)
+        shared = self._share(part)
         return shared.wd if key == WD else shared.form == "decoupled"
 
     def views(self) -> list[View]:
         """Show the parts with the decay that the class does not do."""
-        shares = [
-            share_of(self.group, part.decay_key, self.form) for part in self.parts
-        ]
         return [
-            View(part.group, part.inits, shared.decay_pass)
-            for part, shared in zip(self.parts, shares)
+            View(part.group, part.inits, self._share(part).decay_pass)
+            for part in self.parts
         ]
 
     def lay_inits(self, decisions: Sequence[Decision]) -> None:
