@@ -24,9 +24,9 @@ from selective_optim.any_optimizer import decay_report as decay_report
 from selective_optim.decay import Decay as Decay
 from selective_optim.decisions.deciding_for import deciding_for as deciding_for
 from selective_optim.groups import layerwise_groups as layerwise_groups
+from selective_optim.groups import param_groups as param_groups
 from selective_optim.groups import rate_groups as rate_groups
 from selective_optim.groups import width_groups as width_groups
-from selective_optim.hand_split import param_groups as param_groups
 from selective_optim.parameters import ParameterInfo as ParameterInfo
 from selective_optim.report import DecayReport as DecayReport
 from selective_optim.routes.muon import Muon as Muon

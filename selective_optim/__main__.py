@@ -24,8 +24,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 import selective_optim
-from selective_optim._arguments import param_ids
-from selective_optim._text import aligned
+from selective_optim._text import aligned, param_ids
 from selective_optim.any_optimizer import decay_report
 from selective_optim.audit import audit
 from selective_optim.policies import recipes
@@ -36,6 +35,7 @@ EXAMPLE_CALL = "Write for example 'timm:create_model(vit_base_patch16_224)'."
 CALL = re.compile(r"(?P<head>[^()]+)(?:\((?P<arguments>.*)\))?", re.DOTALL)
 KEYWORD = re.compile(r"\s*([A-Za-z_]\w*)\s*=(?!=)(.*)", re.DOTALL)
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+# The keywords are `None` where there are no parentheses.
 Target = tuple[str, str, tuple[Any, ...], dict[str, Any] | None]
 
 
@@ -52,10 +52,7 @@ class Built(NamedTuple):
 
 
 def read_target(text: str) -> Target:
-    """Take apart ``MODULE:NAME``, ``FILE.py:NAME`` or ``MODULE.NAME``, with arguments.
-
-    Without parentheses the keywords are ``None``. All else raises CommandError.
-    """
+    """Take apart ``MODULE:NAME`` or ``FILE.py:NAME``, with arguments if it has any."""
     matched = CALL.fullmatch(text.strip())
     head = matched["head"].strip() if matched else ""
     module, colon, path = head.rpartition(":")
@@ -64,7 +61,9 @@ def read_target(text: str) -> Target:
     if matched is None or not (module and path):
         example = EXAMPLE
         if head.endswith(".py"):
-            found = re.findall(r"^(?:def|class) (\w+)", _read(head), re.MULTILINE)
+            file = Path(head)
+            text_of_file = file.read_text("utf-8", "replace") if file.is_file() else ""
+            found = re.findall(r"^(?:def|class) (\w+)", text_of_file, re.MULTILINE)
             close = get_close_matches("build_model", found, 1, 0.0) or ["build_model"]
             example = f"Write for example {head}:{close[0]}."
         raise CommandError(f"`{text}` is not of the form MODULE:CALLABLE. {example}")
@@ -79,12 +78,8 @@ def read_target(text: str) -> Target:
     return module, path, tuple(arguments), keywords
 
 
-def _read(path: str) -> str:
-    return Path(path).read_text("utf-8", "replace") if Path(path).is_file() else ""
-
-
 def _split(text: str) -> Iterator[str]:
-    """Split at the commas that stand in no brackets and no quotes."""
+    # At the commas that stand in no brackets and no quotes.
     part = ""
     for piece in text.split(","):
         part += piece

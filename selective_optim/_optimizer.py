@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from selective_optim import _torch
-from selective_optim._arguments import require_numbers
+from selective_optim._text import require_numbers
 from selective_optim._warnings import (
     warn_of_changes,
     warn_of_lost_inits,

@@ -7,16 +7,15 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from difflib import SequenceMatcher
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
-from selective_optim.decay import Decision, is_zero, target_text
+from selective_optim.decay import Decay, Decision, is_zero, target_text
 
 SHOWN = 3  # parameters that a warning names
 # How alike a key must be to one that is read to be taken for it: "wd_polcy" is 0.94
 # and "weight_decays" 0.96. Keys that others put there are less: "lr_scale" is 0.4.
 RESEMBLANCE = 0.85
 INSIDE = ("selective_optim", "torch", "contextlib")  # packages that warnings skip
-P = TypeVar("P")
 
 
 def warn(message: str) -> None:
@@ -29,10 +28,10 @@ def warn(message: str) -> None:
 
 
 def warn_if_idle(
-    policy: P,
+    policy: Any,
     decays: Iterable[Any],
     multipliers: Collection[float],
-    decays_elsewhere: Callable[[P], bool],
+    decays_elsewhere: Callable[[Any], bool],
 ) -> None:
     """Warn if a policy decays no parameter here or elsewhere, or no group decays."""
     if all(map(is_zero, decays)):
@@ -139,12 +138,9 @@ def warn_of_changes(
     now: Sequence[Any],
     advice: str,
 ) -> None:
-    """Warn once if a checkpoint was made with other decisions than those now taken.
-
-    An entry of ``saved`` that cannot be read, as of another version, is not compared.
-    Without a record, a checkpoint that takes the decay from parameters is told: groups
-    split by hand that became merged ones do, where the first of a group was exempt.
-    """
+    """Warn once if a checkpoint was made with other decisions than those now taken."""
+    # Without a record, groups split by hand may take the decay from parameters: merged
+    # ones have that of the first, which may have been exempt.
     if saved is not None and (changes := _changes(decided, saved, now)):
         warn(
             f"the loaded checkpoint was made with another weight decay policy: "
@@ -192,7 +188,6 @@ def _losers(
     before: Sequence[Any],
     param_groups: Sequence[dict[str, Any]],
 ) -> list[str]:
-    """Label the parameters that a policy decays and whose group's decay is now 0."""
     if all(each.decay.multiplier for each in chain.from_iterable(decided)):
         return []  # without an exempt parameter there was nothing to split
     return [
@@ -213,33 +208,30 @@ def _changes(
         for position, decision in enumerate(decisions)
     ]
     changes = []
-    for label, old_entry, new_entry in zip(labels, saved, now):
-        old, new = _decision_in(old_entry), _decision_in(new_entry)
-        # Nothing is recorded of a new layer.
-        if old is not None and new is not None and old != new and (old[0] or new[0]):
-            changes.append(f"{label} {_text(*old, True)} and now {_text(*new, False)}")
+    for label, old, new in zip(labels, map(_decay_in, saved), map(_decay_in, now)):
+        if old is None or new is None:
+            continue  # nothing is recorded of a new layer
+        if old != new and (old.multiplier or new.multiplier):
+            was, comes = _told(old, "was", "decayed"), _told(new, "is", "decays")
+            changes.append(f"{label} {was} and now {comes}")
     return changes
 
 
-def _decision_in(entry: Any) -> tuple[float, Any, Any, Any] | None:
-    """Read what makes two decisions different ones out of an entry of a record."""
+def _decay_in(entry: Any) -> Decay | None:
+    # What cannot be read, as of another version, is not compared.
     try:
         begin = entry[2] if len(entry) > 2 else {}
-        target, fixed = begin.get("target"), begin.get("fixed")
-        readable = isinstance(target, (int, float, str, type(None)))
-        fixed = None if fixed is None else float(fixed)
-        return (float(entry[0]), entry[1], target, fixed) if readable else None
+        return Decay(entry[0], entry[1], begin.get("target"), begin.get("fixed"))
     except (TypeError, ValueError, IndexError, KeyError, AttributeError):
         return None
 
 
-def _text(
-    multiplier: float, form: str | None, target: Any, fixed: float | None, was: bool
-) -> str:
-    if not multiplier:
-        return "was exempt" if was else "is exempt"
-    times = "in full" if multiplier == 1 else f"{multiplier:g} times as much"
-    times = times if fixed is None else f"by {fixed:g}"
-    how = f" ({form})" if form else ""
-    how += "" if target is None else f" towards {target_text(target)}"
-    return f"{'decayed' if was else 'decays'} {times}{how}"
+def _told(decay: Decay, be: str, verb: str) -> str:
+    if not decay.multiplier:
+        return f"{be} exempt"
+    times = f"{decay.multiplier:g} times as much"
+    times = "in full" if decay.multiplier == 1 else times
+    times = times if decay.fixed is None else f"by {decay.fixed:g}"
+    how = f" ({decay.form})" if decay.form else ""
+    how += "" if decay.target is None else f" towards {target_text(decay.target)}"
+    return f"{verb} {times}{how}"

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from selective_optim import _torch
-from selective_optim._arguments import require_numbers
 from selective_optim._optimizer import (
     Model,
     SelectiveOptimizer,
     constants_of,
     decider_for,
 )
+from selective_optim._text import require_numbers
 from selective_optim.decay import Form
 from selective_optim.decisions.decider import kept_on_error
 from selective_optim.decisions.state_dict import PARTS, Decided, require_groups_like

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from selective_optim._arguments import held_optimizers, is_optimizer, require_decay
-from selective_optim._text import received
+from selective_optim._text import held_optimizers, is_optimizer, received, require_decay
 from selective_optim.decay import FORMS, Decay, Decision
-from selective_optim.decisions.state_dict import RECORD
+from selective_optim.decisions.state_dict import RECORD, begin_in
 from selective_optim.decisions.watch import LOSS
 from selective_optim.parameters import ModelIndex
 from selective_optim.policies.decide import NO_POLICY
@@ -121,7 +120,6 @@ def decay_report(
 
 
 def _named(row: Row, seen: Row) -> Row:
-    """Take from the model what a parameter is that decays by no policy."""
     if row.reason != NO_POLICY or not seen.name:
         return row
     return replace(row, name=seen.name, role=seen.role, owner=seen.owner)
@@ -178,7 +176,7 @@ def _shaped_as(entries: Mapping[str, Any]) -> Tensor:
 def _recorded(entry: Sequence[Any] | None, name: str | None) -> Decision | None:
     if entry is None:
         return None
-    begin = entry[2] if len(entry) > 2 else {}
+    begin = begin_in(entry)
     decay = Decay(entry[0], entry[1], begin.get("target"), begin.get("fixed"))
     shape, lr0 = torch.Size((0,)), begin.get("lr0")
     return Decision(decay, "recorded", name, shape, (), lr0=lr0)

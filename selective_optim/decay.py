@@ -21,41 +21,32 @@ Number = float | Tensor
 class FormKind(NamedTuple):
     """What a form does, per step and element, before torch's update."""
 
-    # With rate `lr`, decay `wd`, parameter `p`, target `t` (0 by default), gradient
-    # `g`, and `u`, by `lr` times which torch lowers the parameter.
-    formula: str
-    # "l2" adds to the gradient, "decoupled" moves the parameter, "cautious" a part.
+    # "l2" adds to the gradient, the others move the parameter or a part of it.
     applied: Literal["l2", "decoupled", "cautious"]
-    # What stands for `wd` in that, of `wd`, `lr` and `lr0`.
-    strength: Callable[[Number, Number, float], Number]
-    needs_lr0: bool = False  # whether that reads the rate that training began with
-    follows_lr: bool = False  # whether it changes with the rate of now
+    strength: Callable[[Number, Number, float], Number]  # of wd, lr and lr0
+    needs_lr0: bool = False
+    follows_lr: bool = False  # the strength changes with the rate of now
 
 
+# With rate lr, decay wd, parameter p, target t (0 by default), gradient g, and u, by lr
+# times which torch lowers the parameter.
 FORMS: dict[Form, FormKind] = {
-    "l2": FormKind("g += wd * (p - t)", "l2", lambda wd, lr, lr0: wd),
-    "decoupled": FormKind(
-        "p -= lr * wd * (p - t)", "decoupled", lambda wd, lr, lr0: wd
-    ),
-    "independent": FormKind(
-        "p -= lr / lr0 * wd * (p - t)",
-        "decoupled",
-        lambda wd, lr, lr0: wd / lr0,
-        needs_lr0=True,
-    ),
+    # g += wd * (p - t)
+    "l2": FormKind("l2", lambda wd, lr, lr0: wd),
+    # p -= lr * wd * (p - t)
+    "decoupled": FormKind("decoupled", lambda wd, lr, lr0: wd),
+    # p -= lr / lr0 * wd * (p - t)
+    "independent": FormKind("decoupled", lambda wd, lr, lr0: wd / lr0, needs_lr0=True),
+    # p -= lr ** 2 / lr0 * wd * (p - t)
+    # The quotient first: where lr is lr0, it is 1 and wd stays as it is.
     "corrected": FormKind(
-        "p -= lr ** 2 / lr0 * wd * (p - t)",
         "decoupled",
-        # The quotient first: where lr is lr0, it is 1 and wd stays as it is.
         lambda wd, lr, lr0: wd * (lr / lr0),
         needs_lr0=True,
         follows_lr=True,
     ),
-    "cautious": FormKind(
-        "p -= lr * wd * (p - t) where u * (p - t) >= 0",
-        "cautious",
-        lambda wd, lr, lr0: wd,
-    ),
+    # p -= lr * wd * (p - t) where u * (p - t) >= 0
+    "cautious": FormKind("cautious", lambda wd, lr, lr0: wd),
 }
 INIT: Literal["init"] = "init"
 Target = float | Literal["init"]
@@ -217,7 +208,7 @@ class DecayKey(NamedTuple):
     """All of a decision that a number depends on; what is equal in it decays alike."""
 
     decay: Decay
-    lr0: float | None = None  # the rate that training began with, if the form needs it
+    lr0: float | None = None  # where the form needs it
 
 
 FULL_KEY = DecayKey(FULL)
@@ -231,20 +222,18 @@ class Answer(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """A policy's answer for one parameter, with what was known of it at that time."""
+    """A policy's answer for one parameter, and what was then known of that."""
 
     decay: Decay
     reason: str  # the selector or policy that decided
-    name: str | None  # canonical, if any is known
-    shape: torch.Size  # the original one; that of now where it is lost
-    kinds: tuple[str, ...]  # class of the module that holds it, if known, and its bases
-    # Tells it from others that share `name`: those that a parametrization made of one.
+    name: str | None  # canonical
+    shape: torch.Size  # original; the present one where that is lost
+    kinds: tuple[str, ...]  # class of the module that holds it, and that class's bases
+    # Of what a parametrization made several of, as weight norm, which share `name`.
     own_name: str | None = None
-    # Its group's rate when it was added, or the "initial_lr" that the group came with;
-    # None where no optimizer steps it.
+    # The group's rate when it was added, or the "initial_lr" that it came with.
     lr0: float | None = None
-    # What it was when training began, where it decays towards that; None until then.
-    init: Tensor | None = None
+    init: Tensor | None = None  # from the beginning of training on, if that is a target
 
     @property
     def waits(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from importlib import import_module
-from itertools import chain, islice, repeat
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._arguments import param_ids
-from selective_optim._text import aligned
+from selective_optim._text import aligned, param_ids
 from selective_optim.decay import FORMS, Decision, Form, Target, target_text
 from selective_optim.parameters import (
     ModelIndex,
@@ -100,7 +99,6 @@ class Row:
 
     @property
     def effect(self) -> str:
-        """In which form it decays, and towards what unless 0; or that it does not."""
         if self.fate != "decayed":
             return self.fate
         form = self.form or "default"
@@ -208,12 +206,10 @@ class DecayReport:
     def _repr_html_(self) -> str:
         headers, *lines = self.table()
         sides = ["right" if key in NUMBERS else "left" for key in headers]
-        head, *body = [
-            f"<tr>{''.join(_cell(tag, *pair) for pair in zip(sides, cells))}</tr>"
-            for tag, cells in [("th", headers), *(("td", line) for line in lines)]
-        ]
+        head = _html_row("th", sides, headers)
+        body = "".join(_html_row("td", sides, line) for line in lines)
         told = escape("; ".join(filter(None, [self.summary(), self.remark])))
-        parts = f"<thead>{head}</thead>\n<tbody>{''.join(body)}</tbody>"
+        parts = f"<thead>{head}</thead>\n<tbody>{body}</tbody>"
         return f"<table>\n<caption>{told}</caption>\n{parts}\n</table>"
 
     def plot(self, ax: Any = None) -> Any:
@@ -303,7 +299,7 @@ def _line(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _runs(groups: set[int]) -> str:
-    """Write ``{0, 1, 2, 5}`` as ``0-2, 5``, and more ranges as ``4 groups``."""
+    # {0, 1, 2, 5} as "0-2, 5", and more ranges as "4 groups".
     starts = sorted(group for group in groups if group - 1 not in groups)
     ends = sorted(group for group in groups if group + 1 not in groups)
     if len(starts) > FEW_RUNS:
@@ -312,13 +308,16 @@ def _runs(groups: set[int]) -> str:
 
 
 def _span(values: Sequence[float], kind: str = "g", unit: str = "") -> str:
-    """Write the least and the greatest value, once where they read alike."""
     ends = [f"{end(values):{kind}}" for end in (min, max) if values]
     return " to ".join(dict.fromkeys(ends)) + unit * bool(ends)
 
 
-def _cell(tag: str, side: str, text: str) -> str:
-    return f'<{tag} style="text-align: {side}">{escape(text)}</{tag}>'
+def _html_row(tag: str, sides: Iterable[str], cells: Iterable[str]) -> str:
+    pairs = zip(sides, cells)
+    row = [
+        f'<{tag} style="text-align: {s}">{escape(text)}</{tag}>' for s, text in pairs
+    ]
+    return f"<tr>{''.join(row)}</tr>"
 
 
 def _new_axes(bars: int) -> Any:
@@ -369,34 +368,28 @@ def make_report(
     """Join what was decided, if anything was, with what groups and modules are now."""
     # Where nothing was decided, all decay as the group says, for what they are.
     decided = decided or [[None] * len(group["params"]) for group in groups]
-    asked = []
+    asked, places = [], []
     for number, (group, own) in enumerate(zip(groups, decided, strict=True)):
         names = group.get("param_names") or repeat(None)
         names = [known.telling_name if known else n for known, n in zip(own, names)]
-        asked.append(wanted(group["params"], names, number))
-    infos = iter(index.infos(list(chain(*asked))))
+        asked += wanted(group["params"], names, number)
+        places += [(number, group, known) for known in own]
     rows = []
-    for number, (group, own) in enumerate(zip(groups, decided)):
-        for info, known in zip([*islice(infos, len(group["params"]))], own):
-            kind = kind_of(info)
-            role = "norm's bias" if kind == "norm" and is_bias.matches(info) else kind
-            decision = known or decide(None, [info])[0]._replace(reason=kind)
-            form = decision.decay.form or form_of(group)
-            row = make_row(number, group, decision, form, info.parameter)
-            by_policy = known is not None and known.reason != NO_POLICY
-            if by_policy and decision.decay.multiplier and not row.weight_decay:
-                row = replace(row, reason=ZERO)
-            route = str(group.get("route", ""))  # as Routed writes it
-            rows.append(replace(row, role=role, decided=by_policy, route=route))
-    told = split_wrongly(rows), left_out(index, groups), _found(index)
-    return DecayReport(tuple(rows), remark_of(*told))
-
-
-def _found(index: ModelIndex) -> str:
-    """Tell which living modules told what nobody gave."""
+    for info, (number, group, known) in zip(index.infos(asked), places):
+        kind = kind_of(info)
+        role = "norm's bias" if kind == "norm" and is_bias.matches(info) else kind
+        decision = known or decide(None, [info])[0]._replace(reason=kind)
+        form = decision.decay.form or form_of(group)
+        row = make_row(number, group, decision, form, info.parameter)
+        by_policy = known is not None and known.reason != NO_POLICY
+        if by_policy and decision.decay.multiplier and not row.weight_decay:
+            row = replace(row, reason=ZERO)
+        route = str(group.get("route", ""))  # as Routed writes it
+        rows.append(replace(row, role=role, decided=by_policy, route=route))
     names = dict.fromkeys(type(module).__name__ for module in index.found)
-    told = f"{NOTE}known from {', '.join(names)}, found alive with these parameters"
-    return told if names else ""
+    found = f"{NOTE}known from {', '.join(names)}, found alive with these parameters"
+    told = split_wrongly(rows), left_out(index, groups), found if names else ""
+    return DecayReport(tuple(rows), remark_of(*told))
 
 
 ZERO = "weight_decay=0"  # the reason where a policy decays and a group does not
@@ -442,10 +435,8 @@ def clause(
 
 
 def split_wrongly(rows: Sequence[Row]) -> str:
-    """Tell of norms and biases that decay though nobody wished it, and of weights.
-
-    Where a policy decides, norms may decay, but not some beside others that it exempts.
-    """
+    """Tell of norms and biases that decay though nobody wished it, and of weights."""
+    # Where a policy decides, norms may decay, but not beside others that are exempt.
     decayed = [r for r in rows if r.fate == "decayed" and r.applied is not False]
     exempt = [row for row in rows if row.fate == "exempt" and row.reason != ZERO]
     # A selector that exempts weights, too, as "head.*", is no rule for biases.

@@ -16,7 +16,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from selective_optim import _torch
-from selective_optim._arguments import held_optimizers, is_optimizer, require_decay
+from selective_optim._text import held_optimizers, is_optimizer, require_decay
 from selective_optim.decay import FORMS, is_zero
 
 Group = dict[str, Any]
@@ -41,17 +41,14 @@ class Record:
         return list(map(GroupView, groups, self.written, self.held))
 
     def __call__(self, *_: object) -> None:
-        """Note a step, as a hook after it."""
         self.stepped = True
 
 
 class GroupView(ChainMap[str, Any]):
-    """A parameter group whose ``"lr"`` is its ``"weight_decay"``.
+    """A parameter group whose ``"lr"`` is its ``"weight_decay"``."""
 
-    What a scheduler writes beside the rate (``"initial_lr"``, ``"max_lr"``) is kept
-    apart from the group, where a scheduler of the learning rate keeps its own.
-    """
-
+    # What a scheduler writes beside the rate ("initial_lr", "max_lr") is kept apart: in
+    # the group a scheduler of the learning rate keeps its own.
     def __init__(self, group: Group, written: Group, held: bool) -> None:
         # A scheduler that finds an "initial_lr" goes on from it, and would go on from
         # that of the learning rate (torch/optim/lr_scheduler.py, 2.7 to 2.15).

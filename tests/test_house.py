@@ -26,23 +26,23 @@ FILES = {
 # From the ground up; a room imports from lower floors, and from its own wing.
 FLOORS = [
     ("_torch", "_text", "decay"),
-    ("_arguments", "_living", "_warnings"),
+    ("_living", "_warnings"),
     ("parameters", "step", "schedules"),
     ("fused", "policies"),
     ("decisions",),
-    ("_entries", "groups", "report"),
+    ("_entries", "report"),
     ("_optimizer", "audit", "any_optimizer"),
     ("sgd", "adam", "adamw"),
     ("any_class",),
     ("routes",),
-    ("hand_split", "checkpoint"),
+    ("groups", "checkpoint"),
     ("__init__",),
     ("__main__",),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
-WINGS = ("policies", "step", "fused", "decisions", "routes", "checkpoint")
+WINGS = ("policies", "step", "fused", "decisions", "routes")
 
 
 def room_of(name: str) -> str:
@@ -119,9 +119,9 @@ def counts() -> dict[str, float]:
 
 # No count may grow but that of comments. Lower a limit when you have reached less.
 MOST = {
-    "lines": 16_230,
-    "files": 65,
-    "files in the root": 21,
+    "lines": 15_945,
+    "files": 60,
+    "files in the root": 20,
     "floors": 13,
     "lines of the median function": 6,
     "lines of nine functions in ten": 19,

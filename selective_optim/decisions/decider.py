@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from selective_optim import _torch
-from selective_optim._arguments import require_numbers
+from selective_optim._text import require_numbers
 from selective_optim._warnings import (
     warn_if_idle,
     warn_of_misspelt,
@@ -302,7 +302,7 @@ class Decider:
     ) -> None:
         """Ask functions of the user's a second time, and warn of other answers."""
         for policy, own, decisions in zip(policies, infos, decided):
-            if policy is None or not policy.asks_user:
+            if policy is None or "anything" not in policy.needs:
                 continue
             for place, (info, first) in enumerate(zip(own, decisions)):
                 then = None

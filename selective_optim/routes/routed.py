@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from selective_optim import _torch
-from selective_optim._arguments import copied_groups, require_numbers
 from selective_optim._optimizer import Model, SelectiveOptimizer, decider_for
+from selective_optim._text import copied_groups, require_numbers
 from selective_optim._warnings import warn
 from selective_optim.any_class import MODES, READING, as_torch_reads, selective
 from selective_optim.decay import is_zero
