@@ -44,20 +44,17 @@ from selective_optim.decisions.state_dict import (
     require_dict,
     require_loadable,
 )
-from selective_optim.decisions.watch import Watch
+from selective_optim.decisions.watch import Watch, loss_of
 from selective_optim.fused.guards import params_of
 from selective_optim.fused.stepper import Stepper
 from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy, as_policy
 from selective_optim.report import DecayReport, form_of_class, make_report, remark_of
 from selective_optim.step.class_step import ClassStep, View, view_of
-from selective_optim.step.grad_scaler import scaling_of
-from selective_optim.step.half_precision import loss_of
-from selective_optim.step.implementation import free_choice
-from selective_optim.step.kernel import Kernel
+from selective_optim.step.kernels import Kernel
 from selective_optim.step.lasting import alike
-from selective_optim.step.parts import DecidedParam, Part
-from selective_optim.step.setting import States
+from selective_optim.step.parts import DecidedParam, Part, free_choice
+from selective_optim.step.setting import States, scaling_of
 
 Group = dict[str, Any]
 Model = nn.Module | Sequence[nn.Module] | None
@@ -399,7 +396,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _step_all(self, choosing: bool, planned: bool, compiling: bool) -> None:
         """Step the parts: the class those that are not planned, then the plan."""
         stepper, scaling = self._stepper, scaling_of(self)
-        given = (self.param_groups, self, self._states)
+        given = (self.param_groups, self.decided_params, self._states)
         begun = stepper.begin(*given, choosing, planned)
         try:
             if begun.parts:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from selective_optim._optimizer import Model, SelectiveOptimizer
 from selective_optim.policies.named import WdPolicy
-from selective_optim.step.adam_kernel import AdamKernel
+from selective_optim.step.kernels import AdamKernel
 
 
 class Adam(SelectiveOptimizer, torch.optim.Adam):

@@ -34,6 +34,7 @@ from selective_optim.step.lasting import (
     WD,
     Group,
     Split,
+    chosen_form,
     flag_of,
     load_parts,
     record_of_parts,
@@ -57,10 +58,8 @@ _finish = torch.no_grad()(ClassStep.finish)
 
 
 def as_torch_reads(group: Group, before: Iterable[Group], **defaults: Any) -> Group:
-    """Let torch read and check a group, and no class that would step it.
-
-    Not with other defaults in an optimizer meanwhile: an interrupt would leave them.
-    """
+    """Let torch read and check a group, and no class that would step it."""
+    # Not with other defaults in an optimizer meanwhile: an interrupt would leave them.
     reading = SimpleNamespace(
         defaults={**READING, **defaults}, param_groups=list(before)
     )
@@ -109,7 +108,6 @@ class AnyOptimizer(SelectiveOptimizer):
         self._made()
 
     def _construct(self, groups: list[Group], args: Any, kwargs: Any) -> None:
-        """Let the class make its groups of the parts of the user's."""
         decided = self._decider.decisions(groups, {})
         splits = [split_group(*pair, None) for pair in zip(groups, decided)]
         self._class_adds = True
@@ -124,28 +122,18 @@ class AnyOptimizer(SelectiveOptimizer):
         self._splits = splits
 
     def _adopt(self, splits: Iterable[Split], made: Iterable[Group]) -> None:
-        """Take over the groups that the class made of parts."""
         groups = iter(made)
         for split in splits:
             split.adopt([next(groups) for _ in split.parts], self.defaults)
             split.empty()
-            split.form = self._form_without_flag(split.group)
+            if flag_of(split.group) is None:
+                split.form = form_of_class(self, split.group)
             refusals.require_forms(self, split)
-
-    def _form_without_flag(self, group: Group) -> Form | None:
-        return None if flag_of(group) else form_of_class(self, group)
 
     def _group_keys(self) -> Iterable[str]:
         return [*self.defaults, *self._keys]
 
     def _read(self, params: Any, keys: Iterable[str], lr: Any) -> list[Group]:
-        """Read parameters as torch does, and decide for them.
-
-        Args:
-            params: As for the optimizer's class.
-            keys: What the class reads in a group.
-            lr: The rate of groups that bring none, if the class has rates.
-        """
         self._keys = tuple(keys)
         reading = {**READING, "lr": lr}
         torch.optim.Optimizer.__init__(self, self._decider.read(params), reading)
@@ -203,7 +191,6 @@ class AnyOptimizer(SelectiveOptimizer):
 
     @_torch.disable_dynamo
     def _enter(self) -> None:
-        """Bring the parts up to date and show them to the class."""
         self._begin_training()
         self._hand_down()
         refusals.require_no_index_overrides(self, self._parts)
@@ -226,7 +213,6 @@ class AnyOptimizer(SelectiveOptimizer):
                 split.empty()
 
     def _hand_down(self) -> None:
-        """Write what the user wrote into groups into their parts."""
         self._arrange()
         for split in self._splits:
             split.hand_down(self.defaults)
@@ -262,8 +248,7 @@ class AnyOptimizer(SelectiveOptimizer):
         self._arrange()
 
     def _default_form(self, group: Group) -> Form | None:
-        flag = flag_of(group)
-        return None if flag is None else "decoupled" if group[flag] else "l2"
+        return chosen_form(group)
 
     @property
     def param_groups(self) -> list[Group]:
@@ -361,7 +346,6 @@ class AnyOptimizer(SelectiveOptimizer):
         return called
 
     def _seeing_parts(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Run a method of the class with its groups as parts."""
         own = getattr(super(SelectiveOptimizer, self), method)
         if self._inside or self._class_adds:
             return own(*args, **kwargs)
@@ -466,12 +450,19 @@ def _make(cls: OptimizerClass) -> OptimizerClass:
 
 
 def _constructor(cls: OptimizerClass) -> Callable[..., None]:
-    """Make a constructor with the signature of the class, and ours at its end."""
+    """Make one with the signature of the class, and our keywords at its end."""
 
     def __init__(self: AnyOptimizer, params: Any, *args: Any, **kwargs: Any) -> None:
         AnyOptimizer.__init__(self, params, *args, **kwargs)
 
-    vars(__init__)["__signature__"] = _signature(cls)
+    given = list(inspect.signature(cls.__init__).parameters.values())
+    rest = [p for p in given if p.kind is Parameter.VAR_KEYWORD]
+    others = [p for p in given if p.kind is not Parameter.VAR_KEYWORD]
+    ours = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=None)
+        for name in ("wd_policy", "model")
+    ]
+    vars(__init__)["__signature__"] = Signature([*others, *ours, *rest])
     return __init__
 
 
@@ -498,18 +489,6 @@ def _seeing_parts(name: str) -> Callable[..., Any]:
     return method
 
 
-def _signature(cls: OptimizerClass) -> Signature:
-    """Add our arguments to those of a constructor, keyword-only and last."""
-    given = list(inspect.signature(cls.__init__).parameters.values())
-    rest = [p for p in given if p.kind is Parameter.VAR_KEYWORD]
-    others = [p for p in given if p.kind is not Parameter.VAR_KEYWORD]
-    ours = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=None)
-        for name in ("wd_policy", "model")
-    ]
-    return Signature([*others, *ours, *rest])
-
-
 @lru_cache
 def _kind(kind: Any) -> Any:
     """Derive a class of classes that pickle as the call that makes them.
@@ -523,8 +502,7 @@ def _kind(kind: Any) -> Any:
 
 def _text(cls: type) -> str:
     base = _base(cls)
-    text = type.__repr__(base or cls)
-    return f"selective({text})" if base else text
+    return f"selective({type.__repr__(base)})" if base else type.__repr__(cls)
 
 
 def _reduce(cls: type) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from selective_optim._text import held_optimizers, is_optimizer, received, require_decay
 from selective_optim.decay import FORMS, Decay, Decision
 from selective_optim.decisions.state_dict import RECORD, begin_in
+from selective_optim.decisions.watch import LOSS
 from selective_optim.parameters import ModelIndex
 from selective_optim.policies.decide import NO_POLICY
 from selective_optim.report import (
@@ -30,7 +31,6 @@ from selective_optim.report import (
     remark_of,
     split_wrongly,
 )
-from selective_optim.step.half_precision import LOSS
 
 RATE = 1e-2  # of the step that is measured
 

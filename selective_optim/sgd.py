@@ -9,7 +9,7 @@ from torch import Tensor
 
 from selective_optim._optimizer import Model, SelectiveOptimizer
 from selective_optim.policies.named import WdPolicy
-from selective_optim.step.sgd_kernel import SGDKernel
+from selective_optim.step.kernels import SGDKernel
 
 
 class SGD(SelectiveOptimizer, torch.optim.SGD):

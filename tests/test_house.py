@@ -119,15 +119,15 @@ def counts() -> dict[str, float]:
 
 # No count may grow but that of comments. Lower a limit when you have reached less.
 MOST = {
-    "lines": 16_641,
-    "files": 68,
+    "lines": 15_987,
+    "files": 60,
     "files in the root": 20,
-    "floors": 14,
+    "floors": 13,
     "lines of the median function": 6,
     "lines of nine functions in ten": 19,
     "lines of the longest function": 43,
 }
-LEAST = {"comments in %": 4.5}
+LEAST = {"comments in %": 5.0}
 
 
 def test_the_house_stays_small():

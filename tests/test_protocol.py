@@ -382,8 +382,8 @@ AGAIN = {
     "state is read": set(),
     "zeroed in place": set(),
     "report": set(),
-    "rate": {"_merge_cells"},
-    "decay": {"_merge_cells"},
+    "rate": {"_merge_parts"},
+    "decay": {"_merge_parts"},
     "rate, until now": set(),
     "autocast": set(),
 }
@@ -408,7 +408,7 @@ def test_steady_steps_do_nothing_again(name, what, monkeypatch):
         with change(number):
             optimizer.step()
     done = []
-    for cls, method in [(Plan, "_merge_cells"), (Plan, "_arrange"), (Bucket, "fits")]:
+    for cls, method in [(Plan, "_merge_parts"), (Plan, "_arrange"), (Bucket, "fits")]:
         original = getattr(cls, method)
 
         def noted(*args, _original=original, _method=method):

@@ -20,7 +20,7 @@ from torch import Tensor
 from selective_optim._text import shape_text
 from selective_optim._torch import canonical_name
 from selective_optim.decay import Decision, Form
-from selective_optim.step.kernel import Kernel
+from selective_optim.step.kernels import Kernel
 
 # Keys of a state dict: for what was decided, and for what split groups keep apart.
 RECORD, PARTS, POLICIES = "decay", "parts", "decay_policies"

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.fused.counters import Counters
+from selective_optim.fused.buckets import Counters
 from selective_optim.fused.guards import params_of
 from selective_optim.fused.plan import Grads, Plan
-from selective_optim.step.grad_scaler import Scaling
-from selective_optim.step.implementation import (
+from selective_optim.step.kernels import Kernel, require_no_nan
+from selective_optim.step.parts import (
+    DecidedParam,
+    Part,
     counts_beside,
     fused_choice,
     make_layout,
     require_dense,
     wants_fused,
 )
-from selective_optim.step.kernel import Kernel, require_no_nan
-from selective_optim.step.parts import DecidedParam, Part
-from selective_optim.step.setting import Groups, State, States
+from selective_optim.step.setting import Groups, Scaling, State, States
 
 Place = tuple[torch.dtype, torch.device]
+# Lists every parameter, in order, with what was decided for it.
+Decided = Callable[[], Sequence[DecidedParam]]
 # Off, the class steps what a plan would: the same bits, more calls.
 PLANNING = _torch.CAN_PLAN
 
@@ -35,13 +37,6 @@ class Begun(NamedTuple):
     parts: list[Part]
     plan: Plan | None = None
     grads: Grads | None = None
-
-
-class Owner(Protocol):
-    """What a plan asks an optimizer for, at the steps that need it."""
-
-    def decided_params(self) -> Sequence[DecidedParam]:
-        """List every parameter, in order, with what was decided for it."""
 
 
 class Stepper:
@@ -82,11 +77,7 @@ class Stepper:
         self._plan = None
 
     def adopt(self, groups: Groups, states: States) -> None:
-        """Take over a state that was loaded or copied.
-
-        Counters that a fused kernel can read stay the tensors that they are, as in
-        torch. Others, as those that a for-loop left on the CPU, are made readable.
-        """
+        """Take over a state that was loaded or copied."""
         self.forget()
         self.note_places(params_of(groups))
         if self.kernel.counts:
@@ -101,7 +92,10 @@ class Stepper:
         }
 
     def _fit_counters(self, groups: Groups, states: States) -> None:
-        """Exchange counters that would keep a parameter from the fused kernel."""
+        """Exchange counters that would keep a parameter from the fused kernel.
+
+        Such are those that a for-loop left on the CPU. Others stay, as in torch.
+        """
         moving: dict[tuple[torch.device, torch.device], list[State]] = {}
         for group in groups:
             choice = fused_choice(self.kernel, group)
@@ -124,26 +118,26 @@ class Stepper:
     def begin(
         self,
         groups: Groups,
-        owner: Owner,
+        decided: Decided,
         states: States,
         choosing: bool,
         planned: bool,
     ) -> Begun:
         """Begin a step, and tell what the optimizer's class is to step.
 
-        Fused kernels are chosen if ``choosing``; else all parts go where the flags of
-        their group say. They are planned if ``planned``; else the class steps all.
+        Without ``choosing``, parts go where the flags of their group say, and to the
+        class if they are not to be ``planned``.
         """
         # A group may be a dict that computes what is read, which no guard sees.
         if not (PLANNING and planned and set(map(type, groups)) <= {dict}):
             self._plan = None
-            return Begun(self._unplanned(groups, owner, states, choosing))
+            return Begun(self._unplanned(groups, decided(), states, choosing))
         self._busy = True
         try:
             plan = self._plan
             grads = None if plan is None else plan.current_grads(groups, states)
             if plan is None or grads is None:
-                plan = self._new_plan(groups, owner.decided_params(), states)
+                plan = self._new_plan(groups, decided(), states)
                 grads = plan.first_grads()
         except BaseException:
             self.forget()  # an interrupt may have left it half changed
@@ -152,14 +146,16 @@ class Stepper:
         return Begun(plan.rest, plan, grads)
 
     def _unplanned(
-        self, groups: Groups, owner: Owner, states: States, choosing: bool
+        self,
+        groups: Groups,
+        params: Sequence[DecidedParam],
+        states: States,
+        choosing: bool,
     ) -> list[Part]:
         """Make the parts anew; by fused kernels, too, the class steps them."""
-        params = owner.decided_params()
         require_no_nan(self.kernel, groups)
         require_dense(self.kernel, groups, params)
         self._follow_moved(groups, params, states)
-        self.note_places([each.param for each in params])
         return make_layout(self.kernel, groups, params, states, (), choosing).parts
 
     @_torch.disable_dynamo
@@ -191,7 +187,6 @@ class Stepper:
             *(self.kernel, groups, params, states),
             *(self._counters, self.exposed, self._stepped),
         )
-        self.note_places([each.param for each in params])
         self._stepped, self._plan = plan.stepped, plan
         return plan
 
@@ -219,5 +214,6 @@ class Stepper:
                 if isinstance(value, Tensor):
                     dtype, device = value.dtype, value.device
                     own[entry] = value.to(
-                        now[0] if dtype == was[0] and entry != "step" else dtype,
+                        now[0] if dtype == was[0] and entry != "step" else dtype
                     ).to(now[1] if device == was[1] else device)
+        self.note_places([each.param for each in params])

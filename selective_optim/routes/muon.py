@@ -120,19 +120,15 @@ class Muon(Routed):
 
     def _warn_of_wide(self) -> None:
         """Tell the share of weights that Muon could step were they matrices."""
-        sizes = [p.numel() for group in self.param_groups for p in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
         # Tables of positions have a first dimension of 1.
-        wide = [
-            param.numel()
-            for group in self.param_groups
-            for param in group["params"]
-            if param.ndim > 2 and param.shape[0] > 1
-        ]
-        if 10 * sum(wide) >= sum(sizes) > 0:
+        wide = [p.numel() for p in params if p.ndim > 2 and p.shape[0] > 1]
+        share = sum(wide) / max(sum(p.numel() for p in params), 1)
+        if share >= 0.1:
             warn(
                 f"torch's Muon steps matrices alone, so AdamW steps "
                 f"{amount(len(wide), 'weight')} of more than two dimensions, "
-                f"{sum(wide) / sum(sizes):.0%} of all elements. Where Muon is to step "
+                f"{share:.0%} of all elements. Where Muon is to step "
                 f"convolutions, write Routed in its place, with the route "
                 f"'muon': (is_hidden_weight, timm.optim.Muon, dict(lr=0.02))."
             )

@@ -18,21 +18,16 @@ from selective_optim import _torch
 from selective_optim._optimizer import Model, SelectiveOptimizer, decider_for
 from selective_optim._text import copied_groups, require_numbers
 from selective_optim._warnings import warn
-from selective_optim.any_class import MODES, READING, as_torch_reads
+from selective_optim.any_class import MODES, READING, as_torch_reads, selective
 from selective_optim.decay import is_zero
-from selective_optim.decisions.decider import (
-    WRITTEN,
-    Decider,
-    kept_on_error,
-    part_of,
-)
+from selective_optim.decisions.decider import WRITTEN, Decider, kept_on_error, part_of
 from selective_optim.decisions.initial_values import base_rate
 from selective_optim.decisions.knowledge import Pending
-from selective_optim.decisions.watch import Watch
+from selective_optim.decisions.watch import Watch, loss_of
 from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy, as_policy
 from selective_optim.report import DecayReport, make_report
-from selective_optim.routes.loading import joined, loadable, warn_of_new
+from selective_optim.routes.loading import States, joined, loadable, warn_of_new
 from selective_optim.routes.route import (
     Route,
     ask_routes,
@@ -40,9 +35,7 @@ from selective_optim.routes.route import (
     read_routes,
     unused,
 )
-from selective_optim.routes.states import States
-from selective_optim.step.grad_scaler import NO_SCALING, scaling_of
-from selective_optim.step.half_precision import loss_of
+from selective_optim.step.setting import NO_SCALING, scaling_of
 
 Group = dict[str, Any]
 ROUTE, WD = "route", "weight_decay"
@@ -108,7 +101,7 @@ class Routed(torch.optim.Optimizer):
         wd_policy: WdPolicy = None,
         model: Model = None,
     ) -> None:
-        self._routes = read_routes(routes)
+        self._routes = read_routes(routes, selective)
         require_numbers({WD: weight_decay})
         self._decider = decider_for(model, wd_policy)
         self.optimizers = {}
@@ -151,9 +144,7 @@ class Routed(torch.optim.Optimizer):
     def _decided_parts(self, coming: Sequence[Pending], strict: bool) -> list[Group]:
         """Split groups by route, and decide for what each route takes.
 
-        Args:
-            coming: Groups that were read.
-            strict: Whether every route must take something, as in a constructor.
+        If ``strict``, as in a constructor, every route must take something.
         """
         decider, policies = self._decider, dict[str, Policy | None]()
         taken = ask_routes(decider, self._routes, coming, self.param_groups, strict)
