@@ -179,7 +179,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # Without decay from the beginning that is meant, or was told.
         decays = [not is_zero(group["weight_decay"]) for group in self._groups]
         alone = self._decider.whole is None  # else other routes may decay
-        self._watch = Watch(alone and any(decays), rounding=True, ranks=True)
+        found = bool(self._decider.index.found)
+        self._watch = Watch(alone and any(decays), True, ranks=True, found=found)
         if "weight_decay" in constants_of(type(self).step):
             self._watch_own_step()
 

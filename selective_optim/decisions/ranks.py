@@ -7,9 +7,11 @@ Both is one call that waits for nobody.
 
 from __future__ import annotations
 
+import re
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from hashlib import sha256
+from os.path import commonprefix
 from zlib import compress, decompress
 
 import torch.distributed as dist
@@ -18,13 +20,18 @@ from selective_optim import _torch
 from selective_optim._warnings import warn_of_other_rank
 from selective_optim.decisions.table import Row
 
+# What stands around a model, up to a module that is one of several, as a stage is.
+AROUND = re.compile(r"(?:[^.\d][^.]*\.)*?(?=[^.]+\.\d+\.|[^.]*$)")
 
-def compare_with_first(layout: Sequence[Sequence[Row]]) -> None:
+
+def compare_with_first(layout: Sequence[Sequence[Row]], found: bool = False) -> None:
     """Warn if another rank decided otherwise for parameters of these names.
 
     Names and shapes are the key: stages of a pipeline share neither, and ranks of
     ``ZeroRedundancyOptimizer`` hold other parameters. A sweep makes one optimizer after
     another: the key also counts those of these names that this rank has stepped.
+    Names that living modules gave are compared without what stands before them all:
+    another module may live around the model on one rank alone.
     """
     store = _torch.store_of_ranks()
     if store is None:
@@ -35,7 +42,11 @@ def compare_with_first(layout: Sequence[Sequence[Row]]) -> None:
         return
     names = sorted(named)
     decays = [repr(named[name].decay) for name in names]
-    known = "\n".join(f"{name} {tuple(named[name].shape)}" for name in names)
+    shared = commonprefix(names) if found else ""  # noqa: RUF071 - cut at a dot next
+    around = AROUND.match(shared)
+    inside = [name[around.end() if around else 0 :] for name in names]
+    shapes = (tuple(named[name].shape) for name in names)
+    known = "\n".join(f"{name} {shape}" for name, shape in zip(inside, shapes))
     key = f"selective_optim/{sha256(known.encode()).hexdigest()}"
     rank = dist.get_rank()
     try:
@@ -51,4 +62,4 @@ def compare_with_first(layout: Sequence[Sequence[Row]]) -> None:
     others = [i for i, decay in enumerate(decays) if decay != there[i]]
     if others:
         at = others[0]
-        warn_of_other_rank(rank, names[at], decays[at], there[at], len(others))
+        warn_of_other_rank(rank, names[at], decays[at], there[at], len(others), found)

@@ -33,13 +33,18 @@ class Watch:
         taken_over: Whether to look for decay that a wrapper takes over.
         rounding: Whether to look for decay that half precision rounds away.
         ranks: Whether to compare with what other ranks decided.
+        found: Whether living modules gave the names.
     """
 
     def __init__(
-        self, taken_over: bool = False, rounding: bool = False, ranks: bool = False
+        self,
+        taken_over: bool = False,
+        rounding: bool = False,
+        ranks: bool = False,
+        found: bool = False,
     ) -> None:
         self._taken_over, self._rounding, self._idle = taken_over, rounding, 0
-        self._ranks = ranks
+        self._ranks, self._found = ranks, found
         self._layout: Layout = ()
         self._above: list[int] = []  # by group, steps in a row above its limit
         self._rates: list[Any] = []  # at the last step, if none was
@@ -55,7 +60,7 @@ class Watch:
         if beginning and any(map(_moves, groups)):
             if self._ranks:
                 self._ranks = False
-                compare_with_first(layout)
+                compare_with_first(layout, self._found)
             self._taken_over = self._taken_over and self.is_idle(groups, layout)
             params = [param for group in groups for param in group["params"]]
             devices = {param.device for param in params if param.dtype in _torch.HALF}
