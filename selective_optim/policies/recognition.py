@@ -35,8 +35,8 @@ WEIGHT_MODULES = (
 )
 WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 # GRN is the global response normalization of ConvNeXt V2, and an acronym that others
-# are glued to: DiTGRN.
-NORM_WORD = re.compile(r".*norm$|normali[sz]ation$|.*grn$")
+# are glued to: DiTGRN. RevIN is the reversible instance normalization of forecasts.
+NORM_WORD = re.compile(r".*norm$|normali[sz](?:ation|e)$|.*grn$|revin$")
 # A class called after a norm and then after one of these is the other thing:
 # LayerNormLinear, NormFreeBlock, NormHead.
 LAYERS = frozenset(
@@ -56,7 +56,8 @@ NO_BIAS = frozenset(
 # A table of biases, to be looked up by position: relative_attention_bias.
 BIAS_TABLE = re.compile(r"(?:.*_)?(?:relative|position)_")
 # Names of biases that are names of other things elsewhere: b_Q, b1, cross_layer_b.
-MAY_BE_BIAS = re.compile(r"(?:.*_)?b\d*(?:_.*)?$|beta$")
+MAY_BE_BIAS = re.compile(r"(?:.*_)?b\d*(?:_.*)?$")
+MAY_SHIFT = re.compile(r"beta$|(?:.*_)?(?:offset|shift|translation)$")
 METHODS = (FunctionType, classmethod, staticmethod)
 PARTS_OF_A_NAME = re.compile(r"[a-zA-Z]+")
 LISTS = (nn.ParameterList, nn.ParameterDict)
@@ -108,7 +109,7 @@ NO_WEIGHTS = frozenset(
 
 @cache
 def _name_says_norm(name: str) -> bool:
-    words = [word.lower() for word in WORDS.findall(name)]
+    words = [word.lower() for word in WORDS.findall(name.replace("RevIN", "Revin"))]
     norms = [i for i, word in enumerate(words) if NORM_WORD.match(word)]
     if not norms or NOT_A_NORM.match(name):
         return False
@@ -253,10 +254,11 @@ def bias_part(place: ParameterInfo) -> bool:
     module, leaf = holder(place)
     if bias_leaf(leaf) or module is None:
         return bias_leaf(leaf)
-    if not MAY_BE_BIAS.match(leaf):
+    called_b = MAY_BE_BIAS.match(leaf)
+    if not called_b and not MAY_SHIFT.match(leaf):
         return False
     added = only_added(_kind(module), leaf)
-    if added is None and leaf != "beta":  # other modules use it
+    if added is None and called_b:  # other modules use it
         keys = (key for key, _ in module.named_parameters("", False))
         return place.ndim == 1 or goes_with(leaf, keys)
     return bool(added)

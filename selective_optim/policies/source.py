@@ -29,14 +29,14 @@ SPREAD = re.compile(r"(?:\w+_)?(?:std|stdev|stddev|rms|norm)$")
 # What may stand between the attribute and the call without making it another value.
 VIEWS = frozenset(
     (
-        *("contiguous", "expand", "flatten", "float", "permute", "rearrange", "repeat"),
-        *("reshape", "squeeze", "to", "transpose", "type", "type_as", "unsqueeze"),
-        "view",
+        *("contiguous", "detach", "expand", "flatten", "float", "permute", "rearrange"),
+        *("repeat", "reshape", "squeeze", "to", "transpose", "type", "type_as"),
+        *("unsqueeze", "view"),
     )
 )
 NORM_INPUTS = frozenset({"input", "x"})
 # Calls that add one of their arguments.
-ADDS = re.compile(r"(?:\w+_)?(?:linear|conv\dd|addmm|addcmul|baddbmm)$")
+ADDS = re.compile(r"(?:\w+_)?(?:linear|conv\dd|add|addmm|addcmul|baddbmm)$|\w+_sum$")
 # Methods, calls and attributes that set or describe a parameter and compute nothing.
 SETS = re.compile(r"__init__|extra_repr|fold_\w+|_?(?:re)?(?:init|set)\w*")
 DESCRIBES = frozenset({"data", "device", "dtype", "hasattr", "isinstance", "shape"})
@@ -60,10 +60,15 @@ def scales_normalized(cls: type, leaf: str) -> str | None:
 # Asked again for every layer of a class, and for every policy.
 @lru_cache(4096)
 def only_added(cls: Any, leaf: str) -> bool | None:
-    """Tell whether methods only add an attribute; ``None`` where none uses it."""
+    """Tell whether methods only add an attribute; ``None`` where none uses it.
+
+    Beside that they may subtract it, as where a layer is inverted.
+    """
     methods = [m for _, m, _ in _methods(cls, leaf) if not SETS.fullmatch(m.__name__)]
-    trees = list(map(_tree, methods))
-    return all(tree and adds(tree, leaf) for tree in trees) if trees else None
+    trees = map(_tree, methods)
+    found = {use for tree in trees for use in (_uses(tree, leaf) if tree else [""])}
+    found.discard("describes")
+    return {"adds"} <= found <= {"adds", "subtracts"} if found else None
 
 
 @lru_cache(4096)
@@ -176,6 +181,8 @@ def _factors(node: ast.AST) -> list[ast.expr]:
 
 def _unit(value: ast.expr, known: dict[str, str]) -> str:
     """Name what made an expression vectors of length one, if anything did."""
+    if _outer(value):
+        return ""
     if isinstance(value, ast.IfExp):
         return _unit(value.body, known) or _unit(value.orelse, known)
     if factors := _factors(value):
@@ -193,38 +200,54 @@ def _unit(value: ast.expr, known: dict[str, str]) -> str:
     return "" if own else next(filter(UNIT_CALL.match, called), "")
 
 
-def adds(tree: ast.AST, leaf: str) -> bool:
-    """Tell whether every use of an attribute in a method adds it, or describes it."""
+def _outer(value: ast.expr) -> bool:
+    # Every element of `x[..., None]` meets all of a vector: a layer of one input.
+    index = getattr(value, "slice", None)
+    last = index.elts[-1] if isinstance(index, ast.Tuple) else index
+    return isinstance(last, ast.Constant) and last.value is None
+
+
+def _uses(tree: ast.AST, leaf: str) -> Iterator[str]:
+    """Say of every place in a method that reads an attribute what it does with it."""
     above = {child: n for n in ast.walk(tree) for child in ast.iter_child_nodes(n)}
     uses = [n for n in above if isinstance(n, ast.Attribute) and n.attr == leaf]
-    return all(_added(use, above, leaf) for use in uses if _attribute(use))
+    read = [n for n in uses if _attribute(n) and isinstance(n.ctx, ast.Load)]
+    return (_use(n, above, leaf) for n in read)
 
 
-def _added(node: ast.AST, above: dict[ast.AST, ast.AST], leaf: str) -> bool:
+def _use(node: ast.AST, above: dict[ast.AST, ast.AST], leaf: str) -> str:
     while True:
         inner, node = node, above[node]
         if isinstance(node, ast.Attribute):
             if node.attr not in VIEWS:
-                return node.attr in DESCRIBES or node.attr.endswith("_")
+                sets = node.attr in DESCRIBES or node.attr.endswith("_")
+                return "describes" if sets else ""
             node = above[node]
         elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
             other = node.right if node.left is inner else node.left
             # `self.b * self.cfg.use_b` multiplies with a setting, and no tensor.
             if not isinstance(other, ast.Attribute) or _attribute(other):
-                return False
+                return ""
         elif isinstance(node, (ast.BinOp, ast.AugAssign)):
-            return isinstance(node.op, ast.Add)
+            second = inner is (
+                node.right if isinstance(node, ast.BinOp) else node.value
+            )
+            signs = {ast.Add: "adds", ast.Sub: "subtracts" if second else ""}
+            return signs.get(type(node.op), "")
         elif isinstance(node, ast.keyword) and "bias" in (node.arg or ""):
-            return True
+            return "adds"
         elif isinstance(node, ast.Call) and _called(node) not in VIEWS:
             called = _called(node)
-            known = ADDS.match(called) or called in DESCRIBES or called.endswith("_")
-            return bool(known) or goes_with(leaf, map(_attribute, node.args))
+            if called in DESCRIBES or called.endswith("_"):
+                return "describes"
+            beside = goes_with(leaf, map(_attribute, node.args))
+            return "adds" if beside or ADDS.match(called) else ""
         elif isinstance(node, ast.Assign):
-            return all("bias" in _name(target) for target in node.targets)
+            named = all("bias" in _name(target) for target in node.targets)
+            return "adds" if named else ""
         elif not isinstance(node, (ast.Subscript, ast.IfExp, ast.keyword, ast.Call)):
             checks = (ast.Compare, ast.BoolOp, ast.UnaryOp, ast.If, ast.FormattedValue)
-            return isinstance(node, checks)
+            return "describes" if isinstance(node, checks) else ""
 
 
 def goes_with(leaf: str, others: Iterable[str | None]) -> bool:
