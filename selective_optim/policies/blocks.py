@@ -92,33 +92,37 @@ def runs_in(module: nn.Module, name: str = "") -> list[Run]:
     return found + [run for child in outside for run in runs_in(child, paths[child])]
 
 
-def _inside_stage(stage: nn.Module) -> tuple[nn.Module, ...]:
+def _inside_stage(stage: nn.Module, alike: bool = False) -> tuple[nn.Module, ...]:
     """Return the blocks that a stage consists of; none if it is a block itself."""
-    if _is_layer(stage):
+    parts = list(filter(has_parameters, stage.children()))
+    # An attention and a feed-forward in a list are one layer, and no stage of two.
+    simple = alike or not any(map(runs_in, parts))
+    if isinstance(stage, LISTS) and _are_pieces(parts) and simple:
         return ()
     if type(stage) in CONTAINERS:
         blocks = tuple(filter(_may_be_block, stage.children()))
         # Of blocks most have the parameters of another; what has not is pieces of one.
         kinds = Counter(tuple(n for n, _ in b.named_parameters()) for b in blocks)
+        if len(blocks) == 1:  # an embedding, and a transformer of its own depth
+            return _inside_stage(blocks[0]) or blocks
         return blocks if 2 * max(kinds.values(), default=0) >= len(blocks) else ()
     runs = runs_in(stage)
     largest = max(runs, key=lambda run: run.size, default=None)
-    return largest.items if largest and 2 * largest.size >= _size(stage) else ()
+    if largest is None or 2 * largest.size < _size(stage) or _are_pieces(largest.items):
+        return ()
+    return largest.items
 
 
-def _is_layer(stage: nn.Module) -> bool:
-    # An attention and a feed-forward in a list are one layer, and no stage of two.
-    listed = stage.children() if isinstance(stage, LISTS) else ()
-    parts = list(filter(has_parameters, listed))
+def _are_pieces(parts: Sequence[nn.Module]) -> bool:
     kinds = {tuple(type(m) for m in p.modules() if has_parameters(m)) for p in parts}
-    return 1 < len(parts) == len(kinds) <= 3 and not any(map(runs_in, parts))
+    return 1 < len(parts) == len(kinds) <= 3
 
 
 def _blocks_in(run: Run) -> list[nn.Module]:
     """Return the items of a run or, where the items are stages, the blocks inside."""
     # Stages differ in width; blocks that stand side by side are mostly alike, even
     # where each holds a list of experts.
-    inner = {item: _inside_stage(item) for item in run.items}
+    inner = {item: _inside_stage(item, run.uniform) for item in run.items}
     staged = {type(item) for item, blocks in inner.items() if blocks}
     # A plain container never is a block itself, however alike its neighbors are.
     if not staged or (run.uniform and staged.isdisjoint(CONTAINERS)):
