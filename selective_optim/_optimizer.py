@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain, repeat
 from threading import get_ident, local
 from time import sleep
@@ -33,6 +34,7 @@ from selective_optim.decisions.decider import (
     own_keys,
 )
 from selective_optim.decisions.deciding_for import given
+from selective_optim.decisions.ranks import compare_with_first
 from selective_optim.decisions.state_dict import (
     POLICIES,
     RECORD,
@@ -179,8 +181,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # Without decay from the beginning that is meant, or was told.
         decays = [not is_zero(group["weight_decay"]) for group in self._groups]
         alone = self._decider.whole is None  # else other routes may decay
-        found = bool(self._decider.index.found)
-        self._watch = Watch(alone and any(decays), True, ranks=True, found=found)
+        ranks = partial(compare_with_first, found=bool(self._decider.index.found))
+        self._watch = Watch(alone and any(decays), rounding=True, ranks=ranks)
         if "weight_decay" in constants_of(type(self).step):
             self._watch_own_step()
 

@@ -21,7 +21,7 @@ from selective_optim._warnings import warn_of_other_rank
 from selective_optim.decisions.table import Row
 
 # What stands around a model, up to a module that is one of several, as a stage is.
-AROUND = re.compile(r"(?:[^.\d][^.]*\.)*?(?=[^.]+\.\d+\.|[^.]*$)")
+AROUND = re.compile(r"(?:[^.\d][^.]*\.)*?(?=[^.]+\.\d+\.|[^.]*$)|")
 
 
 def compare_with_first(layout: Sequence[Sequence[Row]], found: bool = False) -> None:
@@ -43,10 +43,9 @@ def compare_with_first(layout: Sequence[Sequence[Row]], found: bool = False) -> 
     names = sorted(named)
     decays = [repr(named[name].decay) for name in names]
     shared = commonprefix(names) if found else ""  # noqa: RUF071 - cut at a dot next
-    around = AROUND.match(shared)
-    inside = [name[around.end() if around else 0 :] for name in names]
-    shapes = (tuple(named[name].shape) for name in names)
-    known = "\n".join(f"{name} {shape}" for name, shape in zip(inside, shapes))
+    around = AROUND.findall(shared)[0]
+    keys = [f"{n.removeprefix(around)} {tuple(named[n].shape)}" for n in names]
+    known = "\n".join(keys)
     key = f"selective_optim/{sha256(known.encode()).hexdigest()}"
     rank = dist.get_rank()
     try:

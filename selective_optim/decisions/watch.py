@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 from operator import itemgetter
 from typing import Any
@@ -13,13 +13,13 @@ from selective_optim import _torch
 from selective_optim._warnings import warn, warn_of_decay_taken_over, warn_of_high_rate
 from selective_optim.decay import FULL, is_zero
 from selective_optim.decisions.initial_values import is_rate, rate_now
-from selective_optim.decisions.ranks import compare_with_first
 from selective_optim.decisions.table import Group, Row
 from selective_optim.fused.guards import same_objects
 from selective_optim.step.half_precision import loss_of
 from selective_optim.step.setting import Groups
 
 Layout = Sequence[Sequence[Row]]
+Compare = Callable[[Layout], None] | None
 IDLE = 2  # steps without decay that are none of a schedule
 IN_A_ROW = 10  # steps above the first rate
 _rate_of = itemgetter("lr")
@@ -32,19 +32,14 @@ class Watch:
     Args:
         taken_over: Whether to look for decay that a wrapper takes over.
         rounding: Whether to look for decay that half precision rounds away.
-        ranks: Whether to compare with what other ranks decided.
-        found: Whether living modules gave the names.
+        ranks: Compares with what other ranks decided.
     """
 
     def __init__(
-        self,
-        taken_over: bool = False,
-        rounding: bool = False,
-        ranks: bool = False,
-        found: bool = False,
+        self, taken_over: bool = False, rounding: bool = False, ranks: Compare = None
     ) -> None:
         self._taken_over, self._rounding, self._idle = taken_over, rounding, 0
-        self._ranks, self._found = ranks, found
+        self._ranks = ranks
         self._layout: Layout = ()
         self._above: list[int] = []  # by group, steps in a row above its limit
         self._rates: list[Any] = []  # at the last step, if none was
@@ -59,8 +54,8 @@ class Watch:
         beginning = self._taken_over or self._rounding or self._ranks
         if beginning and any(map(_moves, groups)):
             if self._ranks:
-                self._ranks = False
-                compare_with_first(layout, self._found)
+                self._ranks(layout)
+                self._ranks = None
             self._taken_over = self._taken_over and self.is_idle(groups, layout)
             params = [param for group in groups for param in group["params"]]
             devices = {param.device for param in params if param.dtype in _torch.HALF}

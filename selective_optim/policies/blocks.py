@@ -108,9 +108,11 @@ def _inside_stage(stage: nn.Module, alike: bool = False) -> tuple[nn.Module, ...
         return blocks if 2 * max(kinds.values(), default=0) >= len(blocks) else ()
     runs = runs_in(stage)
     largest = max(runs, key=lambda run: run.size, default=None)
-    if largest is None or 2 * largest.size < _size(stage) or _are_pieces(largest.items):
+    if largest is None or 2 * largest.size < _size(stage):
         return ()
-    return largest.items
+    # A list in a list is the one layer of this stage.
+    one = re.search(r"\d\.\*$", largest.glob) and _are_pieces(largest.items)
+    return () if one else largest.items
 
 
 def _are_pieces(parts: Sequence[nn.Module]) -> bool:

@@ -91,9 +91,6 @@ TABLE = re.compile(
 KNOWN_GAINS = {
     # A global response norm, written out where it is used.
     ("monai", "MedNeXtBlock"): {"global_resp_gamma", "global_resp_beta"},
-    # Gains of a norm that is called without its own.
-    ("transformers", "Gemma4TextRouter"): {"scale"},
-    ("transformers", "DiffusionGemmaTextRouter"): {"scale"},
 }
 # Multiplies a product of normalized vectors, and sometimes one of the two.
 TEMPERATURE = re.compile(r"(?:.*_)?(?:temp|temperature|logit_scale)$")
@@ -275,16 +272,18 @@ def norm_part(place: ParameterInfo) -> str | None:
         return ""
     if module is None or isinstance(module, WEIGHT_MODULES):
         return None
-    return _gain(_kind(module), leaf)
+    children = module.named_children()
+    norms = (k for k, m in children if says_norm(_kind(m)) and not has_parameters(m))
+    return _gain(_kind(module), leaf, frozenset(norms))
 
 
 @lru_cache(4096)
-def _gain(cls: Any, leaf: str) -> str | None:
+def _gain(cls: Any, leaf: str, plain: frozenset[str]) -> str | None:
     for base in own_classes(cls):
         package = base.__module__.partition(".")[0]
         if leaf in KNOWN_GAINS.get((package, base.__name__), ()):
             return f"{cls.__name__}.{leaf} is known as a gain"
-    return None if TEMPERATURE.match(leaf) else scales_normalized(cls, leaf)
+    return None if TEMPERATURE.match(leaf) else scales_normalized(cls, leaf, plain)
 
 
 @cache
