@@ -190,6 +190,7 @@ class Flow(nn.Module):
     def forward(self, x, rev=False):
         if rev:
             return (x - self.global_offset - self.shift) / self.scale
+        x = x + self.scale_shift  # diffusers: a modulation, of two parts
         return x * self.scale + self.global_offset + self.shift
 
 
@@ -233,7 +234,10 @@ ADDED = {
     Gates: (("b_i", "weight_b"), {"b_i"}),
     Interaction: (("b_c", "b_p"), {"b_c", "b_p"}),
     Multiplied: (("b_df",), set()),
-    Flow: (("scale", "global_offset", "shift"), {"global_offset", "shift"}),
+    Flow: (
+        ("scale", "global_offset", "shift", "scale_shift"),
+        {"global_offset", "shift"},
+    ),
     Basis: (("offset", "shift", "translation"), set()),
 }
 

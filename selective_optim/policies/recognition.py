@@ -57,7 +57,7 @@ NO_BIAS = frozenset(
 BIAS_TABLE = re.compile(r"(?:.*_)?(?:relative|position)_")
 # Names of biases that are names of other things elsewhere: b_Q, b1, cross_layer_b.
 MAY_BE_BIAS = re.compile(r"(?:.*_)?b\d*(?:_.*)?$")
-MAY_SHIFT = re.compile(r"beta$|(?:.*_)?(?:offset|shift|translation)$")
+MAY_SHIFT = re.compile(r"beta$|(?!.*scale)(?:.*_)?(?:offset|shift|translation)$")
 METHODS = (FunctionType, classmethod, staticmethod)
 PARTS_OF_A_NAME = re.compile(r"[a-zA-Z]+")
 LISTS = (nn.ParameterList, nn.ParameterDict)
