@@ -952,3 +952,22 @@ def test_stages_of_an_embedding_and_layers_count_by_layers():
     assert [found[f"stages.2.1.layers.{i}.0.to_q.bias"] for i in range(3)] == [3, 2, 1]
     assert [found[f"stages.{i}.1.layers.0.1.up.bias"] for i in range(3)] == [6, 5, 3]
     assert [found[f"stages.{i}.0.bias"] for i in range(3)] == [7, 5, 3]
+
+
+def test_stages_in_lists_count_by_layers_though_they_are_alike():
+    # As vit_pytorch's CrossFormer and RegionViT of one width.
+    stages = (nn.ModuleList([Feed(), Layers(2)]) for _ in range(3))
+    found = distances(Model(stages=nn.ModuleList(stages), head=nn.Linear(4, 2)))
+    assert found["stages.0.1.layers.0.0.to_q.bias"] > found["stages.1.0.up.bias"]
+
+
+def test_embedding_of_the_last_stage_is_none_of_the_input():
+    # As vit_pytorch's RegionViT: a table of biases after the layers of each stage.
+    class Biased(Layers):
+        def __init__(self, depth):
+            super().__init__(depth)
+            self.bias_by_distance = nn.Embedding(3, 2)
+
+    stages = (nn.Sequential(nn.Linear(4, 4), Biased(2)) for _ in range(3))
+    found = distances(Model(stages=nn.Sequential(*stages), head=nn.Linear(4, 2)))
+    assert found["stages.2.1.bias_by_distance.weight"] == 1

@@ -95,9 +95,11 @@ def runs_in(module: nn.Module, name: str = "") -> list[Run]:
 def _inside_stage(stage: nn.Module, alike: bool = False) -> tuple[nn.Module, ...]:
     """Return the blocks that a stage consists of; none if it is a block itself."""
     parts = list(filter(has_parameters, stage.children()))
-    # An attention and a feed-forward in a list are one layer, and no stage of two.
-    simple = alike or not any(map(runs_in, parts))
-    if isinstance(stage, LISTS) and _are_pieces(parts) and simple:
+    # An attention and a feed-forward in a list are one layer, and no stage of two;
+    # so they are where both have branches, and an embedding beside a stack is not.
+    inner = list(map(runs_in, parts))
+    one = (alike and all(inner)) or not any(inner)
+    if isinstance(stage, LISTS) and _are_pieces(parts) and one:
         return ()
     if type(stage) in CONTAINERS:
         blocks = tuple(filter(_may_be_block, stage.children()))
@@ -322,9 +324,11 @@ def distances_in(modules: Modules, blocks: Modules) -> dict[nn.Module, int]:
     for parent in filter(around.difference(blocks).__contains__, modules):
         layer.update(_beside(parent, numbers))
         for key, child in parent.named_children():
-            # Between two blocks it embeds what comes out of the first.
+            # Between two blocks it embeds what comes out of the first, and in the last
+            # of several stages what that stage computes.
             if layer[child] > len(blocks) and embedding_module(child):
-                layer.update(dict.fromkeys(child.modules(), 0))
+                place = 0 if blocks[0] in set(parent.modules()) else len(blocks)
+                layer.update(dict.fromkeys(child.modules(), place))
             if layer[child] == 0 and POOL.match(key):  # it pools what the blocks give
                 layer.update(dict.fromkeys(child.modules(), len(blocks) + 1))
         if norm is None:
