@@ -42,8 +42,7 @@ def compare_with_first(layout: Sequence[Sequence[Row]], found: bool = False) -> 
         return
     names = sorted(named)
     decays = [repr(named[name].decay) for name in names]
-    shared = commonprefix(names) if found else ""  # noqa: RUF071 - cut at a dot next
-    around = AROUND.findall(shared)[0]
+    around = AROUND.findall(commonprefix(names) if found else "")[0]  # noqa: RUF071
     keys = [f"{n.removeprefix(around)} {tuple(named[n].shape)}" for n in names]
     known = "\n".join(keys)
     key = f"selective_optim/{sha256(known.encode()).hexdigest()}"

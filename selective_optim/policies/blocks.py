@@ -95,8 +95,7 @@ def runs_in(module: nn.Module, name: str = "") -> list[Run]:
 def _inside_stage(stage: nn.Module, alike: bool = False) -> tuple[nn.Module, ...]:
     """Return the blocks that a stage consists of; none if it is a block itself."""
     parts = list(filter(has_parameters, stage.children()))
-    # An attention and a feed-forward in a list are one layer, and no stage of two;
-    # so they are where both have branches, and an embedding beside a stack is not.
+    # An attention and a feed-forward in a list are one layer, also if both branch.
     inner = list(map(runs_in, parts))
     one = (alike and all(inner)) or not any(inner)
     if isinstance(stage, LISTS) and _are_pieces(parts) and one:
@@ -113,8 +112,8 @@ def _inside_stage(stage: nn.Module, alike: bool = False) -> tuple[nn.Module, ...
     if largest is None or 2 * largest.size < _size(stage):
         return ()
     # A list in a list is the one layer of this stage.
-    one = re.search(r"\d\.\*$", largest.glob) and _are_pieces(largest.items)
-    return () if one else largest.items
+    listed = re.search(r"\d\.\*$", largest.glob)
+    return () if listed and _are_pieces(largest.items) else largest.items
 
 
 def _are_pieces(parts: Sequence[nn.Module]) -> bool:

@@ -64,9 +64,8 @@ def only_added(cls: Any, leaf: str) -> bool | None:
     """Tell whether methods add, and at most subtract, it; ``None`` if none uses it."""
     methods = [m for _, m, _ in _methods(cls, leaf) if not SETS.fullmatch(m.__name__)]
     trees = map(_tree, methods)
-    found = {use for tree in trees for use in (_uses(tree, leaf) if tree else [""])}
-    found.discard("describes")
-    return {"adds"} <= found <= {"adds", "subtracts"} if found else None
+    uses = {u for t in trees for u in (_uses(t, leaf) if t else [""])} - {"describes"}
+    return {"adds"} <= uses <= {"adds", "subtracts"} if uses else None
 
 
 @lru_cache(4096)
