@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import nn
 
-from selective_optim._torch import original_class
-from selective_optim.parameters import ParameterInfo, index_of, own_classes
+from selective_optim._torch import original_class, own_classes
+from selective_optim.parameters import ParameterInfo, index_of
 from selective_optim.policies.source import (
     goes_with,
     only_added,

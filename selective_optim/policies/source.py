@@ -18,7 +18,7 @@ from textwrap import dedent
 from types import CodeType, FunctionType
 from typing import Any
 
-from selective_optim.parameters import own_classes
+from selective_optim._torch import own_classes
 
 NORM_CALL = re.compile(r"(?:\w+_)?(?:batch|group|instance|layer|rms)_?norm(?:_fn)?$")
 # Makes vectors of length one.
