@@ -178,7 +178,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # Without decay from the beginning that is meant, or was told.
         decays = [not is_zero(group["weight_decay"]) for group in self._groups]
         alone = self._decider.whole is None  # else other routes may decay
-        self._watch = Watch(alone and any(decays), rounding=True, ranks=alone)
+        self._watch = Watch(alone and any(decays), rounding=True)
+        self._compare_ranks()
         if "weight_decay" in constants_of(type(self).step):
             self._watch_own_step()
 
@@ -218,8 +219,13 @@ class SelectiveOptimizer(torch.optim.Optimizer):
                 raise
         if policy is None:
             self._warn_of_origin(given, group["params"])
+        self._compare_ranks()
+
+    def _compare_ranks(self) -> None:
+        """Have what is decided now compared with other ranks at the next step."""
         self._watch = self._watch or Watch()
-        self._watch.ranks = self._decider.whole is None
+        if self._decider.whole is None:  # else all routes are compared together
+            self._watch.compare(found=bool(self._decider.index.found))
 
     def _append_group(self, group: Group) -> None:
         super().add_param_group(group)
@@ -482,8 +488,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             # There may be parts that cannot come together.
             self._decider = Decider.restored(before, self.param_groups)
             raise
-        self._watch = self._watch or Watch()
-        self._watch.ranks = self._decider.whole is None
+        self._compare_ranks()
 
     def _forget_plan(self) -> None:
         self._stepper.forget()

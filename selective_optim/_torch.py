@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from importlib import import_module
+from itertools import takewhile
 from operator import attrgetter, methodcaller
 from pathlib import Path
 from typing import Any, TypeVar
@@ -273,6 +274,11 @@ children = attrgetter("_modules")
 
 # torch's private bases of all batch and instance norms, which mmengine tests for.
 NORM_BASES = (nn.SyncBatchNorm.__mro__[1], nn.InstanceNorm1d.__mro__[1])
+
+
+def own_classes(cls: type) -> list[type]:
+    """List a module class and its bases, up to ``nn.Module``."""
+    return list(takewhile(lambda base: base is not nn.Module, cls.__mro__))
 
 
 def original_class(module: nn.Module | None) -> str:

@@ -86,14 +86,17 @@ def warn_of_decay_taken_over(policy: object) -> None:
     )
 
 
-def warn_of_other_rank(rank: int, name: str, here: str, there: str, count: int) -> None:
+def warn_of_other_rank(
+    rank: int, name: str, here: str, there: str, count: int, found: bool
+) -> None:
     """Warn that a rank decided otherwise than the one that came first."""
+    same = "model=model and the same `wd_policy`" if found else "the same `wd_policy`"
     more = f" (and {count - 1} more)" if count > 1 else ""
     warn(
         f"rank {rank} decided otherwise than the rank that stepped first: {name} is "
-        f"{here} here and {there} there{more}. Pass the same `wd_policy` "
-        f"and routes on every rank, as texts or mappings from names. Ranks that train "
-        f"apart on purpose may ignore this."
+        f"{here} here and {there} there{more}. Pass {same} and routes on every rank, "
+        f"as texts or mappings from names. Ranks that train apart on purpose may "
+        f"ignore this."
     )
 
 

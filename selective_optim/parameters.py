@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import chain, repeat, takewhile
+from itertools import chain, repeat
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
@@ -119,12 +119,7 @@ def owner_kinds(info: ParameterInfo) -> tuple[str, ...]:
 
 @lru_cache(4096)
 def _kinds_of(cls: Any) -> tuple[str, ...]:
-    return tuple([f"{c.__module__}.{c.__qualname__}" for c in own_classes(cls)])
-
-
-def own_classes(cls: type[nn.Module]) -> list[type]:
-    """List a module class and its bases, up to ``nn.Module``."""
-    return list(takewhile(lambda base: base is not nn.Module, cls.__mro__))
+    return tuple([f"{c.__module__}.{c.__qualname__}" for c in _torch.own_classes(cls)])
 
 
 def _named_info(

@@ -286,6 +286,42 @@ def test_steps_that_move_nothing_do_not_compare(ranks):
     assert (first, second, len(then + later)) == ([], [], 1)
 
 
+def step_inside_another(rank, given):
+    """Step the same model on both ranks, which one of them holds in another module."""
+    model = nn.ModuleDict({"stem": nn.Linear(3, 4), "body": net(width=22)})
+    around = nn.ModuleDict({"body": model}) if rank == 0 else None
+
+    def run():
+        where = {"model": model} if given else {}
+        policy = scale("body.*", by=0.5)
+        AdamW(list(model.parameters()), wd_policy=policy, **where).step()
+
+    said = told(run)
+    assert around is None or around["body"] is model
+    return said
+
+
+@pytest.mark.distributed
+def test_module_around_the_model_on_one_rank_is_told(ranks):
+    """Both pass the same policy, and its pattern is one for the names of either."""
+    first, second = ranks(step_inside_another, False)
+    (said,) = first + second
+    assert "'body.stem.bias' is" in said or "'stem.bias' is" in said
+    assert "Pass model=model and the same `wd_policy` and routes on every rank" in said
+    assert ranks(step_inside_another, True) == [[], []]
+
+
+def step_stage(rank):
+    stages = nn.Sequential(net(width=23), net(width=23))
+    stage = list(stages[rank].parameters())
+    return told(lambda: AdamW(stage, wd_policy={f"{rank}.*": 0.5 + rank}).step())
+
+
+@pytest.mark.distributed
+def test_stages_that_are_alike_are_not_compared(ranks):
+    assert ranks(step_stage) == [[], []]
+
+
 class Gone:
     def add(self, key, amount):
         raise dist.DistNetworkError("closed")

@@ -7,9 +7,11 @@ Both is one call that waits for nobody.
 
 from __future__ import annotations
 
+import re
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
+from os.path import commonprefix
 from zlib import compress, decompress
 
 import torch.distributed as dist
@@ -18,23 +20,32 @@ from selective_optim import _torch
 from selective_optim._warnings import warn_of_other_rank
 from selective_optim.decisions.table import Group, Row
 
+# What stands around a model, up to a module that is one of several, as a stage is.
+AROUND = re.compile(r"(?:[^.\d][^.]*\.)*?(?=[^.]+\.\d+\.|[^.]*$)|")
+
 
 def compare_with_first(
-    groups: Sequence[Group], layout: Sequence[Sequence[Row]]
+    groups: Sequence[Group], layout: Sequence[Sequence[Row]], found: bool = False
 ) -> None:
     """Warn if another rank decided otherwise for the same parameters.
 
     Names, or places where there are none, and shapes are the key: stages of a pipeline
     share neither, and ranks of ``ZeroRedundancyOptimizer`` hold other parameters. A
     sweep makes one optimizer after another: the key also counts those of these
-    parameters that this rank has stepped.
+    parameters that this rank has stepped. Names that living modules gave are compared
+    without what stands before them all: another module may live around the model on
+    one rank alone.
     """
     store = _torch.store_of_ranks()
     if store is None:
         return
     decided = sorted(_decided(groups, layout))
     decays = [decay for *_, decay in decided]
-    known = "\n".join(f"{name} {shape}" for name, shape, _ in decided)
+    names = [label.strip("'") for label, *_ in decided]
+    around = AROUND.findall(commonprefix(names) if found else "")[0]  # noqa: RUF071
+    shapes = (shape for _, shape, _ in decided)
+    inside = (name.removeprefix(around) for name in names)
+    known = "\n".join(map(" ".join, zip(inside, shapes)))
     key = f"selective_optim/{sha256(known.encode()).hexdigest()}"
     rank = dist.get_rank()
     try:
@@ -50,7 +61,9 @@ def compare_with_first(
     others = [i for i, decay in enumerate(decays) if decay != there[i]]
     if others:
         at = others[0]
-        warn_of_other_rank(rank, decided[at][0], decays[at], there[at], len(others))
+        warn_of_other_rank(
+            rank, decided[at][0], decays[at], there[at], len(others), found
+        )
 
 
 def _decided(

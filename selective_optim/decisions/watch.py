@@ -43,18 +43,19 @@ class Watch:
     Args:
         taken_over: Whether to look for decay that a wrapper takes over.
         rounding: Whether to look for decay that half precision rounds away.
-        ranks: Whether to compare with what other ranks decided.
     """
 
-    def __init__(
-        self, taken_over: bool = False, rounding: bool = False, ranks: bool = False
-    ) -> None:
+    def __init__(self, taken_over: bool = False, rounding: bool = False) -> None:
         self._taken_over, self._rounding, self._idle = taken_over, rounding, 0
-        self.ranks = ranks
+        self._ranks: dict[str, bool] | None = None
         self._layout: Layout = ()
         self._above: list[int] = []  # by group, steps in a row above its limit
         self._rates: list[Any] = []  # at the last step, if none was
         self._limits: list[float] = []
+
+    def compare(self, found: bool) -> None:
+        """Compare the next step that moves with other ranks; names may be found."""
+        self._ranks = {"found": found}
 
     # Copies count anew, over rows of their own. One rank alone may make them.
     def __reduce__(self) -> Any:
@@ -62,7 +63,7 @@ class Watch:
 
     def look(self, groups: Groups, layout: Layout, kernel: Any) -> Watch | None:
         """Look at a step, and return what looks at the next one."""
-        beginning = self._taken_over or self._rounding or self.ranks
+        beginning = self._taken_over or self._rounding or self._ranks
         if beginning and any(map(_moves, groups)):
             self.begin(groups, layout)
             params = [param for group in groups for param in group["params"]]
@@ -79,16 +80,16 @@ class Watch:
             self._limits = limits if min(limits, default=inf) < inf else []
         if self._limits:
             self._look_at_rates(groups)
-        beginning = self._taken_over or self._rounding or self.ranks
+        beginning = self._taken_over or self._rounding or self._ranks
         return self if beginning or self._limits else None
 
     def begin(self, groups: Groups, layout: Layout) -> bool:
         """Look at a first step that moves; tell whether to look at the next one."""
         if not any(map(_moves, groups)):
             return True
-        if self.ranks:
-            self.ranks = False
-            compare_with_first(groups, layout)
+        if self._ranks:
+            ranks, self._ranks = self._ranks, None
+            compare_with_first(groups, layout, **ranks)
         self._taken_over = self._taken_over and self._is_idle(groups, layout)
         return self._taken_over
 

@@ -16,6 +16,7 @@ from selective_optim.decay import Answer, Decay
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
 from selective_optim.policies.blocks import (
+    POOL,
     Layers,
     Modules,
     distances_in,
@@ -138,6 +139,8 @@ class Distances:
                 self._distance.update(dict.fromkeys(head.modules(), 0))
         self._below = max(map(len, stacks)) + 1
         self._around = {m for m in modules if m not in self._distance}
+        around = [m for m in modules if not blocks.isdisjoint(m.modules())]
+        self._holders = set(around) - blocks
         first = min(modules.index(block) for block in blocks)
         for place, module in enumerate(modules):
             if module in self._around:
@@ -153,6 +156,8 @@ class Distances:
             )
         if self._own is not None:
             return self._top - self._own.get(info.name or "", self._top)
+        if POOL.match(info.leaf or "") and info.owner in self._holders:
+            return 0  # queries that pool what the blocks give
         around = info.owner in self._around
         if around and embedding_part(info):
             return self._below - self._lift

@@ -118,7 +118,8 @@ class Routed(torch.optim.Optimizer):
         self.defaults = {key: first.get(key) for key in ("lr", WD)}
         self._decider.warn_if_weak(self.param_groups)
         decays = not all(is_zero(group[WD]) for group in self.param_groups)
-        self._watch = Watch(decays, ranks=True)
+        self._watch = Watch(decays)
+        self._compare_anew()
         self._decider.index.release()
 
     def _make(self, route: Route, groups: list[Group]) -> None:
@@ -214,7 +215,7 @@ class Routed(torch.optim.Optimizer):
 
     def _compare_anew(self) -> None:
         self._watch = self._watch or Watch()
-        self._watch.ranks = True
+        self._watch.compare(found=bool(self._decider.index.found))
 
     def _new_parts(self, group: Any) -> list[Group]:
         """Split a group by routes, unless it says where it goes."""
