@@ -1,4 +1,4 @@
-"""What a policy would do to a model, told without an optimizer or a training run."""
+"""Show what a policy does to a model, without an optimizer or a training run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Finding:
 def model_report(
     model: nn.Module, wd_policy: object = "no_bias_norm", weight_decay: float = 1.0
 ) -> DecayReport:
-    """Tell what a policy decays in a model, before there is an optimizer.
+    """Report what a policy decays in a model, without an optimizer.
 
     Args:
         model: Module to report on, on any device, ``meta`` included.
@@ -61,7 +61,7 @@ def model_report(
         weight_decay: Decay that multipliers multiply.
 
     Returns:
-        The report; its rates are NaN, and a form that is left open is ``None``.
+        The report. Its rates are NaN. The form is ``None`` if the policy states none.
 
     Raises:
         ValueError: The policy is not known, or a glob matches nothing.
@@ -85,10 +85,10 @@ def find_mistakes(
 ) -> list[Finding]:
     """List parameters whose decay looks wrong.
 
-    These are norms, biases and vectors that decay towards 0. So are parameters that
-    decay though the model's author marked them (``policies.marked``), and tied
-    parameters whose places the policy would treat differently. Frozen parameters are
-    left out. Arguments and errors are those of ``audit``.
+    It lists norms, biases and vectors that decay towards 0, and parameters that decay
+    although the model's author marked them (``policies.marked``). It also lists tied
+    parameters for which the policy decides differently at different places. Frozen
+    parameters are left out. Arguments and errors are those of ``audit``.
     """
     return [found for found in _findings(model, wd_policy) if found.kind != "other"]
 
@@ -200,7 +200,7 @@ def _listed(found: Sequence[Finding]) -> str:
 def audit(
     model: nn.Module, wd_policy: object = "no_bias_norm", against: object = None
 ) -> Audit:
-    """Report what a policy decays in a model, what looks wrong, and who disagrees.
+    """Report what a policy decays, what looks wrong, and how another one differs.
 
     Args:
         model: Module to audit, on any device, ``meta`` included.

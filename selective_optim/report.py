@@ -92,7 +92,7 @@ class Row:
 
     @property
     def fate(self) -> str:
-        """What becomes of the parameter: ``decayed``, ``exempt`` or ``frozen``."""
+        """``"decayed"``, ``"exempt"`` or ``"frozen"``."""
         if not (self.requires_grad or self.left_over):
             return "frozen"
         return "decayed" if self.weight_decay else "exempt"
@@ -106,7 +106,7 @@ class Row:
 
     @property
     def timescale(self) -> float | None:
-        """Steps in which decoupled decay alone shrinks to 1/e: ``1 / (lr * wd)``."""
+        """Steps in which decoupled decay shrinks a weight to 1/e: ``1 / (lr * wd)``."""
         form = FORMS[self.form or "l2"]
         # Not `lr <= 0`: without an optimizer the rate is NaN.
         if self.fate != "decayed" or form.applied != "decoupled" or not self.lr > 0:
@@ -125,15 +125,15 @@ class Row:
 class DecayReport:
     """One record per parameter in ``rows``; prints as a table by group and reason.
 
-    The timescale is ``1 / (lr * decay)`` steps, at the present rate. After so many
-    steps decoupled decay has left 37 % of a weight that no gradient renews.
+    The timescale is ``1 / (lr * decay)`` steps, at the present rate. After that many
+    steps 37 % of a weight is left if its gradients are 0.
 
-    ``len``, iteration, and an index are those of the rows; a row is also found by its
-    name, as in ``report["head.bias"]``.
+    ``len``, iteration and an index read the rows. ``report["head.bias"]`` is the row of
+    that name.
 
     Args:
         rows: The records.
-        remark: Line at the end that tells if something looks wrong.
+        remark: Last line, which names what looks wrong.
 
     Example:
         >>> from selective_optim import AdamW

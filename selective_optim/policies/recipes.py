@@ -89,9 +89,8 @@ class Lists:
 def exempt_(target: Target) -> Target:
     """Mark a parameter, or every parameter of a module, as exempt for ``marked``.
 
-    Sets ``_no_weight_decay = True``, the attribute that Mamba and others set, on
-    the parameters. A module is marked, too, so that its mark outlives a wrapper
-    that makes new parameters.
+    It sets ``_no_weight_decay = True`` on the parameters, as Mamba does. It also marks
+    the module, so that the mark stays if a wrapper makes new parameters.
 
     Args:
         target: Marked in place.
@@ -188,13 +187,13 @@ def marked(weight_decay: float | None = None) -> Policy:
     Modules inside DDP, FSDP and ``torch.compile`` wrappers are asked too.
 
     Args:
-        weight_decay: The optimizer's own, above 0. It is needed if an ``_optim`` states
+        weight_decay: The optimizer's decay, above 0. Pass it if an ``_optim`` states
             another decay than 0: 0.05 there decays half as much if this is 0.1.
-            Without it such a parameter raises.
+            Without it the policy raises for such a parameter.
 
     Raises:
-        TypeError: ``weight_decay`` is no number.
-        ValueError: ``weight_decay`` is not above 0, infinite or NaN.
+        TypeError: ``weight_decay`` is not a number.
+        ValueError: ``weight_decay`` is 0, negative, infinite or NaN.
 
     Example:
         >>> marked() * marked(weight_decay=0.1)

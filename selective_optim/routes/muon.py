@@ -26,37 +26,37 @@ COEFFICIENTS = (3.4445, -4.775, 2.0315)
 
 
 class Muon(Routed):
-    """``Routed`` with ``torch.optim.Muon`` on hidden matrices and AdamW on the rest.
+    """One optimizer: ``torch.optim.Muon`` for hidden matrices, AdamW for the rest.
 
     Hidden matrices are weights of two dimensions that are neither embedding nor output
-    layer (``policies.is_hidden_matrix``). What Muon does not take goes to AdamW:
-    convolutions and stacked experts, too, of which a warning tells the share. It is no
-    ``torch.optim.Muon``: ``selective(torch.optim.Muon)`` is that, and takes matrices
-    only.
+    layer (``policies.is_hidden_matrix``). AdamW steps all other parameters, also
+    convolutions and stacked experts. It is a ``Routed`` and no subclass of
+    ``torch.optim.Muon``. ``selective(torch.optim.Muon)`` makes such a subclass, for
+    matrices only.
 
     Args:
         params: As for ``Routed``.
-        lr: Rate of Muon, >= 0.
-        weight_decay: Of both, >= 0.
+        lr: Learning rate of Muon, >= 0.
+        weight_decay: Decay of Muon and AdamW, >= 0.
         momentum: Decay rate of Muon's average of gradients.
-        nesterov: Whether Muon looks ahead.
-        ns_coefficients: Of its Newton-Schulz iteration.
-        eps: Added to the norm by which that divides.
-        ns_steps: How often it iterates.
-        adjust_lr_fn: How the rate follows the shape of a matrix: ``"original"`` (also
-            by default) or ``"match_rms_adamw"``, whose rates are those of AdamW.
+        nesterov: Use Nesterov's momentum in Muon.
+        ns_coefficients: Coefficients of Muon's Newton-Schulz iteration.
+        eps: Added to the norm that the iteration divides by.
+        ns_steps: Number of iterations.
+        adjust_lr_fn: How Muon's rate depends on the shape of a matrix: ``"original"``
+            (the default) or ``"match_rms_adamw"``, for rates that suit AdamW.
         rest: Arguments of AdamW.
-        output: Selects the output layer where it is not sure which one that is.
-        wd_policy: Who decays, under both.
-        model: The module, or modules, that the parameters live in.
+        output: Selector of the output layer, if the model does not show which it is.
+        wd_policy: Which parameters decay, under Muon and AdamW.
+        model: The module, or modules, that hold the parameters.
 
     Raises:
         ImportError: This torch has no Muon (before 2.9).
         TypeError: AdamW does not take one of the arguments in ``rest``.
-        ValueError: It cannot be told what a parameter is.
+        ValueError: It is not known which kind of layer holds a parameter.
 
     Warns:
-        UserWarning: The output layer is not sure; or a tenth or more of the elements
+        UserWarning: The output layer is not certain, or a tenth or more of the elements
             of weights have more than two dimensions.
 
     Example:
