@@ -35,10 +35,9 @@ class AdamW(SelectiveOptimizer, torch.optim.AdamW):
         differentiable: Let autograd run through ``step()``.
         fused: Step many tensors in one kernel. If you pass ``True`` and use a
             ``GradScaler``, the step itself divides by the scale.
-        wd_policy: Which parameters decay, and how much: a name, a text, a mapping from
-            selectors to multipliers, a callable or a policy of
-            ``selective_optim.policies``. A multiplier is a factor on ``weight_decay``;
-            0 exempts. With ``None`` all parameters decay.
+        wd_policy: Which parameters decay: a name, a text, a mapping from selectors to
+            multipliers, a callable or a policy of ``selective_optim.policies``. A
+            multiplier of 0 exempts. With ``None`` all parameters decay.
         model: The module, or modules, that hold the parameters. By default the
             optimizer finds them from ``params``, or searches all modules that exist.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._text import aligned, param_ids
+from selective_optim._text import aligned, param_ids, shortened
 from selective_optim.decay import FORMS, Decision, Form, Target, target_text
 from selective_optim.parameters import (
     ModelIndex,
@@ -32,6 +32,7 @@ Group = dict[str, Any]
 # Columns of numbers stand to the right.
 NUMBERS = ("group", "lr", "decay", "measured", "timescale", "tensors", "elements")
 MANY_GROUPS = 8  # more are summed up together: a group per layer would fill pages
+PAGE = 100  # columns of a printed table; longer reasons are cut
 FEW_RUNS = 3  # group numbers are spelled out up to so many ranges
 MANY_BARS = 16  # the rest of the kinds is one bar
 COLORS = {"decayed": "C0", "exempt": "C1", "frozen": "0.8"}
@@ -189,8 +190,13 @@ class DecayReport:
     def __str__(self) -> str:
         table = self.table()
         right = [i for i, key in enumerate(table[0]) if key in NUMBERS]
-        lines = [*aligned(table, right), self.summary(), self.remark]
-        return "\n".join(filter(None, lines))
+        lines = aligned(table, right)
+        if (over := max(map(len, lines)) - PAGE) > 0:  # rows have the whole reasons
+            at = table[0].index("reason")
+            room = max(20, max(len(row[at]) for row in table) - over)
+            cut = [(*r[:at], shortened(r[at], room), *r[at + 1 :]) for r in table]
+            lines = aligned(cut, right)
+        return "\n".join(filter(None, [*lines, self.summary(), self.remark]))
 
     @property
     def agrees(self) -> bool:

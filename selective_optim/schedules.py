@@ -261,8 +261,7 @@ def proportional_to_lr(optimizer: Optimizer) -> RemovableHandle:
         weight_decay = base_weight_decay * (lr / base_lr)
 
     The base values are those of the group now. Decoupled decay is then ``lr ** 2``
-    times a constant, as in AdamC. So weights before a norm keep their size while the
-    rate falls.
+    times a constant, as in AdamC: weights before a norm keep their size.
 
     Args:
         optimizer: Any optimizer whose groups have a ``"weight_decay"``. The base

@@ -36,10 +36,9 @@ class SGD(SelectiveOptimizer, torch.optim.SGD):
             ``GradScaler``, the step itself divides by the scale.
         decoupled_weight_decay: If the policy states no form, decay the parameters
             directly (SGDW) instead of adding ``wd * param`` to the gradient.
-        wd_policy: Which parameters decay, and how much: a name, a text, a mapping from
-            selectors to multipliers, a callable or a policy of
-            ``selective_optim.policies``. A multiplier is a factor on ``weight_decay``;
-            0 exempts. With ``None`` all parameters decay.
+        wd_policy: Which parameters decay: a name, a text, a mapping from selectors to
+            multipliers, a callable or a policy of ``selective_optim.policies``. A
+            multiplier of 0 exempts. With ``None`` all parameters decay.
         model: The module, or modules, that hold the parameters. By default the
             optimizer finds them from ``params``, or searches all modules that exist.
 

@@ -447,7 +447,7 @@ def test_help_lists_policies_and_exit_codes(arguments, capsys):
     ] == [
         "  0  the audit was printed",
         "  1  with --strict: something looks wrong, or --against disagrees",
-        "  2  the model or a policy does not work; the reason is on stderr",
+        "  2  the model cannot be made, or a policy raises; the reason is on stderr",
     ]
     assert max(map(len, told.splitlines())) <= 88
 

@@ -29,10 +29,8 @@ class Muon(Routed):
     """One optimizer: ``torch.optim.Muon`` for hidden matrices, AdamW for the rest.
 
     Hidden matrices are weights of two dimensions that are neither embedding nor output
-    layer (``policies.is_hidden_matrix``). AdamW steps all other parameters, also
-    convolutions and stacked experts. It is a ``Routed`` and no subclass of
-    ``torch.optim.Muon``. ``selective(torch.optim.Muon)`` makes such a subclass, for
-    matrices only.
+    layer (``policies.is_hidden_matrix``). AdamW steps all others, also convolutions and
+    stacked experts. ``selective(torch.optim.Muon)`` is torch's class for matrices only.
 
     Args:
         params: As for ``Routed``.

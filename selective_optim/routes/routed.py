@@ -47,11 +47,9 @@ NUMBER = re.compile(r"(?<=\bgroup )\d+|(?<=param_groups\[)\d+")
 class Routed(torch.optim.Optimizer):
     """One optimizer that steps different parameters with different classes.
 
-    A route has a selector, a class and arguments. A parameter goes to the first route
-    that matches it. There is one list of groups, one state and one state dict. Each of
-    your groups becomes one group per route, with the name of the route in ``"route"``.
-    ``optimizers`` has the optimizer of each route. The results have the same bits as
-    with separate optimizers over the same parameters.
+    A parameter goes to the first route that matches it. Each of your groups becomes one
+    group per route, with the name of the route in ``"route"``. ``optimizers`` has the
+    optimizer of each route. The results have the same bits as with separate optimizers.
 
     Args:
         params: As for the optimizers of this library. A group's ``"lr"`` may be a
