@@ -207,7 +207,7 @@ class Tie:
             lr = float(groups[index]["lr"])
             if lr == 0:
                 raise ValueError(
-                    f"`lr` of group {index} is 0, of which nothing is a proportion. "
+                    f"`lr` of group {index} is 0, so no decay is in proportion to it. "
                     f"Make the optimizer with its base rate, for example lr=3e-4."
                 )
             self.bases.append((float(groups[index]["weight_decay"]), lr))

@@ -124,9 +124,9 @@ class Muon(Routed):
         share = sum(wide) / max(sum(p.numel() for p in params), 1)
         if share >= 0.1:
             warn(
-                f"torch's Muon steps matrices alone, so AdamW steps "
+                f"torch's Muon steps only matrices, so AdamW steps "
                 f"{amount(len(wide), 'weight')} of more than two dimensions, "
-                f"{share:.0%} of all elements. Where Muon is to step "
-                f"convolutions, write Routed in its place, with the route "
+                f"{share:.0%} of all elements. To step convolutions "
+                f"with Muon, use Routed instead, with the route "
                 f"'muon': (is_hidden_weight, timm.optim.Muon, dict(lr=0.02))."
             )
