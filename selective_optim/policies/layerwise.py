@@ -194,7 +194,7 @@ def layerwise(rate: float, layers: Layers = None) -> Policy:
         layers: Glob on the module names of the repeated blocks, such as
             ``"blocks.*"``, or the name of their list, ``"blocks"``. Pass a list of
             globs for several stacks, such as two towers; each has its own depth. By
-            default the model's ``group_matcher`` tells the layers, or they are found.
+            default they come from the model's ``group_matcher`` or are searched for.
 
     Raises:
         TypeError: ``layers`` is neither string nor strings, or ``rate`` no number.
