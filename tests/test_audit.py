@@ -258,6 +258,7 @@ def test_command_lists_policies_and_recipes_with_a_sentence_each(capsys):
     for command in ("policies", "recipes"):
         assert main([command]) == 0
         lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 100
         told |= dict(line.split(maxsplit=1) for line in lines)
     assert told.keys() == NAMED.keys()
     assert all(text[0].isupper() and text[-1] == "." for text in told.values())
