@@ -1,4 +1,4 @@
-"""The one mechanism: groups outside are the user's, inside a step they are parts."""
+"""The mechanism of every class: each step splits the user's groups into parts."""
 
 from __future__ import annotations
 
@@ -531,7 +531,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             own = {RECORD: self._record(), POLICIES: self._decider.policies()}
             return {**state_dict, **own, **self._kept_apart()}
 
-        # Before hooks of the user's, which may put the state dict into another.
+        # Before the user's hooks, which may change the state dict.
         handle = self.register_state_dict_post_hook(record, prepend=True)
         try:
             saved: dict[str, Any] = super().state_dict(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What is told and not refused, as that nothing decays or a policy changed."""
+"""The warnings of this library, such as that nothing decays or a policy changed."""
 
 from __future__ import annotations
 
@@ -116,12 +116,12 @@ def warn_of_own_step(name: str) -> None:
 
 
 def warn_of_misspelt(group: Iterable[Any], known: Collection[str]) -> None:
-    """Tell of keys that nobody reads and that look like one that is read."""
+    """Warn of keys without effect that look like a key that is read."""
     for key in group:
         if key in known or not isinstance(key, str):
             continue
         nearest = max(known, key=lambda k: SequenceMatcher(None, k, key).ratio())
-        # "initial_lr" and "weight_decay_mult" are somebody's own, not misspelt.
+        # "initial_lr" and "weight_decay_mult" belong to other code: not misspelled.
         own = any(key.startswith(f"{k}_") or key.endswith(f"_{k}") for k in known)
         if not own and SequenceMatcher(None, nearest, key).ratio() >= RESEMBLANCE:
             warn(

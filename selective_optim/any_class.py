@@ -1,4 +1,4 @@
-"""A selective version of any optimizer class, which finds its groups as parts."""
+"""A selective version of any optimizer class, which sees its groups as parts."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ class AnyOptimizer(SelectiveOptimizer):
         known = [split.group for split in self._splits]
         # A list that the user changed in place, or made anew, shows in one of the two.
         same = len(known) == len(self.param_groups)
-        # The decider lays out anew whenever anything moved, so identity suffices.
+        # The decider makes a new list whenever anything changed, so identity suffices.
         if layout is self._layout and same and all(map(is_, known, self.param_groups)):
             return
         decided = self._decider.fitting(self.param_groups, self.defaults)

@@ -105,7 +105,7 @@ def decay_report(
         own, note = _measured(each, report.rows) if measure else (report.rows, "")
         route = "" if alone else type(each).__name__
         rows += [replace(r, group=first + r.group, route=r.route or route) for r in own]
-        # Those of several would count apart what is counted together below.
+        # Below, one remark counts for all optimizers; their own would count apart.
         own_words = alone and (model is None or hasattr(each, "decay_report"))
         parts = report.remark.partition("\n")[0].split("; ")
         loss = [part for part in parts if LOSS in part]
@@ -225,7 +225,7 @@ def _with_effect(row: Row, decay: float | Tensor, *steps: Tensor) -> Row:
         return row
     none, half, full = (step.detach().reshape(-1)[0].item() for step in steps)
     # Half the decay does not do half as much in L2 of an adaptive class: then the size
-    # of the update tells nothing.
+    # of the update says nothing about the decay.
     direct = math.isclose(none - full, 2 * (none - half), rel_tol=0.01)
     unit = FORMS[row.form].strength(1.0, RATE, row.lr0) if row.form and row.lr0 else 1.0
     decay = decay if row.fixed is None else row.fixed

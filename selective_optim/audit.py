@@ -108,7 +108,7 @@ def _findings(model: nn.Module, wd_policy: object) -> Iterator[Finding]:
     for info, decision in zip(*decide_alone(model, wd_policy), strict=True):
         found, kind, marked = dict[str, str](), kind_of(info), author.decide(info)
         if decays := decision.decay.multiplier != 0:
-            # What decays towards anything else than 0 was meant to.
+            # Decay towards another value than 0 is intended.
             if kind in HEADINGS and decision.decay.target is None:
                 found[kind] = decision.reason
             elif not marked.decay.multiplier:
@@ -128,7 +128,7 @@ def _findings(model: nn.Module, wd_policy: object) -> Iterator[Finding]:
 
 
 def _is_other(info: ParameterInfo) -> bool:
-    # A vector in disguise, as 1 x 64 x 1 x 1 that scales channels, is no weight.
+    # A shape such as 1 x 64 x 1 x 1, which scales channels, counts as a vector.
     long_sides = [size for size in info.parameter.shape if size > 1]
     return len(long_sides) < 2 or not WEIGHT_LEAF.search(info.leaf or "")
 

@@ -459,7 +459,7 @@ def _fitted(new: Entry, param: Tensor, entry: Entry | None) -> tuple[str, Entry]
 
 def _changed_dims(values: Mapping[str, Any], shape: torch.Size) -> list[int] | None:
     # The dimension in which the state has another size, if any. ``None``: it fits not
-    # at all, or nobody knows what its new rows begin with.
+    # at all, or it is not known with which values its new rows begin.
     tensors = {k: v for k, v in values.items() if isinstance(v, Tensor) and k != "step"}
     like = {k: v.shape for k, v in tensors.items() if v.ndim == len(shape)}
     if not like:  # nothing, or sums over rows and columns, as of Adafactor

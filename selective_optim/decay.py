@@ -1,6 +1,6 @@
-"""What is decided for one parameter: how much decay, in which form, and why.
+"""The decision for one parameter: how much decay, in which form, and why.
 
-The one vocabulary that both wings share: policies yield it, steps apply it.
+Policies return decisions, and steps apply them.
 """
 
 from __future__ import annotations

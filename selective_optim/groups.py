@@ -391,7 +391,7 @@ def rate_groups(model: Modules, rates: Mapping[Any, Any]) -> RateGroups:
 
 
 def _selector(key: Any, names: Iterable[str]) -> Selector:
-    # A configuration holds text alone. A glob is no expression but for plain words.
+    # A configuration contains only text. Of globs, only plain words are expressions.
     if isinstance(key, str) and not any(fnmatchcase(name, key) for name in names):
         with suppress(ValueError):
             selector: Selector = parse(f"exclude({key})").selectors[0]

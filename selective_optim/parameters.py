@@ -378,7 +378,7 @@ class ModelIndex:
 
     @property
     def found(self) -> list[nn.Module]:
-        """The living modules that nobody gave and that hold the parameters."""
+        """Modules that hold the parameters and were found, not passed by the user."""
         return self.modules()[len(self.modules(found=False)) :]
 
     def add(self, modules: Iterable[nn.Module]) -> None:
@@ -389,7 +389,7 @@ class ModelIndex:
                 self._modules.append(weakref.ref(module))
 
     def find(self, modules: Iterable[nn.Module]) -> None:
-        """Learn of modules that nobody gave."""
+        """Add modules that were found, not passed by the user."""
         known = set(map(id, self.modules()))
         self._found += [weakref.ref(m) for m in modules if id(m) not in known]
 

@@ -350,7 +350,7 @@ def make_row(
         name=decision.telling_name,
         shape=shape,
         numel=shape.numel(),
-        # A tensor waits for the device, which a report may and a step may not.
+        # Reading a tensor waits for the device. A report may wait, a step may not.
         lr=float(group.get("lr", math.nan)),
         weight_decay=float(decision.decay.of(group["weight_decay"])),
         form=form,
@@ -359,7 +359,7 @@ def make_row(
         owner=decision.kinds[0].rpartition(".")[2] if decision.kinds else "",
         target=decision.decay.target,
         lr0=decision.decay_key.lr0,
-        # torch steps whatever has a gradient.
+        # torch steps every parameter that has a gradient.
         left_over=not param.requires_grad and param.grad is not None,
         fixed=decision.decay.fixed,
     )
@@ -441,11 +441,11 @@ def clause(
 
 
 def split_wrongly(rows: Sequence[Row]) -> str:
-    """Tell of norms and biases that decay though nobody wished it, and of weights."""
-    # Where a policy decides, norms may decay, but not beside others that are exempt.
+    """Name norms and biases that decay without a policy, and weights that do not."""
+    # With a policy all norms may decay, but not some while others are exempt.
     decayed = [r for r in rows if r.fate == "decayed" and r.applied is not False]
     exempt = [row for row in rows if row.fate == "exempt" and row.reason != ZERO]
-    # A selector that exempts weights, too, as "head.*", is no rule for biases.
+    # A selector that also exempts weights, such as "head.*", is no rule for biases.
     broad = {row.reason for row in exempt if row.role in ("weight", "embedding")}
     ruled = {row.role for row in exempt if row.decided and row.reason not in broad}
     told = []

@@ -33,7 +33,7 @@ class Record:
 
     def views(self, groups: list[Group]) -> list[GroupView]:
         """View every group, with room for those that were added."""
-        # Where nothing decays yet, a warm-up of decay from 0 is meant.
+        # If nothing decays yet, this is a warm-up of decay from 0.
         any_decays = not all(is_zero(group["weight_decay"]) for group in groups)
         for group in groups[len(self.written) :]:
             self.written.append({})

@@ -1,4 +1,4 @@
-"""For frameworks that call the constructor themselves, and know no ``model=``."""
+"""Give a model and a policy to optimizers that a framework makes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What steps alone show, told once: decay that is lost, or divided by too little.
+"""Warnings that need a step: decay that is lost, or divided by too small a rate.
 
 A weight in half precision moves by whole units in the last place. The fused kernels of
 Adam round decay and update together, so that noise of the update carries a decay over
@@ -56,7 +56,7 @@ class Watch:
         self._rates: list[Any] = []  # at the last step, if none was
         self._limits: list[float] = []
 
-    # Copies count anew, over rows of their own. One rank alone may make them.
+    # Copies count from 0, over their own rows. One rank alone may make copies.
     def __reduce__(self) -> Any:
         return Watch, (self._taken_over, self._rounding)
 

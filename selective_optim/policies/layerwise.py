@@ -177,7 +177,7 @@ class Layerwise(Policy):
         return NAMES | MODULES
 
     def bind(self, roots: Sequence[nn.Module]) -> Policy:
-        # Measured once for all parameters: it walks the model several times.
+        # Computed once for all parameters, since it reads the model several times.
         return replace(self, distances=Distances(roots, self.layers) if roots else None)
 
     def decide(self, info: ParameterInfo) -> Answer:

@@ -92,7 +92,7 @@ MAKERS: dict[Any, str] = {
     layerwise: "layerwise(0.75)",
     marked: "marked()",
 }
-# A glob has parentheses nowhere, and no space beside its `*`.
+# A glob has no parentheses, and no space beside its `*`.
 EXPRESSION = re.compile(r"[({|&~]|\w\s*\*\s+\w|\w\s+\*\s*\w")
 WORDS = re.compile(r"[a-z]+|[A-Z][a-z]*")
 SPLIT = re.compile(r"[^a-z0-9]+")

@@ -418,7 +418,7 @@ class Routed(torch.optim.Optimizer):
 
     @contextmanager
     def _scaled(self) -> Iterator[None]:
-        """Hand on what a ``GradScaler`` lays on this optimizer for the step."""
+        """Pass on the attributes that a ``GradScaler`` sets on this optimizer."""
         scaling = scaling_of(self)
         told = () if scaling == NO_SCALING else self.optimizers.values()
         for optimizer in told:
@@ -441,7 +441,7 @@ class Routed(torch.optim.Optimizer):
             saved = {name: o.state_dict() for name, o in self.optimizers.items()}
             return joined(saved, [group[ROUTE] for group in self.param_groups])
 
-        # Before hooks of the user's, which may put the state dict into another.
+        # Before the user's hooks, which may change the state dict.
         handle = self.register_state_dict_post_hook(save, prepend=True)
         try:
             return super().state_dict()
