@@ -7,10 +7,10 @@ Change one import line, and name a policy::
     optimizer = AdamW(model.parameters(), weight_decay=0.1, wd_policy="no_bias_norm")
     print(optimizer.decay_report())
 
-Who decays is said with ``policies``; ``audit`` tells what a policy does to a model
-before there is an optimizer, ``decay_report`` what really decays under any; state
-dicts of hand-split groups are converted by ``checkpoint``, and weight decay is
-scheduled with ``schedules``.
+``policies`` has the rules that decide which parameters decay. ``audit`` shows what a
+policy does to a model, without an optimizer. ``decay_report`` shows what decays under
+any optimizer. ``checkpoint`` converts state dicts of hand-split groups. ``schedules``
+changes weight decay during training.
 """
 
 from selective_optim import audit as audit

@@ -1,4 +1,4 @@
-"""Tell what decays in a model, before it is trained."""
+"""Show what decays in a model, before you train it."""
 
 from __future__ import annotations
 
@@ -204,9 +204,8 @@ def _make(make: Callable[[], Any], text: str) -> tuple[Any, str, str | None]:
 
 
 ABOUT_AUDIT = """\
-Build a model, without memory for its weights where it allows that, and tell what a
-policy decays in it and what looks wrong. Of an optimizer or a checkpoint, tell what
-decays in the training.
+Make a model, if possible without memory for its weights, and show what a policy decays
+in it and what looks wrong. For an optimizer or a checkpoint, show what decays.
 """
 ABOUT_EXAMPLE = """\
 example:
@@ -214,29 +213,29 @@ example:
 """
 ABOUT_TARGETS = """\
 models, optimizers and checkpoints:
-  torchvision.models:resnet50                    a callable of a module
-  experiments/train.py:build_model               a callable of a file
-  'timm:create_model(vit_base_patch16_224)'      one that takes arguments: Python
+  torchvision.models:resnet50                    a callable in a module
+  experiments/train.py:build_model               a callable in a file
+  'timm:create_model(vit_base_patch16_224)'      a callable with arguments: Python
   'timm:create_model(resnet50, num_classes=10)'    literals, or words without quotes
-  experiments/train.py:build_optimizer           a callable of an optimizer
-  runs/checkpoint.pt                             what torch.save wrote
+  experiments/train.py:build_optimizer           a callable that returns an optimizer
+  runs/checkpoint.pt                             a file that torch.save wrote
 """
 ABOUT_THE_REST = f"""
 policies:
   a name:
 {fill(", ".join(NAMED), 76, initial_indent="    ", subsequent_indent="    ")}
   an expression: "exclude('*.bias', is_norm) * layerwise(0.75)"
-  one of your own: MODULE:NAME or FILE.py:NAME
+  your own policy: MODULE:NAME or FILE.py:NAME
 
 exit status:
   0  the audit was printed
   1  with --strict: something looks wrong, or --against disagrees
-  2  the model or a policy does not work; the reason is on stderr
+  2  the model cannot be made, or a policy raises; the reason is on stderr
 """
 
 
 def run_audit(options: argparse.Namespace) -> int:
-    """Print the audit; return 1 if something looks wrong and that is to count."""
+    """Print the audit; return 1 if something looks wrong and ``--strict`` is set."""
     try:
         with redirect_stdout(sys.stderr):  # what models print is no part of the audit
             given = [_policy(text) for text in (options.policy, options.against)]
@@ -273,11 +272,11 @@ SENTENCES = {
     "all": "Decays everything.",
     "none": "Exempts everything.",
     "no_bias": "Exempts biases.",
-    "no_norm": "Exempts what normalization layers hold.",
-    "no_bias_norm": "Exempts biases and what normalization layers hold.",
+    "no_norm": "Exempts parameters of normalization layers.",
+    "no_bias_norm": "Exempts biases and parameters of normalization layers.",
     "no_bias_norm_embedding": "Exempts biases, norms, embeddings and tokens.",
     "matrices": "Exempts tensors of fewer than two dimensions; needs shapes only.",
-    "layer_weights": "Decays weights of layers; exempts tokens, scales and all else.",
+    "layer_weights": "Decays weights of layers; exempts everything else.",
 }
 
 
@@ -309,7 +308,7 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run_list)
     sub = commands.add_parser(
         "audit",
-        help="tell what a policy decays in a model, and what looks wrong",
+        help="show what a policy decays in a model, and what looks wrong",
         description=ABOUT_AUDIT,
         epilog=ABOUT_TARGETS + ABOUT_THE_REST,
         **plain,
@@ -317,9 +316,8 @@ def parser() -> argparse.ArgumentParser:
     sub.set_defaults(run=run_audit)
     add = sub.add_argument
     add("target", metavar="TARGET", help="MODULE:CALLABLE or a file, see below")
-    told = "whom to ask who decays (default: no_bias_norm)"
-    add("--policy", help=told)
-    add("--against", metavar="POLICY", help="another one, to list disagreements with")
+    add("--policy", help="the policy to audit (default: no_bias_norm)")
+    add("--against", metavar="POLICY", help="another policy to compare with")
     add("--json", action="store_true", help="print one JSON object")
     told = "exit with 1 if something looks wrong or the policies disagree"
     add("--strict", action="store_true", help=told)

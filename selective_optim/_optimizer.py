@@ -1,4 +1,4 @@
-"""The one mechanism: groups outside are the user's, inside a step they are parts."""
+"""The mechanism of every class: each step splits the user's groups into parts."""
 
 from __future__ import annotations
 
@@ -199,11 +199,11 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
         Args:
             param_group: As for ``torch.optim``; ``"params"`` may also be a module or
-                a sequence of modules, ``"wd_policy"`` overrides the constructor's,
-                and ``"model"`` adds to the modules that are known.
+                a sequence of modules. ``"wd_policy"`` is a policy for this group
+                alone. ``"model"`` is the module that holds its parameters.
 
         Raises:
-            ValueError: The policy cannot be decided; then nothing is added.
+            ValueError: The policy cannot decide for a parameter; nothing is added.
         """
         given = dict(param_group) if isinstance(param_group, dict) else {}
         count = len(self.param_groups)
@@ -474,7 +474,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     @property
     def wd_policy(self) -> Policy | None:
-        """Who decays. Assigning decides anew for every parameter, or raises."""
+        """The policy. If you assign one, it decides again for every parameter."""
         return self._decider.policy
 
     @wd_policy.setter
@@ -498,7 +498,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         self._forget_plan()
 
     def decay_report(self) -> DecayReport:
-        """Tell what decays: in sum when printed, per parameter in ``rows``."""
+        """Report what decays: ``print`` shows a table, ``rows`` has each parameter."""
         # Not `decisions`: who looks is told later, by the step, what is wrong.
         decided = self._decider.readable(self.param_groups, self.defaults)
         groups, index = self.param_groups, self._decider.index
@@ -523,10 +523,10 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     @_torch.disable_dynamo
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return torch's state dict and, under ``"decay"``, what decays how.
+        """Return torch's state dict, with the decisions under ``"decay"``.
 
-        ``"decay"`` holds, group by group, a ``[multiplier, form]`` per parameter, and
-        in a third place what training began with, where the form or target needs it.
+        ``"decay"`` holds, group by group, ``[multiplier, form]`` for each parameter.
+        If form or target need the first rate or value, a third item holds it.
         """
 
         def record(_: object, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -536,7 +536,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             own = {RECORD: self._record(), POLICIES: self._decider.policies()}
             return {**state_dict, **own, **self._kept_apart()}
 
-        # Before hooks of the user's, which may put the state dict into another.
+        # Before the user's hooks, which may change the state dict.
         handle = self.register_state_dict_post_hook(record, prepend=True)
         try:
             saved: dict[str, Any] = super().state_dict(*args, **kwargs)
@@ -559,18 +559,18 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def load_state_dict(
         self, state_dict: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Load a state dict of this class, or of the class that it stands before.
+        """Load a state dict of this class, or of torch's class of the same name.
 
-        The policy stays the constructor's, and an implementation that was chosen
-        automatically is chosen again.
+        The policy does not change. If you did not choose an implementation, the
+        optimizer chooses it again.
 
         Raises:
             TypeError: It is not a dict.
             ValueError: It does not fit this optimizer; then nothing is loaded.
 
         Warns:
-            UserWarning: It records other decisions than this policy's, or takes the
-                decay from parameters that the policy decays.
+            UserWarning: It records other decisions than those of the policy, or its
+                groups decay with 0 parameters that the policy decays.
         """
         require_dict(state_dict)
         decided = self._decider.readable(self.param_groups, self.defaults)

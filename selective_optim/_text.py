@@ -35,6 +35,10 @@ def brief(value: object) -> str:
     return text if len(text) <= WIDTH else f"{text[:WIDTH]}..."
 
 
+def shortened(text: str, room: int) -> str:
+    return text if len(text) <= room else f"{text[: room - 3]}..."
+
+
 def received(value: object) -> str:
     """Show a value of a wrong type, and its type."""
     if isinstance(value, (Tensor, nn.Module)):

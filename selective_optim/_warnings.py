@@ -1,4 +1,4 @@
-"""What is told and not refused, as that nothing decays or a policy changed."""
+"""The warnings of this library, such as that nothing decays or a policy changed."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def warn_of_small_multiplier(multiplier: float, wd: Any, instead: str) -> None:
 def warn_of_lost_policy(policy: object) -> None:
     """Warn of another optimizer's numbers, which do not bring its policy along."""
     warn(
-        f"what this optimizer is made of comes from an optimizer whose `wd_policy` is "
-        f"{policy!r}, and decays in full here. Pass wd_policy={policy!r}, or 'all' if "
-        f"that is meant; around code that makes optimizers itself, type "
+        f"the arguments of this optimizer come from an optimizer whose `wd_policy` is "
+        f"{policy!r}, and here everything decays. Pass wd_policy={policy!r}, or 'all' "
+        f"if you mean that. Around code that makes optimizers itself, type "
         f"with deciding_for(model, wd_policy={policy!r})."
     )
 
@@ -103,9 +103,9 @@ def warn_of_other_rank(
 def warn_of_unsteady_policy(policy: object, name: str, first: str, then: str) -> None:
     """Warn of a policy whose answers differ from one time to the next."""
     warn(
-        f"`wd_policy` {policy!r} decides otherwise when it is asked again: {name} is "
+        f"`wd_policy` {policy!r} decides differently at a second call: {name} is "
         f"{first} and then {then}, so ranks and resumed runs may differ. Let it depend "
-        f"on `info` alone, or pass a mapping from names to numbers."
+        f"only on `info`, or pass a mapping from names to numbers."
     )
 
 
@@ -119,17 +119,16 @@ def warn_of_own_step(name: str) -> None:
 
 
 def warn_of_misspelt(group: Iterable[Any], known: Collection[str]) -> None:
-    """Tell of keys that nobody reads and that look like one that is read."""
+    """Warn of keys without effect that look like a key that is read."""
     for key in group:
         if key in known or not isinstance(key, str):
             continue
         nearest = max(known, key=lambda k: SequenceMatcher(None, k, key).ratio())
-        # "initial_lr" and "weight_decay_mult" are somebody's own, not misspelt.
+        # "initial_lr" and "weight_decay_mult" belong to other code: not misspelled.
         own = any(key.startswith(f"{k}_") or key.endswith(f"_{k}") for k in known)
         if not own and SequenceMatcher(None, nearest, key).ratio() >= RESEMBLANCE:
             warn(
-                f"{key!r} in a parameter group is read by nobody. "
-                f"Did you mean {nearest!r}?"
+                f"{key!r} in a parameter group has no effect. Did you mean {nearest!r}?"
             )
 
 
@@ -165,8 +164,8 @@ def warn_of_lost_inits(names: Sequence[str], whose: str) -> None:
     """Warn once that a checkpoint does not tell where parameters began."""
     warn(
         f"the loaded checkpoint does not record what {_first_of(names, ', ')} decay "
-        f"towards, so that is what they are when training goes on. Save what "
-        f"{whose}.state_dict() returns under the same policy, and load that with "
+        f"towards, so they decay towards their values when training continues. Save "
+        f"{whose}.state_dict() under the same policy, and load that with "
         f"{whose}.load_state_dict."
     )
 

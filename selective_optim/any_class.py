@@ -1,4 +1,4 @@
-"""A selective version of any optimizer class, which finds its groups as parts."""
+"""A selective version of any optimizer class, which sees its groups as parts."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ class AnyOptimizer(SelectiveOptimizer):
         known = [split.group for split in self._splits]
         # A list that the user changed in place, or made anew, shows in one of the two.
         same = len(known) == len(self.param_groups)
-        # The decider lays out anew whenever anything moved, so identity suffices.
+        # The decider makes a new list whenever anything changed, so identity suffices.
         if layout is self._layout and same and all(map(is_, known, self.param_groups)):
             return
         decided = self._decider.fitting(self.param_groups, self.defaults)
@@ -396,21 +396,21 @@ class AnyOptimizer(SelectiveOptimizer):
 
 
 def selective(optimizer_class: OptimizerClass) -> Any:
-    """Make a drop-in subclass of an optimizer class that decides what decays.
+    """Make a subclass of an optimizer class that takes ``wd_policy`` and ``model``.
 
-    Groups stay the user's. Inside ``step()``, and wherever else the class reads or
-    writes groups, it sees them split: one part per decay, each with its own
-    ``weight_decay``. So its bits are those of groups split by hand.
+    Your groups do not change. When the class reads or writes its groups, as in
+    ``step()``, each group is split into one part per decay, with its own
+    ``weight_decay``. So the results have the same bits as with groups split by hand.
 
     Args:
         optimizer_class: Any class whose groups have a ``"weight_decay"``.
 
     Returns:
-        The subclass, with ``wd_policy`` and ``model`` as further arguments; for SGD,
-        Adam and AdamW of torch, those of this library.
+        The subclass. For torch's SGD, Adam and AdamW it is the class of the same name
+        of this library.
 
     Raises:
-        TypeError: It is no optimizer class, or one that steps another optimizer.
+        TypeError: It is no optimizer class, or it steps another optimizer.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)

@@ -1,4 +1,4 @@
-"""What a policy would do to a model, told without an optimizer or a training run."""
+"""Show what a policy does to a model, without an optimizer or a training run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Finding:
 def model_report(
     model: nn.Module, wd_policy: object = "no_bias_norm", weight_decay: float = 1.0
 ) -> DecayReport:
-    """Tell what a policy decays in a model, before there is an optimizer.
+    """Report what a policy decays in a model, without an optimizer.
 
     Args:
         model: Module to report on, on any device, ``meta`` included.
@@ -61,7 +61,7 @@ def model_report(
         weight_decay: Decay that multipliers multiply.
 
     Returns:
-        The report; its rates are NaN, and a form that is left open is ``None``.
+        The report. Its rates are NaN. The form is ``None`` if the policy states none.
 
     Raises:
         ValueError: The policy is not known, or a glob matches nothing.
@@ -85,10 +85,10 @@ def find_mistakes(
 ) -> list[Finding]:
     """List parameters whose decay looks wrong.
 
-    These are norms, biases and vectors that decay towards 0. So are parameters that
-    decay though the model's author marked them (``policies.marked``), and tied
-    parameters whose places the policy would treat differently. Frozen parameters are
-    left out. Arguments and errors are those of ``audit``.
+    It lists norms, biases and vectors that decay towards 0, and parameters that decay
+    although the model's author marked them (``policies.marked``). It also lists tied
+    parameters for which the policy decides differently at different places. Frozen
+    parameters are left out. Arguments and errors are those of ``audit``.
     """
     return [found for found in _findings(model, wd_policy) if found.kind != "other"]
 
@@ -108,7 +108,7 @@ def _findings(model: nn.Module, wd_policy: object) -> Iterator[Finding]:
     for info, decision in zip(*decide_alone(model, wd_policy), strict=True):
         found, kind, marked = dict[str, str](), kind_of(info), author.decide(info)
         if decays := decision.decay.multiplier != 0:
-            # What decays towards anything else than 0 was meant to.
+            # Decay towards another value than 0 is intended.
             if kind in HEADINGS and decision.decay.target is None:
                 found[kind] = decision.reason
             elif not marked.decay.multiplier:
@@ -128,7 +128,7 @@ def _findings(model: nn.Module, wd_policy: object) -> Iterator[Finding]:
 
 
 def _is_other(info: ParameterInfo) -> bool:
-    # A vector in disguise, as 1 x 64 x 1 x 1 that scales channels, is no weight.
+    # A shape such as 1 x 64 x 1 x 1, which scales channels, counts as a vector.
     long_sides = [size for size in info.parameter.shape if size > 1]
     return len(long_sides) < 2 or not WEIGHT_LEAF.search(info.leaf or "")
 
@@ -200,7 +200,7 @@ def _listed(found: Sequence[Finding]) -> str:
 def audit(
     model: nn.Module, wd_policy: object = "no_bias_norm", against: object = None
 ) -> Audit:
-    """Report what a policy decays in a model, what looks wrong, and who disagrees.
+    """Report what a policy decays, what looks wrong, and how another one differs.
 
     Args:
         model: Module to audit, on any device, ``meta`` included.

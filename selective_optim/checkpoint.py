@@ -79,11 +79,11 @@ def group_names(
     Args:
         param_groups: ``optimizer.param_groups``, or the groups given to a constructor.
         model: The module, or modules, that the parameters live in.
-        missing_ok: Give parameters that have left the model names of no parameter.
+        missing_ok: Give unused names to parameters that are no longer in the model.
 
     Returns:
-        Canonical names, group by group; where a parametrization made several
-        parameters of one, as weight norm does, their own names.
+        The names, group by group. Parameters that a parametrization made of one, as
+        weight norm does, have their full names.
 
     Raises:
         TypeError: The arguments are no groups, or no modules.
@@ -118,23 +118,23 @@ def merge_groups(
     order: Iterable[str] | None = None,
     by: str | Sequence[str] = (),
 ) -> StateDict:
-    """Turn a state dict of hand-split groups into one of one group.
+    """Merge the hand-split groups of a state dict into one group.
 
-    Its ``weight_decay`` is the largest of those merged. The share of it that each
-    parameter had is recorded. So an optimizer whose policy decides otherwise warns on
-    loading.
+    Its ``weight_decay`` is the largest of the merged groups. The state dict records the
+    share that each parameter had. So an optimizer whose policy decides differently
+    warns on loading.
 
     Args:
-        state_dict: Of an optimizer of this library or of torch; stays as it is.
+        state_dict: Of an optimizer of this library or of torch; not changed.
         names: Names of the parameters, group by group; by default those
             that the state dict has.
         order: All names in the order of the optimizer that will load the result. For
             ``model.parameters()`` that is
-            ``[name for name, _ in model.named_parameters()]``. Without it the groups'
-            order is kept, for example decayed before exempt. An optimizer made from
-            ``model.parameters()`` would then give parameters the state of others.
-        by: Hyperparameters that keep groups apart: with ``"lr"`` there is one group
-            per learning rate.
+            ``[name for name, _ in model.named_parameters()]``. By default the order is
+            that of the groups, for example decayed before exempt. An optimizer made
+            from ``model.parameters()`` would then give parameters the state of others.
+        by: Hyperparameters by which groups stay separate: with ``"lr"`` there is one
+            group per learning rate.
 
     Returns:
         The merged state dict; its groups come in the order of their first parameters.
@@ -177,13 +177,13 @@ def split_groups(
     *,
     names: Names | None = None,
 ) -> StateDict:
-    """Turn a state dict of merged groups into one of hand-split groups.
+    """Split the groups of a state dict into hand-split groups.
 
     Args:
-        state_dict: Of an optimizer of this library or of torch; stays as it is.
-        groups: The groups wanted, in order: dicts with names under ``"params"`` and
-            the hyperparameters to set. The others stay as they were, and
-            ``weight_decay`` is that which the state dict records.
+        state_dict: Of an optimizer of this library or of torch; not changed.
+        groups: The new groups, in order: dicts with names under ``"params"`` and the
+            hyperparameters to set. Other hyperparameters stay, and ``weight_decay`` is
+            the one that the state dict records.
         names: Names of the parameters of ``state_dict``, group by group; by default
             those that it has.
 
@@ -193,7 +193,7 @@ def split_groups(
     Raises:
         ValueError: A name is missing, doubled or unknown.
         ValueError: Parameters of one group differ in a value that it does not set.
-        ValueError: One decays in a form that torch's class does not give its group.
+        ValueError: A parameter decays in a form that torch's class does not have.
 
     Example:
         >>> import torch
@@ -241,21 +241,21 @@ def _split(entries: Sequence[Entry], own: Hyper) -> Hyper:
 def keep_hyperparameters(
     optimizer: Optimizer, state_dict: StateDict, key: str, *keys: str
 ) -> StateDict:
-    """Let hyperparameters of an optimizer win over those that a state dict brings.
+    """Write hyperparameters of an optimizer into a state dict before loading it.
 
-    ``load_state_dict`` takes all of them from the state dict, as torch's does. To
-    resume with another rate or decay, load what this returns.
+    ``load_state_dict`` takes all hyperparameters from the state dict, as torch's does.
+    To resume with another rate or decay, load the result of this function.
 
     Args:
-        optimizer: The one that is to load, with the values to keep in its groups.
-        state_dict: Of an optimizer with the same groups; stays as it is.
-        key: What to keep: ``"weight_decay"``, ``"lr"`` or any other key of a group.
-            With ``"lr"`` goes the rate that schedules and forms of decay begin from.
-        *keys: Further ones.
+        optimizer: The optimizer that will load, with the values to keep in its groups.
+        state_dict: Of an optimizer with the same groups; not changed.
+        key: A key of a group to keep, such as ``"weight_decay"`` or ``"lr"``. With
+            ``"lr"`` the first rate of schedules and forms is kept too.
+        *keys: Further keys.
 
     Raises:
         TypeError: The state dict is no dict.
-        ValueError: No group has the key, or the groups are others.
+        ValueError: No group has the key, or the groups differ.
 
     Example:
         >>> import torch
@@ -302,14 +302,14 @@ def keep_hyperparameters(
 
 @dataclass(frozen=True)
 class Fit:
-    """A state dict for a changed model; ``print`` tells how much of it was kept.
+    """A state dict for a changed model; ``print`` shows how much of it was kept.
 
     Args:
         state_dict: State dict to load into the new optimizer.
         kept: Parameters whose state stays as it was.
-        resized: Parameters of which one dimension changed: the leading part keeps its
-            moments, those of the rest are 0, and both share the step counter.
-        new: Parameters that begin without state.
+        resized: Parameters of which one dimension changed. The leading part keeps its
+            moments, the rest gets moments of 0, and both share the step counter.
+        new: Parameters without state.
         dropped: Old parameters whose state is left out.
     """
 
@@ -335,30 +335,30 @@ def fit(
     model: nn.Module | Sequence[nn.Module] | Optimizer,
     names: Iterable[str] | Names | None = None,
 ) -> Fit:
-    """Keep, by name, what still fits of the state saved for a model that has changed.
+    """Keep, by name, the saved state that still fits after the model has changed.
 
-    Layers may have come, gone or moved, vocabularies and heads grown or shrunk, parts
-    been frozen or unfrozen. A parameter without a counterpart begins anew.
+    You may have added, removed or moved layers, changed the size of a vocabulary or a
+    head, or frozen parts. A parameter without a counterpart gets no state.
 
     Args:
-        state_dict: Of any optimizer, with any groups; stays as it is.
-        model: The changed model, for an optimizer with one group over
-            ``model.parameters()`` and the hyperparameters of the state dict. Or the
-            new optimizer: then groups and hyperparameters are its own, and what its
-            class counts in its groups goes on.
-        names: Names of the parameters in the order that was saved, one list per
-            group or, of a single group, a list. They go before those of the state
-            dict: where layers were renumbered, give the names that the old parameters
-            have in ``model``. ``group_names(old_optimizer.param_groups, model,
-            missing_ok=True)`` reads them from a model that was changed in place.
+        state_dict: Of any optimizer, with any groups; not changed.
+        model: The changed model. The result is then for an optimizer with one group
+            over ``model.parameters()`` and the hyperparameters of the state dict. Or
+            the new optimizer: then its groups and hyperparameters stay, and counters
+            that its class keeps in groups continue.
+        names: Names of the parameters in the order in which they were saved: a list
+            per group, or one list for one group. They override those of the state
+            dict. If layers were renumbered, give the names that the old parameters
+            have in ``model``. If the model was changed in place, use
+            ``group_names(old_optimizer.param_groups, model, missing_ok=True)``.
 
     Returns:
-        The state dict to load, and what became of each parameter.
+        The state dict to load, and lists of what was kept.
 
     Raises:
         TypeError: ``model`` is neither, or ``names`` is one list for several groups.
-        ValueError: A parameter has no name, or another's; no name is in both; or
-            groups that become one differ in more than ``weight_decay``.
+        ValueError: A parameter has no name, or two have the same one; no name is in
+            both; or merged groups differ in more than ``weight_decay``.
 
     Example:
         >>> import torch
@@ -459,7 +459,7 @@ def _fitted(new: Entry, param: Tensor, entry: Entry | None) -> tuple[str, Entry]
 
 def _changed_dims(values: Mapping[str, Any], shape: torch.Size) -> list[int] | None:
     # The dimension in which the state has another size, if any. ``None``: it fits not
-    # at all, or nobody knows what its new rows begin with.
+    # at all, or it is not known with which values its new rows begin.
     tensors = {k: v for k, v in values.items() if isinstance(v, Tensor) and k != "step"}
     like = {k: v.shape for k, v in tensors.items() if v.ndim == len(shape)}
     if not like:  # nothing, or sums over rows and columns, as of Adafactor

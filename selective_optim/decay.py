@@ -1,6 +1,6 @@
-"""What is decided for one parameter: how much decay, in which form, and why.
+"""The decision for one parameter: how much decay, in which form, and why.
 
-The one vocabulary that both wings share: policies yield it, steps apply it.
+Policies return decisions, and steps apply them.
 """
 
 from __future__ import annotations
@@ -86,13 +86,12 @@ class Decay:
         form: ``"l2"``, ``"decoupled"``, ``"independent"``, ``"corrected"`` or
             ``"cautious"``, see ``policies.form``; ``None`` for the optimizer's own.
         target: Value that it decays towards: a finite number, or ``"init"``, its value
-            when it was decided; ``None`` is 0.
-        fixed: Decay that stands for ``group["weight_decay"]``, finite and >= 0, so
-            that neither edits nor schedules of that change it; the multiplier still
-            counts.
+            when training begins; ``None`` is 0.
+        fixed: Decay in place of ``group["weight_decay"]``, finite and >= 0. A change
+            of ``group["weight_decay"]`` does not change it. The multiplier applies.
 
     Raises:
-        TypeError: ``multiplier``, ``target`` or ``fixed`` is of no such type.
+        TypeError: ``multiplier``, ``target`` or ``fixed`` has a wrong type.
         ValueError: ``multiplier`` or ``fixed`` is negative, infinite or NaN, ``form``
             is unknown, or ``target`` is infinite or NaN.
     """

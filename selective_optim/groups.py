@@ -87,25 +87,25 @@ def param_groups(
 ) -> SplitGroups:
     """Split parameters into groups with one weight decay each, as by hand.
 
-    For optimizers that ``selective`` cannot serve, and for other libraries. Groups come
-    in the order in which their decay first appears. Groups that are given stay apart,
-    so layerwise groups come out split.
+    Use it for optimizers that ``selective`` refuses, and for other libraries. The
+    groups are in the order in which each decay first appears. If you pass groups, each
+    is split by itself.
 
     Args:
         params: A module, modules, or what an optimizer of torch takes: parameters,
-            ``(name, parameter)`` pairs, groups. A group's own values, its
-            ``"wd_policy"`` too, go before the arguments here.
+            ``(name, parameter)`` pairs, groups. Values in a group, its ``"wd_policy"``
+            too, override the arguments below.
         wd_policy: The policy: a name, mapping, callable or expression.
         weight_decay: Decay of parameters with multiplier 1, >= 0.
         lr: Learning rate, or one for each route; ``None`` leaves it to the optimizer.
         model: The module, or modules, that the parameters live in.
-        routes: From names to selectors, for an optimizer that steps some groups by one
-            class and others by another; the first that matches takes a parameter.
-        key: Under which that optimizer reads which groups are which. ``"use_muon"``
+        routes: From names to selectors, for an optimizer that steps groups in two ways,
+            such as Muon and Adam. A parameter goes to the first route that matches it.
+        key: The key of a group from which that optimizer reads its way. ``"use_muon"``
             (Keller Jordan, pytorch_optimizer, ultralytics) is true on the first route,
             ``"use_fallback"`` (timm) on all others. ``"algorithm"`` (dion) and
-            ``"kind"`` (nanochat) hold the name of the route.
-        values: What stands under another ``key``, by route.
+            ``"kind"`` (nanochat) are the name of the route.
+        values: The value of any other ``key``, by route.
         **hyper: Further hyperparameters for every group.
 
     Returns:
@@ -113,8 +113,8 @@ def param_groups(
         known, ``"param_names"``; ``print`` shows it as a table.
 
     Raises:
-        ValueError: The policy cannot be decided or states a form, or a group has no
-            weight decay.
+        ValueError: The policy cannot decide for a parameter or states a form, or a
+            group has no weight decay.
 
     Example:
         >>> import torch
@@ -265,11 +265,11 @@ def layerwise_groups(
 ) -> RateGroups:
     """Make one parameter group per layer, each with its own learning rate.
 
-    The top layer, the head, comes first and learns at ``lr``; a layer that lies
-    ``n`` below it at ``lr * rate ** n``. A norm right after the last block goes
-    with that block; embeddings and stem lie one below the first block. Every
-    parameter is in one group; a tied one in the group of its first name. The
-    groups say nothing about decay: pass ``wd_policy`` and ``model`` for that.
+    The top layer, the head, is first and has the rate ``lr``. A layer ``n`` below it
+    has the rate ``lr * rate ** n``. A norm directly after the last block belongs to
+    that block. Embeddings and stem are one below the first block. Every parameter is
+    in one group, a tied one in the group of its first name. The groups have no
+    ``weight_decay``: pass ``wd_policy`` and ``model`` to the optimizer.
 
     Args:
         model: Module or modules that hold the parameters.
@@ -278,10 +278,10 @@ def layerwise_groups(
         layers: Glob on the module names of the repeated blocks, such as
             ``"blocks.*"``, or the name of their list, ``"blocks"``. Pass a list of
             globs for several stacks, such as two towers; each has its own depth. By
-            default the model's ``group_matcher`` tells the layers, or they are found.
-        lr_scale: Leave every group's rate at ``lr`` and write the factor to its
-            ``"lr_scale"`` instead, for a schedule that multiplies by it: timm's,
-            MAE's and BEiT's do, torch's do not.
+            default they come from the model's ``group_matcher`` or are searched for.
+        lr_scale: Give every group the rate ``lr`` and write the factor to its
+            ``"lr_scale"``. Use it with schedules that multiply by it, as those of
+            timm, MAE and BEiT do. torch's schedules do not.
 
     Returns:
         The groups; ``print`` shows which parameters share a layer.
@@ -340,20 +340,20 @@ def _shape(info: ParameterInfo) -> torch.Size:
 
 
 def rate_groups(model: Modules, rates: Mapping[Any, Any]) -> RateGroups:
-    """Make one parameter group per entry; the first key that matches takes a parameter.
+    """Make one parameter group per entry; the first key that matches gets a parameter.
 
     Args:
         model: Module or modules that hold the parameters.
         rates: From selector to learning rate, or to a dict of hyperparameters. Keys
-            are selectors as in policies, or their text as a YAML file holds it:
+            are selectors as in policies, or their text, as in a YAML file:
             ``"backbone.*"``, ``"is_bias"``, ``"nn.LayerNorm & ~is_bias"``.
 
     Returns:
         The groups, with names; ``print`` shows which parameters share one.
 
     Raises:
-        TypeError: A key is no selector, or a value neither a rate nor a dict.
-        ValueError: A key gets no parameter, or a parameter no group.
+        TypeError: A key is no selector, or a value is neither a rate nor a dict.
+        ValueError: A key gets no parameter, or no key matches a parameter.
 
     Example:
         >>> model = nn.ModuleDict({"body": nn.Linear(3, 2), "head": nn.Linear(2, 1)})
@@ -391,7 +391,7 @@ def rate_groups(model: Modules, rates: Mapping[Any, Any]) -> RateGroups:
 
 
 def _selector(key: Any, names: Iterable[str]) -> Selector:
-    # A configuration holds text alone. A glob is no expression but for plain words.
+    # A configuration contains only text. Of globs, only plain words are expressions.
     if isinstance(key, str) and not any(fnmatchcase(name, key) for name in names):
         with suppress(ValueError):
             selector: Selector = parse(f"exclude({key})").selectors[0]
@@ -413,19 +413,19 @@ def _hyper(key: Any, value: Any) -> dict[str, Any]:
 def width_groups(model: Modules, base_model: Modules, lr: float | Tensor) -> RateGroups:
     """Make one parameter group per width, with the rates of muP for Adam.
 
-    A matrix learns at ``lr`` over the ratio of its fan-in to the base model's, if two
-    of its dimensions differ from there. All else learns at ``lr``. CompleteP's rates
-    are the same, since those of alpha 1 do not depend on depth.
+    A matrix of which two dimensions differ from the base model has the rate ``lr``,
+    divided by the ratio of the two fan-ins. All other parameters have the rate ``lr``.
+    CompleteP with alpha 1 has the same rates, since they do not depend on depth.
 
     ``wd_policy=form("independent")`` with ``weight_decay=lr * wd`` decays as
-    ``mup.MuAdamW(lr=lr, weight_decay=wd)``. Initial values, multipliers of the output
-    and Adam's ``eps`` are left to the model and to you.
+    ``mup.MuAdamW(lr=lr, weight_decay=wd)``. Set the initial values, the multiplier of
+    the output and Adam's ``eps`` yourself.
 
     Args:
         model: Module or modules that hold the parameters.
-        base_model: The model in the width that ``lr`` was found for, with as many
-            layers or fewer. Only shapes of its parameters are read, so you may make it
-            under ``torch.device("meta")``.
+        base_model: The model with the width for which you know ``lr``, with as many
+            layers or fewer. Only the shapes of its parameters are read, so you may
+            make it under ``torch.device("meta")``.
         lr: Learning rate at the width of the base.
 
     Returns:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._text import aligned, param_ids
+from selective_optim._text import aligned, param_ids, shortened
 from selective_optim.decay import FORMS, Decision, Form, Target, target_text
 from selective_optim.parameters import (
     ModelIndex,
@@ -32,6 +32,7 @@ Group = dict[str, Any]
 # Columns of numbers stand to the right.
 NUMBERS = ("group", "lr", "decay", "measured", "timescale", "tensors", "elements")
 MANY_GROUPS = 8  # more are summed up together: a group per layer would fill pages
+PAGE = 100  # columns of a printed table; longer reasons are cut
 FEW_RUNS = 3  # group numbers are spelled out up to so many ranges
 MANY_BARS = 16  # the rest of the kinds is one bar
 COLORS = {"decayed": "C0", "exempt": "C1", "frozen": "0.8"}
@@ -92,7 +93,7 @@ class Row:
 
     @property
     def fate(self) -> str:
-        """What becomes of the parameter: ``decayed``, ``exempt`` or ``frozen``."""
+        """``"decayed"``, ``"exempt"`` or ``"frozen"``."""
         if not (self.requires_grad or self.left_over):
             return "frozen"
         return "decayed" if self.weight_decay else "exempt"
@@ -106,7 +107,7 @@ class Row:
 
     @property
     def timescale(self) -> float | None:
-        """Steps in which decoupled decay alone shrinks to 1/e: ``1 / (lr * wd)``."""
+        """Steps in which decoupled decay shrinks a weight to 1/e: ``1 / (lr * wd)``."""
         form = FORMS[self.form or "l2"]
         # Not `lr <= 0`: without an optimizer the rate is NaN.
         if self.fate != "decayed" or form.applied != "decoupled" or not self.lr > 0:
@@ -125,15 +126,15 @@ class Row:
 class DecayReport:
     """One record per parameter in ``rows``; prints as a table by group and reason.
 
-    The timescale is ``1 / (lr * decay)`` steps, at the present rate. After so many
-    steps decoupled decay has left 37 % of a weight that no gradient renews.
+    The timescale is ``1 / (lr * decay)`` steps, at the present rate. After that many
+    steps 37 % of a weight is left if its gradients are 0.
 
-    ``len``, iteration, and an index are those of the rows; a row is also found by its
-    name, as in ``report["head.bias"]``.
+    ``len``, iteration and an index read the rows. ``report["head.bias"]`` is the row of
+    that name.
 
     Args:
         rows: The records.
-        remark: Line at the end that tells if something looks wrong.
+        remark: Last line, which names what looks wrong.
 
     Example:
         >>> from selective_optim import AdamW
@@ -189,8 +190,13 @@ class DecayReport:
     def __str__(self) -> str:
         table = self.table()
         right = [i for i, key in enumerate(table[0]) if key in NUMBERS]
-        lines = [*aligned(table, right), self.summary(), self.remark]
-        return "\n".join(filter(None, lines))
+        lines = aligned(table, right)
+        if (over := max(map(len, lines)) - PAGE) > 0:  # rows have the whole reasons
+            at = table[0].index("reason")
+            room = max(20, max(len(row[at]) for row in table) - over)
+            cut = [(*r[:at], shortened(r[at], room), *r[at + 1 :]) for r in table]
+            lines = aligned(cut, right)
+        return "\n".join(filter(None, [*lines, self.summary(), self.remark]))
 
     @property
     def agrees(self) -> bool:
@@ -344,7 +350,7 @@ def make_row(
         name=decision.telling_name,
         shape=shape,
         numel=shape.numel(),
-        # A tensor waits for the device, which a report may and a step may not.
+        # Reading a tensor waits for the device. A report may wait, a step may not.
         lr=float(group.get("lr", math.nan)),
         weight_decay=float(decision.decay.of(group["weight_decay"])),
         form=form,
@@ -353,7 +359,7 @@ def make_row(
         owner=decision.kinds[0].rpartition(".")[2] if decision.kinds else "",
         target=decision.decay.target,
         lr0=decision.decay_key.lr0,
-        # torch steps whatever has a gradient.
+        # torch steps every parameter that has a gradient.
         left_over=not param.requires_grad and param.grad is not None,
         fixed=decision.decay.fixed,
     )
@@ -435,11 +441,11 @@ def clause(
 
 
 def split_wrongly(rows: Sequence[Row]) -> str:
-    """Tell of norms and biases that decay though nobody wished it, and of weights."""
-    # Where a policy decides, norms may decay, but not beside others that are exempt.
+    """Name norms and biases that decay without a policy, and weights that do not."""
+    # With a policy all norms may decay, but not some while others are exempt.
     decayed = [r for r in rows if r.fate == "decayed" and r.applied is not False]
     exempt = [row for row in rows if row.fate == "exempt" and row.reason != ZERO]
-    # A selector that exempts weights, too, as "head.*", is no rule for biases.
+    # A selector that also exempts weights, such as "head.*", is no rule for biases.
     broad = {row.reason for row in exempt if row.role in ("weight", "embedding")}
     ruled = {row.role for row in exempt if row.decided and row.reason not in broad}
     told = []

@@ -82,8 +82,8 @@ def percent(low, high):
 FIGURES = {
     "fast": (
         "README.md",
-        "it takes {:.2f} ms on two CPU threads. Over groups split by hand, torch takes "
-        "{:.2f} ms fused and {:.2f} ms by default",
+        "a step takes {:.2f} ms on two CPU threads. Over groups split by hand, torch "
+        "takes {:.2f} ms fused and {:.2f} ms by default",
         lambda: times("small", "adamw", OURS, FUSED, DEFAULT),
     ),
     "exact": (
@@ -112,7 +112,7 @@ FIGURES = {
     ),
     "minutes on a GPU": (
         "speed.md",
-        "measures the rest in {} minutes",
+        "measures times on a GPU in {} minutes",
         lambda: [ceil(sum(piece.seconds for piece in on_gpu.PIECES) / 60)],
     ),
     "recipes": ("README.md", "what {} projects decay", lambda: [len(RECIPES)]),
@@ -151,7 +151,7 @@ FIGURES = {
     ),
     "norms of all models": (
         "policies.md",
-        "except for {} attributes",
+        "It differs in {} attributes",
         lambda: [len(judgement.REASONS)],
     ),
 }
@@ -170,7 +170,7 @@ def test_many_small_tensors_take_between_a_twentieth_and_two_fifths():
 
 
 def test_error_texts_are_as_many_as_the_readme_says():
-    assert "More than 60 error texts" in TEXTS["README.md"]
+    assert "more than 60 error texts" in TEXTS["README.md"]
     assert len(test_errors.CASES) + len(test_errors.MISWRITTEN) > 60
 
 

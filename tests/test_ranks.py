@@ -393,7 +393,7 @@ UNSTEADY = {
 @each_class
 @pytest.mark.parametrize(("make", "said"), UNSTEADY.values(), ids=UNSTEADY)
 def test_policy_that_answers_otherwise_the_next_time_warns_once(cls, make, said):
-    with pytest.warns(UserWarning, match="when it is asked again") as caught:
+    with pytest.warns(UserWarning, match="at a second call") as caught:
         optimizer = cls(net(), weight_decay=0.1, wd_policy=make())
     (warning,) = caught
     assert re.search(
@@ -411,15 +411,15 @@ def test_policy_that_answers_otherwise_the_next_time_warns_once(cls, make, said)
 
 def test_assigned_policy_and_that_of_a_group_are_asked_again():
     optimizer = AdamW(net(), weight_decay=0.1)
-    with pytest.warns(UserWarning, match="when it is asked again"):
+    with pytest.warns(UserWarning, match="at a second call"):
         optimizer.wd_policy = once()
-    with pytest.warns(UserWarning, match="when it is asked again"):
+    with pytest.warns(UserWarning, match="at a second call"):
         optimizer.add_param_group({"params": net(), "wd_policy": once()})
 
 
 def test_drawn_answers_are_told():
     random.seed(0)
-    with pytest.warns(UserWarning, match="when it is asked again"):
+    with pytest.warns(UserWarning, match="at a second call"):
         AdamW(net(), wd_policy=lambda info: random.random())
 
 

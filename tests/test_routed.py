@@ -331,7 +331,7 @@ def test_a_group_is_added_to_its_routes():
     model, _ = twins()
     one = routed(model)
     more = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3))
-    with pytest.warns(UserWarning, match="Sequential is its output is not sure"):
+    with pytest.warns(UserWarning, match="which layer of Sequential is its output"):
         one.add_param_group({"params": more, "model": more, "lr_scale": 0.5})
     added = [(group["route"], group["lr"]) for group in one.param_groups[2:]]
     assert ("adamw", 1.5e-3) in added

@@ -1,4 +1,4 @@
-"""Ranks that decide differently, told through the store of their process group.
+"""Warn of ranks that decide differently, through the store of the process group.
 
 DDP lets such ranks drift apart, and FSDP decays a part of a parameter alone. The rank
 that steps first writes down what it decided; each later one reads that and compares.

@@ -184,7 +184,7 @@ def _conversion(saved: Sequence[dict[str, Any]], here: Sequence[dict[str, Any]])
         item = "n for n, p in" if first else "n for n, _ in"
         order = f"[{item} model.named_parameters(){trained}]"
         call = f"merge_groups(state_dict, {names}order={order}{by})"
-    where = "" if named else ", where groups are those split by hand"
+    where = "" if named else "; groups are the param_groups of your old optimizer"
     return f"{first or 'Load '}{call} of selective_optim.checkpoint instead{where}."
 
 

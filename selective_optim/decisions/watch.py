@@ -1,4 +1,4 @@
-"""What steps alone show, told once: decay that is lost, or divided by too little.
+"""Warnings that need a step: decay that is lost, or divided by too small a rate.
 
 A weight in half precision moves by whole units in the last place. The fused kernels of
 Adam round decay and update together, so that noise of the update carries a decay over
@@ -57,7 +57,7 @@ class Watch:
         """Compare the next step that moves with other ranks; names may be found."""
         self._ranks = {"found": found}
 
-    # Copies count anew, over rows of their own. One rank alone may make them.
+    # Copies count from 0, over their own rows. One rank alone may make copies.
     def __reduce__(self) -> Any:
         return Watch, (self._taken_over, self._rounding)
 

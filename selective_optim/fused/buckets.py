@@ -182,7 +182,7 @@ class Advance:
         self._single: list[Tensor] = [] if blocks else counters
         self.lasting = not blocks and len(set(map(_device_of, counters))) < 2
         # Beside views stand counters of their own, as that of a parameter whose first
-        # gradient went another way.
+        # gradient was stepped another way.
         places: dict[int, list[int]] = {}
         for counter in counters if blocks else ():
             known = (

@@ -19,7 +19,7 @@ from torch import Tensor
 from selective_optim import _torch
 from selective_optim.step.setting import PLAIN, Groups
 
-# What kernels read in a group; what else is there is somebody's own.
+# Keys of a group that kernels read; other keys belong to the user.
 READ = frozenset(
     {
         *("params", "lr", "weight_decay", "decoupled_weight_decay", "maximize"),
@@ -32,7 +32,7 @@ PROOFS = 4  # dispatch states, such as with and without autocast, that are remem
 # Compared by identity: a kernel computes otherwise with -0.0 than with 0.0, and reads a
 # tensor when it runs, so that the same tensor is the same argument.
 NUMBERS = (int, float, tuple, Tensor)
-# What identity proves: nobody can edit it in place.
+# Types for which identity is enough, since they cannot be edited in place.
 FIXED = (*NUMBERS, str, type(None))
 _params_of = itemgetter("params")
 _grad_of = attrgetter("grad")
@@ -130,7 +130,7 @@ class GroupsGuard:
         self._contents = [
             _Unseen()
             if not mine or id(v) in lists
-            # What can be edited in place is compared by what it said.
+            # Objects that can be edited in place are compared by value.
             else (v if isinstance(v, FIXED) else copy.copy(v))
             for mine, v in zip(read, values)
         ]

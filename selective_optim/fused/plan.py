@@ -124,7 +124,7 @@ class Plan:
         self._note_parts(parts, idle, tensors)
         self._structure = list(map(kernel.structure, groups))
         # What the state holds lives as long as the optimizer, and is kept alive by
-        # nothing here. Plain SGD has no state, and lets go after each step.
+        # nothing here. Plain SGD has no state, and releases tensors after each step.
         mine = {i for part in fused for i in part.positions}
         self._keeps = not exposed and all(tensors[i] in states for i in mine)
         held = self._keeps and all(tensor in states for tensor in tensors)
@@ -139,10 +139,10 @@ class Plan:
         self, parts: Sequence[Part], idle: Sequence[int], tensors: Sequence[Tensor]
     ) -> None:
         """Note who has a part, who has none yet, and what would change the rest."""
-        # Tokens and not parameters: a model that is gone must not live on in a plan.
+        # Tokens, not parameters: a plan must not keep a deleted model alive.
         tokens = [_torch.token_of(tensors[i]) for part in parts for i in part.positions]
         self.stepped = dict(zip(map(id, tokens), tokens))  # for the next plan
-        # Those in no part never had a gradient; the first one needs a new plan.
+        # Parameters in no part had no gradient yet; their first one needs a new plan.
         self._any_idle = bool(idle)
         self._idle = picker(idle)
         self._rest_of = picker([i for part in self.rest for i in part.positions])
@@ -255,7 +255,7 @@ class Plan:
             self._program = None  # whose counters were views
             self._release()
 
-    # Proving: is the plan still true?
+    # Checking: is the plan still valid?
 
     def current_grads(self, groups: Groups, states: States) -> Grads | None:
         """Return this step's gradients if the plan is still true, else ``None``.
@@ -310,7 +310,7 @@ class Plan:
         if not self._guard.holds_params(groups) or self._some_sparse:
             return False
         pairs = zip(map(self._kernel.structure, groups), self._structure)
-        # A key that nobody reads may be one that is refused.
+        # An unknown key may be one for which the step raises.
         if not self._guard.holds_keys(groups) or not all(equal(*p) for p in pairs):
             return False
         require_no_nan(self._kernel, groups)
@@ -338,7 +338,7 @@ class Plan:
             local = [*whole[: self._plain], *shards]
         tensors = self._walked(local)
         if not self._tensors.holds(tensors):
-            # No proof yet, or those of another dispatch state: look once, and remember.
+            # Not checked yet, or in another dispatch state: check once, and remember.
             if not look or not all(b.fits(local[b.part]) for b in self._buckets):
                 return None
             self._tensors.admit(tensors)
@@ -371,7 +371,7 @@ class Plan:
         """Step every bucket; counters advance before and fall back if skipped."""
         scaled = cache(partial(scaling_on, scaling))  # moved to each device once
         # Into the lists that calls are bound to, and out of them in any case: gradients
-        # that someone sets to None must be freed.
+        # that the user sets to None must be freed.
         for bucket in self._buckets:
             bucket.batch.grads[:] = grads.local[bucket.part]
         try:

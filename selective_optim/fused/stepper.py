@@ -65,7 +65,7 @@ class Stepper:
             if self._plan is not None:
                 self._plan.expose()
             self._counters.part(states, self._seen)
-            # Last: what an interrupt leaves undone is done the next time.
+            # Last: after an interrupt, the next step does the rest.
             self.exposed, self._seen = True, False
 
     def see(self) -> None:

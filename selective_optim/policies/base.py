@@ -362,12 +362,12 @@ def towards(target: Target, *selectors: object, missing_ok: bool = False) -> Pol
 
 
 def fixed(wd: float, *selectors: object, missing_ok: bool = False) -> Policy:
-    """Decay the matched parameters, or all, by ``wd`` itself, whatever the group says.
+    """Decay the matched parameters, or all, by ``wd`` instead of the group's decay.
 
-    Schedules and edits of ``group["weight_decay"]`` do not change it. The form still
-    says how it is applied, with the learning rate or without. Multipliers of other
-    policies multiply it: ``scale("*", by=0.1) * fixed(0.05, "*")`` decays by 0.005, and
-    ``exclude`` exempts. Of two fixed decays the right-hand one wins.
+    A change of ``group["weight_decay"]`` does not change it. The form says how the
+    learning rate multiplies it. Multipliers of other policies multiply it:
+    ``scale("*", by=0.1) * fixed(0.05, "*")`` decays by 0.005, and ``exclude`` exempts.
+    Of two fixed decays the right-hand one applies.
 
     Args:
         wd: Decay in place of ``group["weight_decay"]``, finite and >= 0; 0 exempts.

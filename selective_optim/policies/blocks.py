@@ -217,7 +217,7 @@ def _found(roots: Sequence[nn.Module]) -> list[nn.Module]:
             f'hold many parameters. Name one, as in layers="{rivals[0].glob}", or '
             f"several stacks of their own depth, as in layers=[{globs}]."
         )
-    # A message of 1,000 globs helps nobody.
+    # A message with 1,000 globs cannot be read.
     counts = Counter(_counting_globs(roots))
     lists, way_out = list(counts)[:8], NO_NUMBERS
     for glob, _ in counts.most_common(1):

@@ -59,7 +59,7 @@ def decide(
     for info, place, lr0 in zip(infos, places, lr0s):
         try:
             answer = policy.decide(info) if policy else Answer(FULL, NO_POLICY)
-        # Whatever a user's callable raises is told with the parameter's name.
+        # If a user's callable raises, the message names the parameter.
         except Exception as error:
             raise _explained(error, policy, info.describe(place), info) from error
         shape = shape_now(info.parameter) if info.shape is None else info.shape
@@ -158,7 +158,7 @@ def require_matches(
     missing = [s for s in asked if not any(map(s.matches, infos)) and not elsewhere(s)]
     _warn_of_class(policy, [s for s in missing if isinstance(s, InsideClass)], infos)
     for selector in (s for s in missing if s.by_name):
-        # Who trains a part of a model may have written for all of it.
+        # A policy for the whole model may be used with an optimizer of a part.
         infos = [*infos, *everyone()]
         names = list(dict.fromkeys(name for info in infos for name in info.names))
         # A pattern without names to search in: deciding raises and says so.

@@ -83,13 +83,12 @@ def diff(model: nn.Module | Sequence[nn.Module], a: object, b: object) -> Differ
     """List the parameters of a model on which two policies disagree.
 
     Args:
-        model: Module or modules whose parameters are asked about; it may stand on
-            the meta device.
-        a: A policy, in any form that ``wd_policy`` takes.
-        b: Another.
+        model: Module or modules with the parameters, also on the meta device.
+        a: A policy, as for ``wd_policy``.
+        b: Another policy.
 
     Raises:
-        ValueError: One of them cannot decide for a parameter.
+        ValueError: A policy cannot decide for a parameter.
 
     Example:
         >>> print(diff(nn.Linear(2, 3), "all", "nanogpt").rows[0].reason_b)

@@ -182,7 +182,7 @@ class Layerwise(Policy):
         return NAMES | MODULES
 
     def bind(self, roots: Sequence[nn.Module]) -> Policy:
-        # Measured once for all parameters: it walks the model several times.
+        # Computed once for all parameters, since it reads the model several times.
         return replace(self, distances=Distances(roots, self.layers) if roots else None)
 
     def decide(self, info: ParameterInfo) -> Answer:
@@ -199,7 +199,7 @@ def layerwise(rate: float, layers: Layers = None) -> Policy:
         layers: Glob on the module names of the repeated blocks, such as
             ``"blocks.*"``, or the name of their list, ``"blocks"``. Pass a list of
             globs for several stacks, such as two towers; each has its own depth. By
-            default the model's ``group_matcher`` tells the layers, or they are found.
+            default they come from the model's ``group_matcher`` or are searched for.
 
     Raises:
         TypeError: ``layers`` is neither string nor strings, or ``rate`` no number.

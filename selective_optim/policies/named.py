@@ -92,7 +92,7 @@ MAKERS: dict[Any, str] = {
     layerwise: "layerwise(0.75)",
     marked: "marked()",
 }
-# A glob has parentheses nowhere, and no space beside its `*`.
+# A glob has no parentheses, and no space beside its `*`.
 EXPRESSION = re.compile(r"[({|&~]|\w\s*\*\s+\w|\w\s+\*\s*\w")
 WORDS = re.compile(r"[a-z]+|[A-Z][a-z]*")
 SPLIT = re.compile(r"[^a-z0-9]+")
@@ -142,23 +142,23 @@ def closest(name: str, known: Iterable[str], told: str) -> str:
 def parse(text: str) -> Policy:
     """Read a policy from text: a name, or an expression as ``repr`` prints it.
 
-    An expression has the functions ``exclude``, ``only``, ``scale``, ``form``,
+    An expression may contain the functions ``exclude``, ``only``, ``scale``, ``form``,
     ``towards``, ``fixed``, ``layerwise``, ``marked``, ``first_match`` and ``named``,
     names of policies, selectors, numbers and ``*``. A selector is a glob in quotes,
     ``re.compile('...')``, a predicate, or a loaded module class such as
-    ``nn.LayerNorm``. Selectors join with ``|``, ``&`` and ``~``. Nothing is evaluated
-    or imported, so a text may come from anywhere.
+    ``nn.LayerNorm``. ``|``, ``&`` and ``~`` join selectors. The function evaluates no
+    code and imports nothing, so the text need not be trusted.
 
     Args:
-        text: As in a configuration file or on a command line; lines may break.
+        text: The policy, on one or several lines.
 
     Returns:
         The policy. ``parse(repr(policy)) == policy``, unless the policy holds
-        callables, modules or parameters, which no text names.
+        callables, modules or parameters, which have no text.
 
     Raises:
-        TypeError: ``text`` is no text.
-        ValueError: It cannot be read; the message points at the place.
+        TypeError: ``text`` is not a string.
+        ValueError: ``text`` is not a policy; the message shows the place.
 
     Example:
         >>> parse("no_bias_norm * scale('head.*' & ~is_bias, by=0.1)")
@@ -194,7 +194,7 @@ def as_policy(value: object) -> Policy:
 
     Raises:
         TypeError: ``value`` is none of these.
-        ValueError: ``value`` is a name that no policy has, or cannot be read.
+        ValueError: No policy has the name, or the text is not a policy.
     """
     if isinstance(value, Policy):
         return value

@@ -89,9 +89,8 @@ class Lists:
 def exempt_(target: Target) -> Target:
     """Mark a parameter, or every parameter of a module, as exempt for ``marked``.
 
-    Sets ``_no_weight_decay = True``, the attribute that Mamba and others set, on
-    the parameters. A module is marked, too, so that its mark outlives a wrapper
-    that makes new parameters.
+    It sets ``_no_weight_decay = True`` on the parameters, as Mamba does. It also marks
+    the module, so that the mark stays if a wrapper makes new parameters.
 
     Args:
         target: Marked in place.
@@ -188,13 +187,13 @@ def marked(weight_decay: float | None = None) -> Policy:
     Modules inside DDP, FSDP and ``torch.compile`` wrappers are asked too.
 
     Args:
-        weight_decay: The optimizer's own, above 0. It is needed if an ``_optim`` states
+        weight_decay: The optimizer's decay, above 0. Pass it if an ``_optim`` states
             another decay than 0: 0.05 there decays half as much if this is 0.1.
-            Without it such a parameter raises.
+            Without it the policy raises for such a parameter.
 
     Raises:
-        TypeError: ``weight_decay`` is no number.
-        ValueError: ``weight_decay`` is not above 0, infinite or NaN.
+        TypeError: ``weight_decay`` is not a number.
+        ValueError: ``weight_decay`` is 0, negative, infinite or NaN.
 
     Example:
         >>> marked() * marked(weight_decay=0.1)
@@ -495,27 +494,27 @@ _RECIPES = (
     # `param_groups_weight_decay` in timm/optim/_param_groups.py, given the model's
     # list as `create_optimizer_v2` in _optim_factory.py gives it, version 1.0.31.
     Recipe("timm", ALL, (_at_most_1d, _dot_bias), _of_root_as_globs),
-    # Exempts all inside seven norm classes, and what its owner calls `bias`.
+    # Exempts parameters of seven norm classes, and attributes called `bias`.
     # `norm_bias_params` in fastai/torch_core.py, as `Learner.create_opt` uses it for
     # `wd_bn_bias=False`, version 2.8.12.
     Recipe("fastai", MODULES, (_fastai,)),
-    # Exempts what a norm holds and what is called `bias`, but for that inside a DCN.
+    # Exempts parameters of norms and attributes called `bias`, except inside a DCN.
     # `DefaultOptimWrapperConstructor.add_params` in
     # mmengine/optim/optimizer/default_constructor.py, version 0.10.7, with
     # `paramwise_cfg=dict(norm_decay_mult=0, bias_decay_mult=0)`.
     Recipe("mmengine", NAMES | MODULES, (_held_by(*MMENGINE_NORMS), _mmengine)),
-    # Exempts what a norm holds; biases decay. `get_default_optimizer_params` in
+    # Exempts parameters of norms; biases decay. `get_default_optimizer_params` in
     # detectron2/solver/build.py, with `WEIGHT_DECAY_NORM = 0.0` and
     # `WEIGHT_DECAY_BIAS = None`, the defaults of detectron2/config/defaults.py.
     Recipe("detectron2", MODULES, (_held_by(*DETECTRON2_NORMS),)),
-    # Exempts what a norm holds, as `--norm-weight-decay 0` does. `set_weight_decay` in
-    # references/classification/utils.py, called as in train.py beside it.
+    # Exempts parameters of norms, as `--norm-weight-decay 0` does. `set_weight_decay`
+    # in references/classification/utils.py, called as in train.py beside it.
     Recipe("torchvision", NAMES | MODULES, (_torchvision,)),
-    # Exempts biases and tables of embeddings, too: `--bias-weight-decay 0` and
+    # Exempts norms, biases and tables of embeddings. `--bias-weight-decay 0` and
     # `--transformer-embedding-decay 0`, with which
     # references/classification/README.md trains Swin and MaxViT.
     Recipe("torchvision_swin", NAMES | MODULES, (_torchvision_swin, _torchvision)),
-    # Exempts names with `bias` or `logit_scale` and what torch's norms hold.
+    # Exempts names with `bias` or `logit_scale` and parameters of torch's norms.
     # `BaseTrainer.build_optimizer` in ultralytics/engine/trainer.py, version
     # 8.4.190, for every optimizer but MuSGD.
     Recipe(
@@ -523,7 +522,7 @@ _RECIPES = (
         NAMES | MODULES,
         (_words("bias", "logit_scale"), _held_by(*TORCH_NORMS)),
     ),
-    # Decays what is called `weight`, but for BatchNorm2d and modules named bn.
+    # Decays attributes called `weight`, except in BatchNorm2d and modules named bn.
     # `Exp.get_optimizer` in yolox/exp/yolox_base.py.
     Recipe("yolox", NAMES | MODULES, (_yolox,)),
     # Exempts norms of encoder and decoder, by name; biases and the backbone decay. The
@@ -531,11 +530,11 @@ _RECIPES = (
     # rtdetrv2_pytorch/configs/rtdetrv2/rtdetrv2_r50vd_6x_coco.yml, read by
     # `get_optim_params` in src/core/yaml_config.py.
     Recipe("rtdetr", NAMES, (_rtdetr,)),
-    # Exempts names with bias and what an `nn.LayerNorm`, no subclass, holds; rates per
-    # layer are those of `layerwise_groups`. `weight_decay` in
+    # Exempts names with bias and parameters of `nn.LayerNorm`, not of subclasses. Rates
+    # per layer are those of `layerwise_groups`. `weight_decay` in
     # sam2.1_hiera_b+_MOSE_finetune.yaml, applied by training/optimizer.py.
     Recipe("sam2", NAMES | MODULES, (_words("bias"), _plain_layernorm)),
-    # Exempts vectors, `*.bias` and what the model lists; scalars decay.
+    # Exempts vectors, `*.bias` and names that the model lists; scalars decay.
     # `set_weight_decay` in Swin-Transformer's optimizer.py, with the model's
     # `no_weight_decay()` and `no_weight_decay_keywords()`.
     Recipe("swin", ALL, (_vector, _dot_bias), _of_root_or_keyword),
@@ -551,11 +550,11 @@ _RECIPES = (
     # Exempts `*.bias` and names that contain `norm` or `gamma`.
     # `get_params_groups_with_decay` in dinov2/utils/param_groups.py.
     Recipe("dinov2", NAMES, (_words("norm", "gamma"), _dot_bias)),
-    # Exempts names that end in bias or have norm, gamma or fourier_w; neither the rates
-    # per layer, nor that of `patch_embed`, nor the strength of the DINO head, 1 by
+    # Exempts names that end in bias or contain norm, gamma or fourier_w. It has neither
+    # rates per layer and of `patch_embed` nor the factor of the DINO head, 1 by
     # default. `get_params_groups_with_decay` in dinov3/train/param_groups.py.
     Recipe("dinov3", NAMES, (_ends_in_bias, _words("norm", "gamma", "fourier_w"))),
-    # Exempts vectors, scalars and what any module of the model lists: names of
+    # Exempts vectors, scalars and what modules of the model list. These are names of
     # `no_weight_decay()`, globs of `no_weight_decay_patterns()`, and
     # `no_weight_decay_keywords()` as ends of names. `make_wd_exclude` and
     # `collect_no_weight_decay` in src/open_clip_train/optim.py.
@@ -577,11 +576,11 @@ _RECIPES = (
     # `get_standard_config_overrides` in megatron/core/optimizer/__init__.py, without
     # `apply_wd_to_qk_layernorm`.
     Recipe("megatron", NAMES | SHAPES, (_vector, _dot_bias)),
-    # Exempts what seven norm classes hold, `bias` and `_no_weight_decay`.
+    # Exempts seven norm classes, `bias`, and parameters marked `_no_weight_decay`.
     # `get_params_for_weight_decay_optimization` in megatron/model/utils.py of GPT-NeoX.
     Recipe("gptneox", NAMES | MODULES, (_gptneox,)),
-    # Decays `.weight` of two dimensions, those of one left out, and states; with
-    # `layerwise_lr` 1, the default, rates of 2 and 3 times are not set.
+    # Decays `.weight` with two dimensions above 1, and states. Rates of 2 and 3 times,
+    # as with `layerwise_lr` 1, the default, are not set.
     # `RWKV.configure_optimizers` in RWKV-v5/src/model.py.
     Recipe("rwkv", NAMES | SHAPES, (_rwkv,)),
     # Exempts the embedding; norms and biases decay.
@@ -593,7 +592,7 @@ _RECIPES = (
     # smollm, read by `get_custom_weight_decay_for_named_parameters` in
     # src/nanotron/helpers.py.
     Recipe("smollm3", NAMES, (_smollm3,)),
-    # Exempts vectors and `*.bias` but for norms of queries and keys.
+    # Exempts vectors and `*.bias`, except norms of queries and keys.
     # `get_standard_config_overrides` in megatron/core/optimizer/__init__.py with
     # `apply_wd_to_qk_layernorm`, called there the way of Qwen3-Next.
     Recipe("qwen3_next", NAMES | SHAPES, (_qwen3_next,)),
@@ -603,7 +602,7 @@ _RECIPES = (
     # Exempts embedding and output layer; vectors decay. `create_optimizer` in dion's
     # train.py and the example of its README.md.
     Recipe("dion", NAMES, (_dion,)),
-    # Decays gates of attention and routers alone, in the run from 0.02 to 0.
+    # Decays only gates of attention and routers. The run goes from 0.02 to 0.
     # `_gate_router_decay_mask` in experiments/grug/moe_hero_ep/optimizer.py of marin.
     Recipe("marin", NAMES, (_marin,)),
 )

@@ -58,7 +58,7 @@ def scales_normalized(cls: type, leaf: str, norms: frozenset[str]) -> str | None
     return None
 
 
-# Asked again for every layer of a class, and for every policy.
+# Called again for every layer of a class, and for every policy.
 @lru_cache(4096)
 def only_added(cls: Any, leaf: str) -> bool | None:
     """Tell whether methods add, and at most subtract, it; ``None`` if none uses it."""

@@ -35,7 +35,7 @@ BY_GROUP = (RECORD, POLICIES, PARTS)
 RATES, USE_MUON = ("lr", "initial_lr"), "use_muon"
 # What a class that keeps no record has for a group in each of those lists.
 NOTHING: dict[str, Any] = {RECORD: [], POLICIES: None, PARTS: []}
-# By which optimizers of other projects tell their halves, and what each reads there:
+# Keys by which optimizers of other projects choose Muon or Adam, and their values:
 # Keller Jordan's Muon, pytorch_optimizer and ultralytics; timm; dion; nanochat.
 KEYS: dict[str, Callable[[str, Sequence[str]], object]] = {
     "use_muon": lambda name, names: name == names[0],
@@ -59,7 +59,7 @@ class States(MutableMapping[Any, Any]):
         self._optimizers, self._groups = optimizers, groups
 
     def _owner(self, key: Any) -> Any:
-        """Return the state that has a key, or else is of whoever steps it."""
+        """Return the state that has a key, or else that of the route's optimizer."""
         for optimizer in self._optimizers.values():
             if key in optimizer.state:
                 return optimizer.state

@@ -69,7 +69,7 @@ def same(a: object, b: object) -> bool:
         return False
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(same, a, b))
-    # Not `==` for all: what an array or a user's object answers may be anything.
+    # Not `==` for all: arrays and objects of the user may return anything.
     return type(a) in PLAIN and (a == b or (a != a and b != b))  # two NaNs
 
 
@@ -314,7 +314,7 @@ def split_again(
         if going_on:
             shown_group = going_on[0].group
         else:
-            # A counter that the class keeps in a group goes where its parameters go.
+            # A counter that the class keeps in a group follows its parameters.
             # One that comes from none begins with what the others were last given.
             last = _without_decay({**group, **(shown or {})})
             own = {**(known[0][1].own if known else last), **settled}

@@ -71,7 +71,7 @@ def share(
         if fleeting and reading and lr.is_cpu and not lr.requires_grad:
             lr = lr.item()
         wd = form.strength(wd, lr, lr0)
-    # A kernel's decay is a number; one on a device is not to be waited for.
+    # A kernel takes decay as a number, and a step must not wait for the device.
     waits = fleeting and isinstance(wd, Tensor)
     if form.applied in own_forms and not decay.target and not waits:
         return Share(wd, form.applied, None, fleeting)
@@ -144,7 +144,7 @@ NO_SCALING = Scaling()
 
 
 def scaling_of(optimizer: object) -> Scaling:
-    """Read what a ``GradScaler`` lays on an optimizer for the time of a step."""
+    """Read the attributes that a ``GradScaler`` sets on an optimizer for a step."""
     return Scaling(
         getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     )
