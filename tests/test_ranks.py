@@ -397,8 +397,8 @@ def test_policy_that_answers_otherwise_the_next_time_warns_once(cls, make, said)
         optimizer = cls(net(), weight_decay=0.1, wd_policy=make())
     (warning,) = caught
     assert re.search(
-        rf"again: {said}, so ranks and resumed runs may differ\. Let it depend on "
-        r"`info` alone, or pass a mapping from names to numbers\.$",
+        rf"call: {said}, so ranks and resumed runs may differ\. Let it depend only "
+        r"on `info`, or pass a mapping from names to numbers\.$",
         str(warning.message),
     )
     assert warning.filename == __file__
