@@ -1,6 +1,8 @@
 """The decision for one parameter: how much decay, in which form, and why.
 
-Policies return decisions, and steps apply them.
+Policies return decisions, and steps apply them. A new form is a name in ``Form`` and a
+row of ``FORMS``; what it does to tensors is one of three things that a step can do
+(``step.setting.share``, ``step.passes``). One that does a fourth needs a pass for it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ class FormKind(NamedTuple):
 
     # "l2" adds to the gradient, the others move the parameter or a part of it.
     applied: Literal["l2", "decoupled", "cautious"]
-    strength: Callable[[Number, Number, float], Number]  # of wd, lr and lr0
+    # Of wd, lr, and lr0, which is known where it is needed.
+    strength: Callable[..., Number] = lambda wd, lr, lr0: wd
     needs_lr0: bool = False
     follows_lr: bool = False  # the strength changes with the rate of now
 
@@ -32,9 +35,9 @@ class FormKind(NamedTuple):
 # times which torch lowers the parameter.
 FORMS: dict[Form, FormKind] = {
     # g += wd * (p - t)
-    "l2": FormKind("l2", lambda wd, lr, lr0: wd),
+    "l2": FormKind("l2"),
     # p -= lr * wd * (p - t)
-    "decoupled": FormKind("decoupled", lambda wd, lr, lr0: wd),
+    "decoupled": FormKind("decoupled"),
     # p -= lr / lr0 * wd * (p - t)
     "independent": FormKind("decoupled", lambda wd, lr, lr0: wd / lr0, needs_lr0=True),
     # p -= lr ** 2 / lr0 * wd * (p - t)
@@ -46,7 +49,7 @@ FORMS: dict[Form, FormKind] = {
         follows_lr=True,
     ),
     # p -= lr * wd * (p - t) where u * (p - t) >= 0
-    "cautious": FormKind("cautious", lambda wd, lr, lr0: wd),
+    "cautious": FormKind("cautious"),
 }
 INIT: Literal["init"] = "init"
 Target = float | Literal["init"]

@@ -1,9 +1,14 @@
 """One step: parts in, the optimizer's own class called, and no policy imported.
 
-``setting`` shares decay out between the class and a pass beside its step; ``kernels``
-describes torch's three classes. ``parts`` chooses fused for each parameter; a
-``class_step`` has ``passes`` around it, and what a ``GradScaler`` asks for. ``lasting``
-holds the parts of any other class, ``refusals`` what cannot be served.
+``parts`` splits groups of SGD, Adam and AdamW and chooses fused for each parameter;
+``lasting`` splits those of any other class. ``setting`` shares decay out between the
+class and a pass beside its step; ``kernels`` describes torch's three classes.
+``class_step`` has ``passes`` around it, and what a ``GradScaler`` asks for.
+``refusals`` names what cannot be served.
+
+A parameter without a gradient is skipped, as in torch. ``parts`` leaves one that never
+had a gradient out, a plan (``fused``) masks one that had, and a pass asks each part for
+the parameters that are present.
 
 The page ``docs/step.md`` opens with a reference step of thirty lines.
 """

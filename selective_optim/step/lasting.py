@@ -1,4 +1,4 @@
-"""Parts that last: what a class writes into its groups stays with each of them.
+"""Parts of any other class: they last, so what the class writes stays with each.
 
 A user's group is split by what was decided into parts, which are groups in their
 own right and live as long as the optimizer. What a user writes into the group goes

@@ -1,8 +1,9 @@
-"""A step's parts: parameters of one group that decay alike and go to one kernel.
+"""Parts of SGD, Adam and AdamW: parameters of a group that decay alike, by one kernel.
 
-The optimizer's own class steps them as if they were groups split by hand. For SGD, Adam
-and AdamW a part is a list of positions; the group that the class sees is a view, made
-for one step, so that everything else in it is what the user's group says now.
+The optimizer's own class steps them as if they were groups split by hand. A part is a
+list of positions; the group that the class sees is a view, made for one step, so that
+everything else in it is what the user's group says now. See ``lasting`` for other
+classes.
 
 Where the user left the implementation open, fused is taken where it is right. What
 its tensors do not allow goes where the flags of its group say.

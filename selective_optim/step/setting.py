@@ -65,8 +65,8 @@ def share(
         return Share(wd, None)
     form = FORMS[kind]
     fleeting = form.follows_lr and isinstance(group["lr"], Tensor)
-    if lr0 is not None:
-        lr = group["lr"]
+    if lr0 is not None or not form.needs_lr0:
+        lr: Any = group.get("lr")
         # Where that waits for no device and leaves no graph of autograd.
         if fleeting and reading and lr.is_cpu and not lr.requires_grad:
             lr = lr.item()
