@@ -29,7 +29,7 @@ from selective_optim import AdamW, decay_report
 
 # torch takes groups one by one, and asks of each whether any before has its parameters:
 # 40,000 groups would take minutes to make. Loading, it looks each tensor up in a list.
-ONE_GROUP = (10, 1_000, 10_000, 40_000)
+ONE_GROUP = (10, 1_000, 10_000, 40_000, 100_000)
 MANY_GROUPS = (10, 1_000, 2_000)
 LOADED, COPIED = 10_000, 4_000  # most tensors that torch loads, and of timed copies
 OURS, HAND, AGAIN = ARMS = ("ours", "by hand", "by hand again")

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from importlib import import_module
-from itertools import repeat
 from operator import attrgetter, methodcaller
 from pathlib import Path
 from typing import Any, TypeVar
@@ -168,11 +167,9 @@ class TensorProof:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._guards: Any = _TensorGuards(
-            *tensors,
-            dynamic_dims_sizes=[list(t.shape) for t in tensors],
-            dynamic_dims_strides=[list(t.stride()) for t in tensors],
-        )
+        # Sizes and strides are those that the tensors have.
+        given = {"dynamic_dims_sizes": None, "dynamic_dims_strides": None}
+        self._guards: Any = _TensorGuards(*tensors, **given)
 
     def holds(self, tensors: Iterable[Tensor | None]) -> bool:
         """Tell whether as many tensors, given in the same order, look the same.
@@ -437,8 +434,8 @@ def specs_of(tensors: Sequence[Any]) -> list[Any]:
 
 def flattened(params: Iterable[Tensor]) -> set[int]:
     """Return the ids of parameters that FSDP1 flattened."""
-    marks = ("_fsdp_flattened", "_is_flat_param")
-    return {id(p) for p in params if any(map(getattr, repeat(p), marks, repeat(False)))}
+    marks = {"_fsdp_flattened", "_is_flat_param"}  # which are tensors' own
+    return {id(p) for p in params if not marks.isdisjoint(token_of(p))}
 
 
 def is_flat_parameter(param: Tensor) -> bool:
@@ -446,11 +443,11 @@ def is_flat_parameter(param: Tensor) -> bool:
     return bool(getattr(param, "_is_flat_param", False))
 
 
-def original_shapes(root: nn.Module) -> dict[int, torch.Size]:
+def original_shapes(modules: Iterable[nn.Module]) -> dict[int, torch.Size]:
     """Map ``id(parameter)`` to the shape it had before FSDP1 flattened it."""
     shapes: dict[int, torch.Size] = {}
     # In its dict: for what a module lacks, asking makes and drops an error.
-    handles = [vars(module).get("_handle") for module in root.modules()]
+    handles = [vars(module).get("_handle") for module in modules]
     for handle in filter(None, handles):
         flat = getattr(handle, "flat_param", None)
         for param, shape in zip(

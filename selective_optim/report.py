@@ -24,6 +24,7 @@ from selective_optim.parameters import (
     ParameterInfo,
     index_of,
     shape_now,
+    together,
     wanted,
 )
 from selective_optim.policies.decide import NO_POLICY, decide
@@ -374,7 +375,7 @@ def make_report(
         names = group.get("param_names") or repeat(None)
         names = [known.telling_name if known else n for known, n in zip(own, names)]
         asked.append(wanted(group["params"], names, number))
-    infos = iter(index.infos(list(chain(*asked))))
+    infos = iter(index.infos(together(asked)))
     rows = []
     for number, (group, own) in enumerate(zip(groups, decided)):
         for info, known in zip([*islice(infos, len(group["params"]))], own):

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import compress, groupby
-from operator import attrgetter, eq, length_hint, methodcaller
+from itertools import compress, groupby, repeat
+from operator import attrgetter, eq, is_, length_hint, methodcaller
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ from selective_optim.fused.guards import (
     without_gradients,
 )
 from selective_optim.step.grad_scaler import NO_SCALING, Scaling, Scalings
-from selective_optim.step.implementation import make_layout, require_dense
+from selective_optim.step.implementation import make_layout
 from selective_optim.step.kernel import Kernel, require_no_nan
 from selective_optim.step.parts import DecidedParam, Part
 from selective_optim.step.setting import Call, Groups, Setting, States
@@ -104,7 +104,6 @@ class Plan:
     ) -> None:
         # Before any state is made: a refusal leaves the optimizer as it was.
         require_no_nan(kernel, groups)
-        require_dense(kernel, groups, params)
         self._kernel = kernel
         self._counters = counters
         self._exposed = exposed
@@ -292,15 +291,13 @@ class Plan:
     def first_grads(self) -> Grads:
         """Return the gradients that a new plan was made for."""
         whole: list[Any] = grads_of(self._active or [])
-        there = [grad is not None for grad in whole]
-        self._some_absent = not all(there)
+        self._some_absent = any(map(is_, whole, repeat(None)))
+        there = [grad is not None for grad in whole] if self._some_absent else None
         shards = [
             grad if grad is None else _torch.local_tensor(grad)
             for grad in whole[self._plain :]
         ]
-        return Grads(
-            [*whole[: self._plain], *shards], there if self._some_absent else None
-        )
+        return Grads([*whole[: self._plain], *shards], there)
 
     def _reread(self, groups: Groups) -> bool:
         """Take over new hyperparameters; not where the parts depend on them."""

@@ -7,8 +7,8 @@ its tensors do not allow goes where the flags of its group say.
 from __future__ import annotations
 
 from collections.abc import Collection, Container, Sequence
-from itertools import starmap
-from operator import attrgetter, methodcaller
+from itertools import product, starmap
+from operator import attrgetter, eq
 from typing import Any
 
 import torch
@@ -19,9 +19,8 @@ from selective_optim.step.kernel import Kernel
 from selective_optim.step.parts import DecidedParam, Key, Layout, Part
 from selective_optim.step.setting import PLAIN, Group, Groups, State, States
 
-_traits, _place = attrgetter("device", "shape"), attrgetter("dtype", "device")
+_traits = attrgetter("device", "shape")
 _kind = attrgetter("dtype", "device", "layout", "shape")
-_is_contiguous, _is_neg = methodcaller("is_contiguous"), methodcaller("is_neg")
 
 
 def free_choice(group: Group) -> bool:
@@ -103,18 +102,20 @@ def one_of_each(columns: Sequence[Sequence[Any]]) -> list[Tensor] | None:
     ``None`` says nothing: one is absent, or no plain contiguous tensor, or unlike those
     beside it. This looks in C, in a third of the time of one look after another.
     """
+    if not all({*PLAIN}.issuperset(map(type, column)) for column in columns):
+        return None
     try:
         kinds = list(map(_kind, columns[0]))
         alike = all(
-            list(map(_kind, column)) == kinds
-            and {*PLAIN}.issuperset(map(type, column))
-            and all(map(_is_contiguous, column))
-            and not any(map(_is_neg, column))
+            all(map(eq, map(_kind, column), kinds))
+            and all(map(Tensor.is_contiguous, column))
+            and not any(map(Tensor.is_neg, column))
             for column in columns
         )
-    except (AttributeError, RuntimeError):
+    except RuntimeError:  # of a sparse tensor
         return None
-    return [*dict(zip(map(_place, columns[0]), columns[0])).values()] if alike else None
+    found = dict(zip(kinds, columns[0])).items()
+    return [*{kind[:2]: each for kind, each in found}.values()] if alike else None
 
 
 def _all_plain(
@@ -130,13 +131,14 @@ def _all_plain(
     names = next(iter(entries)) if any(owns) else ()
     try:
         moments = [[own[name] for own in owns] for name in names]
-    except KeyError:
+        steps = [own["step"] for own in owns if "step" in own]
+        few_steps = dict(zip(map(_kind, steps), steps)).values()
+    except (KeyError, AttributeError):
         return False
     found = one_of_each([params, [param.grad for param in params], *moments])
-    steps = [(p, own["step"]) for p, own in zip(params, owns) if "step" in own]
     return found is not None and all(
         [
-            *starmap(counts_beside, steps),
+            *starmap(counts_beside, product(found, few_steps)),
             *(fusable(kernel, param, ()) for param in found),
             *(wants_fused(kernel, each, p) for each in choices for p in found),
         ]
@@ -201,23 +203,22 @@ def make_layout(
     plain = _all_plain(kernel, entries, set(choices), tensors, owns)
     parts: dict[Key, Part] = {}
     known_parts: dict[object, Part] = {}  # by what is quicker to compare than keys
-    idle: list[int] = []
-    once = False
+    idle, once = list[int](), False
     for number, each in enumerate(params):
-        group, choice = groups[each.group], choices[each.group]
-        own = {} if choice is False and not group["fused"] else states.get(each.param)
-        absent = each.param.grad is None
-        begun = kernel.has_state(own, group)
-        known = absent and begun and id(_torch.token_of(each.param)) in stepped
+        param, group, choice = each.param, groups[each.group], choices[each.group]
+        own = owns[number] if choice is not False or group["fused"] else {}
+        # Plain ones have a gradient, and counters begin as well in later steps.
+        begun = (plain and kernel.counts) or kernel.has_state(own, group)
+        absent = not plain and param.grad is None
+        known = absent and begun and id(_torch.token_of(param)) in stepped
         if choice is not False and absent and not known:
             idle.append(number)
             continue
-        fused, sharded, misfit = (
-            (plain, False, False)
-            if plain or choice is False
-            else _takes_fused(kernel, group, choice, each.param, own or {})
-        )
-        first = bool(fused or group["fused"]) and not (begun or absent or kernel.counts)
+        fused, sharded, misfit = plain, False, False
+        if not plain:
+            _require_dense(kernel, group, each)
+            fused, sharded, misfit = _takes_fused(kernel, group, choice, param, own)
+        first = not (begun or absent or kernel.counts) and bool(fused or group["fused"])
         once |= misfit or first
         decay, *_, lr0, init = each.decision
         own_key = each.group, id(decay), lr0, init is None, fused, sharded, first
@@ -256,16 +257,11 @@ def _takes_fused(
     return fused, fused and sharded, misfit
 
 
-def require_dense(
-    kernel: Kernel, groups: Groups, params: Sequence[DecidedParam]
-) -> None:
-    """Check that sparse gradients are those of parameters that step with them.
+def _require_dense(kernel: Kernel, group: Group, each: DecidedParam) -> None:
+    """Check that a sparse gradient is that of a parameter that steps with it.
 
     Raises:
         RuntimeError: The kernel steps none, or the parameter decays.
     """
-    for each in params:
-        grad = each.param.grad
-        if grad is not None and grad.is_sparse:
-            decay = each.decision.decay
-            kernel.refuse_sparse(groups[each.group], decay, each.label)
+    if each.param.grad is not None and each.param.grad.is_sparse:
+        kernel.refuse_sparse(group, each.decision.decay, each.label)
