@@ -3,7 +3,9 @@
 python -m benchmarks.scale --json
 
 Three arms take turns, each round over new models: ours, torch's and torch's again,
-which shows how far equal arms differ. The collector runs as it does for users.
+which shows how far equal arms differ. The collector runs as it does for users. All runs
+on one thread, of which the time on the processor counts: what else the machine does is
+left out.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import torch
@@ -91,9 +93,9 @@ def times(arm: str, tensors: int, many: bool) -> dict[str, float]:
     taken = {}
     for name, call in life(arm, tensors, many):
         gc.collect()  # or one arm would pay for what another left
-        start = perf_counter()
+        start = process_time()
         call()
-        taken[name] = (perf_counter() - start) * 1e6 / tensors
+        taken[name] = (process_time() - start) * 1e6 / tensors
     return taken
 
 

@@ -267,7 +267,7 @@ class ModuleIndex:
 
     def infos(self, asked: Wanted) -> list[ParameterInfo | None]:
         """Describe parameters; ``None`` for those that the module does not hold."""
-        found: list[ParameterInfo | None] = [None]
+        found: list[ParameterInfo | None] = [None] * len(asked.params)
         if self._places:
             found = list(map(self._look_up, *asked[:3], repeat({})))
         module = self._module()

@@ -125,10 +125,8 @@ UNLIKE = {
     "another dtype": torch.ones(2, 3, dtype=torch.float64),
     "another device": torch.ones(2, 3, device="meta"),
     "sparse": torch.ones(2, 3).to_sparse(),
-    "negated": torch.ones(2, 3, dtype=torch.complex64).conj().imag,
-    "subclass": torch.nn.Buffer(torch.ones(2, 3)).as_subclass(
-        type("Own", (torch.Tensor,), {})
-    ),
+    "negated": torch._neg_view(torch.ones(2, 3)),
+    "subclass": torch.ones(2, 3).as_subclass(type("Own", (torch.Tensor,), {})),
 }
 
 
