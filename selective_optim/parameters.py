@@ -243,27 +243,28 @@ class ModuleIndex:
         # The number of the module above, and under which key that registered it.
         self._above: list[tuple[int, str]] = []
         paths: dict[int, Path] = {}
-
-        def walk(inside: Path, above: tuple[int, str], names: str) -> None:
-            number, plain = len(paths), _torch.without_wrappers(names)
-            paths[number] = inside
-            self._above.append(above)
-            for key, param in _torch.registered(inside[-1]).items():
-                if param is not None:
-                    name, own = f"{plain}{key}", None
-                    if key.startswith("original"):
-                        full = f"{names}{key}"
-                        name, own = canonical_name(full), name_of_its_own(full)
-                    known = self._places.get(id(param), ())
-                    self._places[id(param)] = (*known, (number, key, name, own))
-            for key, child in _torch.children(inside[-1]).items():
-                # One that contains itself has endless aliases.
-                if child is not None and child not in inside:
-                    walk((*inside, child), (number, key), f"{names}{key}.")
-
-        walk((root,), (-1, ""), "")
+        self._walk((root,), (-1, ""), "", paths)
         self._shapes = _torch.original_shapes(path[-1] for path in paths.values())
         return paths
+
+    def _walk(
+        self, inside: Path, above: tuple[int, str], names: str, paths: dict[int, Path]
+    ) -> None:
+        number, plain = len(paths), _torch.without_wrappers(names)
+        paths[number] = inside
+        self._above.append(above)
+        for key, param in _torch.registered(inside[-1]).items():
+            if param is not None:
+                name, own = f"{plain}{key}", None
+                if key.startswith("original"):
+                    full = f"{names}{key}"
+                    name, own = canonical_name(full), name_of_its_own(full)
+                known = self._places.get(id(param), ())
+                self._places[id(param)] = (*known, (number, key, name, own))
+        for key, child in _torch.children(inside[-1]).items():
+            # One that contains itself has endless aliases.
+            if child is not None and child not in inside:
+                self._walk((*inside, child), (number, key), f"{names}{key}.", paths)
 
     def infos(self, asked: Wanted) -> list[ParameterInfo | None]:
         """Describe parameters; ``None`` for those that the module does not hold."""
