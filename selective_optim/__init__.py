@@ -7,10 +7,10 @@ Change one import line, and name a policy::
     optimizer = AdamW(model.parameters(), weight_decay=0.1, wd_policy="no_bias_norm")
     print(optimizer.decay_report())
 
-Who decays is said with ``policies``; ``audit`` tells what a policy does to a model
-before there is an optimizer, ``decay_report`` what really decays under any; state
-dicts of hand-split groups are converted by ``checkpoint``, and weight decay is
-scheduled with ``schedules``.
+``policies`` has the rules that decide which parameters decay. ``audit`` shows what a
+policy does to a model, without an optimizer. ``decay_report`` shows what decays under
+any optimizer. ``checkpoint`` converts state dicts of hand-split groups. ``schedules``
+changes weight decay during training.
 """
 
 from selective_optim import audit as audit
@@ -24,9 +24,9 @@ from selective_optim.any_optimizer import decay_report as decay_report
 from selective_optim.decay import Decay as Decay
 from selective_optim.decisions.deciding_for import deciding_for as deciding_for
 from selective_optim.groups import layerwise_groups as layerwise_groups
+from selective_optim.groups import param_groups as param_groups
 from selective_optim.groups import rate_groups as rate_groups
 from selective_optim.groups import width_groups as width_groups
-from selective_optim.hand_split import param_groups as param_groups
 from selective_optim.parameters import ParameterInfo as ParameterInfo
 from selective_optim.report import DecayReport as DecayReport
 from selective_optim.routes.muon import Muon as Muon

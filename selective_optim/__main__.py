@@ -1,4 +1,4 @@
-"""Tell what decays in a model, before it is trained."""
+"""Show what decays in a model, before you train it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 import selective_optim
-from selective_optim._arguments import param_ids
-from selective_optim._text import aligned
+from selective_optim._text import aligned, param_ids
 from selective_optim.any_optimizer import decay_report
 from selective_optim.audit import audit
 from selective_optim.policies import recipes
@@ -36,6 +35,7 @@ EXAMPLE_CALL = "Write for example 'timm:create_model(vit_base_patch16_224)'."
 CALL = re.compile(r"(?P<head>[^()]+)(?:\((?P<arguments>.*)\))?", re.DOTALL)
 KEYWORD = re.compile(r"\s*([A-Za-z_]\w*)\s*=(?!=)(.*)", re.DOTALL)
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+# The keywords are `None` where there are no parentheses.
 Target = tuple[str, str, tuple[Any, ...], dict[str, Any] | None]
 
 
@@ -52,10 +52,7 @@ class Built(NamedTuple):
 
 
 def read_target(text: str) -> Target:
-    """Take apart ``MODULE:NAME``, ``FILE.py:NAME`` or ``MODULE.NAME``, with arguments.
-
-    Without parentheses the keywords are ``None``. All else raises CommandError.
-    """
+    """Take apart ``MODULE:NAME`` or ``FILE.py:NAME``, with arguments if it has any."""
     matched = CALL.fullmatch(text.strip())
     head = matched["head"].strip() if matched else ""
     module, colon, path = head.rpartition(":")
@@ -64,7 +61,9 @@ def read_target(text: str) -> Target:
     if matched is None or not (module and path):
         example = EXAMPLE
         if head.endswith(".py"):
-            found = re.findall(r"^(?:def|class) (\w+)", _read(head), re.MULTILINE)
+            file = Path(head)
+            text_of_file = file.read_text("utf-8", "replace") if file.is_file() else ""
+            found = re.findall(r"^(?:def|class) (\w+)", text_of_file, re.MULTILINE)
             close = get_close_matches("build_model", found, 1, 0.0) or ["build_model"]
             example = f"Write for example {head}:{close[0]}."
         raise CommandError(f"`{text}` is not of the form MODULE:CALLABLE. {example}")
@@ -79,12 +78,8 @@ def read_target(text: str) -> Target:
     return module, path, tuple(arguments), keywords
 
 
-def _read(path: str) -> str:
-    return Path(path).read_text("utf-8", "replace") if Path(path).is_file() else ""
-
-
 def _split(text: str) -> Iterator[str]:
-    """Split at the commas that stand in no brackets and no quotes."""
+    # At the commas that stand in no brackets and no quotes.
     part = ""
     for piece in text.split(","):
         part += piece
@@ -209,9 +204,8 @@ def _make(make: Callable[[], Any], text: str) -> tuple[Any, str, str | None]:
 
 
 ABOUT_AUDIT = """\
-Build a model, without memory for its weights where it allows that, and tell what a
-policy decays in it and what looks wrong. Of an optimizer or a checkpoint, tell what
-decays in the training.
+Make a model, if possible without memory for its weights, and show what a policy decays
+in it and what looks wrong. For an optimizer or a checkpoint, show what decays.
 """
 ABOUT_EXAMPLE = """\
 example:
@@ -219,29 +213,29 @@ example:
 """
 ABOUT_TARGETS = """\
 models, optimizers and checkpoints:
-  torchvision.models:resnet50                    a callable of a module
-  experiments/train.py:build_model               a callable of a file
-  'timm:create_model(vit_base_patch16_224)'      one that takes arguments: Python
+  torchvision.models:resnet50                    a callable in a module
+  experiments/train.py:build_model               a callable in a file
+  'timm:create_model(vit_base_patch16_224)'      a callable with arguments: Python
   'timm:create_model(resnet50, num_classes=10)'    literals, or words without quotes
-  experiments/train.py:build_optimizer           a callable of an optimizer
-  runs/checkpoint.pt                             what torch.save wrote
+  experiments/train.py:build_optimizer           a callable that returns an optimizer
+  runs/checkpoint.pt                             a file that torch.save wrote
 """
 ABOUT_THE_REST = f"""
 policies:
   a name:
 {fill(", ".join(NAMED), 76, initial_indent="    ", subsequent_indent="    ")}
   an expression: "exclude('*.bias', is_norm) * layerwise(0.75)"
-  one of your own: MODULE:NAME or FILE.py:NAME
+  your own policy: MODULE:NAME or FILE.py:NAME
 
 exit status:
   0  the audit was printed
   1  with --strict: something looks wrong, or --against disagrees
-  2  the model or a policy does not work; the reason is on stderr
+  2  the model cannot be made, or a policy raises; the reason is on stderr
 """
 
 
 def run_audit(options: argparse.Namespace) -> int:
-    """Print the audit; return 1 if something looks wrong and that is to count."""
+    """Print the audit; return 1 if something looks wrong and ``--strict`` is set."""
     try:
         with redirect_stdout(sys.stderr):  # what models print is no part of the audit
             given = [_policy(text) for text in (options.policy, options.against)]
@@ -278,11 +272,11 @@ SENTENCES = {
     "all": "Decays everything.",
     "none": "Exempts everything.",
     "no_bias": "Exempts biases.",
-    "no_norm": "Exempts what normalization layers hold.",
-    "no_bias_norm": "Exempts biases and what normalization layers hold.",
+    "no_norm": "Exempts parameters of normalization layers.",
+    "no_bias_norm": "Exempts biases and parameters of normalization layers.",
     "no_bias_norm_embedding": "Exempts biases, norms, embeddings and tokens.",
     "matrices": "Exempts tensors of fewer than two dimensions; needs shapes only.",
-    "layer_weights": "Decays weights of layers; exempts tokens, scales and all else.",
+    "layer_weights": "Decays weights of layers; exempts everything else.",
 }
 
 
@@ -314,7 +308,7 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run_list)
     sub = commands.add_parser(
         "audit",
-        help="tell what a policy decays in a model, and what looks wrong",
+        help="show what a policy decays in a model, and what looks wrong",
         description=ABOUT_AUDIT,
         epilog=ABOUT_TARGETS + ABOUT_THE_REST,
         **plain,
@@ -322,9 +316,8 @@ def parser() -> argparse.ArgumentParser:
     sub.set_defaults(run=run_audit)
     add = sub.add_argument
     add("target", metavar="TARGET", help="MODULE:CALLABLE or a file, see below")
-    told = "whom to ask who decays (default: no_bias_norm)"
-    add("--policy", help=told)
-    add("--against", metavar="POLICY", help="another one, to list disagreements with")
+    add("--policy", help="the policy to audit (default: no_bias_norm)")
+    add("--against", metavar="POLICY", help="another policy to compare with")
     add("--json", action="store_true", help="print one JSON object")
     told = "exit with 1 if something looks wrong or the policies disagree"
     add("--strict", action="store_true", help=told)

@@ -53,7 +53,7 @@ class Scan:
         gc.collect()
         owners: Any = defaultdict(list)
         parents: Any = defaultdict(list)
-        # Not `isinstance`, which asks objects that pretend to be others.
+        # Not `isinstance`, which runs code of objects that imitate other classes.
         modules = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
         # One that is being made may lack what `nn.Module.__init__` sets.
         for module in (m for m in modules if "_modules" in vars(m)):

@@ -1,4 +1,4 @@
-"""The one mechanism: groups outside are the user's, inside a step they are parts."""
+"""The mechanism of every class: each step splits the user's groups into parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from selective_optim import _torch
-from selective_optim._arguments import require_numbers
+from selective_optim._text import require_numbers
 from selective_optim._warnings import (
     warn_of_changes,
     warn_of_lost_inits,
@@ -44,20 +44,17 @@ from selective_optim.decisions.state_dict import (
     require_dict,
     require_loadable,
 )
-from selective_optim.decisions.watch import Watch
+from selective_optim.decisions.watch import Watch, loss_of
 from selective_optim.fused.guards import params_of
 from selective_optim.fused.stepper import Stepper
 from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy, as_policy
 from selective_optim.report import DecayReport, form_of_class, make_report, remark_of
 from selective_optim.step.class_step import ClassStep, View, view_of
-from selective_optim.step.grad_scaler import scaling_of
-from selective_optim.step.half_precision import loss_of
-from selective_optim.step.implementation import free_choice
-from selective_optim.step.kernel import Kernel
+from selective_optim.step.kernels import Kernel
 from selective_optim.step.lasting import alike
-from selective_optim.step.parts import DecidedParam, Part
-from selective_optim.step.setting import States
+from selective_optim.step.parts import DecidedParam, Part, free_choice
+from selective_optim.step.setting import States, scaling_of
 
 Group = dict[str, Any]
 Model = nn.Module | Sequence[nn.Module] | None
@@ -119,7 +116,9 @@ class Shown(local):
     ``torch.compile`` runs ``_init_group`` as it is for groups under this name alone.
     """
 
-    param_groups: list[Group] | None = None
+    def __init__(self) -> None:  # in every thread anew
+        # The compiler of 2.7 takes what a class has for what each thread has.
+        self.param_groups: list[Group] | None = None
 
 
 class SelectiveOptimizer(torch.optim.Optimizer):
@@ -179,7 +178,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # Without decay from the beginning that is meant, or was told.
         decays = [not is_zero(group["weight_decay"]) for group in self._groups]
         alone = self._decider.whole is None  # else other routes may decay
-        self._watch = Watch(alone and any(decays), rounding=True, ranks=True)
+        self._watch = Watch(alone and any(decays), rounding=True)
+        self._compare_ranks()
         if "weight_decay" in constants_of(type(self).step):
             self._watch_own_step()
 
@@ -199,11 +199,11 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
         Args:
             param_group: As for ``torch.optim``; ``"params"`` may also be a module or
-                a sequence of modules, ``"wd_policy"`` overrides the constructor's,
-                and ``"model"`` adds to the modules that are known.
+                a sequence of modules. ``"wd_policy"`` is a policy for this group
+                alone. ``"model"`` is the module that holds its parameters.
 
         Raises:
-            ValueError: The policy cannot be decided; then nothing is added.
+            ValueError: The policy cannot decide for a parameter; nothing is added.
         """
         given = dict(param_group) if isinstance(param_group, dict) else {}
         count = len(self.param_groups)
@@ -219,7 +219,13 @@ class SelectiveOptimizer(torch.optim.Optimizer):
                 raise
         if policy is None:
             self._warn_of_origin(given, group["params"])
+        self._compare_ranks()
+
+    def _compare_ranks(self) -> None:
+        """Have what is decided now compared with other ranks at the next step."""
         self._watch = self._watch or Watch()
+        if self._decider.whole is None:  # else all routes are compared together
+            self._watch.compare(found=bool(self._decider.index.found))
 
     def _append_group(self, group: Group) -> None:
         super().add_param_group(group)
@@ -396,7 +402,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _step_all(self, choosing: bool, planned: bool, compiling: bool) -> None:
         """Step the parts: the class those that are not planned, then the plan."""
         stepper, scaling = self._stepper, scaling_of(self)
-        given = (self.param_groups, self, self._states)
+        given = (self.param_groups, self.decided_params, self._states)
         begun = stepper.begin(*given, choosing, planned)
         try:
             if begun.parts:
@@ -468,7 +474,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     @property
     def wd_policy(self) -> Policy | None:
-        """Who decays. Assigning decides anew for every parameter, or raises."""
+        """The policy. If you assign one, it decides again for every parameter."""
         return self._decider.policy
 
     @wd_policy.setter
@@ -482,7 +488,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             # There may be parts that cannot come together.
             self._decider = Decider.restored(before, self.param_groups)
             raise
-        self._watch = self._watch or Watch()
+        self._compare_ranks()
 
     def _forget_plan(self) -> None:
         self._stepper.forget()
@@ -492,7 +498,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         self._forget_plan()
 
     def decay_report(self) -> DecayReport:
-        """Tell what decays: in sum when printed, per parameter in ``rows``."""
+        """Report what decays: ``print`` shows a table, ``rows`` has each parameter."""
         # Not `decisions`: who looks is told later, by the step, what is wrong.
         decided = self._decider.readable(self.param_groups, self.defaults)
         groups, index = self.param_groups, self._decider.index
@@ -517,10 +523,10 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     @_torch.disable_dynamo
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return torch's state dict and, under ``"decay"``, what decays how.
+        """Return torch's state dict, with the decisions under ``"decay"``.
 
-        ``"decay"`` holds, group by group, a ``[multiplier, form]`` per parameter, and
-        in a third place what training began with, where the form or target needs it.
+        ``"decay"`` holds, group by group, ``[multiplier, form]`` for each parameter.
+        If form or target need the first rate or value, a third item holds it.
         """
 
         def record(_: object, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -530,7 +536,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             own = {RECORD: self._record(), POLICIES: self._decider.policies()}
             return {**state_dict, **own, **self._kept_apart()}
 
-        # Before hooks of the user's, which may put the state dict into another.
+        # Before the user's hooks, which may change the state dict.
         handle = self.register_state_dict_post_hook(record, prepend=True)
         try:
             saved: dict[str, Any] = super().state_dict(*args, **kwargs)
@@ -553,18 +559,18 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def load_state_dict(
         self, state_dict: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Load a state dict of this class, or of the class that it stands before.
+        """Load a state dict of this class, or of torch's class of the same name.
 
-        The policy stays the constructor's, and an implementation that was chosen
-        automatically is chosen again.
+        The policy does not change. If you did not choose an implementation, the
+        optimizer chooses it again.
 
         Raises:
             TypeError: It is not a dict.
             ValueError: It does not fit this optimizer; then nothing is loaded.
 
         Warns:
-            UserWarning: It records other decisions than this policy's, or takes the
-                decay from parameters that the policy decays.
+            UserWarning: It records other decisions than those of the policy, or its
+                groups decay with 0 parameters that the policy decays.
         """
         require_dict(state_dict)
         decided = self._decider.readable(self.param_groups, self.defaults)

@@ -1,4 +1,4 @@
-"""What is told and not refused, as that nothing decays or a policy changed."""
+"""The warnings of this library, such as that nothing decays or a policy changed."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from difflib import SequenceMatcher
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
-from selective_optim.decay import Decision, is_zero, target_text
+from selective_optim.decay import Decay, Decision, is_zero, target_text
 
 SHOWN = 3  # parameters that a warning names
 # How alike a key must be to one that is read to be taken for it: "wd_polcy" is 0.94
 # and "weight_decays" 0.96. Keys that others put there are less: "lr_scale" is 0.4.
 RESEMBLANCE = 0.85
 INSIDE = ("selective_optim", "torch", "contextlib")  # packages that warnings skip
-P = TypeVar("P")
 
 
 def warn(message: str) -> None:
@@ -29,10 +28,10 @@ def warn(message: str) -> None:
 
 
 def warn_if_idle(
-    policy: P,
+    policy: Any,
     decays: Iterable[Any],
     multipliers: Collection[float],
-    decays_elsewhere: Callable[[P], bool],
+    decays_elsewhere: Callable[[Any], bool],
 ) -> None:
     """Warn if a policy decays no parameter here or elsewhere, or no group decays."""
     if all(map(is_zero, decays)):
@@ -60,9 +59,9 @@ def warn_of_small_multiplier(multiplier: float, wd: Any, instead: str) -> None:
 def warn_of_lost_policy(policy: object) -> None:
     """Warn of another optimizer's numbers, which do not bring its policy along."""
     warn(
-        f"what this optimizer is made of comes from an optimizer whose `wd_policy` is "
-        f"{policy!r}, and decays in full here. Pass wd_policy={policy!r}, or 'all' if "
-        f"that is meant; around code that makes optimizers itself, type "
+        f"the arguments of this optimizer come from an optimizer whose `wd_policy` is "
+        f"{policy!r}, and here everything decays. Pass wd_policy={policy!r}, or 'all' "
+        f"if you mean that. Around code that makes optimizers itself, type "
         f"with deciding_for(model, wd_policy={policy!r})."
     )
 
@@ -87,23 +86,26 @@ def warn_of_decay_taken_over(policy: object) -> None:
     )
 
 
-def warn_of_other_rank(rank: int, name: str, here: str, there: str, count: int) -> None:
+def warn_of_other_rank(
+    rank: int, name: str, here: str, there: str, count: int, found: bool
+) -> None:
     """Warn that a rank decided otherwise than the one that came first."""
+    same = "model=model and the same `wd_policy`" if found else "the same `wd_policy`"
     more = f" (and {count - 1} more)" if count > 1 else ""
     warn(
-        f"rank {rank} decided otherwise than the rank that stepped first: {name!r} is "
-        f"{here} here and {there} there{more}. Pass the same `wd_policy` on every "
-        f"rank, as a text or a mapping from names. Ranks that train apart on purpose "
-        f"may ignore this."
+        f"rank {rank} decided otherwise than the rank that stepped first: {name} is "
+        f"{here} here and {there} there{more}. Pass {same} and routes on every rank, "
+        f"as texts or mappings from names. Ranks that train apart on purpose may "
+        f"ignore this."
     )
 
 
 def warn_of_unsteady_policy(policy: object, name: str, first: str, then: str) -> None:
     """Warn of a policy whose answers differ from one time to the next."""
     warn(
-        f"`wd_policy` {policy!r} decides otherwise when it is asked again: {name} is "
+        f"`wd_policy` {policy!r} decides differently at a second call: {name} is "
         f"{first} and then {then}, so ranks and resumed runs may differ. Let it depend "
-        f"on `info` alone, or pass a mapping from names to numbers."
+        f"only on `info`, or pass a mapping from names to numbers."
     )
 
 
@@ -117,17 +119,16 @@ def warn_of_own_step(name: str) -> None:
 
 
 def warn_of_misspelt(group: Iterable[Any], known: Collection[str]) -> None:
-    """Tell of keys that nobody reads and that look like one that is read."""
+    """Warn of keys without effect that look like a key that is read."""
     for key in group:
         if key in known or not isinstance(key, str):
             continue
         nearest = max(known, key=lambda k: SequenceMatcher(None, k, key).ratio())
-        # "initial_lr" and "weight_decay_mult" are somebody's own, not misspelt.
+        # "initial_lr" and "weight_decay_mult" belong to other code: not misspelled.
         own = any(key.startswith(f"{k}_") or key.endswith(f"_{k}") for k in known)
         if not own and SequenceMatcher(None, nearest, key).ratio() >= RESEMBLANCE:
             warn(
-                f"{key!r} in a parameter group is read by nobody. "
-                f"Did you mean {nearest!r}?"
+                f"{key!r} in a parameter group has no effect. Did you mean {nearest!r}?"
             )
 
 
@@ -139,12 +140,9 @@ def warn_of_changes(
     now: Sequence[Any],
     advice: str,
 ) -> None:
-    """Warn once if a checkpoint was made with other decisions than those now taken.
-
-    An entry of ``saved`` that cannot be read, as of another version, is not compared.
-    Without a record, a checkpoint that takes the decay from parameters is told: groups
-    split by hand that became merged ones do, where the first of a group was exempt.
-    """
+    """Warn once if a checkpoint was made with other decisions than those now taken."""
+    # Without a record, groups split by hand may take the decay from parameters: merged
+    # ones have that of the first, which may have been exempt.
     if saved is not None and (changes := _changes(decided, saved, now)):
         warn(
             f"the loaded checkpoint was made with another weight decay policy: "
@@ -166,8 +164,8 @@ def warn_of_lost_inits(names: Sequence[str], whose: str) -> None:
     """Warn once that a checkpoint does not tell where parameters began."""
     warn(
         f"the loaded checkpoint does not record what {_first_of(names, ', ')} decay "
-        f"towards, so that is what they are when training goes on. Save what "
-        f"{whose}.state_dict() returns under the same policy, and load that with "
+        f"towards, so they decay towards their values when training continues. Save "
+        f"{whose}.state_dict() under the same policy, and load that with "
         f"{whose}.load_state_dict."
     )
 
@@ -192,7 +190,6 @@ def _losers(
     before: Sequence[Any],
     param_groups: Sequence[dict[str, Any]],
 ) -> list[str]:
-    """Label the parameters that a policy decays and whose group's decay is now 0."""
     if all(each.decay.multiplier for each in chain.from_iterable(decided)):
         return []  # without an exempt parameter there was nothing to split
     return [
@@ -213,33 +210,30 @@ def _changes(
         for position, decision in enumerate(decisions)
     ]
     changes = []
-    for label, old_entry, new_entry in zip(labels, saved, now):
-        old, new = _decision_in(old_entry), _decision_in(new_entry)
-        # Nothing is recorded of a new layer.
-        if old is not None and new is not None and old != new and (old[0] or new[0]):
-            changes.append(f"{label} {_text(*old, True)} and now {_text(*new, False)}")
+    for label, old, new in zip(labels, map(_decay_in, saved), map(_decay_in, now)):
+        if old is None or new is None:
+            continue  # nothing is recorded of a new layer
+        if old != new and (old.multiplier or new.multiplier):
+            was, comes = _told(old, "was", "decayed"), _told(new, "is", "decays")
+            changes.append(f"{label} {was} and now {comes}")
     return changes
 
 
-def _decision_in(entry: Any) -> tuple[float, Any, Any, Any] | None:
-    """Read what makes two decisions different ones out of an entry of a record."""
+def _decay_in(entry: Any) -> Decay | None:
+    # What cannot be read, as of another version, is not compared.
     try:
         begin = entry[2] if len(entry) > 2 else {}
-        target, fixed = begin.get("target"), begin.get("fixed")
-        readable = isinstance(target, (int, float, str, type(None)))
-        fixed = None if fixed is None else float(fixed)
-        return (float(entry[0]), entry[1], target, fixed) if readable else None
+        return Decay(entry[0], entry[1], begin.get("target"), begin.get("fixed"))
     except (TypeError, ValueError, IndexError, KeyError, AttributeError):
         return None
 
 
-def _text(
-    multiplier: float, form: str | None, target: Any, fixed: float | None, was: bool
-) -> str:
-    if not multiplier:
-        return "was exempt" if was else "is exempt"
-    times = "in full" if multiplier == 1 else f"{multiplier:g} times as much"
-    times = times if fixed is None else f"by {fixed:g}"
-    how = f" ({form})" if form else ""
-    how += "" if target is None else f" towards {target_text(target)}"
-    return f"{'decayed' if was else 'decays'} {times}{how}"
+def _told(decay: Decay, be: str, verb: str) -> str:
+    if not decay.multiplier:
+        return f"{be} exempt"
+    times = f"{decay.multiplier:g} times as much"
+    times = "in full" if decay.multiplier == 1 else times
+    times = times if decay.fixed is None else f"by {decay.fixed:g}"
+    how = f" ({decay.form})" if decay.form else ""
+    how += "" if decay.target is None else f" towards {target_text(decay.target)}"
+    return f"{verb} {times}{how}"

@@ -1,4 +1,4 @@
-"""A selective version of any optimizer class, which finds its groups as parts."""
+"""A selective version of any optimizer class, which sees its groups as parts."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from selective_optim import _torch
-from selective_optim._arguments import require_numbers
 from selective_optim._optimizer import (
     Model,
     SelectiveOptimizer,
     constants_of,
     decider_for,
 )
+from selective_optim._text import require_numbers
 from selective_optim.decay import Form
 from selective_optim.decisions.decider import kept_on_error
 from selective_optim.decisions.state_dict import PARTS, Decided, require_groups_like
@@ -34,6 +34,7 @@ from selective_optim.step.lasting import (
     WD,
     Group,
     Split,
+    chosen_form,
     flag_of,
     load_parts,
     record_of_parts,
@@ -57,10 +58,8 @@ _finish = torch.no_grad()(ClassStep.finish)
 
 
 def as_torch_reads(group: Group, before: Iterable[Group], **defaults: Any) -> Group:
-    """Let torch read and check a group, and no class that would step it.
-
-    Not with other defaults in an optimizer meanwhile: an interrupt would leave them.
-    """
+    """Let torch read and check a group, and no class that would step it."""
+    # Not with other defaults in an optimizer meanwhile: an interrupt would leave them.
     reading = SimpleNamespace(
         defaults={**READING, **defaults}, param_groups=list(before)
     )
@@ -109,7 +108,6 @@ class AnyOptimizer(SelectiveOptimizer):
         self._made()
 
     def _construct(self, groups: list[Group], args: Any, kwargs: Any) -> None:
-        """Let the class make its groups of the parts of the user's."""
         decided = self._decider.decisions(groups, {})
         splits = [split_group(*pair, None) for pair in zip(groups, decided)]
         self._class_adds = True
@@ -124,28 +122,18 @@ class AnyOptimizer(SelectiveOptimizer):
         self._splits = splits
 
     def _adopt(self, splits: Iterable[Split], made: Iterable[Group]) -> None:
-        """Take over the groups that the class made of parts."""
         groups = iter(made)
         for split in splits:
             split.adopt([next(groups) for _ in split.parts], self.defaults)
             split.empty()
-            split.form = self._form_without_flag(split.group)
+            if flag_of(split.group) is None:
+                split.form = form_of_class(self, split.group)
             refusals.require_forms(self, split)
-
-    def _form_without_flag(self, group: Group) -> Form | None:
-        return None if flag_of(group) else form_of_class(self, group)
 
     def _group_keys(self) -> Iterable[str]:
         return [*self.defaults, *self._keys]
 
     def _read(self, params: Any, keys: Iterable[str], lr: Any) -> list[Group]:
-        """Read parameters as torch does, and decide for them.
-
-        Args:
-            params: As for the optimizer's class.
-            keys: What the class reads in a group.
-            lr: The rate of groups that bring none, if the class has rates.
-        """
         self._keys = tuple(keys)
         reading = {**READING, "lr": lr}
         torch.optim.Optimizer.__init__(self, self._decider.read(params), reading)
@@ -203,7 +191,6 @@ class AnyOptimizer(SelectiveOptimizer):
 
     @_torch.disable_dynamo
     def _enter(self) -> None:
-        """Bring the parts up to date and show them to the class."""
         self._begin_training()
         self._hand_down()
         refusals.require_no_index_overrides(self, self._parts)
@@ -226,7 +213,6 @@ class AnyOptimizer(SelectiveOptimizer):
                 split.empty()
 
     def _hand_down(self) -> None:
-        """Write what the user wrote into groups into their parts."""
         self._arrange()
         for split in self._splits:
             split.hand_down(self.defaults)
@@ -237,7 +223,7 @@ class AnyOptimizer(SelectiveOptimizer):
         known = [split.group for split in self._splits]
         # A list that the user changed in place, or made anew, shows in one of the two.
         same = len(known) == len(self.param_groups)
-        # The decider lays out anew whenever anything moved, so identity suffices.
+        # The decider makes a new list whenever anything changed, so identity suffices.
         if layout is self._layout and same and all(map(is_, known, self.param_groups)):
             return
         decided = self._decider.fitting(self.param_groups, self.defaults)
@@ -262,8 +248,7 @@ class AnyOptimizer(SelectiveOptimizer):
         self._arrange()
 
     def _default_form(self, group: Group) -> Form | None:
-        flag = flag_of(group)
-        return None if flag is None else "decoupled" if group[flag] else "l2"
+        return chosen_form(group)
 
     @property
     def param_groups(self) -> list[Group]:
@@ -361,7 +346,6 @@ class AnyOptimizer(SelectiveOptimizer):
         return called
 
     def _seeing_parts(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Run a method of the class with its groups as parts."""
         own = getattr(super(SelectiveOptimizer, self), method)
         if self._inside or self._class_adds:
             return own(*args, **kwargs)
@@ -412,21 +396,21 @@ class AnyOptimizer(SelectiveOptimizer):
 
 
 def selective(optimizer_class: OptimizerClass) -> Any:
-    """Make a drop-in subclass of an optimizer class that decides what decays.
+    """Make a subclass of an optimizer class that takes ``wd_policy`` and ``model``.
 
-    Groups stay the user's. Inside ``step()``, and wherever else the class reads or
-    writes groups, it sees them split: one part per decay, each with its own
-    ``weight_decay``. So its bits are those of groups split by hand.
+    Your groups do not change. When the class reads or writes its groups, as in
+    ``step()``, each group is split into one part per decay, with its own
+    ``weight_decay``. So the results have the same bits as with groups split by hand.
 
     Args:
         optimizer_class: Any class whose groups have a ``"weight_decay"``.
 
     Returns:
-        The subclass, with ``wd_policy`` and ``model`` as further arguments; for SGD,
-        Adam and AdamW of torch, those of this library.
+        The subclass. For torch's SGD, Adam and AdamW it is the class of the same name
+        of this library.
 
     Raises:
-        TypeError: It is no optimizer class, or one that steps another optimizer.
+        TypeError: It is no optimizer class, or it steps another optimizer.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -466,12 +450,19 @@ def _make(cls: OptimizerClass) -> OptimizerClass:
 
 
 def _constructor(cls: OptimizerClass) -> Callable[..., None]:
-    """Make a constructor with the signature of the class, and ours at its end."""
+    """Make one with the signature of the class, and our keywords at its end."""
 
     def __init__(self: AnyOptimizer, params: Any, *args: Any, **kwargs: Any) -> None:
         AnyOptimizer.__init__(self, params, *args, **kwargs)
 
-    vars(__init__)["__signature__"] = _signature(cls)
+    given = list(inspect.signature(cls.__init__).parameters.values())
+    rest = [p for p in given if p.kind is Parameter.VAR_KEYWORD]
+    others = [p for p in given if p.kind is not Parameter.VAR_KEYWORD]
+    ours = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=None)
+        for name in ("wd_policy", "model")
+    ]
+    vars(__init__)["__signature__"] = Signature([*others, *ours, *rest])
     return __init__
 
 
@@ -498,18 +489,6 @@ def _seeing_parts(name: str) -> Callable[..., Any]:
     return method
 
 
-def _signature(cls: OptimizerClass) -> Signature:
-    """Add our arguments to those of a constructor, keyword-only and last."""
-    given = list(inspect.signature(cls.__init__).parameters.values())
-    rest = [p for p in given if p.kind is Parameter.VAR_KEYWORD]
-    others = [p for p in given if p.kind is not Parameter.VAR_KEYWORD]
-    ours = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=None)
-        for name in ("wd_policy", "model")
-    ]
-    return Signature([*others, *ours, *rest])
-
-
 @lru_cache
 def _kind(kind: Any) -> Any:
     """Derive a class of classes that pickle as the call that makes them.
@@ -523,8 +502,7 @@ def _kind(kind: Any) -> Any:
 
 def _text(cls: type) -> str:
     base = _base(cls)
-    text = type.__repr__(base or cls)
-    return f"selective({text})" if base else text
+    return f"selective({type.__repr__(base)})" if base else type.__repr__(cls)
 
 
 def _reduce(cls: type) -> Any:

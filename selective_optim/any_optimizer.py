@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from selective_optim._arguments import held_optimizers, is_optimizer, require_decay
-from selective_optim._text import received
+from selective_optim._text import held_optimizers, is_optimizer, received, require_decay
 from selective_optim.decay import FORMS, Decay, Decision
-from selective_optim.decisions.state_dict import RECORD
+from selective_optim.decisions.state_dict import RECORD, begin_in
+from selective_optim.decisions.watch import LOSS
 from selective_optim.parameters import ModelIndex
 from selective_optim.policies.decide import NO_POLICY
 from selective_optim.report import (
@@ -31,7 +31,6 @@ from selective_optim.report import (
     remark_of,
     split_wrongly,
 )
-from selective_optim.step.half_precision import LOSS
 
 RATE = 1e-2  # of the step that is measured
 
@@ -49,29 +48,29 @@ def decay_report(
     *,
     measure: bool = False,
 ) -> DecayReport:
-    """Tell what really decays in a training, whatever the optimizer.
+    """Report which parameters decay under any optimizer.
 
-    The reason of a row is what the parameter is: ``norm``, ``bias``, ``embedding``,
-    ``vector`` (fewer than two dimensions) or ``weight``. The last line tells what
-    looks wrong, and which parameters of the model train and are in no group.
+    The reason of a row is the kind of parameter: ``norm``, ``bias``, ``embedding``,
+    ``vector`` (fewer than two dimensions) or ``weight``. The last line names what
+    looks wrong, and parameters of the model that train but are in no group.
 
     Args:
-        optimizer: One whose groups have a ``"weight_decay"``: of torch, of another
-            library, or of this one, which then tells its own reasons. Or a list of
-            several, a wrapper that holds one, groups, or a state dict.
-        model: The module, or modules, that the parameters live in. Without it, names
-            are those of ``named_parameters()`` if the optimizer was given any.
-        measure: Step a copy of the optimizer, with and without the decay, over
-            parameters filled with ones, and tell what was applied. It needs memory
+        optimizer: An optimizer whose groups have a ``"weight_decay"``: of torch, of
+            another library, or of this one, whose policy then gives the reasons. Or a
+            list of optimizers, a wrapper that holds one, groups, or a state dict.
+        model: The module, or modules, that hold the parameters. Without it, names
+            are known only if the optimizer was made of ``named_parameters()``.
+        measure: Step copies of the optimizer, with and without the decay, over
+            parameters filled with ones, and report the difference. It needs memory
             for float32 copies of all parameters and their states.
 
     Returns:
-        The report, as that of ``optimizer.decay_report()``. Groups of several
-        optimizers are numbered through.
+        The report, as of ``optimizer.decay_report()``. The groups of a list of
+        optimizers are numbered one after another.
 
     Raises:
         TypeError: ``optimizer`` has no groups.
-        ValueError: A group of it has no weight decay.
+        ValueError: A group has no ``"weight_decay"``.
 
     Example:
         >>> import torch
@@ -106,7 +105,7 @@ def decay_report(
         own, note = _measured(each, report.rows) if measure else (report.rows, "")
         route = "" if alone else type(each).__name__
         rows += [replace(r, group=first + r.group, route=r.route or route) for r in own]
-        # Those of several would count apart what is counted together below.
+        # Below, one remark counts for all optimizers; their own would count apart.
         own_words = alone and (model is None or hasattr(each, "decay_report"))
         parts = report.remark.partition("\n")[0].split("; ")
         loss = [part for part in parts if LOSS in part]
@@ -121,7 +120,6 @@ def decay_report(
 
 
 def _named(row: Row, seen: Row) -> Row:
-    """Take from the model what a parameter is that decays by no policy."""
     if row.reason != NO_POLICY or not seen.name:
         return row
     return replace(row, name=seen.name, role=seen.role, owner=seen.owner)
@@ -178,7 +176,7 @@ def _shaped_as(entries: Mapping[str, Any]) -> Tensor:
 def _recorded(entry: Sequence[Any] | None, name: str | None) -> Decision | None:
     if entry is None:
         return None
-    begin = entry[2] if len(entry) > 2 else {}
+    begin = begin_in(entry)
     decay = Decay(entry[0], entry[1], begin.get("target"), begin.get("fixed"))
     shape, lr0 = torch.Size((0,)), begin.get("lr0")
     return Decision(decay, "recorded", name, shape, (), lr0=lr0)
@@ -227,7 +225,7 @@ def _with_effect(row: Row, decay: float | Tensor, *steps: Tensor) -> Row:
         return row
     none, half, full = (step.detach().reshape(-1)[0].item() for step in steps)
     # Half the decay does not do half as much in L2 of an adaptive class: then the size
-    # of the update tells nothing.
+    # of the update says nothing about the decay.
     direct = math.isclose(none - full, 2 * (none - half), rel_tol=0.01)
     unit = FORMS[row.form].strength(1.0, RATE, row.lr0) if row.form and row.lr0 else 1.0
     decay = decay if row.fixed is None else row.fixed

@@ -1,4 +1,4 @@
-"""What a policy would do to a model, told without an optimizer or a training run."""
+"""Show what a policy does to a model, without an optimizer or a training run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from torch import nn
 
 from selective_optim import policies
 from selective_optim._text import aligned, shape_text
-from selective_optim.decay import Decision
 from selective_optim.parameters import ModelIndex, ParameterInfo
-from selective_optim.policies.decide import decide_alone
+from selective_optim.policies.differences import decide_alone
 from selective_optim.policies.predicates import kind_of
 from selective_optim.report import COLORS, DecayReport, make_report, plain
 
@@ -54,7 +53,7 @@ class Finding:
 def model_report(
     model: nn.Module, wd_policy: object = "no_bias_norm", weight_decay: float = 1.0
 ) -> DecayReport:
-    """Tell what a policy decays in a model, before there is an optimizer.
+    """Report what a policy decays in a model, without an optimizer.
 
     Args:
         model: Module to report on, on any device, ``meta`` included.
@@ -62,7 +61,7 @@ def model_report(
         weight_decay: Decay that multipliers multiply.
 
     Returns:
-        The report; its rates are NaN, and a form that is left open is ``None``.
+        The report. Its rates are NaN. The form is ``None`` if the policy states none.
 
     Raises:
         ValueError: The policy is not known, or a glob matches nothing.
@@ -74,18 +73,11 @@ def model_report(
             0  exclude is_bias      0  exempt         1         2
         decayed: 1 tensor, 6 elements; exempt: 1 tensor, 2 elements
     """
-    infos, decisions = _decided(model, wd_policy)
+    infos, decisions = decide_alone(model, wd_policy)
     params = [info.parameter for info in infos]
     group = {"params": params, "lr": math.nan, "weight_decay": weight_decay}
     report = make_report([group], [decisions], lambda group: None, ModelIndex(model))
     return replace(report, remark="")  # an audit lists what looks wrong
-
-
-def _decided(
-    model: nn.Module, wd_policy: object
-) -> tuple[list[ParameterInfo], list[Decision]]:
-    infos = ModelIndex(model).everyone()
-    return infos, decide_alone(policies.as_policy(wd_policy), [model], infos)
 
 
 def find_mistakes(
@@ -93,10 +85,10 @@ def find_mistakes(
 ) -> list[Finding]:
     """List parameters whose decay looks wrong.
 
-    These are norms, biases and vectors that decay towards 0. So are parameters that
-    decay though the model's author marked them (``policies.marked``), and tied
-    parameters whose places the policy would treat differently. Frozen parameters are
-    left out. Arguments and errors are those of ``audit``.
+    It lists norms, biases and vectors that decay towards 0, and parameters that decay
+    although the model's author marked them (``policies.marked``). It also lists tied
+    parameters for which the policy decides differently at different places. Frozen
+    parameters are left out. Arguments and errors are those of ``audit``.
     """
     return [found for found in _findings(model, wd_policy) if found.kind != "other"]
 
@@ -113,10 +105,10 @@ def find_hints(model: nn.Module, wd_policy: object = "no_bias_norm") -> list[Fin
 def _findings(model: nn.Module, wd_policy: object) -> Iterator[Finding]:
     policy = policies.as_policy(wd_policy).bind([model])
     author = policies.marked().bind([model])
-    for info, decision in zip(*_decided(model, wd_policy), strict=True):
+    for info, decision in zip(*decide_alone(model, wd_policy), strict=True):
         found, kind, marked = dict[str, str](), kind_of(info), author.decide(info)
         if decays := decision.decay.multiplier != 0:
-            # What decays towards anything else than 0 was meant to.
+            # Decay towards another value than 0 is intended.
             if kind in HEADINGS and decision.decay.target is None:
                 found[kind] = decision.reason
             elif not marked.decay.multiplier:
@@ -136,7 +128,7 @@ def _findings(model: nn.Module, wd_policy: object) -> Iterator[Finding]:
 
 
 def _is_other(info: ParameterInfo) -> bool:
-    # A vector in disguise, as 1 x 64 x 1 x 1 that scales channels, is no weight.
+    # A shape such as 1 x 64 x 1 x 1, which scales channels, counts as a vector.
     long_sides = [size for size in info.parameter.shape if size > 1]
     return len(long_sides) < 2 or not WEIGHT_LEAF.search(info.leaf or "")
 
@@ -173,12 +165,13 @@ class Audit:
         parts = [f"{title}\n{self.report}"]
         if self.against is not None:
             parts.append(f"against {self.against}\n{self.difference}")
+        if not self.findings:
+            parts.append("looks wrong: nothing")
         every = [*self.findings, *self.hints]
-        for kind in HEADINGS:
-            if kind == "other" and not self.findings:
-                parts.append("looks wrong: nothing")
-            parts.append(_listing(kind, [f for f in every if f.kind == kind]))
-        return "\n\n".join(filter(None, parts))
+        for kind, heading in HEADINGS.items():
+            if found := [each for each in every if each.kind == kind]:
+                parts.append(f"{heading}, {len(found):,}\n{_listed(found)}")
+        return "\n\n".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, strings and numbers, ready for JSON."""
@@ -198,21 +191,16 @@ class Audit:
         }
 
 
-def _listing(kind: str, findings: Sequence[Finding]) -> str:
-    if not findings:
-        return ""
-    cells = [(str(f.name), shape_text(f.shape), f.reason) for f in findings[:SHOWN]]
-    lines = [f"{HEADINGS[kind]}, {len(findings):,}"]
-    lines += [f"  {line}" for line in aligned(cells)]
-    if len(findings) > SHOWN:
-        lines.append(f"  and {len(findings) - SHOWN:,} more")
-    return "\n".join(lines)
+def _listed(found: Sequence[Finding]) -> str:
+    cells = [(str(f.name), shape_text(f.shape), f.reason) for f in found[:SHOWN]]
+    more = [f"and {len(found) - SHOWN:,} more"] if len(found) > SHOWN else []
+    return "\n".join(f"  {line}" for line in [*aligned(cells), *more])
 
 
 def audit(
     model: nn.Module, wd_policy: object = "no_bias_norm", against: object = None
 ) -> Audit:
-    """Report what a policy decays in a model, what looks wrong, and who disagrees.
+    """Report what a policy decays, what looks wrong, and how another one differs.
 
     Args:
         model: Module to audit, on any device, ``meta`` included.
@@ -222,17 +210,14 @@ def audit(
     Raises:
         ValueError: A policy is not known, or a glob matches nothing.
     """
+    told, other = (p if isinstance(p, str) else repr(p) for p in (wd_policy, against))
     compared = against is not None
     return Audit(
         model=type(model).__name__,
-        policy=_as_given(wd_policy),
+        policy=told,
         report=model_report(model, wd_policy),
         findings=tuple(find_mistakes(model, wd_policy)),
-        against=_as_given(against) if compared else None,
+        against=other if compared else None,
         difference=policies.diff(model, wd_policy, against) if compared else None,
         hints=tuple(find_hints(model, wd_policy)),
     )
-
-
-def _as_given(wd_policy: object) -> str:
-    return wd_policy if isinstance(wd_policy, str) else repr(wd_policy)

@@ -1,6 +1,6 @@
-"""What is decided for one parameter: how much decay, in which form, and why.
+"""The decision for one parameter: how much decay, in which form, and why.
 
-The one vocabulary that both wings share: policies yield it, steps apply it.
+Policies return decisions, and steps apply them.
 """
 
 from __future__ import annotations
@@ -19,50 +19,34 @@ Number = float | Tensor
 
 
 class FormKind(NamedTuple):
-    """What a form does, per step and element, before torch's update.
+    """What a form does, per step and element, before torch's update."""
 
-    Args:
-        formula: With rate ``lr``, decay ``wd``, parameter ``p``, target ``t`` (0 by
-            default), gradient ``g``, and ``u``, by ``lr`` times which torch lowers
-            the parameter.
-        applied: Which of three things happens: ``"l2"`` adds to the gradient,
-            ``"decoupled"`` moves the parameter, ``"cautious"`` moves a part of it.
-        strength: What stands for ``wd`` there, of ``wd``, ``lr`` and ``lr0``.
-        needs_lr0: Whether ``strength`` reads the rate that training began with.
-        follows_lr: Whether it changes with the rate of now.
-    """
-
-    formula: str
+    # "l2" adds to the gradient, the others move the parameter or a part of it.
     applied: Literal["l2", "decoupled", "cautious"]
-    strength: Callable[[Number, Number, float], Number]
+    strength: Callable[[Number, Number, float], Number]  # of wd, lr and lr0
     needs_lr0: bool = False
-    follows_lr: bool = False
+    follows_lr: bool = False  # the strength changes with the rate of now
 
 
+# With rate lr, decay wd, parameter p, target t (0 by default), gradient g, and u, by lr
+# times which torch lowers the parameter.
 FORMS: dict[Form, FormKind] = {
-    "l2": FormKind("g += wd * (p - t)", "l2", lambda wd, lr, lr0: wd),
-    "decoupled": FormKind(
-        "p -= lr * wd * (p - t)", "decoupled", lambda wd, lr, lr0: wd
-    ),
-    "independent": FormKind(
-        "p -= lr / lr0 * wd * (p - t)",
-        "decoupled",
-        lambda wd, lr, lr0: wd / lr0,
-        needs_lr0=True,
-    ),
+    # g += wd * (p - t)
+    "l2": FormKind("l2", lambda wd, lr, lr0: wd),
+    # p -= lr * wd * (p - t)
+    "decoupled": FormKind("decoupled", lambda wd, lr, lr0: wd),
+    # p -= lr / lr0 * wd * (p - t)
+    "independent": FormKind("decoupled", lambda wd, lr, lr0: wd / lr0, needs_lr0=True),
+    # p -= lr ** 2 / lr0 * wd * (p - t)
+    # The quotient first: where lr is lr0, it is 1 and wd stays as it is.
     "corrected": FormKind(
-        "p -= lr ** 2 / lr0 * wd * (p - t)",
         "decoupled",
-        # The quotient first: where lr is lr0, it is 1 and wd stays as it is.
         lambda wd, lr, lr0: wd * (lr / lr0),
         needs_lr0=True,
         follows_lr=True,
     ),
-    "cautious": FormKind(
-        "p -= lr * wd * (p - t) where u * (p - t) >= 0",
-        "cautious",
-        lambda wd, lr, lr0: wd,
-    ),
+    # p -= lr * wd * (p - t) where u * (p - t) >= 0
+    "cautious": FormKind("cautious", lambda wd, lr, lr0: wd),
 }
 INIT: Literal["init"] = "init"
 Target = float | Literal["init"]
@@ -102,13 +86,12 @@ class Decay:
         form: ``"l2"``, ``"decoupled"``, ``"independent"``, ``"corrected"`` or
             ``"cautious"``, see ``policies.form``; ``None`` for the optimizer's own.
         target: Value that it decays towards: a finite number, or ``"init"``, its value
-            when it was decided; ``None`` is 0.
-        fixed: Decay that stands for ``group["weight_decay"]``, finite and >= 0, so
-            that neither edits nor schedules of that change it; the multiplier still
-            counts.
+            when training begins; ``None`` is 0.
+        fixed: Decay in place of ``group["weight_decay"]``, finite and >= 0. A change
+            of ``group["weight_decay"]`` does not change it. The multiplier applies.
 
     Raises:
-        TypeError: ``multiplier``, ``target`` or ``fixed`` is of no such type.
+        TypeError: ``multiplier``, ``target`` or ``fixed`` has a wrong type.
         ValueError: ``multiplier`` or ``fixed`` is negative, infinite or NaN, ``form``
             is unknown, or ``target`` is infinite or NaN.
     """
@@ -221,15 +204,10 @@ def as_decay(value: object) -> Decay:
 
 
 class DecayKey(NamedTuple):
-    """All of a decision that a number depends on; what is equal in it decays alike.
-
-    Args:
-        decay: What was decided.
-        lr0: The rate that training began with, where the form needs it; else ``None``.
-    """
+    """All of a decision that a number depends on; what is equal in it decays alike."""
 
     decay: Decay
-    lr0: float | None = None
+    lr0: float | None = None  # where the form needs it
 
 
 FULL_KEY = DecayKey(FULL)
@@ -243,31 +221,18 @@ class Answer(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """A policy's answer for one parameter, with what was known of it when it was taken.
-
-    Args:
-        decay: How it decays.
-        reason: The selector or policy that decided.
-        name: Canonical name, or ``None`` where no name is known.
-        shape: Original shape; the present one where that is lost.
-        kinds: Class of the module that holds it, and that class's bases; empty
-            where no module is known.
-        own_name: The name that tells it from others that share ``name``: what a
-            parametrization made several of, as weight norm; else ``None``.
-        lr0: Its group's rate when it was added, or the ``"initial_lr"`` that the
-            group came with; ``None`` where no optimizer steps it.
-        init: What it was when training began, where it decays towards that; ``None``
-            until then.
-    """
+    """A policy's answer for one parameter, and what was then known of that."""
 
     decay: Decay
-    reason: str
-    name: str | None
-    shape: torch.Size
-    kinds: tuple[str, ...]
+    reason: str  # the selector or policy that decided
+    name: str | None  # canonical
+    shape: torch.Size  # original; the present one where that is lost
+    kinds: tuple[str, ...]  # class of the module that holds it, and that class's bases
+    # Of what a parametrization made several of, as weight norm, which share `name`.
     own_name: str | None = None
+    # The group's rate when it was added, or the "initial_lr" that it came with.
     lr0: float | None = None
-    init: Tensor | None = None
+    init: Tensor | None = None  # from the beginning of training on, if that is a target
 
     @property
     def waits(self) -> bool:

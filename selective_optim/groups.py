@@ -1,14 +1,15 @@
-"""Parameter groups by rule: a learning rate per layer, per pattern or per width.
+"""Parameter groups split by a policy, or made by rule: per layer, pattern or width.
 
-They say nothing about decay: pass ``wd_policy`` to the optimizer for that.
+Those by rule say nothing about decay: pass ``wd_policy`` to the optimizer for that.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import accumulate
@@ -18,36 +19,184 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selective_optim._text import aligned, received
+from selective_optim._optimizer import Model, decider_for
+from selective_optim._text import aligned, copied_groups, received
+from selective_optim.any_class import AnyOptimizer
+from selective_optim.decay import FULL, Decision
+from selective_optim.decisions.decider import Decider
 from selective_optim.parameters import ModelIndex, ParameterInfo, as_modules
 from selective_optim.policies.blocks import require_arguments
 from selective_optim.policies.layerwise import Distances
 from selective_optim.policies.named import parse
 from selective_optim.policies.selectors import Selector, as_selector
+from selective_optim.report import DecayReport, Row, make_row
+from selective_optim.routes.route import Part, by_route, marks_of, with_one_decay
+from selective_optim.step.lasting import WD, Group, by_decay, pick, share_of
 
-Model = nn.Module | Sequence[nn.Module]
+Modules = nn.Module | Sequence[nn.Module]
+HEADERS = ("group", "lr", "decay", "tensors", "elements", "route", "reason")
 NUMBER = re.compile(r"\d+")
 MANY_PLACES = 8  # of a group; a table with a hundred biases in a line is unreadable
 
 
-@dataclass(frozen=True)
-class GroupRow:
-    """Which group one parameter is in.
+class SplitGroups(list[dict[str, Any]]):
+    """Parameter groups, each with one weight decay; prints as a table."""
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]] = (), rows: Iterable[Row] = ()
+    ) -> None:
+        super().__init__(groups)
+        self.rows = tuple(rows)
+
+    def __str__(self) -> str:
+        table: list[tuple[str, ...]] = [HEADERS]
+        for index, group in enumerate(self):
+            mine = [row for row in self.rows if row.group == index]
+            lr = f"{float(group['lr']):.4g}" if "lr" in group else "-"
+            decay = f"{float(group[WD]):g}"
+            route = mine[0].route if mine else ""
+            reasons = ", ".join(dict.fromkeys(row.reason for row in mine))
+            table.append((str(index), lr, decay, *_counts(mine), route, reasons))
+        if not any(row.route for row in self.rows):
+            table = [(*line[:5], line[6]) for line in table]
+        summary = DecayReport(self.rows).summary()
+        return "\n".join([*aligned(table, right=range(5)), summary])
+
+
+class Reader(AnyOptimizer):
+    """Reads groups and decides for them; no class steps them here."""
+
+    def __init__(
+        self, params: Any, decider: Decider, keys: Iterable[str], lr: Any
+    ) -> None:
+        self._decider = decider
+        self._read(params, keys, lr)
+
+
+def param_groups(
+    params: Any,
+    wd_policy: Any,
+    weight_decay: float | Tensor | None = None,
+    lr: float | Tensor | Mapping[str, float] | None = None,
+    *,
+    model: Model = None,
+    routes: Mapping[str, Any] | None = None,
+    key: str = "",
+    values: Mapping[str, Any] | None = None,
+    **hyper: Any,
+) -> SplitGroups:
+    """Split parameters into groups with one weight decay each, as by hand.
+
+    Use it for optimizers that ``selective`` refuses, and for other libraries. The
+    groups are in the order in which each decay first appears. If you pass groups, each
+    is split by itself.
 
     Args:
-        place: What makes the group: a layer's distance from the top layer, a selector
-            as text, or a width over that of the base.
-        name: Canonical name.
-        shape: Original shape.
-        numel: Number of elements.
-        lr: Rate of the group, times its ``"lr_scale"``; ``None`` where it has none.
-    """
+        params: A module, modules, or what an optimizer of torch takes: parameters,
+            ``(name, parameter)`` pairs, groups. Values in a group, its ``"wd_policy"``
+            too, override the arguments below.
+        wd_policy: The policy: a name, mapping, callable or expression.
+        weight_decay: Decay of parameters with multiplier 1, >= 0.
+        lr: Learning rate, or one for each route; ``None`` leaves it to the optimizer.
+        model: The module, or modules, that the parameters live in.
+        routes: From names to selectors, for an optimizer that steps groups in two ways,
+            such as Muon and Adam. A parameter goes to the first route that matches it.
+        key: The key of a group from which that optimizer reads its way. ``"use_muon"``
+            (Keller Jordan, pytorch_optimizer, ultralytics) is true on the first route,
+            ``"use_fallback"`` (timm) on all others. ``"algorithm"`` (dion) and
+            ``"kind"`` (nanochat) are the name of the route.
+        values: The value of any other ``key``, by route.
+        **hyper: Further hyperparameters for every group.
 
+    Returns:
+        A list of groups with ``"params"``, ``"weight_decay"`` and, where names are
+        known, ``"param_names"``; ``print`` shows it as a table.
+
+    Raises:
+        ValueError: The policy cannot decide for a parameter or states a form, or a
+            group has no weight decay.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+        >>> groups = param_groups(model, "no_bias_norm", weight_decay=0.1, lr=0.01)
+        >>> print(groups)
+        group    lr  decay  tensors  elements  reason
+            0  0.01    0.1        1         6  decays in full
+            1  0.01      0        3         6  exclude is_bias, exclude is_norm
+        decayed: 1 tensor, 6 elements; exempt: 3 tensors, 6 elements
+        >>> optimizer = torch.optim.RMSprop(groups)
+    """
+    common = {WD: weight_decay, "lr": lr}
+    defaults = {k: v for k, v in common.items() if v is not None} | hyper
+    decider = decider_for(model, wd_policy)
+    # Forms, of which some need a rate, are refused below whatever it is.
+    rate = 1.0 if lr is None else lr
+    keys = [WD, "lr", *hyper]
+    groups = Reader(copied_groups(params), decider, keys, rate).param_groups
+    decided = decider.decisions(groups, {})
+    whole: Iterable[Part] = [
+        ({**defaults, **group}, decisions, "")
+        for group, decisions in zip(groups, decided)
+    ]
+    named = all(decision.name for decisions in decided for decision in decisions)
+    if routes is not None:
+        named, marks = False, marks_of(routes, key, values)
+        whole = by_route(
+            [group for group, *_ in whole], decided, decider, routes, marks
+        )
+    split = [
+        (part, [decisions[i] for i in chosen], route)
+        for group, decisions, route in whole
+        for part, chosen in _parts(group, decisions, named)
+    ]
+    decider.warn_if_weak([with_one_decay({**defaults, **group}) for group in groups])
+    decider.index.release()
+    return SplitGroups((group for group, *_ in split), _rows(split))
+
+
+def _rows(split: Iterable[Part]) -> Iterator[Row]:
+    for index, (group, decisions, route) in enumerate(split):
+        for decision, param in zip(decisions, group["params"]):
+            # The group's decay is that of its parameters already.
+            share = decision._replace(decay=FULL)
+            row = make_row(index, {"lr": math.nan, **group}, share, None, param)
+            yield replace(row, route=route)
+
+
+def _parts(
+    group: Group, decisions: Sequence[Decision], named: bool
+) -> Iterator[tuple[Group, list[int]]]:
+    """Split one group; equal decays are together, whatever decided them."""
+    if WD not in group:
+        raise ValueError(
+            "`weight_decay` is missing, of which a policy gives each parameter its "
+            "share. Pass weight_decay=0.1, or the value you want."
+        )
+    if named:
+        group = {**group, "param_names": [decision.name for decision in decisions]}
+    for decay_key, chosen in by_decay(decisions).items():
+        if stated := decay_key.decay.stated:
+            raise ValueError(
+                f"`wd_policy` states {stated}, and a group holds numbers alone. Leave "
+                f"that out, or use selective_optim.AdamW."
+            )
+        yield (
+            {**group, **pick(group, chosen), WD: share_of(group, decay_key, None).wd},
+            chosen,
+        )
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """Which group one parameter is in."""
+
+    # A layer's distance from the top, a selector as text, or a width over the base's.
     place: Any
     name: str | None
     shape: torch.Size
     numel: int
-    lr: float | Tensor | None
+    lr: float | Tensor | None  # times the group's "lr_scale"
 
     @property
     def layer(self) -> int:
@@ -56,13 +205,7 @@ class GroupRow:
 
 
 class RateGroups(list[dict[str, Any]]):
-    """Parameter groups; ``print`` shows which parameters share one.
-
-    Args:
-        groups: The groups.
-        rows: One record per parameter.
-        by: What sets the groups apart, as a word.
-    """
+    """Parameter groups that ``by`` sets apart; prints which parameters share one."""
 
     def __init__(
         self,
@@ -81,15 +224,18 @@ class RateGroups(list[dict[str, Any]]):
             lr = "-" if rows[0].lr is None else f"{float(rows[0].lr):.4g}"
             if more := names[MANY_PLACES:]:
                 names = [*names[:MANY_PLACES], f"{len(more)} more"]
-            numel = sum(row.numel for row in rows)
-            cells = str(place), lr, f"{len(rows):,}", f"{numel:,}", ", ".join(names)
-            lines.append(cells)
+            lines.append((str(place), lr, *_counts(rows), ", ".join(names)))
         return "\n".join(aligned(lines, right=range(4)))
+
+
+def _counts(rows: Sequence[GroupRow | Row]) -> tuple[str, str]:
+    return f"{len(rows):,}", f"{sum(row.numel for row in rows):,}"
 
 
 def _prefixes_by_place(rows: Sequence[GroupRow]) -> dict[Any, list[str]]:
     """Name what each group holds by the shortest prefixes that lie in it alone."""
-    prefixes = [list(accumulate(_parts(row.name or ""))) for row in rows]
+    parts = [(row.name or "").split(".") for row in rows]
+    prefixes = [list(accumulate(each, "{}.{}".format)) for each in parts]
     places: dict[str, set[Any]] = {}
     for row, own in zip(rows, prefixes):
         for prefix in own:
@@ -102,21 +248,16 @@ def _prefixes_by_place(rows: Sequence[GroupRow]) -> dict[Any, list[str]]:
     return {place: list(held) for place, held in found.items()}
 
 
-def _parts(name: str) -> list[str]:
-    first, *others = name.split(".")
-    return [first, *(f".{part}" for part in others)]
-
-
-def _infos(roots: Sequence[nn.Module]) -> list[ParameterInfo]:
+def _infos(model: Modules) -> list[ParameterInfo]:
     # Modules may share parameters, and torch takes each in one group.
     found: dict[int, ParameterInfo] = {}
-    for info in ModelIndex(roots).everyone():
+    for info in ModelIndex(model).everyone():
         found.setdefault(id(info.parameter), info)
     return list(found.values())
 
 
 def layerwise_groups(
-    model: Model,
+    model: Modules,
     lr: float | Tensor | Mapping[str, float],
     rate: float,
     layers: str | Sequence[str] | None = None,
@@ -124,11 +265,11 @@ def layerwise_groups(
 ) -> RateGroups:
     """Make one parameter group per layer, each with its own learning rate.
 
-    The top layer, the head, comes first and learns at ``lr``; a layer that lies
-    ``n`` below it at ``lr * rate ** n``. A norm right after the last block goes
-    with that block; embeddings and stem lie one below the first block. Every
-    parameter is in one group; a tied one in the group of its first name. The
-    groups say nothing about decay: pass ``wd_policy`` and ``model`` for that.
+    The top layer, the head, is first and has the rate ``lr``. A layer ``n`` below it
+    has the rate ``lr * rate ** n``. A norm directly after the last block belongs to
+    that block. Embeddings and stem are one below the first block. Every parameter is
+    in one group, a tied one in the group of its first name. The groups have no
+    ``weight_decay``: pass ``wd_policy`` and ``model`` to the optimizer.
 
     Args:
         model: Module or modules that hold the parameters.
@@ -137,10 +278,10 @@ def layerwise_groups(
         layers: Glob on the module names of the repeated blocks, such as
             ``"blocks.*"``, or the name of their list, ``"blocks"``. Pass a list of
             globs for several stacks, such as two towers; each has its own depth. By
-            default the model's ``group_matcher`` tells the layers, or they are found.
-        lr_scale: Leave every group's rate at ``lr`` and write the factor to its
-            ``"lr_scale"`` instead, for a schedule that multiplies by it: timm's,
-            MAE's and BEiT's do, torch's do not.
+            default they come from the model's ``group_matcher`` or are searched for.
+        lr_scale: Give every group the rate ``lr`` and write the factor to its
+            ``"lr_scale"``. Use it with schedules that multiply by it, as those of
+            timm, MAE and BEiT do. torch's schedules do not.
 
     Returns:
         The groups; ``print`` shows which parameters share a layer.
@@ -198,21 +339,21 @@ def _shape(info: ParameterInfo) -> torch.Size:
     return info.parameter.shape if info.shape is None else info.shape
 
 
-def rate_groups(model: Model, rates: Mapping[Any, Any]) -> RateGroups:
-    """Make one parameter group per entry; the first key that matches takes a parameter.
+def rate_groups(model: Modules, rates: Mapping[Any, Any]) -> RateGroups:
+    """Make one parameter group per entry; the first key that matches gets a parameter.
 
     Args:
         model: Module or modules that hold the parameters.
         rates: From selector to learning rate, or to a dict of hyperparameters. Keys
-            are selectors as in policies, or their text as a YAML file holds it:
+            are selectors as in policies, or their text, as in a YAML file:
             ``"backbone.*"``, ``"is_bias"``, ``"nn.LayerNorm & ~is_bias"``.
 
     Returns:
         The groups, with names; ``print`` shows which parameters share one.
 
     Raises:
-        TypeError: A key is no selector, or a value neither a rate nor a dict.
-        ValueError: A key gets no parameter, or a parameter no group.
+        TypeError: A key is no selector, or a value is neither a rate nor a dict.
+        ValueError: A key gets no parameter, or no key matches a parameter.
 
     Example:
         >>> model = nn.ModuleDict({"body": nn.Linear(3, 2), "head": nn.Linear(2, 1)})
@@ -221,7 +362,7 @@ def rate_groups(model: Model, rates: Mapping[Any, Any]) -> RateGroups:
         'body.*'  1e-05        2         8  body
              '*'    0.1        2         3  head
     """
-    infos = _infos(as_modules(model))
+    infos = _infos(model)
     names = [name for info in infos for name in info.names]
     selectors = [_selector(key, names) for key in rates]
     held: list[list[ParameterInfo]] = [[] for _ in rates]
@@ -250,7 +391,7 @@ def rate_groups(model: Model, rates: Mapping[Any, Any]) -> RateGroups:
 
 
 def _selector(key: Any, names: Iterable[str]) -> Selector:
-    # A configuration holds text alone. A glob is no expression but for plain words.
+    # A configuration contains only text. Of globs, only plain words are expressions.
     if isinstance(key, str) and not any(fnmatchcase(name, key) for name in names):
         with suppress(ValueError):
             selector: Selector = parse(f"exclude({key})").selectors[0]
@@ -269,22 +410,22 @@ def _hyper(key: Any, value: Any) -> dict[str, Any]:
     )
 
 
-def width_groups(model: Model, base_model: Model, lr: float | Tensor) -> RateGroups:
+def width_groups(model: Modules, base_model: Modules, lr: float | Tensor) -> RateGroups:
     """Make one parameter group per width, with the rates of muP for Adam.
 
-    A matrix learns at ``lr`` over the ratio of its fan-in to the base model's, if two
-    of its dimensions differ from there. All else learns at ``lr``. CompleteP's rates
-    are the same, since those of alpha 1 do not depend on depth.
+    A matrix of which two dimensions differ from the base model has the rate ``lr``,
+    divided by the ratio of the two fan-ins. All other parameters have the rate ``lr``.
+    CompleteP with alpha 1 has the same rates, since they do not depend on depth.
 
     ``wd_policy=form("independent")`` with ``weight_decay=lr * wd`` decays as
-    ``mup.MuAdamW(lr=lr, weight_decay=wd)``. Initial values, multipliers of the output
-    and Adam's ``eps`` are left to the model and to you.
+    ``mup.MuAdamW(lr=lr, weight_decay=wd)``. Set the initial values, the multiplier of
+    the output and Adam's ``eps`` yourself.
 
     Args:
         model: Module or modules that hold the parameters.
-        base_model: The model in the width that ``lr`` was found for, with as many
-            layers or fewer. Only shapes of its parameters are read, so you may make it
-            under ``torch.device("meta")``.
+        base_model: The model with the width for which you know ``lr``, with as many
+            layers or fewer. Only the shapes of its parameters are read, so you may
+            make it under ``torch.device("meta")``.
         lr: Learning rate at the width of the base.
 
     Returns:
@@ -306,12 +447,12 @@ def width_groups(model: Model, base_model: Model, lr: float | Tensor) -> RateGro
         Yang et al. 2022, "Tensor Programs V", Table 8; ``MuAdam`` in mup 1.0.0.
     """
     base: dict[str, set[torch.Size]] = {}
-    for info in _infos(as_modules(base_model)):
+    for info in _infos(base_model):
         for name in info.names:
             for key in (name, NUMBER.sub("*", name)):
                 base.setdefault(key, set()).add(_shape(info))
     held: dict[float, list[ParameterInfo]] = {}
-    for info in _infos(as_modules(model)):
+    for info in _infos(model):
         held.setdefault(_width(info, base), []).append(info)
     entries = [(f"{w:g}", {"lr": lr / w}, infos) for w, infos in sorted(held.items())]
     return _listed("width", entries)

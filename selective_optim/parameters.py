@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import chain, islice, repeat, takewhile
+from itertools import chain, islice, repeat
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
@@ -33,9 +33,9 @@ class ParameterInfo:
     """A parameter as a policy sees it; ``None`` or empty if something is not known.
 
     Args:
-        name: Canonical dotted name (``"encoder.0.weight"``): names that wrappers
-            add are stripped, a parametrized tensor keeps the name it had.
-        names: All canonical names; a tied parameter has several.
+        name: Dotted name (``"encoder.0.weight"``), without the parts that wrappers
+            and parametrizations add.
+        names: All names; a tied parameter has several.
         leaf: Last part of the name (``"weight"``, ``"in_proj_bias"``).
         owner: Module that holds the parameter.
         path: Modules from the root to the owner, both included.
@@ -45,9 +45,9 @@ class ParameterInfo:
         ndim: Length of ``shape``.
         group: Index of the parameter group.
         elsewhere: The other places of a tied parameter.
-        own_name: Dotted name of its own where a parametrization made several
-            parameters of one. All of them keep the ``name`` of that one: weight norm's
-            gain is ``"0.parametrizations.weight.original0"``. Else ``None``.
+        own_name: If a parametrization made several parameters of one, the full name
+            of this one, such as ``"0.parametrizations.weight.original0"``, where
+            ``name`` is ``"0.weight"``. Else ``None``.
     """
 
     name: str | None
@@ -69,7 +69,7 @@ class ParameterInfo:
 
     @property
     def places(self) -> tuple[ParameterInfo, ...]:
-        """Every place where the parameter lives, this one first."""
+        """Every place where the parameter is registered, this one first."""
         return (self, *self.elsewhere)
 
     def describe(self, position: int) -> str:
@@ -101,15 +101,15 @@ def wanted(
 ) -> Wanted:
     """Ask about parameters, with the shapes that a user knows.
 
-    A shape that is lost or not there yet is ``None``.
+    A shape that is lost or not there yet is ``None``; DeepSpeed notes what it took.
     """
     pieces = _torch.flattened(params)
-    lost = [is_lazy(p) or id(p) in pieces for p in params]
-    few: dict[torch.Size, torch.Size] = {}  # torch makes another at each look
     shapes = [
-        None if each else few.setdefault(shape := p.shape, shape)
-        for p, each in zip(params, lost)
+        None if is_lazy(p) or id(p) in pieces else getattr(p, "ds_shape", p.shape)
+        for p in params
     ]
+    few: dict[Any, Any] = {}  # torch makes another shape at each look
+    shapes = list(map(few.setdefault, shapes, shapes))
     known = list(islice(chain(names, repeat(None)), len(params)))
     return Wanted(params, [group] * len(params), shapes, known)
 
@@ -130,12 +130,7 @@ def owner_kinds(info: ParameterInfo) -> tuple[str, ...]:
 
 @lru_cache(4096)
 def _kinds_of(cls: Any) -> tuple[str, ...]:
-    return tuple([f"{c.__module__}.{c.__qualname__}" for c in own_classes(cls)])
-
-
-def own_classes(cls: type[nn.Module]) -> list[type]:
-    """List a module class and its bases, up to ``nn.Module``."""
-    return list(takewhile(lambda base: base is not nn.Module, cls.__mro__))
+    return tuple([f"{c.__module__}.{c.__qualname__}" for c in _torch.own_classes(cls)])
 
 
 def _named_info(
@@ -377,7 +372,7 @@ class ModelIndex:
 
     @property
     def found(self) -> list[nn.Module]:
-        """The living modules that nobody gave and that hold the parameters."""
+        """Modules that hold the parameters and were found, not passed by the user."""
         return self.modules()[len(self.modules(found=False)) :]
 
     def add(self, modules: Iterable[nn.Module]) -> None:
@@ -388,7 +383,7 @@ class ModelIndex:
                 self._modules.append(weakref.ref(module))
 
     def find(self, modules: Iterable[nn.Module]) -> None:
-        """Learn of modules that nobody gave."""
+        """Add modules that were found, not passed by the user."""
         known = set(map(id, self.modules()))
         self._found += [weakref.ref(m) for m in modules if id(m) not in known]
 

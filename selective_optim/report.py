@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from importlib import import_module
-from itertools import chain, islice, repeat
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._arguments import param_ids
-from selective_optim._text import aligned
+from selective_optim._text import aligned, param_ids, shortened
 from selective_optim.decay import FORMS, Decision, Form, Target, target_text
 from selective_optim.parameters import (
     ModelIndex,
@@ -34,6 +33,7 @@ Group = dict[str, Any]
 # Columns of numbers stand to the right.
 NUMBERS = ("group", "lr", "decay", "measured", "timescale", "tensors", "elements")
 MANY_GROUPS = 8  # more are summed up together: a group per layer would fill pages
+PAGE = 100  # columns of a printed table; longer reasons are cut
 FEW_RUNS = 3  # group numbers are spelled out up to so many ranges
 MANY_BARS = 16  # the rest of the kinds is one bar
 COLORS = {"decayed": "C0", "exempt": "C1", "frozen": "0.8"}
@@ -94,14 +94,13 @@ class Row:
 
     @property
     def fate(self) -> str:
-        """What becomes of the parameter: ``decayed``, ``exempt`` or ``frozen``."""
+        """``"decayed"``, ``"exempt"`` or ``"frozen"``."""
         if not (self.requires_grad or self.left_over):
             return "frozen"
         return "decayed" if self.weight_decay else "exempt"
 
     @property
     def effect(self) -> str:
-        """In which form it decays, and towards what unless 0; or that it does not."""
         if self.fate != "decayed":
             return self.fate
         form = self.form or "default"
@@ -109,7 +108,7 @@ class Row:
 
     @property
     def timescale(self) -> float | None:
-        """Steps in which decoupled decay alone shrinks to 1/e: ``1 / (lr * wd)``."""
+        """Steps in which decoupled decay shrinks a weight to 1/e: ``1 / (lr * wd)``."""
         form = FORMS[self.form or "l2"]
         # Not `lr <= 0`: without an optimizer the rate is NaN.
         if self.fate != "decayed" or form.applied != "decoupled" or not self.lr > 0:
@@ -128,15 +127,15 @@ class Row:
 class DecayReport:
     """One record per parameter in ``rows``; prints as a table by group and reason.
 
-    The timescale is ``1 / (lr * decay)`` steps, at the present rate. After so many
-    steps decoupled decay has left 37 % of a weight that no gradient renews.
+    The timescale is ``1 / (lr * decay)`` steps, at the present rate. After that many
+    steps 37 % of a weight is left if its gradients are 0.
 
-    ``len``, iteration, and an index are those of the rows; a row is also found by its
-    name, as in ``report["head.bias"]``.
+    ``len``, iteration and an index read the rows. ``report["head.bias"]`` is the row of
+    that name.
 
     Args:
         rows: The records.
-        remark: Line at the end that tells if something looks wrong.
+        remark: Last line, which names what looks wrong.
 
     Example:
         >>> from selective_optim import AdamW
@@ -192,8 +191,13 @@ class DecayReport:
     def __str__(self) -> str:
         table = self.table()
         right = [i for i, key in enumerate(table[0]) if key in NUMBERS]
-        lines = [*aligned(table, right), self.summary(), self.remark]
-        return "\n".join(filter(None, lines))
+        lines = aligned(table, right)
+        if (over := max(map(len, lines)) - PAGE) > 0:  # rows have the whole reasons
+            at = table[0].index("reason")
+            room = max(20, max(len(row[at]) for row in table) - over)
+            cut = [(*r[:at], shortened(r[at], room), *r[at + 1 :]) for r in table]
+            lines = aligned(cut, right)
+        return "\n".join(filter(None, [*lines, self.summary(), self.remark]))
 
     @property
     def agrees(self) -> bool:
@@ -209,12 +213,10 @@ class DecayReport:
     def _repr_html_(self) -> str:
         headers, *lines = self.table()
         sides = ["right" if key in NUMBERS else "left" for key in headers]
-        head, *body = [
-            f"<tr>{''.join(_cell(tag, *pair) for pair in zip(sides, cells))}</tr>"
-            for tag, cells in [("th", headers), *(("td", line) for line in lines)]
-        ]
+        head = _html_row("th", sides, headers)
+        body = "".join(_html_row("td", sides, line) for line in lines)
         told = escape("; ".join(filter(None, [self.summary(), self.remark])))
-        parts = f"<thead>{head}</thead>\n<tbody>{''.join(body)}</tbody>"
+        parts = f"<thead>{head}</thead>\n<tbody>{body}</tbody>"
         return f"<table>\n<caption>{told}</caption>\n{parts}\n</table>"
 
     def plot(self, ax: Any = None) -> Any:
@@ -304,7 +306,7 @@ def _line(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _runs(groups: set[int]) -> str:
-    """Write ``{0, 1, 2, 5}`` as ``0-2, 5``, and more ranges as ``4 groups``."""
+    # {0, 1, 2, 5} as "0-2, 5", and more ranges as "4 groups".
     starts = sorted(group for group in groups if group - 1 not in groups)
     ends = sorted(group for group in groups if group + 1 not in groups)
     if len(starts) > FEW_RUNS:
@@ -313,13 +315,16 @@ def _runs(groups: set[int]) -> str:
 
 
 def _span(values: Sequence[float], kind: str = "g", unit: str = "") -> str:
-    """Write the least and the greatest value, once where they read alike."""
     ends = [f"{end(values):{kind}}" for end in (min, max) if values]
     return " to ".join(dict.fromkeys(ends)) + unit * bool(ends)
 
 
-def _cell(tag: str, side: str, text: str) -> str:
-    return f'<{tag} style="text-align: {side}">{escape(text)}</{tag}>'
+def _html_row(tag: str, sides: Iterable[str], cells: Iterable[str]) -> str:
+    pairs = zip(sides, cells)
+    row = [
+        f'<{tag} style="text-align: {s}">{escape(text)}</{tag}>' for s, text in pairs
+    ]
+    return f"<tr>{''.join(row)}</tr>"
 
 
 def _new_axes(bars: int) -> Any:
@@ -346,7 +351,7 @@ def make_row(
         name=decision.telling_name,
         shape=shape,
         numel=shape.numel(),
-        # A tensor waits for the device, which a report may and a step may not.
+        # Reading a tensor waits for the device. A report may wait, a step may not.
         lr=float(group.get("lr", math.nan)),
         weight_decay=float(decision.decay.of(group["weight_decay"])),
         form=form,
@@ -355,7 +360,7 @@ def make_row(
         owner=decision.kinds[0].rpartition(".")[2] if decision.kinds else "",
         target=decision.decay.target,
         lr0=decision.decay_key.lr0,
-        # torch steps whatever has a gradient.
+        # torch steps every parameter that has a gradient.
         left_over=not param.requires_grad and param.grad is not None,
         fixed=decision.decay.fixed,
     )
@@ -370,34 +375,28 @@ def make_report(
     """Join what was decided, if anything was, with what groups and modules are now."""
     # Where nothing was decided, all decay as the group says, for what they are.
     decided = decided or [[None] * len(group["params"]) for group in groups]
-    asked = []
+    asked, places = [], []
     for number, (group, own) in enumerate(zip(groups, decided, strict=True)):
         names = group.get("param_names") or repeat(None)
         names = [known.telling_name if known else n for known, n in zip(own, names)]
         asked.append(wanted(group["params"], names, number))
-    infos = iter(index.infos(together(asked)))
+        places += [(number, group, known) for known in own]
     rows = []
-    for number, (group, own) in enumerate(zip(groups, decided)):
-        for info, known in zip([*islice(infos, len(group["params"]))], own):
-            kind = kind_of(info)
-            role = "norm's bias" if kind == "norm" and is_bias.matches(info) else kind
-            decision = known or decide(None, [info])[0]._replace(reason=kind)
-            form = decision.decay.form or form_of(group)
-            row = make_row(number, group, decision, form, info.parameter)
-            by_policy = known is not None and known.reason != NO_POLICY
-            if by_policy and decision.decay.multiplier and not row.weight_decay:
-                row = replace(row, reason=ZERO)
-            route = str(group.get("route", ""))  # as Routed writes it
-            rows.append(replace(row, role=role, decided=by_policy, route=route))
-    told = split_wrongly(rows), left_out(index, groups), _found(index)
-    return DecayReport(tuple(rows), remark_of(*told))
-
-
-def _found(index: ModelIndex) -> str:
-    """Tell which living modules told what nobody gave."""
+    for info, (number, group, known) in zip(index.infos(together(asked)), places):
+        kind = kind_of(info)
+        role = "norm's bias" if kind == "norm" and is_bias.matches(info) else kind
+        decision = known or decide(None, [info])[0]._replace(reason=kind)
+        form = decision.decay.form or form_of(group)
+        row = make_row(number, group, decision, form, info.parameter)
+        by_policy = known is not None and known.reason != NO_POLICY
+        if by_policy and decision.decay.multiplier and not row.weight_decay:
+            row = replace(row, reason=ZERO)
+        route = str(group.get("route", ""))  # as Routed writes it
+        rows.append(replace(row, role=role, decided=by_policy, route=route))
     names = dict.fromkeys(type(module).__name__ for module in index.found)
-    told = f"{NOTE}known from {', '.join(names)}, found alive with these parameters"
-    return told if names else ""
+    found = f"{NOTE}known from {', '.join(names)}, found alive with these parameters"
+    told = split_wrongly(rows), left_out(index, groups), found if names else ""
+    return DecayReport(tuple(rows), remark_of(*told))
 
 
 ZERO = "weight_decay=0"  # the reason where a policy decays and a group does not
@@ -443,13 +442,11 @@ def clause(
 
 
 def split_wrongly(rows: Sequence[Row]) -> str:
-    """Tell of norms and biases that decay though nobody wished it, and of weights.
-
-    Where a policy decides, norms may decay, but not some beside others that it exempts.
-    """
+    """Name norms and biases that decay without a policy, and weights that do not."""
+    # With a policy all norms may decay, but not some while others are exempt.
     decayed = [r for r in rows if r.fate == "decayed" and r.applied is not False]
     exempt = [row for row in rows if row.fate == "exempt" and row.reason != ZERO]
-    # A selector that exempts weights, too, as "head.*", is no rule for biases.
+    # A selector that also exempts weights, such as "head.*", is no rule for biases.
     broad = {row.reason for row in exempt if row.role in ("weight", "embedding")}
     ruled = {row.role for row in exempt if row.decided and row.reason not in broad}
     told = []

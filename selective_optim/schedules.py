@@ -1,7 +1,7 @@
-"""Schedules of weight decay, driven by the learning rate schedulers of torch.
+"""Schedules of weight decay, by the learning rate schedulers of torch.
 
-Works on any ``torch.optim`` optimizer, selective or not. Decoupled decay is already
-multiplied by the learning rate, so a schedule of the rate alone scales it down, too.
+They work on any ``torch.optim`` optimizer. Decoupled decay is multiplied by the rate,
+so a schedule of the rate changes it too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from selective_optim import _torch
-from selective_optim._arguments import held_optimizers, is_optimizer, require_decay
+from selective_optim._text import held_optimizers, is_optimizer, require_decay
 from selective_optim.decay import FORMS, is_zero
 
 Group = dict[str, Any]
@@ -33,7 +33,7 @@ class Record:
 
     def views(self, groups: list[Group]) -> list[GroupView]:
         """View every group, with room for those that were added."""
-        # Where nothing decays yet, a warm-up of decay from 0 is meant.
+        # If nothing decays yet, this is a warm-up of decay from 0.
         any_decays = not all(is_zero(group["weight_decay"]) for group in groups)
         for group in groups[len(self.written) :]:
             self.written.append({})
@@ -41,17 +41,14 @@ class Record:
         return list(map(GroupView, groups, self.written, self.held))
 
     def __call__(self, *_: object) -> None:
-        """Note a step, as a hook after it."""
         self.stepped = True
 
 
 class GroupView(ChainMap[str, Any]):
-    """A parameter group whose ``"lr"`` is its ``"weight_decay"``.
+    """A parameter group whose ``"lr"`` is its ``"weight_decay"``."""
 
-    What a scheduler writes beside the rate (``"initial_lr"``, ``"max_lr"``) is kept
-    apart from the group, where a scheduler of the learning rate keeps its own.
-    """
-
+    # What a scheduler writes beside the rate ("initial_lr", "max_lr") is kept apart: in
+    # the group a scheduler of the learning rate keeps its own.
     def __init__(self, group: Group, written: Group, held: bool) -> None:
         # A scheduler that finds an "initial_lr" goes on from it, and would go on from
         # that of the learning rate (torch/optim/lr_scheduler.py, 2.7 to 2.15).
@@ -96,10 +93,9 @@ TIE = "_decay_tie"
 class WeightDecay(torch.optim.Optimizer):
     """A view of an optimizer in which a group's ``"lr"`` is its ``"weight_decay"``.
 
-    Any class of ``torch.optim.lr_scheduler`` then drives weight decay, beside or
-    without another one that drives the learning rate. Multipliers of a policy stay:
-    exempt parameters are exempt at every decay. A group with weight_decay=0 beside
-    groups that decay is exempt by hand and stays at 0, whatever the schedule.
+    Any class of ``torch.optim.lr_scheduler`` over this view changes the weight decay.
+    Another scheduler may change the learning rate. Exempt parameters stay exempt. A
+    group with weight_decay=0 beside groups that decay stays at 0.
 
     Step the scheduler after the optimizer, and save its state dict beside that of the
     optimizer. Views of one optimizer are equal to each other and to the optimizer.
@@ -211,7 +207,7 @@ class Tie:
             lr = float(groups[index]["lr"])
             if lr == 0:
                 raise ValueError(
-                    f"`lr` of group {index} is 0, of which nothing is a proportion. "
+                    f"`lr` of group {index} is 0, so no decay is in proportion to it. "
                     f"Make the optimizer with its base rate, for example lr=3e-4."
                 )
             self.bases.append((float(groups[index]["weight_decay"]), lr))
@@ -258,28 +254,27 @@ def _refuse_corrected(optimizer: Optimizer) -> None:
 
 
 def proportional_to_lr(optimizer: Optimizer) -> RemovableHandle:
-    """Tie weight decay to the learning rate, from now on and at every step.
+    """Set weight decay in proportion to the learning rate before every step.
 
-    Before each step, group by group::
+    For each group::
 
         weight_decay = base_weight_decay * (lr / base_lr)
 
-    where the bases are what the group says now. Decoupled decay is then ``lr ** 2``
-    times a constant, as in AdamC, which keeps the norms of normalized layers steady
-    while the rate falls.
+    The base values are those of the group now. Decoupled decay is then ``lr ** 2``
+    times a constant, as in AdamC: weights before a norm keep their size.
 
     Args:
-        optimizer: Any optimizer whose groups have a ``"weight_decay"``. A group that
-            is added later is tied to what it says at its first step.
+        optimizer: Any optimizer whose groups have a ``"weight_decay"``. The base
+            values of a group that you add later are those at its first step.
 
     Returns:
-        A handle whose ``remove()`` ends the tie. The tie is not saved, as no hook of
-        torch is. Call this again on resume, before you load a state dict.
+        A handle whose ``remove()`` ends it. State dicts do not save it. When you
+        resume, call this function again before you load a state dict.
 
     Raises:
         TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``.
         ValueError: It has no weight decay, or its rate is 0.
-        ValueError: A scheduler has moved its rate, or another one sets its decay.
+        ValueError: A scheduler has changed its rate, or another one sets its decay.
         ValueError: A parameter has the form ``"corrected"``, which does the same.
 
     Example:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from selective_optim._optimizer import Model, SelectiveOptimizer
 from selective_optim.policies.named import WdPolicy
-from selective_optim.step.sgd_kernel import SGDKernel
+from selective_optim.step.kernels import SGDKernel
 
 
 class SGD(SelectiveOptimizer, torch.optim.SGD):
-    """``torch.optim.SGD`` that decides per parameter what decays.
+    """``torch.optim.SGD`` with a policy that decides per parameter how much decays.
 
     With ``wd = weight_decay * multiplier``, before torch's update::
 
@@ -22,29 +22,29 @@ class SGD(SelectiveOptimizer, torch.optim.SGD):
 
     Args:
         params: As for torch; also a module or a sequence of modules. A group may
-            carry its own ``"wd_policy"``.
+            have its own ``"wd_policy"``.
         lr: Learning rate, >= 0; a number or a tensor of one element.
         momentum: Factor of the running sum of gradients; 0 keeps none.
         dampening: ``1 - dampening`` is the factor of a gradient in that sum.
-        weight_decay: Decay of what the policy decays in full, >= 0.
-        nesterov: Step with the sum as it will be; needs momentum and no dampening.
-        foreach: Step lists of tensors at a time. With ``fused`` it chooses the
-            implementation; by default that is the fastest which is right for all.
-        maximize: Follow the gradient uphill.
+        weight_decay: Decay of parameters whose multiplier is 1, >= 0.
+        nesterov: Use Nesterov's momentum; needs ``momentum`` > 0 and no dampening.
+        foreach: Step lists of tensors in each call. By default, fused kernels step if
+            all tensors support them, and else torch's choice.
+        maximize: Increase the objective instead of decreasing it.
         differentiable: Let autograd run through ``step()``.
-        fused: Step in one kernel for many tensors; with a ``GradScaler`` an explicit
-            ``True`` takes its scale itself.
-        decoupled_weight_decay: Decay parameters directly where the policy states no
-            form (SGDW), instead of adding ``wd * param`` to the gradient.
-        wd_policy: Who decays: a name, a text, a mapping from selectors to multipliers,
-            a callable or a policy of ``selective_optim.policies``. Multipliers are
-            factors on ``weight_decay``: 0 exempts. ``None`` decays everything.
-        model: The module, or modules, that the parameters live in. Left out, where
-            ``params`` does not lead to them, they are looked for among living ones.
+        fused: Step many tensors in one kernel. If you pass ``True`` and use a
+            ``GradScaler``, the step itself divides by the scale.
+        decoupled_weight_decay: If the policy states no form, decay the parameters
+            directly (SGDW) instead of adding ``wd * param`` to the gradient.
+        wd_policy: Which parameters decay: a name, a text, a mapping from selectors to
+            multipliers, a callable or a policy of ``selective_optim.policies``. A
+            multiplier of 0 exempts. With ``None`` all parameters decay.
+        model: The module, or modules, that hold the parameters. By default the
+            optimizer finds them from ``params``, or searches all modules that exist.
 
     Raises:
-        TypeError: A hyperparameter is a text, or ``wd_policy`` no policy.
-        ValueError: The policy needs what is not known, or a glob matches nothing.
+        TypeError: A hyperparameter is a text, or ``wd_policy`` is no policy.
+        ValueError: The policy lacks what it needs to decide, or a glob matches nothing.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)

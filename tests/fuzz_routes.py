@@ -20,8 +20,9 @@ from selective_optim.policies.predicates import is_embedding, is_matrix
 from tests.support.attacks import Lines
 from tests.support.compare import assert_same
 from tests.support.others import in_another_thread
+from tests.support.routes import Body
 
-FIRST = (torch.optim.Muon, {"lr": 0.02}), (SGD, {"lr": 0.1, "momentum": 0.9})
+FIRST = (Body, {"lr": 0.02}), (SGD, {"lr": 0.1, "momentum": 0.9})
 REST = (AdamW, {"lr": 0.01}), (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5})
 POLICIES = {
     "all": lambda name: True,

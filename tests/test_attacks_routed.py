@@ -11,7 +11,16 @@ from selective_optim import SGD, AdamW, Muon, Routed
 from selective_optim.policies import is_hidden_matrix
 from tests.support.attacks import Lines, Own
 from tests.support.compare import assert_same
-from tests.support.routes import ADAMW, MUON, loss_of, routed, routes, twins
+from tests.support.routes import (
+    ADAMW,
+    MUON,
+    Body,
+    loss_of,
+    needs_muon,
+    routed,
+    routes,
+    twins,
+)
 
 
 def made(**arguments):
@@ -217,10 +226,11 @@ def test_a_generator_in_a_group_is_not_used_up_by_an_error():
     model, _ = twins()
     group = {"params": model.parameters()}
     with pytest.raises(ValueError, match="no route takes"):
-        Routed([group], {"muon": (is_hidden_matrix, torch.optim.Muon, MUON)})
+        Routed([group], {"muon": (is_hidden_matrix, Body, MUON)})
     assert len(list(group["params"])) == 11
 
 
+@needs_muon
 def test_a_parameter_without_a_name_is_told_by_its_shape():
     with pytest.warns(UserWarning, match="takes none"):
         one = Muon(nn.Sequential(nn.Embedding(4, 3), nn.LayerNorm(3)))

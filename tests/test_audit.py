@@ -258,6 +258,7 @@ def test_command_lists_policies_and_recipes_with_a_sentence_each(capsys):
     for command in ("policies", "recipes"):
         assert main([command]) == 0
         lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 100
         told |= dict(line.split(maxsplit=1) for line in lines)
     assert told.keys() == NAMED.keys()
     assert all(text[0].isupper() and text[-1] == "." for text in told.values())
@@ -447,7 +448,7 @@ def test_help_lists_policies_and_exit_codes(arguments, capsys):
     ] == [
         "  0  the audit was printed",
         "  1  with --strict: something looks wrong, or --against disagrees",
-        "  2  the model or a policy does not work; the reason is on stderr",
+        "  2  the model cannot be made, or a policy raises; the reason is on stderr",
     ]
     assert max(map(len, told.splitlines())) <= 88
 

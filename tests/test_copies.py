@@ -58,6 +58,19 @@ def test_flat_tensor_of_an_engine_is_refused(cls, policy):
     assert "matrices" not in str(caught.value).replace("exclude(is_vector)", "")
 
 
+@each_class
+@each_policy
+def test_flat_tensors_in_another_order_are_refused(cls, policy):
+    """As of Megatron's distributed optimizer, which puts those in float32 first."""
+    optimizer = cls(net().parameters(), lr=0.1, weight_decay=WD, wd_policy=policy)
+    replace_all(
+        optimizer,
+        lambda params: [flat([p]) for p in sorted(params, key=lambda p: p.ndim)],
+    )
+    with pytest.raises(ValueError, match="no single decay"):
+        step(optimizer)
+
+
 def test_refusal_of_a_flat_tensor_reads_so():
     optimizer = AdamW(net(), weight_decay=WD, wd_policy="no_bias_norm")
     replace_all(optimizer, lambda params: [flat(params)])

@@ -126,6 +126,18 @@ def make_zero_with_partial(setup, model):
     )
 
 
+def make_zero_of_views(setup, model):
+    """Parameters become views of one buffer for each rank."""
+    cls = getattr(selective_optim, setup.name)
+    return zero(
+        model.parameters(),
+        optimizer_class=partial(cls, model=model, wd_policy="no_bias_norm"),
+        parameters_as_bucket_view=True,
+        **setup.hyperparameters,
+        **setup.ours,
+    )
+
+
 def make_zero_with_keywords(setup, model):
     """The outer optimizer keeps every keyword in its groups, ours among them."""
     return zero(
@@ -156,9 +168,13 @@ def train_zero(rank, setup, make):
     return values_of(model)
 
 
-@pytest.mark.parametrize(
-    "make", [make_zero_with_partial, make_zero_with_keywords, make_zero_with_groups]
-)
+MAKERS = [
+    *(make_zero_with_partial, make_zero_of_views),
+    *(make_zero_with_keywords, make_zero_with_groups),
+]
+
+
+@pytest.mark.parametrize("make", MAKERS)
 @each_setup
 def test_zero_equals_one_process(ranks, setup, make):
     for actual in ranks(train_zero, setup, make):
@@ -258,9 +274,13 @@ def parallelize(model):
     return parallelize_module(model, other["ep"], {"embed": rows})
 
 
-def train_parallel(rank, setup):
-    model = parallelize(make_net())
-    train(model, setup.make(model.parameters()), rank=0)
+def train_parallel(rank, setup, before):
+    model = make_net()
+    early = setup.make(model.parameters())
+    parallelize(model)
+    early.param_groups[0]["params"] = list(model.parameters())
+    optimizer = early if before else setup.make(model.parameters())
+    train(model, optimizer, rank=0)
     meshes = {getattr(param, "device_mesh", None) for param in model.parameters()}
     assert len(meshes) == 3
     return values_of(model)
@@ -271,7 +291,9 @@ def test_tensor_parallel_on_two_meshes_equals_one_process(ranks, setup):
     model = make_net()
     with one_thread():
         train(model, setup.make_torchs(model), rank=0)
-    for actual in ranks(train_parallel, setup):
+    after, before = (ranks(train_parallel, setup, early) for early in (False, True))
+    assert_same(before, after)
+    for actual in after:
         # Shards of a product are summed up in another order.
         assert_same(actual, values_of(model), rtol=1e-4, atol=1e-5)
 

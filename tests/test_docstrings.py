@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 import selective_optim
+from benchmarks.pages import ROOT
 from selective_optim import audit, checkpoint, policies, report
 from tests.support.pages import UNCLEAR, sentences
 
@@ -34,6 +36,9 @@ OWN = {
     if (inspect.isclass(each) or inspect.isfunction(each))
     and each.__module__.startswith("selective_optim")
 }
+API = "".join(
+    path.read_text("utf-8") for path in (ROOT / "selective_optim/docs/api").glob("*.md")
+)
 SECTION = re.compile(r"^(\w+):\n((?:\n?    .*\n?)+)", re.MULTILINE)
 
 
@@ -44,6 +49,14 @@ def told(each: object) -> str:
     text = re.sub(r"::\n\n(?:    .*\n|\n)+", ".\n\n", text)
     text = re.sub(r"\n *\*{0,2}\w+: ", "\n\n", text)
     return re.sub(r"``([^`]+)``", r"`\1`", text)
+
+
+@pytest.mark.parametrize(
+    "name", sorted({name for names in PLACES.values() for name in names})
+)
+def test_public_name_is_in_the_reference(name):
+    module = f"selective_optim.{name}" in sys.modules
+    assert module or re.search(rf"^::: \S*\.{name}$|`{name}`", API, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", OWN)

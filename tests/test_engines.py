@@ -62,6 +62,17 @@ def by_accelerate(rank, make):
     return model, optimizer
 
 
+def by_accelerate_later(rank, make):
+    environment(rank)
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(make_net())
+    optimizer = accelerator.prepare(make(model.module))
+    train(model, optimizer, rank)
+    return model, optimizer
+
+
 def by_lightning(rank, make):
     environment(rank)
     warnings.simplefilter("ignore")  # of its loaders, none of them ours
@@ -131,6 +142,7 @@ def by_torchft(rank, make):
 
 BY = {
     "accelerate": by_accelerate,
+    "accelerate-later": by_accelerate_later,
     "lightning": by_lightning,
     "torchft": by_torchft,
 }
@@ -146,7 +158,7 @@ def beside_torch(rank, package):
 @pytest.mark.integration
 @pytest.mark.parametrize("package", BY)
 def test_engine_of_the_user_has_the_bits_of_groups_split_by_hand(ranks, package):
-    if importlib.util.find_spec(package) is None:
+    if importlib.util.find_spec(package.partition("-")[0]) is None:
         pytest.skip(f"{package} is not installed")
     ranks(beside_torch, package)
 

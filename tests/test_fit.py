@@ -351,6 +351,9 @@ def without_names(groups):
     return [{k: v for k, v in g.items() if k != "param_names"} for g in groups]
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.7."), reason="DCP of 2.7 takes no new parameter"
+)
 def test_state_dict_by_name_stays_one_by_name():
     model, old = old_run("layer added", by_us)
     saved = through_dcp(model, old)

@@ -19,7 +19,7 @@ from selective_optim import AdamW
 from selective_optim.decay import FORMS as FORM_KINDS
 from selective_optim.decay import Decay
 from selective_optim.policies import diff, exclude, form, towards
-from selective_optim.step.adam_kernel import AdamKernel
+from selective_optim.step.kernels import AdamKernel
 from tests.support.compare import assert_same
 from tests.support.devices import CPU, CUDA
 from tests.support.graphs import captured, side_stream, static_grads

@@ -46,13 +46,21 @@ def matrices(model):
     return deciding(model, "matrices")
 
 
-def train(rank, make, stage, dtype):
-    """Take three steps and return the parameters, whole."""
+def begin(rank):
+    """Import DeepSpeed on a rank, as its launcher does."""
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE="2")
     os.environ.update(DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     warnings.simplefilter("ignore")  # of many kinds, none of them ours
     import deepspeed
 
+    # Without this it runs a compiler, for minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def train(rank, make, stage, dtype):
+    """Take three steps and return the parameters, whole."""
+    deepspeed = begin(rank)
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "zero_optimization": {"stage": stage},
@@ -106,3 +114,20 @@ def test_policy_over_flat_tensors_is_refused_with_the_line(ranks, stage, make):
     for message in ranks(refusal, make, stage, torch.float32):
         assert 'AdamW(param_groups(model, "exclude(' in message
         assert '="matrices"' not in message
+
+
+def split_where_nothing_is_left(rank):
+    """Let DeepSpeed take the elements away before anything is decided."""
+    deepspeed = begin(rank)
+    deepspeed.init_distributed("gloo")
+    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3}}
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = net()
+    assert not any(param.numel() for param in model.parameters())
+    return [g["param_names"] for g in param_groups(model, "matrices", weight_decay=0.5)]
+
+
+def test_shapes_decide_under_zero_init(ranks):
+    matrices = ["0.weight", "2.weight"]
+    vectors = ["0.bias", "1.weight", "1.bias", "2.bias"]
+    assert ranks(split_where_nothing_is_left) == [[matrices, vectors]] * 2

@@ -19,7 +19,8 @@ MESSAGE = (
     r"^the loaded state dict has 2 groups, split by hand by weight_decay \(0\.\d+ and "
     r"0\), and this optimizer has 1 group\. Load merge_groups\(state_dict, group_names"
     r"\(groups, model\), order=\[n for n, _ in model\.named_parameters\(\)\]\) of "
-    r"selective_optim\.checkpoint instead, where groups are those split by hand\.$"
+    r"selective_optim\.checkpoint instead; groups are the param_groups of your old "
+    r"optimizer\.$"
 )
 
 

@@ -914,3 +914,60 @@ def test_upper_and_downstream_parts_are_no_way_back():
     parts = {"downstream": nn.ModuleList([nn.Linear(4, 4)]), "upper": nn.ModuleList()}
     blocks = nn.Sequential(*(Block() for _ in range(3)))
     assert distances(Model(blocks=blocks, **parts))["blocks.0.norm.bias"] == 3
+
+
+def test_rows_that_pool_are_above_the_blocks_though_other_tokens_are_below():
+    # As vit_pytorch's NaViT.
+    model = vit()
+    model.pool_queries = nn.Parameter(torch.ones(4))
+    found = distances(model)
+    assert (found["token"], found["pool_queries"]) == (4, 0)
+
+
+class Branches(nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.fns = nn.ModuleList([part(), part()])
+
+
+class Layers(nn.Module):
+    def __init__(self, depth):
+        super().__init__()
+        pairs = (nn.ModuleList([Attend(), Feed()]) for _ in range(depth))
+        self.layers = nn.ModuleList(pairs)
+
+
+def test_parts_of_a_layer_that_have_branches_are_one_layer():
+    # As vit_pytorch's parallel ViT: 3 layers, and not 6.
+    pairs = [nn.ModuleList(map(Branches, (Attend, Feed))) for _ in range(3)]
+    found = distances(Model(layers=nn.ModuleList(pairs), head=nn.Linear(4, 2)))
+    assert found["layers.0.0.fns.1.to_q.bias"] == 3
+    assert found["layers.0.1.fns.0.up.bias"] == 3
+
+
+def test_stages_of_an_embedding_and_layers_count_by_layers():
+    # As vit_pytorch's CvT: 6 layers, and not 3 stages.
+    stages = (nn.Sequential(nn.Linear(4, 4), Layers(depth)) for depth in (1, 2, 3))
+    found = distances(Model(stages=nn.Sequential(*stages), head=nn.Linear(4, 2)))
+    assert [found[f"stages.2.1.layers.{i}.0.to_q.bias"] for i in range(3)] == [3, 2, 1]
+    assert [found[f"stages.{i}.1.layers.0.1.up.bias"] for i in range(3)] == [6, 5, 3]
+    assert [found[f"stages.{i}.0.bias"] for i in range(3)] == [7, 5, 3]
+
+
+def test_stages_in_lists_count_by_layers_though_they_are_alike():
+    # As vit_pytorch's CrossFormer and RegionViT of one width.
+    stages = (nn.ModuleList([Feed(), Layers(2)]) for _ in range(3))
+    found = distances(Model(stages=nn.ModuleList(stages), head=nn.Linear(4, 2)))
+    assert found["stages.0.1.layers.0.0.to_q.bias"] > found["stages.1.0.up.bias"]
+
+
+def test_embedding_of_the_last_stage_is_none_of_the_input():
+    # As vit_pytorch's RegionViT: a table of biases after the layers of each stage.
+    class Biased(Layers):
+        def __init__(self, depth):
+            super().__init__(depth)
+            self.bias_by_distance = nn.Embedding(3, 2)
+
+    stages = (nn.Sequential(nn.Linear(4, 4), Biased(2)) for _ in range(3))
+    found = distances(Model(stages=nn.Sequential(*stages), head=nn.Linear(4, 2)))
+    assert found["stages.2.1.bias_by_distance.weight"] == 1

@@ -26,23 +26,23 @@ FILES = {
 # From the ground up; a room imports from lower floors, and from its own wing.
 FLOORS = [
     ("_torch", "_text", "decay"),
-    ("_arguments", "_living", "_warnings"),
+    ("_living", "_warnings"),
     ("parameters", "step", "schedules"),
     ("fused", "policies"),
     ("decisions",),
-    ("_entries", "groups", "report"),
+    ("_entries", "report"),
     ("_optimizer", "audit", "any_optimizer"),
     ("sgd", "adam", "adamw"),
     ("any_class",),
     ("routes",),
-    ("hand_split", "checkpoint"),
+    ("groups", "checkpoint"),
     ("__init__",),
     ("__main__",),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
-WINGS = ("policies", "step", "fused", "decisions", "routes", "checkpoint")
+WINGS = ("policies", "step", "fused", "decisions", "routes")
 
 
 def room_of(name: str) -> str:
@@ -119,15 +119,15 @@ def counts() -> dict[str, float]:
 
 # No count may grow but that of comments. Lower a limit when you have reached less.
 MOST = {
-    "lines": 16_919,
-    "files": 73,
-    "files in the root": 21,
-    "floors": 14,
+    "lines": 16_037,
+    "files": 60,
+    "files in the root": 20,
+    "floors": 13,
     "lines of the median function": 6,
     "lines of nine functions in ten": 19,
     "lines of the longest function": 43,
 }
-LEAST = {"comments in %": 4.3}
+LEAST = {"comments in %": 5.0}
 
 
 def test_the_house_stays_small():

@@ -106,7 +106,7 @@ def followed(params: list[torch.Tensor]) -> list[str]:
 
 def unscaled() -> list[list[str]]:
     """Unscale what torch's functional will step, sparse gradients among it."""
-    library = importlib.import_module("selective_optim.step.grad_scaler")
+    library = importlib.import_module("selective_optim.step.setting")
     grads = [torch.arange(5.0), torch.eye(3).to_sparse()]
     library.unscale_(grads, torch.tensor(3.0))
     return [bits(grad.to_dense()) for grad in grads]

@@ -90,7 +90,10 @@ SPLIT = (
     "and this optimizer has 1 group. Load merge_groups(state_dict, {}order=[n for n, "
     "_ in model.named_parameters()]) of selective_optim.checkpoint instead{}."
 )
-UNNAMED = "group_names(groups, model), ", ", where groups are those split by hand"
+UNNAMED = (
+    "group_names(groups, model), ",
+    "; groups are the param_groups of your old optimizer",
+)
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -156,8 +159,8 @@ def test_groups_split_by_decay_and_rate_are_merged_by_rate():
         "the loaded state dict has 4 groups, split by hand by weight_decay (0.9 and "
         "0), and this optimizer has 2 groups. Load merge_groups(state_dict, "
         "group_names(groups, model), order=[n for n, _ in model.named_parameters()], "
-        'by="lr") of selective_optim.checkpoint instead, where groups are those split '
-        "by hand."
+        'by="lr") of selective_optim.checkpoint instead; groups are the '
+        "param_groups of your old optimizer."
     )
     known = {"model": models[0], "groups": groups, "state_dict": split.state_dict()}
     ours.load_state_dict(copy.deepcopy(typed(str(caught.value), **known)))
@@ -182,7 +185,8 @@ def test_groups_split_by_decay_alone_are_laid_out_by_rate():
         "0), and this optimizer has 2 groups. Load split_groups(state_dict, [{**g, "
         "'params': own} for g, own in zip(optimizer.param_groups, group_names("
         "optimizer.param_groups, model))], names=group_names(groups, model)) of "
-        "selective_optim.checkpoint instead, where groups are those split by hand."
+        "selective_optim.checkpoint instead; groups are the "
+        "param_groups of your old optimizer."
     )
     state_dict = split.state_dict()
     # One call names two models: here each name means what the optimizer was made of.
@@ -217,8 +221,8 @@ def test_groups_of_as_many_parameters_that_hold_others_are_told():
         "have shape 4. It has 2 groups, split by hand by weight_decay (0.9 and 0). "
         "Load split_groups(state_dict, [{**g, 'params': own} for g, own in zip("
         "optimizer.param_groups, group_names(optimizer.param_groups, model))], "
-        "names=group_names(groups, model)) of selective_optim.checkpoint instead, "
-        "where groups are those split by hand."
+        "names=group_names(groups, model)) of selective_optim.checkpoint instead; "
+        "groups are the param_groups of your old optimizer."
     )
 
 
@@ -263,8 +267,8 @@ def test_frozen_parameters_that_the_split_left_out_are_told():
         "filter(lambda p: p.requires_grad, model.parameters()), since frozen "
         "parameters were left out, and load merge_groups(state_dict, group_names("
         "groups, model), order=[n for n, p in model.named_parameters() if "
-        "p.requires_grad]) of selective_optim.checkpoint instead, where groups are "
-        "those split by hand."
+        "p.requires_grad]) of selective_optim.checkpoint instead; groups are the "
+        "param_groups of your old optimizer."
     )
     merged = typed(
         str(caught.value), state_dict=split.state_dict(), model=models[0], groups=groups

@@ -13,8 +13,9 @@ from selective_optim import Muon, param_groups, selective
 from selective_optim.policies import is_hidden_matrix
 from tests import zoo
 from tests.support.compare import assert_same
-from tests.support.routes import HALVES, Net, loss_of, split, twins
+from tests.support.routes import HALVES, Net, loss_of, needs_muon, split, twins
 
+pytestmark = needs_muon
 NAMES = ("blocks.0.0.weight", "blocks.1.0.weight")
 
 
@@ -90,11 +91,11 @@ def unsure():
 
 def test_where_the_output_is_not_sure_no_candidate_goes_to_muon():
     model = unsure()
-    with pytest.warns(UserWarning, match="not sure") as caught:
+    with pytest.warns(UserWarning, match="not certain") as caught:
         one = Muon(model)
     assert to_muon(one) == ["1.weight"]
     [told] = caught
-    line = re.search(r"tell Muon (output='[^']*')\.$", str(told.message))[1]
+    line = re.search(r"pass Muon (output='[^']*')\.$", str(told.message))[1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = eval(f"Muon(model, {line})", {"Muon": Muon, "model": model})
@@ -108,7 +109,7 @@ def convolutions():
 
 
 def test_the_share_of_convolutions_is_told():
-    with pytest.warns(UserWarning, match="matrices alone") as caught:
+    with pytest.warns(UserWarning, match="only matrices") as caught:
         one = Muon(convolutions(), output="3.*")
     [told] = caught
     assert "1 weight of more than two dimensions, 69% of all elements" in str(

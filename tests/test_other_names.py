@@ -152,11 +152,64 @@ class LowRank(nn.Module):
         return x @ (self.weight_a @ self.weight_b)
 
 
+class Sparse(nn.Module):
+    """Sparsify: what the decoder adds is taken off before the encoder."""
+
+    def forward(self, x):
+        return F.relu((x - self.b_dec) @ self.W_enc) @ self.W_dec + self.b_dec
+
+
+class Gates(nn.Module):
+    """PyTorch Geometric Temporal: made in a method that is called after a gate."""
+
+    def create_gate(self):
+        self.b_i = nn.Parameter(torch.zeros(1, 3))
+        self.weight_b = nn.Parameter(torch.zeros(1, 3))
+
+    def forward(self, x):
+        return x + self.b_i
+
+
+class Interaction(nn.Module):
+    """PyKEEN: a sum of several."""
+
+    def forward(self, x):
+        return tensor_sum(x, x**2, self.b_c) + x.add(self.b_p.detach())
+
+
+class Multiplied(nn.Module):
+    """deepchem: added here, and multiplied there."""
+
+    def forward(self, x):
+        return x + self.b_df, x * self.b_df
+
+
+class Flow(nn.Module):
+    """FrEIA: a shift that goes with a scale, and back again."""
+
+    def forward(self, x, rev=False):
+        if rev:
+            return (x - self.global_offset - self.shift) / self.scale
+        x = x + self.scale_shift  # diffusers: a modulation, of two parts
+        return x * self.scale + self.global_offset + self.shift
+
+
+class Basis(nn.Module):
+    """SchNetPack: where functions of a basis stand."""
+
+    def forward(self, x):
+        return torch.exp(-((x - self.offset) ** 2) * self.shift)
+
+
 class States(nn.Module):
     """mambapy's vision Mamba: the second of two directions."""
 
     def forward(self, x):
         return scan(x, A_log=self.A_log_b, D=self.D_b)
+
+
+def tensor_sum(*terms):
+    return sum(terms)
 
 
 def complex_linear(x, real, imag, bias):
@@ -177,6 +230,15 @@ ADDED = {
     Threshold: (("b",), set()),
     LowRank: (("weight_a", "weight_b"), set()),
     States: (("A_log_b", "D_b"), set()),
+    Sparse: (("b_dec", "W_enc", "W_dec"), {"b_dec"}),
+    Gates: (("b_i", "weight_b"), {"b_i"}),
+    Interaction: (("b_c", "b_p"), {"b_c", "b_p"}),
+    Multiplied: (("b_df",), set()),
+    Flow: (
+        ("scale", "global_offset", "shift", "scale_shift"),
+        {"global_offset", "shift"},
+    ),
+    Basis: (("offset", "shift", "translation"), set()),
 }
 
 
@@ -251,6 +313,29 @@ class Direction(nn.Module):
         return x @ (F.normalize(self.v) * self.g)
 
 
+class Features(nn.Module):
+    """PyTorch Frame: layers of one standardized number each."""
+
+    def forward(self, x):
+        x = (x - self.mean) / self.std
+        waves = torch.sin(2 * torch.pi * self.linear[None] * x[..., None])
+        return waves, self.W_1[None] * x[:, :, None], x * self.gain
+
+
+class Routed(nn.Module):
+    """Gemma's router: a norm without a gain, and a gain for it outside."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(3, elementwise_affine=False)
+        self.post_norm = nn.LayerNorm(3)
+
+    def forward(self, x):
+        x = self.norm(x)
+        x = x * (self.norm_gamma + 1) * 3**-0.5
+        return x + self.layer_scale * self.post_norm(x)
+
+
 class Overwritten(nn.Module):
     """What multiplies a value that was normalized, and is so no more."""
 
@@ -272,6 +357,8 @@ GAINS = {
     Chosen: (("q_scale",), {"q_scale"}),
     Cosine: (("temperature",), set()),
     Direction: (("v", "g"), set()),
+    Features: (("linear", "W_1", "gain"), {"gain"}),
+    Routed: (("norm_gamma", "layer_scale"), {"norm_gamma"}),
     Overwritten: (("weight", "gamma"), set()),
 }
 
@@ -279,7 +366,8 @@ GAINS = {
 @pytest.mark.parametrize("cls", GAINS)
 def test_gain_is_what_multiplies_normalized_values(cls):
     leaves, gains = GAINS[cls]
-    assert selected(holding(cls, *leaves), is_norm) == gains
+    found = selected(holding(cls, *leaves), is_norm)
+    assert found & set(leaves) == gains
 
 
 class DynamicTanh(nn.Module):

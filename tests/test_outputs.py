@@ -150,13 +150,13 @@ def test_every_candidate_is_left_out_of_hidden_weights_with_one_warning(case):
     model, names = UNSURE[case]
     model = torch.nn.Sequential(model)  # known afresh, so that it warns again
     names = [f"0.{name}" for name in names]
-    with pytest.warns(UserWarning, match="is its output is not sure") as caught:
+    with pytest.warns(UserWarning, match="is not certain which layer") as caught:
         hidden = selected(model, is_hidden_weight) + selected(model, is_hidden_matrix)
 
     assert len(caught) == 1
     assert set(names).isdisjoint(hidden)
     assert all(repr(name) in str(caught[0].message) for name in names)
-    line = re.search(r"as in (.*), or tell", str(caught[0].message))[1]
+    line = re.search(r"as in (.*), or pass", str(caught[0].message))[1]
     [selector] = parse(f"only({line})").selectors
     assert names[-1] in selected(model, selector)
 

@@ -67,6 +67,14 @@ def compared():
     return sum(each["exact"] for each in found), sum(len(r["refused"]) for r in found)
 
 
+def owners():
+    """Return how many libraries, vectors and classes were judged, and with what end."""
+    found = newest("owners*.json")
+    libraries = found["libraries"]
+    counts = [sum(each[key] for each in libraries) for key in ("attributes", "classes")]
+    return len(libraries), *counts, len(found["wrong"]), len(found["unsure"])
+
+
 def percent(low, high):
     return round(100 * low - 100), round(100 * high - 100)
 
@@ -74,8 +82,8 @@ def percent(low, high):
 FIGURES = {
     "fast": (
         "README.md",
-        "it takes {:.2f} ms on two CPU threads. Over groups split by hand, torch takes "
-        "{:.2f} ms fused and {:.2f} ms by default",
+        "a step takes {:.2f} ms on two CPU threads. Over groups split by hand, torch "
+        "takes {:.2f} ms fused and {:.2f} ms by default",
         lambda: times("small", "adamw", OURS, FUSED, DEFAULT),
     ),
     "exact": (
@@ -104,7 +112,7 @@ FIGURES = {
     ),
     "minutes on a GPU": (
         "speed.md",
-        "measures the rest in {} minutes",
+        "measures times on a GPU in {} minutes",
         lambda: [ceil(sum(piece.seconds for piece in on_gpu.PIECES) / 60)],
     ),
     "recipes": ("README.md", "what {} projects decay", lambda: [len(RECIPES)]),
@@ -134,9 +142,16 @@ FIGURES = {
         "{:.0f} ms fused",
         lambda: times("small_busy", "adamw", OURS, DEFAULT, FUSED, key="mean"),
     ),
+    "owners": (
+        "policies.md",
+        "We took {} other libraries, from graph networks to forecasting, and read the "
+        'sources of their {} vectors in {} classes. `"no_bias_norm"` decides {} of '
+        "these vectors wrongly, 13 of them biases that decay. Another {} can be called",
+        owners,
+    ),
     "norms of all models": (
         "policies.md",
-        "except for {} attributes",
+        "It differs in {} attributes",
         lambda: [len(judgement.REASONS)],
     ),
 }
@@ -155,7 +170,7 @@ def test_many_small_tensors_take_between_a_twentieth_and_two_fifths():
 
 
 def test_error_texts_are_as_many_as_the_readme_says():
-    assert "More than 60 error texts" in TEXTS["README.md"]
+    assert "more than 60 error texts" in TEXTS["README.md"]
     assert len(test_errors.CASES) + len(test_errors.MISWRITTEN) > 60
 
 

@@ -110,6 +110,15 @@ def test_bare_tensors_give_shapes_alone():
     assert (info.shape, info.ndim) == (torch.Size((4, 3)), 2)
 
 
+def test_shapes_that_deepspeed_took_away_are_those_it_noted():
+    """As ``deepspeed.zero.Init`` does, which the tests with DeepSpeed itself run."""
+    model = make_net()
+    for param in model.parameters():
+        param.ds_shape, param.data = param.shape, torch.empty(0)
+    assert [info.ndim for info in seen_by(model.parameters())] == [2, 1, 1, 1, 2]
+    assert [info.ndim for info in seen_by(list(model.parameters()))] == [2, 1, 1, 1, 2]
+
+
 def test_model_goes_before_the_generator():
     model = make_net()
     infos = seen_by(chain(model.head.parameters(), [model.body[0].bias]), model=model)

@@ -64,7 +64,7 @@ def told_of(key, cls=AdamW):
 def test_misspelt_key_is_told_with_the_one_that_was_meant(key, meant):
     [warning] = told_of(key)
     assert str(warning.message) == (
-        f"{key!r} in a parameter group is read by nobody. Did you mean {meant!r}?"
+        f"{key!r} in a parameter group has no effect. Did you mean {meant!r}?"
     )
 
 

@@ -12,10 +12,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from selective_optim import SGD, AdamW, _torch, selective
-from selective_optim.policies import exclude, fixed, is_bias, only, scale, towards
+from selective_optim import SGD, AdamW, Routed, _torch, selective
+from selective_optim.policies import (
+    exclude,
+    fixed,
+    is_bias,
+    is_norm,
+    only,
+    scale,
+    towards,
+)
 from tests.support.distributed import Ranks
 
 NAdam = selective(torch.optim.NAdam)
@@ -81,8 +90,8 @@ def test_rank_that_decides_otherwise_warns_once_and_names_itself(ranks, cls, cas
     assert re.fullmatch(
         rf"rank {late} decided otherwise than the rank that stepped first: '{name}' is "
         rf"{re.escape(here)} here and {re.escape(there)} there( \(and \d more\))?\. "
-        r"Pass the same `wd_policy` on every rank, as a text or a mapping from names\. "
-        r"Ranks that train apart on purpose may ignore this\.",
+        r"Pass the same `wd_policy` and routes on every rank, as texts or mappings "
+        r"from names\. Ranks that train apart on purpose may ignore this\.",
         said[late][0],
     )
 
@@ -128,14 +137,124 @@ def test_ranks_that_decide_alike_and_different_models_are_silent(ranks, cls):
 
 
 def step_without_names(rank):
-    params = list(net().parameters())
-    policy = ("matrices", "all")[rank]
-    return told(lambda: AdamW(params[rank + 1 : rank + 2], wd_policy=policy).step())
+    params = [param.detach() for param in net().parameters()][rank : rank + 1]
+    return told(lambda: AdamW(params, wd_policy=("matrices", "none")[rank]).step())
 
 
 @pytest.mark.distributed
 def test_parameters_that_others_do_not_hold_are_silent(ranks):
     assert ranks(step_without_names) == [[], []]
+
+
+ROUTES = {"a": (is_bias, SGD, {"lr": 0.1}), "b": ("*", SGD, {"lr": 0.1})}
+
+
+def bare(model):
+    return [param.detach() for param in model.parameters()]
+
+
+def thawed(rank, model):
+    """Add a group when training has begun, as those who unfreeze layers do."""
+    policy = exclude(is_bias, is_norm) if rank else exclude(is_bias)
+    optimizer = AdamW(model[0].parameters(), model=model, wd_policy=policy)
+    optimizer.step()
+    optimizer.add_param_group({"params": model[1].parameters()})
+    return optimizer
+
+
+def assigned(rank, model):
+    optimizer = AdamW(model, wd_policy="no_bias")
+    optimizer.step()
+    optimizer.wd_policy = ("no_bias", "all")[rank]
+    return optimizer
+
+
+def routes_assigned(rank, model):
+    optimizer = Routed(model, ROUTES, weight_decay=0.1)
+    optimizer.step()
+    optimizer.wd_policy = ("no_bias", "all")[rank]
+    return optimizer
+
+
+def flattened(rank, model):
+    """FSDP1 leaves pieces of other shapes on every rank, whose names decide."""
+    model = FullyShardedDataParallel(
+        model, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    named = list(model.named_parameters())
+    return AdamW(named, wd_policy=("no_bias", "all")[rank])
+
+
+def other_routes(rank, model):
+    selector = (is_bias, "*.weight")[rank]
+    return Routed(model, {**ROUTES, "a": (selector, SGD, {"lr": 0.1})})
+
+
+def policy_of_a_route(rank, model):
+    arguments = {"lr": 0.1, "wd_policy": (None, "none")[rank]}
+    return Routed(model, {**ROUTES, "b": ("*", SGD, arguments)}, weight_decay=0.1)
+
+
+def policy_of_a_group(rank, model):
+    group = {"params": model.parameters(), "wd_policy": ("no_bias", "all")[rank]}
+    return AdamW([group])
+
+
+OTHERWISE = {
+    "bare": lambda rank, model: AdamW(bare(model), wd_policy=("matrices", "all")[rank]),
+    "callable": lambda rank, model: AdamW(model, wd_policy=lambda info: rank + 1),
+    "init": lambda rank, model: AdamW(model, wd_policy=(None, towards("init"))[rank]),
+    "group": policy_of_a_group,
+    "routes": other_routes,
+    "route": policy_of_a_route,
+    "added": thawed,
+    "assigned": assigned,
+    "assigned-routes": routes_assigned,
+    "flattened": flattened,
+}
+
+
+def step_made(rank, case):
+    def run():
+        width = 30 + list(OTHERWISE).index(case)  # as each is compared once
+        optimizer = OTHERWISE[case](rank, net(width))
+        optimizer.step()
+        optimizer.step()
+
+    return told(run)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_every_way_to_decide_otherwise_is_told_once(ranks, case):
+    assert sorted(map(len, ranks(step_made, case))) == [0, 1]
+
+
+def step_one_of_four(rank):
+    policies = ("no_bias", "all", "no_bias", {"*": 0.5})
+    dist.new_group([0, 1])  # ranks of a subgroup ask the same store
+    return told(stepped, AdamW, policies[rank], net())
+
+
+@pytest.mark.distributed
+def test_each_late_rank_of_four_compares_with_the_first():
+    with Ranks(world_size=4) as ranks:
+        said = ranks(step_one_of_four)
+    counts = list(map(len, said))
+    assert max(counts) == 1
+    # The first is silent, and so is one that decides as it does.
+    assert counts in ([0, 1, 0, 1], [1, 0, 1, 1], [1, 1, 1, 0])
+
+
+def step_with_nothing(rank):
+    params = [] if rank else net(width=50).parameters()
+    policy = ("no_bias", "all")[rank]
+    return told(lambda: AdamW([{"params": params}], wd_policy=policy).step())
+
+
+@pytest.mark.distributed
+def test_rank_without_parameters_is_silent(ranks):
+    assert ranks(step_with_nothing) == [[], []]
 
 
 def step_alone(rank):
@@ -165,6 +284,42 @@ def test_steps_that_move_nothing_do_not_compare(ranks):
     """With them torch.distributed.checkpoint makes state, on one rank alone."""
     (first, then), (second, later) = ranks(step_at_rate_0)
     assert (first, second, len(then + later)) == ([], [], 1)
+
+
+def step_inside_another(rank, given):
+    """Step the same model on both ranks, which one of them holds in another module."""
+    model = nn.ModuleDict({"stem": nn.Linear(3, 4), "body": net(width=22)})
+    around = nn.ModuleDict({"body": model}) if rank == 0 else None
+
+    def run():
+        where = {"model": model} if given else {}
+        policy = scale("body.*", by=0.5)
+        AdamW(list(model.parameters()), wd_policy=policy, **where).step()
+
+    said = told(run)
+    assert around is None or around["body"] is model
+    return said
+
+
+@pytest.mark.distributed
+def test_module_around_the_model_on_one_rank_is_told(ranks):
+    """Both pass the same policy, and its pattern is one for the names of either."""
+    first, second = ranks(step_inside_another, False)
+    (said,) = first + second
+    assert "'body.stem.bias' is" in said or "'stem.bias' is" in said
+    assert "Pass model=model and the same `wd_policy` and routes on every rank" in said
+    assert ranks(step_inside_another, True) == [[], []]
+
+
+def step_stage(rank):
+    stages = nn.Sequential(net(width=23), net(width=23))
+    stage = list(stages[rank].parameters())
+    return told(lambda: AdamW(stage, wd_policy={f"{rank}.*": 0.5 + rank}).step())
+
+
+@pytest.mark.distributed
+def test_stages_that_are_alike_are_not_compared(ranks):
+    assert ranks(step_stage) == [[], []]
 
 
 class Gone:
@@ -238,12 +393,12 @@ UNSTEADY = {
 @each_class
 @pytest.mark.parametrize(("make", "said"), UNSTEADY.values(), ids=UNSTEADY)
 def test_policy_that_answers_otherwise_the_next_time_warns_once(cls, make, said):
-    with pytest.warns(UserWarning, match="when it is asked again") as caught:
+    with pytest.warns(UserWarning, match="at a second call") as caught:
         optimizer = cls(net(), weight_decay=0.1, wd_policy=make())
     (warning,) = caught
     assert re.search(
-        rf"again: {said}, so ranks and resumed runs may differ\. Let it depend on "
-        r"`info` alone, or pass a mapping from names to numbers\.$",
+        rf"call: {said}, so ranks and resumed runs may differ\. Let it depend only "
+        r"on `info`, or pass a mapping from names to numbers\.$",
         str(warning.message),
     )
     assert warning.filename == __file__
@@ -256,15 +411,15 @@ def test_policy_that_answers_otherwise_the_next_time_warns_once(cls, make, said)
 
 def test_assigned_policy_and_that_of_a_group_are_asked_again():
     optimizer = AdamW(net(), weight_decay=0.1)
-    with pytest.warns(UserWarning, match="when it is asked again"):
+    with pytest.warns(UserWarning, match="at a second call"):
         optimizer.wd_policy = once()
-    with pytest.warns(UserWarning, match="when it is asked again"):
+    with pytest.warns(UserWarning, match="at a second call"):
         optimizer.add_param_group({"params": net(), "wd_policy": once()})
 
 
 def test_drawn_answers_are_told():
     random.seed(0)
-    with pytest.warns(UserWarning, match="when it is asked again"):
+    with pytest.warns(UserWarning, match="at a second call"):
         AdamW(net(), wd_policy=lambda info: random.random())
 
 

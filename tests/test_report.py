@@ -158,6 +158,15 @@ HEADERS = (
 RATES = "0.25 to 1"
 
 
+def test_printed_table_is_a_page_wide_and_rows_have_the_whole_reasons():
+    policy = exclude(re.compile("weight|" + "x" * 90))
+    report = AdamW(nn.Linear(2, 3), wd_policy=policy).decay_report()
+    long, *_ = [line for line in str(report).splitlines() if "xxx..." in line]
+    assert len(long) == 100
+    assert max(map(len, str(report).splitlines())) == 100
+    assert report["weight"].reason.count("x") >= 90
+
+
 def test_many_groups_print_as_one_line_per_reason():
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(13)))
     groups = group_per_tensor(model, lr=lambda i: 0.5 ** (i % 3))

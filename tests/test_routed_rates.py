@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import (
 
 from selective_optim import Muon, layerwise_groups, proportional_to_lr, rate_groups
 from selective_optim.schedules import WeightDecay
-from tests.support.routes import loss_of, routed, separate, twins
+from tests.support.routes import loss_of, needs_muon, routed, separate, twins
 
 RATES = [0.02, 3e-3]
 
@@ -98,6 +98,7 @@ def test_a_loop_that_writes_one_rate_into_every_group_gives_all_routes_that():
     torch.testing.assert_close(model.state_dict(), twin.state_dict())
 
 
+@needs_muon
 def test_decay_of_every_route_has_a_schedule_of_its_own():
     model, _ = twins()
     one = Muon(model, weight_decay=0.2, rest={"weight_decay": 0.1})
@@ -117,6 +118,7 @@ def test_decay_follows_the_rate_of_its_route():
     assert rates(one, "weight_decay") == pytest.approx([0.1, 0.01])
 
 
+@needs_muon
 def test_layers_scale_the_rate_of_every_route():
     model, _ = twins()
     scales = layerwise_groups(
@@ -131,6 +133,7 @@ def test_layers_scale_the_rate_of_every_route():
     assert found["blocks.0.0.bias"] == found["embed.weight"] * 2 == 7.5e-4
 
 
+@needs_muon
 def test_patterns_give_a_rate_for_every_route():
     model, _ = twins()
     low = {"lr": {"muon": 0.002, "adamw": 3e-4}}

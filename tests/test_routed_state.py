@@ -18,6 +18,7 @@ from tests.support.routes import (
     ADAMW,
     HALVES,
     MUON,
+    Body,
     Net,
     loss_of,
     routed,
@@ -87,7 +88,7 @@ def test_groups_in_another_order_are_found_by_name():
 
 def test_what_another_route_steps_now_begins_anew_and_is_told():
     model, one = trained()
-    moved = routes(muon=("blocks.0.0.weight", torch.optim.Muon, MUON))
+    moved = routes(muon=("blocks.0.0.weight", Body, MUON))
     twin = copy.deepcopy(model)
     again = routed(twin, routes=moved)
     with pytest.warns(UserWarning, match="nothing was saved") as caught:
@@ -110,7 +111,7 @@ def test_state_dicts_of_separate_optimizers_load(how, named):
         pairs = [[(names[id(p)], p) for p in own] for own in (body, decayed, exempt)]
         groups = [{"params": pairs[1]}, {"params": pairs[2], "weight_decay": 0.0}]
         others = [
-            torch.optim.Muon(pairs[0], **MUON, weight_decay=0.1),
+            Body(pairs[0], **MUON, weight_decay=0.1),
             torch.optim.AdamW(groups, **ADAMW, weight_decay=0.1),
         ]
     train(twin, *others)
@@ -184,7 +185,7 @@ def test_routes_become_the_state_dicts_of_separate_optimizers():
     assert list(saved) == ["muon", "adamw"]
     twin = copy.deepcopy(model)
     body, _decayed, _exempt = split(twin)
-    muon = torch.optim.Muon(body, **MUON, weight_decay=0.1)
+    muon = Body(body, **MUON, weight_decay=0.1)
     muon.load_state_dict(saved["muon"])
     rest = [p for n, p in twin.named_parameters() if n not in BODY]
     adamw = torch.optim.AdamW(rest, **ADAMW)
@@ -318,7 +319,7 @@ def test_hooks_see_the_whole_state_dict():
 
 def test_forms_and_schedules_of_a_route_are_resumed():
     forms = {
-        "muon": (is_hidden_matrix, torch.optim.Muon, MUON),
+        "muon": (is_hidden_matrix, Body, MUON),
         "adamw": ("*", AdamW, {**ADAMW, "wd_policy": "form('independent')"}),
     }
     model, one = trained(routes=forms)
@@ -346,7 +347,7 @@ def test_a_model_whose_embedding_is_tied_keeps_it_from_muon():
 def test_a_scheduler_that_was_made_before_loading_needs_no_names():
     params = [nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))]
     two = {
-        "muon": (lambda info: info.ndim == 2, torch.optim.Muon, MUON),
+        "muon": (lambda info: info.ndim == 2, Body, MUON),
         "adamw": (lambda info: True, AdamW, ADAMW),
     }
     saved = Routed(params, two).state_dict()

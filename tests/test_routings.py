@@ -14,8 +14,10 @@ from benchmarks.pages import ROOT
 from selective_optim import Muon, param_groups
 from selective_optim.policies import is_hidden_matrix, is_hidden_weight
 from tests.support.pages import blocks
+from tests.support.routes import needs_muon
 
 pytestmark = [
+    needs_muon,
     pytest.mark.integration,
     # What other packages say of themselves.
     pytest.mark.filterwarnings("ignore"),

@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 from selective_optim import SGD, AdamW
-from selective_optim.fused import buckets
-from selective_optim.step import implementation
-from selective_optim.step.implementation import one_of_each
+from selective_optim.step import parts
 
 FEW, MORE = 10, 40  # layers of two parameters, of which one decays
 SLACK = 1.05  # what is paid once counts for less among more
@@ -130,15 +128,33 @@ UNLIKE = {
 }
 
 
-@pytest.mark.parametrize("column", [0, 1])
-@pytest.mark.parametrize("case", UNLIKE)
-def test_one_look_at_many_says_nothing_where_a_tensor_is_unlike_the_others(
-    case, column
-):
-    columns = [[torch.ones(2, 3) for _ in range(3)] for _ in range(2)]
-    assert one_of_each(columns) == [columns[0][-1]]
-    columns[column][1] = UNLIKE[case]
-    assert one_of_each(columns) is None
+def all_fused(optimizer):
+    """Ask of an optimizer with one group, left open, at one look."""
+    optimizer._stepper.expose(optimizer.state)
+    decided, groups = optimizer.decided_params(), optimizer.param_groups
+    return parts._all_fused(optimizer._kernel, groups, {None}, decided, optimizer.state)
+
+
+@pytest.mark.parametrize(
+    ("entry", "case"),
+    [
+        *(("exp_avg_sq", case) for case in UNLIKE),
+        # torch takes no gradient that is otherwise unlike its parameter.
+        *(("grad", case) for case in ("absent", "transposed", "sparse", "negated")),
+    ],
+)
+def test_one_look_at_many_says_nothing_where_a_tensor_is_unlike_the_others(entry, case):
+    params = [nn.Parameter(torch.ones(2, 3)) for _ in range(3)]
+    for param in params:
+        param.grad = torch.ones(2, 3)
+    optimizer = AdamW(params)
+    optimizer.step()
+    assert all_fused(optimizer)
+    if entry == "grad":
+        params[1].grad = UNLIKE[case]
+    else:
+        optimizer.state[params[1]][entry] = UNLIKE[case]
+    assert not all_fused(optimizer)
 
 
 @pytest.mark.parametrize("cls", [AdamW, SGD])
@@ -152,11 +168,10 @@ def test_one_look_at_many_and_a_look_at_each_step_alike(cls, monkeypatch):
             param.grad = torch.full_like(param, 0.1)
         for _ in range(3):
             optimizer.step()
-            optimizer.state_dict()  # from then on each step looks at the state
+            optimizer.load_state_dict(optimizer.state_dict())  # then it plans anew
         # The second is asked tensor by tensor.
-        monkeypatch.setattr(implementation, "one_of_each", looks.append)
-        monkeypatch.setattr(buckets, "one_of_each", looks.append)
+        monkeypatch.setattr(parts, "_all_fused", lambda *asked: looks.append(asked))
     assert looks
     for actual, expected in zip(twin.parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-    assert slow._stepper.plans == quick._stepper.plans
+    assert slow._stepper.plans == quick._stepper.plans == 3

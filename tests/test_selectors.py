@@ -225,6 +225,8 @@ OWNERS = {
     "LayerNormalization": (norm_class("LayerNormalization"), True),
     "GRN": (norm_class("ConvNextV2GRN"), True),
     "GRN glued to an acronym": (norm_class("AudioDiTGRN"), True),
+    "RevIN": (norm_class("MaskedRevIN"), True),
+    "Normalize": (norm_class("Normalize"), True),
     "derived": (norm_class("Centered", nn.LayerNorm), True),
     "around a norm without parameters": (
         norm_class("ScaledLayerNorm", child=nn.LayerNorm(3, elementwise_affine=False)),

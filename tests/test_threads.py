@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from selective_optim import _torch
-from selective_optim.fused.buckets import ONE_THREAD
+from selective_optim.step.parts import ONE_THREAD
 from tests.support import twins
 from tests.support.twins import CLASSES, assert_twins, ours, torchs
 

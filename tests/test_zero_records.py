@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from selective_optim import SGD, Adam, AdamW
+from selective_optim import SGD, Adam, AdamW, Muon
 from selective_optim.policies import exclude, form, is_bias, is_norm, towards
 from tests.support.compare import assert_same
 from tests.support.distributed import Ranks, gathers_objects
@@ -165,3 +165,51 @@ def test_what_needs_no_record_resumes_in_silence(ranks, cls):
     for expected, actual, said in ranks(resume, cls, (USUAL,), {}, {"lr": 0.7}):
         assert_same(actual, expected)
         assert said == []
+
+
+# Routes
+
+
+MUON = {"lr": 0.1, "rest": {"lr": 0.03}, "weight_decay": 0.5, "wd_policy": USUAL}
+
+
+def routed_layers(hidden):
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 4) for _ in range(hidden)]
+    return nn.Sequential(nn.Embedding(9, 4), *layers, nn.LayerNorm(4), nn.Linear(4, 9))
+
+
+def sharded_muon(model):
+    """Each group names its route, so that as many come of them on every rank."""
+    groups = Muon(model.parameters(), **MUON).param_groups
+    return zero(groups, optimizer_class=partial(Muon, model=model, **MUON))
+
+
+def step_by_drawn(optimizer, model, *steps):
+    for step in steps:
+        torch.manual_seed(step)
+        for param in model.parameters():
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+
+
+def beside_muon(rank, hidden):
+    model, whole = routed_layers(hidden), routed_layers(hidden)
+    optimizer, muon = sharded_muon(model), Muon(whole.parameters(), **MUON)
+    step_by_drawn(optimizer, model, 0, 1)
+    saved = {}
+    for receiver in range(2):
+        optimizer.consolidate_state_dict(to=receiver)
+        if receiver == rank:
+            saved = copy.deepcopy(optimizer.state_dict())
+    resumed = sharded_muon(model)
+    resumed.load_state_dict(saved)
+    step_by_drawn(resumed, model, 2, 3)
+    step_by_drawn(muon, whole, 0, 1, 2, 3)
+    assert_same(model, whole)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has it")
+@pytest.mark.parametrize("hidden", [1, 2], ids=["none-on-one-rank", "one-on-each"])
+def test_groups_that_name_their_route_shard_muon(ranks, hidden):
+    ranks(beside_muon, hidden)

@@ -6,6 +6,7 @@ Their shapes say nothing of what they are, and no module holds them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from selective_optim._living import outermost_owners
 from selective_optim._text import shape_of
@@ -28,12 +29,15 @@ def correspond(infos: Infos, old: Sequence[Decision], policy: Policy | None) -> 
     """
     if len(infos) != len(old) or any(info.owner is not None for info in infos):
         return False
-    named = [(i.name, d.name) for i, d in zip(infos, old) if i.name and d.name]
+    pairs = list(zip(infos, old))
+    named = [(i.name, d.name) for i, d in pairs if i.name and d.name]
     if any(new != before for new, before in named):
         return False
     if _another_form(infos, old):
-        return True
-    resized = all(info.ndim == len(d.shape) for info, d in zip(infos, old))
+        # Not in another order: Megatron puts those in float32 first.
+        sizes = sorted((d.shape.numel(), i.parameter.numel()) for i, d in pairs)
+        return all(a[1] <= b[1] for a, b in pairwise(sizes))
+    resized = all(info.ndim == len(d.shape) for info, d in pairs)
     return (
         resized
         and policy is not None

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from selective_optim import _torch
-from selective_optim._arguments import require_numbers
+from selective_optim._text import require_numbers
 from selective_optim._warnings import (
     warn_if_idle,
     warn_of_misspelt,
@@ -302,7 +302,7 @@ class Decider:
     ) -> None:
         """Ask functions of the user's a second time, and warn of other answers."""
         for policy, own, decisions in zip(policies, infos, decided):
-            if policy is None or not policy.asks_user:
+            if policy is None or "anything" not in policy.needs:
                 continue
             for place, (info, first) in enumerate(zip(own, decisions)):
                 then = None
@@ -378,7 +378,7 @@ class Decider:
         """
         found = [[self._table.row_of(p) for p in group["params"]] for group in groups]
         self._table.undo_swaps(groups, found)
-        # A name is believed only where no known tensor bears it.
+        # A name counts only if no known tensor has it.
         borne = {row.decision.name for rows in found for row in rows if row}
         lacking = [
             Pending(index, list(group["params"]), names, None)
@@ -601,7 +601,7 @@ class Decider:
         return all(row.policy == policy for row in self._table.layout[index])
 
     def policies(self) -> list[str | None]:
-        """Write down who decided in each group, as it prints; ``None`` for nobody."""
+        """Write the policy of each group as text; ``None`` for a group without one."""
         firsts = [rows[0].policy if rows else None for rows in self._table.layout]
         return [None if policy is None else repr(policy) for policy in firsts]
 
@@ -611,7 +611,7 @@ class Decider:
         pending = []
         for index, group in enumerate(groups):
             rows = [self._table.row_of(param) for param in group["params"]]
-            # The model may be gone by now; what was known of names is not.
+            # The model may be deleted by now, but its names are still known.
             names = [row and row.decision.name for row in rows]
             lr0s = [row.decision.lr0 if row else base_rate(group) for row in rows]
             params = list(group["params"])

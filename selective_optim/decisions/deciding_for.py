@@ -1,4 +1,4 @@
-"""For frameworks that call the constructor themselves, and know no ``model=``."""
+"""Give a model and a policy to optimizers that a framework makes."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def deciding_for(
 ) -> Iterator[None]:
     """Give ``model`` to every optimizer of this library that is made inside.
 
-    For frameworks that call the constructor with bare tensors: peft's LoRA+, the
-    ``Trainer`` of transformers, containers of optimizers. Put the block around the
-    call that makes the optimizer, or around the training that does. Warns at the end
-    of the block if it has a policy and no optimizer of this library was made inside.
+    Use it if a framework calls the constructor with tensors without names: peft's
+    LoRA+, the ``Trainer`` of transformers, containers of optimizers. Put the block
+    around the call that makes the optimizer, or around the training that makes it. If
+    you give a policy and no optimizer of this library was made inside, it warns.
 
     Args:
         model: As for the optimizers. If the framework makes the model too, a function
-            that returns it; it is called when an optimizer is made.
-        wd_policy: The policy, if the constructor is given none.
+            that returns it; each constructor calls it.
+        wd_policy: The policy for constructors that get none.
 
     Raises:
-        TypeError: ``model`` is none of these, or ``wd_policy`` no policy.
+        TypeError: ``model`` is none of these, or ``wd_policy`` is no policy.
         ValueError: ``wd_policy`` is not known.
 
     Example:

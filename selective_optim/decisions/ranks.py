@@ -1,4 +1,4 @@
-"""Ranks that decide differently, told through the store of their process group.
+"""Warn of ranks that decide differently, through the store of the process group.
 
 DDP lets such ranks drift apart, and FSDP decays a part of a parameter alone. The rank
 that steps first writes down what it decided; each later one reads that and compares.
@@ -7,35 +7,45 @@ Both is one call that waits for nobody.
 
 from __future__ import annotations
 
+import re
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
+from os.path import commonprefix
 from zlib import compress, decompress
 
 import torch.distributed as dist
 
 from selective_optim import _torch
 from selective_optim._warnings import warn_of_other_rank
-from selective_optim.decisions.table import Row
+from selective_optim.decisions.table import Group, Row
+
+# What stands around a model, up to a module that is one of several, as a stage is.
+AROUND = re.compile(r"(?:[^.\d][^.]*\.)*?(?=[^.]+\.\d+\.|[^.]*$)|")
 
 
-def compare_with_first(layout: Sequence[Sequence[Row]]) -> None:
-    """Warn if another rank decided otherwise for parameters of these names.
+def compare_with_first(
+    groups: Sequence[Group], layout: Sequence[Sequence[Row]], found: bool = False
+) -> None:
+    """Warn if another rank decided otherwise for the same parameters.
 
-    Names and shapes are the key: stages of a pipeline share neither, and ranks of
-    ``ZeroRedundancyOptimizer`` hold other parameters. A sweep makes one optimizer after
-    another: the key also counts those of these names that this rank has stepped.
+    Names, or places where there are none, and shapes are the key: stages of a pipeline
+    share neither, and ranks of ``ZeroRedundancyOptimizer`` hold other parameters. A
+    sweep makes one optimizer after another: the key also counts those of these
+    parameters that this rank has stepped. Names that living modules gave are compared
+    without what stands before them all: another module may live around the model on
+    one rank alone.
     """
     store = _torch.store_of_ranks()
     if store is None:
         return
-    decisions = [row.decision for rows in layout for row in rows]
-    named = {decision.telling_name or "": decision for decision in decisions}
-    if "" in named or len(named) < len(decisions):
-        return
-    names = sorted(named)
-    decays = [repr(named[name].decay) for name in names]
-    known = "\n".join(f"{name} {tuple(named[name].shape)}" for name in names)
+    decided = sorted(_decided(groups, layout))
+    decays = [decay for *_, decay in decided]
+    names = [label.strip("'") for label, *_ in decided]
+    around = AROUND.findall(commonprefix(names) if found else "")[0]  # noqa: RUF071
+    shapes = (shape for _, shape, _ in decided)
+    inside = (name.removeprefix(around) for name in names)
+    known = "\n".join(map(" ".join, zip(inside, shapes)))
     key = f"selective_optim/{sha256(known.encode()).hexdigest()}"
     rank = dist.get_rank()
     try:
@@ -51,4 +61,20 @@ def compare_with_first(layout: Sequence[Sequence[Row]]) -> None:
     others = [i for i, decay in enumerate(decays) if decay != there[i]]
     if others:
         at = others[0]
-        warn_of_other_rank(rank, names[at], decays[at], there[at], len(others))
+        warn_of_other_rank(
+            rank, decided[at][0], decays[at], there[at], len(others), found
+        )
+
+
+def _decided(
+    groups: Sequence[Group], layout: Sequence[Sequence[Row]]
+) -> Iterator[tuple[str, str, str]]:
+    """Name each parameter, its shape, how it decays and which route steps it."""
+    for index, (group, rows) in enumerate(zip(groups, layout)):
+        route = f" on route {group['route']!r}" if "route" in group else ""
+        pieces = _torch.flattened(group["params"])  # of another shape on every rank
+        for place, (param, (_, _, decision, _)) in enumerate(
+            zip(group["params"], rows)
+        ):
+            shape = "" if id(param) in pieces else str(tuple(decision.shape))
+            yield decision.label(index, place), shape, f"{decision.decay!r}{route}"

@@ -20,7 +20,7 @@ from torch import Tensor
 from selective_optim._text import shape_text
 from selective_optim._torch import canonical_name
 from selective_optim.decay import Decision, Form
-from selective_optim.step.kernel import Kernel
+from selective_optim.step.kernels import Kernel
 
 # Keys of a state dict: for what was decided, and for what split groups keep apart.
 RECORD, PARTS, POLICIES = "decay", "parts", "decay_policies"
@@ -185,7 +185,7 @@ def _conversion(saved: Sequence[dict[str, Any]], here: Sequence[dict[str, Any]])
         item = "n for n, p in" if first else "n for n, _ in"
         order = f"[{item} model.named_parameters(){trained}]"
         call = f"merge_groups(state_dict, {names}order={order}{by})"
-    where = "" if named else ", where groups are those split by hand"
+    where = "" if named else "; groups are the param_groups of your old optimizer"
     return f"{first or 'Load '}{call} of selective_optim.checkpoint instead{where}."
 
 

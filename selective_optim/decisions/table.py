@@ -55,7 +55,7 @@ class DecisionTable:
 
     def row_of(self, param: Tensor) -> Row | None:
         """Return what was decided for a tensor."""
-        # A token that is held cannot be another's: its id does not come again.
+        # While a token is kept, no other object can get its id.
         return self._rows.get(id(_torch.token_of(param)))
 
     def stands(self, groups: Sequence[Group]) -> bool:
@@ -129,7 +129,7 @@ class DecisionTable:
     def by_name(self) -> dict[str, Row]:
         """Look up rows by a name that only one of them bears."""
         rows = list(chain.from_iterable(self.layout))
-        # Parameters of two models may bear one name, which then tells nothing.
+        # Parameters of two models may have the same name, which then says nothing.
         bearers = Counter(row.decision.name for row in rows)
         return {
             name: row

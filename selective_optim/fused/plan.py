@@ -7,8 +7,8 @@ the layout of the parts still holds, also of those that the class steps.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from itertools import compress, groupby, repeat
 from operator import attrgetter, eq, is_, length_hint, methodcaller
 from typing import Any, NamedTuple
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.fused.buckets import Bucket, Cell, begin_state, make_cells
-from selective_optim.fused.counters import Advance, Counters
+from selective_optim.fused.buckets import Advance, Bucket, Counters, begin_state
 from selective_optim.fused.guards import (
     GroupsGuard,
     TensorsGuard,
@@ -30,12 +29,19 @@ from selective_optim.fused.guards import (
     same_objects,
     without_gradients,
 )
-from selective_optim.step.grad_scaler import NO_SCALING, Scaling, Scalings
-from selective_optim.step.implementation import make_layout
-from selective_optim.step.kernel import Kernel, require_no_nan
-from selective_optim.step.parts import DecidedParam, Part
-from selective_optim.step.setting import Call, Groups, Setting, States
+from selective_optim.step.kernels import Kernel, require_no_nan
+from selective_optim.step.parts import DecidedParam, Part, make_layout
+from selective_optim.step.setting import (
+    NO_SCALING,
+    Call,
+    Groups,
+    Scaling,
+    Setting,
+    States,
+    scaling_on,
+)
 
+OnDevice = Callable[[torch.device], Any]  # a scaling, on a device
 _call = methodcaller("__call__")
 _place_of, _grad_layout_of = attrgetter("dtype", "device"), attrgetter("grad.layout")
 
@@ -72,11 +78,8 @@ def _layouts_of(params: Sequence[Tensor]) -> list[torch.layout]:
         return [torch.strided if grad is None else grad.layout for grad in grads]
 
 
-def _share_counters(
-    parts: Sequence[Part], params: Sequence[DecidedParam], states: States
-) -> bool:
-    mine = [params[i].param for part in parts for i in part.positions]
-    owns = [own for param in mine if "step" in (own := states.get(param) or {})]
+def _share_counters(params: Sequence[DecidedParam], states: States) -> bool:
+    owns = [own for p in params if "step" in (own := states.get(p.param) or {})]
     return _distinct([own["step"] for own in owns]) < _distinct(owns)
 
 
@@ -88,8 +91,7 @@ class Plan:
     """The parts of a step, and the kernel calls of those that are fused.
 
     Where someone outside may edit the state (``exposed``), a plan keeps no tensor
-    between steps: what is replaced or cleared is freed at once. ``stepped`` has the
-    tokens of the parameters that the last plan had a part for, by id.
+    between steps: what is replaced or cleared is freed at once.
     """
 
     def __init__(
@@ -107,28 +109,28 @@ class Plan:
         self._kernel = kernel
         self._counters = counters
         self._exposed = exposed
-        parts, idle, self.once = make_layout(kernel, groups, params, states, stepped)
-        fused = [part for part in parts if part.key.fused and not part.key.first]
-        if exposed and _share_counters(fused, params, states):
-            fused = []  # each group counts for itself, as the class does it
+        # Where counters are shared, each group counts for itself, as the class does it.
+        planned = not (exposed and _share_counters(params, states))
+        given = (kernel, groups, params, states, stepped)
+        parts, idle, self.once = make_layout(*given, planned=planned)
+        fused = [part for part in parts if part.key.device is not None]
         # What the optimizer's own class steps.
-        self.rest: list[Part] = [
-            part for part in parts if not fused or not part.key.fused or part.key.first
-        ]
-        self._cells = make_cells(fused, params)
+        self.rest = [part for part in parts if part.key.device is None]
+        # Plain ones first; among both, those that take all threads.
+        self._parts = sorted(fused, key=lambda p: (p.key.sharded, p.key.single_thread))
         begin_state(kernel, groups, fused, params, states, counters)
         tensors = [each.param for each in params]
         self._note_parts(parts, idle, tensors)
         self._structure = list(map(kernel.structure, groups))
         # What the state holds lives as long as the optimizer, and is kept alive by
-        # nothing here. Plain SGD has no state, and lets go after each step.
-        mine = {i for cell in self._cells for i in cell.positions}
+        # nothing here. Plain SGD has no state, and releases tensors after each step.
+        mine = {i for part in fused for i in part.positions}
         self._keeps = not exposed and all(tensors[i] in states for i in mine)
         held = self._keeps and all(tensor in states for tensor in tensors)
         self._guard = GroupsGuard(groups, held=held)
-        self._some_single = any(cell.key.single_thread for cell in self._cells)
-        self._merged: list[list[Cell]] | None = None
-        self._merge_cells(groups)
+        self._some_single = any(part.key.single_thread for part in fused)
+        self._merged: list[list[Part]] | None = None
+        self._merge_parts(groups)
         self._gather(groups, states)
         counters.keep(self._advance)
 
@@ -136,10 +138,10 @@ class Plan:
         self, parts: Sequence[Part], idle: Sequence[int], tensors: Sequence[Tensor]
     ) -> None:
         """Note who has a part, who has none yet, and what would change the rest."""
-        # Tokens and not parameters: a model that is gone must not live on in a plan.
+        # Tokens, not parameters: a plan must not keep a deleted model alive.
         tokens = [_torch.token_of(tensors[i]) for part in parts for i in part.positions]
-        self.stepped = dict(zip(map(id, tokens), tokens))
-        # Those in no part never had a gradient; the first one needs a new plan.
+        self.stepped = dict(zip(map(id, tokens), tokens))  # for the next plan
+        # Parameters in no part had no gradient yet; their first one needs a new plan.
         self._any_idle = bool(idle)
         self._idle = picker(idle)
         self._rest_of = picker([i for part in self.rest for i in part.positions])
@@ -148,41 +150,42 @@ class Plan:
         self._rest_layouts = _layouts_of(mine)
         self._some_sparse = any(each != torch.strided for each in self._rest_layouts)
 
-    # Hyperparameters make buckets of cells.
+    # Hyperparameters make buckets of parts.
 
-    def _merge_cells(self, groups: Groups) -> None:
-        """Read the hyperparameters and merge the cells that share them into buckets."""
+    def _merge_parts(self, groups: Groups) -> None:
+        """Read the hyperparameters and merge the parts that share them into buckets."""
         self._threads = _torch.thread_count()
-        together: dict[Any, tuple[Setting, bool, list[Cell]]] = {}
-        for cell in self._cells:
-            index, decay_key, single, *kind = cell.key
-            # The group's numbers of now: cells outlive a schedule, settings do not.
-            setting = self._kernel.setting(groups[index], decay_key)
+        together: dict[Any, tuple[Setting, bool, list[Part]]] = {}
+        for part in self._parts:
+            decay_key, index, _, sharded, _, single, *place = part.key
+            # The group's numbers of now: parts outlive a schedule, settings do not.
+            group = groups[index]
+            setting = self._kernel.setting(group, self._kernel.share(group, decay_key))
             single &= self._threads > 1
-            key = (setting.key, single, *kind)
-            together.setdefault(key, (setting, single, []))[2].append(cell)
-        merged = [cells for *_, cells in together.values()]
-        # A schedule mostly moves all alike: the same cells go together, and lists and
+            key = (setting.key, single, sharded, *place)
+            together.setdefault(key, (setting, single, []))[2].append(part)
+        merged = [parts for *_, parts in together.values()]
+        # A schedule mostly moves all alike: the same parts go together, and lists and
         # proofs stay.
         if merged != self._merged:
             self._arrange(groups, merged)
             self._merged = merged
         for bucket, (setting, single, _) in zip(self._buckets, together.values()):
-            bucket.take(setting, single)
+            bucket.setting, bucket.single_thread = setting, single
         # Calls are bound to numbers. Where a number is a tensor, one that is written to
         # in place shows nowhere: then they are bound at every step.
         self._program: Program | None = None
         self._live = any(bucket.setting.live for bucket in self._buckets)
-        self._fleeting = any(bucket.setting.fleeting for bucket in self._buckets)
+        self._fleeting = any(bucket.setting.share.fleeting for bucket in self._buckets)
 
-    def _arrange(self, groups: Groups, merged: list[list[Cell]]) -> None:
+    def _arrange(self, groups: Groups, merged: list[list[Part]]) -> None:
         """Lay out the parameters, bucket after bucket: plain ones, then sharded."""
         self._buckets: list[Bucket] = []
         start = 0
-        for cells in merged:
-            entries = self._kernel.entries(groups[cells[0].key.group])
-            self._buckets.append(Bucket(self._kernel, cells, entries, start))
-            start += sum(len(cell.positions) for cell in cells)
+        for parts in merged:
+            entries = self._kernel.entries(groups[parts[0].key.group])
+            self._buckets.append(Bucket(self._kernel, parts, entries, start))
+            start += sum(len(part.positions) for part in parts)
         self._order = picker(flat(bucket.positions for bucket in self._buckets))
         plain = [b for b in self._buckets if not b.key.sharded]
         self._plain = sum(len(bucket.positions) for bucket in plain)
@@ -251,7 +254,7 @@ class Plan:
             self._program = None  # whose counters were views
             self._release()
 
-    # Proving: is the plan still true?
+    # Checking: is the plan still valid?
 
     def current_grads(self, groups: Groups, states: States) -> Grads | None:
         """Return this step's gradients if the plan is still true, else ``None``.
@@ -262,7 +265,7 @@ class Plan:
             if not self._reread(groups):
                 return None
         elif self._some_single and _torch.thread_count() != self._threads:
-            self._merge_cells(groups)
+            self._merge_parts(groups)
         params = params_of(groups) if self._any_idle or self.rest else []
         if self._any_idle and not without_gradients(self._idle(params)):
             return None
@@ -292,23 +295,24 @@ class Plan:
         """Return the gradients that a new plan was made for."""
         whole: list[Any] = grads_of(self._active or [])
         self._some_absent = any(map(is_, whole, repeat(None)))
-        there = [grad is not None for grad in whole] if self._some_absent else None
-        shards = [
-            grad if grad is None else _torch.local_tensor(grad)
-            for grad in whole[self._plain :]
-        ]
-        return Grads([*whole[: self._plain], *shards], there)
+        plain, sharded = whole[: self._plain], whole[self._plain :]
+        local = [*plain, *(g if g is None else _torch.local_tensor(g) for g in sharded)]
+        if self._some_absent:
+            return Grads(local, [grad is not None for grad in whole])
+        if self._buckets and not self.once:  # the layout has just looked at all
+            self._tensors.admit(self._walked(local))
+        return Grads(local)
 
     def _reread(self, groups: Groups) -> bool:
         """Take over new hyperparameters; not where the parts depend on them."""
         if not self._guard.holds_params(groups) or self._some_sparse:
             return False
         pairs = zip(map(self._kernel.structure, groups), self._structure)
-        # A key that nobody reads may be one that is refused.
+        # An unknown key may be one for which the step raises.
         if not self._guard.holds_keys(groups) or not all(equal(*p) for p in pairs):
             return False
         require_no_nan(self._kernel, groups)
-        self._merge_cells(groups)
+        self._merge_parts(groups)
         self._guard.take(groups)
         return True
 
@@ -330,16 +334,18 @@ class Plan:
             except AttributeError:  # a gradient is None, or not sharded where it was
                 return None
             local = [*whole[: self._plain], *shards]
-        # State that nobody outside has seen is what the last step left.
-        tensors = (*self._local, *local)
-        if self._exposed:
-            tensors = (*tensors, *self._moments, *self._steps)
+        tensors = self._walked(local)
         if not self._tensors.holds(tensors):
-            # No proof yet, or those of another dispatch state: look once, and remember.
+            # Not checked yet, or in another dispatch state: check once, and remember.
             if not look or not all(b.fits(local[b.part]) for b in self._buckets):
                 return None
             self._tensors.admit(tensors)
         return Grads(local, there)
+
+    def _walked(self, local: list[Any]) -> tuple[Tensor, ...]:
+        """List the tensors to look at; state unseen is what the last step left."""
+        seen = (*self._moments, *self._steps) if self._exposed else ()
+        return (*self._local, *local, *seen)
 
     def _shards_still(self, whole: list[Any]) -> bool:
         assert self._active is not None  # gathered
@@ -361,9 +367,9 @@ class Plan:
 
     def run(self, grads: Grads, scaling: Scaling) -> None:
         """Step every bucket; counters advance before and fall back if skipped."""
-        scalings = Scalings(scaling)
+        scaled = cache(partial(scaling_on, scaling))  # moved to each device once
         # Into the lists that calls are bound to, and out of them in any case: gradients
-        # that someone sets to None must be freed.
+        # that the user sets to None must be freed.
         for bucket in self._buckets:
             bucket.batch.grads[:] = grads.local[bucket.part]
         try:
@@ -371,16 +377,18 @@ class Plan:
             steady = scaling == NO_SCALING and grads.there is None and not self._live
             if program is None or not steady:
                 # Scales, absent gradients and tensor rates are of this step alone.
-                program = self._assemble(grads.there, scalings)
+                program = self._assemble(grads.there, scaling, scaled)
                 self._program = program if steady else None
-            self._perform(program, scalings)
+            self._perform(program, scaled)
         finally:
             for bucket in self._buckets:
                 bucket.batch.grads.clear()
             if not self._keeps:
                 self._release()
 
-    def _assemble(self, there: list[bool] | None, scalings: Scalings) -> Program:
+    def _assemble(
+        self, there: list[bool] | None, scaling: Scaling, scaled: OnDevice
+    ) -> Program:
         advance = self._advance if there is None else self._advance_of(there)
         calls: list[Call] = []
         ends = []
@@ -392,16 +400,16 @@ class Plan:
                 if bucket.single_thread != single:
                     single = bucket.single_thread
                     calls.append(self._on(1 if single else self._threads))
-                own = scalings.on(bucket.key.device)
-                calls += bucket.calls(batch, own)
+                calls += bucket.calls(batch, scaled(bucket.key.device))
             ends.append(len(calls))
         if single:
             calls.append(self._on(self._threads))
+        dropping = scaling.found_inf is not None
         return Program(
             before=advance.by(lambda device: 1.0),
             calls=calls,
             ends=ends,
-            after=advance.by(scalings.backward) if scalings.dropping else [],
+            after=advance.by(lambda d: -scaled(d).found_inf) if dropping else [],
             threads=self._threads if any(b.single_thread for b in self._buckets) else 0,
             lasting=advance.lasting and not any(map(_holds_a_tensor, calls)),
         )
@@ -418,7 +426,7 @@ class Plan:
             self._present = there, self._counters.advance(steps)
         return self._present[1]
 
-    def _perform(self, program: Program, scalings: Scalings) -> None:
+    def _perform(self, program: Program, scaled: OnDevice) -> None:
         """Run all calls without a line of Python between them.
 
         Python looks for signals between lines: an interrupt comes before the first
@@ -433,10 +441,10 @@ class Plan:
                 self._on(program.threads)()
             if rest := length_hint(left):
                 done = len(program.calls) + len(program.after) - rest
-                self._take_back(program, done, scalings)
+                self._take_back(program, done, scaled)
             raise
 
-    def _take_back(self, program: Program, done: int, scalings: Scalings) -> None:
+    def _take_back(self, program: Program, done: int, scaled: OnDevice) -> None:
         """Let the counters of buckets that a failed call left out stand as before."""
         if done < 0:  # it was a counter that failed
             return
@@ -444,6 +452,6 @@ class Plan:
             call()
         for bucket, end in zip(self._buckets, program.ends):
             if end > done and bucket.batch.steps:
-                dropped = scalings.on(bucket.key.device).found_inf
+                dropped = scaled(bucket.key.device).found_inf
                 amount = -1.0 if dropped is None else dropped - 1.0
                 _torch.foreach_add_(bucket.batch.steps, amount)

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.fused.counters import Counters
+from selective_optim.fused.buckets import Counters
 from selective_optim.fused.guards import params_of, same_objects
 from selective_optim.fused.plan import Grads, Plan
-from selective_optim.step.grad_scaler import Scaling
-from selective_optim.step.implementation import (
+from selective_optim.step.kernels import Kernel, require_no_nan
+from selective_optim.step.parts import (
+    DecidedParam,
+    Part,
     counts_beside,
     fused_choice,
     make_layout,
     wants_fused,
 )
-from selective_optim.step.kernel import Kernel, require_no_nan
-from selective_optim.step.parts import DecidedParam, Part
-from selective_optim.step.setting import Groups, State, States
+from selective_optim.step.setting import Groups, Scaling, State, States
 
 Place = tuple[torch.dtype, torch.device]
 _place_of = attrgetter("dtype", "device")
+# Lists every parameter, in order, with what was decided for it.
+Decided = Callable[[], Sequence[DecidedParam]]
 # Off, the class steps what a plan would: the same bits, more calls.
 PLANNING = _torch.CAN_PLAN
 
@@ -43,13 +45,6 @@ class Begun(NamedTuple):
     parts: list[Part]
     plan: Plan | None = None
     grads: Grads | None = None
-
-
-class Owner(Protocol):
-    """What a plan asks an optimizer for, at the steps that need it."""
-
-    def decided_params(self) -> Sequence[DecidedParam]:
-        """List every parameter, in order, with what was decided for it."""
 
 
 class Stepper:
@@ -79,7 +74,7 @@ class Stepper:
             if self._plan is not None:
                 self._plan.expose()
             self._counters.part(states, self._seen)
-            # Last: what an interrupt leaves undone is done the next time.
+            # Last: after an interrupt, the next step does the rest.
             self.exposed, self._seen = True, False
 
     def see(self) -> None:
@@ -91,18 +86,17 @@ class Stepper:
         self._plan = None
 
     def adopt(self, groups: Groups, states: States) -> None:
-        """Take over a state that was loaded or copied.
-
-        Counters that a fused kernel can read stay the tensors that they are, as in
-        torch. Others, as those that a for-loop left on the CPU, are made readable.
-        """
+        """Take over a state that was loaded or copied."""
         self.forget()
         self._tokens, self._places = _places_of(params_of(groups))
         if self.kernel.counts:
             self._fit_counters(groups, states)
 
     def _fit_counters(self, groups: Groups, states: States) -> None:
-        """Exchange counters that would keep a parameter from the fused kernel."""
+        """Exchange counters that would keep a parameter from the fused kernel.
+
+        Such are those that a for-loop left on the CPU. Others stay, as in torch.
+        """
         moving: dict[tuple[torch.device, torch.device], list[State]] = {}
         for group in groups:
             choice = fused_choice(self.kernel, group)
@@ -125,26 +119,26 @@ class Stepper:
     def begin(
         self,
         groups: Groups,
-        owner: Owner,
+        decided: Decided,
         states: States,
         choosing: bool,
         planned: bool,
     ) -> Begun:
         """Begin a step, and tell what the optimizer's class is to step.
 
-        Fused kernels are chosen if ``choosing``; else all parts go where the flags of
-        their group say. They are planned if ``planned``; else the class steps all.
+        Without ``choosing``, parts go where the flags of their group say, and to the
+        class if they are not to be ``planned``.
         """
         # A group may be a dict that computes what is read, which no guard sees.
         if not (PLANNING and planned and set(map(type, groups)) <= {dict}):
             self._plan = None
-            return Begun(self._unplanned(groups, owner, states, choosing))
+            return Begun(self._unplanned(groups, decided(), states, choosing))
         self._busy = True
         try:
             plan = self._plan
             grads = None if plan is None else plan.current_grads(groups, states)
             if plan is None or grads is None:
-                plan = self._new_plan(groups, owner.decided_params(), states)
+                plan = self._new_plan(groups, decided(), states)
                 grads = plan.first_grads()
         except BaseException:
             self.forget()  # an interrupt may have left it half changed
@@ -153,10 +147,13 @@ class Stepper:
         return Begun(plan.rest, plan, grads)
 
     def _unplanned(
-        self, groups: Groups, owner: Owner, states: States, choosing: bool
+        self,
+        groups: Groups,
+        params: Sequence[DecidedParam],
+        states: States,
+        choosing: bool,
     ) -> list[Part]:
         """Make the parts anew; by fused kernels, too, the class steps them."""
-        params = owner.decided_params()
         require_no_nan(self.kernel, groups)
         self._follow_moved(groups, params, states)
         return make_layout(self.kernel, groups, params, states, (), choosing).parts
@@ -220,6 +217,6 @@ class Stepper:
                 if isinstance(value, Tensor):
                     dtype, device = value.dtype, value.device
                     own[entry] = value.to(
-                        now[0] if dtype == was[0] and entry != "step" else dtype,
+                        now[0] if dtype == was[0] and entry != "step" else dtype
                     ).to(now[1] if device == was[1] else device)
         self._tokens, self._places = tokens, places

@@ -6,11 +6,11 @@ callable, or an expression in Python or as text. An expression has the functions
 ``layerwise``, ``marked`` and ``named``, and ``*`` between them.
 
 How a decision is made, by ``selective_optim.decisions.decider`` for an optimizer and by
-``decide.decide_alone`` where there is none:
+``differences.decide_alone`` where there is none:
 
 1. ``as_policy`` in ``named.py`` makes a policy of a name, a text, a mapping or a
    callable. The verbs and what every policy can do are in ``base.py``; other policies
-   in ``layerwise.py``, ``markers.py`` and ``recipes.py``, the rules of other projects.
+   in ``layerwise.py`` and ``recipes.py``, the rules of other projects and authors.
 2. ``decide.require_matches`` refuses a glob, regular expression or object that matches
    nothing in optimizer and model, unless its policy has ``missing_ok``.
 3. ``policy.bind`` prepares: ``layerwise`` measures the model, whose layers
@@ -38,8 +38,6 @@ from selective_optim.policies.differences import Difference as Difference
 from selective_optim.policies.differences import Differences as Differences
 from selective_optim.policies.differences import diff as diff
 from selective_optim.policies.layerwise import layerwise as layerwise
-from selective_optim.policies.markers import exempt_ as exempt_
-from selective_optim.policies.markers import marked as marked
 from selective_optim.policies.named import PolicyName as PolicyName
 from selective_optim.policies.named import WdPolicy as WdPolicy
 from selective_optim.policies.named import as_policy as as_policy
@@ -55,6 +53,8 @@ from selective_optim.policies.predicates import is_norm as is_norm
 from selective_optim.policies.predicates import is_output as is_output
 from selective_optim.policies.predicates import is_token as is_token
 from selective_optim.policies.predicates import is_vector as is_vector
+from selective_optim.policies.recipes import exempt_ as exempt_
+from selective_optim.policies.recipes import marked as marked
 from selective_optim.policies.selectors import Selector as Selector
 
 # fmt: off

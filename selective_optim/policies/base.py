@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
@@ -30,13 +30,12 @@ from selective_optim.decay import (
 )
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.selectors import (
+    ANYTHING,
+    Callback,
     Need,
-    Question,
     Selector,
     StrictInfo,
     as_selector,
-    callable_text,
-    picklable,
 )
 
 
@@ -52,12 +51,6 @@ class Policy:
     def needs(self) -> frozenset[Need]:
         """What must be known of a parameter before this policy can decide."""
         return frozenset[Need]().union(*[selector.needs for selector in self.selectors])
-
-    @property
-    def asks_user(self) -> bool:
-        """Whether it asks a function of the user's, which may answer anything."""
-        leaves = [leaf for selector in self.selectors for leaf in selector.leaves]
-        return any(isinstance(leaf, Question) for leaf in leaves)
 
     @property
     def required(self) -> tuple[Selector, ...]:
@@ -140,10 +133,6 @@ class Product(Policy):
         return self.left.required + self.right.required
 
     @property
-    def asks_user(self) -> bool:
-        return self.left.asks_user or self.right.asks_user
-
-    @property
     def doubts(self) -> tuple[tuple[float, str], ...]:  # type: ignore[override]  # read only
         return self.left.doubts + self.right.doubts
 
@@ -167,7 +156,7 @@ class Rule(Policy):
     missing_ok: bool = False
 
     def __repr__(self) -> str:
-        arguments = [repr(selector) for selector in self.selectors]
+        arguments = list(map(repr, self.selectors))
         if self.verb == "scale":
             arguments.append(f"by={number_text(self.inside.multiplier)}")
         if self.verb == "form":
@@ -211,17 +200,12 @@ class FirstMatch(Policy):
 
     @property
     def doubts(self) -> tuple[tuple[float, str], ...]:  # type: ignore[override]  # read only
-        written = [number_text(n) for n in self.bare]
-        told = [
-            f"Decay(fixed={n}) if that is the decay itself, or Decay({n})"
-            for n in written
-        ]
-        return tuple(zip(self.bare, told))
+        told = "Decay(fixed={0}) if that is the decay itself, or Decay({0})"
+        return tuple([(n, told.format(number_text(n))) for n in self.bare])
 
     def __repr__(self) -> str:
-        cases = ", ".join(
-            f"{s!r}: {self._written(d)}" for s, d in zip(self.selectors, self.decays)
-        )
+        written = zip(self.selectors, map(self._written, self.decays))
+        cases = ", ".join(f"{selector!r}: {decay}" for selector, decay in written)
         missing = ", missing_ok=True" if self.missing_ok else ""
         return f"first_match({{{cases}}}{missing})"
 
@@ -241,19 +225,12 @@ class AnswerError(Exception):
     """A callable policy returned no decay: the value, kind of error, broken rule."""
 
 
-@dataclass(frozen=True, repr=False)
-class Function(Policy):
+class Function(Callback, Policy):
     """Any callable from ``ParameterInfo`` to number, bool or ``Decay``."""
-
-    function: Callable[[ParameterInfo], Any]
-    asks_user = True
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"anything"})
-
-    def __repr__(self) -> str:
-        return callable_text(self.function)
+        return ANYTHING
 
     def decide(self, info: ParameterInfo) -> Answer:
         value = self.function(StrictInfo(info))
@@ -261,12 +238,6 @@ class Function(Policy):
         if broken is not None:
             raise AnswerError(value, *broken)
         return Answer(as_decay(value), repr(self))
-
-    def __deepcopy__(self, memo: object) -> Function:
-        return self  # frozen, and functions are not copied
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Function, (picklable(self.function),)
 
 
 def _rule(
@@ -391,12 +362,12 @@ def towards(target: Target, *selectors: object, missing_ok: bool = False) -> Pol
 
 
 def fixed(wd: float, *selectors: object, missing_ok: bool = False) -> Policy:
-    """Decay the matched parameters, or all, by ``wd`` itself, whatever the group says.
+    """Decay the matched parameters, or all, by ``wd`` instead of the group's decay.
 
-    Schedules and edits of ``group["weight_decay"]`` do not change it. The form still
-    says how it is applied, with the learning rate or without. Multipliers of other
-    policies multiply it: ``scale("*", by=0.1) * fixed(0.05, "*")`` decays by 0.005, and
-    ``exclude`` exempts. Of two fixed decays the right-hand one wins.
+    A change of ``group["weight_decay"]`` does not change it. The form says how the
+    learning rate multiplies it. Multipliers of other policies multiply it:
+    ``scale("*", by=0.1) * fixed(0.05, "*")`` decays by 0.005, and ``exclude`` exempts.
+    Of two fixed decays the right-hand one applies.
 
     Args:
         wd: Decay in place of ``group["weight_decay"]``, finite and >= 0; 0 exempts.

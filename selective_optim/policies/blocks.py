@@ -92,33 +92,40 @@ def runs_in(module: nn.Module, name: str = "") -> list[Run]:
     return found + [run for child in outside for run in runs_in(child, paths[child])]
 
 
-def _inside_stage(stage: nn.Module) -> tuple[nn.Module, ...]:
+def _inside_stage(stage: nn.Module, alike: bool = False) -> tuple[nn.Module, ...]:
     """Return the blocks that a stage consists of; none if it is a block itself."""
-    if _is_layer(stage):
+    parts = list(filter(has_parameters, stage.children()))
+    # An attention and a feed-forward in a list are one layer, also if both branch.
+    inner = list(map(runs_in, parts))
+    one = (alike and all(inner)) or not any(inner)
+    if isinstance(stage, LISTS) and _are_pieces(parts) and one:
         return ()
     if type(stage) in CONTAINERS:
         blocks = tuple(filter(_may_be_block, stage.children()))
         # Of blocks most have the parameters of another; what has not is pieces of one.
         kinds = Counter(tuple(n for n, _ in b.named_parameters()) for b in blocks)
+        if len(blocks) == 1:  # an embedding, and a transformer of its own depth
+            return _inside_stage(blocks[0]) or blocks
         return blocks if 2 * max(kinds.values(), default=0) >= len(blocks) else ()
     runs = runs_in(stage)
     largest = max(runs, key=lambda run: run.size, default=None)
-    return largest.items if largest and 2 * largest.size >= _size(stage) else ()
+    if largest is None or 2 * largest.size < _size(stage):
+        return ()
+    # A list in a list is the one layer of this stage.
+    listed = re.search(r"\d\.\*$", largest.glob)
+    return () if listed and _are_pieces(largest.items) else largest.items
 
 
-def _is_layer(stage: nn.Module) -> bool:
-    # An attention and a feed-forward in a list are one layer, and no stage of two.
-    listed = stage.children() if isinstance(stage, LISTS) else ()
-    parts = list(filter(has_parameters, listed))
+def _are_pieces(parts: Sequence[nn.Module]) -> bool:
     kinds = {tuple(type(m) for m in p.modules() if has_parameters(m)) for p in parts}
-    return 1 < len(parts) == len(kinds) <= 3 and not any(map(runs_in, parts))
+    return 1 < len(parts) == len(kinds) <= 3
 
 
 def _blocks_in(run: Run) -> list[nn.Module]:
     """Return the items of a run or, where the items are stages, the blocks inside."""
     # Stages differ in width; blocks that stand side by side are mostly alike, even
     # where each holds a list of experts.
-    inner = {item: _inside_stage(item) for item in run.items}
+    inner = {item: _inside_stage(item, run.uniform) for item in run.items}
     staged = {type(item) for item, blocks in inner.items() if blocks}
     # A plain container never is a block itself, however alike its neighbors are.
     if not staged or (run.uniform and staged.isdisjoint(CONTAINERS)):
@@ -210,7 +217,7 @@ def _found(roots: Sequence[nn.Module]) -> list[nn.Module]:
             f'hold many parameters. Name one, as in layers="{rivals[0].glob}", or '
             f"several stacks of their own depth, as in layers=[{globs}]."
         )
-    # A message of 1,000 globs helps nobody.
+    # A message with 1,000 globs cannot be read.
     counts = Counter(_counting_globs(roots))
     lists, way_out = list(counts)[:8], NO_NUMBERS
     for glob, _ in counts.most_common(1):
@@ -316,9 +323,11 @@ def distances_in(modules: Modules, blocks: Modules) -> dict[nn.Module, int]:
     for parent in filter(around.difference(blocks).__contains__, modules):
         layer.update(_beside(parent, numbers))
         for key, child in parent.named_children():
-            # Between two blocks it embeds what comes out of the first.
+            # Between two blocks it embeds what comes out of the first, and in the last
+            # of several stages what that stage computes.
             if layer[child] > len(blocks) and embedding_module(child):
-                layer.update(dict.fromkeys(child.modules(), 0))
+                place = 0 if blocks[0] in set(parent.modules()) else len(blocks)
+                layer.update(dict.fromkeys(child.modules(), place))
             if layer[child] == 0 and POOL.match(key):  # it pools what the blocks give
                 layer.update(dict.fromkeys(child.modules(), len(blocks) + 1))
         if norm is None:

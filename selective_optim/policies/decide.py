@@ -49,19 +49,8 @@ def decide(
     places: Sequence[int] | None = None,
     lr0s: Iterable[float | None] = repeat(None),
 ) -> list[Decision]:
-    """Ask the policy about every parameter.
-
-    Args:
-        policy: Who decides.
-        infos: What is known of each parameter.
-        places: Where each stands in its group, for messages; all in order if left out.
-        lr0s: The rates that the training of each begins with.
-
-    Raises:
-        ValueError: The policy needs what is not known of a parameter, or fails.
-        TypeError: The policy yields something other than a decay.
-    """
-    places = places or range(len(infos))
+    """Ask the policy about every parameter; raise with its name where that fails."""
+    places = places or range(len(infos))  # in the group, for messages
     by_kind = policy is not None and not KINDS.isdisjoint(policy.needs)
     doubts = by_kind and not kinds_known(infos)
     if policy is not None:
@@ -70,7 +59,7 @@ def decide(
     for info, place, lr0 in zip(infos, places, lr0s):
         try:
             answer = policy.decide(info) if policy else Answer(FULL, NO_POLICY)
-        # Whatever a user's callable raises is told with the parameter's name.
+        # If a user's callable raises, the message names the parameter.
         except Exception as error:
             raise _explained(error, policy, info.describe(place), info) from error
         shape = shape_now(info.parameter) if info.shape is None else info.shape
@@ -85,31 +74,24 @@ def decide(
 def _explained(
     error: Exception, policy: Policy | None, parameter: str, info: ParameterInfo
 ) -> Exception:
+    kind: Any = TypeError if isinstance(error, TypeError) else ValueError
+    told = f"failed for {parameter}: {type(error).__name__}: {error}"
     if isinstance(error, AnswerError):
         value, kind, rule = error.args
-        explained: Exception = kind(
-            f"`wd_policy` returned {value!r} for {parameter}; {rule}. "
-            f"{REMEDY.replace('Use', 'Return')}"
-        )
-        return explained
+        advice = REMEDY.replace("Use", "Return")
+        told = f"returned {value!r} for {parameter}; {rule}. {advice}"
     if isinstance(error, UnknownError):
         field = error.args[0]
         shape = field in ("shape", "ndim")
         lost = _lost(info) if shape else f"not known. {_ways_out(policy, [])}"
-        return ValueError(
-            f"`wd_policy` {policy!r} read `{field}` of {parameter}, which is {lost}"
-        )
+        told = f"read `{field}` of {parameter}, which is {lost}"
     if isinstance(error, UnsureError):
         written = repr(policy).replace("is_output", repr(error.args[1]))
-        return ValueError(
-            f"`wd_policy` {policy!r} asks for the output layer, and {error}. "
-            f'Write wd_policy="{written}" if that is the one.'
-        )
-    kind = TypeError if isinstance(error, TypeError) else ValueError
-    return kind(
-        f"`wd_policy` {policy!r} failed for {parameter}: "
-        f"{type(error).__name__}: {error}"
-    )
+        told = f"asks for the output layer, and {error}. "
+        told += f'Write wd_policy="{written}" if that is the one.'
+    shown = "" if isinstance(error, AnswerError) else f"{policy!r} "
+    explained: Exception = kind(f"`wd_policy` {shown}{told}")
+    return explained
 
 
 def _require_knowledge(
@@ -132,16 +114,13 @@ def _require_knowledge(
             )
         nothing = doubts and info.owner is not None and says_nothing(info)
         if wanted := lacking(needs, info) or "module types" * nothing:
+            known = "the name" if info.name else "the tensor"
+            if info.owner is not None:
+                known = f"a place in {class_text(type(info.owner))}"
             raise ValueError(
                 f"`wd_policy` {policy!r} needs {wanted}, and of {info.describe(place)} "
-                f"only {_all_known(info)} is known. {_ways_out(policy, infos)}"
+                f"only {known} is known. {_ways_out(policy, infos)}"
             )
-
-
-def _all_known(info: ParameterInfo) -> str:
-    if info.owner is not None:
-        return f"a place in {class_text(type(info.owner))}"
-    return "the name" if info.name else "the tensor"
 
 
 def _ways_out(policy: Policy | None, infos: Sequence[ParameterInfo]) -> str:
@@ -171,25 +150,15 @@ def require_matches(
     elsewhere: Callable[[Selector], bool],
     everyone: Callable[[], Sequence[ParameterInfo]],
 ) -> None:
-    """Check that every glob, regular expression and object matches some parameter.
+    """Raise if a glob or object matches no parameter here, nor ``elsewhere``.
 
     Warns of a class that matches none where what it seems to mean decays.
-
-    Args:
-        policy: The policy that decides for ``infos``.
-        infos: What is known of the optimizer's parameters.
-        elsewhere: Tells whether a selector matches any parameter of the model, a
-            frozen part included.
-        everyone: Gives what is known of the model's parameters.
-
-    Raises:
-        ValueError: One matches none; the message gives the closest names.
     """
     asked = [s for s in policy.required if s.by_name or isinstance(s, InsideClass)]
     missing = [s for s in asked if not any(map(s.matches, infos)) and not elsewhere(s)]
     _warn_of_class(policy, [s for s in missing if isinstance(s, InsideClass)], infos)
     for selector in (s for s in missing if s.by_name):
-        # Who trains a part of a model may have written for all of it.
+        # A policy for the whole model may be used with an optimizer of a part.
         infos = [*infos, *everyone()]
         names = list(dict.fromkeys(name for info in infos for name in info.names))
         # A pattern without names to search in: deciding raises and says so.
@@ -224,7 +193,7 @@ def _warn_of_class(
 
 
 def _meant(cls: type[nn.Module], info: ParameterInfo) -> bool:
-    """Tell whether a class may stand for that of a norm, or for one of more words."""
+    # For any norm, or for a class whose name has more words.
     words = set(WORDS.findall(cls.__name__))
     others = WORDS.findall(type(info.owner).__name__)
     norm: Any = cls  # mypy holds that classes of modules have no hash
@@ -272,15 +241,3 @@ def _closest(text: str, names: Sequence[str]) -> list[str]:
         return max(likeness(".".join(parts[i : i + size])) for i in starts)
 
     return sorted(names, key=best, reverse=True)
-
-
-def decide_alone(
-    policy: Policy, roots: Sequence[nn.Module], infos: Sequence[ParameterInfo]
-) -> list[Decision]:
-    """Decide for the parameters of modules where there is no optimizer.
-
-    Raises:
-        ValueError: The policy cannot decide, or a glob matches nothing.
-    """
-    require_matches(policy, infos, lambda selector: False, list)
-    return decide(policy.bind(roots), infos)

@@ -1,4 +1,4 @@
-"""The parameters on which two policies disagree."""
+"""What policies decide where there is no optimizer, and where two disagree."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from selective_optim._text import aligned, shape_text
-from selective_optim.decay import Decay, target_text
-from selective_optim.parameters import ModelIndex, as_modules
+from selective_optim.decay import Decay, Decision, target_text
+from selective_optim.parameters import ModelIndex, ParameterInfo, as_modules
 from selective_optim.policies.base import Policy
-from selective_optim.policies.decide import decide_alone
+from selective_optim.policies.decide import decide, require_matches
 from selective_optim.policies.named import as_policy
 
 
@@ -51,16 +51,13 @@ class Differences:
     def __str__(self) -> str:
         if not self.rows:
             return f"no difference between {self.a!r} and {self.b!r}"
-        headers = ("name", "shape", "a", "reason", "b", "reason")
-        lines = aligned([headers, *map(_cells, self.rows)])
+        table = [("name", "shape", "a", "reason", "b", "reason")]
+        for row in self.rows:
+            decided = (_text(row.a), row.reason_a, _text(row.b), row.reason_b)
+            table.append((str(row.name), shape_text(row.shape), *decided))
         count = len(self.rows)
         total = "1 parameter differs" if count == 1 else f"{count:,} parameters differ"
-        return "\n".join([f"a: {self.a!r}", f"b: {self.b!r}", *lines, total])
-
-
-def _cells(row: Difference) -> tuple[str, ...]:
-    a, b = _text(row.a), _text(row.b)
-    return (str(row.name), shape_text(row.shape), a, row.reason_a, b, row.reason_b)
+        return "\n".join([f"a: {self.a!r}", f"b: {self.b!r}", *aligned(table), total])
 
 
 def _text(decay: Decay) -> str:
@@ -72,17 +69,26 @@ def _text(decay: Decay) -> str:
     return " ".join(filter(None, [*words, decay.form, target]))
 
 
+def decide_alone(
+    model: object, wd_policy: object
+) -> tuple[list[ParameterInfo], list[Decision]]:
+    """Decide for the parameters of a model where there is no optimizer."""
+    policy, roots = as_policy(wd_policy), as_modules(model)
+    infos = ModelIndex(roots).everyone()
+    require_matches(policy, infos, lambda selector: False, list)
+    return infos, decide(policy.bind(roots), infos)
+
+
 def diff(model: nn.Module | Sequence[nn.Module], a: object, b: object) -> Differences:
     """List the parameters of a model on which two policies disagree.
 
     Args:
-        model: Module or modules whose parameters are asked about; it may stand on
-            the meta device.
-        a: A policy, in any form that ``wd_policy`` takes.
-        b: Another.
+        model: Module or modules with the parameters, also on the meta device.
+        a: A policy, as for ``wd_policy``.
+        b: Another policy.
 
     Raises:
-        ValueError: One of them cannot decide for a parameter.
+        ValueError: A policy cannot decide for a parameter.
 
     Example:
         >>> print(diff(nn.Linear(2, 3), "all", "nanogpt").rows[0].reason_b)
@@ -90,8 +96,7 @@ def diff(model: nn.Module | Sequence[nn.Module], a: object, b: object) -> Differ
     """
     one, other = as_policy(a), as_policy(b)
     roots = as_modules(model)
-    infos = ModelIndex(roots).everyone()
-    decided = (decide_alone(policy, roots, infos) for policy in (one, other))
+    decided = (decide_alone(roots, policy)[1] for policy in (one, other))
     rows = [
         Difference(x.name, x.shape, x.decay, y.decay, x.reason, y.reason)
         for x, y in zip(*decided, strict=True)

@@ -16,6 +16,7 @@ from selective_optim.decay import Answer, Decay
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
 from selective_optim.policies.blocks import (
+    POOL,
     Layers,
     Modules,
     distances_in,
@@ -138,6 +139,8 @@ class Distances:
                 self._distance.update(dict.fromkeys(head.modules(), 0))
         self._below = max(map(len, stacks)) + 1
         self._around = {m for m in modules if m not in self._distance}
+        around = [m for m in modules if not blocks.isdisjoint(m.modules())]
+        self._holders = set(around) - blocks
         first = min(modules.index(block) for block in blocks)
         for place, module in enumerate(modules):
             if module in self._around:
@@ -153,6 +156,8 @@ class Distances:
             )
         if self._own is not None:
             return self._top - self._own.get(info.name or "", self._top)
+        if POOL.match(info.leaf or "") and info.owner in self._holders:
+            return 0  # queries that pool what the blocks give
         around = info.owner in self._around
         if around and embedding_part(info):
             return self._below - self._lift
@@ -177,7 +182,7 @@ class Layerwise(Policy):
         return NAMES | MODULES
 
     def bind(self, roots: Sequence[nn.Module]) -> Policy:
-        # Measured once for all parameters: it walks the model several times.
+        # Computed once for all parameters, since it reads the model several times.
         return replace(self, distances=Distances(roots, self.layers) if roots else None)
 
     def decide(self, info: ParameterInfo) -> Answer:
@@ -194,7 +199,7 @@ def layerwise(rate: float, layers: Layers = None) -> Policy:
         layers: Glob on the module names of the repeated blocks, such as
             ``"blocks.*"``, or the name of their list, ``"blocks"``. Pass a list of
             globs for several stacks, such as two towers; each has its own depth. By
-            default the model's ``group_matcher`` tells the layers, or they are found.
+            default they come from the model's ``group_matcher`` or are searched for.
 
     Raises:
         TypeError: ``layers`` is neither string nor strings, or ``rate`` no number.

@@ -35,7 +35,6 @@ from selective_optim.policies.base import (
     towards,
 )
 from selective_optim.policies.layerwise import layerwise
-from selective_optim.policies.markers import marked
 from selective_optim.policies.predicates import (
     Predicate,
     everything,
@@ -45,7 +44,7 @@ from selective_optim.policies.predicates import (
     is_norm,
     is_vector,
 )
-from selective_optim.policies.recipes import RECIPES
+from selective_optim.policies.recipes import RECIPES, marked
 from selective_optim.policies.selectors import Selector, as_selector, loaded_class
 
 NAMED: dict[str, Policy] = {
@@ -93,13 +92,12 @@ MAKERS: dict[Any, str] = {
     layerwise: "layerwise(0.75)",
     marked: "marked()",
 }
+# A glob has no parentheses, and no space beside its `*`.
 EXPRESSION = re.compile(r"[({|&~]|\w\s*\*\s+\w|\w\s+\*\s*\w")
 WORDS = re.compile(r"[a-z]+|[A-Z][a-z]*")
 SPLIT = re.compile(r"[^a-z0-9]+")
 ALIKE = 0.8  # "no_bias_nrom" is 0.92 of a name, "None" 0.75 of one that decays nothing
-NORM_WORDS = frozenset(
-    {"norm", "norms", "layernorm", "batchnorm", "rmsnorm", "ln", "bn"}
-)
+NORM_WORDS = {"norm", "norms", "layernorm", "batchnorm", "rmsnorm", "ln", "bn"}
 
 
 def named(name: str) -> Policy:
@@ -144,23 +142,23 @@ def closest(name: str, known: Iterable[str], told: str) -> str:
 def parse(text: str) -> Policy:
     """Read a policy from text: a name, or an expression as ``repr`` prints it.
 
-    An expression has the functions ``exclude``, ``only``, ``scale``, ``form``,
+    An expression may contain the functions ``exclude``, ``only``, ``scale``, ``form``,
     ``towards``, ``fixed``, ``layerwise``, ``marked``, ``first_match`` and ``named``,
     names of policies, selectors, numbers and ``*``. A selector is a glob in quotes,
     ``re.compile('...')``, a predicate, or a loaded module class such as
-    ``nn.LayerNorm``. Selectors join with ``|``, ``&`` and ``~``. Nothing is evaluated
-    or imported, so a text may come from anywhere.
+    ``nn.LayerNorm``. ``|``, ``&`` and ``~`` join selectors. The function evaluates no
+    code and imports nothing, so the text need not be trusted.
 
     Args:
-        text: As in a configuration file or on a command line; lines may break.
+        text: The policy, on one or several lines.
 
     Returns:
         The policy. ``parse(repr(policy)) == policy``, unless the policy holds
-        callables, modules or parameters, which no text names.
+        callables, modules or parameters, which have no text.
 
     Raises:
-        TypeError: ``text`` is no text.
-        ValueError: It cannot be read; the message points at the place.
+        TypeError: ``text`` is not a string.
+        ValueError: ``text`` is not a policy; the message shows the place.
 
     Example:
         >>> parse("no_bias_norm * scale('head.*' & ~is_bias, by=0.1)")
@@ -184,10 +182,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def is_expression(text: str) -> bool:
-    """Tell whether a text is more than a name or a glob: a call, a mapping, ``a * b``.
-
-    A glob has parentheses nowhere, and no space beside its ``*``.
-    """
+    """Tell whether a text is more than a name or a glob, as ``a * b``."""
     return bool(EXPRESSION.search(text))
 
 
@@ -199,7 +194,7 @@ def as_policy(value: object) -> Policy:
 
     Raises:
         TypeError: ``value`` is none of these.
-        ValueError: ``value`` is a name that no policy has, or cannot be read.
+        ValueError: No policy has the name, or the text is not a policy.
     """
     if isinstance(value, Policy):
         return value
@@ -240,18 +235,14 @@ def _meant(value: object) -> str:
 def _meant_by_words(items: Sequence[object]) -> str | None:
     # ["bias", "LayerNorm.weight"] is in many notebooks; in a ResNet it finds no norm.
     words = [i for i in items if isinstance(i, str) and not GLOB.search(i)]
-    norms = [
-        word
-        for word in words
-        if NORM_WORDS.intersection(part.lower() for part in WORDS.findall(word))
-    ]
+    parts = [{part.lower() for part in WORDS.findall(word)} for word in words]
+    norms = [word for word, own in zip(words, parts) if NORM_WORDS & own]
     if not norms:
         return None
     biases = [word for word in words if word.lower().strip(".") == "bias"]
     name = "no_bias_norm" if biases else "no_norm"
     rest = [item for item in items if item not in (*norms, *biases)]
-    texts = _selector_texts(rest)
-    if texts is None:
+    if (texts := _selector_texts(rest)) is None:
         return None
     policy = f'named("{name}") * exclude({", ".join(texts)})' if rest else f'"{name}"'
     return (
@@ -286,7 +277,6 @@ class Reader:
         self.text = text
 
     def read(self) -> Policy:
-        """Read the text."""
         try:
             body = ast.parse(self.text, mode="eval").body
         except SyntaxError as error:
@@ -308,7 +298,7 @@ class Reader:
         elif isinstance(node, ast.Name):
             policy = NAMED.get(node.id)
         elif isinstance(node, ast.Dict):
-            policy = self._called(node, partial(first_match, self._dict(node)))
+            policy = self._called(node, partial(first_match, self._argument(node)))
         if policy is None:
             raise self._not_a_policy(node)
         return policy
@@ -353,25 +343,19 @@ class Reader:
             raise self._wrong(node, told, rest) from error
 
     def _argument(self, node: ast.expr) -> Any:
-        if isinstance(node, ast.Constant):
-            value = node.value
-            if value is None or isinstance(value, str | int | float):
-                return value
+        value = node.value if isinstance(node, ast.Constant) else ...
+        if isinstance(value, str | int | float | None):
+            return value
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             value = self._argument(node.operand)
             if isinstance(value, int | float):
                 return -value
         if isinstance(node, ast.Dict):
-            return self._dict(node)
+            keys = [self._selector(key or node) for key in node.keys]
+            return dict(zip(keys, map(self._argument, node.values)))
         if isinstance(node, ast.Call) and _dotted(node.func) == "Decay":
             return self._call(node, Decay)
         return self._selector(node)
-
-    def _dict(self, node: ast.Dict) -> dict[Any, Any]:
-        return {
-            self._selector(key or node): self._argument(value)
-            for key, value in zip(node.keys, node.values)
-        }
 
     def _selector(self, node: ast.expr) -> Selector:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -441,8 +425,7 @@ class Reader:
 
 
 def _dotted(node: ast.expr) -> str:
-    """Write a name, or attributes of one, as text; empty for everything else."""
     if isinstance(node, ast.Attribute):
         above = _dotted(node.value)
         return f"{above}.{node.attr}" if above else ""
-    return node.id if isinstance(node, ast.Name) else ""
+    return node.id if isinstance(node, ast.Name) else ""  # no name at all

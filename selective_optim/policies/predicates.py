@@ -100,10 +100,10 @@ def is_hidden(place: ParameterInfo) -> bool:
         outputs.told = True
         verb = "count" if outputs.names[1:] else "counts"
         warn(
-            f"which layer of {outputs.model} is its output is not sure, so "
-            f"{', '.join(map(repr, outputs.names))} {verb} as none of its hidden "
-            f"weights. Select by name what should, as in is_hidden_matrix | "
-            f"{outputs.names[-1]!r}, or tell Muon output={outputs.names[-1]!r}."
+            f"it is not certain which layer of {outputs.model} is its output, so "
+            f"{', '.join(map(repr, outputs.names))} {verb} not as hidden. Select by "
+            f"name what is, as in is_hidden_matrix | {outputs.names[-1]!r}, or pass "
+            f"Muon output={outputs.names[-1]!r}."
         )
     return place.name not in outputs.visible
 

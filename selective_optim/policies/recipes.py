@@ -1,64 +1,228 @@
-"""Which parameters well-known projects decay, by the project's name.
+"""What others decay: well-known projects, by name, and authors who marked their models.
 
-A recipe's rule gives the reason for which the project exempts a parameter, or ``None``
-where it decays. As in the projects, a tied parameter goes by its first name. The
+A recipe's rules give the reason for which a project exempts a parameter, or ``None``
+where they say nothing. As in the projects, a tied parameter goes by its first name. The
 comment above a recipe names its source; where no version stands there, the source is
 the project's main branch as read in 2026.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
+from numbers import Real
 from operator import contains, eq
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from selective_optim import _torch
-from selective_optim.decay import EXEMPT, FULL, Answer
+from selective_optim._text import received
+from selective_optim.decay import EXEMPT, FULL, Answer, Decay, number_text
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
-from selective_optim.policies.lists import MARK, Lists, relative_names, unwrapped
 from selective_optim.policies.selectors import MODULES, NAMES, SHAPES, Need
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-# Collected as ultralytics collects them.
-TORCH_NORMS = tuple(item for name, item in sorted(vars(nn).items()) if "Norm" in name)
-HUGGINGFACE_NAMES = (
-    *("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"),
-)
-DCN = frozenset({"DeformConv2d", "ModulatedDeformConv2d"})
-TORCHVISION_EMBEDDINGS = frozenset(
-    {"class_token", "position_embedding", "relative_position_bias_table"}
-)
-RTDETR_NORM = re.compile(r"^(?=.*(?:encoder|decoder))(?=.*(?:norm|bn)).*$")
-GPTNEOX_NORMS = frozenset(
-    (
-        *("LayerNorm", "RMSNorm", "ScaleNorm", "TELayerNorm", "TERMSNorm"),
-        *("MixedFusedLayerNorm", "MixedFusedRMSNorm"),
+MARK = "_no_weight_decay"
+# S4 and what follows it write a parameter's own settings there.
+SETTINGS = "_optim"
+Target = TypeVar("Target", nn.Module, Tensor)
+
+
+def _unwrapped(path: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
+    """Drop the wrappers at the beginning of a path, so that it starts at the model."""
+    while len(path) > 1 and _key(path[0], path[1]) in _torch.WRAPPERS:
+        path = path[1:]
+    return path
+
+
+def _key(parent: nn.Module, child: nn.Module) -> str | None:
+    return next((k for k, module in parent.named_children() if module is child), None)
+
+
+def _relative_names(place: ParameterInfo) -> Iterator[tuple[nn.Module, str]]:
+    """Yield each module above a parameter with the parameter's name as seen from it."""
+    parts, size = (place.name or "").split("."), 1
+    for i in range(len(place.path) - 1, -1, -1):
+        yield place.path[i], ".".join(parts[-size:])
+        # A wrapper's own name is no part of the canonical one.
+        if i and _key(place.path[i - 1], place.path[i]) not in _torch.WRAPPERS:
+            size += 1
+
+
+class Lists:
+    """The lists of names that modules give, each module asked once."""
+
+    def __init__(self) -> None:
+        self._asked: dict[tuple[int, str], tuple[nn.Module, list[str]]] = {}
+
+    def names(self, module: nn.Module, method: str) -> list[str]:
+        key = (id(module), method)
+        if key not in self._asked:
+            listed: Any = ()
+            # Not where a wrapper passes attributes on: it would list names under the
+            # wrong root.
+            if hasattr(type(module), method) or method in vars(module):
+                listed = getattr(module, method)
+                listed = listed() if callable(listed) else listed
+            names = list(map(_torch.canonical_name, listed))
+            self._asked[key] = (module, names)
+        return self._asked[key][1]
+
+    def told(
+        self,
+        module: nn.Module,
+        method: str,
+        name: str | None,
+        matches: Callable[[str, str], bool] = fnmatchcase,
+    ) -> str | None:
+        for listed in self.names(module, method):
+            if matches(name or "", listed):
+                return f"{method}() lists {listed!r}"
+        return None
+
+
+def exempt_(target: Target) -> Target:
+    """Mark a parameter, or every parameter of a module, as exempt for ``marked``.
+
+    It sets ``_no_weight_decay = True`` on the parameters, as Mamba does. It also marks
+    the module, so that the mark stays if a wrapper makes new parameters.
+
+    Args:
+        target: Marked in place.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        TypeError: ``target`` is neither a parameter nor a module.
+
+    Example:
+        >>> layer = exempt_(nn.Linear(2, 2))
+        >>> layer.weight._no_weight_decay
+        True
+    """
+    if not isinstance(target, (nn.Module, Tensor)):
+        raise TypeError(
+            f"`exempt_` takes a module or a parameter, not {target!r} "
+            f"({type(target).__name__}). Write for example exempt_(model.head)."
+        )
+    setattr(target, MARK, True)
+    if isinstance(target, nn.Module):
+        for param in target.parameters():
+            setattr(param, MARK, True)
+    return target
+
+
+@dataclass(frozen=True, repr=False)
+class Marked(Policy):
+    """Exempts what the model's author marked; see :func:`marked`."""
+
+    weight_decay: float | None = None
+    lists: Lists | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        own = self.weight_decay
+        return "marked()" if own is None else f"marked(weight_decay={own!r})"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return NAMES | MODULES
+
+    def bind(self, roots: Sequence[nn.Module]) -> Policy:
+        return replace(self, lists=Lists())
+
+    def decide(self, info: ParameterInfo) -> Answer:
+        if getattr(info.parameter, MARK, False):
+            return Answer(EXEMPT, MARK)
+        lists = self.lists or Lists()
+        for place in info.places:
+            for module, name in _relative_names(place):
+                if reason := _mark(module, name, lists):
+                    return Answer(EXEMPT, reason)
+        settings = getattr(info.parameter, SETTINGS, None)
+        own = settings.get("weight_decay") if isinstance(settings, Mapping) else None
+        return Answer(FULL, "not marked") if own is None else self._by_own(float(own))
+
+    def _by_own(self, own: float) -> Answer:
+        told = f"{SETTINGS} has weight_decay {number_text(own)}"
+        if own == 0:
+            return Answer(EXEMPT, told)
+        if not self.weight_decay:
+            raise ValueError(
+                f"its {told}, which scales the optimizer's own, and that is not "
+                f"known. Write marked(weight_decay=...) with the optimizer's."
+            )
+        return Answer(Decay(own / self.weight_decay), told)
+
+
+def _mark(module: nn.Module, name: str, lists: Lists) -> str | None:
+    who = type(module).__name__
+    # Not getattr: wrappers answer for the module inside, which is asked itself.
+    if vars(module).get(MARK) is True:
+        return f"{MARK} of {who}"
+    told = (
+        lists.told(module, "no_weight_decay", name)
+        or lists.told(module, "no_weight_decay_patterns", name)
+        or lists.told(module, "no_weight_decay_keywords", name, contains)
     )
-)
-RWKV_RATES = (
-    *("time_mix", "time_maa", "time_decay", "time_daaaa", "att.w0", "time_faaaa"),
-    "time_first",
-)
+    return f"{who}.{told}" if told else None
+
+
+def marked(weight_decay: float | None = None) -> Policy:
+    """Exempt what the model's author marked, and decay the rest.
+
+    A parameter is marked if one of these holds:
+
+    - Its attribute ``_no_weight_decay`` is true.
+    - ``no_weight_decay()`` or ``no_weight_decay_patterns()`` of a module above it
+      returns its name, or a glob that matches it, as seen from that module.
+    - Its name contains one of such a module's ``no_weight_decay_keywords()``.
+    - Its attribute ``_optim`` is ``{"weight_decay": 0}``.
+
+    Modules inside DDP, FSDP and ``torch.compile`` wrappers are asked too.
+
+    Args:
+        weight_decay: The optimizer's decay, above 0. Pass it if an ``_optim`` states
+            another decay than 0: 0.05 there decays half as much if this is 0.1.
+            Without it the policy raises for such a parameter.
+
+    Raises:
+        TypeError: ``weight_decay`` is not a number.
+        ValueError: ``weight_decay`` is 0, negative, infinite or NaN.
+
+    Example:
+        >>> marked() * marked(weight_decay=0.1)
+        marked() * marked(weight_decay=0.1)
+    """
+    if weight_decay is not None and not isinstance(weight_decay, Real):
+        raise TypeError(
+            f"`weight_decay` must be a number, not {received(weight_decay)}. "
+            f"Write for example marked(weight_decay=0.1)."
+        )
+    if weight_decay is not None and not 0 < float(weight_decay) < math.inf:
+        raise ValueError(
+            f"`weight_decay` must be finite and > 0, not {weight_decay}. "
+            f"Write for example marked(weight_decay=0.1)."
+        )
+    return Marked(weight_decay)
+
+
+Ask = Callable[[ParameterInfo], str | None]
 
 
 @dataclass(frozen=True, repr=False)
 class Recipe(Policy):
-    """Another project's rule.
-
-    ``exempts`` gives the reason to exempt a parameter, or ``None`` to decay it, and
-    ``listed`` the reason to exempt what the model's own methods list.
-    """
+    """Another project's rule: exempt is what a question gives a reason for."""
 
     name: str
     known: frozenset[Need] = field(compare=False)
-    exempts: Callable[[ParameterInfo], str | None] = field(compare=False)
+    exempts: tuple[Ask, ...] = field(compare=False)
+    # Asked first: what the model's own methods list.
     listed: Callable[[ParameterInfo, Lists], str | None] | None = field(
         default=None, compare=False
     )
@@ -79,7 +243,8 @@ class Recipe(Policy):
 
     def decide(self, info: ParameterInfo) -> Answer:
         reason = self.listed and self.listed(info, self.lists or Lists())
-        reason = reason or self.exempts(info)
+        for ask in self.exempts:
+            reason = reason or ask(info)
         if reason is None:
             return Answer(FULL, f"{self.name}: decays")
         return Answer(EXEMPT, f"{self.name}: {reason}")
@@ -89,12 +254,20 @@ def _recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-# What several projects ask.
+def _words(*words: str) -> Ask:
+    def ask(info: ParameterInfo) -> str | None:
+        found = next((word for word in words if word in (info.name or "")), None)
+        return f"name has {found!r}" if found else None
+
+    return ask
 
 
-def _word(info: ParameterInfo, *words: str) -> str | None:
-    found = next((word for word in words if word in (info.name or "")), None)
-    return f"name has {found!r}" if found else None
+def _held_by(*classes: type) -> Ask:
+    def ask(info: ParameterInfo) -> str | None:
+        held = isinstance(info.owner, classes)
+        return f"held by {type(info.owner).__name__}" if held else None
+
+    return ask
 
 
 def _dot_bias(info: ParameterInfo) -> str | None:
@@ -105,13 +278,12 @@ def _vector(info: ParameterInfo) -> str | None:
     return "ndim == 1" if info.ndim == 1 else None
 
 
-def _at_most_1d(info: ParameterInfo, told: str = "ndim <= 1") -> str | None:
-    return told if info.ndim is not None and info.ndim <= 1 else None
+def _at_most_1d(info: ParameterInfo) -> str | None:
+    return "ndim <= 1" if info.ndim is not None and info.ndim <= 1 else None
 
 
-def _held_by(info: ParameterInfo, *classes: type) -> str | None:
-    held = isinstance(info.owner, classes)
-    return f"held by {type(info.owner).__name__}" if held else None
+def _below_2d(info: ParameterInfo) -> str | None:
+    return "ndim < 2" if _at_most_1d(info) else None
 
 
 def _of_root(
@@ -120,7 +292,7 @@ def _of_root(
     method: str = "no_weight_decay",
     matches: Callable[[str, str], bool] = eq,
 ) -> str | None:
-    return lists.told(unwrapped(info.path)[0], method, info.name, matches)
+    return lists.told(_unwrapped(info.path)[0], method, info.name, matches)
 
 
 _of_root_as_globs = partial(_of_root, matches=fnmatchcase)
@@ -132,7 +304,7 @@ def _of_root_or_keyword(info: ParameterInfo, lists: Lists) -> str | None:
 
 
 def _of_any_module(info: ParameterInfo, lists: Lists) -> str | None:
-    for module, name in relative_names(info):
+    for module, name in _relative_names(info):
         if told := lists.told(module, "no_weight_decay", name, eq):
             return told
         globs = lists.names(module, "no_weight_decay_patterns")
@@ -143,12 +315,38 @@ def _of_any_module(info: ParameterInfo, lists: Lists) -> str | None:
     return None
 
 
-# Rules that take more than a line.
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+# Collected as ultralytics collects them.
+TORCH_NORMS = tuple(item for name, item in sorted(vars(nn).items()) if "Norm" in name)
+HUGGINGFACE_NAMES = (
+    *("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"),
+)
+TORCHVISION_EMBEDDINGS = frozenset(
+    {"class_token", "position_embedding", "relative_position_bias_table"}
+)
+RTDETR_NORM = re.compile(r"^(?=.*(?:encoder|decoder))(?=.*(?:norm|bn)).*$")
+GPTNEOX_NORMS = frozenset(
+    (
+        *("LayerNorm", "RMSNorm", "ScaleNorm", "TELayerNorm", "TERMSNorm"),
+        *("MixedFusedLayerNorm", "MixedFusedRMSNorm"),
+    )
+)
+DETECTRON2_NORMS = (
+    *(*BATCH_NORMS, *INSTANCE_NORMS, nn.SyncBatchNorm, nn.GroupNorm),
+    *(nn.LayerNorm, nn.LocalResponseNorm),
+)
+RWKV_RATES = _words(
+    *("_w1", "_w2", "time_mix", "time_maa", "time_decay", "time_daaaa", "att.w0"),
+    *("time_faaaa", "time_first"),
+)
+# Megatron's names and those of transformers.
+QUERY_OR_KEY_NORM = _words("q_layernorm.", "k_layernorm.", "q_norm.", "k_norm.")
 
 
 def _huggingface(info: ParameterInfo) -> str | None:
     # The root itself is not asked; names are searched in lower case.
-    if any(isinstance(module, nn.LayerNorm) for module in unwrapped(info.path)[1:]):
+    if any(isinstance(module, nn.LayerNorm) for module in _unwrapped(info.path)[1:]):
         return "inside LayerNorm"
     name = (info.name or "").lower()
     found = next((p for p in HUGGINGFACE_NAMES if re.search(p, name)), None)
@@ -165,9 +363,11 @@ def _fastai(info: ParameterInfo) -> str | None:
     return None
 
 
+MMENGINE_NORMS = (*_torch.NORM_BASES, nn.GroupNorm, nn.LayerNorm)
+DCN = frozenset({"DeformConv2d", "ModulatedDeformConv2d"})
+
+
 def _mmengine(info: ParameterInfo) -> str | None:
-    if held := _held_by(info, *_torch.NORM_BASES, nn.GroupNorm, nn.LayerNorm):
-        return held
     parents = (cls for module in info.path[-2:-1] for cls in type(module).__mro__)
     # By name, since mmcv may be missing where its models are used.
     in_dcn = any(
@@ -190,8 +390,8 @@ def _mingpt(info: ParameterInfo) -> str | None:
     )
 
 
-def _mingpt_sides(place: ParameterInfo) -> Iterable[str]:
-    """Yield the reason to exempt one place of a parameter, or ``""`` to decay it."""
+def _mingpt_sides(place: ParameterInfo) -> list[str]:
+    """Give the reason to exempt one place of a parameter, or ``""`` to decay it."""
     if (place.leaf or "").endswith("bias"):
         return ["bias"]
     if not (place.leaf or "").endswith("weight"):
@@ -203,14 +403,14 @@ def _mingpt_sides(place: ParameterInfo) -> Iterable[str]:
     return [f"inside {name}" for name in held[:1]]
 
 
-def _torchvision(info: ParameterInfo) -> str | None:
-    others = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
-    return _held_by(info, *_torch.NORM_BASES, *others)
+_torchvision = _held_by(
+    *_torch.NORM_BASES, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm
+)
 
 
 def _torchvision_swin(info: ParameterInfo) -> str | None:
     called = info.leaf in ("bias", *TORCHVISION_EMBEDDINGS)
-    return f"called {info.leaf}" if called else _torchvision(info)
+    return f"called {info.leaf}" if called else None
 
 
 def _yolox(info: ParameterInfo) -> str | None:
@@ -224,14 +424,12 @@ def _yolox(info: ParameterInfo) -> str | None:
     return "module's name has 'bn'" if "bn" in module else None
 
 
-def _dinov3(info: ParameterInfo) -> str | None:
-    ends = "name ends in 'bias'" if (info.name or "").endswith("bias") else None
-    return ends or _word(info, "norm", "gamma", "fourier_w")
+def _ends_in_bias(info: ParameterInfo) -> str | None:
+    return "name ends in 'bias'" if (info.name or "").endswith("bias") else None
 
 
-def _sam2(info: ParameterInfo) -> str | None:
-    norm = "held by LayerNorm" if type(info.owner) is nn.LayerNorm else None
-    return _word(info, "bias") or norm
+def _plain_layernorm(info: ParameterInfo) -> str | None:
+    return "held by LayerNorm" if type(info.owner) is nn.LayerNorm else None
 
 
 def _rtdetr(info: ParameterInfo) -> str | None:
@@ -248,15 +446,13 @@ def _gptneox(info: ParameterInfo) -> str | None:
 
 
 def _rwkv(info: ParameterInfo) -> str | None:
-    if found := _word(info, "_w1", "_w2"):
-        return found
-    if _word(info, "time_sta"):
+    name = info.name or ""
+    if "time_sta" in name and "_w1" not in name and "_w2" not in name:
         return None
-    if found := _word(info, *RWKV_RATES):
+    if found := RWKV_RATES(info):
         return found
     matrix = sum(size != 1 for size in info.shape or ()) >= 2
-    weight = matrix and _word(info, ".weight")
-    return None if weight else "no .weight of two dimensions"
+    return None if matrix and ".weight" in name else "no .weight of two dimensions"
 
 
 def _olmo(info: ParameterInfo) -> str | None:
@@ -271,10 +467,7 @@ def _smollm3(info: ParameterInfo) -> str | None:
 
 
 def _qwen3_next(info: ParameterInfo) -> str | None:
-    # Megatron's names and those of transformers.
-    if _word(info, "q_layernorm.", "k_layernorm.", "q_norm.", "k_norm."):
-        return None
-    return _vector(info) or _dot_bias(info)
+    return None if QUERY_OR_KEY_NORM(info) else _vector(info) or _dot_bias(info)
 
 
 def _dion(info: ParameterInfo) -> str | None:
@@ -296,131 +489,121 @@ _RECIPES = (
     # Exempts what is inside an `nn.LayerNorm` or named like a bias or norm.
     # `Trainer.get_decay_parameter_names` in transformers/trainer.py and
     # `get_parameter_names` in trainer_pt_utils.py, version 5.23.0.
-    Recipe("huggingface", NAMES | MODULES, _huggingface),
+    Recipe("huggingface", NAMES | MODULES, (_huggingface,)),
     # Exempts vectors, scalars and `*.bias`, and the model's `no_weight_decay()`.
     # `param_groups_weight_decay` in timm/optim/_param_groups.py, given the model's
     # list as `create_optimizer_v2` in _optim_factory.py gives it, version 1.0.31.
-    Recipe("timm", ALL, lambda i: _at_most_1d(i) or _dot_bias(i), _of_root_as_globs),
-    # Exempts all inside seven norm classes, and what its owner calls `bias`.
+    Recipe("timm", ALL, (_at_most_1d, _dot_bias), _of_root_as_globs),
+    # Exempts parameters of seven norm classes, and attributes called `bias`.
     # `norm_bias_params` in fastai/torch_core.py, as `Learner.create_opt` uses it for
     # `wd_bn_bias=False`, version 2.8.12.
-    Recipe("fastai", MODULES, _fastai),
-    # Exempts what a norm holds and what is called `bias`, but for that inside a DCN.
+    Recipe("fastai", MODULES, (_fastai,)),
+    # Exempts parameters of norms and attributes called `bias`, except inside a DCN.
     # `DefaultOptimWrapperConstructor.add_params` in
     # mmengine/optim/optimizer/default_constructor.py, version 0.10.7, with
     # `paramwise_cfg=dict(norm_decay_mult=0, bias_decay_mult=0)`.
-    Recipe("mmengine", NAMES | MODULES, _mmengine),
-    # Exempts what a norm holds; biases decay. `get_default_optimizer_params` in
+    Recipe("mmengine", NAMES | MODULES, (_held_by(*MMENGINE_NORMS), _mmengine)),
+    # Exempts parameters of norms; biases decay. `get_default_optimizer_params` in
     # detectron2/solver/build.py, with `WEIGHT_DECAY_NORM = 0.0` and
     # `WEIGHT_DECAY_BIAS = None`, the defaults of detectron2/config/defaults.py.
-    Recipe(
-        "detectron2",
-        MODULES,
-        lambda i: _held_by(
-            i,
-            *(*BATCH_NORMS, *INSTANCE_NORMS, nn.SyncBatchNorm, nn.GroupNorm),
-            *(nn.LayerNorm, nn.LocalResponseNorm),
-        ),
-    ),
-    # Exempts what a norm holds, as `--norm-weight-decay 0` does. `set_weight_decay` in
-    # references/classification/utils.py, called as in train.py beside it.
-    Recipe("torchvision", NAMES | MODULES, _torchvision),
-    # Exempts biases and tables of embeddings, too: `--bias-weight-decay 0` and
+    Recipe("detectron2", MODULES, (_held_by(*DETECTRON2_NORMS),)),
+    # Exempts parameters of norms, as `--norm-weight-decay 0` does. `set_weight_decay`
+    # in references/classification/utils.py, called as in train.py beside it.
+    Recipe("torchvision", NAMES | MODULES, (_torchvision,)),
+    # Exempts norms, biases and tables of embeddings. `--bias-weight-decay 0` and
     # `--transformer-embedding-decay 0`, with which
     # references/classification/README.md trains Swin and MaxViT.
-    Recipe("torchvision_swin", NAMES | MODULES, _torchvision_swin),
-    # Exempts names with `bias` or `logit_scale` and what torch's norms hold.
+    Recipe("torchvision_swin", NAMES | MODULES, (_torchvision_swin, _torchvision)),
+    # Exempts names with `bias` or `logit_scale` and parameters of torch's norms.
     # `BaseTrainer.build_optimizer` in ultralytics/engine/trainer.py, version
     # 8.4.190, for every optimizer but MuSGD.
     Recipe(
         "ultralytics",
         NAMES | MODULES,
-        lambda i: _word(i, "bias", "logit_scale") or _held_by(i, *TORCH_NORMS),
+        (_words("bias", "logit_scale"), _held_by(*TORCH_NORMS)),
     ),
-    # Decays what is called `weight`, but for BatchNorm2d and modules named bn.
+    # Decays attributes called `weight`, except in BatchNorm2d and modules named bn.
     # `Exp.get_optimizer` in yolox/exp/yolox_base.py.
-    Recipe("yolox", NAMES | MODULES, _yolox),
+    Recipe("yolox", NAMES | MODULES, (_yolox,)),
     # Exempts norms of encoder and decoder, by name; biases and the backbone decay. The
     # backbone's own rate, 1e-5, is a group's.
     # rtdetrv2_pytorch/configs/rtdetrv2/rtdetrv2_r50vd_6x_coco.yml, read by
     # `get_optim_params` in src/core/yaml_config.py.
-    Recipe("rtdetr", NAMES, _rtdetr),
-    # Exempts names with bias and what an `nn.LayerNorm`, no subclass, holds; rates per
-    # layer are those of `layerwise_groups`. `weight_decay` in
+    Recipe("rtdetr", NAMES, (_rtdetr,)),
+    # Exempts names with bias and parameters of `nn.LayerNorm`, not of subclasses. Rates
+    # per layer are those of `layerwise_groups`. `weight_decay` in
     # sam2.1_hiera_b+_MOSE_finetune.yaml, applied by training/optimizer.py.
-    Recipe("sam2", NAMES | MODULES, _sam2),
-    # Exempts vectors, `*.bias` and what the model lists; scalars decay.
+    Recipe("sam2", NAMES | MODULES, (_words("bias"), _plain_layernorm)),
+    # Exempts vectors, `*.bias` and names that the model lists; scalars decay.
     # `set_weight_decay` in Swin-Transformer's optimizer.py, with the model's
     # `no_weight_decay()` and `no_weight_decay_keywords()`.
-    Recipe("swin", ALL, lambda i: _vector(i) or _dot_bias(i), _of_root_or_keyword),
+    Recipe("swin", ALL, (_vector, _dot_bias), _of_root_or_keyword),
     # Exempts vectors, `*.bias` and the model's `no_weight_decay()`; scalars decay.
     # `get_parameter_groups` in ConvNeXt's optim_factory.py; BEiT's is the same. Rates
     # per layer are those of `layerwise_groups`.
-    Recipe("convnext", ALL, lambda i: _vector(i) or _dot_bias(i), _of_root),
+    Recipe("convnext", ALL, (_vector, _dot_bias), _of_root),
     # Exempts vectors and the model's `no_weight_decay()`; other biases decay. The rates
     # of MAE's fine-tuning, 0.75 per layer, are those of
     # `layerwise_groups(model, lr, 0.75, lr_scale=True)`.
     # `param_groups_lrd` in MAE's util/lr_decay.py.
-    Recipe("mae", ALL, _vector, _of_root),
+    Recipe("mae", ALL, (_vector,), _of_root),
     # Exempts `*.bias` and names that contain `norm` or `gamma`.
     # `get_params_groups_with_decay` in dinov2/utils/param_groups.py.
-    Recipe("dinov2", NAMES, lambda i: _word(i, "norm", "gamma") or _dot_bias(i)),
-    # Exempts names that end in bias or have norm, gamma or fourier_w; neither the rates
-    # per layer, nor that of `patch_embed`, nor the strength of the DINO head, 1 by
+    Recipe("dinov2", NAMES, (_words("norm", "gamma"), _dot_bias)),
+    # Exempts names that end in bias or contain norm, gamma or fourier_w. It has neither
+    # rates per layer and of `patch_embed` nor the factor of the DINO head, 1 by
     # default. `get_params_groups_with_decay` in dinov3/train/param_groups.py.
-    Recipe("dinov3", NAMES, _dinov3),
-    # Exempts vectors, scalars and what any module of the model lists: names of
+    Recipe("dinov3", NAMES, (_ends_in_bias, _words("norm", "gamma", "fourier_w"))),
+    # Exempts vectors, scalars and what modules of the model list. These are names of
     # `no_weight_decay()`, globs of `no_weight_decay_patterns()`, and
     # `no_weight_decay_keywords()` as ends of names. `make_wd_exclude` and
     # `collect_no_weight_decay` in src/open_clip_train/optim.py.
-    Recipe("open_clip", ALL, _at_most_1d, _of_any_module),
+    Recipe("open_clip", ALL, (_at_most_1d,), _of_any_module),
     # Exempts vectors, scalars and names with bn, ln, bias or logit_scale.
     # `main` in src/open_clip_train/main.py, version 3.3.0.
     Recipe(
         "open_clip_2025",
         NAMES | SHAPES,
-        lambda i: (
-            _at_most_1d(i, "ndim < 2") or _word(i, "bn", "ln", "bias", "logit_scale")
-        ),
+        (_below_2d, _words("bn", "ln", "bias", "logit_scale")),
     ),
     # Exempts vectors and scalars; embeddings decay.
     # `GPT.configure_optimizers` in nanoGPT's model.py.
-    Recipe("nanogpt", SHAPES, lambda i: _at_most_1d(i, "ndim < 2")),
+    Recipe("nanogpt", SHAPES, (_below_2d,)),
     # Decays weights of `Linear`; exempts biases, layer norms and embeddings.
     # `GPT.configure_optimizers` in mingpt/model.py.
-    Recipe("mingpt", NAMES | MODULES, _mingpt),
+    Recipe("mingpt", NAMES | MODULES, (_mingpt,)),
     # Exempts vectors and `*.bias`; embeddings and scalars decay.
     # `get_standard_config_overrides` in megatron/core/optimizer/__init__.py, without
     # `apply_wd_to_qk_layernorm`.
-    Recipe("megatron", NAMES | SHAPES, lambda i: _vector(i) or _dot_bias(i)),
-    # Exempts what seven norm classes hold, `bias` and `_no_weight_decay`.
+    Recipe("megatron", NAMES | SHAPES, (_vector, _dot_bias)),
+    # Exempts seven norm classes, `bias`, and parameters marked `_no_weight_decay`.
     # `get_params_for_weight_decay_optimization` in megatron/model/utils.py of GPT-NeoX.
-    Recipe("gptneox", NAMES | MODULES, _gptneox),
-    # Decays `.weight` of two dimensions, those of one left out, and states; with
-    # `layerwise_lr` 1, the default, rates of 2 and 3 times are not set.
+    Recipe("gptneox", NAMES | MODULES, (_gptneox,)),
+    # Decays `.weight` with two dimensions above 1, and states. Rates of 2 and 3 times,
+    # as with `layerwise_lr` 1, the default, are not set.
     # `RWKV.configure_optimizers` in RWKV-v5/src/model.py.
-    Recipe("rwkv", NAMES | SHAPES, _rwkv),
+    Recipe("rwkv", NAMES | SHAPES, (_rwkv,)),
     # Exempts the embedding; norms and biases decay.
     # `OptimGroupOverride(params=["embeddings.weight"], ...)` in
     # src/scripts/train/OLMo2 and OLMo3 of OLMo-core.
-    Recipe("olmo", NAMES, _olmo),
+    Recipe("olmo", NAMES, (_olmo,)),
     # Exempts the embedding, also where it is the output layer; norms and biases decay.
     # `weight_decay_exclude_named_params` in text/pretraining/smollm3/stage1_8T.yaml of
     # smollm, read by `get_custom_weight_decay_for_named_parameters` in
     # src/nanotron/helpers.py.
-    Recipe("smollm3", NAMES, _smollm3),
-    # Exempts vectors and `*.bias` but for norms of queries and keys.
+    Recipe("smollm3", NAMES, (_smollm3,)),
+    # Exempts vectors and `*.bias`, except norms of queries and keys.
     # `get_standard_config_overrides` in megatron/core/optimizer/__init__.py with
     # `apply_wd_to_qk_layernorm`, called there the way of Qwen3-Next.
-    Recipe("qwen3_next", NAMES | SHAPES, _qwen3_next),
+    Recipe("qwen3_next", NAMES | SHAPES, (_qwen3_next,)),
     # Exempts nothing. `weight_decay` of both optimizers in
     # torchtitan/models/kimi_k2_7/config_registry.py.
-    Recipe("kimi", frozenset(), lambda i: None),
+    Recipe("kimi", frozenset(), ()),
     # Exempts embedding and output layer; vectors decay. `create_optimizer` in dion's
     # train.py and the example of its README.md.
-    Recipe("dion", NAMES, _dion),
-    # Decays gates of attention and routers alone, in the run from 0.02 to 0.
+    Recipe("dion", NAMES, (_dion,)),
+    # Decays only gates of attention and routers. The run goes from 0.02 to 0.
     # `_gate_router_decay_mask` in experiments/grug/moe_hero_ep/optimizer.py of marin.
-    Recipe("marin", NAMES, _marin),
+    Recipe("marin", NAMES, (_marin,)),
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}

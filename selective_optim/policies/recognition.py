@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import nn
 
-from selective_optim._torch import original_class
-from selective_optim.parameters import ParameterInfo, index_of, own_classes
+from selective_optim._torch import original_class, own_classes
+from selective_optim.parameters import ParameterInfo, index_of
 from selective_optim.policies.source import (
     goes_with,
     only_added,
@@ -35,8 +35,8 @@ WEIGHT_MODULES = (
 )
 WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 # GRN is the global response normalization of ConvNeXt V2, and an acronym that others
-# are glued to: DiTGRN.
-NORM_WORD = re.compile(r".*norm$|normali[sz]ation$|.*grn$")
+# are glued to: DiTGRN. RevIN is the reversible instance normalization of forecasts.
+NORM_WORD = re.compile(r".*norm$|normali[sz](?:ation|e)$|.*grn$|revin$")
 # A class called after a norm and then after one of these is the other thing:
 # LayerNormLinear, NormFreeBlock, NormHead.
 LAYERS = frozenset(
@@ -56,7 +56,8 @@ NO_BIAS = frozenset(
 # A table of biases, to be looked up by position: relative_attention_bias.
 BIAS_TABLE = re.compile(r"(?:.*_)?(?:relative|position)_")
 # Names of biases that are names of other things elsewhere: b_Q, b1, cross_layer_b.
-MAY_BE_BIAS = re.compile(r"(?:.*_)?b\d*(?:_.*)?$|beta$")
+MAY_BE_BIAS = re.compile(r"(?:.*_)?b\d*(?:_.*)?$")
+MAY_SHIFT = re.compile(r"beta$|(?!.*scale)(?:.*_)?(?:offset|shift|translation)$")
 METHODS = (FunctionType, classmethod, staticmethod)
 PARTS_OF_A_NAME = re.compile(r"[a-zA-Z]+")
 LISTS = (nn.ParameterList, nn.ParameterDict)
@@ -90,9 +91,6 @@ TABLE = re.compile(
 KNOWN_GAINS = {
     # A global response norm, written out where it is used.
     ("monai", "MedNeXtBlock"): {"global_resp_gamma", "global_resp_beta"},
-    # Gains of a norm that is called without its own.
-    ("transformers", "Gemma4TextRouter"): {"scale"},
-    ("transformers", "DiffusionGemmaTextRouter"): {"scale"},
 }
 # Multiplies a product of normalized vectors, and sometimes one of the two.
 TEMPERATURE = re.compile(r"(?:.*_)?(?:temp|temperature|logit_scale)$")
@@ -108,7 +106,7 @@ NO_WEIGHTS = frozenset(
 
 @cache
 def _name_says_norm(name: str) -> bool:
-    words = [word.lower() for word in WORDS.findall(name)]
+    words = [word.lower() for word in WORDS.findall(name.replace("RevIN", "Revin"))]
     norms = [i for i, word in enumerate(words) if NORM_WORD.match(word)]
     if not norms or NOT_A_NORM.match(name):
         return False
@@ -253,10 +251,11 @@ def bias_part(place: ParameterInfo) -> bool:
     module, leaf = holder(place)
     if bias_leaf(leaf) or module is None:
         return bias_leaf(leaf)
-    if not MAY_BE_BIAS.match(leaf):
+    called_b = MAY_BE_BIAS.match(leaf)
+    if not called_b and not MAY_SHIFT.match(leaf):
         return False
     added = only_added(_kind(module), leaf)
-    if added is None and leaf != "beta":  # other modules use it
+    if added is None and called_b:  # other modules use it
         keys = (key for key, _ in module.named_parameters("", False))
         return place.ndim == 1 or goes_with(leaf, keys)
     return bool(added)
@@ -273,16 +272,18 @@ def norm_part(place: ParameterInfo) -> str | None:
         return ""
     if module is None or isinstance(module, WEIGHT_MODULES):
         return None
-    return _gain(_kind(module), leaf)
+    children = module.named_children()
+    norms = (k for k, m in children if says_norm(_kind(m)) and not has_parameters(m))
+    return _gain(_kind(module), leaf, frozenset(norms))
 
 
 @lru_cache(4096)
-def _gain(cls: Any, leaf: str) -> str | None:
+def _gain(cls: Any, leaf: str, plain: frozenset[str]) -> str | None:
     for base in own_classes(cls):
         package = base.__module__.partition(".")[0]
         if leaf in KNOWN_GAINS.get((package, base.__name__), ()):
             return f"{cls.__name__}.{leaf} is known as a gain"
-    return None if TEMPERATURE.match(leaf) else scales_normalized(cls, leaf)
+    return None if TEMPERATURE.match(leaf) else scales_normalized(cls, leaf, plain)
 
 
 @cache

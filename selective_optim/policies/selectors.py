@@ -34,6 +34,7 @@ NAMES = frozenset[Need]({"names"})
 LEAVES = frozenset[Need]({"leaves"})
 MODULES = frozenset[Need]({"modules"})
 SHAPES = frozenset[Need]({"shapes"})
+ANYTHING = frozenset[Need]({"anything"})
 # What a parameter is can be known without its name in the model.
 KINDS = LEAVES | MODULES
 
@@ -88,10 +89,7 @@ class StrictInfo(ParameterInfo):
 
 @dataclass(frozen=True)
 class LostCallable:
-    """Stands for a callable that does not pickle; raises where it is asked.
-
-    Decisions are pickled with their optimizer: only a new parameter asks it.
-    """
+    """Stands for a callable that does not pickle; raises where it is asked."""
 
     text: str
 
@@ -105,14 +103,26 @@ class LostCallable:
         )
 
 
-def picklable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a callable, or, if it does not pickle, a stand-in that raises."""
-    try:
-        # Tried at once: an error inside pickle would name neither policy nor remedy.
-        pickle.dumps(function)
-    except (pickle.PicklingError, AttributeError, TypeError):
-        return LostCallable(callable_text(function))
-    return function
+@dataclass(frozen=True, repr=False)
+class Callback:
+    """A function of the user's: it prints as its name, and need not pickle."""
+
+    function: Callable[[ParameterInfo], Any]
+
+    def __repr__(self) -> str:
+        return callable_text(self.function)
+
+    def __deepcopy__(self, memo: object) -> Callback:
+        return self  # frozen, and functions are not copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        try:
+            # Tried at once: an error inside pickle names neither policy nor remedy.
+            pickle.dumps(self.function)
+        except (pickle.PicklingError, AttributeError, TypeError):
+            # Decisions are pickled with their optimizer: only a new parameter asks it.
+            return type(self), (LostCallable(repr(self)),)
+        return type(self), (self.function,)
 
 
 def callable_text(function: Callable[..., Any]) -> str:
@@ -211,7 +221,7 @@ class Selector:
         return _joined("&", other, self)
 
     def __invert__(self) -> Selector:
-        return Not(self)
+        return Joined("~", (self,))
 
     def told(self, info: ParameterInfo) -> str:
         """Write the selector as a reason that it selected a parameter."""
@@ -295,15 +305,10 @@ class Identity(Selector):
         )
 
 
-@dataclass(frozen=True, repr=False)
-class Question(Selector):
+class Question(Callback, Selector):
     """Any callable from ``ParameterInfo`` to bool."""
 
-    function: Callable[[ParameterInfo], bool]
-    needs = frozenset({"anything"})
-
-    def __repr__(self) -> str:
-        return callable_text(self.function)
+    needs = ANYTHING
 
     def at(self, place: ParameterInfo) -> bool:
         answer = self.function(StrictInfo(place))
@@ -315,23 +320,24 @@ class Question(Selector):
             )
         return bool(answer)
 
-    def __deepcopy__(self, memo: object) -> Question:
-        return self  # frozen, and functions are not copied
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Question, (picklable(self.function),)
-
 
 @dataclass(frozen=True, repr=False)
 class Joined(Selector):
-    """Selects what any of its parts selects (``|``), or what all of them do (``&``)."""
+    """Selects what any of its parts does (``|``), all (``&``) or its one does not."""
 
-    sign: Literal["|", "&"]
+    sign: Literal["|", "&", "~"]
     parts: tuple[Selector, ...]
 
     def __repr__(self) -> str:
-        text = repr if self.sign == "|" else _inner_text
-        return f" {self.sign} ".join(map(text, self.parts))
+        if self.sign == "|":
+            return " | ".join(map(repr, self.parts))
+        inner = [
+            f"({part!r})"
+            if isinstance(part, Joined) and part.sign != "~"
+            else f"{part!r}"
+            for part in self.parts
+        ]
+        return f"~{inner[0]}" if self.sign == "~" else " & ".join(inner)
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]  # that of the parts
@@ -343,32 +349,9 @@ class Joined(Selector):
 
     def matches(self, info: ParameterInfo) -> bool:
         found = (part.matches(info) for part in self.parts)
+        if self.sign == "~":
+            return not any(found)
         return any(found) if self.sign == "|" else all(found)
-
-
-@dataclass(frozen=True, repr=False)
-class Not(Selector):
-    """Selects what another does not select at any place."""
-
-    part: Selector
-
-    def __repr__(self) -> str:
-        return f"~{_inner_text(self.part)}"
-
-    @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]  # that of the part
-        return self.part.needs
-
-    @property
-    def leaves(self) -> tuple[Selector, ...]:
-        return self.part.leaves
-
-    def matches(self, info: ParameterInfo) -> bool:
-        return not self.part.matches(info)
-
-
-def _inner_text(part: Selector) -> str:
-    return f"({part!r})" if isinstance(part, Joined) else repr(part)
 
 
 def _joined(sign: Literal["|", "&"], *items: object) -> Selector:
@@ -376,13 +359,11 @@ def _joined(sign: Literal["|", "&"], *items: object) -> Selector:
         chosen = list(map(as_selector, items))
     except TypeError as error:
         raise TypeError(f"`{sign}` joins selectors: {error}") from None
-    parts: list[Selector] = []
-    for each in chosen:
-        if isinstance(each, Joined) and each.sign == sign:
-            parts += each.parts
-        else:
-            parts.append(each)
-    return Joined(sign, tuple(parts))
+    parts = [
+        each.parts if isinstance(each, Joined) and each.sign == sign else (each,)
+        for each in chosen
+    ]
+    return Joined(sign, tuple(chain.from_iterable(parts)))
 
 
 def as_selector(item: object) -> Selector:

@@ -14,12 +14,11 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import takewhile
 from textwrap import dedent
 from types import CodeType, FunctionType
 from typing import Any
 
-from torch import nn
+from selective_optim._torch import own_classes
 
 NORM_CALL = re.compile(r"(?:\w+_)?(?:batch|group|instance|layer|rms)_?norm(?:_fn)?$")
 # Makes vectors of length one.
@@ -29,58 +28,57 @@ SPREAD = re.compile(r"(?:\w+_)?(?:std|stdev|stddev|rms|norm)$")
 # What may stand between the attribute and the call without making it another value.
 VIEWS = frozenset(
     (
-        *("contiguous", "expand", "flatten", "float", "permute", "rearrange", "repeat"),
-        *("reshape", "squeeze", "to", "transpose", "type", "type_as", "unsqueeze"),
-        "view",
+        *("contiguous", "detach", "expand", "flatten", "float", "permute", "rearrange"),
+        *("repeat", "reshape", "squeeze", "to", "transpose", "type", "type_as"),
+        *("unsqueeze", "view"),
     )
 )
 NORM_INPUTS = frozenset({"input", "x"})
 # Calls that add one of their arguments.
-ADDS = re.compile(r"(?:\w+_)?(?:linear|conv\dd|addmm|addcmul|baddbmm)$")
+ADDS = re.compile(r"(?:\w+_)?(?:linear|conv\dd|add|addmm|addcmul|baddbmm)$|\w+_sum$")
 # Methods, calls and attributes that set or describe a parameter and compute nothing.
 SETS = re.compile(r"__init__|extra_repr|fold_\w+|_?(?:re)?(?:init|set)\w*")
 DESCRIBES = frozenset({"data", "device", "dtype", "hasattr", "isinstance", "shape"})
 
 
-def scales_normalized(cls: type, leaf: str) -> str | None:
+def scales_normalized(cls: type, leaf: str, norms: frozenset[str]) -> str | None:
     """Tell which call takes an attribute of a class as a norm's gain or shift.
 
+    Calls of the class's own ``norms``, which have no gain, count as functional ones.
     Returns ``"layer_norm takes gamma in FeatureMap.forward"``, or ``None`` where no
     such call stands in the source, or there is no source.
     """
     for base, method, names in _methods(cls, leaf):
         # The byte code first: reading a source takes a thousand times longer.
-        if any(kind.match(n) for n in names for kind in (NORM_CALL, UNIT_CALL, SPREAD)):
+        calls = any(k.match(n) for n in names for k in (NORM_CALL, UNIT_CALL, SPREAD))
+        if calls or names & norms:
             tree = _tree(method)
-            if call := tree and (norm_call(tree, leaf) or unit_gain(tree, leaf)):
+            if call := tree and (norm_call(tree, leaf) or unit_gain(tree, leaf, norms)):
                 return f"{call} {leaf} in {base.__name__}.{method.__name__}"
     return None
 
 
-# Asked again for every layer of a class, and for every policy.
+# Called again for every layer of a class, and for every policy.
 @lru_cache(4096)
 def only_added(cls: Any, leaf: str) -> bool | None:
-    """Tell whether methods only add an attribute; ``None`` where none uses it."""
+    """Tell whether methods add, and at most subtract, it; ``None`` if none uses it."""
     methods = [m for _, m, _ in _methods(cls, leaf) if not SETS.fullmatch(m.__name__)]
-    trees = list(map(_tree, methods))
-    return all(tree and adds(tree, leaf) for tree in trees) if trees else None
+    trees = map(_tree, methods)
+    uses = {u for t in trees for u in (_uses(t, leaf) if t else [""])} - {"describes"}
+    return {"adds"} <= uses <= {"adds", "subtracts"} if uses else None
 
 
 @lru_cache(4096)
 def squashes(cls: Any) -> bool:  # mypy holds that classes of modules have no hash
     """Tell whether a method bounds what it returns, as dynamic tanh does: by tanh."""
-    forwards = [vars(base).get("forward") for base in _own_classes(cls)]
+    forwards = [vars(base).get("forward") for base in own_classes(cls)]
     codes = [f.__code__ for f in forwards if isinstance(f, FunctionType)][:1]
     return any(not {"tanh", "erf"}.isdisjoint(_names(code)) for code in codes)
 
 
-def _own_classes(cls: type) -> Iterator[type]:
-    return takewhile(lambda base: base is not nn.Module, cls.__mro__)
-
-
 def _methods(cls: type, leaf: str) -> Iterator[tuple[type, FunctionType, set[str]]]:
     # `vars` of a class holds none of its bases' methods.
-    for base in _own_classes(cls):
+    for base in own_classes(cls):
         for method in vars(base).values():
             if isinstance(method, FunctionType):
                 method = inspect.unwrap(method)
@@ -149,11 +147,12 @@ def _viewed(value: ast.expr) -> ast.expr:
             value = value.args[0]
 
 
-def unit_gain(tree: ast.AST, leaf: str) -> str | None:
+def unit_gain(tree: ast.AST, leaf: str, norms: Iterable[str]) -> str | None:
     """Tell which call made vectors of length one that an attribute multiplies."""
     kinds = (ast.Assign, ast.Return, ast.Expr)
     statements = [node for node in ast.walk(tree) if isinstance(node, kinds)]
-    unit: dict[str, str] = {}  # names of such vectors, and what made them
+    # Names of such vectors, or of what makes them, and what made them.
+    unit = {f"self.{norm}": norm for norm in norms}
     for each in sorted(statements, key=lambda node: node.lineno):
         for node in ast.walk(each.value or each):
             factors = _factors(node)
@@ -176,6 +175,9 @@ def _factors(node: ast.AST) -> list[ast.expr]:
 
 def _unit(value: ast.expr, known: dict[str, str]) -> str:
     """Name what made an expression vectors of length one, if anything did."""
+    # Every element of `x[..., None]` meets all of a vector: a layer of one input.
+    if ast.unparse(value).endswith(", None]"):
+        return ""
     if isinstance(value, ast.IfExp):
         return _unit(value.body, known) or _unit(value.orelse, known)
     if factors := _factors(value):
@@ -186,6 +188,8 @@ def _unit(value: ast.expr, known: dict[str, str]) -> str:
     value = _viewed(value)
     if not isinstance(value, ast.Call) or not value.args:
         return known.get(_name(value), "") if isinstance(value, ast.Name) else ""
+    if made := known.get(f"self.{_attribute(value.func)}"):
+        return made
     mapped = value.args[0] if _called(value) == "map" else value.func
     called = [_name(n) for n in ast.walk(mapped) if isinstance(n, ast.expr)]
     # A weight of length one is what weight norm makes; its gain is a weight, too.
@@ -193,38 +197,45 @@ def _unit(value: ast.expr, known: dict[str, str]) -> str:
     return "" if own else next(filter(UNIT_CALL.match, called), "")
 
 
-def adds(tree: ast.AST, leaf: str) -> bool:
-    """Tell whether every use of an attribute in a method adds it, or describes it."""
+def _uses(tree: ast.AST, leaf: str) -> Iterator[str]:
+    """Say of every place in a method that reads an attribute what it does with it."""
     above = {child: n for n in ast.walk(tree) for child in ast.iter_child_nodes(n)}
     uses = [n for n in above if isinstance(n, ast.Attribute) and n.attr == leaf]
-    return all(_added(use, above, leaf) for use in uses if _attribute(use))
+    read = [n for n in uses if _attribute(n) and isinstance(n.ctx, ast.Load)]
+    return (_use(n, above, leaf) for n in read)
 
 
-def _added(node: ast.AST, above: dict[ast.AST, ast.AST], leaf: str) -> bool:
+def _use(node: ast.AST, above: dict[ast.AST, ast.AST], leaf: str) -> str:
     while True:
         inner, node = node, above[node]
         if isinstance(node, ast.Attribute):
             if node.attr not in VIEWS:
-                return node.attr in DESCRIBES or node.attr.endswith("_")
+                sets = node.attr in DESCRIBES or node.attr.endswith("_")
+                return "describes" if sets else ""
             node = above[node]
         elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
             other = node.right if node.left is inner else node.left
             # `self.b * self.cfg.use_b` multiplies with a setting, and no tensor.
             if not isinstance(other, ast.Attribute) or _attribute(other):
-                return False
+                return ""
         elif isinstance(node, (ast.BinOp, ast.AugAssign)):
-            return isinstance(node.op, ast.Add)
+            first = getattr(node, "left", None) is inner
+            signs = {ast.Add: "adds", ast.Sub: "" if first else "subtracts"}
+            return signs.get(type(node.op), "")
         elif isinstance(node, ast.keyword) and "bias" in (node.arg or ""):
-            return True
+            return "adds"
         elif isinstance(node, ast.Call) and _called(node) not in VIEWS:
             called = _called(node)
-            known = ADDS.match(called) or called in DESCRIBES or called.endswith("_")
-            return bool(known) or goes_with(leaf, map(_attribute, node.args))
+            if called in DESCRIBES or called.endswith("_"):
+                return "describes"
+            beside = goes_with(leaf, map(_attribute, node.args))
+            return "adds" if beside or ADDS.match(called) else ""
         elif isinstance(node, ast.Assign):
-            return all("bias" in _name(target) for target in node.targets)
+            named = all("bias" in _name(target) for target in node.targets)
+            return "adds" if named else ""
         elif not isinstance(node, (ast.Subscript, ast.IfExp, ast.keyword, ast.Call)):
             checks = (ast.Compare, ast.BoolOp, ast.UnaryOp, ast.If, ast.FormattedValue)
-            return isinstance(node, checks)
+            return "describes" if isinstance(node, checks) else ""
 
 
 def goes_with(leaf: str, others: Iterable[str | None]) -> bool:

@@ -1,8 +1,8 @@
-"""State dicts of several optimizers as one, and what others saved for one of ours."""
+"""States of several optimizers as one, and what others saved for one of ours."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -35,7 +35,7 @@ BY_GROUP = (RECORD, POLICIES, PARTS)
 RATES, USE_MUON = ("lr", "initial_lr"), "use_muon"
 # What a class that keeps no record has for a group in each of those lists.
 NOTHING: dict[str, Any] = {RECORD: [], POLICIES: None, PARTS: []}
-# By which optimizers of other projects tell their halves, and what each reads there:
+# Keys by which optimizers of other projects choose Muon or Adam, and their values:
 # Keller Jordan's Muon, pytorch_optimizer and ultralytics; timm; dion; nanochat.
 KEYS: dict[str, Callable[[str, Sequence[str]], object]] = {
     "use_muon": lambda name, names: name == names[0],
@@ -50,13 +50,49 @@ NAME_THEM = (
 )
 
 
-def joined(saved: Mapping[str, StateDict], order: Sequence[str]) -> StateDict:
-    """Make one state dict of those of the routes.
+class States(MutableMapping[Any, Any]):
+    """State by parameter, each where the optimizer that steps it keeps it."""
 
-    Args:
-        saved: By route.
-        order: Routes of the groups, in the order that these get.
-    """
+    def __init__(
+        self, optimizers: Mapping[str, torch.optim.Optimizer], groups: Sequence[Group]
+    ) -> None:
+        self._optimizers, self._groups = optimizers, groups
+
+    def _owner(self, key: Any) -> Any:
+        """Return the state that has a key, or else that of the route's optimizer."""
+        for optimizer in self._optimizers.values():
+            if key in optimizer.state:
+                return optimizer.state
+        for group in self._groups:
+            if any(param is key for param in group["params"]):
+                return self._optimizers[group["route"]].state
+        raise KeyError(key)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._owner(key)[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._owner(key)[key] = value
+
+    def __delitem__(self, key: Any) -> None:
+        del self._owner(key)[key]
+
+    def __contains__(self, key: object) -> bool:
+        return any(key in o.state for o in self._optimizers.values())
+
+    def __iter__(self) -> Iterator[Any]:
+        for optimizer in self._optimizers.values():
+            yield from optimizer.state
+
+    def __len__(self) -> int:
+        return sum(len(o.state) for o in self._optimizers.values())
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+def joined(saved: Mapping[str, StateDict], order: Sequence[str]) -> StateDict:
+    """Make one state dict of those of the routes, with groups in this order of them."""
     numbers, state, groups = count(), dict[Any, Any](), list[Group]()
     lists: dict[str, list[Any]] = {
         key: [] for key in BY_GROUP if any(key in own for own in saved.values())
@@ -117,16 +153,7 @@ def loadable(
 ) -> tuple[dict[str, StateDict], list[str]]:
     """Make the state dict of each route of what was saved.
 
-    Args:
-        state_dict: As for ``Routed.load_state_dict``.
-        optimizers: By route.
-        decided: What was decided for their parameters.
-
-    Returns:
-        The state dicts, and labels of the parameters that begin anew.
-
-    Raises:
-        ValueError: It has other routes, or the names that it takes are not known.
+    The labels that are returned are those of the parameters that begin anew.
     """
     saved = _by_route(state_dict, list(optimizers))
     if unknown := [name for name in saved if name not in optimizers]:
@@ -231,12 +258,8 @@ def _fits(saved: StateDict, optimizer: torch.optim.Optimizer, decided: Decided) 
         names = list(read(saved, None))
     except ValueError:  # without names the order is believed, as torch does
         return True
-    mine = _names(decided)
+    mine = [decision.telling_name for own in decided for decision in own]
     return names == mine or None in mine or len(set(mine)) < len(mine)
-
-
-def _names(decided: Decided) -> list[str | None]:
-    return [decision.telling_name for own in decided for decision in own]
 
 
 def _by_name(
@@ -248,12 +271,8 @@ def _by_name(
 ) -> StateDict:
     """Give each parameter the state that was saved under its name for its route.
 
-    Args:
-        name: Of the route.
-        saved: What was saved for it.
-        groups: Its groups, whose hyperparameters stay where nothing was saved.
-        decided: What was decided for their parameters.
-        new: Takes the labels of those for which nothing was saved.
+    Hyperparameters of ``groups`` stay where nothing was saved, and ``new`` takes the
+    labels of such parameters.
     """
     entries = read(saved, None, NAME_THEM)
     packed: list[tuple[Hyper, list[Entry]]] = []

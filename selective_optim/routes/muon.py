@@ -26,37 +26,35 @@ COEFFICIENTS = (3.4445, -4.775, 2.0315)
 
 
 class Muon(Routed):
-    """``Routed`` with ``torch.optim.Muon`` on hidden matrices and AdamW on the rest.
+    """One optimizer: ``torch.optim.Muon`` for hidden matrices, AdamW for the rest.
 
     Hidden matrices are weights of two dimensions that are neither embedding nor output
-    layer (``policies.is_hidden_matrix``). What Muon does not take goes to AdamW:
-    convolutions and stacked experts, too, of which a warning tells the share. It is no
-    ``torch.optim.Muon``: ``selective(torch.optim.Muon)`` is that, and takes matrices
-    only.
+    layer (``policies.is_hidden_matrix``). AdamW steps all others, also convolutions and
+    stacked experts. ``selective(torch.optim.Muon)`` is torch's class for matrices only.
 
     Args:
         params: As for ``Routed``.
-        lr: Rate of Muon, >= 0.
-        weight_decay: Of both, >= 0.
+        lr: Learning rate of Muon, >= 0.
+        weight_decay: Decay of Muon and AdamW, >= 0.
         momentum: Decay rate of Muon's average of gradients.
-        nesterov: Whether Muon looks ahead.
-        ns_coefficients: Of its Newton-Schulz iteration.
-        eps: Added to the norm by which that divides.
-        ns_steps: How often it iterates.
-        adjust_lr_fn: How the rate follows the shape of a matrix: ``"original"`` (also
-            by default) or ``"match_rms_adamw"``, whose rates are those of AdamW.
+        nesterov: Use Nesterov's momentum in Muon.
+        ns_coefficients: Coefficients of Muon's Newton-Schulz iteration.
+        eps: Added to the norm that the iteration divides by.
+        ns_steps: Number of iterations.
+        adjust_lr_fn: How Muon's rate depends on the shape of a matrix: ``"original"``
+            (the default) or ``"match_rms_adamw"``, for rates that suit AdamW.
         rest: Arguments of AdamW.
-        output: Selects the output layer where it is not sure which one that is.
-        wd_policy: Who decays, under both.
-        model: The module, or modules, that the parameters live in.
+        output: Selector of the output layer, if the model does not show which it is.
+        wd_policy: Which parameters decay, under Muon and AdamW.
+        model: The module, or modules, that hold the parameters.
 
     Raises:
         ImportError: This torch has no Muon (before 2.9).
         TypeError: AdamW does not take one of the arguments in ``rest``.
-        ValueError: It cannot be told what a parameter is.
+        ValueError: It is not known which kind of layer holds a parameter.
 
     Warns:
-        UserWarning: The output layer is not sure; or a tenth or more of the elements
+        UserWarning: The output layer is not certain, or a tenth or more of the elements
             of weights have more than two dimensions.
 
     Example:
@@ -120,19 +118,15 @@ class Muon(Routed):
 
     def _warn_of_wide(self) -> None:
         """Tell the share of weights that Muon could step were they matrices."""
-        sizes = [p.numel() for group in self.param_groups for p in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
         # Tables of positions have a first dimension of 1.
-        wide = [
-            param.numel()
-            for group in self.param_groups
-            for param in group["params"]
-            if param.ndim > 2 and param.shape[0] > 1
-        ]
-        if 10 * sum(wide) >= sum(sizes) > 0:
+        wide = [p.numel() for p in params if p.ndim > 2 and p.shape[0] > 1]
+        share = sum(wide) / max(sum(p.numel() for p in params), 1)
+        if share >= 0.1:
             warn(
-                f"torch's Muon steps matrices alone, so AdamW steps "
+                f"torch's Muon steps only matrices, so AdamW steps "
                 f"{amount(len(wide), 'weight')} of more than two dimensions, "
-                f"{sum(wide) / sum(sizes):.0%} of all elements. Where Muon is to step "
-                f"convolutions, write Routed in its place, with the route "
+                f"{share:.0%} of all elements. To step convolutions "
+                f"with Muon, use Routed instead, with the route "
                 f"'muon': (is_hidden_weight, timm.optim.Muon, dict(lr=0.02))."
             )

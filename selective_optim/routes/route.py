@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import chain
@@ -11,20 +11,19 @@ from typing import Any
 
 from torch import Tensor
 
-from selective_optim._arguments import NUMBERS, require_numbers
 from selective_optim._entries import without
-from selective_optim._optimizer import SelectiveOptimizer
-from selective_optim._text import received, shape_of
-from selective_optim.any_class import selective
+from selective_optim._text import NUMBERS, received, require_numbers, shape_of
 from selective_optim.decay import FULL, Answer, Decision
 from selective_optim.decisions.decider import Decider
 from selective_optim.decisions.knowledge import Pending
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
 from selective_optim.policies.selectors import Selector, as_selector
-from selective_optim.step.lasting import pick
+from selective_optim.routes.loading import KEYS
+from selective_optim.step.lasting import PER_PARAM, WD, pick
 
 Group = dict[str, Any]
+Part = tuple[Group, Sequence[Decision], str]  # with the route
 EXAMPLE = '"adamw": ("*", selective_optim.AdamW, dict(lr=3e-4))'
 NOBODY = ""  # the route of a parameter that none takes
 NameOf = Callable[[Tensor], "str | None"]
@@ -32,21 +31,14 @@ NameOf = Callable[[Tensor], "str | None"]
 
 @dataclass(frozen=True)
 class Route:
-    """One class, what it steps, and its arguments.
+    """One class, what it steps, and its arguments."""
 
-    Args:
-        name: Of the route; stands in its groups under ``"route"``.
-        selector: What it takes, unless a route before it does.
-        cls: Class of its optimizer, as it was given.
-        arguments: For the class, ``weight_decay`` and ``wd_policy`` among them.
-        keys: What the class reads in a group.
-    """
-
-    name: str
-    selector: Selector
-    cls: Any = None
+    name: str  # stands in its groups under "route"
+    selector: Selector  # what it takes, unless a route before it does
+    cls: Any = None  # as it was given
+    selective: Any = None  # the same, or made of it, which decides
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    keys: frozenset[str] = frozenset()
+    keys: frozenset[str] = frozenset()  # what the class reads in a group
 
     @property
     def lr(self) -> Any:
@@ -58,12 +50,9 @@ class Route:
     def part(
         self, group: Group, positions: Sequence[int] | None, others: set[str]
     ) -> Group:
-        """Make the group of this route of a user's.
+        """Make the group of this route of a user's, and of all it has if ``None``.
 
-        Args:
-            group: The user's.
-            positions: Where the parameters of this route stand in it; ``None`` is all.
-            others: Keys that other routes read, and perhaps not this one.
+        Keys that ``others`` read, and not this route, are left out.
         """
         not_read = others - self.keys
         own = {k: v for k, v in group.items() if k not in not_read}
@@ -80,30 +69,22 @@ class Route:
     def make(
         self, groups: Sequence[Group], arguments: Mapping[str, Any], name_of: NameOf
     ) -> Any:
-        """Make the optimizer of this route with these arguments.
-
-        Raises:
-            TypeError, ValueError: The class refuses an argument or a parameter.
-        """
+        """Make the optimizer of this route, or name the parameter that it refuses."""
         try:
-            return selective(self.cls)(groups, **arguments)
+            return self.selective(groups, **arguments)
         except (TypeError, ValueError) as error:
             params = chain(*(group["params"] for group in groups))
             raise self._explained(error, params, name_of) from error
 
     def require_served(self, params: Sequence[Tensor], name_of: NameOf) -> None:
-        """Check that the class takes parameters, which some ask in constructors alone.
-
-        Raises:
-            TypeError, ValueError: It does not.
-        """
+        """Check that the class takes parameters, as some ask in constructors alone."""
         if error := self._refusal(params):
             raise self._explained(error, params, name_of) from error
 
     def _refusal(self, params: Sequence[Tensor]) -> Exception | None:
         """Ask the class itself, with nothing of this library around it."""
-        if issubclass(self.cls, SelectiveOptimizer):
-            return None  # those take every parameter
+        if self.selective is self.cls:
+            return None  # it is ours, and takes every parameter
         try:
             self.cls(params, **without(self.arguments, ["wd_policy"]))
         except Exception as error:  # whatever it raises
@@ -149,13 +130,8 @@ class RoutePolicy(Policy):
         return Answer(FULL, NOBODY)
 
 
-def read_routes(routes: object) -> tuple[Route, ...]:
-    """Read routes as a user writes them: from name to selector, class and arguments.
-
-    Raises:
-        TypeError: They are something else, or a class does not take an argument.
-        ValueError: There is none.
-    """
+def read_routes(routes: object, selective: Callable[[Any], Any]) -> tuple[Route, ...]:
+    """Read routes as a user writes them: from name to selector, class and arguments."""
     if not isinstance(routes, Mapping):
         raise TypeError(
             f"`routes` must be a mapping from names to selector, class and arguments, "
@@ -163,10 +139,10 @@ def read_routes(routes: object) -> tuple[Route, ...]:
         )
     if not routes:
         raise ValueError(f"`routes` is empty. Write for example {{{EXAMPLE}}}.")
-    return tuple(_read(*item) for item in routes.items())
+    return tuple(_read(*item, selective) for item in routes.items())
 
 
-def _read(name: object, given: object) -> Route:
+def _read(name: object, given: object, selective: Callable[[Any], Any]) -> Route:
     fits = isinstance(given, (tuple, list)) and len(given) in (2, 3)
     if not isinstance(name, str) or not name or not fits:
         raise TypeError(
@@ -180,7 +156,8 @@ def _read(name: object, given: object) -> Route:
             f"the arguments of route {name!r} must be a dict, not "
             f"{received(arguments)}. Write for example {EXAMPLE}."
         )
-    parameters = inspect.signature(selective(cls)).parameters
+    made = selective(cls)
+    parameters = inspect.signature(made).parameters
     known = parameters.keys() - {"params", "model"}
     loose = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in arguments.keys() - known:
@@ -191,7 +168,8 @@ def _read(name: object, given: object) -> Route:
                 f"not take. Did you mean {near[0]!r}?"
             )
     require_numbers(arguments, f" of route {name!r}")
-    return Route(name, as_selector(selector), cls, dict(arguments), frozenset(known))
+    keys = frozenset(known)
+    return Route(name, as_selector(selector), cls, made, dict(arguments), keys)
 
 
 def ask_routes(
@@ -203,16 +181,8 @@ def ask_routes(
 ) -> list[list[str]]:
     """Tell which route takes each parameter of groups that come in.
 
-    Args:
-        decider: Knows the parameters.
-        routes: The routes.
-        coming: The groups.
-        groups: The same, among others; a ``"route"`` in one takes all of it.
-        strict: Whether every glob must match.
-
-    Raises:
-        ValueError: A parameter is left over, or it cannot be told which route takes it.
-        TypeError: A selector fails.
+    ``groups`` has these among others; a ``"route"`` in one takes all of it. If
+    ``strict``, every glob must match.
     """
     given = [groups[each.group].get("route") for each in coming]
     asked = [each for each, route in zip(coming, given) if route is None]
@@ -247,11 +217,7 @@ def _names(
 
 
 def known_route(name: object, routes: tuple[Route, ...]) -> Route:
-    """Find the route that a group names.
-
-    Raises:
-        ValueError: There is none of that name.
-    """
+    """Find the route that a group names, or raise ValueError."""
     found = next((route for route in routes if route.name == name), None)
     if found is None:
         raise ValueError(
@@ -262,9 +228,13 @@ def known_route(name: object, routes: tuple[Route, ...]) -> Route:
     return found
 
 
-def unused(routes: tuple[Route, ...], taken: Sequence[Sequence[str]]) -> str:
-    """Say which route takes no parameter; empty if each takes some."""
-    used = set(chain(*taken))
+def unused(
+    routes: tuple[Route, ...],
+    taken: Sequence[Sequence[str]],
+    groups: Sequence[Group] = (),
+) -> str:
+    """Say which route takes no parameter; empty if each takes some, or has a group."""
+    used = {*chain(*taken), *(group.get("route") for group in groups)}
     for number, route in enumerate(routes):
         if route.name not in used:
             before = [f"{other.selector!r}" for other in routes[:number]]
@@ -275,3 +245,70 @@ def unused(routes: tuple[Route, ...], taken: Sequence[Sequence[str]]) -> str:
                 f"out, or correct its selector."
             )
     return ""
+
+
+# Groups for an optimizer of another project that steps all routes.
+
+
+def by_route(
+    groups: Sequence[Group],
+    decided: Sequence[Sequence[Decision]],
+    decider: Decider,
+    routes: Mapping[str, Any],
+    marks: Group,
+) -> Iterator[Part]:
+    """Split groups by route, and mark those of each so that they are told apart."""
+    known = tuple(Route(name, as_selector(item)) for name, item in routes.items())
+    coming = [
+        Pending(index, group["params"], group.get("param_names", ()), None)
+        for index, group in enumerate(groups)
+    ]
+    taken = ask_routes(decider, known, coming, groups, strict=True)
+    if told := unused(known, taken):
+        raise ValueError(told)
+    for group, decisions, names in zip(groups, decided, taken):
+        for name in routes:
+            chosen = [i for i, own in enumerate(names) if own == name]
+            values = {
+                k: _of(name, k, v) for k, v in group.items() if k not in PER_PARAM
+            }
+            params = [group["params"][i] for i in chosen]
+            part = {"params": params, **values, **marks[name]}
+            if chosen:
+                yield part, [decisions[i] for i in chosen], name
+
+
+def _of(name: str, key: str, value: Any) -> Any:
+    if key not in NUMBERS or not isinstance(value, Mapping):
+        return value
+    if name not in value:
+        raise ValueError(
+            f"`{key}` has no number for route {name!r}. Write {key}="
+            f"{{{name!r}: ..., ...}}, one for each route."
+        )
+    return value[name]
+
+
+def with_one_decay(group: Group) -> Group:
+    """Take the largest decay of a group that has one for each route."""
+    wd = group.get(WD)
+    return {**group, WD: max(wd.values())} if isinstance(wd, Mapping) else group
+
+
+def marks_of(
+    routes: Mapping[str, Any], key: str, values: Mapping[str, Any] | None
+) -> dict[str, Group]:
+    """Tell what stands in the groups of each route, so that they are told apart."""
+    names = list(routes)
+    if values is not None and (missing := [n for n in names if n not in values]):
+        raise ValueError(
+            f"`values` has none for route {missing[0]!r}. Write one for each route."
+        )
+    if values is None and key not in KEYS:
+        raise ValueError(
+            f"what {key!r} holds is not known; known keys are "
+            f"{', '.join(map(repr, KEYS))}. Pass one of these, or say what your "
+            f"optimizer reads there: values={{{names[0]!r}: True, ...}}."
+        )
+    own = values or {name: KEYS[key](name, names) for name in names}
+    return {name: {key: own[name]} for name in names}

@@ -15,24 +15,19 @@ from typing import Any
 import torch
 
 from selective_optim import _torch
-from selective_optim._arguments import copied_groups, require_numbers
 from selective_optim._optimizer import Model, SelectiveOptimizer, decider_for
+from selective_optim._text import copied_groups, require_numbers
 from selective_optim._warnings import warn
-from selective_optim.any_class import MODES, READING, as_torch_reads
+from selective_optim.any_class import MODES, READING, as_torch_reads, selective
 from selective_optim.decay import is_zero
-from selective_optim.decisions.decider import (
-    WRITTEN,
-    Decider,
-    kept_on_error,
-    part_of,
-)
+from selective_optim.decisions.decider import WRITTEN, Decider, kept_on_error, part_of
 from selective_optim.decisions.initial_values import base_rate
 from selective_optim.decisions.knowledge import Pending
-from selective_optim.decisions.watch import Watch
+from selective_optim.decisions.watch import Watch, loss_of
 from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy, as_policy
 from selective_optim.report import DecayReport, make_report
-from selective_optim.routes.loading import joined, loadable, warn_of_new
+from selective_optim.routes.loading import States, joined, loadable, warn_of_new
 from selective_optim.routes.route import (
     Route,
     ask_routes,
@@ -40,9 +35,7 @@ from selective_optim.routes.route import (
     read_routes,
     unused,
 )
-from selective_optim.routes.states import States
-from selective_optim.step.grad_scaler import NO_SCALING, scaling_of
-from selective_optim.step.half_precision import loss_of
+from selective_optim.step.setting import NO_SCALING, scaling_of
 
 Group = dict[str, Any]
 ROUTE, WD = "route", "weight_decay"
@@ -52,30 +45,29 @@ NUMBER = re.compile(r"(?<=\bgroup )\d+|(?<=param_groups\[)\d+")
 
 
 class Routed(torch.optim.Optimizer):
-    """Steps each parameter by the class of the first route that takes it.
+    """One optimizer that steps different parameters with different classes.
 
-    Outside it is one optimizer: one list of groups, one state, one state dict. Groups
-    are one per group of the user's and route; ``"route"`` in a group names it, and
-    ``optimizers`` has the optimizer of each route. The bits are those of separate
-    optimizers over the same parameters.
+    A parameter goes to the first route that matches it. Each of your groups becomes one
+    group per route, with the name of the route in ``"route"``. ``optimizers`` has the
+    optimizer of each route. The results have the same bits as with separate optimizers.
 
     Args:
         params: As for the optimizers of this library. A group's ``"lr"`` may be a
             mapping from routes to rates; its ``"lr_scale"`` is a factor on the rate of
-            every route. A group with a ``"route"`` goes there as it is.
-        routes: From a name to a selector (as those of ``policies``), a class (any that
-            ``selective`` serves) and the arguments for it.
-        weight_decay: Of every route whose arguments have none, >= 0; by default that
-            of its class.
-        wd_policy: Who decays, as for the optimizers of this library. A route may bring
-            its own among its arguments.
-        model: The module, or modules, that the parameters live in.
+            every route. All parameters of a group with a ``"route"`` take that route.
+        routes: From a name to a selector (as in ``policies``), a class (any that
+            ``selective`` accepts) and the arguments for it.
+        weight_decay: Decay of every route whose arguments have none, >= 0; by default
+            that of its class.
+        wd_policy: Which parameters decay, as for the optimizers of this library. The
+            arguments of a route may have another one.
+        model: The module, or modules, that hold the parameters.
 
     Raises:
-        TypeError: A route is not written as one, or its class does not take an
+        TypeError: A route is not a tuple as above, or its class does not take an
             argument.
-        ValueError: No route takes a parameter, or a route takes none; or a class
-            refuses what its route takes.
+        ValueError: No route matches a parameter, or a route gets none; or a class
+            refuses a parameter of its route.
 
     Example:
         >>> from selective_optim import AdamW
@@ -108,7 +100,7 @@ class Routed(torch.optim.Optimizer):
         wd_policy: WdPolicy = None,
         model: Model = None,
     ) -> None:
-        self._routes = read_routes(routes)
+        self._routes = read_routes(routes, selective)
         require_numbers({WD: weight_decay})
         self._decider = decider_for(model, wd_policy)
         self.optimizers = {}
@@ -124,8 +116,9 @@ class Routed(torch.optim.Optimizer):
         first = self.param_groups[0]
         self.defaults = {key: first.get(key) for key in ("lr", WD)}
         self._decider.warn_if_weak(self.param_groups)
-        if not all(is_zero(group[WD]) for group in self.param_groups):
-            self._watch = Watch()
+        decays = not all(is_zero(group[WD]) for group in self.param_groups)
+        self._watch = Watch(decays)
+        self._compare_anew()
         self._decider.index.release()
 
     def _make(self, route: Route, groups: list[Group]) -> None:
@@ -151,13 +144,11 @@ class Routed(torch.optim.Optimizer):
     def _decided_parts(self, coming: Sequence[Pending], strict: bool) -> list[Group]:
         """Split groups by route, and decide for what each route takes.
 
-        Args:
-            coming: Groups that were read.
-            strict: Whether every route must take something, as in a constructor.
+        If ``strict``, as in a constructor, every route must take something.
         """
         decider, policies = self._decider, dict[str, Policy | None]()
         taken = ask_routes(decider, self._routes, coming, self.param_groups, strict)
-        if strict and (told := unused(self._routes, taken)):
+        if strict and (told := unused(self._routes, taken, self.param_groups)):
             if not self._may_be_empty:
                 raise ValueError(told)
             warn(told)
@@ -170,7 +161,8 @@ class Routed(torch.optim.Optimizer):
             group = self.param_groups[each.group]
             for route in self._routes:
                 chosen = [i for i, name in enumerate(names) if name == route.name]
-                if not chosen:
+                # A rank that shards groups by route may hold nothing of one.
+                if not chosen and group.get(ROUTE) != route.name:
                     continue
                 part = route.part(group, chosen, self._keys)
                 own_policy = each.policy is not decider.policy
@@ -201,7 +193,7 @@ class Routed(torch.optim.Optimizer):
             param_group: As for the constructor.
 
         Raises:
-            ValueError: It cannot be routed or decided; then nothing is added.
+            ValueError: No route matches, or the policy cannot decide; nothing is added.
         """
         if not self.optimizers:
             self._read_group(param_group)
@@ -218,6 +210,11 @@ class Routed(torch.optim.Optimizer):
             self.param_groups[:] = before
             self._distribute()
             raise
+        self._compare_anew()
+
+    def _compare_anew(self) -> None:
+        self._watch = self._watch or Watch()
+        self._watch.compare(found=bool(self._decider.index.found))
 
     def _new_parts(self, group: Any) -> list[Group]:
         """Split a group by routes, unless it says where it goes."""
@@ -294,7 +291,7 @@ class Routed(torch.optim.Optimizer):
 
     @property
     def wd_policy(self) -> Policy | None:
-        """Who decays. Assigning decides anew for every parameter, or raises."""
+        """The policy. If you assign one, it decides again for every parameter."""
         return self._decider.policy
 
     @wd_policy.setter
@@ -317,9 +314,10 @@ class Routed(torch.optim.Optimizer):
                 restored.whole = self._decider
                 optimizer._decided_anew()
             raise
+        self._compare_anew()
 
     def decay_report(self) -> DecayReport:
-        """Tell what decays, and by which route it is stepped."""
+        """Report what decays, and which route steps it."""
         self._distribute()
         known, lost = dict[int, Any](), list[str]()
         for optimizer in self.optimizers.values():
@@ -360,7 +358,7 @@ class Routed(torch.optim.Optimizer):
 
     @_torch.run_as_is
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step every parameter that has a gradient by the class of its route.
+        """Step every parameter that has a gradient, with the class of its route.
 
         Args:
             closure: Reevaluates the model and returns the loss; called once.
@@ -385,9 +383,12 @@ class Routed(torch.optim.Optimizer):
             except (TypeError, ValueError, RuntimeError) as error:
                 with self._numbered(name):
                     raise error
-        layout = self._decider.laid_out
-        if self._watch and not self._watch.is_idle(self.param_groups, layout):
-            self._watch = None
+        if self._watch is not None:
+            parts = list(self.optimizers.values())
+            groups = [group for part in parts for group in part.param_groups]
+            layout = [rows for part in parts for rows in part._decider.laid_out]
+            if not self._watch.begin(groups, layout):
+                self._watch = None
         return loss
 
     def _require_ready(self) -> None:
@@ -418,7 +419,7 @@ class Routed(torch.optim.Optimizer):
 
     @contextmanager
     def _scaled(self) -> Iterator[None]:
-        """Hand on what a ``GradScaler`` lays on this optimizer for the step."""
+        """Pass on the attributes that a ``GradScaler`` sets on this optimizer."""
         scaling = scaling_of(self)
         told = () if scaling == NO_SCALING else self.optimizers.values()
         for optimizer in told:
@@ -434,14 +435,14 @@ class Routed(torch.optim.Optimizer):
 
     @_torch.disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """Return one state dict of torch's shape, whose groups have a ``"route"``."""
+        """Return one state dict in torch's format, with a ``"route"`` in each group."""
         self._distribute()
 
         def save(*_: object) -> dict[str, Any]:
             saved = {name: o.state_dict() for name, o in self.optimizers.items()}
             return joined(saved, [group[ROUTE] for group in self.param_groups])
 
-        # Before hooks of the user's, which may put the state dict into another.
+        # Before the user's hooks, which may change the state dict.
         handle = self.register_state_dict_post_hook(save, prepend=True)
         try:
             return super().state_dict()
@@ -452,20 +453,20 @@ class Routed(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Any) -> None:
         """Load a state dict of this class, or those of separate optimizers.
 
-        What is not where it was saved is found by name. A parameter that another
-        route steps now begins anew, and so does one that was not saved.
+        It finds parameters by name if their order has changed. A parameter that another
+        route steps now, or that was not saved, gets no state.
 
         Args:
-            state_dict: What ``state_dict()`` returned; or a list of the state dicts
-                of separate optimizers in the order of the routes, or a mapping from
-                routes to them; or one of an optimizer that tells its two halves by
+            state_dict: The result of ``state_dict()``. Or the state dicts of separate
+                optimizers, as a list in the order of the routes or as a mapping from
+                routes. Or that of an optimizer of another project whose groups have
                 ``"use_muon"``, ``"use_fallback"``, ``"algorithm"`` or ``"kind"``.
 
         Raises:
             ValueError: It has other routes, or does not fit; then nothing is loaded.
 
         Warns:
-            UserWarning: Some parameters begin anew, or decay otherwise than was saved.
+            UserWarning: Some parameters get no state, or decay differently than saved.
         """
         self._distribute()
         for hook in _torch.hooks_of(self, "load_state_dict_pre"):

@@ -15,49 +15,35 @@ from typing import Any
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.step.grad_scaler import (
-    NO_SCALING,
-    Scaling,
-    drops,
-    scaling_of,
-    unless_dropped,
-    unscale_,
-)
-from selective_optim.step.kernel import Kernel
+from selective_optim.step.kernels import Kernel
 from selective_optim.step.parts import Part
 from selective_optim.step.passes import decay_agreeing_, pass_calls
 from selective_optim.step.setting import (
+    NO_SCALING,
     Batch,
     DecayPass,
     Direction,
     Group,
+    Scaling,
     State,
     States,
+    scaling_of,
+    unless_dropped,
+    unscale_,
 )
 
 
 @dataclass(eq=False)
 class View:
-    """A part as its class sees it, with the decay that the class does not do.
+    """A part as its class sees it, with the decay that the class does not do."""
 
-    Args:
-        group: What the class sees.
-        inits: What its parameters decay towards, where that is a tensor for each.
-        decay_pass: Decay beside the class's step.
-        direction: Tells the sign of the class's update ahead, if that is known.
-        entries: State that is shaped like the parameters; ``None`` if that is not
-            known.
-        sharded: Whether the class is to see local shards for ``DTensor``s.
-        takes_scale: Whether a ``GradScaler``'s tensors may be left to the class.
-    """
-
-    group: Group
-    inits: Sequence[Tensor] = ()
+    group: Group  # what the class sees
+    inits: Sequence[Tensor] = ()  # targets, if a tensor for each
     decay_pass: DecayPass | None = None
-    direction: Direction | None = None
-    entries: tuple[str, ...] | None = None
-    sharded: bool = False
-    takes_scale: bool = True
+    direction: Direction | None = None  # if the class's update is known ahead
+    entries: tuple[str, ...] | None = None  # of its state, shaped like the parameters
+    sharded: bool = False  # the class sees local shards for DTensors
+    takes_scale: bool = True  # a GradScaler's tensors may be left to the class
 
     def __post_init__(self) -> None:
         self.params: list[Tensor] = self.group["params"]
@@ -96,22 +82,15 @@ def _each_tensor(own: State, change: Callable[[Any], Any]) -> State:
 def view_of(
     part: Part, group: Group, kernel: Kernel, params: Sequence[Tensor], reading: bool
 ) -> View:
-    """Make the view of a part for one step.
-
-    Args:
-        part: Which parameters, and what they have in common.
-        group: The user's group that they are of.
-        kernel: Of the optimizer's class.
-        params: All parameters of all groups, in order.
-        reading: See ``Kernel.setting``.
-    """
+    """Make the view of a part of a user's group, among all parameters of all groups."""
     key = part.key
     shared = kernel.share(group, key.decay_key, reading)
     mine = [params[i] for i in part.positions]
     # Asked for key by key where a group is a dict that computes what is read.
     shown = dict(group) if type(group) is dict else {k: group[k] for k in group}
-    shown["params"] = mine
-    kernel.show(shown, shared)
+    shown |= {"params": mine, "weight_decay": shared.wd}
+    if "decoupled_weight_decay" in shown:
+        shown["decoupled_weight_decay"] = shared.form == "decoupled"
     if key.fused:
         shown["fused"] = True
     if "param_names" in group:
@@ -119,8 +98,7 @@ def view_of(
         shown["param_names"] = [names[id(param)] for param in mine]
     direction = None
     if shared.decay_pass is not None:
-        setting = kernel.setting(group, key.decay_key, reading)
-        direction = partial(kernel.direction, setting)
+        direction = partial(kernel.direction, kernel.setting(group, shared))
     return View(
         *(shown, part.inits, shared.decay_pass, direction, kernel.entries(group)),
         sharded=key.sharded,
@@ -130,15 +108,9 @@ def view_of(
 
 @dataclass(eq=False)
 class ClassStep:
-    """Surrounds a step of the class: enter, let the class step if told so, leave.
+    """Surrounds a step of the class: begin, let the class step if told so, finish."""
 
-    Args:
-        optimizer: Shows groups to its class; a ``GradScaler`` may have laid its
-            tensors on it.
-        states: Its state.
-    """
-
-    optimizer: Any
+    optimizer: Any  # a GradScaler may have laid its tensors on it
     states: States
     _views: Sequence[View] = ()
     _scaling: Scaling = NO_SCALING
@@ -214,7 +186,9 @@ class ClassStep:
         if found_inf is None:
             return True
         touched = self._touched()
-        if drops(found_inf, wait=touched is None):
+        # No device is waited for, but where the step makes state, which only the host
+        # can leave out.
+        if (found_inf.is_cpu or touched is None) and found_inf.item():
             return False
         if touched is not None and not found_inf.is_cpu:
             shards = map(_torch.shard_of, touched)
@@ -243,8 +217,7 @@ class ClassStep:
                 self._cautious.append((decay_pass, lr * decay_pass.wd, batch, before))
                 return
         given = (decay_pass, lr, maximize, batch, view.direction, NO_SCALING)
-        calls, _ = pass_calls(*given)
-        for call in calls:
+        for call in pass_calls(*given)[0]:
             call()
         if decay_pass.applied == "l2":
             self._pulled += [(param, param.grad) for param in batch.params]
@@ -253,11 +226,7 @@ class ClassStep:
 
 
 def _number(lr: Any) -> float:
-    """Read a rate once; a class that keeps it on a device waits for it here.
-
-    Raises:
-        RuntimeError: A CUDA graph is captured, which would keep the number.
-    """
+    """Read a rate once; a class that keeps it on a device waits for it here."""
     if isinstance(lr, Tensor) and _torch.is_capturing(lr.device):
         raise RuntimeError(
             "a rate that is a tensor on a device cannot be read while a CUDA graph is "

@@ -45,19 +45,17 @@ def flag_of(group: Group) -> str | None:
     return next((key for key in FLAGS if key in group), None)
 
 
-def share_of(group: Group, decay_key: DecayKey, form: Form | None) -> Share:
-    """Share the decay of a part out between the class and a pass.
-
-    Args:
-        group: The user's group.
-        decay_key: What was decided for the part.
-        form: The form of the class where no group can choose it, if that is known.
-    """
+def chosen_form(group: Group) -> Form | None:
+    """Tell the form that a group chooses, if its class lets it."""
     flag = flag_of(group)
-    if flag is None:
-        return share(group, decay_key, form, (form,) if form else ())
-    form = "decoupled" if group[flag] else "l2"
-    return share(group, decay_key, form, ("l2", "decoupled"))
+    return None if flag is None else "decoupled" if group[flag] else "l2"
+
+
+def share_of(group: Group, decay_key: DecayKey, form: Form | None) -> Share:
+    """Share the decay of a part out between the class and a pass."""
+    if chosen := chosen_form(group):
+        return share(group, decay_key, chosen, ("l2", "decoupled"))
+    return share(group, decay_key, form, (form,) if form else ())
 
 
 def same(a: object, b: object) -> bool:
@@ -71,7 +69,7 @@ def same(a: object, b: object) -> bool:
         return False
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(same, a, b))
-    # Not `==` for all: what an array or a user's object answers may be anything.
+    # Not `==` for all: arrays and objects of the user may return anything.
     return type(a) in PLAIN and (a == b or (a != a and b != b))  # two NaNs
 
 
@@ -84,44 +82,30 @@ def alike(a: object, b: object) -> bool:
 
 @dataclass(eq=False)
 class Part:
-    """Parameters of one group with one decay, and the group that the class sees.
-
-    Args:
-        decay_key: What was decided for them.
-        group: What the class sees and writes to.
-        positions: Where its parameters stand in the user's group. They are in the
-            part's own while the class sees it: one that leaves must be freed.
-        tokens: What is theirs and nobody else's, see ``_torch.token_of``.
-        inits: What they decay towards, where that is a tensor for each.
-    """
+    """Parameters of one group with one decay, and the group that the class sees."""
 
     decay_key: DecayKey
-    group: Group
+    group: Group  # what the class sees and writes to
+    # Where its parameters stand in the user's group. They are in the part's own while
+    # the class sees it: one that leaves must be freed.
     positions: list[int]
-    tokens: list[object]
-    inits: list[Tensor] = field(default_factory=list)
+    tokens: list[object]  # theirs and nobody else's, see `_torch.token_of`
+    inits: list[Tensor] = field(default_factory=list)  # targets, if a tensor for each
 
     @property
     def own(self) -> Group:
         """What the part holds besides its parameters and their decay."""
-        return without_decay(self.group)
+        return _without_decay(self.group)
 
 
 @dataclass(eq=False)
 class Split:
-    """A user's group and its parts.
-
-    Args:
-        group: The user's.
-        parts: At least one, which has no parameters where the group has none.
-        form: The form of the class where no group can choose it, if that is known.
-        shown: What stood in the group when it was last looked at.
-    """
+    """A user's group and its parts."""
 
     group: Group
-    parts: list[Part]
-    form: Form | None = None
-    shown: Group = field(default_factory=dict)
+    parts: list[Part]  # at least one, with no parameters where the group has none
+    form: Form | None = None  # of the class, if it is known and no group can choose it
+    shown: Group = field(default_factory=dict)  # the group when last looked at
 
     def fill(self) -> None:
         """Give the parts their parameters, for the class to see."""
@@ -140,21 +124,21 @@ class Split:
         first = self.parts[0].group
         self.group.update({k: v for k, v in first.items() if k not in PER_PARAM})
         self.share_tensors(keys)
-        self.shown = without_computed(self.group)
+        self.shown = _without_computed(self.group)  # the rest is to be handed down
+
+    def _share(self, part: Part) -> Share:
+        return share_of(self.group, part.decay_key, self.form)
 
     def computed(self, part: Part, key: str) -> Any:
         """Compute what a part has under one of the keys in ``DECAY_KEYS``."""
-        shared = share_of(self.group, part.decay_key, self.form)
+        shared = self._share(part)
         return shared.wd if key == WD else shared.form == "decoupled"
 
     def views(self) -> list[View]:
         """Show the parts with the decay that the class does not do."""
-        shares = [
-            share_of(self.group, part.decay_key, self.form) for part in self.parts
-        ]
         return [
-            View(part.group, part.inits, shared.decay_pass)
-            for part, shared in zip(self.parts, shares)
+            View(part.group, part.inits, self._share(part).decay_pass)
+            for part in self.parts
         ]
 
     def lay_inits(self, decisions: Sequence[Decision]) -> None:
@@ -165,9 +149,7 @@ class Split:
     def hand_down(self, keys: Collection[str]) -> None:
         """Write what has changed in the group into its parts.
 
-        Args:
-            keys: Hyperparameters; their tensors serve all parts at once. Another
-                tensor is one that each part keeps for itself.
+        Tensors under ``keys`` serve all parts; each part keeps others for itself.
         """
         # Asked for key by key: a group may be a dict that computes what is read.
         group, shown = {key: self.group[key] for key in self.group}, self.shown
@@ -187,7 +169,7 @@ class Split:
                 written += [(p.group, key, self.computed(p, key)) for p in self.parts]
             elif key not in PER_PARAM and not same(value, shown.get(key, _ABSENT)):
                 self._require_common(key)
-                own = (value if key in keys else own_copy(value) for _ in self.parts)
+                own = (value if key in keys else _own_copy(value) for _ in self.parts)
                 written += [(p.group, key, v) for p, v in zip(self.parts, own)]
         for part_group, key, value in written:
             part_group[key] = value
@@ -199,15 +181,11 @@ class Split:
 
     @property
     def _follows_rate(self) -> bool:
-        """Whether the decay of a part is computed with the rate of the group."""
         forms = [part.decay_key.decay.form for part in self.parts]
         return any(FORMS[form].follows_lr for form in forms if form is not None)
 
     def _require_common(self, key: str) -> None:
-        """Check that a value is not one that the class sets for each part apart.
-
-        A schedule that goes on from the group's would go on from none of theirs.
-        """
+        # A schedule that goes on from the group's would go on from none of theirs.
         first, *others = [part.group.get(key, _ABSENT) for part in self.parts]
         if not all(alike(first, other) for other in others):
             raise ValueError(
@@ -244,8 +222,7 @@ class Split:
     def share_tensors(self, keys: Collection[str]) -> None:
         """Let all parts read one tensor for each hyperparameter.
 
-        Some classes turn a rate into a tensor of each group; schedulers write into
-        the one that they see.
+        Some classes make a tensor of a rate; schedulers write into the one they see.
         """
         first, *others = [part.group for part in self.parts]
         for key in keys:
@@ -254,18 +231,15 @@ class Split:
                     other[key] = first[key]
 
 
-def without_computed(group: Group) -> Group:
-    """Take what a group has shown; the rest is yet to be handed down."""
+def _without_computed(group: Group) -> Group:
     return {key: value for key, value in group.items() if key not in DECAY_KEYS}
 
 
-def without_decay(group: Group) -> Group:
-    """Take what is neither parameters nor their decay."""
+def _without_decay(group: Group) -> Group:
     return {key: value for key, value in group.items() if key not in NOT_SHARED}
 
 
-def own_copy(value: Any) -> Any:
-    """Copy a tensor that each part counts in by itself."""
+def _own_copy(value: Any) -> Any:  # of a tensor that each part counts in by itself
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
@@ -317,13 +291,10 @@ def split_again(
     before: Sequence[Split],
     keys: Collection[str],
 ) -> Split:
-    """Split a group whose parameters or decisions have changed; see :meth:`fill`.
+    """Split a group whose parameters or decisions have changed, or raise ValueError.
 
     The part with the same decay goes on. A new one takes over what the parts that its
-    parameters come from keep for themselves.
-
-    Raises:
-        ValueError: They come from parts that keep different values.
+    parameters come from keep for themselves, which must be the same.
     """
     mine = [split for split in before if split.group is group]
     # Known ahead: a part of new parameters alone may come before those that were shown.
@@ -343,11 +314,11 @@ def split_again(
         if going_on:
             shown_group = going_on[0].group
         else:
-            # A counter that the class keeps in a group goes where its parameters go.
+            # A counter that the class keeps in a group follows its parameters.
             # One that comes from none begins with what the others were last given.
-            last = without_decay({**group, **(shown or {})})
+            last = _without_decay({**group, **(shown or {})})
             own = {**(known[0][1].own if known else last), **settled}
-            shown_group = {k: v if k in keys else own_copy(v) for k, v in own.items()}
+            shown_group = {k: v if k in keys else _own_copy(v) for k, v in own.items()}
         parts.append(_part(decay_key, shown_group, group, decisions, chosen))
     form = before[0].form if before else None
     shown = None if shown is None else {**shown, **settled}
@@ -355,7 +326,7 @@ def split_again(
     if shown is not None and going.issuperset(part.decay_key for part in parts):
         # The class may have written their decay.
         return Split(group, parts, form, shown)
-    return Split(group, parts, form, without_computed(shown or {}))
+    return Split(group, parts, form, _without_computed(shown or {}))
 
 
 def _disputed(
@@ -385,7 +356,6 @@ def _holders(
 def _require_agreement(
     parts: Sequence[Part], decisions: Sequence[Decision], settled: Collection[str]
 ) -> None:
-    """Check that parts that become one keep the same of their own."""
     for part in parts[1:]:
         for key, value in parts[0].own.items():
             other = part.own.get(key, _ABSENT)
@@ -420,11 +390,7 @@ def _kept(split: Split, part: Part) -> Group:
 def saved_parts(
     state_dict: Mapping[str, Any], record: Any, splits: Sequence[Split]
 ) -> list[list[Group]]:
-    """Read what a state dict holds for each part alone, before anything is loaded.
-
-    Raises:
-        ValueError: Parameters of one part were saved in parts that differ.
-    """
+    """Read what a state dict holds for each part alone, before anything is loaded."""
     records = record or [[] for _ in splits]
     return [
         [_saved_own(saved, part.positions, own) for part in split.parts]
@@ -438,20 +404,13 @@ def load_parts(
     saved: Sequence[Sequence[Group]],
     keys: Collection[str],
 ) -> None:
-    """Give the parts what was saved for them, in the groups that loading has made.
-
-    Args:
-        splits: The parts.
-        groups: The user's groups, which torch makes anew on loading.
-        saved: Of :func:`saved_parts`.
-        keys: Hyperparameters, whose tensors serve all parts at once.
-    """
+    """Give the parts what was saved for them, in the groups that loading has made."""
     for split, group, owns in zip(splits, groups, saved):
         split.group = group
         for part, own in zip(split.parts, owns):
             numbers = {k: split.computed(part, k) for k in DECAY_KEYS if k in group}
-            values = without_decay(group).items()
-            common = {k: v if k in keys else own_copy(v) for k, v in values}
+            values = _without_decay(group).items()
+            common = {k: v if k in keys else _own_copy(v) for k, v in values}
             part.group = {**numbers, **common, **copy.deepcopy(own)}
         split.share_tensors(keys)
         split.empty()

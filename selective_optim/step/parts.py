@@ -3,32 +3,45 @@
 The optimizer's own class steps them as if they were groups split by hand. For SGD, Adam
 and AdamW a part is a list of positions; the group that the class sees is a view, made
 for one step, so that everything else in it is what the user's group says now.
+
+Where the user left the implementation open, fused is taken where it is right. What
+its tensors do not allow goes where the flags of its group say.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from operator import attrgetter, eq
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from selective_optim import _torch
 from selective_optim.decay import DecayKey, Decision
+from selective_optim.step.kernels import Kernel
+from selective_optim.step.setting import PLAIN, Group, Groups, State, States
+
+_traits = attrgetter("device", "shape", "layout")
+_place, _kind = attrgetter("dtype", "device"), attrgetter("dtype", "device", "shape")
+
+# torch's fused kernels on the CPU open a parallel region for every tensor, however
+# small (grain size 0 in aten/src/ATen/native/cpu/Fused*Kernel.cpp, 2.7 to 2.15). A
+# tensor of this many elements or fewer takes one thread less time than two: on two
+# cores AdamW and SGD met at 4,096. With more threads a region costs more, and saves
+# at most twice as much, so that the cut does not fall. Where other processes hold the
+# cores, every region waits for a thread that is not scheduled.
+ONE_THREAD = 4096
 
 
 class DecidedParam(NamedTuple):
-    """One parameter with what was decided for it.
-
-    Args:
-        param: The parameter.
-        group: Index of its group.
-        position: Where it stands there.
-        decision: How it decays; an ``init`` lies as the parameter does.
-    """
+    """One parameter with what was decided for it."""
 
     param: Tensor
-    group: int
-    position: int
-    decision: Decision
+    group: int  # index of its group
+    position: int  # where it stands there
+    decision: Decision  # its ``init`` lies as the parameter does
 
     @property
     def label(self) -> str:
@@ -37,53 +50,262 @@ class DecidedParam(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What the parameters of a part have in common.
+    """What the parameters of a part have in common."""
 
-    Args:
-        group: Index of their group.
-        decay_key: What was decided for them.
-        fused: Whether torch's fused kernel steps them right; else they go where the
-            flags of their group say.
-        sharded: Whether that kernel gets the local shards of ``DTensor``s.
-        first: Whether their momentum begins with this step: torch's fused SGD begins
-            all buffers of a call or none.
-    """
-
-    group: int
     decay_key: DecayKey
-    fused: bool = False
-    sharded: bool = False
+    group: int  # index of their group
+    fused: bool = False  # torch's fused kernel steps them; else as their group's flags
+    sharded: bool = False  # that kernel gets the local shards of DTensors
+    # Momentum begins in this step: torch's fused SGD begins that of all or none.
     first: bool = False
+    # What tensors of one kernel call have in common, for those that are planned.
+    single_thread: bool = False
+    device: Any = None
+    dtype: Any = None
 
 
 @dataclass(eq=False)
 class Part:
-    """Parameters that the class steps as one group.
-
-    Args:
-        key: What they have in common.
-        label: Names one of them in messages.
-        positions: Their numbers among all parameters of all groups.
-        inits: What they decay towards, where that is a tensor for each.
-    """
+    """Parameters that the class steps as one group."""
 
     key: Key
-    label: str
-    positions: list[int] = field(default_factory=list)
-    inits: list[Tensor] = field(default_factory=list)
+    label: str  # names one of them in messages
+    positions: list[int] = field(default_factory=list)  # among all of all groups
+    inits: list[Tensor] = field(default_factory=list)  # targets, if a tensor for each
 
 
 class Layout(NamedTuple):
-    """All parts of a step.
-
-    Args:
-        parts: In the order in which their first parameter stands in the groups.
-        idle: Positions of parameters that never had a gradient. Their implementation
-            is chosen with the first one.
-        once: Whether the next step may need other parts: momentum begins in this one,
-            or a gradient keeps its parameter from the fused kernel.
-    """
+    """All parts of a step, in the order of their first parameters."""
 
     parts: list[Part]
+    # Positions of those that never had a gradient. The first one decides where they go.
     idle: list[int]
+    # Whether the next step may need other parts: momentum begins in this one, or a
+    # gradient keeps its parameter from the fused kernel.
     once: bool
+
+
+def free_choice(group: Group) -> bool:
+    """Tell whether the user left the implementation open."""
+    return group.get("fused") is None and group.get("foreach") is None
+
+
+def fused_choice(kernel: Kernel, group: Group) -> bool | None:
+    """Tell whether a group goes to the fused kernel; ``None`` where that is open.
+
+    Asked once per group: it looks at every hyperparameter.
+    """
+    if group["differentiable"]:
+        return False
+    if group["fused"]:
+        return True
+    return None if free_choice(group) and kernel.takes_numbers(group) else False
+
+
+def wants_fused(kernel: Kernel, choice: bool | None, param: Tensor) -> bool:
+    """Tell whether a parameter goes to the fused kernel if its tensors allow it.
+
+    Where nothing was chosen, fused is taken where it is right: it is exact to
+    hand-split torch with ``fused=True``, and the fastest on every device measured.
+    """
+    return kernel.trusted(param) if choice is None else choice
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Tell whether a tensor fills its memory without gaps or overlap."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _beside(param: Tensor, other: Tensor) -> bool:
+    """Tell whether a tensor walks memory as the parameter does, on its device."""
+    if type(other) not in PLAIN or _traits(other) != _traits(param) or other.is_neg():
+        return False
+    if param.stride() == other.stride() or param.numel() == 0:
+        return True
+    strides = zip(param.stride(), other.stride(), param.shape, strict=True)
+    return all(a == b for a, b, size in strides if size > 1)
+
+
+def fusable(kernel: Kernel, param: Tensor, moments: Sequence[Tensor]) -> bool:
+    """Tell whether torch's fused kernel steps these tensors right.
+
+    It walks memory from the first element on: on the CPU a view with gaps would be
+    written into its neighbors and a transposed moment misread (torch 2.7 to 2.15,
+    measured).
+    """
+    return (
+        type(param) in PLAIN
+        and param.layout == torch.strided
+        and param.dtype in _torch.FUSED_DTYPES
+        and param.device.type in _torch.FUSED_DEVICES
+        and is_dense(param)
+        and not param.is_neg()
+        and all(
+            _beside(param, moment) and kernel.takes_beside(param, moment)
+            for moment in moments
+        )
+    )
+
+
+def joins(param: Tensor, grad: Tensor) -> bool:
+    """Tell whether a gradient can go beside its parameter into the fused kernel."""
+    return grad.dtype == param.dtype and _beside(param, grad)
+
+
+def counts_beside(param: Tensor, step: object) -> bool:
+    """Tell whether a fused kernel can read a step counter."""
+    return (
+        isinstance(step, Tensor)
+        and step.dtype == torch.float32
+        and step.device == param.device
+        and step.numel() == 1
+    )
+
+
+def _shards(tensors: Sequence[Tensor]) -> list[Tensor] | None:
+    """Return the local shards of ``DTensor``s, or ``None`` if they are placed apart."""
+    first = tensors[0]
+    if any(type(tensor) is not type(first) for tensor in tensors):
+        return None
+    where = _torch.placement(first)
+    if any(_torch.placement(tensor) != where for tensor in tensors):
+        return None
+    if any(placement.is_partial() for placement in where[1]):
+        return None
+    return [_torch.local_tensor(tensor) for tensor in tensors]
+
+
+def make_layout(
+    kernel: Kernel,
+    groups: Groups,
+    params: Sequence[DecidedParam],
+    states: States,
+    stepped: Container[int],
+    choosing: bool = True,
+    planned: bool = False,
+) -> Layout:
+    """Sort all parameters into parts, and choose the implementation of each.
+
+    Those that the last layout had a part for, by ids of tokens in ``stepped``, keep one
+    while they have no gradient: one that comes and goes needs no other layout. Without
+    ``choosing``, all of them go where the flags of their group say. Parts that are
+    ``planned`` are of one device, dtype and number of threads.
+    """
+    choices = [choosing and fused_choice(kernel, group) for group in groups]
+    all_fused = _all_fused(kernel, groups, set(choices), params, states)
+    parts: dict[Key, Part] = {}
+    known_parts: dict[object, Part] = {}  # by what is quicker to compare than keys
+    idle, once = list[int](), False
+    for number, each in enumerate(params):
+        group, choice = groups[each.group], choices[each.group]
+        own = {} if choice is False and not group["fused"] else states.get(each.param)
+        absent = not all_fused and each.param.grad is None
+        begun = (all_fused and kernel.counts) or kernel.has_state(own, group)
+        known = absent and begun and id(_torch.token_of(each.param)) in stepped
+        if choice is not False and absent and not known:
+            idle.append(number)
+            continue
+        taken = all_fused, False, False
+        if not all_fused:
+            _require_dense(kernel, group, each)
+            taken = _takes_fused(kernel, group, choice, each.param, own or {})
+        fused, sharded, misfit = taken
+        first = bool(fused or group["fused"]) and not (begun or absent or kernel.counts)
+        once |= misfit or first
+        decay, *_, lr0, init = each.decision
+        call = _call_of(each.param) if planned and fused and not first else ()
+        common = (each.group, fused, sharded, first, *call)
+        own_key = id(decay), lr0, init is None, common
+        part = known_parts.get(own_key)
+        if part is None:
+            key = Key(each.decision.decay_key, *common)
+            part = parts.setdefault(key, Part(key, each.label))
+            known_parts[own_key] = part
+        part.positions.append(number)
+        if init is not None:
+            part.inits.append(init)
+    return Layout(list(parts.values()), idle, once)
+
+
+def _call_of(param: Tensor) -> tuple[bool, torch.device, torch.dtype]:
+    """Tell on how many threads, and where, a kernel steps a parameter."""
+    small = param.is_cpu and _torch.shard_of(param).numel() <= ONE_THREAD
+    return small, param.device, param.dtype
+
+
+def _all_fused(
+    kernel: Kernel,
+    groups: Groups,
+    choices: Collection[bool | None],
+    decided: Sequence[DecidedParam],
+    states: States,
+) -> bool:
+    """Tell at one look, in C, whether all parameters are fused; ``False`` says nothing.
+
+    The usual case takes a fifth of the time of one look after another.
+    """
+    params = [each.param for each in decided]
+    owns = [states.get(param) or {} for param in params]
+    entries = set(map(kernel.entries, groups)) if any(owns) else {()}
+    if False in choices or len(entries) != 1:
+        return False
+    try:
+        moments = [[own[entry] for own in owns] for entry in entries.pop()]
+        columns: list[list[Any]] = [params, [p.grad for p in params], *moments]
+        steps = [own["step"] for own in owns if "step" in own]
+        few_steps = dict(zip(map(_kind, steps), steps)).values()
+        kinds = list(map(_kind, params))
+        alike = all(
+            {*PLAIN}.issuperset(map(type, column))
+            and all(map(eq, map(_kind, column), kinds))
+            and all(map(Tensor.is_contiguous, column))
+            and not any(map(Tensor.is_neg, column))
+            for column in columns
+        )
+    except (KeyError, AttributeError, RuntimeError):
+        return False
+    one_of_each = dict(zip(map(_place, params), params)).values()
+    return (
+        alike
+        and all(fusable(kernel, param, ()) for param in one_of_each)
+        and all(wants_fused(kernel, c, p) for c in choices for p in one_of_each)
+        and all(counts_beside(p, step) for step in few_steps for p in one_of_each)
+    )
+
+
+def _takes_fused(
+    kernel: Kernel, group: Group, choice: bool | None, param: Tensor, own: State
+) -> tuple[bool, bool, bool]:
+    """Tell whether a parameter is fused, by shards, and misfit by its gradient alone.
+
+    A gradient that is absent now is taken to fit; it is looked at when it comes.
+    """
+    if not wants_fused(kernel, choice, param):
+        return False, False, False
+    sharded = type(param) is _torch.dtensor_class()
+    found = [own.get(entry) for entry in kernel.entries(group)] if own else []
+    tensors = [param, *(entry for entry in found if entry is not None)]
+    local = _shards(tensors) if sharded else tensors
+    fused = (
+        local is not None
+        and fusable(kernel, local[0], local[1:])
+        and ("step" not in own or counts_beside(local[0], own["step"]))
+    )
+    if not fused or param.grad is None:
+        return fused, fused and sharded, False
+    pair = _shards([param, param.grad]) if sharded else [param, param.grad]
+    fits = pair is not None and joins(*pair)
+    return fits, fits and sharded, not fits
+
+
+def _require_dense(kernel: Kernel, group: Group, each: DecidedParam) -> None:
+    """Raise RuntimeError if a parameter with a sparse gradient cannot be stepped."""
+    if each.param.grad is not None and each.param.grad.is_sparse:
+        kernel.refuse_sparse(group, each.decision.decay, each.label)

@@ -20,14 +20,16 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim.decay import is_zero
-from selective_optim.step.grad_scaler import Scaling, unless_dropped, unscale_
 from selective_optim.step.setting import (
     PLAIN,
     Batch,
     Call,
     DecayPass,
     Direction,
+    Scaling,
     lr_on_device,
+    unless_dropped,
+    unscale_,
 )
 
 # Elements that are at hand at a time. On ResNet-50 and two cores 2 ** 17 to 2 ** 19
@@ -49,13 +51,8 @@ def pass_calls(
 ) -> tuple[list[Call], Scaling]:
     """Return the calls of a pass before the step, and what of the scale is left.
 
-    Args:
-        decay_pass: What to do.
-        lr: Rate of this step.
-        maximize: Whether the gradient is followed uphill.
-        batch: The tensors; gradients are read when the calls run, and written to.
-        direction: Tells the sign of the update; ``"cautious"`` alone asks.
-        scaling: What the kernel would be given of a ``GradScaler``.
+    Gradients are read when the calls run, and written to. ``"cautious"`` alone asks
+    for the direction.
     """
     lr = lr_on_device(lr, batch.params)
     if decay_pass.applied == "decoupled" and decay_pass.target == 0.0:
@@ -77,18 +74,11 @@ def pass_calls(
 
 
 def decay_agreeing_(
-    decay_pass: DecayPass,
-    rate: float | Tensor,
-    batch: Batch,
-    before: Sequence[Tensor],
+    decay_pass: DecayPass, rate: float | Tensor, batch: Batch, before: Sequence[Tensor]
 ) -> None:
-    """Decay cautiously after a step: the update is what the step has changed.
+    """Decay cautiously after a step: the update is what has changed since before.
 
-    Args:
-        decay_pass: What to do.
-        rate: ``lr * wd``.
-        batch: The parameters after the step, and their targets.
-        before: The parameters as they were.
+    The rate is ``lr * wd``.
     """
     for i, (param, old) in enumerate(zip(batch.params, before, strict=True)):
         piece = Piece([param], [old], [], batch.targets[i : i + 1], [])
@@ -123,18 +113,14 @@ def _shrinking(
 def _shrink_unless_(
     params: list[Tensor], factor: float | Tensor, found_inf: Tensor
 ) -> None:
-    """Multiply in place where no infinity was found, without asking the device."""
     for param in params:
         param.copy_(unless_dropped(found_inf, param * factor, param))
 
 
 class Piece(NamedTuple):
-    """Tensors that are computed at once, parameter by parameter in every list.
+    """Tensors that are computed at once, parameter by parameter in every list."""
 
-    ``into`` is where results go: the parameters themselves, or new gradients.
-    """
-
-    into: Sequence[Tensor]
+    into: Sequence[Tensor]  # where results go: the parameters, or new gradients
     params: Sequence[Tensor]
     grads: Sequence[Tensor]
     targets: Sequence[Tensor]
@@ -180,7 +166,6 @@ def _pull_gradients_(
 
 
 def _offset(decay_pass: DecayPass, joined: Tensor, piece: Piece) -> Tensor:
-    """Return how far parameters are from their targets."""
     if isinstance(decay_pass.target, str):
         return joined - _joined(piece.targets)
     return joined - decay_pass.target if decay_pass.target else joined
@@ -265,7 +250,7 @@ def _unjoinable(params: Sequence[Tensor]) -> list[bool]:
     """
     times = Counter(map(id, params))
     return [
-        type(param) not in PLAIN or view or times[id(param)] > 1
+        not _torch.CAN_JOIN or type(param) not in PLAIN or view or times[id(param)] > 1
         for param, view in zip(params, _are_views(params))
     ]
 
@@ -290,7 +275,6 @@ def _joined_moments(moments: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _parted(joined: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Take apart again what was joined."""
     if len(like) == 1:
         return [joined]
     # torch 2.7 gives what has no elements another shape.
@@ -299,7 +283,6 @@ def _parted(joined: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _write_(params: Sequence[Tensor], joined: Tensor) -> None:
-    """Give parameters the values that were computed for them together."""
     if len(params) == 1 or torch.is_grad_enabled():  # where autograd follows
         for param, new in zip(params, _parted(joined, params)):
             param.copy_(new)

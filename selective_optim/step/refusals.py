@@ -21,17 +21,12 @@ OURS = ("wd_policy", "model")
 WAY_OUT = "Split the groups by hand: {}(selective_optim.param_groups(model, ...))."
 
 
-def way_out(optimizer: object) -> str:
-    """Write the line to type where a class is not served."""
+def _way_out(optimizer: object) -> str:
     return WAY_OUT.format(type(optimizer).__name__)
 
 
 def require_class(cls: object) -> None:
-    """Check that this is a class of optimizers that are made from parameters.
-
-    Raises:
-        TypeError: It is something else.
-    """
+    """Check that this is a class of optimizers that are made from parameters."""
     if not isinstance(cls, type) or not issubclass(cls, torch.optim.Optimizer):
         raise TypeError(
             f"`optimizer_class` must be a subclass of torch.optim.Optimizer, not "
@@ -51,11 +46,7 @@ def require_class(cls: object) -> None:
 
 
 def require_parts(optimizer: Any, splits: Sequence[Split]) -> None:
-    """Check that the class made its groups of the parts that it was given.
-
-    Raises:
-        ValueError: It made others, or they have no decay of their own.
-    """
+    """Check that the class made its groups of the parts that it was given."""
     made = [list(map(id, group["params"])) for group in optimizer.param_groups]
     given = [
         list(map(id, part.group["params"])) for split in splits for part in split.parts
@@ -64,7 +55,7 @@ def require_parts(optimizer: Any, splits: Sequence[Split]) -> None:
     if made != given:
         raise ValueError(
             f"{name} makes groups of its own from those that it is given, so their "
-            f"decay cannot be told apart. {way_out(optimizer)}"
+            f"decay cannot be told apart. {_way_out(optimizer)}"
         )
     if any(WD not in group for group in optimizer.param_groups):
         raise ValueError(
@@ -74,26 +65,17 @@ def require_parts(optimizer: Any, splits: Sequence[Split]) -> None:
 
 
 def require_no_inner_optimizer(optimizer: Any) -> None:
-    """Check that the class does not hand its step to another optimizer.
-
-    Raises:
-        ValueError: It does, and that one would see the groups unsplit.
-    """
+    """Check that the class hands its step to no other, which sees groups unsplit."""
     for key, value in vars(optimizer).items():
         if isinstance(value, torch.optim.Optimizer):
             raise ValueError(
                 f"{type(optimizer).__name__} keeps another optimizer in {key!r}, which "
-                f"steps groups of its own. {way_out(optimizer)}"
+                f"steps groups of its own. {_way_out(optimizer)}"
             )
 
 
 def require_forms(optimizer: Any, split: Split) -> None:
-    """Check that it is known what each part is to be decayed like.
-
-    Raises:
-        ValueError: A target is stated and no form, and that of the class is not
-            known; or a form or target needs a rate, and the class has none.
-    """
+    """Check that it is known what each part is to be decayed like."""
     known = flag_of(split.group) is not None or split.form is not None
     for part in split.parts:
         decay = part.decay_key.decay
@@ -114,15 +96,7 @@ def require_forms(optimizer: Any, split: Split) -> None:
 
 
 def require_no_lists(optimizer: Any, count: int) -> None:
-    """Check that nothing made at construction has one item per group.
-
-    Args:
-        optimizer: Whose parts are about to change.
-        count: How many there were until now.
-
-    Raises:
-        ValueError: There is such a list, which would not fit other parts.
-    """
+    """Check that nothing has one item for each of so many parts, as until now."""
     for key, value in vars(optimizer).items():
         if key == "param_groups" or key.startswith("_"):
             continue
@@ -136,11 +110,7 @@ def require_no_lists(optimizer: Any, count: int) -> None:
 
 
 def require_no_index_overrides(optimizer: Any, groups: Collection[Group]) -> None:
-    """Check that bitsandbytes overrides nothing by the index of a group.
-
-    Raises:
-        ValueError: It does; the indices are those of groups that were not split.
-    """
+    """Check that bitsandbytes overrides nothing by an index in groups not split."""
     manager = getattr(optimizer, "mng", None)
     if getattr(optimizer, "initialized", True) or len(groups) == len(
         optimizer.param_groups
@@ -155,15 +125,11 @@ def require_no_index_overrides(optimizer: Any, groups: Collection[Group]) -> Non
 
 
 def require_plain_arguments(optimizer: Any, given: Iterable[Any]) -> None:
-    """Check that a step is given nothing parameter by parameter.
-
-    Raises:
-        ValueError: It is given a list, which stands in the order of unsplit groups.
-    """
+    """Check that a step is given no list, whose order is that of unsplit groups."""
     for value in given:
         if isinstance(value, (list, tuple)):
             raise ValueError(
                 f"step() of {type(optimizer).__name__} was given a list of "
                 f"{len(value)} items, whose order is not that of the split groups. "
-                f"{way_out(optimizer)}"
+                f"{_way_out(optimizer)}"
             )

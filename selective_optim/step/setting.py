@@ -1,4 +1,9 @@
-"""What a step works with: how decay is shared out, settings, batches of tensors."""
+"""What a step works with: decay shared out, numbers and tensors of a kernel, a scale.
+
+A ``GradScaler`` lays the scale and whether infinity was found on an optimizer that
+takes them, as ours do with ``fused=True`` (``torch/amp/grad_scaler.py``, 2.7 to 2.15).
+Fused kernels unscale and skip by themselves; for all else it is done by what is here.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from selective_optim import _torch
 from selective_optim.decay import FORMS, DecayKey, Form, Target, is_zero
 
 Group = dict[str, Any]
@@ -21,34 +27,20 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class DecayPass(NamedTuple):
-    """Decay that the class does not do, and that is done beside its step.
+    """Decay that the class does not do, and that is done beside its step."""
 
-    Args:
-        applied: What it does to the tensors, see ``decay.FORMS``.
-        wd: How strongly; the rate multiplies it, but for ``"l2"``.
-        target: Towards what; ``"init"`` is a tensor per parameter.
-    """
-
-    applied: Literal["l2", "decoupled", "cautious"]
-    wd: float | Tensor
-    target: Target = 0.0
+    applied: Literal["l2", "decoupled", "cautious"]  # see `decay.FORMS`
+    wd: float | Tensor  # the rate multiplies it, but for "l2"
+    target: Target = 0.0  # "init" is a tensor per parameter
 
 
 class Share(NamedTuple):
-    """What of the decay is whose.
+    """What of the decay is whose."""
 
-    Args:
-        wd: The decay that the class is given.
-        form: The form that it is told, where a group can tell it.
-        decay_pass: What is done beside its step.
-        fleeting: Whether this must be read anew at every step, as it depends on the
-            value of a tensor.
-    """
-
-    wd: Any
-    form: Form | None
+    wd: Any  # what the class is given
+    form: Form | None  # what it is told, where a group can tell it
     decay_pass: DecayPass | None = None
-    fleeting: bool = False
+    fleeting: bool = False  # follows a tensor's value: to be read at every step
 
 
 def share(
@@ -60,13 +52,9 @@ def share(
 ) -> Share:
     """Share the decay of a part out between its class and a pass.
 
-    Args:
-        group: The user's group.
-        decay_key: What was decided for the part.
-        default: The form in which the class decays by itself, if that is known.
-        own_forms: The forms that it can be told, given a number.
-        reading: Whether to read the number in a rate that is a tensor on the CPU. A
-            compiled step compiles anew where that number is another.
+    The class decays in the form ``default``, if that is known, and can be told
+    ``own_forms``, given a number. The number in a rate that is a tensor is read if
+    ``reading``: a compiled step would compile anew where it is another.
     """
     decay, lr0 = decay_key
     wd = decay.of(group["weight_decay"])
@@ -78,9 +66,12 @@ def share(
     form = FORMS[kind]
     fleeting = form.follows_lr and isinstance(group["lr"], Tensor)
     if lr0 is not None:
-        lr = _rate(group["lr"]) if fleeting and reading else group["lr"]
+        lr = group["lr"]
+        # Where that waits for no device and leaves no graph of autograd.
+        if fleeting and reading and lr.is_cpu and not lr.requires_grad:
+            lr = lr.item()
         wd = form.strength(wd, lr, lr0)
-    # A kernel's decay is a number; one on a device is not to be waited for.
+    # A kernel takes decay as a number, and a step must not wait for the device.
     waits = fleeting and isinstance(wd, Tensor)
     if form.applied in own_forms and not decay.target and not waits:
         return Share(wd, form.applied, None, fleeting)
@@ -88,36 +79,24 @@ def share(
     return Share(0.0, default, beside, fleeting)
 
 
-def _rate(lr: Tensor) -> float | Tensor:
-    """Read a rate where that waits for no device and leaves no graph of autograd."""
-    return lr.item() if lr.is_cpu and not lr.requires_grad else lr
-
-
 class Setting(NamedTuple):
-    """What a kernel is given besides tensors.
+    """What a kernel is given besides tensors."""
 
-    Args:
-        arguments: Of torch's functional, by name.
-        decay_pass: Decay to apply before the kernel runs, which then decays nothing.
-        fleeting: Whether it must be read anew at every step, as it depends on the
-            value of a tensor.
-    """
-
-    arguments: dict[str, Any]
-    decay_pass: DecayPass | None = None
-    fleeting: bool = False
+    arguments: dict[str, Any]  # of torch's fused kernel, by name
+    share: Share
 
     @property
     def live(self) -> bool:
         """Tell whether calls must be bound anew at every step: a tensor may change."""
         own = isinstance(self.arguments["lr"], Tensor)
-        other = self.decay_pass
+        other = self.share.decay_pass
         return own or (other is not None and isinstance(other.wd, Tensor))
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What must be equal for parameters to share a call."""
-        values = (*self.arguments.values(), *(self.decay_pass or ()))
+        beside = self.share.decay_pass or ()
+        values = (*self.arguments.values(), self.share.form, *beside)
         try:
             hash(values)
         except TypeError:  # an array as a rate, which is itself alone
@@ -129,22 +108,13 @@ class Setting(NamedTuple):
 
 @dataclass
 class Batch:
-    """The tensors of one kernel call, parameter by parameter in every list.
+    """The tensors of one kernel call, parameter by parameter in every list."""
 
-    Args:
-        params: Parameters as the kernel gets them: local shards where sharded.
-        moments: One list per state entry that is shaped like the parameter; ``None``
-            stands for one that is yet to begin.
-        steps: Step counters; empty where the kernel has none.
-        targets: What parameters decay towards, where that is a tensor for each.
-        grads: Gradients, filled anew at every step.
-    """
-
-    params: list[Tensor]
-    moments: list[list[Any]]
-    steps: list[Tensor]
-    targets: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
+    params: list[Tensor]  # local shards where sharded
+    moments: list[list[Any]]  # by entry of the state; None is one that is yet to begin
+    steps: list[Tensor]  # empty where the kernel has no counters
+    targets: list[Tensor] = field(default_factory=list)  # where that is a tensor each
+    grads: list[Tensor] = field(default_factory=list)  # filled anew at every step
 
 
 # Of a gradient and its moments before the step: what has the sign of the update.
@@ -154,7 +124,52 @@ Direction = Callable[[Tensor, Sequence[Tensor | None]], Tensor]
 def lr_on_device(lr: float | Tensor, params: Sequence[Tensor]) -> float | Tensor:
     """Move a tensor learning rate to its parameters, as torch does; the CPU stays."""
     if isinstance(lr, Tensor) and not lr.is_cpu and params:
-        device = params[0].device
-        # See `Scalings.on` in `grad_scaler`.
-        return lr.to(device, non_blocking=device.type != "cpu")
+        return _moved(lr, params[0].device)
     return lr
+
+
+def _moved(scalar: Tensor, device: torch.device) -> Tensor:
+    # To the CPU without waiting would be read before it is there.
+    return scalar.to(device, non_blocking=device.type != "cpu")
+
+
+class Scaling(NamedTuple):
+    """What a ``GradScaler`` hands over, on one device."""
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+NO_SCALING = Scaling()
+
+
+def scaling_of(optimizer: object) -> Scaling:
+    """Read the attributes that a ``GradScaler`` sets on an optimizer for a step."""
+    return Scaling(
+        getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    )
+
+
+def scaling_on(scaling: Scaling, device: torch.device) -> Scaling:
+    """Move it to a device."""
+    scale, found_inf = scaling
+    if scale is not None:
+        scale = _moved(scale, device)
+    if found_inf is not None:
+        # GradScaler sums over devices, and kernels look for exactly 1.
+        found_inf = _moved(found_inf, device).clamp(max=1.0)
+    return Scaling(scale, found_inf)
+
+
+def unscale_(grads: Sequence[Tensor], grad_scale: Tensor) -> None:
+    """Divide gradients of one device by the scale, as ``GradScaler.unscale_`` does."""
+    device = grads[0].device
+    inverse = grad_scale.double().reciprocal().float().to(device)
+    values = [_torch.sparse_values(g) if g.is_sparse else g for g in grads]
+    unread = torch.zeros((), dtype=torch.float32, device=device)
+    _torch.amp_unscale_(values, unread, inverse)
+
+
+def unless_dropped(found_inf: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Return what is new, or where infinity was found what is old, on the device."""
+    return torch.where(found_inf.bool(), old, new)

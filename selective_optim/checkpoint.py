@@ -1,0 +1,491 @@
+"""Convert optimizer state dicts by name: to other groups, and to a changed model.
+
+A state dict keeps state by position, so one saved with a group of decayed and a
+group of exempt parameters does not fit an optimizer with one group, nor does that of
+a model that has other layers by now. Here names say which state belongs to which
+parameter: state dicts go in, and new ones come out that share the tensors. The form
+of ``torch.distributed.checkpoint.state_dict`` (not flattened), which lists parameters
+by name, is taken too and kept.
+
+A flattened one keeps one ``weight_decay`` per parameter, that of its group. Loaded
+into other groups, torch takes for each group that of one of its parameters, and so it
+does with a full one, which may be broadcast from rank 0: one of this library gives
+torch's hand-split exempt group the full decay. Set
+``group["weight_decay"] = 0.0`` there after loading, or convert the plain form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from inspect import signature
+from itertools import chain, islice, product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from selective_optim._entries import (
+    WD,
+    Entry,
+    Hyper,
+    Names,
+    StateDict,
+    choose,
+    form_of,
+    merged,
+    named_parameters,
+    read,
+    recorded,
+    require_agreement,
+    with_rate_of,
+    without,
+    write,
+)
+from selective_optim._text import aligned, received, shape_text
+from selective_optim._torch import told_apart, without_wrappers
+from selective_optim.decisions.state_dict import (
+    PARTS,
+    RECORD,
+    begin_in,
+    require_dict,
+    require_whole,
+)
+from selective_optim.routes.loading import split_routes as split_routes
+from selective_optim.step.lasting import PER_PARAM
+
+SHOWN = 5  # names that a line of ``Fit`` gives
+# Entries that torch's classes begin at 0, and so can begin for new rows alone. Others,
+# such as an average of weights, cannot.
+MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer"}
+MOMENTS |= {"square_avg", "grad_avg", "acc_delta", "sum", "prev", "init"}
+SEVERAL = "Pass the new optimizer, whose {!r} counts: fit(state_dict, optimizer)."
+OLD_NAMES = (
+    "Pass names=group_names(old_optimizer.param_groups, old_model).",
+    "Pass names=[n for n, _ in old_model.named_parameters()].",
+)
+
+
+def group_names(
+    param_groups: Iterable[Mapping[str, Any]],
+    model: nn.Module | Sequence[nn.Module],
+    *,
+    missing_ok: bool = False,
+) -> list[list[str]]:
+    """Name the parameters of every group, for a state dict saved without names.
+
+    Args:
+        param_groups: ``optimizer.param_groups``, or the groups given to a constructor.
+        model: The module, or modules, that the parameters live in.
+        missing_ok: Give unused names to parameters that are no longer in the model.
+
+    Returns:
+        The names, group by group. Parameters that a parametrization made of one, as
+        weight norm does, have their full names.
+
+    Raises:
+        TypeError: The arguments are no groups, or no modules.
+        ValueError: A parameter is in none of the modules.
+    """
+    names = {id(param): name for param, name, _ in named_parameters(model)}
+    groups = param_groups if isinstance(param_groups, Iterable) else [param_groups]
+    found: list[list[str]] = []
+    for index, group in enumerate(groups):
+        if not isinstance(group, Mapping):
+            raise TypeError(
+                f"`param_groups` must be a list of dicts, and holds "
+                f"{received(group)}. Pass optimizer.param_groups."
+            )
+        found.append([])
+        for position, param in enumerate(group["params"]):
+            if id(param) not in names and not missing_ok:
+                raise ValueError(
+                    f"parameter {position} of group {index} (shape "
+                    f"{shape_text(param.shape)}) is in none of the modules given as "
+                    f"`model`. Pass every module that holds parameters: [model, ...]."
+                )
+            gone = f"(group {index}, parameter {position})"
+            found[-1].append(names.get(id(param), gone))
+    return found
+
+
+def merge_groups(
+    state_dict: StateDict,
+    names: Names | None = None,
+    *,
+    order: Iterable[str] | None = None,
+    by: str | Sequence[str] = (),
+) -> StateDict:
+    """Merge the hand-split groups of a state dict into one group.
+
+    Its ``weight_decay`` is the largest of the merged groups. The state dict records the
+    share that each parameter had. So an optimizer whose policy decides differently
+    warns on loading.
+
+    Args:
+        state_dict: Of an optimizer of this library or of torch; not changed.
+        names: Names of the parameters, group by group; by default those
+            that the state dict has.
+        order: All names in the order of the optimizer that will load the result. For
+            ``model.parameters()`` that is
+            ``[name for name, _ in model.named_parameters()]``. By default the order is
+            that of the groups, for example decayed before exempt. An optimizer made
+            from ``model.parameters()`` would then give parameters the state of others.
+        by: Hyperparameters by which groups stay separate: with ``"lr"`` there is one
+            group per learning rate.
+
+    Returns:
+        The merged state dict; its groups come in the order of their first parameters.
+
+    Raises:
+        ValueError: A name is missing, doubled or unknown; or merged groups differ in
+            another hyperparameter than ``weight_decay``.
+
+    Example:
+        >>> import torch
+        >>> named = list(torch.nn.Linear(2, 1).named_parameters())
+        >>> split = torch.optim.SGD(
+        ...     [{"params": named[1:]}, {"params": named[:1], "weight_decay": 0.1}]
+        ... )
+        >>> merged = merge_groups(split.state_dict(), order=[name for name, _ in named])
+        >>> [group] = merged["param_groups"]
+        >>> group["param_names"], group["weight_decay"]
+        (['weight', 'bias'], 0.1)
+    """
+    entries = read(state_dict, names)
+    ordered = entries.values() if order is None else choose(entries, order, "order")
+    keys = [by] if isinstance(by, str) else list(by)
+    together: list[tuple[list[Any], list[Entry]]] = []
+    for entry in ordered:
+        values = [entry.hyper.get(key) for key in keys]
+        # Compared, not hashed: a learning rate may be a tensor.
+        mine = next((mine for known, mine in together if known == values), None)
+        if mine is None:
+            together.append((values, mine := []))
+        mine.append(entry)
+    listed = "".join(f"{key!r}, " for key in keys)
+    way_out = f"Keep such groups apart: by=[{listed}{{!r}}]."
+    groups = [(merged(mine, way_out), mine) for _, mine in together]
+    return write(state_dict, groups) | recorded(state_dict, groups)
+
+
+def split_groups(
+    state_dict: StateDict,
+    groups: Iterable[Mapping[str, Any]],
+    *,
+    names: Names | None = None,
+) -> StateDict:
+    """Split the groups of a state dict into hand-split groups.
+
+    Args:
+        state_dict: Of an optimizer of this library or of torch; not changed.
+        groups: The new groups, in order: dicts with names under ``"params"`` and the
+            hyperparameters to set. Other hyperparameters stay, and ``weight_decay`` is
+            the one that the state dict records.
+        names: Names of the parameters of ``state_dict``, group by group; by default
+            those that it has.
+
+    Returns:
+        The split state dict, for an optimizer that has these groups and no policy.
+
+    Raises:
+        ValueError: A name is missing, doubled or unknown.
+        ValueError: Parameters of one group differ in a value that it does not set.
+        ValueError: A parameter decays in a form that torch's class does not have.
+
+    Example:
+        >>> import torch
+        >>> from selective_optim import SGD
+        >>> named = torch.nn.Linear(2, 1).named_parameters()
+        >>> merged = SGD(named, weight_decay=0.1, wd_policy="no_bias").state_dict()
+        >>> split = split_groups(merged, [{"params": ["weight"]}, {"params": ["bias"]}])
+        >>> [group["weight_decay"] for group in split["param_groups"]]
+        [0.1, 0.0]
+    """
+    wanted = [dict(group) for group in groups]
+    listed = [list(group.pop("params")) for group in wanted]
+    entries = read(state_dict, names)
+    chosen = iter(choose(entries, chain.from_iterable(listed), "groups"))
+    parts = [list(islice(chosen, len(part))) for part in listed]
+    # A group without parameters takes its hyperparameters from any.
+    anyone = list(entries.values())[:1]
+    pairs = zip(wanted, parts, strict=True)
+    split = write(state_dict, [(_split(p or anyone, own), p) for own, p in pairs])
+    split.pop(PARTS, None)  # each in a group of its own now
+    return split
+
+
+def _split(entries: Sequence[Entry], own: Hyper) -> Hyper:
+    hypers = [
+        {**e.hyper, **(e.part_values or {}), "weight_decay": e.wd} for e in entries
+    ]
+    way_out = "Make it two groups, or set {!r} in this one."
+    require_agreement(entries, hypers, own, way_out)
+    hyper = {**hypers[0], **own}
+    form = form_of(hyper)
+    for entry in entries if hyper[WD] and form else ():
+        multiplier, own_form = entry.record[:2]
+        target = begin_in(entry.record).get("target")
+        if multiplier and (own_form not in (None, form) or target):
+            towards = f" towards {target!r}" if target else ""
+            raise ValueError(
+                f"{entry.label()} decays in form {own_form!r}{towards}, and torch "
+                f"gives its group form {form!r}. If it is to change, set weight_decay "
+                f"in every group and del state_dict['decay'] first."
+            )
+    return hyper
+
+
+def keep_hyperparameters(
+    optimizer: Optimizer, state_dict: StateDict, key: str, *keys: str
+) -> StateDict:
+    """Write hyperparameters of an optimizer into a state dict before loading it.
+
+    ``load_state_dict`` takes all hyperparameters from the state dict, as torch's does.
+    To resume with another rate or decay, load the result of this function.
+
+    Args:
+        optimizer: The optimizer that will load, with the values to keep in its groups.
+        state_dict: Of an optimizer with the same groups; not changed.
+        key: A key of a group to keep, such as ``"weight_decay"`` or ``"lr"``. With
+            ``"lr"`` the first rate of schedules and forms is kept too.
+        *keys: Further keys.
+
+    Raises:
+        TypeError: The state dict is no dict.
+        ValueError: No group has the key, or the groups differ.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> saved = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        >>> kept = keep_hyperparameters(optimizer, saved.state_dict(), "lr")
+        >>> optimizer.load_state_dict(kept)
+        >>> [(group["lr"], group["momentum"]) for group in optimizer.param_groups]
+        [(0.02, 0.9)]
+    """
+    require_dict(state_dict)
+    require_whole(state_dict)
+    own, here = optimizer.state_dict(), optimizer.param_groups
+    known = dict.fromkeys(chain.from_iterable(here))
+    for wanted in (key, *keys):
+        if wanted not in known:
+            near = get_close_matches(wanted, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"no group of this {type(optimizer).__name__} has {wanted!r}. "
+                f"Did you mean {near!r}?"
+            )
+    saved = state_dict["param_groups"]
+    sizes, mine = ([len(group["params"]) for group in each] for each in (saved, here))
+    if sizes != mine:
+        raise ValueError(
+            f"the state dict has groups of {sizes} parameters, and the optimizer of "
+            f"{mine}. Load fit(state_dict, optimizer).state_dict, which keeps all "
+            f"hyperparameters of the optimizer."
+        )
+    kept = {key, *keys} | ({"initial_lr"} if "lr" in (key, *keys) else set())
+    groups = [
+        without(old, kept) | without(new, new.keys() - kept)
+        for old, new in zip(saved, here)
+    ]
+    whole = {**state_dict, "param_groups": groups}
+    if PARTS in whole:
+        whole[PARTS] = [[without(p, kept) for p in parts] for parts in whole[PARTS]]
+    if RECORD in whole and RECORD in own and "lr" in kept:
+        pairs = zip(whole[RECORD], own[RECORD])
+        whole[RECORD] = [list(map(with_rate_of, *pair)) for pair in pairs]
+    return whole
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A state dict for a changed model; ``print`` shows how much of it was kept.
+
+    Args:
+        state_dict: State dict to load into the new optimizer.
+        kept: Parameters whose state stays as it was.
+        resized: Parameters of which one dimension changed. The leading part keeps its
+            moments, the rest gets moments of 0, and both share the step counter.
+        new: Parameters without state.
+        dropped: Old parameters whose state is left out.
+    """
+
+    state_dict: StateDict = field(repr=False)
+    kept: list[str]
+    resized: list[str]
+    new: list[str]
+    dropped: list[str]
+
+    def __str__(self) -> str:
+        lines = [("kept", f"{len(self.kept)}", "")]
+        for fate in ("resized", "new", "dropped"):
+            names = getattr(self, fate)
+            told = ", ".join([*names[:SHOWN], *(["..."] if names[SHOWN:] else [])])
+            if names and fate == "resized":
+                told += "; what was added has moments of 0 and shares the step counter"
+            lines.append((fate, f"{len(names)}", told))
+        return "\n".join(aligned(lines, right=[1]))
+
+
+def fit(
+    state_dict: StateDict,
+    model: nn.Module | Sequence[nn.Module] | Optimizer,
+    names: Iterable[str] | Names | None = None,
+) -> Fit:
+    """Keep, by name, the saved state that still fits after the model has changed.
+
+    You may have added, removed or moved layers, changed the size of a vocabulary or a
+    head, or frozen parts. A parameter without a counterpart gets no state.
+
+    Args:
+        state_dict: Of any optimizer, with any groups; not changed.
+        model: The changed model. The result is then for an optimizer with one group
+            over ``model.parameters()`` and the hyperparameters of the state dict. Or
+            the new optimizer: then its groups and hyperparameters stay, and counters
+            that its class keeps in groups continue.
+        names: Names of the parameters in the order in which they were saved: a list
+            per group, or one list for one group. They override those of the state
+            dict. If layers were renumbered, give the names that the old parameters
+            have in ``model``. If the model was changed in place, use
+            ``group_names(old_optimizer.param_groups, model, missing_ok=True)``.
+
+    Returns:
+        The state dict to load, and lists of what was kept.
+
+    Raises:
+        TypeError: ``model`` is neither, or ``names`` is one list for several groups.
+        ValueError: A parameter has no name, or two have the same one; no name is in
+            both; or merged groups differ in more than ``weight_decay``.
+
+    Example:
+        >>> import torch
+        >>> old, new = torch.nn.Linear(2, 3), torch.nn.Linear(2, 5)
+        >>> optimizer = torch.optim.SGD(old.parameters(), momentum=0.9)
+        >>> old(torch.ones(2)).sum().backward()
+        >>> optimizer.step()
+        >>> fitted = fit(optimizer.state_dict(), new, names=["weight", "bias"])
+        >>> print(fitted.resized, fitted.state_dict["state"][1]["momentum_buffer"])
+        ['weight', 'bias'] tensor([1., 1., 1., 0., 0.])
+    """
+    require_dict(state_dict)
+    require_whole(state_dict)
+    single = len(state_dict["param_groups"]) == 1
+    per_group: Any = names
+    if single and isinstance(names, Iterable) and not isinstance(names, str):
+        flat = list(names)
+        per_group = [flat] if all(isinstance(name, str) for name in flat) else flat
+    old = read(state_dict, per_group, OLD_NAMES[single])
+    fates: dict[str, list[str]] = {"kept": [], "resized": [], "new": []}
+    written, decided, rest = [], [], dict(old)
+    for hyper, places in _layout(model):
+        mine = []
+        for param, new in places:
+            fate, entry = _fitted(new, param, rest.pop(new.name, None))
+            fates[fate].append(new.name)
+            mine.append(entry)
+        fitted = [entry for entry in mine if entry.hyper]
+        written.append((_hyper(model, hyper, fitted), mine))
+        # Of the old groups: an optimizer may have another decay by now.
+        decays = [entry.hyper.get(WD, 1.0) for entry in fitted]
+        decided.append(({WD: max(decays, key=float, default=1.0)}, mine))
+    fitting = {*fates["kept"], *fates["resized"]}
+    if not fitting:
+        first = next(iter(old), "")
+        near = get_close_matches(first, fates["new"], n=1, cutoff=0.0) or ["..."]
+        raise ValueError(
+            f"none of the {len(old)} parameters of the state dict, {first!r} among "
+            f"them, is in the model. Pass names=[...] that say what each is called "
+            f"there, as {near[0]!r}."
+        )
+    dropped = [name for name in old if name not in fitting]
+    whole = write(state_dict, written) | recorded(state_dict, decided)
+    return Fit(whole, **fates, dropped=dropped)
+
+
+def _layout(model: Any) -> list[tuple[Hyper, list[tuple[Tensor, Entry]]]]:
+    if not isinstance(model, Optimizer):
+        places = [(p, Entry(name, key)) for p, name, key in named_parameters(model)]
+        return [({}, places)]
+    saved, groups = model.state_dict(), model.param_groups
+    names = [name for group in groups for name in group.get("param_names", ())]
+    if hasattr(model, "decay_report"):
+        names = [row.name for row in model.decay_report().rows]
+    params = [param for group in groups for param in group["params"]]
+    if len(names) < len(params) or None in names:
+        raise ValueError(
+            f"the new {type(model).__name__} knows no names of its {len(params)} "
+            f"parameters. Make it of model.named_parameters(), or pass the model."
+        )
+    records = chain(*saved.get(RECORD, [[()] * len(params)]))
+    # A class may have made state when it was constructed, as Adagrad does.
+    keys = chain.from_iterable(group["params"] for group in saved["param_groups"])
+    states = map(saved["state"].get, keys)
+    columns = zip(told_apart(names), map(without_wrappers, names), states, records)
+    entries = (
+        Entry(n, key, state=own, record=record) for n, key, own, record in columns
+    )
+    return [
+        (without(saved_group, PER_PARAM), list(zip(group["params"], entries)))
+        for saved_group, group in zip(saved["param_groups"], groups)
+    ]
+
+
+def _fitted(new: Entry, param: Tensor, entry: Entry | None) -> tuple[str, Entry]:
+    if entry is None:
+        return "new", new
+    state = dict(entry.state) if isinstance(entry.state, Mapping) else {}
+    record = with_rate_of(entry.record, new.record)
+    begin = dict(*record[2:])
+    if "name" in begin:  # loading goes by it
+        begin["name"] = new.name
+    dims = _changed_dims({**state, **begin}, param.shape)
+    if dims is None:
+        return "new", new
+    for dim, values in product(dims, (state, begin)):
+        for key in MOMENTS & values.keys():
+            saved, now = values[key], param.detach()
+            # A new row decays towards what it is now.
+            whole = now.clone() if key == "init" else saved.new_zeros(now.shape)
+            kept = min(saved.shape[dim], whole.shape[dim])
+            whole.narrow(dim, 0, kept).copy_(saved.narrow(dim, 0, kept))
+            values[key] = whole
+    record = [*record[:2], *([begin] if begin else [])]
+    fate, state = "resized" if dims else "kept", state or entry.state
+    return fate, replace(entry, name=new.name, key=new.key, state=state, record=record)
+
+
+def _changed_dims(values: Mapping[str, Any], shape: torch.Size) -> list[int] | None:
+    # The dimension in which the state has another size, if any. ``None``: it fits not
+    # at all, or it is not known with which values its new rows begin.
+    tensors = {k: v for k, v in values.items() if isinstance(v, Tensor) and k != "step"}
+    like = {k: v.shape for k, v in tensors.items() if v.ndim == len(shape)}
+    if not like:  # nothing, or sums over rows and columns, as of Adafactor
+        sizes = {size for value in tensors.values() for size in value.shape}
+        return [] if sizes <= {1, *shape} and MOMENTS.isdisjoint(tensors) else None
+    saved = tuple(map(max, zip(*like.values())))
+    if shape in like.values() or saved == shape:
+        return []
+    others = [value for key, value in tensors.items() if key not in like]
+    plain = MOMENTS.issuperset(like) and all(value.numel() == 1 for value in others)
+    changed = [dim for dim, size in enumerate(shape) if saved[dim] != size]
+    return changed if plain and len(changed) == 1 else None
+
+
+def _hyper(model: Any, hyper: Hyper, entries: Sequence[Entry]) -> Hyper:
+    if not entries:
+        return hyper
+    if not isinstance(model, Optimizer):
+        return merged(entries, SEVERAL)
+    while isinstance(inner := getattr(model, "optimizer", None), Optimizer):
+        model = inner
+    own = {name for cls in type(model).__mro__ for name in signature(cls).parameters}
+    # What users and schedulers wrote stays; what the class counts, as Prodigy does
+    # the size of its steps, goes on.
+    own |= hyper.keys() - model.defaults.keys()
+    own |= {key for entry in entries for key in entry.hyper if key.endswith("_lr")}
+    counted = [without(entry.hyper, own) for entry in entries]
+    require_agreement(entries, counted, (), "Make it two groups of the new optimizer.")
+    return hyper | counted[0]
