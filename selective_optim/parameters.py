@@ -104,12 +104,12 @@ def wanted(
     A shape that is lost or not there yet is ``None``; DeepSpeed notes what it took.
     """
     pieces = _torch.flattened(params)
-    shapes = [
+    found = (
         None if is_lazy(p) or id(p) in pieces else getattr(p, "ds_shape", p.shape)
         for p in params
-    ]
+    )
     few: dict[Any, Any] = {}  # torch makes another shape at each look
-    shapes = list(map(few.setdefault, shapes, shapes))
+    shapes = [few.setdefault(shape, shape) for shape in found]
     known = list(islice(chain(names, repeat(None)), len(params)))
     return Wanted(params, [group] * len(params), shapes, known)
 

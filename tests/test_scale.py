@@ -1,6 +1,7 @@
 """What is paid per parameter does not grow with their number, by counted work."""
 
 import copy
+import gc
 import sys
 
 import pytest
@@ -86,6 +87,24 @@ def test_four_times_the_parameters_take_four_times_the_calls_at_most(work):
     work(FEW)  # nothing is imported or asked for the first time later
     few, more = work(FEW), work(MORE)
     assert 0 < few <= more <= SLACK * MORE / FEW * few
+
+
+def objects_kept(layers):
+    """Count what an optimizer adds to the objects that Python's collector walks."""
+    net = nn.Sequential(*(nn.Linear(2, 2) for _ in range(layers)))
+    gc.collect()
+    before = len(gc.get_objects())
+    optimizer = AdamW(net.parameters(), weight_decay=0.5, wd_policy="no_bias")
+    gc.collect()
+    after = len(gc.get_objects())
+    del optimizer
+    return after - before
+
+
+def test_an_optimizer_keeps_two_objects_per_parameter_that_the_collector_walks():
+    objects_kept(FEW)  # torch imports more with the first optimizer
+    few, more = objects_kept(FEW), objects_kept(MORE)
+    assert 0 < (more - few) / (2 * (MORE - FEW)) <= 2
 
 
 class Number(int):
