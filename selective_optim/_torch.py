@@ -156,11 +156,9 @@ def tensor_proof(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     The guard also asks for the dispatch state, as under autocast; ``False`` then says
     nothing of the tensors.
     """
-    check: Callable[..., bool] = _TensorGuards(
-        *tensors,
-        dynamic_dims_sizes=[list(t.shape) for t in tensors],
-        dynamic_dims_strides=[list(t.stride()) for t in tensors],
-    ).check
+    # Sizes and strides are those that the tensors have.
+    given = {"dynamic_dims_sizes": None, "dynamic_dims_strides": None}
+    check: Callable[..., bool] = _TensorGuards(*tensors, **given).check
     return check
 
 
@@ -419,25 +417,22 @@ def specs_of(tensors: Sequence[Any]) -> list[Any]:
         return list(map(placement, tensors))
 
 
+def flattened(params: Iterable[Tensor]) -> set[int]:
+    """Return the ids of parameters that FSDP1 flattened."""
+    marks = {"_fsdp_flattened", "_is_flat_param"}  # which are tensors' own
+    return {id(p) for p in params if not marks.isdisjoint(token_of(p))}
+
+
 def is_flat_parameter(param: Tensor) -> bool:
     """Tell whether this is FSDP1's flat parameter itself."""
     return bool(getattr(param, "_is_flat_param", False))
 
 
-def flattened(params: Iterable[Tensor]) -> set[int]:
-    """Return the ids of parameters that FSDP1 flattened."""
-    return {
-        id(p)
-        for p in params
-        if is_flat_parameter(p) or getattr(p, "_fsdp_flattened", False)
-    }
-
-
-def original_shapes(root: nn.Module) -> dict[int, torch.Size]:
+def original_shapes(modules: Iterable[nn.Module]) -> dict[int, torch.Size]:
     """Map ``id(parameter)`` to the shape it had before FSDP1 flattened it."""
     shapes: dict[int, torch.Size] = {}
     # In its dict: for what a module lacks, asking makes and drops an error.
-    handles = [vars(module).get("_handle") for module in root.modules()]
+    handles = [vars(module).get("_handle") for module in modules]
     for handle in filter(None, handles):
         flat = getattr(handle, "flat_param", None)
         for param, shape in zip(

@@ -11,10 +11,10 @@ from __future__ import annotations
 import gc
 import inspect
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
@@ -85,28 +85,39 @@ def shape_now(param: Tensor) -> torch.Size:
 
 
 class Wanted(NamedTuple):
-    """A parameter that is asked about: its group, its shape and its name, if known."""
+    """Parameters that are asked about: their groups, and shapes and names if known.
 
-    param: Tensor
-    group: int
-    shape: torch.Size | None
-    name: str | None = None
+    Four columns: of a tuple for each parameter the collector would walk every one.
+    """
+
+    params: Sequence[Tensor]
+    groups: Sequence[int]
+    shapes: Sequence[torch.Size | None]
+    names: Sequence[str | None]
 
 
 def wanted(
     params: Sequence[Tensor], names: Iterable[str | None] = (), group: int = 0
-) -> list[Wanted]:
+) -> Wanted:
     """Ask about parameters, with the shapes that a user knows.
 
     A shape that is lost or not there yet is ``None``; DeepSpeed notes what it took.
     """
     pieces = _torch.flattened(params)
-    shapes = [
+    found = (
         None if is_lazy(p) or id(p) in pieces else getattr(p, "ds_shape", p.shape)
         for p in params
-    ]
-    named = zip(params, shapes, chain(names, repeat(None)))
-    return [Wanted(param, group, shape, name) for param, shape, name in named]
+    )
+    few: dict[Any, Any] = {}  # torch makes another shape at each look
+    shapes = [few.setdefault(shape, shape) for shape in found]
+    known = list(islice(chain(names, repeat(None)), len(params)))
+    return Wanted(params, [group] * len(params), shapes, known)
+
+
+def together(asked: Iterable[Wanted]) -> Wanted:
+    """Join what is asked about several groups."""
+    columns = zip(Wanted((), (), (), ()), *asked)
+    return Wanted(*[list(chain(*column)) for column in columns])
 
 
 def owner_kinds(info: ParameterInfo) -> tuple[str, ...]:
@@ -156,77 +167,10 @@ RELAYS: tuple[type, ...] = (filter, map, chain, type(iter([])), type(iter(())))
 Path = tuple[nn.Module, ...]
 
 
-class Way(NamedTuple):
-    """How a tree leads to a module; keeps nothing alive."""
-
-    module: weakref.ref[nn.Module]
-    above: Way | None = None
-    key: str = ""  # under which the module above registered this one
-
-    def path(self, seen: dict[int, Path]) -> Path:
-        """Return the modules from the root to this, none if it leads elsewhere.
-
-        ``seen`` holds those that were found in the same look, by the id of their way.
-        """
-        if (known := seen.get(id(self))) is not None:
-            return known
-        module = self.module()
-        path: Path = () if module is None else (module,)
-        # From the root down: a module that was replaced, or moved elsewhere, shows.
-        if self.above is not None and path:
-            around = self.above.path(seen)
-            there = around and _holds(_torch.children(around[-1]), self.key, module)
-            path = (*around, *path) if there else ()
-        seen[id(self)] = path
-        return path
-
-
-def _holds(entries: Mapping[str, object], key: str, value: object) -> bool:
-    # Not `get`: scripted modules keep theirs in mappings without it.
-    return key in entries and entries[key] is value
-
-
-class Place(NamedTuple):
-    """One spot in a tree at which a parameter is registered; keeps nothing alive."""
-
-    way: Way
-    key: str
-    name: str
-    leaf: str
-    own_name: str | None = None
-
-    def path(self, param: Tensor, seen: dict[int, Path]) -> Path:
-        """Return the modules from the root to the owner, none if it moved."""
-        path = self.way.path(seen)
-        if not path or not _holds(_torch.registered(path[-1]), self.key, param):
-            return ()
-        # A parametrization's originals belong to the module that it is registered on.
-        made = isinstance(path[-1], ParametrizationList)
-        return path[:-2] if made and self.key.startswith("original") else path
-
-
-def places(root: nn.Module) -> list[tuple[Tensor, Place]]:
-    """List every place of every parameter, aliases of tied ones included."""
-    found: list[tuple[Tensor, Place]] = []
-
-    def walk(inside: Path, way: Way, names: str) -> None:
-        above = _torch.without_wrappers(names)
-        for key, param in _torch.registered(inside[-1]).items():
-            if param is not None:
-                name, own = f"{above}{key}", None
-                if key.startswith("original"):
-                    full = f"{names}{key}"
-                    name, own = canonical_name(full), name_of_its_own(full)
-                place = Place(way, key, name, name.rpartition(".")[2], own)
-                found.append((param, place))
-        for key, child in _torch.children(inside[-1]).items():
-            # One that contains itself has endless aliases.
-            if child is not None and child not in inside:
-                below = Way(weakref.ref(child), way, key)
-                walk((*inside, child), below, f"{names}{key}.")
-
-    walk((root,), Way(weakref.ref(root)), "")
-    return found
+# One spot in a tree where a parameter is registered: the number of the module, the key
+# there, the name, and one of its own. Python's collector leaves alone what holds
+# nothing but plain values; of named tuples it walks every one.
+Place = tuple[int, str, str, str | None]
 
 
 def modules_behind(params: object) -> list[nn.Module]:
@@ -276,53 +220,108 @@ def index_of(module: nn.Module) -> ModuleIndex:
 
 
 class ModuleIndex:
-    """Every place of every parameter of a module."""
+    """Every place of every parameter of a module, by the numbers of the modules inside.
+
+    ``paths`` are those of the modules that the same look has found, by number.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         key = id(module)
         self._module = weakref.ref(module, lambda _: _indices.pop(key, None))
         self._answers: dict[Hashable, Any] = {}
-        self._read(module)
+        self._places: dict[int, tuple[Place, ...]] = {}
 
-    def _read(self, module: nn.Module) -> None:
-        self._places: dict[int, list[Place]] = {}
+    def _read(self, root: nn.Module) -> dict[int, Path]:
+        """List every place of every parameter, aliases of tied ones included."""
+        self._places.clear()
         self._answers.clear()
-        self._shapes = _torch.original_shapes(module)
-        for param, place in places(module):
-            self._places.setdefault(id(param), []).append(place)
+        # The number of the module above, and under which key that registered it.
+        self._above: list[tuple[int, str]] = []
+        paths: dict[int, Path] = {}
+        self._walk((root,), (-1, ""), "", paths)
+        self._shapes = _torch.original_shapes(path[-1] for path in paths.values())
+        return paths
 
-    def infos(self, params: Sequence[Wanted]) -> list[ParameterInfo | None]:
+    def _walk(
+        self, inside: Path, above: tuple[int, str], names: str, paths: dict[int, Path]
+    ) -> None:
+        number, plain = len(paths), _torch.without_wrappers(names)
+        paths[number] = inside
+        self._above.append(above)
+        for key, param in _torch.registered(inside[-1]).items():
+            if param is not None:
+                name, own = f"{plain}{key}", None
+                if key.startswith("original"):
+                    full = f"{names}{key}"
+                    name, own = canonical_name(full), name_of_its_own(full)
+                known = self._places.get(id(param), ())
+                self._places[id(param)] = (*known, (number, key, name, own))
+        for key, child in _torch.children(inside[-1]).items():
+            # One that contains itself has endless aliases.
+            if child is not None and child not in inside:
+                self._walk((*inside, child), (number, key), f"{names}{key}.", paths)
+
+    def infos(self, asked: Wanted) -> list[ParameterInfo | None]:
         """Describe parameters; ``None`` for those that the module does not hold."""
-        found = list(map(self._look_up, params, repeat({})))
+        found: list[ParameterInfo | None] = [None] * len(asked.params)
+        if self._places:
+            found = list(map(self._look_up, *asked[:3], repeat({})))
         module = self._module()
         if None in found and module is not None:
-            self._read(module)  # they may have come, or moved, since the last reading
-            found = list(map(self._look_up, params, repeat({})))
+            # They may have come, or moved, since the last reading.
+            found = list(map(self._look_up, *asked[:3], repeat(self._read(module))))
         return found
 
-    def _look_up(self, asked: Wanted, seen: dict[int, Path]) -> ParameterInfo | None:
-        param, group, shape, _ = asked
-        known = self._places.get(id(param), ())
-        paths = [path for place in known if (path := place.path(param, seen))]
-        if not known or len(paths) < len(known):
-            return None
-        names = tuple(dict.fromkeys([place.name for place in known]))
+    def _look_up(
+        self,
+        param: Tensor,
+        group: int,
+        shape: torch.Size | None,
+        paths: dict[int, Path],
+    ) -> ParameterInfo | None:
+        known, found = self._places.get(id(param), ()), []
         shape = self._shapes.get(id(param), shape)
         here = (param, shape, None if shape is None else len(shape), group)
-        first, *elsewhere = [
-            ParameterInfo(
-                *(place.name, names, place.leaf, path[-1], path, *here),
-                own_name=place.own_name,
-            )
-            for place, path in zip(known, paths)
-        ]
-        return replace(first, elsewhere=tuple(elsewhere)) if elsewhere else first
+        names = tuple(dict.fromkeys([name for _, _, name, _ in known]))
+        for number, key, name, own_name in known:
+            if not (path := self._path(number, key, param, paths)):
+                return None
+            leaf = name.rpartition(".")[2]
+            owned = (path[-1], path, *here)
+            found.append(ParameterInfo(name, names, leaf, *owned, own_name=own_name))
+        if len(found) > 1:
+            return replace(found[0], elsewhere=tuple(found[1:]))
+        return found[0] if found else None
+
+    def _path(
+        self, number: int, key: str, param: Tensor, paths: dict[int, Path]
+    ) -> Path:
+        """Return the modules from the root to the owner, none if it moved."""
+        path = self._path_to(number, paths)
+        mine = _torch.registered(path[-1]) if path else {}
+        # Not `get`: scripted modules keep theirs in mappings without it.
+        if key not in mine or mine[key] is not param:
+            return ()
+        # A parametrization's originals belong to the module that it is registered on.
+        made = key.startswith("original") and isinstance(path[-1], ParametrizationList)
+        return path[:-2] if made else path
+
+    def _path_to(self, number: int, paths: dict[int, Path]) -> Path:
+        """Return the modules from the root to this, as they are now."""
+        if (known := paths.get(number)) is not None:
+            return known
+        above, key = self._above[number]
+        around = self._path_to(above, paths) if above >= 0 else ()
+        inside = _torch.children(around[-1]) if around else {key: self._module()}
+        module = inside[key] if key in inside and (around or above < 0) else None
+        path = () if module is None else (*around, module)
+        paths[number] = path
+        return path
 
     def everyone(self) -> list[ParameterInfo]:
         """Describe every parameter of the module, each once."""
         module = self._module()
-        params = {} if module is None else {id(p): p for p, _ in places(module)}
-        found = self.infos(wanted(list(params.values())))
+        found = self.infos(wanted([] if module is None else [*module.parameters()]))
         return [info for info in found if info is not None]
 
     def remember(self, question: Hashable, ask: Callable[[], _T]) -> _T:
@@ -403,17 +402,17 @@ class ModelIndex:
             return list({id(param): param for param in params}.values())
         return params
 
-    def infos(self, params: Sequence[Wanted]) -> list[ParameterInfo]:
+    def infos(self, asked: Wanted) -> list[ParameterInfo]:
         """Describe parameters, each as well as it is known.
 
         Names serve where no module holds them.
         """
         # One pass per module over all parameters: an optimizer may have 1,000 groups.
-        found: list[ParameterInfo | None] = [None] * len(params)
+        found: list[ParameterInfo | None] = [None] * len(asked.params)
         for module in self.modules():
-            here = index_of(module).infos(params)
+            here = index_of(module).infos(asked)
             found = [at_both(a, b) if a and b else a or b for a, b in zip(found, here)]
-        return [info or _named_info(*each) for info, each in zip(found, params)]
+        return [info or _named_info(*each) for info, each in zip(found, zip(*asked))]
 
     def remember(self, question: Hashable, ask: Callable[[], _T]) -> _T:
         """Answer a question about the whole model once, until the model changes."""

@@ -23,6 +23,7 @@ from selective_optim.parameters import (
     ParameterInfo,
     index_of,
     shape_now,
+    together,
     wanted,
 )
 from selective_optim.policies.decide import NO_POLICY, decide
@@ -378,10 +379,10 @@ def make_report(
     for number, (group, own) in enumerate(zip(groups, decided, strict=True)):
         names = group.get("param_names") or repeat(None)
         names = [known.telling_name if known else n for known, n in zip(own, names)]
-        asked += wanted(group["params"], names, number)
+        asked.append(wanted(group["params"], names, number))
         places += [(number, group, known) for known in own]
     rows = []
-    for info, (number, group, known) in zip(index.infos(asked), places):
+    for info, (number, group, known) in zip(index.infos(together(asked)), places):
         kind = kind_of(info)
         role = "norm's bias" if kind == "norm" and is_bias.matches(info) else kind
         decision = known or decide(None, [info])[0]._replace(reason=kind)

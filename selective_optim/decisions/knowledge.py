@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import reduce
-from itertools import chain, islice
-from typing import NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from selective_optim.parameters import (
     Wanted,
     at_both,
     index_of,
+    together,
     wanted,
 )
 from selective_optim.policies.base import Policy
@@ -47,8 +48,8 @@ def describe(index: ModelIndex, coming: Sequence[Pending]) -> list[list[Paramete
         coming: The groups.
     """
     asked = [wanted(each.params, each.names, each.group) for each in coming]
-    rest = iter(index.infos(list(chain.from_iterable(asked))))
-    infos = [list(islice(rest, len(own))) for own in asked]
+    rest = iter(index.infos(together(asked)))
+    infos = [list(islice(rest, len(own.params))) for own in asked]
     # With `model=` a tensor of another model is a mistake.
     if not index.explicit:
         unsure = zip(coming, asked, infos)
@@ -61,12 +62,10 @@ class Gap(NamedTuple):
 
     infos: list[ParameterInfo]
     position: int
-    asked: Wanted
+    asked: list[Any]  # in columns, as in ``Wanted``
 
 
-def _gaps(
-    each: Pending, asked: Sequence[Wanted], infos: list[ParameterInfo]
-) -> list[Gap]:
+def _gaps(each: Pending, asked: Wanted, infos: list[ParameterInfo]) -> list[Gap]:
     """List where a policy needs what is not known."""
     needs = each.policy.needs if each.policy else frozenset[Need]()
     if needs <= {"shapes"}:
@@ -74,7 +73,7 @@ def _gaps(
     anything = "anything" in needs
     doubts = (anything or needs & KINDS) and not kinds_known(infos)
     return [
-        Gap(infos, position, asked[position])
+        Gap(infos, position, [column[position] for column in asked])
         for position, info in enumerate(infos)
         if lacking(needs, info)
         or (anything and info.owner is None)
@@ -84,8 +83,10 @@ def _gaps(
 
 def _search(index: ModelIndex, gaps: Sequence[Gap]) -> None:
     """Fill in from living modules what policies need and nothing else gives."""
-    asked = [gap.asked for gap in gaps]
-    roots = outermost_owners(each.param for each in asked) if gaps else []
+    if not gaps:
+        return
+    asked = Wanted(*zip(*[gap.asked for gap in gaps]))
+    roots = outermost_owners(asked.params)
     told = [index_of(root).infos(asked) for root in roots]
     used = set[int]()
     for gap, *each in zip(gaps, *told):

@@ -28,6 +28,7 @@ from selective_optim.step.kernels import Kernel
 RECORD, PARTS, POLICIES = "decay", "parts", "decay_policies"
 Decided = Sequence[Sequence[Decision]]
 Record = list[list[list[Any]]]
+NOTHING = (None,) * 4
 SAME_MODEL = "Load a state dict of the same class, made for the same model."
 
 
@@ -333,10 +334,12 @@ def record_of(forms: Sequence[Form | None], decided: Decided) -> Record:
 
 
 def _entry(decision: Decision, default: Form | None) -> list[Any]:
-    decay, name = decision.decay, decision.own_name or decision.name
+    decay, _, name, _, _, own_name, _, init = decision
+    name, stated = own_name or name, (decay.form, decay.fixed, decay.target, init)
+    if name is not None and stated == NOTHING:  # as mostly
+        return [decay.multiplier, default, {"name": name}]
     known = {} if name is None else {"name": name}
-    if begin := decision.begin():
-        known |= begin
+    known |= decision.begin()
     entry = [decay.multiplier, decay.form or default]
     return [*entry, known] if known else entry
 

@@ -71,7 +71,7 @@ class Watch:
             if self._rounding and not any(map(_torch.is_capturing, devices)):
                 self._rounding = False
                 decided = [[row.decision for row in rows] for rows in layout]
-                if lost := loss_of(kernel, groups, decided):
+                if devices and (lost := loss_of(kernel, groups, decided)):
                     warn(lost)
         # Another list, or a longer one, whenever anything moved.
         if layout is not self._layout or len(layout) != len(self._above):

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from itertools import compress, groupby
-from operator import attrgetter, eq, length_hint, methodcaller
+from itertools import compress, groupby, repeat
+from operator import attrgetter, eq, is_, length_hint, methodcaller
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from selective_optim.fused.guards import (
     without_gradients,
 )
 from selective_optim.step.kernels import Kernel, require_no_nan
-from selective_optim.step.parts import DecidedParam, Part, make_layout, require_dense
+from selective_optim.step.parts import DecidedParam, Part, make_layout
 from selective_optim.step.setting import (
     NO_SCALING,
     Call,
@@ -106,7 +106,6 @@ class Plan:
     ) -> None:
         # Before any state is made: a refusal leaves the optimizer as it was.
         require_no_nan(kernel, groups)
-        require_dense(kernel, groups, params)
         self._kernel = kernel
         self._counters = counters
         self._exposed = exposed
@@ -295,12 +294,11 @@ class Plan:
     def first_grads(self) -> Grads:
         """Return the gradients that a new plan was made for."""
         whole: list[Any] = grads_of(self._active or [])
-        there = [grad is not None for grad in whole]
-        self._some_absent = not all(there)
+        self._some_absent = any(map(is_, whole, repeat(None)))
         plain, sharded = whole[: self._plain], whole[self._plain :]
         local = [*plain, *(g if g is None else _torch.local_tensor(g) for g in sharded)]
         if self._some_absent:
-            return Grads(local, there)
+            return Grads(local, [grad is not None for grad in whole])
         if self._buckets and not self.once:  # the layout has just looked at all
             self._tensors.admit(self._walked(local))
         return Grads(local)

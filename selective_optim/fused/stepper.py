@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim.fused.buckets import Counters
-from selective_optim.fused.guards import params_of
+from selective_optim.fused.guards import params_of, same_objects
 from selective_optim.fused.plan import Grads, Plan
 from selective_optim.step.kernels import Kernel, require_no_nan
 from selective_optim.step.parts import (
@@ -19,16 +20,23 @@ from selective_optim.step.parts import (
     counts_beside,
     fused_choice,
     make_layout,
-    require_dense,
     wants_fused,
 )
 from selective_optim.step.setting import Groups, Scaling, State, States
 
 Place = tuple[torch.dtype, torch.device]
+_place_of = attrgetter("dtype", "device")
 # Lists every parameter, in order, with what was decided for it.
 Decided = Callable[[], Sequence[DecidedParam]]
 # Off, the class steps what a plan would: the same bits, more calls.
 PLANNING = _torch.CAN_PLAN
+
+
+def _places_of(params: Sequence[Tensor]) -> tuple[list[object], list[Place]]:
+    """List what is each parameter's own and no other's, and its dtype and device."""
+    places, few = list(map(_place_of, params)), dict[Place, Place]()
+    places = list(map(few.setdefault, places, places))
+    return list(map(_torch.token_of, params)), places
 
 
 class Begun(NamedTuple):
@@ -51,7 +59,8 @@ class Stepper:
         self.exposed = False
         self._busy, self._seen = False, False  # in a step; state was seen in it
         # Where each parameter was when its state was last known to fit it.
-        self._places: dict[int, tuple[object, Place]] = {}
+        self._tokens: list[object] = []
+        self._places: list[Place] = []
 
     def expose(self, states: States) -> None:
         """Take note that someone outside may edit the state, now or from now on.
@@ -79,17 +88,9 @@ class Stepper:
     def adopt(self, groups: Groups, states: States) -> None:
         """Take over a state that was loaded or copied."""
         self.forget()
-        self.note_places(params_of(groups))
+        self._tokens, self._places = _places_of(params_of(groups))
         if self.kernel.counts:
             self._fit_counters(groups, states)
-
-    def note_places(self, params: Iterable[Tensor]) -> None:
-        """Remember dtype and device of parameters, which their state now fits."""
-        self._places = {
-            id(token): (token, (param.dtype, param.device))
-            for param in params
-            for token in [_torch.token_of(param)]
-        }
 
     def _fit_counters(self, groups: Groups, states: States) -> None:
         """Exchange counters that would keep a parameter from the fused kernel.
@@ -154,7 +155,6 @@ class Stepper:
     ) -> list[Part]:
         """Make the parts anew; by fused kernels, too, the class steps them."""
         require_no_nan(self.kernel, groups)
-        require_dense(self.kernel, groups, params)
         self._follow_moved(groups, params, states)
         return make_layout(self.kernel, groups, params, states, (), choosing).parts
 
@@ -198,11 +198,14 @@ class Stepper:
         What never fitted its parameter was put there on purpose, as moments of less
         precision are, and stays.
         """
-        for param, group, *_ in params:
-            token, was = self._places.get(id(_torch.token_of(param)), (None, None))
-            now = (param.dtype, param.device)
-            # Not seen before, another tensor under the same id, or not moved.
-            if was is None or token is not _torch.token_of(param) or was == now:
+        tokens, places = _places_of([each.param for each in params])
+        if places == self._places and same_objects(tokens, self._tokens):
+            return
+        # Tokens are held, so that no id comes again.
+        known = dict(zip(map(id, self._tokens), self._places))
+        for (param, group, *_), token, now in zip(params, tokens, places):
+            was = known.get(id(token), now)
+            if was == now:  # or not seen before
                 continue
             own = states.get(param) or {}
             moving = set(self.kernel.entries(groups[group]))
@@ -216,4 +219,4 @@ class Stepper:
                     own[entry] = value.to(
                         now[0] if dtype == was[0] and entry != "step" else dtype
                     ).to(now[1] if device == was[1] else device)
-        self.note_places([each.param for each in params])
+        self._tokens, self._places = tokens, places

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter, methodcaller
+from operator import attrgetter, eq
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +26,6 @@ from selective_optim.step.setting import PLAIN, Group, Groups, State, States
 
 _traits = attrgetter("device", "shape", "layout")
 _place, _kind = attrgetter("dtype", "device"), attrgetter("dtype", "device", "shape")
-_is_contiguous, _is_neg = methodcaller("is_contiguous"), methodcaller("is_neg")
-
 
 # torch's fused kernels on the CPU open a parallel region for every tensor, however
 # small (grain size 0 in aten/src/ATen/native/cpu/Fused*Kernel.cpp, 2.7 to 2.15). A
@@ -205,19 +203,19 @@ def make_layout(
     all_fused = _all_fused(kernel, groups, set(choices), params, states)
     parts: dict[Key, Part] = {}
     known_parts: dict[object, Part] = {}  # by what is quicker to compare than keys
-    idle: list[int] = []
-    once = False
+    idle, once = list[int](), False
     for number, each in enumerate(params):
         group, choice = groups[each.group], choices[each.group]
         own = {} if choice is False and not group["fused"] else states.get(each.param)
-        absent = each.param.grad is None
-        begun = kernel.has_state(own, group)
+        absent = not all_fused and each.param.grad is None
+        begun = (all_fused and kernel.counts) or kernel.has_state(own, group)
         known = absent and begun and id(_torch.token_of(each.param)) in stepped
         if choice is not False and absent and not known:
             idle.append(number)
             continue
         taken = all_fused, False, False
         if not all_fused:
+            _require_dense(kernel, group, each)
             taken = _takes_fused(kernel, group, choice, each.param, own or {})
         fused, sharded, misfit = taken
         first = bool(fused or group["fused"]) and not (begun or absent or kernel.counts)
@@ -262,12 +260,14 @@ def _all_fused(
     try:
         moments = [[own[entry] for own in owns] for entry in entries.pop()]
         columns: list[list[Any]] = [params, [p.grad for p in params], *moments]
+        steps = [own["step"] for own in owns if "step" in own]
+        few_steps = dict(zip(map(_kind, steps), steps)).values()
         kinds = list(map(_kind, params))
         alike = all(
-            list(map(_kind, column)) == kinds
-            and {*PLAIN}.issuperset(map(type, column))
-            and all(map(_is_contiguous, column))
-            and not any(map(_is_neg, column))
+            {*PLAIN}.issuperset(map(type, column))
+            and all(map(eq, map(_kind, column), kinds))
+            and all(map(Tensor.is_contiguous, column))
+            and not any(map(Tensor.is_neg, column))
             for column in columns
         )
     except (KeyError, AttributeError, RuntimeError):
@@ -277,11 +277,7 @@ def _all_fused(
         alike
         and all(fusable(kernel, param, ()) for param in one_of_each)
         and all(wants_fused(kernel, c, p) for c in choices for p in one_of_each)
-        and all(
-            counts_beside(param, own["step"])
-            for param, own in zip(params, owns)
-            if "step" in own
-        )
+        and all(counts_beside(p, step) for step in few_steps for p in one_of_each)
     )
 
 
@@ -310,12 +306,7 @@ def _takes_fused(
     return fits, fits and sharded, not fits
 
 
-def require_dense(
-    kernel: Kernel, groups: Groups, params: Sequence[DecidedParam]
-) -> None:
+def _require_dense(kernel: Kernel, group: Group, each: DecidedParam) -> None:
     """Raise RuntimeError if a parameter with a sparse gradient cannot be stepped."""
-    for each in params:
-        grad = each.param.grad
-        if grad is not None and grad.is_sparse:
-            decay = each.decision.decay
-            kernel.refuse_sparse(groups[each.group], decay, each.label)
+    if each.param.grad is not None and each.param.grad.is_sparse:
+        kernel.refuse_sparse(group, each.decision.decay, each.label)
