@@ -223,7 +223,9 @@ def _decay_in(entry: Any) -> Decay | None:
     # What cannot be read, as of another version, is not compared.
     try:
         begin = entry[2] if len(entry) > 2 else {}
-        return Decay(entry[0], entry[1], begin.get("target"), begin.get("fixed"))
+        fixed = begin.get("fixed")  # numbers may have become tensors on the way
+        fixed = None if fixed is None else float(fixed)
+        return Decay(float(entry[0]), entry[1], begin.get("target"), fixed)
     except (TypeError, ValueError, IndexError, KeyError, AttributeError):
         return None
 

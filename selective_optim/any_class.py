@@ -30,7 +30,7 @@ from selective_optim.decisions.state_dict import PARTS, Decided, require_groups_
 from selective_optim.report import form_of_class
 from selective_optim.step import refusals
 from selective_optim.step.class_step import ClassStep, View
-from selective_optim.step.lasting import (
+from selective_optim.step.lasting_parts import (
     WD,
     Group,
     Split,

@@ -2,7 +2,7 @@
 
 Policies return decisions, and steps apply them. A new form is a name in ``Form`` and a
 row of ``FORMS``; what it does to tensors is one of three things that a step can do
-(``step.setting.share``, ``step.passes``). One that does a fourth needs a pass for it.
+(``step.setting.share``, ``step.decay_passes``). A fourth needs a pass for it.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from selective_optim import _torch
-from selective_optim._living import clear_at_registration
+from selective_optim._living_modules import clear_at_registration
 from selective_optim._text import received, shape_of
 from selective_optim._torch import canonical_name, name_of_its_own
 

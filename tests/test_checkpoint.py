@@ -177,6 +177,15 @@ def test_merged_record_makes_another_policy_warn():
         optimizer.load_state_dict(merged)
 
 
+def test_record_whose_numbers_became_tensors_makes_another_policy_warn():
+    merged = merge_groups(saved_split(), order=names_of(make_net()))
+    for entry in merged["decay"][0]:
+        entry[0] = torch.tensor(entry[0])
+    _, optimizer = make_merged("adamw", wd_policy="no_bias")
+    with pytest.warns(UserWarning, match="was exempt and now decays in full"):
+        optimizer.load_state_dict(merged)
+
+
 def test_merged_record_keeps_proportions():
     original = saved_split()
     original["param_groups"][1]["weight_decay"] = 0.01

@@ -480,7 +480,7 @@ def test_groups_of_another_optimizer_do_not_lose_their_policy_unseen(name, how, 
     with pytest.warns(UserWarning, match=r"Pass wd_policy=exclude\(is_vector\)"):
         cls(PASSED[how](source.param_groups))
     added = cls([nn.Parameter(torch.ones(1))])
-    with pytest.warns(UserWarning, match="comes from an optimizer"):
+    with pytest.warns(UserWarning, match="come from an optimizer"):
         added.add_param_group(PASSED[how](source.param_groups)[0])
 
 

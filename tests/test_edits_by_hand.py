@@ -216,3 +216,26 @@ def test_one_element_step_counters_are_taken_over():
         state["step"] = torch.ones(1)
     zero_step(optimizer, params)
     assert optimizer.state[params[0]]["step"].item() == 2
+
+
+KEYS = [
+    *[("AdamW", key) for key in ("decoupled_weight_decay", "foreach", "capturable")],
+    *[("Adam", key) for key in ("decoupled_weight_decay", "fused", "differentiable")],
+    *[("SGD", key) for key in ("foreach", "fused")],
+]
+
+
+@pytest.mark.parametrize(("name", "key"), KEYS)
+@pytest.mark.parametrize("stepped", [False, True])
+def test_key_that_a_group_lacks_is_missed_as_in_torch(name, key, stepped):
+    said = []
+    for cls in (getattr(selective_optim, name), getattr(torch.optim, name)):
+        params = pair()
+        optimizer = cls(params, lr=0.1, weight_decay=0.1)
+        if stepped:
+            zero_step(optimizer, params)
+        del optimizer.param_groups[0][key]
+        with pytest.raises(KeyError) as caught:
+            zero_step(optimizer, params)
+        said.append(caught.value.args)
+    assert said[0] == said[1]

@@ -458,7 +458,7 @@ def test_complex_parameters_are_two_real_ones():
 def test_chunks_change_nothing(how, target, monkeypatch):
     outcomes = []
     for chunk in (1, 10, 2**18):
-        monkeypatch.setattr("selective_optim.step.passes.CHUNK", chunk)
+        monkeypatch.setattr("selective_optim.step.decay_passes.CHUNK", chunk)
         params = make_params()
         train(make("SGD", params, policy_of(how, target), momentum=0.9), params)
         outcomes.append(params)

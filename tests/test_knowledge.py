@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from selective_optim import SGD, AdamW, param_groups, selective
-from selective_optim import _living as living
+from selective_optim import _living_modules as living
 from selective_optim.decisions import knowledge
 from selective_optim.policies import exclude, is_norm
 

@@ -191,6 +191,7 @@ class Flow(nn.Module):
         if rev:
             return (x - self.global_offset - self.shift) / self.scale
         x = x + self.scale_shift  # diffusers: a modulation, of two parts
+        x = weighted_sum(x + self.pos_offset, self.b_mix)  # a table, and what it weighs
         return x * self.scale + self.global_offset + self.shift
 
 
@@ -206,6 +207,10 @@ class States(nn.Module):
 
     def forward(self, x):
         return scan(x, A_log=self.A_log_b, D=self.D_b)
+
+
+def weighted_sum(x, weight):
+    return x @ weight
 
 
 def tensor_sum(*terms):
@@ -235,7 +240,7 @@ ADDED = {
     Interaction: (("b_c", "b_p"), {"b_c", "b_p"}),
     Multiplied: (("b_df",), set()),
     Flow: (
-        ("scale", "global_offset", "shift", "scale_shift"),
+        ("scale", "global_offset", "shift", "scale_shift", "pos_offset", "b_mix"),
         {"global_offset", "shift"},
     ),
     Basis: (("offset", "shift", "translation"), set()),

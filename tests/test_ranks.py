@@ -301,6 +301,34 @@ def step_inside_another(rank, given):
     return said
 
 
+def step_one_module(rank, names):
+    """Step the parameters of one module, which is another on each rank."""
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 21), "head": nn.Linear(21, 5)})
+    params = [model.get_parameter(names[rank])]
+    return told(lambda: AdamW(params, wd_policy="no_bias_norm_embedding").step())
+
+
+@pytest.mark.distributed
+def test_modules_of_which_each_rank_trains_one_are_not_compared(ranks):
+    assert ranks(step_one_module, ("embed.weight", "head.weight")) == [[], []]
+
+
+def step_some_tensors(rank, exempt):
+    params = [nn.Parameter(torch.ones(31)) for _ in range(3)]
+    mine = [id(params[place]) for place in exempt[rank]]
+
+    def policy(info):
+        return id(info.parameter) not in mine
+
+    return told(lambda: AdamW(params, wd_policy=policy).step())
+
+
+@pytest.mark.distributed
+def test_bare_tensors_that_a_callable_tells_apart_are_not_compared(ranks):
+    """As master copies are: at the same place is another tensor on each rank."""
+    assert ranks(step_some_tensors, ([0], [1])) == [[], []]
+
+
 @pytest.mark.distributed
 def test_module_around_the_model_on_one_rank_is_told(ranks):
     """Both pass the same policy, and its pattern is one for the names of either."""

@@ -144,9 +144,9 @@ def test_start_that_is_lost_is_told_and_the_advice_brings_it(ranks, cls):
     (text,) = max(said, key=len)
     assert re.fullmatch(
         r"the loaded checkpoint does not record what '\d\.weight'.* decay towards, so "
-        r"that is what they are when training goes on\. Save what "
-        r"optimizer\.optim\.state_dict\(\) returns under the same policy, and load "
-        r"that with optimizer\.optim\.load_state_dict\.",
+        r"they decay towards their values when training continues\. Save "
+        r"optimizer\.optim\.state_dict\(\) under the same policy, and load that with "
+        r"optimizer\.optim\.load_state_dict\.",
         text,
     )
     for expected, actual, said in ranks(resume, cls, policy, {}, {}, True):

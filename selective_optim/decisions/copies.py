@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from selective_optim._living import outermost_owners
+from selective_optim._living_modules import outermost_owners
 from selective_optim._text import shape_of
 from selective_optim.decay import Decision
 from selective_optim.parameters import ModelIndex, ParameterInfo

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from selective_optim._living import outermost_owners
+from selective_optim._living_modules import outermost_owners
 from selective_optim.parameters import (
     ModelIndex,
     ParameterInfo,

@@ -40,9 +40,14 @@ def compare_with_first(
     if store is None:
         return
     decided = sorted(_decided(groups, layout))
+    if not decided:
+        return
     decays = [decay for *_, decay in decided]
     names = [label.strip("'") for label, *_ in decided]
-    around = AROUND.findall(commonprefix(names) if found else "")[0]  # noqa: RUF071
+    # What all parameters of one module share is the name of that, and not around it.
+    owners = {name.rpartition(".")[0] for name in names}
+    shared = commonprefix(names) if found and len(owners) > 1 else ""  # noqa: RUF071
+    around = AROUND.findall(shared)[0]
     shapes = (shape for _, shape, _ in decided)
     inside = (name.removeprefix(around) for name in names)
     known = "\n".join(map(" ".join, zip(inside, shapes)))
@@ -69,12 +74,19 @@ def compare_with_first(
 def _decided(
     groups: Sequence[Group], layout: Sequence[Sequence[Row]]
 ) -> Iterator[tuple[str, str, str]]:
-    """Name each parameter, its shape, how it decays and which route steps it."""
+    """Name each parameter, its shape, how it decays and which route steps it.
+
+    One without a name goes by its place where all places were decided by one rule: in
+    those of shards and of master copies may stand another tensor on each rank.
+    """
+    policies = {id(row.policy) for rows in layout for row in rows}
     for index, (group, rows) in enumerate(zip(groups, layout)):
         route = f" on route {group['route']!r}" if "route" in group else ""
         pieces = _torch.flattened(group["params"])  # of another shape on every rank
-        for place, (param, (_, _, decision, _)) in enumerate(
-            zip(group["params"], rows)
-        ):
+        for place, (param, row) in enumerate(zip(group["params"], rows)):
+            decision, needs = row.decision, row.policy.needs if row.policy else ()
+            ruled = len(policies) == 1 and "anything" not in needs
+            if decision.telling_name is None and not ruled:
+                continue
             shape = "" if id(param) in pieces else str(tuple(decision.shape))
             yield decision.label(index, place), shape, f"{decision.decay!r}{route}"

@@ -2,8 +2,9 @@
 
 Beside torch's own keys it has three: ``"decay"``, group by group a multiplier and a
 form per parameter, with its name and what its decay begins from (``record_of``);
-``"decay_policies"``, the text of each policy; and ``"parts"``, what ``step.lasting``
-keeps. It is refused whole if it does not fit, and compared by the record if it does.
+``"decay_policies"``, the text of each policy; and ``"parts"``, which is that of
+``step.lasting_parts``. It is refused whole if it does not fit, and compared by the
+record if it does.
 
 The one that fits least is the one people come with: torch's, whose groups were split
 by hand into decayed and exempt. It is recognized by its layout, and answered with the

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim.fused.guards import flat
+from selective_optim.step.decay_passes import pass_calls
 from selective_optim.step.kernels import Kernel
 from selective_optim.step.parts import DecidedParam, Part, counts_beside, fusable, joins
-from selective_optim.step.passes import pass_calls
 from selective_optim.step.setting import Batch, Call, Groups, Scaling, Setting, States
 
 Amount = Callable[[torch.device], float | Tensor]

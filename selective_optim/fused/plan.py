@@ -248,9 +248,10 @@ class Plan:
     def expose(self) -> None:
         """Keep no tensor from now on, and look at each at every step."""
         if not self._exposed:
+            # First: a proof takes as many tensors as it was made of.
+            self._tensors = TensorsGuard()  # of moments and counters, too
             self._exposed, self._keeps = True, False
             self._guard.release()
-            self._tensors = TensorsGuard()  # of moments and counters, too
             self._program = None  # whose counters were views
             self._release()
 

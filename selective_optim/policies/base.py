@@ -225,6 +225,7 @@ class AnswerError(Exception):
     """A callable policy returned no decay: the value, kind of error, broken rule."""
 
 
+@dataclass(frozen=True, repr=False)
 class Function(Callback, Policy):
     """Any callable from ``ParameterInfo`` to number, bool or ``Decay``."""
 

@@ -42,7 +42,7 @@ NORM_WORD = re.compile(r".*norm$|normali[sz](?:ation|e)$|.*grn$|revin$")
 LAYERS = frozenset(
     (
         *("attention", "block", "cell", "conv", "embedding", "embeddings", "ffn"),
-        *("head", "linear", "lstm", "mlp"),
+        *("head", "linear", "lstm", "mlp", "projection"),
     )
 )
 OTHER_NOUNS = LAYERS | {"free", "model", "net", "network", "wrapper"}
@@ -57,7 +57,10 @@ NO_BIAS = frozenset(
 BIAS_TABLE = re.compile(r"(?:.*_)?(?:relative|position)_")
 # Names of biases that are names of other things elsewhere: b_Q, b1, cross_layer_b.
 MAY_BE_BIAS = re.compile(r"(?:.*_)?b\d*(?:_.*)?$")
-MAY_SHIFT = re.compile(r"beta$|(?!.*scale)(?:.*_)?(?:offset|shift|translation)$")
+# Not a modulation (scale_shift), nor a table (pos_offset).
+MAY_SHIFT = re.compile(
+    r"beta$|(?!.*(?:scale|pos|rel|table|emb))(?:.*_)?(?:offset|shift|translation)$"
+)
 METHODS = (FunctionType, classmethod, staticmethod)
 PARTS_OF_A_NAME = re.compile(r"[a-zA-Z]+")
 LISTS = (nn.ParameterList, nn.ParameterDict)

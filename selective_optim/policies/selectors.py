@@ -305,6 +305,7 @@ class Identity(Selector):
         )
 
 
+@dataclass(frozen=True, repr=False)
 class Question(Callback, Selector):
     """Any callable from ``ParameterInfo`` to bool."""
 

@@ -35,7 +35,7 @@ VIEWS = frozenset(
 )
 NORM_INPUTS = frozenset({"input", "x"})
 # Calls that add one of their arguments.
-ADDS = re.compile(r"(?:\w+_)?(?:linear|conv\dd|add|addmm|addcmul|baddbmm)$|\w+_sum$")
+ADDS = re.compile(r"(?:\w+_)?(?:linear|conv\dd|add|addmm|addcmul|baddbmm)$|tensor_sum$")
 # Methods, calls and attributes that set or describe a parameter and compute nothing.
 SETS = re.compile(r"__init__|extra_repr|fold_\w+|_?(?:re)?(?:init|set)\w*")
 DESCRIBES = frozenset({"data", "device", "dtype", "hasattr", "isinstance", "shape"})

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from selective_optim._entries import without
+from selective_optim._state_entries import without
 from selective_optim._text import NUMBERS, received, require_numbers, shape_of
 from selective_optim.decay import FULL, Answer, Decision
 from selective_optim.decisions.decider import Decider
@@ -20,7 +20,7 @@ from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
 from selective_optim.policies.selectors import Selector, as_selector
 from selective_optim.routes.loading import KEYS
-from selective_optim.step.lasting import PER_PARAM, WD, pick
+from selective_optim.step.lasting_parts import PER_PARAM, WD, pick
 
 Group = dict[str, Any]
 Part = tuple[Group, Sequence[Decision], str]  # with the route

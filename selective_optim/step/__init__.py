@@ -1,9 +1,9 @@
 """One step: parts in, the optimizer's own class called, and no policy imported.
 
 ``parts`` splits groups of SGD, Adam and AdamW and chooses fused for each parameter;
-``lasting`` splits those of any other class. ``setting`` shares decay out between the
-class and a pass beside its step; ``kernels`` describes torch's three classes.
-``class_step`` has ``passes`` around it, and what a ``GradScaler`` asks for.
+``lasting_parts`` splits those of any other class. ``setting`` shares decay out between
+the class and a pass beside its step; ``kernels`` describes torch's three classes.
+``class_step`` has ``decay_passes`` around it, and what a ``GradScaler`` asks for.
 ``refusals`` names what cannot be served.
 
 A parameter without a gradient is skipped, as in torch. ``parts`` leaves one that never

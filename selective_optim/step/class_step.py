@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from selective_optim import _torch
+from selective_optim.step.decay_passes import decay_agreeing_, pass_calls
 from selective_optim.step.kernels import Kernel
 from selective_optim.step.parts import Part
-from selective_optim.step.passes import decay_agreeing_, pass_calls
 from selective_optim.step.setting import (
     NO_SCALING,
     Batch,

@@ -32,8 +32,6 @@ from selective_optim.step.setting import (
 )
 
 NUMBERS = (float, int, Tensor, Real)  # the common ones first: asked at every change
-# By these, a group chooses its implementation.
-CHOICES = ("foreach", "fused", "capturable", "differentiable")
 
 
 class Kernel:
@@ -43,6 +41,7 @@ class Kernel:
     required: tuple[str, ...]  # keys that a loaded group must have
     numbers: tuple[str, ...]  # keys that an edit may have made NaN
     flags: tuple[str, ...]  # keys that fused kernels take as bool alone
+    choices: tuple[str, ...]  # keys by which a group chooses its implementation
     own_forms: tuple[Form, ...]  # that the class applies by itself, given a number
 
     def __init__(self, decoupled: bool = False) -> None:
@@ -82,7 +81,7 @@ class Kernel:
 
     def structure(self, group: Group) -> tuple[object, ...]:
         """Read what decides which tensors and which path a step uses."""
-        choices = map(group.get, CHOICES)
+        choices = [group[name] for name in self.choices]  # as in torch none may lack
         return (*self.entries(group), *choices, self.takes_numbers(group))
 
     def trusted(self, param: Tensor) -> bool:
@@ -137,7 +136,11 @@ class AdamKernel(Kernel):
     required = ("lr", "betas", "eps", "weight_decay", "params")
     numbers = ("lr", "eps", "weight_decay", "betas")
     flags = ("amsgrad", "maximize")
+    choices = ("foreach", "fused", "capturable", "differentiable")
     own_forms = ("l2", "decoupled")
+
+    def default_form(self, group: Group) -> Form:
+        return "decoupled" if group["decoupled_weight_decay"] else "l2"
 
     def setting(self, group: Group, share: Share) -> Setting:
         beta1, beta2 = group["betas"]
@@ -215,6 +218,7 @@ class SGDKernel(Kernel):
     numbers = ("lr", "momentum", "dampening", "weight_decay")
     required = (*numbers, "nesterov", "params")
     flags = ("nesterov", "maximize")
+    choices = ("foreach", "fused")
     own_forms = ("l2",)
 
     def setting(self, group: Group, share: Share) -> Setting:

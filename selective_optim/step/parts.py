@@ -2,7 +2,7 @@
 
 The optimizer's own class steps them as if they were groups split by hand. A part is a
 list of positions; the group that the class sees is a view, made for one step, so that
-everything else in it is what the user's group says now. See ``lasting`` for other
+everything else in it is what the user's group says now. See ``lasting_parts`` for other
 classes.
 
 Where the user left the implementation open, fused is taken where it is right. What

@@ -13,7 +13,7 @@ import torch
 
 from selective_optim._text import received
 from selective_optim.decay import is_zero
-from selective_optim.step.lasting import WD, Group, Split, flag_of
+from selective_optim.step.lasting_parts import WD, Group, Split, flag_of
 
 # Arguments by which a class takes something else than parameters.
 INNER = ("optimizer", "base_optimizer")

@@ -66,6 +66,6 @@ def let_fakes_pass_for_plain(monkeypatch: Any) -> None:
 
     The library gives them to torch's for-loop, which all of torch's tools follow.
     """
-    for room in ("step.parts", "fused.guards", "step.passes"):
+    for room in ("step.parts", "fused.guards", "step.decay_passes"):
         name = f"selective_optim.{room}.PLAIN"
         monkeypatch.setattr(name, (Tensor, torch.nn.Parameter, FakeTensor))
