@@ -554,3 +554,19 @@ def test_swapped_tensors_keep_state_and_decision_of_the_object(name, kind, swap,
         left.append((params, optimizer))
     (mine, own), (theirs, judge) = left
     twins.assert_twins(mine, theirs, own, judge)
+
+
+def tensors(*shapes):
+    return [nn.Parameter(torch.ones(shape)) for shape in shapes]
+
+
+@pytest.mark.parametrize("name", twins.CLASSES)
+def test_fewer_new_tensors_are_decided_by_their_shapes(name):
+    """As where a user prunes layers; engines that flatten leave no matrix."""
+    optimizer = twins.ours(name, "automatic", tensors((2,), (2, 2), (3,), (3, 2)))
+    new = optimizer.param_groups[0]["params"] = tensors((4, 2), (5,))
+    for param in new:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    decays = [row.weight_decay > 0 for row in optimizer.decay_report()]
+    assert decays == [True, False]

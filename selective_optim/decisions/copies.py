@@ -69,7 +69,11 @@ def refuse_flattened(
     known = any(info.owner is not None or info.name for info in infos)
     if policy is None or not policy.needs or not old or known:
         return
-    if len(infos) < len(old) or _another_form(infos, old):
+    # Where shapes decide, fewer that are not all flat are new parameters.
+    merged = len(infos) < len(old) and (
+        policy.needs != {"shapes"} or all(info.ndim == 1 for info in infos)
+    )
+    if merged or _another_form(infos, old):
         raise ValueError(
             f"`wd_policy` {policy!r} decided for {len(old)} parameters of group "
             f"{infos[0].group}, in whose places an engine put {len(infos)} "
