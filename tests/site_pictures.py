@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = (
-    *("index", "start/index", "policies", "recipes", "forms", "speed", "reports"),
-    *("frameworks/transformers", "api/optimizers", "changelog"),
-)
+DOCS = ROOT / "selective_optim" / "docs"
+PAGES = [
+    str(path.relative_to(DOCS).with_suffix("")) for path in sorted(DOCS.rglob("*.md"))
+]
 SEARCHES = "bias", "resume", "Muon"
 WIDTHS = {"wide": 1400, "narrow": 390}
 COLORS = "light", "dark"
