@@ -219,6 +219,33 @@ def index_of(module: nn.Module) -> ModuleIndex:
     return index
 
 
+class Reading(NamedTuple):
+    """What a walk over a module finds."""
+
+    paths: dict[int, Path]  # of the modules inside, by number
+    # The number of the module above, and under which key that registered it.
+    above: list[tuple[int, str]]
+    places: dict[int, tuple[Place, ...]]
+
+
+def _walk(inside: Path, above: tuple[int, str], names: str, reading: Reading) -> None:
+    number, plain = len(reading.paths), _torch.without_wrappers(names)
+    reading.paths[number] = inside
+    reading.above.append(above)
+    for key, param in _torch.registered(inside[-1]).items():
+        if param is not None:
+            name, own = f"{plain}{key}", None
+            if key.startswith("original"):
+                full = f"{names}{key}"
+                name, own = canonical_name(full), name_of_its_own(full)
+            known = reading.places.get(id(param), ())
+            reading.places[id(param)] = (*known, (number, key, name, own))
+    for key, child in _torch.children(inside[-1]).items():
+        # One that contains itself has endless aliases.
+        if child is not None and child not in inside:
+            _walk((*inside, child), (number, key), f"{names}{key}.", reading)
+
+
 class ModuleIndex:
     """Every place of every parameter of a module, by the numbers of the modules inside.
 
@@ -233,33 +260,14 @@ class ModuleIndex:
 
     def _read(self, root: nn.Module) -> dict[int, Path]:
         """List every place of every parameter, aliases of tied ones included."""
-        self._places.clear()
+        self._places = {}
         self._answers.clear()
-        # The number of the module above, and under which key that registered it.
-        self._above: list[tuple[int, str]] = []
-        paths: dict[int, Path] = {}
-        self._walk((root,), (-1, ""), "", paths)
+        reading = Reading({}, [], {})
+        _walk((root,), (-1, ""), "", reading)
+        paths, self._above, places = reading
         self._shapes = _torch.original_shapes(path[-1] for path in paths.values())
+        self._places = places  # last: what an interrupt leaves is read again
         return paths
-
-    def _walk(
-        self, inside: Path, above: tuple[int, str], names: str, paths: dict[int, Path]
-    ) -> None:
-        number, plain = len(paths), _torch.without_wrappers(names)
-        paths[number] = inside
-        self._above.append(above)
-        for key, param in _torch.registered(inside[-1]).items():
-            if param is not None:
-                name, own = f"{plain}{key}", None
-                if key.startswith("original"):
-                    full = f"{names}{key}"
-                    name, own = canonical_name(full), name_of_its_own(full)
-                known = self._places.get(id(param), ())
-                self._places[id(param)] = (*known, (number, key, name, own))
-        for key, child in _torch.children(inside[-1]).items():
-            # One that contains itself has endless aliases.
-            if child is not None and child not in inside:
-                self._walk((*inside, child), (number, key), f"{names}{key}.", paths)
 
     def infos(self, asked: Wanted) -> list[ParameterInfo | None]:
         """Describe parameters; ``None`` for those that the module does not hold."""

@@ -3,7 +3,7 @@
 import copy
 import gc
 from dataclasses import FrozenInstanceError
-from itertools import chain, islice
+from itertools import chain, count, islice
 from operator import itemgetter
 
 import pytest
@@ -14,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from selective_optim import SGD, AdamW, ParameterInfo
+from selective_optim import SGD, AdamW, ParameterInfo, _torch
 from selective_optim._text import shape_text
 from selective_optim._torch import canonical_name
 from selective_optim.parameters import ModuleIndex, wanted
@@ -331,3 +331,28 @@ def test_parameter_of_a_module_that_is_gone_is_not_found():
     index, param = ModuleIndex(module), module.weight
     del module
     assert index.infos(wanted([param])) == [None]
+
+
+@pytest.mark.parametrize("name", ["registered", "children", "original_shapes"])
+@pytest.mark.parametrize("call", [0, 2])
+def test_reading_that_is_interrupted_is_done_again(name, call, monkeypatch):
+    """Half of it would know a tied parameter under one of its names."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    real, calls = getattr(_torch, name), count()
+
+    def interrupted(*args):
+        if next(calls) == (0 if name == "original_shapes" else call):
+            raise KeyboardInterrupt
+        return real(*args)
+
+    index = ModuleIndex(model)
+    monkeypatch.setattr(_torch, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        index.everyone()
+    monkeypatch.undo()
+    assert [info.names for info in index.everyone()] == [
+        ("0.weight", "1.weight"),
+        ("0.bias",),
+        ("1.bias",),
+    ]
