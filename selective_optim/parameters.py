@@ -247,10 +247,7 @@ def _walk(inside: Path, above: tuple[int, str], names: str, reading: Reading) ->
 
 
 class ModuleIndex:
-    """Every place of every parameter of a module, by the numbers of the modules inside.
-
-    ``paths`` are those of the modules that the same look has found, by number.
-    """
+    """Every place of every parameter of a module; modules inside go by number."""
 
     def __init__(self, module: nn.Module) -> None:
         key = id(module)
@@ -285,7 +282,7 @@ class ModuleIndex:
         param: Tensor,
         group: int,
         shape: torch.Size | None,
-        paths: dict[int, Path],
+        paths: dict[int, Path],  # that the same look has found, by number
     ) -> ParameterInfo | None:
         known, found = self._places.get(id(param), ()), []
         shape = self._shapes.get(id(param), shape)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
 import warnings
 from collections import deque
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from selective_optim import SGD, AdamW, Decay
 from selective_optim.decay import Answer
 from selective_optim.policies.base import Policy
 from tests.support import twins
+from tests.support.calls import calls_of
 
 COPIES = {
     "none": lambda things: things,
@@ -360,22 +360,6 @@ def test_model_of_a_group_is_read(copied):
 
 
 # Many small optimizers.
-
-
-def calls_of(build):
-    """Count the calls, Python's and C's, that a construction makes."""
-    count = 0
-
-    def note(frame, event, argument):
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(note)
-    try:
-        build()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 def deep(layers):

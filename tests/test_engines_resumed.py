@@ -117,13 +117,7 @@ def accelerator_with(**arguments):
     return Accelerator(cpu=True, **arguments)
 
 
-def by_accelerate_deepspeed(rank, make, folder, first, last, stage):
-    from accelerate import DeepSpeedPlugin
-
-    config = {**zero_config(stage), "gradient_accumulation_steps": 1}
-    accelerator = accelerator_with(
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config)
-    )
+def train_under(accelerator, rank, make, folder, first, last):
     model = make_net()
     model, optimizer = accelerator.prepare(model, make(model))
     if first:
@@ -133,6 +127,17 @@ def by_accelerate_deepspeed(rank, make, folder, first, last, stage):
         optimizer.step()
         optimizer.zero_grad()
     accelerator.save_state(folder)
+    return model
+
+
+def by_accelerate_deepspeed(rank, make, folder, first, last, stage):
+    from accelerate import DeepSpeedPlugin
+
+    config = {**zero_config(stage), "gradient_accumulation_steps": 1}
+    accelerator = accelerator_with(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config)
+    )
+    model = train_under(accelerator, rank, make, folder, first, last)
     return gathered(model.module, stage)
 
 
@@ -153,15 +158,7 @@ def by_accelerate_fsdp2(rank, make, folder, first, last):
     accelerator.state.fsdp_plugin = plugin
     accelerator.state.distributed_type = DistributedType.FSDP
     PartialState().distributed_type = DistributedType.FSDP
-    model = make_net()
-    model, optimizer = accelerator.prepare(model, make(model))
-    if first:
-        accelerator.load_state(folder)
-    for step in range(first, last):
-        accelerator.backward(loss_of(model, step, rank))
-        optimizer.step()
-        optimizer.zero_grad()
-    accelerator.save_state(folder)
+    model = train_under(accelerator, rank, make, folder, first, last)
     return values_of(model)
 
 

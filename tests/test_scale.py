@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import sys
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 from selective_optim import SGD, AdamW
 from selective_optim.step import parts
+from tests.support.calls import calls_of
 
 FEW, MORE = 10, 40  # layers of two parameters, of which one decays
 SLACK = 1.05  # what is paid once counts for less among more
@@ -20,22 +20,6 @@ def made(layers, cls=AdamW):
     for param in net.parameters():
         param.grad = torch.ones_like(param)
     return net, cls(net.parameters(), lr=0.1, weight_decay=0.5, wd_policy="no_bias")
-
-
-def calls_of(work):
-    """Count the calls, Python's and C's."""
-    count = 0
-
-    def note(frame, event, argument):
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(note)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 def construction(layers):

@@ -47,7 +47,7 @@ class Watch:
 
     def __init__(self, taken_over: bool = False, rounding: bool = False) -> None:
         self._taken_over, self._rounding, self._idle = taken_over, rounding, 0
-        self._ranks: dict[str, bool] | None = None
+        self._found: bool | None = None  # as in `compare`, where that is to be done
         self._layout: Layout = ()
         self._above: list[int] = []  # by group, steps in a row above its limit
         self._rates: list[Any] = []  # at the last step, if none was
@@ -55,7 +55,7 @@ class Watch:
 
     def compare(self, found: bool) -> None:
         """Compare the next step that moves with other ranks; names may be found."""
-        self._ranks = {"found": found}
+        self._found = found
 
     # Copies count from 0, over their own rows. One rank alone may make copies.
     def __reduce__(self) -> Any:
@@ -63,7 +63,7 @@ class Watch:
 
     def look(self, groups: Groups, layout: Layout, kernel: Any) -> Watch | None:
         """Look at a step, and return what looks at the next one."""
-        beginning = self._taken_over or self._rounding or self._ranks
+        beginning = self._taken_over or self._rounding or self._found is not None
         if beginning and any(map(_moves, groups)):
             self.begin(groups, layout)
             params = [param for group in groups for param in group["params"]]
@@ -80,16 +80,16 @@ class Watch:
             self._limits = limits if min(limits, default=inf) < inf else []
         if self._limits:
             self._look_at_rates(groups)
-        beginning = self._taken_over or self._rounding or self._ranks
+        beginning = self._taken_over or self._rounding or self._found is not None
         return self if beginning or self._limits else None
 
     def begin(self, groups: Groups, layout: Layout) -> bool:
         """Look at a first step that moves; tell whether to look at the next one."""
         if not any(map(_moves, groups)):
             return True
-        if self._ranks:
-            ranks, self._ranks = self._ranks, None
-            compare_with_first(groups, layout, **ranks)
+        if self._found is not None:
+            found, self._found = self._found, None
+            compare_with_first(groups, layout, found)
         self._taken_over = self._taken_over and self._is_idle(groups, layout)
         return self._taken_over
 

@@ -44,13 +44,9 @@ class Kernel:
     choices: tuple[str, ...]  # keys by which a group chooses its implementation
     own_forms: tuple[Form, ...]  # that the class applies by itself, given a number
 
-    def __init__(self, decoupled: bool = False) -> None:
-        self._decoupled = decoupled  # where a group has no key for it, as torch's SGD
-
     def default_form(self, group: Group) -> Form:
         """Return the form of parameters for which no other was decided."""
-        decoupled = group.get("decoupled_weight_decay", self._decoupled)
-        return "decoupled" if decoupled else "l2"
+        raise NotImplementedError  # pragma: no cover
 
     def share(self, group: Group, decay_key: DecayKey, reading: bool = True) -> Share:
         """Share the decay of a part out: what the class does of it, and what a pass."""
@@ -220,6 +216,13 @@ class SGDKernel(Kernel):
     flags = ("nesterov", "maximize")
     choices = ("foreach", "fused")
     own_forms = ("l2",)
+
+    def __init__(self, decoupled: bool = False) -> None:
+        self._decoupled = decoupled  # torch's SGD has no key for it in a group
+
+    def default_form(self, group: Group) -> Form:
+        decoupled = group.get("decoupled_weight_decay", self._decoupled)
+        return "decoupled" if decoupled else "l2"
 
     def setting(self, group: Group, share: Share) -> Setting:
         arguments = {
