@@ -47,8 +47,8 @@ from selective_optim.decisions.state_dict import (
 from selective_optim.decisions.watch import Watch, loss_of
 from selective_optim.fused.guards import params_of
 from selective_optim.fused.stepper import Stepper
-from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy, as_policy
+from selective_optim.policies.selectors import Policy
 from selective_optim.report import DecayReport, form_of_class, make_report, remark_of
 from selective_optim.step.class_step import ClassStep, View, view_of
 from selective_optim.step.kernels import Kernel

@@ -12,8 +12,7 @@ from selective_optim._living_modules import outermost_owners
 from selective_optim._text import shape_of
 from selective_optim.decay import Decision
 from selective_optim.parameters import ModelIndex, ParameterInfo
-from selective_optim.policies.base import Policy
-from selective_optim.policies.selectors import lacking
+from selective_optim.policies.selectors import Policy, lacking
 
 Infos = Sequence[ParameterInfo]
 

@@ -47,10 +47,9 @@ from selective_optim.parameters import (
     ParameterInfo,
     as_modules,
 )
-from selective_optim.policies.base import Policy
 from selective_optim.policies.decide import decide, require_matches
 from selective_optim.policies.named import as_policy
-from selective_optim.policies.selectors import Selector
+from selective_optim.policies.selectors import Policy, Selector
 
 # What a group may bring and does not keep; ZeroRedundancyOptimizer writes them back.
 OWN_KEYS = ("wd_policy", "model")

@@ -24,10 +24,9 @@ from selective_optim.parameters import (
     together,
     wanted,
 )
-from selective_optim.policies.base import Policy
 from selective_optim.policies.predicates import kind_of
 from selective_optim.policies.recognition import kind_known, kinds_known, says_nothing
-from selective_optim.policies.selectors import KINDS, Need, lacking
+from selective_optim.policies.selectors import KINDS, Need, Policy, lacking
 
 
 class Pending(NamedTuple):

@@ -18,7 +18,7 @@ from torch import Tensor
 from selective_optim import _torch
 from selective_optim.decay import Decision
 from selective_optim.parameters import ParameterInfo, owner_kinds
-from selective_optim.policies.base import Policy
+from selective_optim.policies.selectors import Policy
 
 Group = dict[str, Any]
 Infos = Sequence[ParameterInfo]

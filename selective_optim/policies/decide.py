@@ -17,7 +17,6 @@ from selective_optim import _torch
 from selective_optim._warnings import warn
 from selective_optim.decay import FULL, REMEDY, Answer, Decision
 from selective_optim.parameters import ParameterInfo, owner_kinds, shape_now
-from selective_optim.policies.base import AnswerError, Policy
 from selective_optim.policies.predicates import UnsureError, is_norm
 from selective_optim.policies.recognition import (
     WORDS,
@@ -28,8 +27,10 @@ from selective_optim.policies.recognition import (
 )
 from selective_optim.policies.selectors import (
     KINDS,
+    AnswerError,
     InsideClass,
     NamePattern,
+    Policy,
     Selector,
     UnknownError,
     class_text,

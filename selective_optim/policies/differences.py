@@ -11,9 +11,9 @@ from torch import nn
 from selective_optim._text import aligned, shape_text
 from selective_optim.decay import Decay, Decision, target_text
 from selective_optim.parameters import ModelIndex, ParameterInfo, as_modules
-from selective_optim.policies.base import Policy
 from selective_optim.policies.decide import decide, require_matches
 from selective_optim.policies.named import as_policy
+from selective_optim.policies.selectors import Policy
 
 
 @dataclass(frozen=True)

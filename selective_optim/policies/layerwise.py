@@ -14,7 +14,6 @@ from selective_optim import _torch
 from selective_optim._torch import canonical_name
 from selective_optim.decay import Answer, Decay
 from selective_optim.parameters import ParameterInfo
-from selective_optim.policies.base import Policy
 from selective_optim.policies.blocks import (
     POOL,
     Layers,
@@ -27,7 +26,7 @@ from selective_optim.policies.blocks import (
 )
 from selective_optim.policies.predicates import heads, whole
 from selective_optim.policies.recognition import embedding_part, norm_module
-from selective_optim.policies.selectors import MODULES, NAMES, Need
+from selective_optim.policies.selectors import MODULES, NAMES, Need, Policy
 
 Order = tuple[float, ...]
 # A last number by which timm's matchers join a layer to the one before it.

@@ -22,18 +22,6 @@ from selective_optim._text import received
 from selective_optim.decay import FORMS, Decay
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies import predicates
-from selective_optim.policies.base import (
-    Function,
-    Policy,
-    either,
-    exclude,
-    first_match,
-    fixed,
-    form,
-    only,
-    scale,
-    towards,
-)
 from selective_optim.policies.layerwise import layerwise
 from selective_optim.policies.predicates import (
     Predicate,
@@ -45,7 +33,23 @@ from selective_optim.policies.predicates import (
     is_vector,
 )
 from selective_optim.policies.recipes import RECIPES, marked
-from selective_optim.policies.selectors import Selector, as_selector, loaded_class
+from selective_optim.policies.rules import (
+    Function,
+    exclude,
+    first_match,
+    fixed,
+    form,
+    only,
+    scale,
+    towards,
+)
+from selective_optim.policies.selectors import (
+    Policy,
+    Selector,
+    as_selector,
+    either,
+    loaded_class,
+)
 
 NAMED: dict[str, Policy] = {
     "all": only(everything),

@@ -24,8 +24,7 @@ from selective_optim import _torch
 from selective_optim._text import received
 from selective_optim.decay import EXEMPT, FULL, Answer, Decay, number_text
 from selective_optim.parameters import ParameterInfo
-from selective_optim.policies.base import Policy
-from selective_optim.policies.selectors import MODULES, NAMES, SHAPES, Need
+from selective_optim.policies.selectors import MODULES, NAMES, SHAPES, Need, Policy
 
 MARK = "_no_weight_decay"
 # S4 and what follows it write a parameter's own settings there.

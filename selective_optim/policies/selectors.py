@@ -1,4 +1,4 @@
-"""What a rule matches: names, modules, parameters, and callables of the user's.
+"""Selectors, which tell what a rule matches, and what every policy can do with them.
 
 :func:`as_selector` turns what a user writes into a frozen :class:`Selector` that
 answers ``matches(info)``, says what it must know to answer, and prints as it was
@@ -14,11 +14,12 @@ from __future__ import annotations
 import pickle
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from itertools import chain
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from selective_optim._text import received
 from selective_optim._torch import original_class
+from selective_optim.decay import FULL, Answer, Decay
 from selective_optim.parameters import ParameterInfo
 
 # "leaves" are names of attributes; a callable may read "anything".
@@ -52,6 +54,10 @@ def lacking(needs: frozenset[Need], info: ParameterInfo) -> str:
 
 class UnknownError(Exception):
     """A callable read a field that is not known of the parameter."""
+
+
+class AnswerError(Exception):
+    """A callable policy returned no decay: the value, kind of error, broken rule."""
 
 
 def _known(field: str) -> Any:
@@ -384,3 +390,106 @@ def as_selector(item: object) -> Selector:
         f"a module, a parameter or a callable, not {received(item)}. "
         f'Write for example "*.bias" or nn.LayerNorm.'
     )
+
+
+class Policy:
+    """A frozen map from parameters to decays; ``a * b`` applies both."""
+
+    selectors: tuple[Selector, ...] = ()  # which this policy asks
+    missing_ok: bool = False  # whether they may all match nothing
+    # Multipliers that read like decays, and what to write instead.
+    doubts: tuple[tuple[float, str], ...] = ()
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What must be known of a parameter before this policy can decide."""
+        return frozenset[Need]().union(*[selector.needs for selector in self.selectors])
+
+    @property
+    def required(self) -> tuple[Selector, ...]:
+        """The selectors that should match at least one parameter."""
+        asked = () if self.missing_ok else self.selectors
+        return tuple([each for selector in asked for each in selector.leaves])
+
+    def decide(self, info: ParameterInfo) -> Answer:
+        """Decide for one parameter and say why."""
+        raise NotImplementedError  # pragma: no cover
+
+    def bind(self, roots: Sequence[nn.Module]) -> Policy:
+        """Return the policy after a look at the modules that it will be asked about."""
+        return self
+
+    def __call__(self, info: ParameterInfo) -> Decay:
+        return self.decide(info).decay
+
+    def __mul__(self, other: object) -> Policy:
+        if isinstance(other, Policy):
+            return Product(self, other)
+        raise TypeError(_not_joined(self, "*", other))
+
+    def __rmul__(self, other: object) -> Policy:
+        raise TypeError(_not_joined(other, "*", self))
+
+    def __add__(self, other: object) -> Policy:
+        raise TypeError(_not_joined(self, "+", other))
+
+    def __or__(self, other: object) -> Policy:
+        raise TypeError(_not_joined(self, "|", other))
+
+    def __and__(self, other: object) -> Policy:
+        raise TypeError(_not_joined(self, "&", other))
+
+
+def either(selector: str) -> str:
+    """Write both policies that a selector by itself may have been meant as."""
+    return f"exclude({selector}) to exempt it, or only({selector}) to decay no other"
+
+
+def _not_joined(left: object, sign: str, right: object) -> str:
+    what = "policies multiply with policies" if sign == "*" else "policies are joined"
+    shown = f"{what}, not {received(left)} {sign} {received(right)}"
+    policy, other = (left, right) if isinstance(left, Policy) else (right, left)
+    if isinstance(other, Real):
+        way_out = f"{policy!r} * scale(everything, by={other})"
+    elif isinstance(other, Policy):
+        shown = f"policies are joined with `*`, not with `{sign}`"
+        way_out = f"{left!r} * {right!r}"
+    elif isinstance(other, str):
+        way_out = f"{policy!r} * named({other!r})"
+    elif isinstance(other, Selector):
+        way_out = f"{policy!r} * {either(repr(other))}"
+    else:
+        way_out = f"{policy!r} * as_policy(...)"
+    return f"{shown}. Write {way_out}."
+
+
+@dataclass(frozen=True, repr=False)
+class Product(Policy):
+    """Two policies at once: multipliers multiply, else the right-hand one wins."""
+
+    left: Policy
+    right: Policy
+
+    def __repr__(self) -> str:
+        right = f"({self.right!r})" if isinstance(self.right, Product) else self.right
+        return f"{self.left!r} * {right}"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return self.left.needs | self.right.needs
+
+    @property
+    def required(self) -> tuple[Selector, ...]:
+        return self.left.required + self.right.required
+
+    @property
+    def doubts(self) -> tuple[tuple[float, str], ...]:  # type: ignore[override]  # read only
+        return self.left.doubts + self.right.doubts
+
+    def bind(self, roots: Sequence[nn.Module]) -> Policy:
+        return Product(self.left.bind(roots), self.right.bind(roots))
+
+    def decide(self, info: ParameterInfo) -> Answer:
+        left, right = self.left.decide(info), self.right.decide(info)
+        reasons = [v.reason for v in (left, right) if v.decay != FULL] or [right.reason]
+        return Answer(left.decay * right.decay, ", ".join(reasons))
