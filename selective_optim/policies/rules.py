@@ -29,7 +29,6 @@ from selective_optim.policies.selectors import (
     ANYTHING,
     AnswerError,
     Callback,
-    Need,
     Policy,
     Selector,
     StrictInfo,
@@ -50,18 +49,15 @@ class Rule(Policy):
     missing_ok: bool = False
 
     def __repr__(self) -> str:
-        arguments = list(map(repr, self.selectors))
+        decay, last = self.inside, []
+        # Of which a verb states one.
+        stated: tuple[Any, ...] = (decay.form, decay.target, decay.fixed)
+        first = [target_text(each) for each in stated if each is not None]
         if self.verb == "scale":
-            arguments.append(f"by={number_text(self.inside.multiplier)}")
-        if self.verb == "form":
-            arguments.insert(0, repr(self.inside.form))
-        if self.inside.target is not None:
-            arguments.insert(0, target_text(self.inside.target))
-        if self.inside.fixed is not None:
-            arguments.insert(0, number_text(self.inside.fixed))
+            last.append(f"by={number_text(decay.multiplier)}")
         if self.missing_ok:
-            arguments.append("missing_ok=True")
-        return f"{self.verb}({', '.join(arguments)})"
+            last.append("missing_ok=True")
+        return f"{self.verb}({', '.join([*first, *map(repr, self.selectors), *last])})"
 
     @property
     def doubts(self) -> tuple[tuple[float, str], ...]:  # type: ignore[override]  # read only
@@ -98,10 +94,13 @@ class FirstMatch(Policy):
         return tuple([(n, told.format(number_text(n))) for n in self.bare])
 
     def __repr__(self) -> str:
-        written = zip(self.selectors, map(self._written, self.decays))
-        cases = ", ".join(f"{selector!r}: {decay}" for selector, decay in written)
+        cases = []
+        for selector, decay in zip(self.selectors, self.decays):
+            n = decay.multiplier
+            plain = decay == Decay(n) and (n in self.bare or not 0 < n < SMALL)
+            cases.append(f"{selector!r}: {number_text(n) if plain else decay}")
         missing = ", missing_ok=True" if self.missing_ok else ""
-        return f"first_match({{{cases}}}{missing})"
+        return f"first_match({{{', '.join(cases)}}}{missing})"
 
     def decide(self, info: ParameterInfo) -> Answer:
         for selector, decay in zip(self.selectors, self.decays):
@@ -109,24 +108,16 @@ class FirstMatch(Policy):
                 return Answer(decay, selector.told(info))
         return Answer(FULL, UNMATCHED)
 
-    def _written(self, decay: Decay) -> str:
-        n = decay.multiplier
-        plain = decay == Decay(n) and (n in self.bare or not 0 < n < SMALL)
-        return number_text(n) if plain else repr(decay)
-
 
 @dataclass(frozen=True, repr=False)
 class Function(Callback, Policy):
     """Any callable from ``ParameterInfo`` to number, bool or ``Decay``."""
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        return ANYTHING
+    needs = ANYTHING
 
     def decide(self, info: ParameterInfo) -> Answer:
         value = self.function(StrictInfo(info))
-        broken = None if isinstance(value, Decay) else broken_rule(value)
-        if broken is not None:
+        if not isinstance(value, Decay) and (broken := broken_rule(value)):
             raise AnswerError(value, *broken)
         return Answer(as_decay(value), repr(self))
 

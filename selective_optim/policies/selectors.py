@@ -22,7 +22,6 @@ from itertools import chain
 from numbers import Real
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from selective_optim._text import received
@@ -39,17 +38,16 @@ SHAPES = frozenset[Need]({"shapes"})
 ANYTHING = frozenset[Need]({"anything"})
 # What a parameter is can be known without its name in the model.
 KINDS = LEAVES | MODULES
+# What a callable of the user's may not read unless it is known.
+REQUIRED = frozenset({"name", "names", "leaf", "owner", "path", "shape", "ndim"})
 
 
 def lacking(needs: frozenset[Need], info: ParameterInfo) -> str:
     """Say what a policy needs that is not known of a parameter; "" if nothing."""
     if "modules" in needs and info.owner is None:
         return "module types"
-    if "names" in needs and info.name is None:
-        return "names"
-    if "leaves" in needs and info.leaf is None:
-        return "names"
-    return ""
+    by_name = "names" in needs and info.name is None
+    return "names" if by_name or ("leaves" in needs and info.leaf is None) else ""
 
 
 class UnknownError(Exception):
@@ -60,17 +58,6 @@ class AnswerError(Exception):
     """A callable policy returned no decay: the value, kind of error, broken rule."""
 
 
-def _known(field: str) -> Any:
-    def read(info: ParameterInfo) -> Any:
-        value = vars(info)[field]
-        # The shape of a scalar and its length are empty, and known.
-        if value is None or (value == () and not isinstance(value, torch.Size)):
-            raise UnknownError(field)
-        return value
-
-    return property(read)
-
-
 class StrictInfo(ParameterInfo):
     """The same knowledge; reading what is not there raises instead of ``None``."""
 
@@ -78,10 +65,14 @@ class StrictInfo(ParameterInfo):
         vars(self).update(vars(info))
         vars(self)["elsewhere"] = tuple(map(StrictInfo, info.elsewhere))
 
-    # Properties come before what stands in the instance's own dict.
-    name, names, leaf = _known("name"), _known("names"), _known("leaf")
-    owner, path = _known("owner"), _known("path")
-    shape, ndim = _known("shape"), _known("ndim")
+    def __getattribute__(self, field: str) -> Any:
+        value = super().__getattribute__(field)
+        # The shape of a scalar is empty and known, and of another type.
+        if field in REQUIRED and (
+            value is None or (type(value) is tuple and not value)
+        ):
+            raise UnknownError(field)
+        return value
 
     def __getattr__(self, field: str) -> Any:
         fields = ", ".join(vars(self))
@@ -336,15 +327,11 @@ class Joined(Selector):
     parts: tuple[Selector, ...]
 
     def __repr__(self) -> str:
-        if self.sign == "|":
-            return " | ".join(map(repr, self.parts))
-        inner = [
-            f"({part!r})"
-            if isinstance(part, Joined) and part.sign != "~"
-            else f"{part!r}"
-            for part in self.parts
-        ]
-        return f"~{inner[0]}" if self.sign == "~" else " & ".join(inner)
+        shown = list(map(repr, self.parts))
+        for i, part in enumerate(self.parts if self.sign != "|" else ()):
+            if isinstance(part, Joined) and part.sign != "~":
+                shown[i] = f"({shown[i]})"
+        return f"~{shown[0]}" if self.sign == "~" else f" {self.sign} ".join(shown)
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]  # that of the parts
@@ -400,7 +387,7 @@ class Policy:
     # Multipliers that read like decays, and what to write instead.
     doubts: tuple[tuple[float, str], ...] = ()
 
-    @property
+    @cached_property
     def needs(self) -> frozenset[Need]:
         """What must be known of a parameter before this policy can decide."""
         return frozenset[Need]().union(*[selector.needs for selector in self.selectors])
@@ -474,11 +461,11 @@ class Product(Policy):
         right = f"({self.right!r})" if isinstance(self.right, Product) else self.right
         return f"{self.left!r} * {right}"
 
-    @property
+    @cached_property
     def needs(self) -> frozenset[Need]:
         return self.left.needs | self.right.needs
 
-    @property
+    @cached_property
     def required(self) -> tuple[Selector, ...]:
         return self.left.required + self.right.required
 
