@@ -232,7 +232,7 @@ def _recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def _when(reason: str, holds: Callable[[ParameterInfo], bool]) -> Ask:
+def _when(reason: str, holds: Callable[[ParameterInfo], object]) -> Ask:
     return lambda info: reason if holds(info) else None
 
 
@@ -271,23 +271,43 @@ def _of_any_module(info: ParameterInfo, lists: Lists) -> str | None:
     return None
 
 
-DOT_BIAS = _when("*.bias", lambda info: (info.name or "").endswith(".bias"))
-VECTOR = _when("ndim == 1", lambda info: info.ndim == 1)
-AT_MOST_1D = _when("ndim <= 1", lambda info: info.ndim in (0, 1))
-BELOW_2D = _when("ndim < 2", lambda info: info.ndim in (0, 1))
+_dot_bias = _when("*.bias", lambda info: (info.name or "").endswith(".bias"))
+_ends_in_bias = _when(
+    "name ends in 'bias'", lambda info: (info.name or "").endswith("bias")
+)
+_vector = _when("ndim == 1", lambda info: info.ndim == 1)
+_at_most_1d = _when("ndim <= 1", lambda info: info.ndim in (0, 1))
+_below_2d = _when("ndim < 2", lambda info: info.ndim in (0, 1))
+_listed_by_root = _of_root(no_weight_decay=eq)
+_listed_by_swin = _of_root(no_weight_decay=eq, no_weight_decay_keywords=contains)
+
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-# Collected as ultralytics collects them.
-TORCH_NORMS = tuple(item for name, item in sorted(vars(nn).items()) if "Norm" in name)
-RTDETR_NORM = re.compile(r"^(?=.*(?:encoder|decoder))(?=.*(?:norm|bn)).*$")
+NORMS = (*_torch.NORM_BASES, nn.LayerNorm, nn.GroupNorm)
 GPTNEOX_NORMS = {"LayerNorm", "RMSNorm", "ScaleNorm", "TELayerNorm", "TERMSNorm"}
 GPTNEOX_NORMS |= {"MixedFusedLayerNorm", "MixedFusedRMSNorm"}
-RWKV_RATES = _words(
+RTDETR_NORM = re.compile(r"^(?=.*(?:encoder|decoder))(?=.*(?:norm|bn)).*$")
+# Collected as ultralytics collects them.
+_torchs_norm = _held_by(*(v for k, v in sorted(vars(nn).items()) if "Norm" in k))
+_torchvision = _held_by(*NORMS, nn.LocalResponseNorm)
+_detectron2 = _held_by(
+    *(*BATCH_NORMS, *INSTANCE_NORMS, nn.SyncBatchNorm, nn.GroupNorm),
+    *(nn.LayerNorm, nn.LocalResponseNorm),
+)
+_plain_layernorm = _when(
+    "held by LayerNorm", lambda info: type(info.owner) is nn.LayerNorm
+)
+_rtdetr = _when(
+    "norm of encoder or decoder", lambda info: RTDETR_NORM.search(info.name or "")
+)
+_olmo = _when("embeddings.weight", lambda info: info.name == "embeddings.weight")
+_open_clip = _words("bn", "ln", "bias", "logit_scale")
+_rwkv_rate = _words(
     *("_w1", "_w2", "time_mix", "time_maa", "time_decay", "time_daaaa", "att.w0"),
     *("time_faaaa", "time_first"),
 )
 # Megatron's names and those of transformers.
-QUERY_OR_KEY = _words("q_layernorm.", "k_layernorm.", "q_norm.", "k_norm.")
+_query_or_key = _words("q_layernorm.", "k_layernorm.", "q_norm.", "k_norm.")
 
 
 def _huggingface(info: ParameterInfo) -> str | None:
@@ -342,15 +362,6 @@ def _mingpt(info: ParameterInfo) -> str | None:
     )
 
 
-_detectron2 = _held_by(
-    *(*BATCH_NORMS, *INSTANCE_NORMS, nn.SyncBatchNorm, nn.GroupNorm),
-    *(nn.LayerNorm, nn.LocalResponseNorm),
-)
-_torchvision = _held_by(
-    *_torch.NORM_BASES, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm
-)
-
-
 def _torchvision_swin(info: ParameterInfo) -> str | None:
     tables = ("class_token", "position_embedding", "relative_position_bias_table")
     return f"called {info.leaf}" if info.leaf in ("bias", *tables) else None
@@ -380,7 +391,7 @@ def _rwkv(info: ParameterInfo) -> str | None:
     name = info.name or ""
     if "time_sta" in name and "_w1" not in name and "_w2" not in name:
         return None
-    if found := RWKV_RATES(info):
+    if found := _rwkv_rate(info):
         return found
     matrix = sum(size != 1 for size in info.shape or ()) >= 2
     return None if matrix and ".weight" in name else "no .weight of two dimensions"
@@ -391,6 +402,10 @@ def _smollm3(info: ParameterInfo) -> str | None:
     words = ("token_embedding", "embed_tokens")
     found = [word for name in info.names for word in words if word in name]
     return f"name has {found[0]!r}" if found else None
+
+
+def _qwen3_next(info: ParameterInfo) -> str | None:
+    return None if _query_or_key(info) else _vector(info) or _dot_bias(info)
 
 
 def _dion(info: ParameterInfo) -> str | None:
@@ -416,7 +431,9 @@ _RECIPES = (
     # Exempts vectors, scalars and `*.bias`, and the model's `no_weight_decay()`.
     # `param_groups_weight_decay` in timm/optim/_param_groups.py, given the model's
     # list as `create_optimizer_v2` in _optim_factory.py gives it, version 1.0.31.
-    Recipe("timm", ALL, (AT_MOST_1D, DOT_BIAS), _of_root(no_weight_decay=fnmatchcase)),
+    Recipe(
+        "timm", ALL, (_at_most_1d, _dot_bias), _of_root(no_weight_decay=fnmatchcase)
+    ),
     # Exempts parameters of seven norm classes, and attributes called `bias`.
     # `norm_bias_params` in fastai/torch_core.py, as `Learner.create_opt` uses it for
     # `wd_bn_bias=False`, version 2.8.12.
@@ -425,11 +442,7 @@ _RECIPES = (
     # `DefaultOptimWrapperConstructor.add_params` in
     # mmengine/optim/optimizer/default_constructor.py, version 0.10.7, with
     # `paramwise_cfg=dict(norm_decay_mult=0, bias_decay_mult=0)`.
-    Recipe(
-        "mmengine",
-        NAMES | MODULES,
-        (_held_by(*_torch.NORM_BASES, nn.GroupNorm, nn.LayerNorm), _mmengine),
-    ),
+    Recipe("mmengine", NAMES | MODULES, (_held_by(*NORMS), _mmengine)),
     # Exempts parameters of norms; biases decay. `get_default_optimizer_params` in
     # detectron2/solver/build.py, with `WEIGHT_DECAY_NORM = 0.0` and
     # `WEIGHT_DECAY_BIAS = None`, the defaults of detectron2/config/defaults.py.
@@ -445,9 +458,7 @@ _RECIPES = (
     # `BaseTrainer.build_optimizer` in ultralytics/engine/trainer.py, version
     # 8.4.190, for every optimizer but MuSGD.
     Recipe(
-        "ultralytics",
-        NAMES | MODULES,
-        (_words("bias", "logit_scale"), _held_by(*TORCH_NORMS)),
+        "ultralytics", NAMES | MODULES, (_words("bias", "logit_scale"), _torchs_norm)
     ),
     # Decays attributes called `weight`, except in BatchNorm2d and modules named bn.
     # `Exp.get_optimizer` in yolox/exp/yolox_base.py.
@@ -456,81 +467,49 @@ _RECIPES = (
     # backbone's own rate, 1e-5, is a group's.
     # rtdetrv2_pytorch/configs/rtdetrv2/rtdetrv2_r50vd_6x_coco.yml, read by
     # `get_optim_params` in src/core/yaml_config.py.
-    Recipe(
-        "rtdetr",
-        NAMES,
-        (
-            _when(
-                "norm of encoder or decoder",
-                lambda i: bool(RTDETR_NORM.search(i.name or "")),
-            ),
-        ),
-    ),
+    Recipe("rtdetr", NAMES, (_rtdetr,)),
     # Exempts names with bias and parameters of `nn.LayerNorm`, not of subclasses. Rates
     # per layer are those of `layerwise_groups`. `weight_decay` in
     # sam2.1_hiera_b+_MOSE_finetune.yaml, applied by training/optimizer.py.
-    Recipe(
-        "sam2",
-        NAMES | MODULES,
-        (
-            _words("bias"),
-            _when("held by LayerNorm", lambda i: type(i.owner) is nn.LayerNorm),
-        ),
-    ),
+    Recipe("sam2", NAMES | MODULES, (_words("bias"), _plain_layernorm)),
     # Exempts vectors, `*.bias` and names that the model lists; scalars decay.
     # `set_weight_decay` in Swin-Transformer's optimizer.py, with the model's
     # `no_weight_decay()` and `no_weight_decay_keywords()`.
-    Recipe(
-        "swin",
-        ALL,
-        (VECTOR, DOT_BIAS),
-        _of_root(no_weight_decay=eq, no_weight_decay_keywords=contains),
-    ),
+    Recipe("swin", ALL, (_vector, _dot_bias), _listed_by_swin),
     # Exempts vectors, `*.bias` and the model's `no_weight_decay()`; scalars decay.
     # `get_parameter_groups` in ConvNeXt's optim_factory.py; BEiT's is the same. Rates
     # per layer are those of `layerwise_groups`.
-    Recipe("convnext", ALL, (VECTOR, DOT_BIAS), _of_root(no_weight_decay=eq)),
+    Recipe("convnext", ALL, (_vector, _dot_bias), _listed_by_root),
     # Exempts vectors and the model's `no_weight_decay()`; other biases decay. The rates
     # of MAE's fine-tuning, 0.75 per layer, are those of
     # `layerwise_groups(model, lr, 0.75, lr_scale=True)`.
     # `param_groups_lrd` in MAE's util/lr_decay.py.
-    Recipe("mae", ALL, (VECTOR,), _of_root(no_weight_decay=eq)),
+    Recipe("mae", ALL, (_vector,), _listed_by_root),
     # Exempts `*.bias` and names that contain `norm` or `gamma`.
     # `get_params_groups_with_decay` in dinov2/utils/param_groups.py.
-    Recipe("dinov2", NAMES, (_words("norm", "gamma"), DOT_BIAS)),
+    Recipe("dinov2", NAMES, (_words("norm", "gamma"), _dot_bias)),
     # Exempts names that end in bias or contain norm, gamma or fourier_w. It has neither
     # rates per layer and of `patch_embed` nor the factor of the DINO head, 1 by
     # default. `get_params_groups_with_decay` in dinov3/train/param_groups.py.
-    Recipe(
-        "dinov3",
-        NAMES,
-        (
-            _when("name ends in 'bias'", lambda i: (i.name or "").endswith("bias")),
-            _words("norm", "gamma", "fourier_w"),
-        ),
-    ),
+    Recipe("dinov3", NAMES, (_ends_in_bias, _words("norm", "gamma", "fourier_w"))),
     # Exempts vectors, scalars and what modules of the model list. These are names of
     # `no_weight_decay()`, globs of `no_weight_decay_patterns()`, and
     # `no_weight_decay_keywords()` as ends of names. `make_wd_exclude` and
     # `collect_no_weight_decay` in src/open_clip_train/optim.py.
-    Recipe("open_clip", ALL, (AT_MOST_1D,), _of_any_module),
+    Recipe("open_clip", ALL, (_at_most_1d,), _of_any_module),
     # Exempts vectors, scalars and names with bn, ln, bias or logit_scale.
     # `main` in src/open_clip_train/main.py, version 3.3.0.
-    Recipe(
-        "open_clip_2025",
-        NAMES | SHAPES,
-        (BELOW_2D, _words("bn", "ln", "bias", "logit_scale")),
-    ),
+    Recipe("open_clip_2025", NAMES | SHAPES, (_below_2d, _open_clip)),
     # Exempts vectors and scalars; embeddings decay.
     # `GPT.configure_optimizers` in nanoGPT's model.py.
-    Recipe("nanogpt", SHAPES, (BELOW_2D,)),
+    Recipe("nanogpt", SHAPES, (_below_2d,)),
     # Decays weights of `Linear`; exempts biases, layer norms and embeddings.
     # `GPT.configure_optimizers` in mingpt/model.py.
     Recipe("mingpt", NAMES | MODULES, (_mingpt,)),
     # Exempts vectors and `*.bias`; embeddings and scalars decay.
     # `get_standard_config_overrides` in megatron/core/optimizer/__init__.py, without
     # `apply_wd_to_qk_layernorm`.
-    Recipe("megatron", NAMES | SHAPES, (VECTOR, DOT_BIAS)),
+    Recipe("megatron", NAMES | SHAPES, (_vector, _dot_bias)),
     # Exempts seven norm classes, `bias`, and parameters marked `_no_weight_decay`.
     # `get_params_for_weight_decay_optimization` in megatron/model/utils.py of GPT-NeoX.
     Recipe("gptneox", NAMES | MODULES, (_gptneox,)),
@@ -541,11 +520,7 @@ _RECIPES = (
     # Exempts the embedding; norms and biases decay.
     # `OptimGroupOverride(params=["embeddings.weight"], ...)` in
     # src/scripts/train/OLMo2 and OLMo3 of OLMo-core.
-    Recipe(
-        "olmo",
-        NAMES,
-        (_when("embeddings.weight", lambda i: i.name == "embeddings.weight"),),
-    ),
+    Recipe("olmo", NAMES, (_olmo,)),
     # Exempts the embedding, also where it is the output layer; norms and biases decay.
     # `weight_decay_exclude_named_params` in text/pretraining/smollm3/stage1_8T.yaml of
     # smollm, read by `get_custom_weight_decay_for_named_parameters` in
@@ -554,11 +529,7 @@ _RECIPES = (
     # Exempts vectors and `*.bias`, except norms of queries and keys.
     # `get_standard_config_overrides` in megatron/core/optimizer/__init__.py with
     # `apply_wd_to_qk_layernorm`, called there the way of Qwen3-Next.
-    Recipe(
-        "qwen3_next",
-        NAMES | SHAPES,
-        (lambda i: None if QUERY_OR_KEY(i) else VECTOR(i) or DOT_BIAS(i),),
-    ),
+    Recipe("qwen3_next", NAMES | SHAPES, (_qwen3_next,)),
     # Exempts nothing. `weight_decay` of both optimizers in
     # torchtitan/models/kimi_k2_7/config_registry.py.
     Recipe("kimi", frozenset(), ()),
