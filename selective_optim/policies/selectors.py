@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain
 from numbers import Real
 from typing import Any, Literal
@@ -102,12 +102,20 @@ class LostCallable:
 
 @dataclass(frozen=True, repr=False)
 class Callback:
-    """A function of the user's: it prints as its name, and need not pickle."""
+    """A function of the user's: it prints as its name or line, and need not pickle."""
 
     function: Callable[[ParameterInfo], Any]
 
     def __repr__(self) -> str:
-        return callable_text(self.function)
+        function: Any = self.function
+        if not hasattr(function, "__qualname__"):
+            return repr(function)
+        name: str = function.__qualname__.rpartition("<locals>.")[2]
+        code = getattr(function, "__code__", None)
+        if name != "<lambda>" or code is None:
+            return name
+        file = code.co_filename.rpartition("/")[2]
+        return f"<lambda at {file}:{code.co_firstlineno}>"
 
     def __deepcopy__(self, memo: object) -> Callback:
         return self  # frozen, and functions are not copied
@@ -120,17 +128,6 @@ class Callback:
             # Decisions are pickled with their optimizer: only a new parameter asks it.
             return type(self), (LostCallable(repr(self)),)
         return type(self), (self.function,)
-
-
-def callable_text(function: Callable[..., Any]) -> str:
-    """Print a callable by its name; a lambda also by the line that made it."""
-    if isinstance(function, partial) or not hasattr(function, "__qualname__"):
-        return repr(function)
-    name = function.__qualname__.rpartition("<locals>.")[2]
-    code = getattr(function, "__code__", None)
-    if name != "<lambda>" or code is None:
-        return name
-    return f"<lambda at {code.co_filename.rpartition('/')[2]}:{code.co_firstlineno}>"
 
 
 def _subclasses(cls: type[nn.Module]) -> Iterator[type[nn.Module]]:
