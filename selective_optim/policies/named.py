@@ -373,20 +373,16 @@ class Reader:
     def _selector(self, node: ast.expr) -> Selector:
         return self._called(node, as_selector, self._value(node))
 
-    def _named_selector(self, node: ast.expr, name: str) -> Selector:
+    def _named_selector(self, node: ast.expr, name: str) -> object:
         if name in PREDICATES:
             return PREDICATES[name]
-        try:
-            cls = loaded_class(name)
-        except ValueError as error:
-            raise self._wrong(node, str(error), "") from None
-        if cls is None:
-            told = f"{name} is no selector, and no module class that is loaded."
-            layers = [f"nn.{layer}" for layer in dir(nn)] if "nn." in name else []
-            known = [*PREDICATES, *layers]
-            meant = closest(name, known, "Did you mean {}? Else import") or "Import"
-            raise self._wrong(node, told, f"{meant} the module of the class.")
-        return as_selector(cls)
+        if (cls := self._called(node, loaded_class, name)) is not None:
+            return cls
+        layers = [f"nn.{layer}" for layer in dir(nn)] if "nn." in name else []
+        told = f"{name} is no selector, and no module class that is loaded."
+        known = [*PREDICATES, *layers]
+        meant = closest(name, known, "Did you mean {}? Else import") or "Import"
+        raise self._wrong(node, told, f"{meant} the module of the class.")
 
     def _pattern(self, node: ast.Call) -> re.Pattern[str]:
         given = [*node.args, *(keyword.value for keyword in node.keywords)]

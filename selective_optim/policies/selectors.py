@@ -430,21 +430,20 @@ def either(selector: str) -> str:
 
 
 def _not_joined(left: object, sign: str, right: object) -> str:
-    what = "policies multiply with policies" if sign == "*" else "policies are joined"
-    shown = f"{what}, not {received(left)} {sign} {received(right)}"
     policy, other = (left, right) if isinstance(left, Policy) else (right, left)
+    meant = "as_policy(...)"
+    if isinstance(other, Policy):
+        told = f"policies are joined with `*`, not with `{sign}`"
+        return f"{told}. Write {left!r} * {right!r}."
     if isinstance(other, Real):
-        way_out = f"{policy!r} * scale(everything, by={other})"
-    elif isinstance(other, Policy):
-        shown = f"policies are joined with `*`, not with `{sign}`"
-        way_out = f"{left!r} * {right!r}"
+        meant = f"scale(everything, by={other})"
     elif isinstance(other, str):
-        way_out = f"{policy!r} * named({other!r})"
+        meant = f"named({other!r})"
     elif isinstance(other, Selector):
-        way_out = f"{policy!r} * {either(repr(other))}"
-    else:
-        way_out = f"{policy!r} * as_policy(...)"
-    return f"{shown}. Write {way_out}."
+        meant = either(repr(other))
+    told = "policies multiply with policies" if sign == "*" else "policies are joined"
+    shown = f"{received(left)} {sign} {received(right)}"
+    return f"{told}, not {shown}. Write {policy!r} * {meant}."
 
 
 @dataclass(frozen=True, repr=False)
