@@ -111,10 +111,16 @@ def named(name: str) -> Policy:
         name: Name of the policy, such as ``"no_bias_norm"`` or ``"timm"``.
 
     Raises:
+        TypeError: ``name`` is not a string.
         ValueError: No policy has that name; the message lists the known ones.
     """
     if name in NAMED:
         return NAMED[name]
+    if not isinstance(name, str):
+        raise TypeError(
+            f"`named` takes the name of a policy, not {received(name)}. "
+            f'Write for example named("no_bias_norm").'
+        )
     layer = name.removeprefix("nn.")
     torchs = isinstance(getattr(nn, layer, None), type)
     if torchs or GLOB_OR_PATH.search(name):
@@ -262,8 +268,6 @@ def _typed(item: object) -> str:
 
 TYPE_THIS = "Write for example exclude('*.bias', is_norm) * layerwise(0.75)."
 WIDTH = 76  # of a text that a message shows; more is cut around the place
-
-
 T = TypeVar("T")
 
 
@@ -347,8 +351,9 @@ class Reader:
         match node:
             case ast.Constant(str() | int() | float() | None as value):
                 return value
-            case ast.UnaryOp(ast.USub(), ast.Constant(int() | float() as value)):
-                return -value
+            case ast.UnaryOp(ast.USub(), part):
+                if isinstance(value := self._value(part), int | float):
+                    return -value
             case ast.UnaryOp(ast.Invert(), part):
                 return ~self._selector(part)
             case ast.BinOp(left, ast.BitOr(), right):
@@ -373,11 +378,11 @@ class Reader:
     def _selector(self, node: ast.expr) -> Selector:
         return self._called(node, as_selector, self._value(node))
 
-    def _named_selector(self, node: ast.expr, name: str) -> object:
+    def _named_selector(self, node: ast.expr, name: str) -> Selector:
         if name in PREDICATES:
             return PREDICATES[name]
         if (cls := self._called(node, loaded_class, name)) is not None:
-            return cls
+            return as_selector(cls)
         layers = [f"nn.{layer}" for layer in dir(nn)] if "nn." in name else []
         told = f"{name} is no selector, and no module class that is loaded."
         known = [*PREDICATES, *layers]
