@@ -27,7 +27,8 @@ from selective_optim.parameters import (
     wanted,
 )
 from selective_optim.policies.decide import NO_POLICY, decide
-from selective_optim.policies.predicates import is_bias, kind_of
+from selective_optim.policies.predicates import is_bias
+from selective_optim.policies.recognition import kind_of
 
 Group = dict[str, Any]
 # Columns of numbers stand to the right.
@@ -470,7 +471,7 @@ def left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
     known = {id(info.parameter) for info in index.everyone()}
     strange = {shape for key, shape in held.items() if key not in known}
     missing: dict[int, ParameterInfo] = {}
-    for module in index.modules(found=False):
+    for module in index.given:
         trained = [i for i in index_of(module).everyone() if i.parameter.requires_grad]
         out = {id(i.parameter): i for i in trained if id(i.parameter) not in held}
         shapes = {shape_now(info.parameter) for info in out.values()}

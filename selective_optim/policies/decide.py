@@ -18,11 +18,10 @@ from selective_optim._warnings import warn
 from selective_optim.decay import FULL, REMEDY, Answer, Decision
 from selective_optim.parameters import ParameterInfo, owner_kinds, shape_now
 from selective_optim.policies.base import AnswerError, Policy
-from selective_optim.policies.predicates import UnsureError, is_norm
 from selective_optim.policies.recognition import (
     WORDS,
     kind_known,
-    kinds_known,
+    kind_of,
     says_norm,
     says_nothing,
 )
@@ -32,6 +31,7 @@ from selective_optim.policies.selectors import (
     NamePattern,
     Selector,
     UnknownError,
+    UnsureError,
     class_text,
     lacking,
 )
@@ -51,10 +51,9 @@ def decide(
 ) -> list[Decision]:
     """Ask the policy about every parameter; raise with its name where that fails."""
     places = places or range(len(infos))  # in the group, for messages
-    by_kind = policy is not None and not KINDS.isdisjoint(policy.needs)
-    doubts = by_kind and not kinds_known(infos)
     if policy is not None:
-        _require_knowledge(policy, infos, places, doubts)
+        _require_knowledge(policy, infos, places)
+    by_kind = policy is not None and not KINDS.isdisjoint(policy.needs)
     decisions = []
     for info, place, lr0 in zip(infos, places, lr0s):
         try:
@@ -65,7 +64,7 @@ def decide(
         shape = shape_now(info.parameter) if info.shape is None else info.shape
         known = (info.name, shape, owner_kinds(info), info.own_name, lr0)
         reason = answer.reason
-        if doubts and info.owner is not None and not kind_known(info):
+        if by_kind and info.owner is not None and not kind_known(info):
             reason += " (kind unknown)"
         decisions.append(Decision(answer.decay.settled, reason, *known))
     return decisions
@@ -95,12 +94,10 @@ def _explained(
 
 
 def _require_knowledge(
-    policy: Policy,
-    infos: Sequence[ParameterInfo],
-    places: Sequence[int],
-    doubts: bool,
+    policy: Policy, infos: Sequence[ParameterInfo], places: Sequence[int]
 ) -> None:
     needs = policy.needs
+    by_kind = not KINDS.isdisjoint(needs)
     for info, place in zip(infos, places):
         if info.shape is None and _torch.is_flat_parameter(info.parameter):
             raise ValueError(
@@ -112,7 +109,7 @@ def _require_knowledge(
                 f"`wd_policy` {policy!r} needs the shape of {info.describe(place)}, "
                 f"which is {_lost(info)}"
             )
-        nothing = doubts and info.owner is not None and says_nothing(info)
+        nothing = by_kind and info.owner is not None and says_nothing(info)
         if wanted := lacking(needs, info) or "module types" * nothing:
             known = "the name" if info.name else "the tensor"
             if info.owner is not None:
@@ -182,7 +179,7 @@ def _warn_of_class(
             continue
         if _decays(policy_here, info):
             other = class_text(type(info.owner))
-            instead = "is_norm" if is_norm.matches(info) else other
+            instead = "is_norm" if kind_of(info) == "norm" else other
             warn(
                 f"{selector!r} in `wd_policy` matches none of {len(infos)} parameters, "
                 f"and {info.name!r}, held by {other}, decays. Write wd_policy="
@@ -197,7 +194,7 @@ def _meant(cls: type[nn.Module], info: ParameterInfo) -> bool:
     words = set(WORDS.findall(cls.__name__))
     others = WORDS.findall(type(info.owner).__name__)
     norm: Any = cls  # mypy holds that classes of modules have no hash
-    return is_norm.matches(info) if says_norm(norm) else words <= {*others}
+    return kind_of(info) == "norm" if says_norm(norm) else words <= {*others}
 
 
 def _decays(policy: Policy, info: ParameterInfo) -> bool:

@@ -37,6 +37,7 @@ from selective_optim.policies.selectors import (
     Selector,
     StrictInfo,
     UnknownError,
+    UnsureError,
 )
 
 ACCESSORS = ("get_output_embeddings", "get_classifier")
@@ -47,13 +48,6 @@ TELLING = re.compile(
 # Names of the last of several layers in a head.
 LAST = re.compile(TELLING.pattern + r"|out_proj$|decoder$|dense_out$")
 NUMBERED = re.compile(r".*\d$")
-
-
-class UnsureError(ValueError):
-    """A selector asks for the output layer, and it is not known: text, likeliest."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 @dataclass
@@ -220,8 +214,8 @@ class Predicate(Selector):
     """A ready-made selector that pickles and prints as its name."""
 
     name: str
-    # Tells how it was recognized; empty where that is plain to see, None if it is not.
-    question: Callable[[ParameterInfo], str | bool | None]
+    # Tells by a text how it was recognized, where that is not plain to see.
+    question: Callable[[ParameterInfo], str | bool]
     needs: frozenset[Need] = frozenset()
 
     def __repr__(self) -> str:
@@ -229,7 +223,7 @@ class Predicate(Selector):
 
     def told(self, info: ParameterInfo) -> str:
         found = map(self.question, telling_places(info))
-        how = next((each for each in found if each and each is not True), None)
+        how = next((each for each in found if isinstance(each, str)), None)
         return f"{self.name}: {how}" if how else self.name
 
     def __reduce__(self) -> str:
@@ -254,7 +248,7 @@ class Predicate(Selector):
         return any(map(self.at, telling_places(info)))
 
     def at(self, place: ParameterInfo) -> bool:
-        return self.question(place) not in (None, False)
+        return bool(self.question(place))
 
 
 # A bias is added to what its module computes, whatever its shape.
@@ -283,12 +277,3 @@ is_matrix = Predicate("is_matrix", lambda p: p.ndim == 2 and layer_weight(p), KN
 # Of no shape, as of a lazy parameter, nothing is known.
 is_vector = Predicate("is_vector", lambda place: place.ndim in (0, 1), SHAPES)
 everything = Predicate("everything", lambda place: True)
-
-# What a parameter is; the first that matches says so, so a norm's bias is a norm's.
-PREDICATES = (is_norm, is_bias, is_embedding, is_vector)
-
-
-def kind_of(info: ParameterInfo) -> str:
-    """Say what a parameter is: norm, bias, embedding, vector or weight."""
-    found = next((kind.name for kind in PREDICATES if kind.matches(info)), "weight")
-    return found.removeprefix("is_")

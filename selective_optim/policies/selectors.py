@@ -54,6 +54,13 @@ class UnknownError(Exception):
     """A callable read a field that is not known of the parameter."""
 
 
+class UnsureError(ValueError):
+    """A selector asks for the output layer, and it is not known: text, likeliest."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 def _known(field: str) -> Any:
     def read(info: ParameterInfo) -> Any:
         value = vars(info)[field]
