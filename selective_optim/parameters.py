@@ -19,10 +19,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -117,12 +113,6 @@ def wanted(
     return Wanted(params, [group] * len(params), shapes, known)
 
 
-def together(asked: Iterable[Wanted]) -> Wanted:
-    """Join what is asked about several groups."""
-    columns = zip(Wanted((), (), (), ()), *asked)
-    return Wanted(*[list(chain(*column)) for column in columns])
-
-
 def owner_kinds(info: ParameterInfo) -> tuple[str, ...]:
     """Name the class of the module that holds a parameter, and that class's bases."""
     if info.owner is None:
@@ -202,8 +192,8 @@ def clear_at_registration(clear: Callable[[], None]) -> None:
     weights are tied, would not.
     """
     # Not at import: torch calls these at every registration in the process.
-    register_module_parameter_registration_hook(lambda *_: clear())
-    register_module_module_registration_hook(lambda *_: clear())
+    nn.modules.module.register_module_parameter_registration_hook(lambda *_: clear())
+    nn.modules.module.register_module_module_registration_hook(lambda *_: clear())
 
 
 def index_of(module: nn.Module) -> ModuleIndex:
@@ -407,12 +397,14 @@ class ModelIndex:
             return list({id(param): param for param in params}.values())
         return params
 
-    def infos(self, asked: Wanted) -> list[ParameterInfo]:
-        """Describe parameters, each as well as it is known.
+    def infos(self, *groups: Wanted) -> list[ParameterInfo]:
+        """Describe the parameters of groups, each as well as it is known.
 
         Names serve where no module holds them.
         """
         # One pass per module over all parameters: an optimizer may have 1,000 groups.
+        columns = zip(Wanted((), (), (), ()), *groups)
+        asked = Wanted(*[list(chain(*column)) for column in columns])
         found: list[ParameterInfo | None] = [None] * len(asked.params)
         for module in self.modules():
             here = index_of(module).infos(asked)

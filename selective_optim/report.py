@@ -23,7 +23,6 @@ from selective_optim.parameters import (
     ParameterInfo,
     index_of,
     shape_now,
-    together,
     wanted,
 )
 from selective_optim.policies.decide import NO_POLICY, decide
@@ -383,7 +382,7 @@ def make_report(
         asked.append(wanted(group["params"], names, number))
         places += [(number, group, known) for known in own]
     rows = []
-    for info, (number, group, known) in zip(index.infos(together(asked)), places):
+    for info, (number, group, known) in zip(index.infos(*asked), places):
         kind = kind_of(info)
         role = "norm's bias" if kind == "norm" and is_bias.matches(info) else kind
         decision = known or decide(None, [info])[0]._replace(reason=kind)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import reduce
 from itertools import chain, compress, islice, pairwise, repeat
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -32,7 +32,6 @@ from selective_optim.parameters import (
     clear_at_registration,
     index_of,
     living,
-    together,
     wanted,
 )
 from selective_optim.policies.base import Policy
@@ -53,14 +52,9 @@ class Pending(NamedTuple):
 
 
 def describe(index: ModelIndex, coming: Sequence[Pending]) -> list[list[ParameterInfo]]:
-    """Describe the parameters of all groups in one go.
-
-    Args:
-        index: What is known of the model; learns which living modules were found.
-        coming: The groups.
-    """
-    asked = together(wanted(each.params, each.names, each.group) for each in coming)
-    infos = index.infos(asked)
+    """Describe the parameters of all groups; the index learns which modules live."""
+    asked = (wanted(each.params, each.names, each.group) for each in coming)
+    infos = index.infos(*asked)
     needs: list[frozenset[Need]] = []
     for each in coming:
         own = each.policy.needs if each.policy else frozenset[Need]()
@@ -68,7 +62,7 @@ def describe(index: ModelIndex, coming: Sequence[Pending]) -> list[list[Paramete
     gaps = [i for i, pair in enumerate(zip(needs, infos)) if _lacks(*pair)]
     # With `model=` a tensor of another model is a mistake.
     if gaps and not index.explicit:
-        _search(index, asked, infos, gaps)
+        _search(index, infos, gaps)
     rest = iter(infos)
     return [list(islice(rest, len(each.params))) for each in coming]
 
@@ -83,12 +77,10 @@ def _lacks(needs: frozenset[Need], info: ParameterInfo) -> bool:
     return bool(lacking(needs, info)) or (by_kind and not kind_known(info))
 
 
-def _search(
-    index: ModelIndex, asked: Wanted, infos: list[ParameterInfo], gaps: Sequence[int]
-) -> None:
+def _search(index: ModelIndex, infos: list[ParameterInfo], gaps: Sequence[int]) -> None:
     """Fill in from living modules what policies need and nothing else gives."""
-    columns: list[list[Any]] = [[column[i] for i in gaps] for column in asked]
-    asked = Wanted(*columns)
+    known = [(infos[i].parameter, infos[i].group, infos[i].shape, None) for i in gaps]
+    asked = Wanted(*zip(*known))
     roots = outermost_owners(asked.params)
     told = [index_of(root).infos(asked) for root in roots]
     used = set[int]()
@@ -173,13 +165,9 @@ def _held_by(module: nn.Module) -> Iterable[object]:
 
 
 def correspond(infos: Infos, old: Sequence[Decision], policy: Policy | None) -> bool:
-    """Tell whether new tensors are, one to one, other forms of those before them.
+    """Tell whether new tensors are, one to one, other forms of those decided before.
 
-    Args:
-        infos: What is known of the new tensors.
-        old: What was decided for the old ones.
-        policy: The one that decided. Resized parameters inherit only if it could not
-            decide for them anew.
+    Resized parameters are only if the policy could not decide for them anew.
     """
     if len(infos) != len(old) or any(info.owner is not None for info in infos):
         return False
@@ -209,11 +197,7 @@ def _another_form(infos: Infos, old: Sequence[Decision]) -> bool:
 def refuse_flattened(
     infos: Infos, old: Sequence[Decision], policy: Policy | None
 ) -> None:
-    """Check that tensors in the places of others are not those in another form.
-
-    Raises:
-        ValueError: They are, and so many that no decision belongs to each.
-    """
+    """Check that tensors in the places of others are not those, joined or stacked."""
     known = any(info.owner is not None or info.name for info in infos)
     if policy is None or not policy.needs or not old or known:
         return
@@ -244,9 +228,7 @@ def require_members(
 ) -> None:
     """Check that every parameter lives in ``model=``, if that was given.
 
-    Raises:
-        ValueError: One does not, or all are stacks of those that do; the message gives
-            its shape and position.
+    Stacks of all that live in a module are refused whether it was given or not.
     """
     groups = list(groups)
     alone = all(info.owner is None for infos, _ in groups for info in infos)

@@ -37,9 +37,6 @@ from selective_optim.policies.selectors import (
 )
 
 NO_POLICY = "no policy"
-MATRICES = (
-    ', or use wd_policy="matrices", which decays whatever has two or more dimensions'
-)
 SHOWN = 3  # names that a message gives
 
 
@@ -51,11 +48,14 @@ def decide(
 ) -> list[Decision]:
     """Ask the policy about every parameter; raise with its name where that fails."""
     places = places or range(len(infos))  # in the group, for messages
-    if policy is not None:
-        _require_knowledge(policy, infos, places)
     by_kind = policy is not None and not KINDS.isdisjoint(policy.needs)
+    unsure = [
+        by_kind and info.owner is not None and not kind_known(info) for info in infos
+    ]
+    if policy is not None:
+        _require_knowledge(policy, infos, places, unsure)
     decisions = []
-    for info, place, lr0 in zip(infos, places, lr0s):
+    for info, place, lr0, doubtful in zip(infos, places, lr0s, unsure):
         try:
             answer = policy.decide(info) if policy else Answer(FULL, NO_POLICY)
         # If a user's callable raises, the message names the parameter.
@@ -63,9 +63,7 @@ def decide(
             raise _explained(error, policy, info.describe(place), info) from error
         shape = shape_now(info.parameter) if info.shape is None else info.shape
         known = (info.name, shape, owner_kinds(info), info.own_name, lr0)
-        reason = answer.reason
-        if by_kind and info.owner is not None and not kind_known(info):
-            reason += " (kind unknown)"
+        reason = answer.reason + " (kind unknown)" * doubtful
         decisions.append(Decision(answer.decay.settled, reason, *known))
     return decisions
 
@@ -94,11 +92,13 @@ def _explained(
 
 
 def _require_knowledge(
-    policy: Policy, infos: Sequence[ParameterInfo], places: Sequence[int]
+    policy: Policy,
+    infos: Sequence[ParameterInfo],
+    places: Sequence[int],
+    unsure: Sequence[bool],
 ) -> None:
     needs = policy.needs
-    by_kind = not KINDS.isdisjoint(needs)
-    for info, place in zip(infos, places):
+    for info, place, doubtful in zip(infos, places, unsure):
         if info.shape is None and _torch.is_flat_parameter(info.parameter):
             raise ValueError(
                 f"{info.describe(place)} is FSDP's flat parameter, of which no single "
@@ -109,7 +109,7 @@ def _require_knowledge(
                 f"`wd_policy` {policy!r} needs the shape of {info.describe(place)}, "
                 f"which is {_lost(info)}"
             )
-        nothing = by_kind and info.owner is not None and says_nothing(info)
+        nothing = doubtful and says_nothing(info)
         if wanted := lacking(needs, info) or "module types" * nothing:
             known = "the name" if info.name else "the tensor"
             if info.owner is not None:
@@ -124,9 +124,11 @@ def _ways_out(policy: Policy | None, infos: Sequence[ParameterInfo]) -> str:
     # Of other policies "matrices" would change what was asked for, and of vectors
     # alone, as engines flatten them, it would decay nothing.
     matrices = any(info.ndim is not None and info.ndim > 1 for info in infos)
+    other = ', or use wd_policy="matrices", which decays whatever has two or more '
+    other += "dimensions"
     plain = matrices and repr(policy) == "exclude(is_bias, is_norm)"
     return (
-        f"Pass model=model or model.named_parameters(){MATRICES if plain else ''}; "
+        f"Pass model=model or model.named_parameters(){other * plain}; "
         f"where a framework makes the optimizer, write with "
         f"selective_optim.deciding_for(model): around it."
     )

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 from torch import nn
 
@@ -50,15 +51,12 @@ LAST = re.compile(TELLING.pattern + r"|out_proj$|decoder$|dense_out$")
 NUMBERED = re.compile(r".*\d$")
 
 
-@dataclass
-class Outputs:
+class Outputs(NamedTuple):
     """The output layers of a model by the names of their weights."""
 
-    model: str
     names: tuple[str, ...]  # all candidates; where `sure`, the outputs and no others
-    sure: bool = True
-    told: bool = False  # whether a warning has named the candidates
-    visible: frozenset[str] = frozenset()  # all names of what is not hidden
+    sure: bool
+    visible: frozenset[str]  # all names of what is not hidden
 
 
 def is_weight(place: ParameterInfo) -> bool:
@@ -70,12 +68,12 @@ def is_weight(place: ParameterInfo) -> bool:
 
 def is_output_of(place: ParameterInfo) -> bool:
     """Tell whether a parameter belongs to the output layer; raises UnsureError."""
-    outputs = _outputs(place.path[0])
-    if not outputs.sure:
-        told = f"of {outputs.model} it is not sure which layer is the output"
-        names = ", ".join(map(repr, outputs.names))
-        raise UnsureError(f"{told}; candidates are {names}", outputs.names[-1])
-    layers = {name.rpartition(".")[0] for name in outputs.names}
+    names, sure, _ = _outputs(place.path[0])
+    if not sure:
+        told = f"of {type(place.path[0]).__name__} it is not sure which layer is the "
+        told += f"output; candidates are {', '.join(map(repr, names))}"
+        raise UnsureError(told, names[-1])
+    layers = {name.rpartition(".")[0] for name in names}
     return (place.name or "").rpartition(".")[0] in layers
 
 
@@ -89,56 +87,59 @@ def is_hidden(place: ParameterInfo) -> bool:
     """Tell whether a weight is no candidate for the output; warns of several once."""
     if not is_weight(place):
         return False
-    outputs = _outputs(place.path[0])
-    if not (outputs.sure or outputs.told):
-        outputs.told = True
-        verb = "count" if outputs.names[1:] else "counts"
-        warn(
-            f"it is not certain which layer of {outputs.model} is its output, so "
-            f"{', '.join(map(repr, outputs.names))} {verb} not as hidden. Select by "
-            f"name what is, as in is_hidden_matrix | {outputs.names[-1]!r}, or pass "
-            f"Muon output={outputs.names[-1]!r}."
+    root = place.path[0]
+    names, sure, visible = _outputs(root)
+    if not sure:
+        told = (
+            f"it is not certain which layer of {type(root).__name__} is its output, so "
+            f"{', '.join(map(repr, names))} {'count' if names[1:] else 'counts'} not "
+            f"as hidden. Select by name what is, as in "
+            f"is_hidden_matrix | {names[-1]!r}, or pass Muon output={names[-1]!r}."
         )
-    return place.name not in outputs.visible
+        index_of(root).remember("told", lambda: warn(told))
+    return place.name not in visible
 
 
 def _outputs(root: nn.Module) -> Outputs:
-    def ask() -> Outputs:
-        weights = [
-            i for i in index_of(root).everyone() if any(map(is_weight, i.places))
-        ]
-        found = _find(root, weights)
+    def look() -> Outputs:
+        everyone = index_of(root).everyone()
+        weights = [info for info in everyone if any(map(is_weight, info.places))]
+        names, sure = _find(root, weights)
         # A tie is one with an embedding, wherever it is met first; and what is called
         # an output may be that of a part, of which no accessor tells.
         visible = [
             info.names
             for info in weights
             if not all(map(is_weight, info.places))
-            or not set(found.names).isdisjoint(info.names)
+            or not set(names).isdisjoint(info.names)
             or any(_head(place) is not None for place in info.places)
         ]
-        return replace(found, visible=frozenset(chain(*visible)))
+        return Outputs(names, sure, frozenset(chain(*visible)))
 
-    return index_of(root).remember("outputs", ask)
+    return index_of(root).remember("outputs", look)
 
 
-def _find(root: nn.Module, weights: list[ParameterInfo]) -> Outputs:
-    model = type(root).__name__
+def _find(
+    root: nn.Module, weights: list[ParameterInfo]
+) -> tuple[tuple[str, ...], bool]:
+    """Name the candidates for the output, and tell whether they are it."""
     for _, module in whole(root):
         found = _said(module, weights)
         if found is not None:
-            return Outputs(model, found)
-    embedded = (
-        i for i in weights for p in i.places if isinstance(p.owner, nn.Embedding)
-    )
-    names = tuple(name for info in embedded for name in info.names)
-    if names or not weights:
-        return Outputs(model, names)
+            return found, True
+    embedded = [
+        name
+        for info in weights
+        if any(isinstance(place.owner, nn.Embedding) for place in info.places)
+        for name in info.names
+    ]
+    if embedded or not weights:
+        return tuple(embedded), True
     last = weights[-1]
     candidates = [i for i in weights if i is last or _head(i) is not None]
     names = tuple(str(info.name) for info in candidates)
     sure = _head(last) is not None and _agree(candidates, last)
-    return Outputs(model, names[-1:] if sure else names, sure)
+    return names[-1:] if sure else names, sure
 
 
 def whole(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

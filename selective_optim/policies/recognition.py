@@ -160,9 +160,10 @@ def holder(place: ParameterInfo) -> tuple[nn.Module | None, str]:
 
 
 @lru_cache(4096)
-def _class_tells(cls: Any) -> bool:
-    """Tell whether a class says by its name or its methods what its parameters are."""
-    if issubclass(cls, (*LISTS, Mapping)):  # tensordict's are mappings
+def _tells(cls: Any, leaf: str | None) -> bool:
+    """Tell whether a class says by its name or methods what its parameter is."""
+    # Those of tensordict are mappings; "fc1__weight" was a part of another module.
+    if issubclass(cls, (*LISTS, Mapping)) or "__" in (leaf or "").strip("_"):
         return False
     words = {word.lower() for word in WORDS.findall(cls.__name__)}
     if says_norm(cls) or not LAYERS.isdisjoint(words):
@@ -173,16 +174,13 @@ def _class_tells(cls: Any) -> bool:
 
 
 def _owner_tells(place: ParameterInfo) -> bool:
-    """Tell whether the module that holds a parameter says what it is."""
-    # One that is called "fc1__weight" was a part of another module.
-    mangled = "__" in (place.leaf or "").strip("_")
-    return _class_tells(_kind(place.owner)) and not mangled
+    return _tells(_kind(place.owner), place.leaf)
 
 
 def _list_tells(place: ParameterInfo) -> bool:
     """Tell whether the list that holds a parameter is called after what it holds."""
     module, _ = holder(place)
-    if module is None or module is place.owner or not _class_tells(_kind(module)):
+    if module is None or module is place.owner or not _tells(_kind(module), ""):
         return False
     listed = replace(place, leaf="")  # a key in it is a name of other code
     return any(asks(listed) for asks in (bias_part, embedding_part, norm_part))
@@ -199,8 +197,9 @@ def telling_places(info: ParameterInfo) -> Sequence[ParameterInfo]:
 
 def kind_known(info: ParameterInfo) -> bool:
     """Tell whether any module that holds a parameter says what it is."""
-    places = info.places
-    return any(map(_owner_tells, places)) or any(map(_list_tells, places))
+    if _owner_tells(info) or any(map(_owner_tells, info.elsewhere)):
+        return True
+    return any(map(_list_tells, info.places))
 
 
 def says_nothing(info: ParameterInfo) -> bool:
@@ -208,10 +207,10 @@ def says_nothing(info: ParameterInfo) -> bool:
 
     So it is of containers, of holders, and of a program that was exported.
     """
+    if kind_known(info):
+        return False
     index = index_of(info.path[0])
-    return not kind_known(info) and not index.remember(
-        "tells", lambda: any(map(kind_known, index.everyone()))
-    )
+    return not index.remember("tells", lambda: any(map(kind_known, index.everyone())))
 
 
 @cache
