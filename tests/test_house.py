@@ -26,8 +26,7 @@ FILES = {
 # From the ground up; a room imports from lower floors, and from its own wing.
 FLOORS = [
     ("_torch", "_text", "decay"),
-    ("_living_modules", "_warnings"),
-    ("parameters", "step", "schedules"),
+    ("parameters", "_warnings", "step", "schedules"),
     ("fused", "policies"),
     ("decisions",),
     ("_state_entries", "report"),

@@ -21,11 +21,6 @@ from selective_optim._warnings import (
     warn_of_unsteady_policy,
 )
 from selective_optim.decay import FULL, INIT, Decision
-from selective_optim.decisions.copies import (
-    correspond,
-    refuse_flattened,
-    require_members,
-)
 from selective_optim.decisions.initial_values import (
     base_rate,
     beside,
@@ -33,7 +28,13 @@ from selective_optim.decisions.initial_values import (
     is_rate,
     require_rates,
 )
-from selective_optim.decisions.knowledge import Pending, describe
+from selective_optim.decisions.knowledge import (
+    Pending,
+    correspond,
+    describe,
+    refuse_flattened,
+    require_members,
+)
 from selective_optim.decisions.table import (
     DecisionTable,
     Group,

@@ -58,6 +58,13 @@ class AnswerError(Exception):
     """A callable policy returned no decay: the value, kind of error, broken rule."""
 
 
+class UnsureError(ValueError):
+    """A selector asks for the output layer, and it is not known: text, likeliest."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class StrictInfo(ParameterInfo):
     """The same knowledge; reading what is not there raises instead of ``None``."""
 
