@@ -31,8 +31,6 @@ from selective_optim.report import form_of_class
 from selective_optim.step import refusals
 from selective_optim.step.class_step import ClassStep, View
 from selective_optim.step.lasting_parts import (
-    WD,
-    Group,
     Split,
     chosen_form,
     flag_of,
@@ -42,6 +40,7 @@ from selective_optim.step.lasting_parts import (
     split_again,
     split_group,
 )
+from selective_optim.step.setting import WD, Group
 
 OptimizerClass = type[torch.optim.Optimizer]
 # Methods of schedule-free optimizers, which read and write their groups.

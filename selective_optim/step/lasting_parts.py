@@ -14,17 +14,21 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim.decay import FORMS, FULL_KEY, DecayKey, Decision, Form
 from selective_optim.step.class_step import View
-from selective_optim.step.setting import Share, share
-
-Group = dict[str, Any]
-WD = "weight_decay"
-PER_PARAM = ("params", "param_names")  # what a group lists per parameter
+from selective_optim.step.setting import (
+    PER_PARAM,
+    WD,
+    Group,
+    Share,
+    alike,
+    pick,
+    same,
+    share,
+)
 
 # Keys by which classes let a group choose its form: of torch, timm, Prodigy and
 # D-Adaptation, pytorch_optimizer, optimi. True is decoupled.
@@ -36,7 +40,6 @@ FLAGS = (
 DECAY_KEYS = (WD, *FLAGS)
 # Not written from a group into its parts, nor back, as they stand.
 NOT_SHARED = (*PER_PARAM, *DECAY_KEYS)
-PLAIN = (int, float, bool, str)
 _ABSENT = object()
 
 
@@ -56,28 +59,6 @@ def share_of(group: Group, decay_key: DecayKey, form: Form | None) -> Share:
     if chosen := chosen_form(group):
         return share(group, decay_key, chosen, ("l2", "decoupled"))
     return share(group, decay_key, form, (form,) if form else ())
-
-
-def same(a: object, b: object) -> bool:
-    """Tell whether two values are one object or, if plain, equal.
-
-    Tensors are not compared: that would wait for their device.
-    """
-    if a is b:
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    # Not `==` for all: arrays and objects of the user may return anything.
-    return type(a) in PLAIN and (a == b or (a != a and b != b))  # two NaNs
-
-
-def alike(a: object, b: object) -> bool:
-    """Tell whether two values are equal, tensors too."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.equal(a, b)
-    return same(a, b)
 
 
 @dataclass(eq=False)
@@ -241,11 +222,6 @@ def _without_decay(group: Group) -> Group:
 
 def _own_copy(value: Any) -> Any:  # of a tensor that each part counts in by itself
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def pick(group: Group, chosen: Sequence[int]) -> Group:
-    """Take some parameters of a group, with their names if it has any."""
-    return {key: [group[key][i] for i in chosen] for key in PER_PARAM if key in group}
 
 
 def by_decay(decisions: Sequence[Decision]) -> dict[DecayKey, list[int]]:

@@ -13,7 +13,8 @@ import torch
 
 from selective_optim._text import received
 from selective_optim.decay import is_zero
-from selective_optim.step.lasting_parts import WD, Group, Split, flag_of
+from selective_optim.step.lasting_parts import Split, flag_of
+from selective_optim.step.setting import WD, Group
 
 # Arguments by which a class takes something else than parameters.
 INNER = ("optimizer", "base_optimizer")
