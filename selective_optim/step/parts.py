@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter, eq
+from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +22,11 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim.decay import DecayKey, Decision
-from selective_optim.step.kernels import Kernel
 from selective_optim.step.setting import PLAIN, Group, Groups, State, States
 
+Kernel = Any  # of ``step.kernels``, which reads hyperparameters and state
 _traits = attrgetter("device", "shape", "layout")
+_meta_like = partial(torch.empty_like, device="meta")
 _place, _kind = attrgetter("dtype", "device"), attrgetter("dtype", "device", "shape")
 
 # torch's fused kernels on the CPU open a parallel region for every tensor, however
@@ -112,18 +114,6 @@ def wants_fused(kernel: Kernel, choice: bool | None, param: Tensor) -> bool:
     return kernel.trusted(param) if choice is None else choice
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Tell whether a tensor fills its memory without gaps or overlap."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
 def _beside(param: Tensor, other: Tensor) -> bool:
     """Tell whether a tensor walks memory as the parameter does, on its device."""
     if type(other) not in PLAIN or _traits(other) != _traits(param) or other.is_neg():
@@ -146,7 +136,8 @@ def fusable(kernel: Kernel, param: Tensor, moments: Sequence[Tensor]) -> bool:
         and param.layout == torch.strided
         and param.dtype in _torch.FUSED_DTYPES
         and param.device.type in _torch.FUSED_DEVICES
-        and is_dense(param)
+        # `empty_like` keeps the strides of a tensor without gaps or overlap alone.
+        and (param.is_contiguous() or _meta_like(param).stride() == param.stride())
         and not param.is_neg()
         and all(
             _beside(param, moment) and kernel.takes_beside(param, moment)
@@ -205,23 +196,27 @@ def make_layout(
     known_parts: dict[object, Part] = {}  # by what is quicker to compare than keys
     idle, once = list[int](), False
     for number, each in enumerate(params):
-        group, choice = groups[each.group], choices[each.group]
-        own = {} if choice is False and not group["fused"] else states.get(each.param)
-        absent = not all_fused and each.param.grad is None
+        param, group, choice = each.param, groups[each.group], choices[each.group]
+        asked = choice is not False or group["fused"]
+        own = states.get(param) or {} if asked else {}
+        absent = not all_fused and param.grad is None
         begun = (all_fused and kernel.counts) or kernel.has_state(own, group)
-        known = absent and begun and id(_torch.token_of(each.param)) in stepped
+        known = absent and begun and id(_torch.token_of(param)) in stepped
         if choice is not False and absent and not known:
             idle.append(number)
             continue
-        taken = all_fused, False, False
+        fused, sharded, misfit = all_fused, False, False
         if not all_fused:
-            _require_dense(kernel, group, each)
-            taken = _takes_fused(kernel, group, choice, each.param, own or {})
-        fused, sharded, misfit = taken
+            if param.grad is not None and param.grad.is_sparse:
+                kernel.refuse_sparse(group, each.decision.decay, each.label)
+            fused, sharded, misfit = _takes_fused(kernel, group, choice, param, own)
         first = bool(fused or group["fused"]) and not (begun or absent or kernel.counts)
         once |= misfit or first
+        call: tuple[Any, ...] = ()
+        if planned and fused and not first:
+            size = _torch.shard_of(param).numel()
+            call = param.is_cpu and size <= ONE_THREAD, param.device, param.dtype
         decay, *_, lr0, init = each.decision
-        call = _call_of(each.param) if planned and fused and not first else ()
         common = (each.group, fused, sharded, first, *call)
         own_key = id(decay), lr0, init is None, common
         part = known_parts.get(own_key)
@@ -233,12 +228,6 @@ def make_layout(
         if init is not None:
             part.inits.append(init)
     return Layout(list(parts.values()), idle, once)
-
-
-def _call_of(param: Tensor) -> tuple[bool, torch.device, torch.dtype]:
-    """Tell on how many threads, and where, a kernel steps a parameter."""
-    small = param.is_cpu and _torch.shard_of(param).numel() <= ONE_THREAD
-    return small, param.device, param.dtype
 
 
 def _all_fused(
@@ -255,26 +244,25 @@ def _all_fused(
     params = [each.param for each in decided]
     owns = [states.get(param) or {} for param in params]
     entries = set(map(kernel.entries, groups)) if any(owns) else {()}
-    if False in choices or len(entries) != 1:
+    if False in choices or len(entries) != 1 or not _torch.CAN_PLAN:
         return False
     try:
-        moments = [[own[entry] for own in owns] for entry in entries.pop()]
-        columns: list[list[Any]] = [params, [p.grad for p in params], *moments]
+        columns: list[Any] = [[own[e] for own in owns] for e in entries.pop()]
         steps = [own["step"] for own in owns if "step" in own]
         few_steps = dict(zip(map(_kind, steps), steps)).values()
-        kinds = list(map(_kind, params))
-        alike = all(
-            {*PLAIN}.issuperset(map(type, column))
-            and all(map(eq, map(_kind, column), kinds))
-            and all(map(Tensor.is_contiguous, column))
-            and not any(map(Tensor.is_neg, column))
-            for column in columns
+        alike = (
+            {*PLAIN}.issuperset(map(type, params))
+            and all(map(Tensor.is_contiguous, params))
+            and not any(map(Tensor.is_neg, params))
         )
+        # Of the type that gradients and moments have.
+        proof = _torch.tensor_proof([param.detach() for param in params])
     except (KeyError, AttributeError, RuntimeError):
         return False
     one_of_each = dict(zip(map(_place, params), params)).values()
     return (
         alike
+        and all(proof(*column) for column in (*columns, [p.grad for p in params]))
         and all(fusable(kernel, param, ()) for param in one_of_each)
         and all(wants_fused(kernel, c, p) for c in choices for p in one_of_each)
         and all(counts_beside(p, step) for step in few_steps for p in one_of_each)
@@ -304,9 +292,3 @@ def _takes_fused(
     pair = _shards([param, param.grad]) if sharded else [param, param.grad]
     fits = pair is not None and joins(*pair)
     return fits, fits and sharded, not fits
-
-
-def _require_dense(kernel: Kernel, group: Group, each: DecidedParam) -> None:
-    """Raise RuntimeError if a parameter with a sparse gradient cannot be stepped."""
-    if each.param.grad is not None and each.param.grad.is_sparse:
-        kernel.refuse_sparse(group, each.decision.decay, each.label)
