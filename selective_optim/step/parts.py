@@ -250,23 +250,22 @@ def _all_fused(
         columns: list[Any] = [[own[e] for own in owns] for e in entries.pop()]
         steps = [own["step"] for own in owns if "step" in own]
         few_steps = dict(zip(map(_kind, steps), steps)).values()
-        alike = (
-            {*PLAIN}.issuperset(map(type, params))
-            and all(map(Tensor.is_contiguous, params))
-            and not any(map(Tensor.is_neg, params))
-        )
-        # Of the type that gradients and moments have.
-        proof = _torch.tensor_proof([param.detach() for param in params])
+        plain = {*PLAIN}.issuperset(map(type, params))
+        plain &= all(map(Tensor.is_contiguous, params))
     except (KeyError, AttributeError, RuntimeError):
         return False
     one_of_each = dict(zip(map(_place, params), params)).values()
-    return (
-        alike
-        and all(proof(*column) for column in (*columns, [p.grad for p in params]))
+    if not (
+        plain
+        and not any(map(Tensor.is_neg, params))
         and all(fusable(kernel, param, ()) for param in one_of_each)
         and all(wants_fused(kernel, c, p) for c in choices for p in one_of_each)
         and all(counts_beside(p, step) for step in few_steps for p in one_of_each)
-    )
+    ):
+        return False
+    # Of the type that gradients and moments have.
+    proof = _torch.tensor_proof([param.detach() for param in params])
+    return all(proof(*column) for column in (*columns, [p.grad for p in params]))
 
 
 def _takes_fused(
