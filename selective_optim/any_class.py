@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import lru_cache
 from inspect import Parameter, Signature
+from itertools import repeat
 from operator import is_
 from threading import get_ident
 from types import SimpleNamespace
@@ -318,12 +319,12 @@ class AnyOptimizer(SelectiveOptimizer):
 
     @_torch.disable_dynamo
     def _part_views(self) -> list[View]:
-        splits = self._splits
-        if any(part.inits for split in splits for part in split.parts):
+        decided: Iterable[Any] = repeat(())
+        parts = (part for split in self._splits for part in split.parts)
+        if any(part.decay_key.decay.needs_init for part in parts):
             decided = self._decider.fitting(self._groups, self.defaults)
-            for split, decisions in zip(splits, decided):
-                split.lay_inits(decisions)
-        return [view for split in splits for view in split.views()]
+        pairs = zip(self._splits, decided)
+        return [view for split, own in pairs for view in split.views(own)]
 
     def _outside(
         self, closure: Callable[[], Any], around: ClassStep

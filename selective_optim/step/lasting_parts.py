@@ -10,7 +10,7 @@ alike shows in the group afterwards. In a state dict stand the user's groups, an
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,12 +71,11 @@ class Part:
     # the class sees it: one that leaves must be freed.
     positions: list[int]
     tokens: list[object]  # theirs and nobody else's, see `_torch.token_of`
-    inits: list[Tensor] = field(default_factory=list)  # targets, if a tensor for each
 
     @property
     def own(self) -> Group:
         """What the part holds besides its parameters and their decay."""
-        return _without_decay(self.group)
+        return _without(self.group, NOT_SHARED)
 
 
 @dataclass(eq=False)
@@ -105,7 +104,7 @@ class Split:
         first = self.parts[0].group
         self.group.update({k: v for k, v in first.items() if k not in PER_PARAM})
         self.share_tensors(keys)
-        self.shown = _without_computed(self.group)  # the rest is to be handed down
+        self.shown = _without(self.group, DECAY_KEYS)  # the rest is to be handed down
 
     def _share(self, part: Part) -> Share:
         return share_of(self.group, part.decay_key, self.form)
@@ -115,17 +114,17 @@ class Split:
         shared = self._share(part)
         return shared.wd if key == WD else shared.form == "decoupled"
 
-    def views(self) -> list[View]:
-        """Show the parts with the decay that the class does not do."""
-        return [
-            View(part.group, part.inits, self._share(part).decay_pass)
-            for part in self.parts
-        ]
+    def views(self, decisions: Sequence[Decision]) -> list[View]:
+        """Show the parts with the decay that the class does not do.
 
-    def lay_inits(self, decisions: Sequence[Decision]) -> None:
-        """Take over what parameters decay towards, as it lies beside them now."""
-        for part, chosen in zip(self.parts, by_decay(decisions).values()):
-            part.inits = inits_of(decisions, chosen)
+        Decisions are asked for what parameters decay towards, if that is a tensor each.
+        """
+        views = []
+        for part in self.parts:
+            positions = part.positions if part.decay_key.decay.needs_init else []
+            inits: list[Any] = [decisions[i].init for i in positions]
+            views.append(View(part.group, inits, self._share(part).decay_pass))
+        return views
 
     def hand_down(self, keys: Collection[str]) -> None:
         """Write what has changed in the group into its parts.
@@ -140,7 +139,8 @@ class Split:
             for key, value in group.items()
             if isinstance(value, Tensor) or value is not shown.get(key, _ABSENT)
         }
-        if "lr" in moved and self._follows_rate:
+        forms = [part.decay_key.decay.form for part in self.parts]
+        if "lr" in moved and any(form and FORMS[form].follows_lr for form in forms):
             moved.add(WD)
         # Computed before any is written, so that an error leaves the parts alike.
         written: list[tuple[Group, str, Any]] = []
@@ -160,15 +160,9 @@ class Split:
                 part.group.pop(key, None)
         self.shown = dict(group)
 
-    @property
-    def _follows_rate(self) -> bool:
-        forms = [part.decay_key.decay.form for part in self.parts]
-        return any(FORMS[form].follows_lr for form in forms if form is not None)
-
     def _require_common(self, key: str) -> None:
         # A schedule that goes on from the group's would go on from none of theirs.
-        first, *others = [part.group.get(key, _ABSENT) for part in self.parts]
-        if not all(alike(first, other) for other in others):
+        if not _agree(part.group.get(key, _ABSENT) for part in self.parts):
             raise ValueError(
                 f"{key!r} was set in a group, and the class itself has set it for each "
                 f"decay in that group apart. Split the groups by hand: "
@@ -212,12 +206,13 @@ class Split:
                     other[key] = first[key]
 
 
-def _without_computed(group: Group) -> Group:
-    return {key: value for key, value in group.items() if key not in DECAY_KEYS}
+def _without(group: Group, keys: Collection[str]) -> Group:
+    return {key: value for key, value in group.items() if key not in keys}
 
 
-def _without_decay(group: Group) -> Group:
-    return {key: value for key, value in group.items() if key not in NOT_SHARED}
+def _agree(values: Iterable[Any]) -> bool:
+    first, *others = values
+    return all(alike(first, other) for other in others)
 
 
 def _own_copy(value: Any) -> Any:  # of a tensor that each part counts in by itself
@@ -240,25 +235,9 @@ def split_group(
     parts = []
     for decay_key, chosen in by_decay(decisions).items():
         shown = {**group, **pick(group, chosen)}
-        parts.append(_part(decay_key, shown, group, decisions, chosen))
+        tokens = list(map(_torch.token_of, shown["params"]))
+        parts.append(Part(decay_key, shown, chosen, tokens))
     return Split(group, parts, form)
-
-
-def _part(
-    decay_key: DecayKey,
-    shown: Group,
-    group: Group,
-    decisions: Sequence[Decision],
-    chosen: list[int],
-) -> Part:
-    tokens = [_torch.token_of(group["params"][i]) for i in chosen]
-    return Part(decay_key, shown, chosen, tokens, inits_of(decisions, chosen))
-
-
-def inits_of(decisions: Sequence[Decision], chosen: Sequence[int]) -> list[Tensor]:
-    """List what some parameters of a group decay towards, if that is a tensor each."""
-    inits = (decisions[i].init for i in chosen)
-    return [init for init in inits if init is not None]
 
 
 def split_again(
@@ -275,45 +254,42 @@ def split_again(
     mine = [split for split in before if split.group is group]
     # Known ahead: a part of new parameters alone may come before those that were shown.
     origin = mine or [split for split, _ in _holders(group["params"], before)]
-    shown = origin[0].shown if origin else None
     # A new dict for tensors of several groups: hyperparameters are those it says.
     settled = {} if mine else _disputed(group, before, keys)
+    shown = {**(origin[0].shown if origin else {}), **settled}
+    going_on = {part.decay_key: part for split in mine for part in split.parts}
     parts = []
     for decay_key, chosen in by_decay(decisions).items():
-        known = _holders([group["params"][i] for i in chosen], mine or before)
-        going_on = [
-            p for split in mine for p in split.parts if p.decay_key == decay_key
-        ]
-        together = [*going_on, *(part for _, part in known)]
-        _require_agreement(together, decisions, settled)
+        params = [group["params"][i] for i in chosen]
+        known = [part for _, part in _holders(params, mine or before)]
+        lasting = [going_on[decay_key]] if decay_key in going_on else []
+        _require_agreement([*lasting, *known], decisions, settled)
         # The same dict, which the class may know by identity.
-        if going_on:
-            shown_group = going_on[0].group
+        if lasting:
+            own = lasting[0].group
         else:
             # A counter that the class keeps in a group follows its parameters.
             # One that comes from none begins with what the others were last given.
-            last = _without_decay({**group, **(shown or {})})
-            own = {**(known[0][1].own if known else last), **settled}
-            shown_group = {k: v if k in keys else _own_copy(v) for k, v in own.items()}
-        parts.append(_part(decay_key, shown_group, group, decisions, chosen))
-    form = before[0].form if before else None
-    shown = None if shown is None else {**shown, **settled}
-    going = {p.decay_key for split in mine for p in split.parts}
-    if shown is not None and going.issuperset(part.decay_key for part in parts):
-        # The class may have written their decay.
-        return Split(group, parts, form, shown)
-    return Split(group, parts, form, _without_computed(shown or {}))
+            last = _without({**group, **shown}, NOT_SHARED)
+            values = {**(known[0].own if known else last), **settled}
+            own = {k: v if k in keys else _own_copy(v) for k, v in values.items()}
+        tokens = list(map(_torch.token_of, params))
+        parts.append(Part(decay_key, own, chosen, tokens))
+    # Else all go on, and the class may have written their decay.
+    if any(part.decay_key not in going_on for part in parts):
+        shown = _without(shown, DECAY_KEYS)
+    return Split(group, parts, before[0].form if before else None, shown)
 
 
 def _disputed(
     group: Group, before: Sequence[Split], keys: Collection[str]
 ) -> dict[str, Any]:
     """Take hyperparameters in which the parts that a group comes from differ."""
-    first, *others = [p.own for _, p in _holders(group["params"], before)] or [{}]
+    owns = [part.own for _, part in _holders(group["params"], before)] or [{}]
     return {
         key: group[key]
-        for key in group.keys() & first.keys() & set(keys)
-        if not all(alike(first[key], other.get(key, _ABSENT)) for other in others)
+        for key in group.keys() & owns[0].keys() & set(keys)
+        if not _agree(own.get(key, _ABSENT) for own in owns)
     }
 
 
@@ -332,16 +308,15 @@ def _holders(
 def _require_agreement(
     parts: Sequence[Part], decisions: Sequence[Decision], settled: Collection[str]
 ) -> None:
-    for part in parts[1:]:
-        for key, value in parts[0].own.items():
-            other = part.own.get(key, _ABSENT)
-            if key not in settled and not alike(value, other):
-                name = next((repr(d.name) for d in decisions if d.name), "a parameter")
-                raise ValueError(
-                    f"{name} would come together with parameters whose {key!r} differs "
-                    f"by now, which this class keeps for each group. Make a new "
-                    f"optimizer with the new policy or groups."
-                )
+    owns = [part.own for part in parts] or [{}]
+    for key in owns[0]:
+        if key not in settled and not _agree(own.get(key, _ABSENT) for own in owns):
+            name = next((repr(d.name) for d in decisions if d.name), "a parameter")
+            raise ValueError(
+                f"{name} would come together with parameters whose {key!r} differs "
+                f"by now, which this class keeps for each group. Make a new "
+                f"optimizer with the new policy or groups."
+            )
 
 
 # State dicts.
@@ -354,9 +329,8 @@ def record_of_parts(splits: Sequence[Split]) -> list[list[Group]] | None:
 
 
 def _kept(split: Split, part: Part) -> Group:
-    own = {
-        k: v for k, v in part.own.items() if not same(v, split.group.get(k, _ABSENT))
-    }
+    shown = split.group
+    own = {k: v for k, v in part.own.items() if not same(v, shown.get(k, _ABSENT))}
     # A new part has none yet where handing it down raised; the step will tell.
     if not same(part.group.get(WD, wd := split.computed(part, WD)), wd):
         own[WD] = part.group[WD]  # the class writes it itself
@@ -385,7 +359,7 @@ def load_parts(
         split.group = group
         for part, own in zip(split.parts, owns):
             numbers = {k: split.computed(part, k) for k in DECAY_KEYS if k in group}
-            values = _without_decay(group).items()
+            values = _without(group, NOT_SHARED).items()
             common = {k: v if k in keys else _own_copy(v) for k, v in values}
             part.group = {**numbers, **common, **copy.deepcopy(own)}
         split.share_tensors(keys)
@@ -397,13 +371,11 @@ def _saved_own(
     saved: Group, positions: Sequence[int], record: Sequence[Group]
 ) -> Group:
     mine = [own for own in record if not set(positions).isdisjoint(own["positions"])]
-    for other in mine[1:]:
-        for key in {**mine[0], **other}.keys() - {"positions"}:
-            pair = [own.get(key, saved.get(key)) for own in (mine[0], other)]
-            if not alike(*pair):
-                raise ValueError(
-                    f"{key!r} differs between the parts that the loaded state dict was "
-                    f"saved with, and this policy joins them. Load it with the policy "
-                    f"that it was saved with."
-                )
-    return {k: v for own in mine[:1] for k, v in own.items() if k != "positions"}
+    for key in set[str]().union(*mine) - {"positions"}:
+        if not _agree(own.get(key, saved.get(key)) for own in mine):
+            raise ValueError(
+                f"{key!r} differs between the parts that the loaded state dict was "
+                f"saved with, and this policy joins them. Load it with the policy "
+                f"that it was saved with."
+            )
+    return _without(mine[0], ["positions"]) if mine else {}
