@@ -10,14 +10,17 @@ alike shows in the group afterwards. In a state dict stand the user's groups, an
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import FORMS, FULL_KEY, DecayKey, Decision, Form
+from selective_optim._text import received
+from selective_optim.decay import FORMS, FULL, DecayKey, Decision, Form, is_zero
 from selective_optim.step.class_step import View
 from selective_optim.step.setting import (
     PER_PARAM,
@@ -162,7 +165,7 @@ class Split:
 
     def _require_common(self, key: str) -> None:
         # A schedule that goes on from the group's would go on from none of theirs.
-        if not _agree(part.group.get(key, _ABSENT) for part in self.parts):
+        if _differing([{key: p.group.get(key, _ABSENT)} for p in self.parts]):
             raise ValueError(
                 f"{key!r} was set in a group, and the class itself has set it for each "
                 f"decay in that group apart. Split the groups by hand: "
@@ -210,12 +213,22 @@ def _without(group: Group, keys: Collection[str]) -> Group:
     return {key: value for key, value in group.items() if key not in keys}
 
 
-def _agree(values: Iterable[Any]) -> bool:
-    first, *others = values
-    return all(alike(first, other) for other in others)
+def _differing(owns: Sequence[Group]) -> list[str]:
+    """Name what the first of some groups holds, and another holds otherwise or not."""
+    first, *others = owns or [{}]
+    return [
+        key
+        for key, value in first.items()
+        if not all(alike(value, other.get(key, _ABSENT)) for other in others)
+    ]
 
 
-def _own_copy(value: Any) -> Any:  # of a tensor that each part counts in by itself
+def _copied(group: Group, keys: Collection[str]) -> Group:
+    """Copy a group for a part, which counts by itself in tensors under other keys."""
+    return {k: v if k in keys else _own_copy(v) for k, v in group.items()}
+
+
+def _own_copy(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
@@ -225,19 +238,17 @@ def by_decay(decisions: Sequence[Decision]) -> dict[DecayKey, list[int]]:
     for position, decision in enumerate(decisions):
         found.setdefault(decision.decay_key, []).append(position)
     # An empty group still needs a part: torch's classes iterate over groups.
-    return found or {FULL_KEY: []}
+    return found or {DecayKey(FULL): []}
 
 
-def split_group(
-    group: Group, decisions: Sequence[Decision], form: Form | None
-) -> Split:
+def split_group(group: Group, decisions: Sequence[Decision]) -> Split:
     """Split a group that no class has seen yet; decay is still that of the group."""
     parts = []
     for decay_key, chosen in by_decay(decisions).items():
         shown = {**group, **pick(group, chosen)}
         tokens = list(map(_torch.token_of, shown["params"]))
         parts.append(Part(decay_key, shown, chosen, tokens))
-    return Split(group, parts, form)
+    return Split(group, parts)
 
 
 def split_again(
@@ -261,19 +272,17 @@ def split_again(
     parts = []
     for decay_key, chosen in by_decay(decisions).items():
         params = [group["params"][i] for i in chosen]
-        known = [part for _, part in _holders(params, mine or before)]
-        lasting = [going_on[decay_key]] if decay_key in going_on else []
-        _require_agreement([*lasting, *known], decisions, settled)
-        # The same dict, which the class may know by identity.
-        if lasting:
-            own = lasting[0].group
+        tokens = list(map(_torch.token_of, params))
+        owns = [part.own for _, part in _holders(params, mine or before)]
+        if (part := going_on.get(decay_key)) is not None:
+            # The same dict, which the class may know by identity.
+            own, owns = part.group, [part.own, *owns]
         else:
             # A counter that the class keeps in a group follows its parameters.
             # One that comes from none begins with what the others were last given.
-            last = _without({**group, **shown}, NOT_SHARED)
-            values = {**(known[0].own if known else last), **settled}
-            own = {k: v if k in keys else _own_copy(v) for k, v in values.items()}
-        tokens = list(map(_torch.token_of, params))
+            first = owns[0] if owns else _without({**group, **shown}, NOT_SHARED)
+            own = _copied({**first, **settled}, keys)
+        _require_agreement(owns, decisions, settled)
         parts.append(Part(decay_key, own, chosen, tokens))
     # Else all go on, and the class may have written their decay.
     if any(part.decay_key not in going_on for part in parts):
@@ -285,12 +294,8 @@ def _disputed(
     group: Group, before: Sequence[Split], keys: Collection[str]
 ) -> dict[str, Any]:
     """Take hyperparameters in which the parts that a group comes from differ."""
-    owns = [part.own for _, part in _holders(group["params"], before)] or [{}]
-    return {
-        key: group[key]
-        for key in group.keys() & owns[0].keys() & set(keys)
-        if not _agree(own.get(key, _ABSENT) for own in owns)
-    }
+    owns = [part.own for _, part in _holders(group["params"], before)]
+    return {k: group[k] for k in _differing(owns) if k in group and k in keys}
 
 
 def _holders(
@@ -306,11 +311,10 @@ def _holders(
 
 
 def _require_agreement(
-    parts: Sequence[Part], decisions: Sequence[Decision], settled: Collection[str]
+    owns: Sequence[Group], decisions: Sequence[Decision], settled: Collection[str]
 ) -> None:
-    owns = [part.own for part in parts] or [{}]
-    for key in owns[0]:
-        if key not in settled and not _agree(own.get(key, _ABSENT) for own in owns):
+    for key in _differing(owns):
+        if key not in settled:
             name = next((repr(d.name) for d in decisions if d.name), "a parameter")
             raise ValueError(
                 f"{name} would come together with parameters whose {key!r} differs "
@@ -359,8 +363,7 @@ def load_parts(
         split.group = group
         for part, own in zip(split.parts, owns):
             numbers = {k: split.computed(part, k) for k in DECAY_KEYS if k in group}
-            values = _without(group, NOT_SHARED).items()
-            common = {k: v if k in keys else _own_copy(v) for k, v in values}
+            common = _copied(_without(group, NOT_SHARED), keys)
             part.group = {**numbers, **common, **copy.deepcopy(own)}
         split.share_tensors(keys)
         split.empty()
@@ -371,11 +374,122 @@ def _saved_own(
     saved: Group, positions: Sequence[int], record: Sequence[Group]
 ) -> Group:
     mine = [own for own in record if not set(positions).isdisjoint(own["positions"])]
-    for key in set[str]().union(*mine) - {"positions"}:
-        if not _agree(own.get(key, saved.get(key)) for own in mine):
-            raise ValueError(
-                f"{key!r} differs between the parts that the loaded state dict was "
-                f"saved with, and this policy joins them. Load it with the policy "
-                f"that it was saved with."
-            )
+    keys = set[str]().union(*mine) - {"positions"}
+    for key in _differing([{k: o.get(k, saved.get(k)) for k in keys} for o in mine]):
+        raise ValueError(
+            f"{key!r} differs between the parts that the loaded state dict was saved "
+            f"with, and this policy joins them. Load it with the policy that it was "
+            f"saved with."
+        )
     return _without(mine[0], ["positions"]) if mine else {}
+
+
+# What cannot be served by splitting: each check raises before anything has changed.
+
+
+def _way_out(optimizer: object) -> str:
+    by_hand = f"{type(optimizer).__name__}(selective_optim.param_groups(model, ...))"
+    return f"Split the groups by hand: {by_hand}."
+
+
+def require_class(cls: object) -> None:
+    """Check that this is a class of optimizers that are made from parameters."""
+    if not isinstance(cls, type) or not issubclass(cls, torch.optim.Optimizer):
+        raise TypeError(
+            f"`optimizer_class` must be a subclass of torch.optim.Optimizer, not "
+            f"{received(cls)}. Write selective(torch.optim.NAdam)(model.parameters())."
+        )
+    # Arguments by which a class takes something else than parameters.
+    for name in inspect.signature(cls).parameters:
+        if name in ("optimizer", "base_optimizer"):
+            raise TypeError(
+                f"{cls.__name__} takes {name!r}, another optimizer, and steps that. "
+                f"Make that one selective: {cls.__name__}(selective(...)(...))."
+            )
+        if name in ("wd_policy", "model"):
+            raise TypeError(
+                f"{cls.__name__} takes {name!r} itself and makes groups of its own, "
+                f"where nothing can be split. Use a class that takes parameters."
+            )
+
+
+def require_parts(optimizer: Any, splits: Sequence[Split]) -> None:
+    """Check that the class made its groups of the parts, and steps them itself."""
+    name, parts = type(optimizer).__name__, [p for split in splits for p in split.parts]
+    made, given = (
+        [list(map(id, group["params"])) for group in groups]
+        for groups in (optimizer.param_groups, [part.group for part in parts])
+    )
+    if made != given:
+        raise ValueError(
+            f"{name} makes groups of its own from those that it is given, so their "
+            f"decay cannot be told apart. {_way_out(optimizer)}"
+        )
+    if any(WD not in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"{name} has no 'weight_decay' in its groups, so there is nothing to "
+            f"decide. Use a class that decays, as selective_optim.AdamW does."
+        )
+    for key, value in vars(optimizer).items():
+        if isinstance(value, torch.optim.Optimizer):
+            raise ValueError(
+                f"{name} keeps another optimizer in {key!r}, which "
+                f"steps groups of its own. {_way_out(optimizer)}"
+            )
+
+
+def require_forms(optimizer: Any, split: Split) -> None:
+    """Check that it is known what each part is to be decayed like."""
+    name = type(optimizer).__name__
+    known = flag_of(split.group) is not None or split.form is not None
+    for decay in (part.decay_key.decay for part in split.parts):
+        if is_zero(decay.multiplier) or not (decay.form or decay.target):
+            continue
+        if decay.form is None and not known:
+            raise ValueError(
+                f"`wd_policy` states {decay.stated}, and {name} does not say in which "
+                f"form it decays. State that too: ... * form('decoupled')."
+            )
+        if "lr" not in split.group:
+            raise ValueError(
+                f"`wd_policy` states {decay.stated}, which follows a rate, and {name} "
+                f"has no 'lr' in its groups. Leave that out, or use "
+                f"selective_optim.AdamW or SGD."
+            )
+
+
+def require_no_lists(optimizer: Any, count: int) -> None:
+    """Check that nothing has one item for each of so many parts, as until now."""
+    for key, value in vars(optimizer).items():
+        if key == "param_groups" or key.startswith("_"):
+            continue
+        indexed = isinstance(value, Mapping) and set(value) == set(range(count))
+        if (isinstance(value, (list, tuple)) or indexed) and len(value) == count:
+            raise ValueError(
+                f"{type(optimizer).__name__} made {key!r} at construction, with one "
+                f"item per group, so its groups cannot be split otherwise now. Make a "
+                f"new optimizer with the new policy or groups."
+            )
+
+
+def require_no_index_overrides(optimizer: Any, groups: Collection[Group]) -> None:
+    """Check that bitsandbytes overrides nothing by an index in groups not split."""
+    split = len(groups) != len(optimizer.param_groups)
+    overrides = getattr(getattr(optimizer, "mng", None), "index2config", None)
+    if split and overrides and not getattr(optimizer, "initialized", True):
+        raise ValueError(
+            f"GlobalOptimManager overrides settings of {type(optimizer).__name__} by "
+            f"the index of a parameter in its group, and split groups have others. Use "
+            f"register_module_override(module, 'weight', ...) instead."
+        )
+
+
+def require_plain_arguments(optimizer: Any, given: Iterable[Any]) -> None:
+    """Check that a step is given no list, whose order is that of unsplit groups."""
+    for value in given:
+        if isinstance(value, (list, tuple)):
+            raise ValueError(
+                f"step() of {type(optimizer).__name__} was given a list of "
+                f"{len(value)} items, whose order is not that of the split groups. "
+                f"{_way_out(optimizer)}"
+            )

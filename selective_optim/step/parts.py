@@ -94,14 +94,12 @@ def free_choice(group: Group) -> bool:
 
 
 def fused_choice(kernel: Kernel, group: Group) -> bool | None:
-    """Tell whether a group goes to the fused kernel; ``None`` where that is open.
-
-    Asked once per group: it looks at every hyperparameter.
-    """
+    """Tell whether a group is fused; ``None`` where each parameter is asked."""
     if group["differentiable"]:
         return False
     if group["fused"]:
         return True
+    # It looks at every hyperparameter: once per group.
     return None if free_choice(group) and kernel.takes_numbers(group) else False
 
 
@@ -163,15 +161,13 @@ def counts_beside(param: Tensor, step: object) -> bool:
 
 def _shards(tensors: Sequence[Tensor]) -> list[Tensor] | None:
     """Return the local shards of ``DTensor``s, or ``None`` if they are placed apart."""
-    first = tensors[0]
-    if any(type(tensor) is not type(first) for tensor in tensors):
+    if len(set(map(type, tensors))) > 1:
         return None
-    where = _torch.placement(first)
-    if any(_torch.placement(tensor) != where for tensor in tensors):
+    where, *others = map(_torch.placement, tensors)
+    partial_sums = any(placement.is_partial() for placement in where[1])
+    if partial_sums or any(other != where for other in others):
         return None
-    if any(placement.is_partial() for placement in where[1]):
-        return None
-    return [_torch.local_tensor(tensor) for tensor in tensors]
+    return _torch.local_tensors(tensors)
 
 
 def make_layout(
@@ -197,8 +193,7 @@ def make_layout(
     idle, once = list[int](), False
     for number, each in enumerate(params):
         param, group, choice = each.param, groups[each.group], choices[each.group]
-        asked = choice is not False or group["fused"]
-        own = states.get(param) or {} if asked else {}
+        own = states.get(param) or {}
         absent = not all_fused and param.grad is None
         begun = (all_fused and kernel.counts) or kernel.has_state(own, group)
         known = absent and begun and id(_torch.token_of(param)) in stepped
@@ -207,15 +202,10 @@ def make_layout(
             continue
         fused, sharded, misfit = all_fused, False, False
         if not all_fused:
-            if param.grad is not None and param.grad.is_sparse:
-                kernel.refuse_sparse(group, each.decision.decay, each.label)
-            fused, sharded, misfit = _takes_fused(kernel, group, choice, param, own)
+            fused, sharded, misfit = _takes_fused(kernel, group, choice, each, own)
         first = bool(fused or group["fused"]) and not (begun or absent or kernel.counts)
         once |= misfit or first
-        call: tuple[Any, ...] = ()
-        if planned and fused and not first:
-            size = _torch.shard_of(param).numel()
-            call = param.is_cpu and size <= ONE_THREAD, param.device, param.dtype
+        call = _call_of(param) if planned and fused and not first else ()
         decay, *_, lr0, init = each.decision
         common = (each.group, fused, sharded, first, *call)
         own_key = id(decay), lr0, init is None, common
@@ -228,6 +218,11 @@ def make_layout(
         if init is not None:
             part.inits.append(init)
     return Layout(list(parts.values()), idle, once)
+
+
+def _call_of(param: Tensor) -> tuple[bool, torch.device, torch.dtype]:
+    small = param.is_cpu and _torch.shard_of(param).numel() <= ONE_THREAD
+    return small, param.device, param.dtype
 
 
 def _all_fused(
@@ -269,12 +264,15 @@ def _all_fused(
 
 
 def _takes_fused(
-    kernel: Kernel, group: Group, choice: bool | None, param: Tensor, own: State
+    kernel: Kernel, group: Group, choice: bool | None, each: DecidedParam, own: State
 ) -> tuple[bool, bool, bool]:
     """Tell whether a parameter is fused, by shards, and misfit by its gradient alone.
 
     A gradient that is absent now is taken to fit; it is looked at when it comes.
     """
+    param = each.param
+    if param.grad is not None and param.grad.is_sparse:
+        kernel.refuse_sparse(group, each.decision.decay, each.label)
     if not wants_fused(kernel, choice, param):
         return False, False, False
     sharded = type(param) is _torch.dtensor_class()
