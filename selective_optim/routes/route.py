@@ -19,7 +19,7 @@ from selective_optim.decisions.knowledge import Pending
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.selectors import Policy, Selector, as_selector
 from selective_optim.routes.loading import KEYS
-from selective_optim.step.lasting_parts import PER_PARAM, WD, pick
+from selective_optim.step.setting import PER_PARAM, WD, pick
 
 Group = dict[str, Any]
 Part = tuple[Group, Sequence[Decision], str]  # with the route
