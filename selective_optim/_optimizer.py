@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -128,17 +129,19 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     stay what they are. What is added lives in attributes of its own.
     """
 
+    _kernel: Kernel
     _decider: Decider
     _groups: list[Group]
     _states: States
-    _kernel: Kernel
     _stepper: Stepper
+    _keys: Sequence[str] = ()  # that are read in a group beside the defaults
     _stated: frozenset[str]  # keywords that the constructor was given
     _reached = False  # whether a step came here
     _lost_policy = False  # whether it was told that it is made of another's numbers
     _untouched = False  # no step, load or copy yet, and no state of its own
     _watch: Watch | None = None  # of steps, while there may be something to tell
     _planning: dict[str, int]  # the thread that a plan serves
+    _class_step: object = None  # the code of the class's own step, if parts last
 
     # Construction.
 
@@ -154,13 +157,11 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         params: Any,
         wd_policy: object,
         model: Model,
-        kernel: Kernel,
         numbers: Mapping[str, object],
     ) -> Iterator[Any]:
         """Give torch's constructor what it takes, then decide for all groups."""
         require_numbers(numbers)
         self._decider = decider_for(model, wd_policy)
-        self._kernel = kernel
         with kept_on_error(params):
             yield self._decider.read(params)
             self._decider.finish(self.param_groups)
@@ -180,7 +181,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         alone = self._decider.whole is None  # else other routes may decay
         self._watch = Watch(alone and any(decays), rounding=True)
         self._compare_ranks()
-        if "weight_decay" in constants_of(type(self).step):
+        step = _torch.unhooked(type(self).step)
+        if step is not SelectiveOptimizer.step and "weight_decay" in constants_of(step):
             self._watch_own_step()
 
     def _watch_own_step(self) -> None:
@@ -208,11 +210,13 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         given = dict(param_group) if isinstance(param_group, dict) else {}
         count = len(self.param_groups)
         with kept_on_error([param_group]):
-            policy, group = self._decider.unpack(param_group, self._group_keys())
+            keys = [*self.defaults, *self._keys]
+            policy, group = self._decider.unpack(param_group, keys)
             try:
                 self._append_group(group)
                 own = group is not param_group
                 self._decider.add_group(self.param_groups, policy, own)
+                self._split_last_group(given)
             except BaseException:
                 # torch appended it, and would refuse its parameters the next time.
                 del self.param_groups[count:]
@@ -230,9 +234,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _append_group(self, group: Group) -> None:
         super().add_param_group(group)
 
-    def _group_keys(self) -> Iterable[str]:
-        """List the keys that are read in a group, which a misspelt one resembles."""
-        return self.defaults
+    def _split_last_group(self, given: Group) -> None:
+        """Make lasting parts of a group that came like this, now that it is decided."""
 
     def _warn_of_origin(
         self, numbers: Group, params: Sequence[Any], fixed: Collection[str] = ()
@@ -269,13 +272,16 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def param_groups(self) -> list[Group]:
         """The user's groups, as in torch; inside a step its class sees the parts."""
         shown = self._shown.param_groups
-        return self._groups if shown is None else shown
+        if shown is not None:
+            return shown
+        # The step of the class itself, called on this object, would see no parts.
+        own = self._class_step
+        if own is not None and sys._getframe(1).f_code is own:
+            self._refuse_foreign_step(self._groups)
+        return self._groups
 
     @param_groups.setter
     def param_groups(self, groups: list[Group]) -> None:
-        self._set_groups(groups)
-
-    def _set_groups(self, groups: list[Group]) -> None:
         self._groups = groups
         if "_shown" not in vars(self):  # torch's constructor, or a copy
             self._shown, self._planning = Shown(), {}
@@ -347,8 +353,10 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # Only code that is compiled can tell that it is.
         return self._step_groups(closure, torch.compiler.is_compiling())
 
+    @_torch.use_grad_for_differentiable
     @_torch.run_as_is
     def _step_groups(self, closure: Callable[[], Any] | None, compiling: bool) -> Any:
+        """Step the parts: the class those that are not planned, then the plan."""
         self._reached = True
         if self._kernel.counts:
             # As torch does: Adam asks, whose counters must then live on the device, and
@@ -358,25 +366,41 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        differentiable = self.defaults["differentiable"]
-        choosing = not (compiling or differentiable)
+        choosing = not (compiling or self.defaults["differentiable"])
         # A subclass's own may make state, and choose the gradients.
         own = type(self)._init_group is not SelectiveOptimizer._init_group
         if not WRITTEN.isdisjoint(self.defaults):  # a plan sees new keys of groups
             self._decider.refuse_written(self.param_groups, self.defaults)
         self._begin_training()
+        stepper, scaling = self._stepper, scaling_of(self)
+        given = (self.param_groups, self.decided_params, self._states)
         # A plan serves one thread at a time; others let the class step all parts. No
         # lock: after an interrupt anywhere the next step of a thread plans again.
         mine = self._claim()
         try:
-            self._step_all(choosing, choosing and mine and not own, compiling)
+            begun = stepper.begin(*given, choosing, choosing and mine and not own)
+            try:
+                if begun.parts:
+                    self._step_parts(begun.parts, compiling)
+                stepper.run(begun, scaling)
+            except BaseException:
+                stepper.forget()  # how far a failed step came is not known
+                raise
+            finally:
+                stepper.end(begun, self._states)
         finally:
             if mine:
                 self._planning.clear()
-        if not compiling and (watch := self._watch) is not None:
-            layout = self._decider.laid_out
-            self._watch = watch.look(self._groups, layout, self._kernel)
+        if not compiling and self._watch is not None:
+            self._look()
         return loss
+
+    @_torch.disable_dynamo
+    def _look(self) -> None:
+        """Let the watch see a step that was taken."""
+        layout = self._decider.laid_out
+        watch = self._watch
+        self._watch = watch and watch.look(self._groups, layout, self._kernel)
 
     @_torch.disable_dynamo
     def _begin_training(self) -> None:
@@ -384,35 +408,13 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         decider = self._decider
         if self._untouched:
             self._untouched = False
-            self._take_written_state()
+            # State that is there now was written past `load_state_dict`, with no
+            # record: by ZeroRedundancyOptimizer, whose attribute `optim` this is.
+            if any(self._states.get(param) for param in params_of(self.param_groups)):
+                now = list(chain(*self._record()))
+                self._resume([None] * len(now), now, "optimizer.optim")
         if decider.waits and decider.begin_training(self.param_groups, self.defaults):
             self._decided_anew()
-
-    def _take_written_state(self) -> None:
-        """Go on from state that was written past ``load_state_dict``, with no record.
-
-        So loads ``ZeroRedundancyOptimizer``, whose attribute ``optim`` this is.
-        """
-        if any(self._states.get(param) for param in params_of(self.param_groups)):
-            now = [begin_in(entry) for entry in chain(*self._record())]
-            self._resume([{} for _ in now], now, "optimizer.optim")
-
-    @_torch.use_grad_for_differentiable
-    @_torch.run_as_is
-    def _step_all(self, choosing: bool, planned: bool, compiling: bool) -> None:
-        """Step the parts: the class those that are not planned, then the plan."""
-        stepper, scaling = self._stepper, scaling_of(self)
-        given = (self.param_groups, self.decided_params, self._states)
-        begun = stepper.begin(*given, choosing, planned)
-        try:
-            if begun.parts:
-                self._step_parts(begun.parts, compiling)
-            stepper.run(begun, scaling)
-        except BaseException:
-            stepper.forget()  # how far a failed step came is not known
-            raise
-        finally:
-            stepper.end(begun, self._states)
 
     @_torch.run_as_is
     def _step_parts(self, parts: Sequence[Part], compiling: bool) -> None:
@@ -480,7 +482,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     @wd_policy.setter
     def wd_policy(self, wd_policy: WdPolicy) -> None:
         before = self._decider.snapshot(self.param_groups, self.defaults)
-        self._forget_plan()  # first: an interrupt must not leave the old one in force
+        # First: an interrupt must not leave the old one in force.
+        self._stepper.forget()
         self._decider.assign(wd_policy, self.param_groups)
         try:
             self._decided_anew()
@@ -490,12 +493,9 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             raise
         self._compare_ranks()
 
-    def _forget_plan(self) -> None:
-        self._stepper.forget()
-
     def _decided_anew(self) -> None:
         """Take note of other decisions, or refuse them."""
-        self._forget_plan()
+        self._stepper.forget()
 
     def decay_report(self) -> DecayReport:
         """Report what decays: ``print`` shows a table, ``rows`` has each parameter."""
@@ -507,11 +507,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         return replace(report, remark=remark_of(report.remark, loss))
 
     def _form_of(self, group: Group) -> Form | None:
-        return self._default_form(group) or form_of_class(self, group)
-
-    def _default_form(self, group: Group) -> Form | None:
-        """Tell in which form a group decays by itself; ``None`` if unknown."""
-        return self._kernel.default_form(group)
+        return self._kernel.default_form(group) or form_of_class(self, group)
 
     def __repr__(self) -> str:
         text = super().__repr__()
@@ -533,8 +529,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             for group in state_dict["param_groups"]:
                 for name in own_keys(group):
                     del group[name]
-            own = {RECORD: self._record(), POLICIES: self._decider.policies()}
-            return {**state_dict, **own, **self._kept_apart()}
+            return {**state_dict, **self._own_entries()}
 
         # Before the user's hooks, which may change the state dict.
         handle = self.register_state_dict_post_hook(record, prepend=True)
@@ -544,15 +539,15 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             handle.remove()
         return saved
 
-    def _kept_apart(self) -> dict[str, Any]:
-        """Return what a state dict holds beside torch's entries and the record."""
-        return {}
+    def _own_entries(self) -> dict[str, Any]:
+        """Return what a state dict holds beside torch's entries."""
+        return {RECORD: self._record(), POLICIES: self._decider.policies()}
 
     def _record(self, decided: Decided | None = None) -> Record:
         """Write down how every parameter decays, as a state dict holds it."""
         if decided is None:
             decided = self._decider.readable(self.param_groups, self.defaults)
-        forms = [self._default_form(group) for group in self.param_groups]
+        forms = list(map(self._kernel.default_form, self.param_groups))
         return record_of(forms, decided)
 
     @_torch.disable_dynamo
@@ -575,14 +570,14 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         require_dict(state_dict)
         decided = self._decider.readable(self.param_groups, self.defaults)
         before = [group["weight_decay"] for group in self.param_groups]
-        saved: list[dict[str, Any]] = []
+        loaded = state_dict  # some classes run no hooks
 
         def adapt(optimizer: Any, adapted: dict[str, Any]) -> dict[str, Any]:
+            nonlocal loaded
             self._require_loadable(adapted, decided)
-            saved.append(adapted)
-            adapted = self._adapted(adapted)
-            groups = map(_quick_to_search, adapted["param_groups"])
-            return {**adapted, "param_groups": [*groups]}
+            loaded = adapted
+            groups = map(_quick_to_search, self._adapted_groups(adapted))
+            return {**adapted, "param_groups": list(groups)}
 
         # Registered last: hooks of the user may adapt the state dict first.
         handle = self.register_load_state_dict_pre_hook(adapt)
@@ -590,46 +585,42 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict, *args, **kwargs)
         finally:
             handle.remove()
-        loaded = saved[0] if saved else state_dict  # some classes run no hooks
         record, now = loaded.get(RECORD), list(chain(*self._record(decided)))
         entries = entries_of(record, decided)
-        known, advice = None if record is None else entries, _typed(loaded)
-        groups = self.param_groups
-        warn_of_changes(decided, before, groups, known, now, advice)
+        saved = None if record is None else entries
+        warn_of_changes(decided, before, self.param_groups, saved, now, _typed(loaded))
         self._untouched = False
-        self._resume([*map(begin_in, entries)], [*map(begin_in, now)])
+        self._resume(entries, now)
         self._loaded(loaded)
 
     def _require_loadable(self, state_dict: dict[str, Any], decided: Decided) -> None:
         require_loadable(self._kernel, self.param_groups, decided, state_dict)
 
-    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _adapted_groups(self, state_dict: dict[str, Any]) -> list[Group]:
         """Leave the implementation open where it is open now, whoever saved.
 
         Where it is not, a choice that the checkpoint left open does not undo it.
         """
+        keys = {"foreach", "fused"}.intersection(self._kernel.choices)
         # More groups than there are here are torch's to refuse.
         pairs = zip(state_dict["param_groups"], chain(self.param_groups, repeat(None)))
-        groups = [
-            {**saved, **{key: mine[key] for key in ("foreach", "fused")}}
+        return [
+            {**saved, **{key: mine[key] for key in keys}}
             if mine and (free_choice(mine) or free_choice(saved))
             else saved
             for saved, mine in pairs
         ]
-        return {**state_dict, "param_groups": groups}
 
     def _loaded(self, state_dict: dict[str, Any]) -> None:
         """Take over what a state dict holds beside torch's entries and the record."""
 
     def _resume(
-        self,
-        begins: list[dict[str, Any]],
-        now: list[dict[str, Any]],
-        whose: str = "optimizer",
+        self, entries: Iterable[Any], now: Iterable[Any], whose: str = "optimizer"
     ) -> None:
         """Go on from where training began, if a state dict records that."""
+        begins = list(map(begin_in, entries))
         # Mostly nothing depends on it, here or there: names alone.
-        if {"name", "fixed"}.issuperset(chain(*begins, *now)):
+        if {"name", "fixed"}.issuperset(chain(*begins, *map(begin_in, now))):
             return
         inits, rates = self._decider.resume(self.param_groups, begins)
         if inits:
@@ -642,26 +633,20 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         reduced: Any = super().__reduce_ex__(protocol)
         make, args, state, *rest = reduced
         groups = self._groups
-        decider = self._decider.snapshot(groups, self.defaults)
-        return (
-            *(make, args),
-            {
-                **{k: v for k, v in state.items() if k not in TRANSIENT},
-                "state": self.state,
-                "param_groups": groups,
-                COPIED: {"decider": decider, "watch": self._watch, **self._copied()},
-            },
-            *rest,
-        )
-
-    def _copied(self) -> dict[str, Any]:
-        """Return what a copy takes over besides decisions and torch's own."""
-        return {"kernel": self._kernel, "states": id(self._states)}
+        copied = {
+            "decider": self._decider.snapshot(groups, self.defaults),
+            "watch": self._watch,
+            "kernel": self._kernel,
+            "states": id(self._states),
+        }
+        own = {"state": self.state, "param_groups": groups, COPIED: copied}
+        state = {k: v for k, v in state.items() if k not in TRANSIENT}
+        return (make, args, {**state, **own}, *rest)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         rest = dict(state)
         copied = rest.pop(COPIED, {})
-        if "kernel" in copied:
+        if copied:
             self._kernel = copied["kernel"]
             self._stepper = Stepper(self._kernel)
         # Loading sets these by this method, too. torch would write them into __dict__,
@@ -672,15 +657,11 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         if copied:
             self._decider = Decider.restored(copied["decider"], self.param_groups)
             alive.add(self)
-            self._watch = copied.get("watch")
-            self._take_copied(copied)
+            self._watch = copied["watch"]
         # `copy.copy` shares the state, whose counters the original has in hand.
-        if "state" in state and copied.get("states") != id(self._states):
-            self._take_state()
-
-    def _take_copied(self, copied: dict[str, Any]) -> None:
-        """Take over what :meth:`_copied` has returned."""
-
-    def _take_state(self) -> None:
-        """Take note of a state that was loaded or copied."""
-        self._stepper.adopt(self.param_groups, self._states)
+        if (
+            self._kernel.planned
+            and "state" in state
+            and copied.get("states") != id(self._states)
+        ):
+            self._stepper.adopt(self.param_groups, self._states)

@@ -70,7 +70,7 @@ class Reader(AnyOptimizer):
         self, params: Any, decider: Decider, keys: Iterable[str], lr: Any
     ) -> None:
         self._decider = decider
-        self._read(params, keys, lr)
+        self._read(decider.read(params), keys, lr)
 
 
 def param_groups(

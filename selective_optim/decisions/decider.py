@@ -191,8 +191,9 @@ class Decider:
 
     def decide_pending(self) -> None:
         """Decide for all groups of a constructor."""
-        pending = self.take_pending()
-        self.decide_for(pending, [self.policy, *(each.policy for each in pending)])
+        if pending := self.take_pending():
+            policies = [each.policy for each in pending]
+            self.decide_for(pending, [self.policy, *policies])
 
     def take_pending(self) -> list[Pending]:
         """Hand over the groups that were read, to be decided for otherwise."""
