@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, repeat
-from threading import get_ident, local
-from time import sleep
+from threading import local
 from types import CodeType
 from typing import Any
 from weakref import WeakSet
@@ -63,8 +62,8 @@ Model = nn.Module | Sequence[nn.Module] | None
 COPIED = "_copied"
 # Attributes that copies do not take over as they are, where a class copies all it has.
 TRANSIENT = (
-    *("_decider", "_groups", "_states", "_kernel", "_stepper", "_shown", "_planning"),
-    *("_threads_inside", "_splits", "_parts", "_class_adds", "_layout", "_watch"),
+    *("_decider", "_groups", "_states", "_kernel", "_stepper", "_shown", "_watch"),
+    *("_threads_inside", "_splits", "_parts", "_class_adds", "_layout"),
 )
 # Every optimizer that decided, while it lives.
 alive: WeakSet[SelectiveOptimizer] = WeakSet()
@@ -140,7 +139,6 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     _lost_policy = False  # whether it was told that it is made of another's numbers
     _untouched = False  # no step, load or copy yet, and no state of its own
     _watch: Watch | None = None  # of steps, while there may be something to tell
-    _planning: dict[str, int]  # the thread that a plan serves
     _class_step: object = None  # the code of the class's own step, if parts last
 
     # Construction.
@@ -170,10 +168,11 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _made(self) -> None:
         """Take note of an optimizer that is whole now."""
         self._decider.index.release()
-        stated = self._stated & self.defaults.keys()
-        if "weight_decay" in stated and self._decider.policy is None:
-            fixed = self.defaults.keys() - inspect.signature(type(self)).parameters
-            self._warn_of_origin({k: self.defaults[k] for k in stated}, (), fixed)
+        if "weight_decay" in self._stated and self._decider.policy is None:
+            # Some numbers the class states by itself.
+            unsaid = inspect.signature(type(self)).parameters.keys() - self._stated
+            said = {k: v for k, v in self.defaults.items() if k not in unsaid}
+            self._warn_of_origin(said, ())
         alive.add(self)
         self._untouched = not any(self._states.values())
         # Without decay from the beginning that is meant, or was told.
@@ -237,9 +236,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _split_last_group(self, given: Group) -> None:
         """Make lasting parts of a group that came like this, now that it is decided."""
 
-    def _warn_of_origin(
-        self, numbers: Group, params: Sequence[Any], fixed: Collection[str] = ()
-    ) -> None:
+    def _warn_of_origin(self, numbers: Group, params: Sequence[Any]) -> None:
         """Warn once of a group, or of keywords, that are those of one with a policy.
 
         The policy cannot be taken along: a dict that was given to two optimizers,
@@ -247,9 +244,9 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         """
         if self._lost_policy or is_zero(numbers.get("weight_decay", 0)):
             return
-        # Whoever writes a group by hand names a few; the class states some by itself.
-        stated, given = numbers.keys() | fixed, set(map(id, params))
-        others = [o for o in alive if o is not self and o.defaults.keys() <= stated]
+        # Whoever writes a group by hand names a few.
+        known, given = numbers.keys(), set(map(id, params))
+        others = [o for o in alive if o is not self and o.defaults.keys() <= known]
         owners = [o for o in others if given & set(map(id, params_of(o._groups)))]
         for other in owners or [o for o in others if o._made_like(type(self), numbers)]:
             mine = params if owners else params_of(other._groups)
@@ -284,7 +281,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def param_groups(self, groups: list[Group]) -> None:
         self._groups = groups
         if "_shown" not in vars(self):  # torch's constructor, or a copy
-            self._shown, self._planning = Shown(), {}
+            self._shown = Shown()
             self._threads_inside: set[int] = set()
 
     @property
@@ -302,7 +299,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # cannot set attributes as it compiles.
         shown = self._shown.param_groups
         if shown is None and not torch.compiler.is_compiling():
-            self._expose()
+            self._stepper.expose(self._states)  # someone may edit it from now on
         return self._states
 
     @state.setter
@@ -312,28 +309,6 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             self._stepper.expose({})  # what was there goes; counters need no parting
         else:  # torch's constructor, which does not keep the dict that it makes
             self._stepper = Stepper(self._kernel)
-
-    def _expose(self) -> None:
-        """Take note that someone outside may edit the state from now on."""
-        if self._stepper.exposed:
-            return
-        if self._planning.setdefault("thread", -get_ident()) != -get_ident():
-            self._stepper.see()  # a step goes on, and takes note when it ends
-            return
-        try:
-            self._stepper.expose(self._states)
-        finally:
-            self._planning.clear()
-
-    def _claim(self) -> bool:
-        """Take the plan for this thread, unless another one steps by it."""
-        for _ in range(100):
-            owner = self._planning.setdefault("thread", get_ident())
-            if owner >= 0:
-                return owner == get_ident()
-            sleep(0.001)  # another thread takes the state apart, and looks at it then
-        self._planning["thread"] = get_ident()  # it was interrupted
-        return True
 
     # Stepping.
 
@@ -374,23 +349,16 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         self._begin_training()
         stepper, scaling = self._stepper, scaling_of(self)
         given = (self.param_groups, self.decided_params, self._states)
-        # A plan serves one thread at a time; others let the class step all parts. No
-        # lock: after an interrupt anywhere the next step of a thread plans again.
-        mine = self._claim()
+        begun = stepper.begin(*given, choosing, planned=choosing and not own)
         try:
-            begun = stepper.begin(*given, choosing, choosing and mine and not own)
-            try:
-                if begun.parts:
-                    self._step_parts(begun.parts, compiling)
-                stepper.run(begun, scaling)
-            except BaseException:
-                stepper.forget()  # how far a failed step came is not known
-                raise
-            finally:
-                stepper.end(begun, self._states)
+            if begun.parts:
+                self._step_parts(begun.parts, compiling)
+            stepper.run(begun, scaling)
+        except BaseException:
+            stepper.forget()  # how far a failed step came is not known
+            raise
         finally:
-            if mine:
-                self._planning.clear()
+            stepper.end(begun, self._states)
         if not compiling and self._watch is not None:
             self._look()
         return loss
@@ -532,11 +500,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             return {**state_dict, **self._own_entries()}
 
         # Before the user's hooks, which may change the state dict.
-        handle = self.register_state_dict_post_hook(record, prepend=True)
-        try:
+        with self.register_state_dict_post_hook(record, prepend=True):
             saved: dict[str, Any] = super().state_dict(*args, **kwargs)
-        finally:
-            handle.remove()
         return saved
 
     def _own_entries(self) -> dict[str, Any]:
@@ -580,11 +545,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             return {**adapted, "param_groups": list(groups)}
 
         # Registered last: hooks of the user may adapt the state dict first.
-        handle = self.register_load_state_dict_pre_hook(adapt)
-        try:
+        with self.register_load_state_dict_pre_hook(adapt):
             super().load_state_dict(state_dict, *args, **kwargs)
-        finally:
-            handle.remove()
         record, now = loaded.get(RECORD), list(chain(*self._record(decided)))
         entries = entries_of(record, decided)
         saved = None if record is None else entries

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
+from threading import get_ident
+from time import sleep
 from typing import NamedTuple
 
 import torch
@@ -42,6 +44,7 @@ def _places_of(params: Sequence[Tensor]) -> tuple[list[object], list[Place]]:
 class Begun(NamedTuple):
     """What the class steps of a step, and a plan of the rest with its gradients."""
 
+    mine: bool  # whether plans serve the thread of this step
     parts: list[Part]
     plan: Plan | None = None
     grads: Grads | None = None
@@ -57,7 +60,9 @@ class Stepper:
         self._counters = Counters()
         self._stepped: Mapping[int, object] = {}
         self.exposed = False
-        self._busy, self._seen = False, False  # in a step; state was seen in it
+        self._seen = False  # state was seen in a step, and is exposed at its end
+        # The thread that steps, or with a minus the one that takes state apart.
+        self._owner: dict[str, int] = {}
         # Where each parameter was when its state was last known to fit it.
         self._tokens: list[object] = []
         self._places: list[Place] = []
@@ -68,18 +73,30 @@ class Stepper:
         Until then nothing outside can edit it: a step need not look at state, and
         may hold its tensors, and counters may be views of one tensor.
         """
-        if self._busy:  # a mode around the step reads it, between operations
-            self.see()
-        elif not self.exposed:
+        if self.exposed:
+            return
+        # In a step another thread reads it, or a mode around it between operations.
+        if self._owner.setdefault("thread", -get_ident()) != -get_ident():
+            self._seen = True
+            return
+        try:
             if self._plan is not None:
                 self._plan.expose()
             self._counters.part(states, self._seen)
             # Last: after an interrupt, the next step does the rest.
             self.exposed, self._seen = True, False
+        finally:
+            self._owner.clear()
 
-    def see(self) -> None:
-        """Take note that the state was seen in a step, which exposes it at its end."""
-        self._seen = True
+    def _claim(self) -> bool:
+        """Take the plan for this thread, unless another one steps by it."""
+        for _ in range(100):
+            owner = self._owner.setdefault("thread", get_ident())
+            if owner >= 0:
+                return owner == get_ident()
+            sleep(0.001)  # another thread takes the state apart, and looks at it then
+        self._owner["thread"] = get_ident()  # it was interrupted
+        return True
 
     def forget(self) -> None:
         """Plan anew at the next step."""
@@ -129,12 +146,15 @@ class Stepper:
         Without ``choosing``, parts go where the flags of their group say, and to the
         class if they are not to be ``planned``.
         """
+        # A plan serves one thread at a time; others let the class step all parts. No
+        # lock: after an interrupt anywhere the next step of a thread plans again.
+        mine = self._claim()
         # A group may be a dict that computes what is read, which no guard sees.
-        if not (PLANNING and planned and set(map(type, groups)) <= {dict}):
-            self._plan = None
-            return Begun(self._unplanned(groups, decided(), states, choosing))
-        self._busy = True
+        plain = set(map(type, groups)) <= {dict}
         try:
+            if not (PLANNING and planned and mine and plain):
+                self._plan = None
+                return Begun(mine, self._unplanned(groups, decided(), states, choosing))
             plan = self._plan
             grads = None if plan is None else plan.current_grads(groups, states)
             if plan is None or grads is None:
@@ -142,9 +162,9 @@ class Stepper:
                 grads = plan.first_grads()
         except BaseException:
             self.forget()  # an interrupt may have left it half changed
-            self.end(None, states)
+            self.end(Begun(mine, []), states)
             raise
-        return Begun(plan.rest, plan, grads)
+        return Begun(mine, plan.rest, plan, grads)
 
     def _unplanned(
         self,
@@ -167,11 +187,11 @@ class Stepper:
                 self._plan = None
 
     @_torch.disable_dynamo
-    def end(self, begun: Begun | None, states: States) -> None:
+    def end(self, begun: Begun, states: States) -> None:
         """End a step, however it went."""
-        if begun is None or begun.plan is not None:
-            self._busy = False
-        if self._seen and not self._busy:
+        if begun.mine:
+            self._owner.clear()
+        if self._seen:
             self.expose(states)
 
     def _new_plan(
