@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain, repeat
 from threading import local
@@ -90,18 +90,12 @@ def decider_for(model: object, wd_policy: object) -> Decider:
 
 def _typed(state_dict: Mapping[str, Any]) -> str:
     """Write how the policies of a state dict are passed again, where that is known."""
-    saved = state_dict.get(POLICIES)
-    texts = dict.fromkeys(saved) if isinstance(saved, list) else {}
-    lines = [f"wd_policy={_quoted(text)}" for text in texts]
+    saved, lines = state_dict.get(POLICIES), []
+    for text in dict.fromkeys(saved) if isinstance(saved, list) else ():
+        with suppress(TypeError, ValueError):  # of a callable the text is its name
+            text = text and repr(repr(as_policy(text)))
+        lines.append(f"wd_policy={text}")
     return f"pass {' and '.join(lines) or 'the old one as wd_policy'}"
-
-
-def _quoted(text: str | None) -> str:
-    """Quote what a text can say; a callable of the user's stands as it is called."""
-    try:
-        return str(text) if text is None else repr(repr(as_policy(text)))
-    except (TypeError, ValueError):
-        return str(text)
 
 
 def _quick_to_search(group: Group) -> Group:
@@ -366,9 +360,9 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     @_torch.disable_dynamo
     def _look(self) -> None:
         """Let the watch see a step that was taken."""
-        layout = self._decider.laid_out
-        watch = self._watch
-        self._watch = watch and watch.look(self._groups, layout, self._kernel)
+        if self._watch is not None:
+            layout = self._decider.laid_out
+            self._watch = self._watch.look(self._groups, layout, self._kernel)
 
     @_torch.disable_dynamo
     def _begin_training(self) -> None:

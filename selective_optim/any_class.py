@@ -384,23 +384,17 @@ def selective(optimizer_class: OptimizerClass) -> Any:
         before, *others = subclass.__bases__
         if before in (SelectiveOptimizer, AnyOptimizer) and others == [optimizer_class]:
             return subclass
-    return _make(optimizer_class)
-
-
-def _make(cls: OptimizerClass) -> OptimizerClass:
-    methods = {name: _seeing_parts(name) for name in _group_readers(cls)}
+    cls: Any = optimizer_class
     namespace = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "__init__": _constructor(cls),
         "_class_step": getattr(inspect.unwrap(cls.step), "__code__", None),
-        **methods,
+        **{name: _seeing_parts(name) for name in _group_readers(cls)},
     }
-    # pickle looks a class up by its name, unless copyreg knows its metaclass.
-    kind = _kind(type(cls))  # type: ignore[arg-type]  # a class of classes hashes
-    made: OptimizerClass = kind(cls.__name__, (AnyOptimizer, cls), namespace)
-    return made
+    kind: Any = type(cls)  # a class of classes hashes, which mypy does not hold
+    return _kind(kind)(cls.__name__, (AnyOptimizer, cls), namespace)
 
 
 def _constructor(cls: OptimizerClass) -> Callable[..., None]:
@@ -454,7 +448,8 @@ def _seeing_parts(name: str) -> Callable[..., Any]:
 def _kind(kind: Any) -> Any:
     """Derive a class of classes that pickle as the call that makes them.
 
-    No module has these classes under a name, by which pickle looks classes up.
+    No module has these classes under a name. pickle looks classes up by that, unless
+    copyreg knows their own class.
     """
     made = type(f"Selective{kind.__name__}", (kind,), {"__repr__": _text})
     copyreg.pickle(made, _reduce)
