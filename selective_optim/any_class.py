@@ -108,7 +108,7 @@ class AnyOptimizer(SelectiveOptimizer):
         self._made()
 
     def _construct(self, groups: list[Group], args: Any, kwargs: Any) -> None:
-        decided = self._decider.decisions(groups, {})
+        decided = self._decider.decisions(groups)
         splits = [split_group(*pair, None) for pair in zip(groups, decided)]
         self._class_adds = True
         parts = [part.group for split in splits for part in split.parts]
@@ -164,7 +164,7 @@ class AnyOptimizer(SelectiveOptimizer):
         with kept_on_error([param_group]):
             try:
                 self._read_group(param_group)
-                decided = self._decider.decisions(self._groups, self.defaults)
+                decided = self._decider.decisions(self._groups)
                 split = split_group(self._groups[-1], decided[-1], None)
                 self._show(self._parts)
                 # Past the method that decides: parts were decided for as a group.
@@ -219,14 +219,15 @@ class AnyOptimizer(SelectiveOptimizer):
 
     def _arrange(self) -> None:
         """Split the groups as they now stand, or raise with nothing changed."""
-        layout = self._decider.rows(self.param_groups, self.defaults)
+        self._decider.refuse_written((), self.defaults)
+        layout = self._decider.rows(self.param_groups)
         known = [split.group for split in self._splits]
         # A list that the user changed in place, or made anew, shows in one of the two.
         same = len(known) == len(self.param_groups)
         # The decider makes a new list whenever anything changed, so identity suffices.
         if layout is self._layout and same and all(map(is_, known, self.param_groups)):
             return
-        decided = self._decider.fitting(self.param_groups, self.defaults)
+        decided = self._decider.fitting(self.param_groups)
         splits = [
             split_again(group, decisions, self._splits, self.defaults)
             for group, decisions in zip(self.param_groups, decided)
@@ -310,7 +311,7 @@ class AnyOptimizer(SelectiveOptimizer):
             _finish(around)
             compiling = torch.compiler.is_compiling()
             if not compiling and (watch := self._watch) is not None:
-                layout = self._decider.laid_out
+                layout = self._decider.layout
                 self._watch = watch.look(self._groups, layout, self._kernel)
             return result
         finally:
@@ -321,7 +322,7 @@ class AnyOptimizer(SelectiveOptimizer):
     def _part_views(self) -> list[View]:
         splits = self._splits
         if any(part.inits for split in splits for part in split.parts):
-            decided = self._decider.fitting(self._groups, self.defaults)
+            decided = self._decider.fitting(self._groups)
             for split, decisions in zip(splits, decided):
                 split.lay_inits(decisions)
         return [view for split in splits for view in split.views()]
