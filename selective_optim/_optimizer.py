@@ -17,14 +17,7 @@ import torch
 from torch import nn
 
 from selective_optim import _torch
-from selective_optim._text import require_numbers
-from selective_optim._warnings import (
-    warn_of_changes,
-    warn_of_lost_inits,
-    warn_of_lost_policy,
-    warn_of_lost_rates,
-    warn_of_own_step,
-)
+from selective_optim._text import require_numbers, warn
 from selective_optim.decay import Form, is_zero
 from selective_optim.decisions.decider import (
     WRITTEN,
@@ -32,7 +25,6 @@ from selective_optim.decisions.decider import (
     kept_on_error,
     own_keys,
 )
-from selective_optim.decisions.deciding_for import given
 from selective_optim.decisions.state_dict import (
     POLICIES,
     RECORD,
@@ -44,6 +36,7 @@ from selective_optim.decisions.state_dict import (
     require_dict,
     require_loadable,
 )
+from selective_optim.decisions.warnings import warn_of_changes
 from selective_optim.decisions.watch import Watch, loss_of
 from selective_optim.fused.guards import params_of
 from selective_optim.fused.stepper import Stepper
@@ -85,7 +78,7 @@ def decider_for(model: object, wd_policy: object) -> Decider:
     """Make the decider of a constructor, unless it is given one."""
     if isinstance(wd_policy, Decider):
         return wd_policy
-    return Decider(*given(model, wd_policy))
+    return Decider.given(as_policy, wd_policy, model)
 
 
 def _typed(state_dict: Mapping[str, Any]) -> str:
@@ -184,7 +177,13 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         def look(optimizer: SelectiveOptimizer, *_: object) -> None:
             handle.remove()
             if not optimizer._reached:
-                warn_of_own_step(type(optimizer).__name__)
+                warn(
+                    f"the step of {type(optimizer).__name__} reads group["
+                    f"'weight_decay'] itself and never reaches the step of its base, "
+                    f"so `wd_policy` has no effect. Call super().step(closure) in it, "
+                    f"or split the groups by hand: selective_optim.param_groups(model, "
+                    f"...)."
+                )
 
         handle = self.register_step_post_hook(look)
 
@@ -246,7 +245,13 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             mine = params if owners else params_of(other._groups)
             if policy := other._decider.decided_by(mine):
                 self._lost_policy = True
-                warn_of_lost_policy(policy)
+                warn(
+                    f"the arguments of this optimizer come from an optimizer whose "
+                    f"`wd_policy` is {policy!r}, and here everything decays. Pass "
+                    f"wd_policy={policy!r}, or 'all' if you mean that. Around code "
+                    f"that makes optimizers itself, type "
+                    f"with deciding_for(model, wd_policy={policy!r})."
+                )
                 return
 
     def _made_like(self, cls: type, numbers: Group) -> bool:
@@ -338,8 +343,6 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         choosing = not (compiling or self.defaults["differentiable"])
         # A subclass's own may make state, and choose the gradients.
         own = type(self)._init_group is not SelectiveOptimizer._init_group
-        if not WRITTEN.isdisjoint(self.defaults):  # a plan sees new keys of groups
-            self._decider.refuse_written(self.param_groups, self.defaults)
         self._begin_training()
         stepper, scaling = self._stepper, scaling_of(self)
         given = (self.param_groups, self.decided_params, self._states)
@@ -361,13 +364,17 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _look(self) -> None:
         """Let the watch see a step that was taken."""
         if self._watch is not None:
-            layout = self._decider.laid_out
+            layout = self._decider.layout
             self._watch = self._watch.look(self._groups, layout, self._kernel)
 
     @_torch.disable_dynamo
     def _begin_training(self) -> None:
         """Take what parameters decay towards, if that is what they are now."""
         decider = self._decider
+        if not WRITTEN.isdisjoint(
+            self.defaults
+        ):  # new keys of groups show by themselves
+            decider.refuse_written((), self.defaults)
         if self._untouched:
             self._untouched = False
             # State that is there now was written past `load_state_dict`, with no
@@ -375,7 +382,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             if any(self._states.get(param) for param in params_of(self.param_groups)):
                 now = list(chain(*self._record()))
                 self._resume([None] * len(now), now, "optimizer.optim")
-        if decider.waits and decider.begin_training(self.param_groups, self.defaults):
+        if decider.waits and decider.begin_training(self.param_groups):
             self._decided_anew()
 
     @_torch.run_as_is
@@ -403,7 +410,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     def decided_params(self) -> list[DecidedParam]:
         """List every parameter, in order, with what was decided for it."""
-        decided = self._decider.fitting(self.param_groups, self.defaults)
+        decided = self._decider.fitting(self.param_groups)
         return [
             DecidedParam(param, index, position, decision)
             for index, (group, decisions) in enumerate(zip(self.param_groups, decided))
@@ -443,7 +450,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     @wd_policy.setter
     def wd_policy(self, wd_policy: WdPolicy) -> None:
-        before = self._decider.snapshot(self.param_groups, self.defaults)
+        before = self._decider.snapshot(self.param_groups)
         # First: an interrupt must not leave the old one in force.
         self._stepper.forget()
         self._decider.assign(wd_policy, self.param_groups)
@@ -462,7 +469,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def decay_report(self) -> DecayReport:
         """Report what decays: ``print`` shows a table, ``rows`` has each parameter."""
         # Not `decisions`: who looks is told later, by the step, what is wrong.
-        decided = self._decider.readable(self.param_groups, self.defaults)
+        decided = self._decider.readable(self.param_groups)
         groups, index = self.param_groups, self._decider.index
         report = make_report(groups, decided, self._form_of, index)
         loss = loss_of(self._kernel, groups, decided)
@@ -505,7 +512,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _record(self, decided: Decided | None = None) -> Record:
         """Write down how every parameter decays, as a state dict holds it."""
         if decided is None:
-            decided = self._decider.readable(self.param_groups, self.defaults)
+            decided = self._decider.readable(self.param_groups)
         forms = list(map(self._kernel.default_form, self.param_groups))
         return record_of(forms, decided)
 
@@ -527,7 +534,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
                 groups decay with 0 parameters that the policy decays.
         """
         require_dict(state_dict)
-        decided = self._decider.readable(self.param_groups, self.defaults)
+        decided = self._decider.readable(self.param_groups)
         before = [group["weight_decay"] for group in self.param_groups]
         loaded = state_dict  # some classes run no hooks
 
@@ -578,11 +585,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # Mostly nothing depends on it, here or there: names alone.
         if {"name", "fixed"}.issuperset(chain(*begins, *map(begin_in, now))):
             return
-        inits, rates = self._decider.resume(self.param_groups, begins)
-        if inits:
-            warn_of_lost_inits(inits, whose)
-        if rates:
-            warn_of_lost_rates(rates, whose)
+        self._decider.resume(self.param_groups, begins, whose)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Not `__getstate__`, which subclasses override with torch's three keys.
@@ -590,7 +593,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         make, args, state, *rest = reduced
         groups = self._groups
         copied = {
-            "decider": self._decider.snapshot(groups, self.defaults),
+            "decider": self._decider.snapshot(groups),
             "watch": self._watch,
             "kernel": self._kernel,
             "states": id(self._states),

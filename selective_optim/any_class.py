@@ -117,7 +117,7 @@ class AnyOptimizer(SelectiveOptimizer):
 
     def _construct(self, args: Any, kwargs: Any) -> None:
         groups = self._groups
-        decided = self._decider.decisions(groups, {})
+        decided = self._decider.decisions(groups)
         splits = [split_group(*pair, None) for pair in zip(groups, decided)]
         self._class_adds = True
         super(SelectiveOptimizer, self).__init__(_groups_of(splits), *args, **kwargs)
@@ -163,7 +163,7 @@ class AnyOptimizer(SelectiveOptimizer):
             del group[key]
         if self._parts is None:
             return
-        decided = self._decider.decisions(self._groups, self.defaults)
+        decided = self._decider.decisions(self._groups)
         split, count = split_group(group, decided[-1], None), len(self._parts)
         try:
             self._show(self._parts)
@@ -210,14 +210,14 @@ class AnyOptimizer(SelectiveOptimizer):
     def _arrange(self) -> None:
         """Split the groups as they now stand, or raise with nothing changed."""
         groups = self._groups
-        layout = self._decider.rows(groups, self.defaults)
+        layout = self._decider.rows(groups)
         known = [split.group for split in self._splits]
         # A list that the user changed in place, or made anew, shows in one of the two.
         same = len(known) == len(groups) and all(map(is_, known, groups))
         # The decider makes a new list whenever anything changed, so identity suffices.
         if layout is self._layout and same:
             return
-        decided = self._decider.fitting(groups, self.defaults)
+        decided = self._decider.fitting(groups)
         splits = [
             split_again(group, decisions, self._splits, self.defaults)
             for group, decisions in zip(groups, decided)
@@ -280,7 +280,7 @@ class AnyOptimizer(SelectiveOptimizer):
     def _part_views(self) -> list[View]:
         splits = self._splits
         if any(part.inits for split in splits for part in split.parts):
-            decided = self._decider.fitting(self._groups, self.defaults)
+            decided = self._decider.fitting(self._groups)
             for split, decisions in zip(splits, decided):
                 split.lay_inits(decisions)
         return [view for split in splits for view in split.views()]

@@ -26,7 +26,7 @@ FILES = {
 # From the ground up; a room imports from lower floors, and from its own wing.
 FLOORS = [
     ("_torch", "_text", "decay"),
-    ("_living_modules", "_warnings"),
+    ("_living_modules",),
     ("parameters", "step", "schedules"),
     ("fused", "policies"),
     ("decisions",),
@@ -139,7 +139,7 @@ def test_the_house_stays_small():
 
 @pytest.mark.parametrize("wing", ["policies", "step", "fused"])
 def test_a_wing_knows_only_the_vocabulary_that_both_share(wing):
-    about_parameters = {"parameters", "_text", "_warnings"}
+    about_parameters = {"parameters", "_text"}
     known = {"policies": about_parameters, "step": {"_text"}, "fused": {"step"}}[wing]
     own = [path for name, path in FILES.items() if room_of(name) == wing]
     imported = {room_of(other) for path in own for other in imports_of(path)}

@@ -15,7 +15,7 @@ from itertools import chain
 
 from torch import nn
 
-from selective_optim._warnings import warn
+from selective_optim._text import warn
 from selective_optim.parameters import ParameterInfo, index_of
 from selective_optim.policies.recognition import (
     bias_part,
