@@ -45,9 +45,8 @@ from selective_optim.policies.named import WdPolicy, as_policy
 from selective_optim.report import DecayReport, form_of_class, make_report, remark_of
 from selective_optim.step.class_step import ClassStep, View, view_of
 from selective_optim.step.kernels import Kernel
-from selective_optim.step.lasting_parts import alike
 from selective_optim.step.parts import DecidedParam, Part, free_choice
-from selective_optim.step.setting import States, scaling_of
+from selective_optim.step.setting import States, alike, scaling_of
 
 Group = dict[str, Any]
 Model = nn.Module | Sequence[nn.Module] | None

@@ -29,7 +29,7 @@ from selective_optim.decisions.state_dict import (
     require_whole,
 )
 from selective_optim.parameters import as_modules
-from selective_optim.step.lasting_parts import PER_PARAM
+from selective_optim.step.setting import PER_PARAM
 
 StateDict = dict[str, Any]
 Hyper = dict[str, Any]  # of a group: all but its parameters and their names

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import lru_cache
 from inspect import Parameter, Signature
+from itertools import repeat
 from operator import is_
 from threading import get_ident
 from types import SimpleNamespace
@@ -24,21 +25,25 @@ from selective_optim._optimizer import (
 )
 from selective_optim.decisions.state_dict import PARTS, Decided, require_groups_like
 from selective_optim.report import form_of_class
-from selective_optim.step import refusals
 from selective_optim.step.class_step import ClassStep, View
 from selective_optim.step.kernels import Kernel
 from selective_optim.step.lasting_parts import (
-    WD,
-    Group,
     Split,
     chosen_form,
     flag_of,
     load_parts,
     record_of_parts,
+    require_class,
+    require_forms,
+    require_no_index_overrides,
+    require_no_lists,
+    require_parts,
+    require_plain_arguments,
     saved_parts,
     split_again,
     split_group,
 )
+from selective_optim.step.setting import WD, Group
 
 OptimizerClass = type[torch.optim.Optimizer]
 # Methods of schedule-free optimizers, which read and write their groups.
@@ -118,13 +123,12 @@ class AnyOptimizer(SelectiveOptimizer):
     def _construct(self, args: Any, kwargs: Any) -> None:
         groups = self._groups
         decided = self._decider.decisions(groups)
-        splits = [split_group(*pair, None) for pair in zip(groups, decided)]
+        splits = list(map(split_group, groups, decided))
         self._class_adds = True
         super(SelectiveOptimizer, self).__init__(_groups_of(splits), *args, **kwargs)
         self._class_adds = False
         # Only now is there something to look at: what the constructor made.
-        refusals.require_parts(self, splits)
-        refusals.require_no_inner_optimizer(self)
+        require_parts(self, splits)
         self._parts, self.param_groups = self.param_groups, groups
         self._adopt(splits, self._parts)
 
@@ -136,7 +140,7 @@ class AnyOptimizer(SelectiveOptimizer):
             split.empty()
             if flag_of(split.group) is None:
                 split.form = form_of_class(self, split.group)
-            refusals.require_forms(self, split)
+            require_forms(self, split)
         self._splits += splits
 
     @_torch.disable_dynamo
@@ -164,7 +168,7 @@ class AnyOptimizer(SelectiveOptimizer):
         if self._parts is None:
             return
         decided = self._decider.decisions(self._groups)
-        split, count = split_group(group, decided[-1], None), len(self._parts)
+        split, count = split_group(group, decided[-1]), len(self._parts)
         try:
             self._show(self._parts)
             # Past the method that decides: parts were decided for as a group.
@@ -183,7 +187,7 @@ class AnyOptimizer(SelectiveOptimizer):
     def _enter(self) -> None:
         self._begin_training()
         self._hand_down()
-        refusals.require_no_index_overrides(self, self._parts)
+        require_no_index_overrides(self, self._parts)
         # Not a count: after an interrupt anywhere the next step of a thread is right.
         self._threads_inside.add(get_ident())
         for split in self._splits:
@@ -223,10 +227,10 @@ class AnyOptimizer(SelectiveOptimizer):
             for group, decisions in zip(groups, decided)
         ]
         for split in splits:
-            refusals.require_forms(self, split)
+            require_forms(self, split)
         parts = _groups_of(splits)
         if list(map(id, parts)) != list(map(id, self._parts)):
-            refusals.require_no_lists(self, len(self._parts))
+            require_no_lists(self, len(self._parts))
         for split in splits:
             split.empty()
         self._splits[:], self._layout = splits, layout
@@ -256,7 +260,7 @@ class AnyOptimizer(SelectiveOptimizer):
                 served; then nothing is stepped.
         """
         self._reached = True
-        refusals.require_plain_arguments(self, (*args, *kwargs.values()))
+        require_plain_arguments(self, (*args, *kwargs.values()))
         step = _torch.unhooked(super(SelectiveOptimizer, self).step)
         around = ClassStep(self, self._states)
         if closure is not None or args:
@@ -278,12 +282,12 @@ class AnyOptimizer(SelectiveOptimizer):
 
     @_torch.disable_dynamo
     def _part_views(self) -> list[View]:
-        splits = self._splits
-        if any(part.inits for split in splits for part in split.parts):
+        decided: Iterable[Any] = repeat(())
+        parts = (part for split in self._splits for part in split.parts)
+        if any(part.decay_key.decay.needs_init for part in parts):
             decided = self._decider.fitting(self._groups)
-            for split, decisions in zip(splits, decided):
-                split.lay_inits(decisions)
-        return [view for split in splits for view in split.views()]
+        pairs = zip(self._splits, decided)
+        return [view for split, own in pairs for view in split.views(own)]
 
     def _outside(
         self, closure: Callable[[], Any], around: ClassStep
@@ -377,7 +381,7 @@ def selective(optimizer_class: OptimizerClass) -> Any:
         optimizer_class, SelectiveOptimizer
     ):
         return optimizer_class
-    refusals.require_class(optimizer_class)
+    require_class(optimizer_class)
     # Found again, and not kept: classes refer to their subclasses weakly. SGD, Adam and
     # AdamW of this library stand before torch's themselves.
     for subclass in optimizer_class.__subclasses__():

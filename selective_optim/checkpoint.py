@@ -54,7 +54,7 @@ from selective_optim.decisions.state_dict import (
     require_whole,
 )
 from selective_optim.routes.loading import split_routes as split_routes
-from selective_optim.step.lasting_parts import PER_PARAM
+from selective_optim.step.setting import PER_PARAM
 
 SHOWN = 5  # names that a line of ``Fit`` gives
 # Entries that torch's classes begin at 0, and so can begin for new rows alone. Others,

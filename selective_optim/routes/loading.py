@@ -27,7 +27,7 @@ from selective_optim.decisions.state_dict import (
     require_dict,
     require_whole,
 )
-from selective_optim.step.lasting_parts import PER_PARAM, WD, pick
+from selective_optim.step.setting import PER_PARAM, WD, pick
 
 Group = dict[str, Any]
 ROUTE, OTHERS = "route", "routes"  # of a group; what a route's class saves besides

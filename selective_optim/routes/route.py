@@ -20,7 +20,7 @@ from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
 from selective_optim.policies.selectors import Selector, as_selector
 from selective_optim.routes.loading import KEYS
-from selective_optim.step.lasting_parts import PER_PARAM, WD, pick
+from selective_optim.step.setting import PER_PARAM, WD, pick
 
 Group = dict[str, Any]
 Part = tuple[Group, Sequence[Decision], str]  # with the route

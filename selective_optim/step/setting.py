@@ -25,6 +25,36 @@ State = dict[str, Any]
 States = dict[Tensor, State]
 Call = Callable[[], object]
 PLAIN = (Tensor, torch.nn.Parameter)
+WD = "weight_decay"
+PER_PARAM = ("params", "param_names")  # what a group lists per parameter
+NUMBERS_AND_TEXT = (int, float, bool, str)
+
+
+def pick(group: Group, chosen: Sequence[int]) -> Group:
+    """Take some parameters of a group, with their names if it has any."""
+    return {key: [group[key][i] for i in chosen] for key in PER_PARAM if key in group}
+
+
+def same(a: object, b: object) -> bool:
+    """Tell whether two values are one object or, if plain, equal.
+
+    Tensors are not compared: that would wait for their device.
+    """
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    # Not `==` for all: arrays and objects of the user may return anything.
+    return type(a) in NUMBERS_AND_TEXT and (a == b or (a != a and b != b))  # two NaNs
+
+
+def alike(a: object, b: object) -> bool:
+    """Tell whether two values are equal, tensors too."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return same(a, b)
 
 
 class DecayPass(NamedTuple):
