@@ -364,12 +364,17 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         own = type(self)._init_group is not SelectiveOptimizer._init_group
         if not WRITTEN.isdisjoint(self.defaults):  # a plan sees new keys of groups
             self._decider.refuse_written(self.param_groups, self.defaults)
-        self._begin_training()
+        if compiling or self._untouched or self._decider.waits:
+            self._begin_training()
         # A plan serves one thread at a time; others let the class step all parts. No
         # lock: after an interrupt anywhere the next step of a thread plans again.
         mine = self._claim()
         try:
-            self._step_all(choosing, choosing and mine and not own, compiling)
+            given = (self.param_groups, self.decided_params, self._states)
+            if choosing and mine and not own and self._stepper.plans_for(given[0]):
+                self._stepper.step(*given, scaling_of(self), self._step_parts)
+            else:
+                self._step_unplanned(choosing, compiling)
         finally:
             if mine:
                 self._planning.clear()
@@ -397,25 +402,19 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             now = [begin_in(entry) for entry in chain(*self._record())]
             self._resume([{} for _ in now], now, "optimizer.optim")
 
-    @_torch.use_grad_for_differentiable
     @_torch.run_as_is
-    def _step_all(self, choosing: bool, planned: bool, compiling: bool) -> None:
-        """Step the parts: the class those that are not planned, then the plan."""
-        stepper, scaling = self._stepper, scaling_of(self)
+    def _step_unplanned(self, choosing: bool, compiling: bool) -> None:
+        """Let the class step all parts."""
         given = (self.param_groups, self.decided_params, self._states)
-        begun = stepper.begin(*given, choosing, planned)
         try:
-            if begun.parts:
-                self._step_parts(begun.parts, compiling)
-            stepper.run(begun, scaling)
-        except BaseException:
-            stepper.forget()  # how far a failed step came is not known
-            raise
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                if parts := self._stepper.unplanned_parts(*given, choosing):
+                    self._step_parts(parts, compiling)
         finally:
-            stepper.end(begun, self._states)
+            self._stepper.finish(self._states)
 
     @_torch.run_as_is
-    def _step_parts(self, parts: Sequence[Part], compiling: bool) -> None:
+    def _step_parts(self, parts: Sequence[Part], compiling: bool = False) -> None:
         """Let the class of torch step parts, as if they were groups split by hand."""
         step, around = _torch.unhooked(super().step), ClassStep(self, self._states)
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from selective_optim import _torch
 from selective_optim.fused.buckets import Counters
 from selective_optim.fused.guards import params_of, same_objects
-from selective_optim.fused.plan import Grads, Plan
+from selective_optim.fused.plan import Plan
 from selective_optim.step.kernels import Kernel, require_no_nan
 from selective_optim.step.parts import (
     DecidedParam,
@@ -37,14 +36,6 @@ def _places_of(params: Sequence[Tensor]) -> tuple[list[object], list[Place]]:
     places, few = list(map(_place_of, params)), dict[Place, Place]()
     places = list(map(few.setdefault, places, places))
     return list(map(_torch.token_of, params)), places
-
-
-class Begun(NamedTuple):
-    """What the class steps of a step, and a plan of the rest with its gradients."""
-
-    parts: list[Part]
-    plan: Plan | None = None
-    grads: Grads | None = None
 
 
 class Stepper:
@@ -115,62 +106,68 @@ class Stepper:
             for own, value in zip(owns, values.to(device).unbind()):
                 own["step"] = value.clone()
 
+    def plans_for(self, groups: Groups) -> bool:
+        """Tell whether parts can be planned: no group computes what is read."""
+        return PLANNING and set(map(type, groups)) <= {dict}
+
     @_torch.disable_dynamo
-    def begin(
+    def step(
         self,
         groups: Groups,
         decided: Decided,
         states: States,
-        choosing: bool,
-        planned: bool,
-    ) -> Begun:
-        """Begin a step, and tell what the optimizer's class is to step.
-
-        Without ``choosing``, parts go where the flags of their group say, and to the
-        class if they are not to be ``planned``.
-        """
-        # A group may be a dict that computes what is read, which no guard sees.
-        if not (PLANNING and planned and set(map(type, groups)) <= {dict}):
-            self._plan = None
-            return Begun(self._unplanned(groups, decided(), states, choosing))
+        scaling: Scaling,
+        step_parts: Callable[[list[Part]], None],
+    ) -> None:
+        """Step by a plan, after what the optimizer's class steps (``step_parts``)."""
         self._busy = True
         try:
-            plan = self._plan
-            grads = None if plan is None else plan.current_grads(groups, states)
-            if plan is None or grads is None:
-                plan = self._new_plan(groups, decided(), states)
-                grads = plan.first_grads()
+            with torch.no_grad():
+                self._step(groups, decided, states, scaling, step_parts)
         except BaseException:
-            self.forget()  # an interrupt may have left it half changed
-            self.end(None, states)
+            self.forget()  # how far a failed step came is not known
             raise
-        return Begun(plan.rest, plan, grads)
+        finally:
+            self._busy = False
+            if self._seen:
+                self.expose(states)
 
-    def _unplanned(
+    def _step(
         self,
         groups: Groups,
-        params: Sequence[DecidedParam],
+        decided: Decided,
         states: States,
-        choosing: bool,
+        scaling: Scaling,
+        step_parts: Callable[[list[Part]], None],
+    ) -> None:
+        plan = self._plan
+        grads = None if plan is None else plan.current_grads(groups, states)
+        if plan is None or grads is None:
+            plan = self._new_plan(groups, decided(), states)
+            grads = plan.first_grads()
+        if plan.rest:
+            step_parts(plan.rest)
+        plan.run(grads, scaling)
+        if plan.once:
+            self.forget()
+
+    @_torch.disable_dynamo
+    def unplanned_parts(
+        self, groups: Groups, decided: Decided, states: States, choosing: bool
     ) -> list[Part]:
-        """Make the parts anew; by fused kernels, too, the class steps them."""
+        """Make the parts of a step that the optimizer's class is to step alone.
+
+        Without ``choosing``, they go where the flags of their group say.
+        """
+        self.forget()
         require_no_nan(self.kernel, groups)
+        params = decided()
         self._follow_moved(groups, params, states)
         return make_layout(self.kernel, groups, params, states, (), choosing).parts
 
     @_torch.disable_dynamo
-    def run(self, begun: Begun, scaling: Scaling) -> None:
-        """Step the parts that are planned."""
-        if begun.plan is not None and begun.grads is not None:
-            begun.plan.run(begun.grads, scaling)
-            if begun.plan.once:
-                self._plan = None
-
-    @_torch.disable_dynamo
-    def end(self, begun: Begun | None, states: States) -> None:
-        """End a step, however it went."""
-        if begun is None or begun.plan is not None:
-            self._busy = False
+    def finish(self, states: States) -> None:
+        """Take note at the end of a step of a look at the state in it."""
         if self._seen and not self._busy:
             self.expose(states)
 
