@@ -296,7 +296,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # The class's own step is no outsider, and asks for every parameter. And 2.7
         # cannot set attributes as it compiles.
         shown = self._shown.param_groups
-        if shown is None and not torch.compiler.is_compiling():
+        told = shown is not None or self._stepper.exposed
+        if not told and not torch.compiler.is_compiling():
             self._stepper.expose(self._states)  # someone may edit it from now on
         return self._states
 
@@ -326,7 +327,6 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # Only code that is compiled can tell that it is.
         return self._step_groups(closure, torch.compiler.is_compiling())
 
-    @_torch.use_grad_for_differentiable
     @_torch.run_as_is
     def _step_groups(self, closure: Callable[[], Any] | None, compiling: bool) -> Any:
         """Step the parts: the class those that are not planned, then the plan."""
@@ -342,19 +342,24 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         choosing = not (compiling or self.defaults["differentiable"])
         # A subclass's own may make state, and choose the gradients.
         own = type(self)._init_group is not SelectiveOptimizer._init_group
-        self._begin_training()
-        stepper, scaling = self._stepper, scaling_of(self)
+        waiting = self._untouched or self._decider.waits
+        # In groups the decider looks for new keys.
+        if compiling or waiting or not WRITTEN.isdisjoint(self.defaults):
+            self._begin_training()
+        stepper = self._stepper
         given = (self.param_groups, self.decided_params, self._states)
-        begun = stepper.begin(*given, choosing, planned=choosing and not own)
+        # A plan serves one thread at a time; others let the class step all parts. No
+        # lock: after an interrupt anywhere the next step of a thread plans again.
+        mine = stepper.claim()
         try:
-            if begun.parts:
-                self._step_parts(begun.parts, compiling)
-            stepper.run(begun, scaling)
-        except BaseException:
-            stepper.forget()  # how far a failed step came is not known
-            raise
+            if choosing and mine and not own and stepper.plans_for(given[0]):
+                stepper.step(*given, scaling_of(self), self._step_parts)
+            else:
+                with torch.set_grad_enabled(self.defaults["differentiable"]):
+                    if parts := stepper.unplanned_parts(*given, choosing):
+                        self._step_parts(parts, compiling)
         finally:
-            stepper.end(begun, self._states)
+            stepper.finish(mine, self._states)
         if not compiling and self._watch is not None:
             self._look()
         return loss
@@ -370,10 +375,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _begin_training(self) -> None:
         """Take what parameters decay towards, if that is what they are now."""
         decider = self._decider
-        if not WRITTEN.isdisjoint(
-            self.defaults
-        ):  # new keys of groups show by themselves
-            decider.refuse_written((), self.defaults)
+        decider.refuse_written((), self.defaults)
         if self._untouched:
             self._untouched = False
             # State that is there now was written past `load_state_dict`, with no
@@ -385,7 +387,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             self._decided_anew()
 
     @_torch.run_as_is
-    def _step_parts(self, parts: Sequence[Part], compiling: bool) -> None:
+    def _step_parts(self, parts: Sequence[Part], compiling: bool = False) -> None:
         """Let the class of torch step parts, as if they were groups split by hand."""
         step, around = _torch.unhooked(super().step), ClassStep(self, self._states)
         try:
