@@ -71,7 +71,7 @@ class Reader(AnyOptimizer):
         self, params: Any, decider: Decider, keys: Iterable[str], lr: Any
     ) -> None:
         self._decider = decider
-        self._read(params, keys, lr)
+        self._read(decider.read(params), keys, lr)
 
 
 def param_groups(
@@ -135,7 +135,7 @@ def param_groups(
     rate = 1.0 if lr is None else lr
     keys = [WD, "lr", *hyper]
     groups = Reader(copied_groups(params), decider, keys, rate).param_groups
-    decided = decider.decisions(groups, {})
+    decided = decider.decisions(groups)
     whole: Iterable[Part] = [
         ({**defaults, **group}, decisions, "")
         for group, decisions in zip(groups, decided)

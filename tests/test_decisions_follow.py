@@ -318,7 +318,7 @@ def test_what_is_known_of_tensors_long_gone_is_forgotten():
     for _ in range(150):
         optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(2, 2))
         optimizer.step()
-        known.append(len(optimizer._decider._table._rows))
+        known.append(len(optimizer._decider._rows))
     assert max(known) == 2 * 1 + 64
     assert len(decaying(optimizer)) == 1
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from selective_optim._warnings import warn
+from selective_optim._text import warn
 from selective_optim.parameters import ParameterInfo, index_of
 from selective_optim.policies.recognition import (
     bias_part,

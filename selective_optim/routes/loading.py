@@ -18,7 +18,7 @@ from selective_optim._state_entries import (
     without,
     write,
 )
-from selective_optim._warnings import SHOWN, warn
+from selective_optim._text import first_of, warn
 from selective_optim.decisions.state_dict import (
     PARTS,
     POLICIES,
@@ -301,10 +301,8 @@ def _by_name(
 def warn_of_new(labels: Sequence[str]) -> None:
     """Warn of parameters for which nothing was saved."""
     if labels:
-        first = ", ".join(labels[:SHOWN])
-        more = f" and {len(labels) - SHOWN} more" if labels[SHOWN:] else ""
         warn(
-            f"nothing was saved for {first}{more} by the route that steps "
+            f"nothing was saved for {first_of(labels, ', ')} by the route that steps "
             f"{'them' if labels[1:] else 'it'} now, so "
             f"{'they begin' if labels[1:] else 'it begins'} anew. Load with the routes "
             f"of the state dict to go on."

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from selective_optim._optimizer import Model
-from selective_optim._warnings import warn
+from selective_optim._text import warn
 from selective_optim.adamw import AdamW
 from selective_optim.policies.named import WdPolicy
 from selective_optim.policies.predicates import (

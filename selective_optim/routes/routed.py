@@ -16,12 +16,10 @@ import torch
 
 from selective_optim import _torch
 from selective_optim._optimizer import Model, SelectiveOptimizer, decider_for
-from selective_optim._text import copied_groups, require_numbers
-from selective_optim._warnings import warn
+from selective_optim._text import copied_groups, require_numbers, warn
 from selective_optim.any_class import MODES, READING, as_torch_reads, selective
 from selective_optim.decay import is_zero
 from selective_optim.decisions.decider import WRITTEN, Decider, kept_on_error, part_of
-from selective_optim.decisions.initial_values import base_rate
 from selective_optim.decisions.knowledge import Pending
 from selective_optim.decisions.watch import Watch, loss_of
 from selective_optim.policies.named import WdPolicy, as_policy
@@ -35,7 +33,7 @@ from selective_optim.routes.route import (
     read_routes,
     unused,
 )
-from selective_optim.step.setting import NO_SCALING, scaling_of
+from selective_optim.step.setting import NO_SCALING, base_rate, scaling_of
 
 Group = dict[str, Any]
 ROUTE, WD = "route", "weight_decay"
@@ -300,8 +298,8 @@ class Routed(torch.optim.Optimizer):
         optimizers = list(self.optimizers.values())
         for optimizer in optimizers:
             self._decider.gather(optimizer._decider, optimizer.param_groups)
-        before = self._decider.snapshot(self.param_groups, {})
-        each = [o._decider.snapshot(o.param_groups, o.defaults) for o in optimizers]
+        before = self._decider.snapshot(self.param_groups)
+        each = [o._decider.snapshot(o.param_groups) for o in optimizers]
         try:
             self._decider.assign(wd_policy, self.param_groups)
             for optimizer in optimizers:
@@ -322,7 +320,7 @@ class Routed(torch.optim.Optimizer):
         known, lost = dict[int, Any](), list[str]()
         for optimizer in self.optimizers.values():
             groups = optimizer.param_groups
-            decided = optimizer._decider.readable(groups, optimizer.defaults)
+            decided = optimizer._decider.readable(groups)
             known |= {id(g): (optimizer, own) for g, own in zip(groups, decided)}
             lost.append(loss_of(optimizer._kernel, groups, decided))
         report = make_report(
@@ -386,7 +384,7 @@ class Routed(torch.optim.Optimizer):
         if self._watch is not None:
             parts = list(self.optimizers.values())
             groups = [group for part in parts for group in part.param_groups]
-            layout = [rows for part in parts for rows in part._decider.laid_out]
+            layout = [rows for part in parts for rows in part._decider.layout]
             if not self._watch.begin(groups, layout):
                 self._watch = None
         return loss
@@ -402,7 +400,7 @@ class Routed(torch.optim.Optimizer):
             return
         for name, optimizer in self.optimizers.items():
             with self._numbered(name):
-                optimizer._decider.rows(optimizer.param_groups, optimizer.defaults)
+                optimizer._decider.rows(optimizer.param_groups)
         self._checked = groups
 
     @contextmanager
@@ -473,7 +471,7 @@ class Routed(torch.optim.Optimizer):
             adapted = hook(self, state_dict)
             state_dict = state_dict if adapted is None else adapted
         decided = {
-            name: o._decider.readable(o.param_groups, o.defaults)
+            name: o._decider.readable(o.param_groups)
             for name, o in self.optimizers.items()
         }
         saved, new = loadable(state_dict, self.optimizers, decided)
@@ -495,7 +493,7 @@ class Routed(torch.optim.Optimizer):
             "optimizers": self.optimizers,
             "_routes": self._routes,
             "_common": self._common,
-            "decider": self._decider.snapshot(self.param_groups, {}),
+            "decider": self._decider.snapshot(self.param_groups),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

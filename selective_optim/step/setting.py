@@ -7,9 +7,10 @@ Fused kernels unscale and skip by themselves; for all else it is done by what is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import copysign
+from math import copysign, inf
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -200,3 +201,32 @@ def unscale_(grads: Sequence[Tensor], grad_scale: Tensor) -> None:
 def unless_dropped(found_inf: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """Return what is new, or where infinity was found what is old, on the device."""
     return torch.where(found_inf.bool(), old, new)
+
+
+# Rates of groups.
+
+
+def base_rate(group: Mapping[str, Any]) -> float | None:
+    """Return the rate that schedules of a group start from, if that is a number."""
+    rate: Any = group.get("initial_lr", group.get("lr"))
+    try:
+        return float(rate.detach() if isinstance(rate, Tensor) else rate)
+    except (TypeError, ValueError, RuntimeError):  # None, or a tensor without a value
+        return None
+
+
+def rate_now(group: Mapping[str, Any]) -> float | None:
+    """Return the rate of a group, if that is a number that waits for no device."""
+    rate = group.get("lr")
+    waits = isinstance(rate, Tensor) and not rate.is_cpu
+    return None if waits else base_rate({"lr": rate})
+
+
+def is_moving(group: Mapping[str, Any]) -> bool:
+    """Tell whether a step moves parameters, as it may if the rate is not known."""
+    return rate_now(group) != 0
+
+
+def is_rate(value: Any) -> bool:
+    """Tell whether this is a rate to divide by, without another polarity."""
+    return isinstance(value, Real) and 0 < float(value) < inf
