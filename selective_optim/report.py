@@ -19,6 +19,7 @@ from selective_optim import _torch
 from selective_optim._text import aligned, param_ids, shortened
 from selective_optim.decay import FORMS, Decision, Form, Target, target_text
 from selective_optim.parameters import (
+    Asked,
     ModelIndex,
     ParameterInfo,
     index_of,
@@ -375,14 +376,14 @@ def make_report(
     """Join what was decided, if anything was, with what groups and modules are now."""
     # Where nothing was decided, all decay as the group says, for what they are.
     decided = decided or [[None] * len(group["params"]) for group in groups]
-    asked, places = [], []
+    asked, places = list[Asked](), []
     for number, (group, own) in enumerate(zip(groups, decided, strict=True)):
         names = group.get("param_names") or repeat(None)
         names = [known.telling_name if known else n for known, n in zip(own, names)]
-        asked.append(wanted(group["params"], names, number))
+        asked += wanted(group["params"], names, number)
         places += [(number, group, known) for known in own]
     rows = []
-    for info, (number, group, known) in zip(index.infos(*asked), places):
+    for info, (number, group, known) in zip(index.infos(asked), places):
         kind = kind_of(info)
         role = "norm's bias" if kind == "norm" and is_bias.matches(info) else kind
         decision = known or decide(None, [info])[0]._replace(reason=kind)

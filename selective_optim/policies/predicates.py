@@ -156,11 +156,9 @@ def whole(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]
 
 def _said(module: nn.Module, weights: list[ParameterInfo]) -> tuple[str, ...] | None:
     for accessor in ACCESSORS:
-        if not hasattr(type(module), accessor):
-            continue
-        try:
-            said = getattr(module, accessor)()
-        except Exception:  # an accessor that the model inherits and does not serve
+        try:  # of the class: wrappers answer for the module inside
+            said = getattr(type(module), accessor)(module)
+        except Exception:  # missing, or inherited and not served
             continue
         held = list(_layers(said))
         found = [_last(layer, weights) for layer in held]

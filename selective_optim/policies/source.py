@@ -200,9 +200,8 @@ def _unit(value: ast.expr, known: dict[str, str]) -> str:
 def _uses(tree: ast.AST, leaf: str) -> Iterator[str]:
     """Say of every place in a method that reads an attribute what it does with it."""
     above = {child: n for n in ast.walk(tree) for child in ast.iter_child_nodes(n)}
-    uses = [n for n in above if isinstance(n, ast.Attribute) and n.attr == leaf]
-    read = [n for n in uses if _attribute(n) and isinstance(n.ctx, ast.Load)]
-    return (_use(n, above, leaf) for n in read)
+    named = [n for n in above if isinstance(n, ast.Attribute) and _attribute(n) == leaf]
+    return (_use(n, above, leaf) for n in named if isinstance(n.ctx, ast.Load))
 
 
 def _use(node: ast.AST, above: dict[ast.AST, ast.AST], leaf: str) -> str:
