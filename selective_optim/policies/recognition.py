@@ -245,8 +245,10 @@ def norm_part(place: ParameterInfo) -> str | bool:
     normalized values by it in a method of its own, or a table lists it.
     """
     module, leaf = holder(place)
-    if module is None or isinstance(module, WEIGHT_MODULES) or norm_module(module):
-        return norm_module(module)
+    if module is None or isinstance(module, WEIGHT_MODULES):
+        return False
+    if norm_module(module):
+        return True
     children = module.named_children()
     norms = (k for k, m in children if says_norm(_kind(m)) and not has_parameters(m))
     return _gain(_kind(module), leaf, frozenset(norms)) or False
