@@ -226,15 +226,15 @@ class ModuleIndex:
         self._places = {}
         self._answers.clear()
         paths: dict[int, Path] = {}
-        # The number of the module above, and under which key that registered it.
-        self._above: list[tuple[int, str]] = []
         places: dict[int, tuple[Place, ...]] = {}
-        coming: list[tuple[Path, int, str, str]] = [((root,), 0, "", "")]
+        # The number of the module above, and under which key that registered it.
+        above: list[tuple[int, str]] = []
+        coming: list[tuple[Path, tuple[int, str], str]] = [((root,), (0, ""), "")]
         while coming:
-            path, above, key, names = coming.pop()
+            path, registered, names = coming.pop()
             number, plain = len(paths), _torch.without_wrappers(names)
             paths[number] = path
-            self._above.append((above, key))
+            above.append(registered)
             for key, param in _torch.registered(path[-1]).items():
                 if param is not None:
                     name, own = f"{plain}{key}", None
@@ -244,11 +244,12 @@ class ModuleIndex:
                     place = (number, key, name, own)
                     places[id(param)] = (*places.get(id(param), ()), place)
             coming += [
-                ((*path, child), number, key, f"{names}{key}.")
+                ((*path, child), (number, key), f"{names}{key}.")
                 for key, child in reversed([*_torch.children(path[-1]).items()])
                 # One that contains itself has endless aliases.
                 if child is not None and child not in path
             ]
+        self._above = above
         self._shapes = _torch.original_shapes(path[-1] for path in paths.values())
         self._places = places  # last: what an interrupt leaves is read again
         return paths
