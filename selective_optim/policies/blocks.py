@@ -217,7 +217,8 @@ def _found(roots: Sequence[nn.Module]) -> list[nn.Module]:
             f"several stacks of their own depth, as in layers=[{globs}]."
         )
     counts = Counter(_counting_globs(roots))
-    numbered = ", ".join(map(repr, list(counts)[:8])) or "none"  # of 1,000, say
+    # A message with 1,000 globs cannot be read.
+    numbered = ", ".join(map(repr, list(counts)[:8])) or "none"
     raise ValueError(
         f"`layers` must name the repeated blocks of {models}, where none were found; "
         f"numbered modules in it: {numbered}. "
