@@ -30,7 +30,6 @@ from selective_optim.step.kernels import Kernel
 from selective_optim.step.lasting_parts import (
     Split,
     chosen_form,
-    flag_of,
     load_parts,
     record_of_parts,
     require_class,
@@ -137,7 +136,7 @@ class AnyOptimizer(SelectiveOptimizer):
         for split in splits:
             split.adopt([next(groups) for _ in split.parts], self.defaults)
             split.empty()
-            if flag_of(split.group) is None:
+            if chosen_form(split.group) is None:
                 split.form = form_of_class(self, split.group)
             require_forms(self, split)
         self._splits += splits

@@ -46,15 +46,12 @@ NOT_SHARED = (*PER_PARAM, *DECAY_KEYS)
 _ABSENT = object()
 
 
-def flag_of(group: Group) -> str | None:
-    """Find the key by which the class lets a group choose its form."""
-    return next((key for key in FLAGS if key in group), None)
-
-
 def chosen_form(group: Group) -> Form | None:
     """Tell the form that a group chooses, if its class lets it."""
-    flag = flag_of(group)
-    return None if flag is None else "decoupled" if group[flag] else "l2"
+    for flag in FLAGS:
+        if flag in group:
+            return "decoupled" if group[flag] else "l2"
+    return None
 
 
 def share_of(group: Group, decay_key: DecayKey, form: Form | None) -> Share:
@@ -91,7 +88,6 @@ class Split:
     shown: Group = field(default_factory=dict)  # the group when last looked at
 
     def fill(self) -> None:
-        """Give the parts their parameters, for the class to see."""
         for part in self.parts:
             part.group.update(pick(self.group, part.positions))
 
@@ -264,16 +260,19 @@ def split_again(
     """
     mine = [split for split in before if split.group is group]
     # Known ahead: a part of new parameters alone may come before those that were shown.
-    origin = mine or [split for split, _ in _holders(group["params"], before)]
-    # A new dict for tensors of several groups: hyperparameters are those it says.
-    settled = {} if mine else _disputed(group, before, keys)
+    origin = mine or [s for s in before if _parts_of(group["params"], [s])]
+    settled = {}
+    if not mine:
+        # A new dict for tensors of several groups: hyperparameters are those it says.
+        owns = [part.own for part in _parts_of(group["params"], origin)]
+        settled = {k: group[k] for k in _differing(owns) if k in group and k in keys}
     shown = {**(origin[0].shown if origin else {}), **settled}
     going_on = {part.decay_key: part for split in mine for part in split.parts}
     parts = []
     for decay_key, chosen in by_decay(decisions).items():
         params = [group["params"][i] for i in chosen]
         tokens = list(map(_torch.token_of, params))
-        owns = [part.own for _, part in _holders(params, mine or before)]
+        owns = [part.own for part in _parts_of(params, origin)]
         if (part := going_on.get(decay_key)) is not None:
             # The same dict, which the class may know by identity.
             own, owns = part.group, [part.own, *owns]
@@ -290,24 +289,11 @@ def split_again(
     return Split(group, parts, before[0].form if before else None, shown)
 
 
-def _disputed(
-    group: Group, before: Sequence[Split], keys: Collection[str]
-) -> dict[str, Any]:
-    """Take hyperparameters in which the parts that a group comes from differ."""
-    owns = [part.own for _, part in _holders(group["params"], before)]
-    return {k: group[k] for k in _differing(owns) if k in group and k in keys}
-
-
-def _holders(
-    params: Sequence[Tensor], splits: Sequence[Split]
-) -> list[tuple[Split, Part]]:
+def _parts_of(params: Sequence[Tensor], splits: Sequence[Split]) -> list[Part]:
+    """List the parts that hold some of these parameters."""
     wanted = set(map(id, map(_torch.token_of, params)))
-    return [
-        (split, part)
-        for split in splits
-        for part in split.parts
-        if not wanted.isdisjoint(map(id, part.tokens))
-    ]
+    parts = (part for split in splits for part in split.parts)
+    return [part for part in parts if not wanted.isdisjoint(map(id, part.tokens))]
 
 
 def _require_agreement(
@@ -333,10 +319,10 @@ def record_of_parts(splits: Sequence[Split]) -> list[list[Group]] | None:
 
 
 def _kept(split: Split, part: Part) -> Group:
-    shown = split.group
+    shown, wd = split.group, split.computed(part, WD)
     own = {k: v for k, v in part.own.items() if not same(v, shown.get(k, _ABSENT))}
     # A new part has none yet where handing it down raised; the step will tell.
-    if not same(part.group.get(WD, wd := split.computed(part, WD)), wd):
+    if not same(part.group.get(WD, wd), wd):
         own[WD] = part.group[WD]  # the class writes it itself
     return {"positions": part.positions, **own}
 
@@ -441,7 +427,7 @@ def require_parts(optimizer: Any, splits: Sequence[Split]) -> None:
 def require_forms(optimizer: Any, split: Split) -> None:
     """Check that it is known what each part is to be decayed like."""
     name = type(optimizer).__name__
-    known = flag_of(split.group) is not None or split.form is not None
+    known = chosen_form(split.group) or split.form
     for decay in (part.decay_key.decay for part in split.parts):
         if is_zero(decay.multiplier) or not (decay.form or decay.target):
             continue
