@@ -29,7 +29,6 @@ from selective_optim.step.class_step import ClassStep, View
 from selective_optim.step.kernels import Kernel
 from selective_optim.step.lasting_parts import (
     Split,
-    chosen_form,
     load_parts,
     record_of_parts,
     require_class,
@@ -42,7 +41,7 @@ from selective_optim.step.lasting_parts import (
     split_again,
     split_group,
 )
-from selective_optim.step.setting import WD, Group
+from selective_optim.step.setting import WD, Group, chosen_form
 
 OptimizerClass = type[torch.optim.Optimizer]
 # Methods of schedule-free optimizers, which read and write their groups.

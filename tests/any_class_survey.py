@@ -25,7 +25,7 @@ from torch import nn
 from benchmarks.step.results import describe_run
 from selective_optim import selective
 from selective_optim.policies import form
-from selective_optim.step.lasting_parts import FLAGS
+from selective_optim.step.setting import FLAGS
 
 STEPS = 8
 RESUMED_AT = 4

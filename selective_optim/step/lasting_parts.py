@@ -23,42 +23,23 @@ from selective_optim._text import received
 from selective_optim.decay import FORMS, FULL, DecayKey, Decision, Form, is_zero
 from selective_optim.step.class_step import View
 from selective_optim.step.setting import (
+    FLAGS,
     PER_PARAM,
     WD,
     Group,
     Share,
     alike,
+    chosen_form,
     pick,
     same,
-    share,
+    share_of,
 )
 
-# Keys by which classes let a group choose its form: of torch, timm, Prodigy and
-# D-Adaptation, pytorch_optimizer, optimi. True is decoupled.
-FLAGS = (
-    *("decoupled_weight_decay", "decoupled_decay", "decouple"),
-    *("weight_decouple", "decouple_wd"),
-)
 # What is computed for each part from the group and the decay of the part.
 DECAY_KEYS = (WD, *FLAGS)
 # Not written from a group into its parts, nor back, as they stand.
 NOT_SHARED = (*PER_PARAM, *DECAY_KEYS)
 _ABSENT = object()
-
-
-def chosen_form(group: Group) -> Form | None:
-    """Tell the form that a group chooses, if its class lets it."""
-    for flag in FLAGS:
-        if flag in group:
-            return "decoupled" if group[flag] else "l2"
-    return None
-
-
-def share_of(group: Group, decay_key: DecayKey, form: Form | None) -> Share:
-    """Share the decay of a part out between the class and a pass."""
-    if chosen := chosen_form(group):
-        return share(group, decay_key, chosen, ("l2", "decoupled"))
-    return share(group, decay_key, form, (form,) if form else ())
 
 
 @dataclass(eq=False)
