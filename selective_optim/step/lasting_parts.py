@@ -123,17 +123,16 @@ class Split:
         if "lr" in moved and any(form and FORMS[form].follows_lr for form in forms):
             moved.add(WD)
         # Computed before any is written, so that an error leaves the parts alike.
-        written: list[tuple[Group, str, Any]] = []
+        written: list[tuple[Group, Group]] = []
         for key in group.keys() & moved:
             value = group[key]
             if key in DECAY_KEYS:
-                written += [(p.group, key, self.computed(p, key)) for p in self.parts]
+                written += [(p.group, {key: self.computed(p, key)}) for p in self.parts]
             elif key not in PER_PARAM and not same(value, shown.get(key, _ABSENT)):
                 self._require_common(key)
-                own = (value if key in keys else _own_copy(value) for _ in self.parts)
-                written += [(p.group, key, v) for p, v in zip(self.parts, own)]
-        for part_group, key, value in written:
-            part_group[key] = value
+                written += [(p.group, _copied({key: value}, keys)) for p in self.parts]
+        for part_group, values in written:
+            part_group.update(values)
         # A key that the user removed goes from the parts; one that is only there stays.
         for key in shown.keys() - group.keys():
             for part in self.parts:
@@ -202,11 +201,9 @@ def _differing(owns: Sequence[Group]) -> list[str]:
 
 def _copied(group: Group, keys: Collection[str]) -> Group:
     """Copy a group for a part, which counts by itself in tensors under other keys."""
-    return {k: v if k in keys else _own_copy(v) for k, v in group.items()}
-
-
-def _own_copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    tensors = {k: v for k, v in group.items() if isinstance(v, Tensor)}
+    own = {k: v.detach().clone() for k, v in tensors.items() if k not in keys}
+    return {**group, **own}
 
 
 def by_decay(decisions: Sequence[Decision]) -> dict[DecayKey, list[int]]:
