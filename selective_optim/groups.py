@@ -31,8 +31,8 @@ from selective_optim.policies.named import parse
 from selective_optim.policies.selectors import Selector, as_selector
 from selective_optim.report import DecayReport, Row, make_row
 from selective_optim.routes.route import Part, by_route, marks_of, with_one_decay
-from selective_optim.step.lasting_parts import by_decay, share_of
-from selective_optim.step.setting import WD, Group, pick
+from selective_optim.step.lasting_parts import by_decay
+from selective_optim.step.setting import WD, Group, pick, share_of
 
 Modules = nn.Module | Sequence[nn.Module]
 HEADERS = ("group", "lr", "decay", "tensors", "elements", "route", "reason")
