@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import Any
 
-from torch import Tensor
-
 from selective_optim._text import received
 from selective_optim._torch import (
     canonical_name,
@@ -25,10 +23,8 @@ from selective_optim.decisions.state_dict import (
     POLICIES,
     RECORD,
     begin_in,
-    require_dict,
     require_whole,
 )
-from selective_optim.parameters import as_modules
 from selective_optim.step.lasting_parts import PER_PARAM
 
 StateDict = dict[str, Any]
@@ -60,7 +56,6 @@ class Entry:
         return (self.part_values or {}).get(WD, decay.of(self.hyper[WD]))
 
     def label(self) -> str:
-        """Name the parameter and its group, as a message should."""
         return f"{self.name!r} (group {self.group})"
 
 
@@ -80,7 +75,6 @@ def read(
     state_dict: StateDict, names: Names | None, way_out: str = NAME_THEM
 ) -> dict[str, Entry]:
     """List the parameters of a state dict by canonical name."""
-    require_dict(state_dict)
     require_whole(state_dict)
     listed: list[Entry] = []
     for index, group in enumerate(state_dict["param_groups"]):
@@ -93,8 +87,7 @@ def read(
             shared = without(part, ["positions"])
             for position in part["positions"]:
                 part_values[position] = shared
-        noted = [begin_in(entry).get("name") for entry in records]
-        own = _names_of(group, index, names, noted, way_out)
+        own = _names_of(group, index, names, records, way_out)
         columns = own, keys, records, part_values
         for name, key, record, values in zip(*columns, strict=True):
             state = state_dict["state"].get(key)
@@ -114,12 +107,13 @@ def _names_of(
     group: Mapping[str, Any],
     index: int,
     names: Names | None,
-    noted: Iterable[str | None],
+    records: Iterable[Any],
     way_out: str,
 ) -> list[str]:
     keys = group["params"]
     if names is None:
         by_name = [key for key in keys if isinstance(key, str)]
+        noted = (begin_in(entry).get("name") for entry in records)
         own = list(group.get("param_names", by_name or filter(None, noted)))
     else:
         listed = names if isinstance(names, Iterable) else [names]
@@ -170,10 +164,11 @@ def choose(
     return list(chosen.values())
 
 
-def write(state_dict: StateDict, groups: Groups) -> StateDict:
+def write(state_dict: StateDict, groups: Groups, record: bool = True) -> StateDict:
     """Put a state dict together: these groups, and the state of their parameters.
 
-    Dicts and lists are new, tensors and what else ``state_dict`` holds are shared.
+    Dicts and lists are new, tensors and what else ``state_dict`` holds are shared. If
+    ``record``, it says what part of its group's decay each parameter has, where known.
     """
     saved = state_dict["param_groups"]
     named = any("param_names" in group for group in saved)
@@ -190,9 +185,11 @@ def write(state_dict: StateDict, groups: Groups) -> StateDict:
             if entry.state is not None:
                 own = entry.state
                 state[key] = dict(own) if isinstance(own, dict) else own
-    parts = {PARTS: [_parts(mine) for _, mine in groups]} if PARTS in state_dict else {}
-    others = without(state_dict, [RECORD, PARTS, POLICIES])
-    return {**others, "state": state, "param_groups": packed, **parts}
+    whole = without(state_dict, [RECORD, PARTS, POLICIES])
+    whole |= {"state": state, "param_groups": packed}
+    if record and PARTS in state_dict:
+        whole[PARTS] = [_parts(mine) for _, mine in groups]
+    return whole | _recorded(state_dict, groups) if record else whole
 
 
 def _parts(entries: Sequence[Entry]) -> list[dict[str, Any]]:
@@ -205,17 +202,18 @@ def _parts(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     return list(parts.values())
 
 
-def recorded(state_dict: StateDict, groups: Groups) -> dict[str, Any]:
-    """Record what part of its group's decay each parameter has, where known."""
+def _recorded(state_dict: StateDict, groups: Groups) -> dict[str, Any]:
+    # Of the old groups' decay: an optimizer may have another one by now.
+    decays = [[e.hyper.get(WD, 0.0) for e in mine if e.hyper] for _, mine in groups]
+    pairs = [(max(own, key=float, default=1.0), g[1]) for own, g in zip(decays, groups)]
     known = RECORD in state_dict or all(
-        hyper.get(WD) and (not entry.record or entry.record[1])
-        for hyper, mine in groups
+        largest and (not entry.record or entry.record[1])
+        for largest, mine in pairs
         for entry in mine
     )
     if not known:
         return {}
-    largest = [(hyper.get(WD), mine) for hyper, mine in groups]
-    return {RECORD: [[_record(e, wd) for e in mine] for wd, mine in largest]}
+    return {RECORD: [[_record(e, wd) for e in mine] for wd, mine in pairs]}
 
 
 def _record(entry: Entry, largest: Any) -> list[Any]:
@@ -249,19 +247,3 @@ def require_agreement(
                     f"{key!r} is {mine} for {first.label()} and {other} for "
                     f"{entry.label()}, but one group has one. {way_out.format(key)}"
                 )
-
-
-def with_rate_of(record: Sequence[Any], own: Sequence[Any]) -> list[Any]:
-    """Let training begin with the rate that another record says, if it says one."""
-    rate = {key: own[2][key] for key in ("lr0",) if own[2:] and key in own[2]}
-    begin = dict(*record[2:]) | rate
-    return [*record[:2], *([begin] if begin else [])]
-
-
-def named_parameters(model: Any) -> list[tuple[Tensor, str, str]]:
-    """List parameters with their canonical names, and with those that DCP gives."""
-    named = [pair for m in as_modules(model) for pair in m.named_parameters()]
-    # Modules may share parameters.
-    own = {id(param): (param, without_wrappers(name)) for name, param in named}
-    told = told_apart([name for _, name in own.values()])
-    return [(param, name, raw) for (param, raw), name in zip(own.values(), told)]

@@ -36,11 +36,8 @@ from selective_optim._state_entries import (
     choose,
     form_of,
     merged,
-    named_parameters,
     read,
-    recorded,
     require_agreement,
-    with_rate_of,
     without,
     write,
 )
@@ -50,9 +47,9 @@ from selective_optim.decisions.state_dict import (
     PARTS,
     RECORD,
     begin_in,
-    require_dict,
     require_whole,
 )
+from selective_optim.parameters import as_modules
 from selective_optim.routes.loading import split_routes as split_routes
 from selective_optim.step.lasting_parts import PER_PARAM
 
@@ -66,6 +63,15 @@ OLD_NAMES = (
     "Pass names=group_names(old_optimizer.param_groups, old_model).",
     "Pass names=[n for n, _ in old_model.named_parameters()].",
 )
+
+
+def _named_parameters(model: Any) -> list[tuple[Tensor, str, str]]:
+    """List parameters with their canonical names, and with those that DCP gives."""
+    named = [pair for m in as_modules(model) for pair in m.named_parameters()]
+    # Modules may share parameters.
+    own = {id(param): (param, without_wrappers(name)) for name, param in named}
+    told = told_apart([name for _, name in own.values()])
+    return [(param, name, raw) for (param, raw), name in zip(own.values(), told)]
 
 
 def group_names(
@@ -89,7 +95,7 @@ def group_names(
         TypeError: The arguments are no groups, or no modules.
         ValueError: A parameter is in none of the modules.
     """
-    names = {id(param): name for param, name, _ in named_parameters(model)}
+    names = {id(param): name for param, name, _ in _named_parameters(model)}
     groups = param_groups if isinstance(param_groups, Iterable) else [param_groups]
     found: list[list[str]] = []
     for index, group in enumerate(groups):
@@ -168,7 +174,7 @@ def merge_groups(
     listed = "".join(f"{key!r}, " for key in keys)
     way_out = f"Keep such groups apart: by=[{listed}{{!r}}]."
     groups = [(merged(mine, way_out), mine) for _, mine in together]
-    return write(state_dict, groups) | recorded(state_dict, groups)
+    return write(state_dict, groups)
 
 
 def split_groups(
@@ -212,9 +218,8 @@ def split_groups(
     # A group without parameters takes its hyperparameters from any.
     anyone = list(entries.values())[:1]
     pairs = zip(wanted, parts, strict=True)
-    split = write(state_dict, [(_split(p or anyone, own), p) for own, p in pairs])
-    split.pop(PARTS, None)  # each in a group of its own now
-    return split
+    split_hypers = [(_split(part or anyone, own), part) for own, part in pairs]
+    return write(state_dict, split_hypers, record=False)
 
 
 def _split(entries: Sequence[Entry], own: Hyper) -> Hyper:
@@ -236,6 +241,13 @@ def _split(entries: Sequence[Entry], own: Hyper) -> Hyper:
                 f"in every group and del state_dict['decay'] first."
             )
     return hyper
+
+
+def _with_rate_of(record: Sequence[Any], own: Sequence[Any]) -> list[Any]:
+    """Let training begin with the rate that another record says, if it says one."""
+    rate = {key: own[2][key] for key in ("lr0",) if own[2:] and key in own[2]}
+    begin = dict(*record[2:]) | rate
+    return [*record[:2], *([begin] if begin else [])]
 
 
 def keep_hyperparameters(
@@ -267,7 +279,6 @@ def keep_hyperparameters(
         >>> [(group["lr"], group["momentum"]) for group in optimizer.param_groups]
         [(0.02, 0.9)]
     """
-    require_dict(state_dict)
     require_whole(state_dict)
     own, here = optimizer.state_dict(), optimizer.param_groups
     known = dict.fromkeys(chain.from_iterable(here))
@@ -296,7 +307,7 @@ def keep_hyperparameters(
         whole[PARTS] = [[without(p, kept) for p in parts] for parts in whole[PARTS]]
     if RECORD in whole and RECORD in own and "lr" in kept:
         pairs = zip(whole[RECORD], own[RECORD])
-        whole[RECORD] = [list(map(with_rate_of, *pair)) for pair in pairs]
+        whole[RECORD] = [list(map(_with_rate_of, *pair)) for pair in pairs]
     return whole
 
 
@@ -370,7 +381,6 @@ def fit(
         >>> print(fitted.resized, fitted.state_dict["state"][1]["momentum_buffer"])
         ['weight', 'bias'] tensor([1., 1., 1., 0., 0.])
     """
-    require_dict(state_dict)
     require_whole(state_dict)
     single = len(state_dict["param_groups"]) == 1
     per_group: Any = names
@@ -379,7 +389,7 @@ def fit(
         per_group = [flat] if all(isinstance(name, str) for name in flat) else flat
     old = read(state_dict, per_group, OLD_NAMES[single])
     fates: dict[str, list[str]] = {"kept": [], "resized": [], "new": []}
-    written, decided, rest = [], [], dict(old)
+    written, rest = [], dict(old)
     for hyper, places in _layout(model):
         mine = []
         for param, new in places:
@@ -388,9 +398,6 @@ def fit(
             mine.append(entry)
         fitted = [entry for entry in mine if entry.hyper]
         written.append((_hyper(model, hyper, fitted), mine))
-        # Of the old groups: an optimizer may have another decay by now.
-        decays = [entry.hyper.get(WD, 1.0) for entry in fitted]
-        decided.append(({WD: max(decays, key=float, default=1.0)}, mine))
     fitting = {*fates["kept"], *fates["resized"]}
     if not fitting:
         first = next(iter(old), "")
@@ -401,13 +408,12 @@ def fit(
             f"there, as {near[0]!r}."
         )
     dropped = [name for name in old if name not in fitting]
-    whole = write(state_dict, written) | recorded(state_dict, decided)
-    return Fit(whole, **fates, dropped=dropped)
+    return Fit(write(state_dict, written), **fates, dropped=dropped)
 
 
 def _layout(model: Any) -> list[tuple[Hyper, list[tuple[Tensor, Entry]]]]:
     if not isinstance(model, Optimizer):
-        places = [(p, Entry(name, key)) for p, name, key in named_parameters(model)]
+        places = [(p, Entry(name, key)) for p, name, key in _named_parameters(model)]
         return [({}, places)]
     saved, groups = model.state_dict(), model.param_groups
     names = [name for group in groups for name in group.get("param_names", ())]
@@ -437,7 +443,7 @@ def _fitted(new: Entry, param: Tensor, entry: Entry | None) -> tuple[str, Entry]
     if entry is None:
         return "new", new
     state = dict(entry.state) if isinstance(entry.state, Mapping) else {}
-    record = with_rate_of(entry.record, new.record)
+    record = _with_rate_of(entry.record, new.record)
     begin = dict(*record[2:])
     if "name" in begin:  # loading goes by it
         begin["name"] = new.name

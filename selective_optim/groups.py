@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from itertools import accumulate
+from itertools import accumulate, repeat
 from numbers import Real
 from typing import Any
 
@@ -133,24 +133,20 @@ def param_groups(
     # Forms, of which some need a rate, are refused below whatever it is.
     rate = 1.0 if lr is None else lr
     keys = [WD, "lr", *hyper]
-    groups = Reader(copied_groups(params), decider, keys, rate).param_groups
-    decided = decider.decisions(groups, {})
-    whole: Iterable[Part] = [
-        ({**defaults, **group}, decisions, "")
-        for group, decisions in zip(groups, decided)
-    ]
+    read = Reader(copied_groups(params), decider, keys, rate).param_groups
+    decided = decider.decisions(read, {})
+    groups = [{**defaults, **group} for group in read]
+    whole: Iterable[Part] = zip(groups, decided, repeat(""))
     named = all(decision.name for decisions in decided for decision in decisions)
     if routes is not None:
         named, marks = False, marks_of(routes, key, values)
-        whole = by_route(
-            [group for group, *_ in whole], decided, decider, routes, marks
-        )
+        whole = by_route(groups, decided, decider, routes, marks)
     split = [
         (part, [decisions[i] for i in chosen], route)
         for group, decisions, route in whole
         for part, chosen in _parts(group, decisions, named)
     ]
-    decider.warn_if_weak([with_one_decay({**defaults, **group}) for group in groups])
+    decider.warn_if_weak(list(map(with_one_decay, groups)))
     decider.index.release()
     return SplitGroups((group for group, *_ in split), _rows(split))
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from itertools import count
-from typing import Any
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
+from itertools import chain, count, repeat
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,7 +21,6 @@ from selective_optim._state_entries import (
     StateDict,
     merged,
     read,
-    recorded,
     without,
     write,
 )
@@ -29,11 +35,11 @@ from selective_optim.decisions.state_dict import (
 )
 from selective_optim.step.lasting_parts import PER_PARAM, WD, pick
 
+T = TypeVar("T")
 Group = dict[str, Any]
 ROUTE, OTHERS = "route", "routes"  # of a group; what a route's class saves besides
-BY_GROUP = (RECORD, POLICIES, PARTS)
 RATES, USE_MUON = ("lr", "initial_lr"), "use_muon"
-# What a class that keeps no record has for a group in each of those lists.
+# What a state dict lists by group besides, and there of one that has no such list.
 NOTHING: dict[str, Any] = {RECORD: [], POLICIES: None, PARTS: []}
 # Keys by which optimizers of other projects choose Muon or Adam, and their values:
 # Keller Jordan's Muon, pytorch_optimizer and ultralytics; timm; dion; nanochat.
@@ -56,16 +62,17 @@ class States(MutableMapping[Any, Any]):
     def __init__(
         self, optimizers: Mapping[str, torch.optim.Optimizer], groups: Sequence[Group]
     ) -> None:
-        self._optimizers, self._groups = optimizers, groups
+        self._states = {name: o.state for name, o in optimizers.items()}
+        self._groups = groups
 
     def _owner(self, key: Any) -> Any:
         """Return the state that has a key, or else that of the route's optimizer."""
-        for optimizer in self._optimizers.values():
-            if key in optimizer.state:
-                return optimizer.state
+        for state in self._states.values():
+            if key in state:
+                return state
         for group in self._groups:
             if any(param is key for param in group["params"]):
-                return self._optimizers[group["route"]].state
+                return self._states[group[ROUTE]]
         raise KeyError(key)
 
     def __getitem__(self, key: Any) -> Any:
@@ -77,37 +84,41 @@ class States(MutableMapping[Any, Any]):
     def __delitem__(self, key: Any) -> None:
         del self._owner(key)[key]
 
+    # Not by `__getitem__`, as a mapping does: a defaultdict would make an entry.
     def __contains__(self, key: object) -> bool:
-        return any(key in o.state for o in self._optimizers.values())
+        return any(key in state for state in self._states.values())
 
     def __iter__(self) -> Iterator[Any]:
-        for optimizer in self._optimizers.values():
-            yield from optimizer.state
+        return chain.from_iterable(self._states.values())
 
     def __len__(self) -> int:
-        return sum(len(o.state) for o in self._optimizers.values())
+        return sum(map(len, self._states.values()))
 
     def __repr__(self) -> str:
         return repr(dict(self))
 
 
+def in_order(by_route: Mapping[str, Iterable[T]], order: Iterable[str]) -> list[T]:
+    """Take an item of a route each time that the order names the route."""
+    items = {name: iter(own) for name, own in by_route.items()}
+    return [next(items[name]) for name in order]
+
+
 def joined(saved: Mapping[str, StateDict], order: Sequence[str]) -> StateDict:
     """Make one state dict of those of the routes, with groups in this order of them."""
     numbers, state, groups = count(), dict[Any, Any](), list[Group]()
-    lists: dict[str, list[Any]] = {
-        key: [] for key in BY_GROUP if any(key in own for own in saved.values())
-    }
-    index = dict.fromkeys(saved, 0)
-    for name in order:
-        own, place = saved[name], index[name]
-        index[name] += 1
-        group = own["param_groups"][place]
+    own = {name: each["param_groups"] for name, each in saved.items()}
+    for name, group in zip(order, in_order(own, order)):
         keys = {key: next(numbers) for key in group["params"]}
         groups.append({**group, "params": list(keys.values())})
-        state |= {keys[key]: own["state"][key] for key in keys if key in own["state"]}
-        for key, values in lists.items():
-            values.append(own[key][place] if key in own else NOTHING[key])
-    known = ("state", "param_groups", *BY_GROUP)
+        states = saved[name]["state"]
+        state |= {keys[key]: states[key] for key in keys if key in states}
+    lists = {
+        key: in_order({n: o.get(key, repeat(none)) for n, o in saved.items()}, order)
+        for key, none in NOTHING.items()
+        if any(key in own for own in saved.values())
+    }
+    known = ("state", "param_groups", *NOTHING)
     others = {name: without(own, known) for name, own in saved.items()}
     told = {OTHERS: others} if any(others.values()) else {}
     return {"state": state, "param_groups": groups, **lists, **told}
@@ -125,7 +136,6 @@ def split_routes(state_dict: StateDict) -> dict[str, StateDict]:
     Raises:
         ValueError: A group has no route.
     """
-    require_dict(state_dict)
     require_whole(state_dict)
     saved: dict[str, StateDict] = {}
     others = state_dict.get(OTHERS, {})
@@ -140,7 +150,7 @@ def split_routes(state_dict: StateDict) -> dict[str, StateDict]:
         own["param_groups"].append(without(group, [ROUTE]))
         state = state_dict["state"]
         own["state"] |= {key: state[key] for key in group["params"] if key in state}
-        for key in BY_GROUP:
+        for key in NOTHING:
             if key in state_dict:
                 own.setdefault(key, []).append(state_dict[key][index])
     return {name: {**own, **others.get(name, {})} for name, own in saved.items()}
@@ -164,12 +174,11 @@ def loadable(
         )
     fitted, new = dict[str, StateDict](), list[str]()
     for name, optimizer in optimizers.items():
-        fitted[name] = saved.get(name, {"state": {}, "param_groups": []})
-        if not _fits(fitted[name], optimizer, decided[name]):
-            groups = optimizer.param_groups
-            fitted[name] = _by_name(name, fitted[name], groups, decided[name], new)
-        for group in fitted[name]["param_groups"]:
-            group[ROUTE] = name
+        own = saved.get(name, {"state": {}, "param_groups": []})
+        if not _fits(own, optimizer, decided[name]):
+            own = _by_name(name, own, optimizer.param_groups, decided[name], new)
+        groups = [{**group, ROUTE: name} for group in own["param_groups"]]
+        fitted[name] = {**own, "param_groups": groups}
     count = sum(len(own) for groups in decided.values() for own in groups)
     if new and len(new) == count:
         raise ValueError(
@@ -180,7 +189,7 @@ def loadable(
     return fitted, new
 
 
-def _by_route(state_dict: Any, names: list[str]) -> dict[str, StateDict]:
+def _by_route(state_dict: Any, names: list[str]) -> Any:
     if isinstance(state_dict, (list, tuple)):
         if len(state_dict) != len(names):
             raise ValueError(
@@ -188,10 +197,12 @@ def _by_route(state_dict: Any, names: list[str]) -> dict[str, StateDict]:
                 f"routes {', '.join(map(repr, names))}. Pass one for each, in this "
                 f"order, or {{route: state_dict}}."
             )
-        return {name: _copied(own) for name, own in zip(names, state_dict)}
+        state_dict = dict(zip(names, state_dict))
     require_dict(state_dict)
     if "param_groups" not in state_dict and state_dict.keys() <= set(names):
-        return {name: _copied(own) for name, own in state_dict.items()}
+        for own in state_dict.values():
+            require_whole(own)
+        return state_dict
     require_whole(state_dict)
     if any(ROUTE not in group for group in state_dict["param_groups"]):
         state_dict = _routed(state_dict, names)
@@ -236,14 +247,6 @@ def _route_told(group: Group, own: Group, names: Sequence[str]) -> Any:
     return next((n for n in names if KEYS[key](n, names) == told[key]), told[key])
 
 
-def _copied(state_dict: Any) -> StateDict:
-    """Copy the lists and groups of a state dict, into which the route is written."""
-    require_dict(state_dict)
-    require_whole(state_dict)
-    groups = [dict(group) for group in state_dict["param_groups"]]
-    return {**state_dict, "param_groups": groups}
-
-
 def _fits(saved: StateDict, optimizer: torch.optim.Optimizer, decided: Decided) -> bool:
     """Tell whether a state dict has these groups, and hyperparameters for all."""
     sizes = [len(group["params"]) for group in saved["param_groups"]]
@@ -277,25 +280,25 @@ def _by_name(
     entries = read(saved, None, NAME_THEM)
     packed: list[tuple[Hyper, list[Entry]]] = []
     for index, (group, own) in enumerate(zip(groups, decided)):
-        mine, found, rest = list[Entry](), list[Entry](), without(group, PER_PARAM)
+        mine, hyper = list[Entry](), without(group, PER_PARAM)
         for place, decision in enumerate(own):
             known = str(decision.telling_name)
-            if known in entries:
-                if entries[known] in mine:
-                    raise ValueError(
-                        f"{known!r} names two parameters of route {name!r}, so what "
-                        f"was saved for each is not known. Make this optimizer of "
-                        f"model.named_parameters() of one module that has both."
-                    )
-                found.append(entries[known])
-            else:
+            entry = entries.get(known)
+            if entry is None:
                 new.append(decision.label(index, place))
-            mine.append(entries.get(known, Entry(known, known, hyper=rest)))
-        way_out = "Make this optimizer with groups as they were saved."
-        hyper = {**rest, **merged(found, way_out)} if found else rest
+            elif entry in mine:
+                raise ValueError(
+                    f"{known!r} names two parameters of route {name!r}, so what was "
+                    f"saved for each is not known. Make this optimizer of "
+                    f"model.named_parameters() of one module that has both."
+                )
+            mine.append(entry or Entry(known, known))
+        if found := [entry for entry in mine if entry.hyper]:
+            hyper |= merged(
+                found, "Make this optimizer with groups as they were saved."
+            )
         packed.append((hyper, mine))
-    whole = write(saved, packed)
-    return whole | (recorded(saved, packed) if RECORD in saved else {})
+    return write(saved, packed, record=RECORD in saved)
 
 
 def warn_of_new(labels: Sequence[str]) -> None:

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from selective_optim._state_entries import without
 from selective_optim._text import NUMBERS, received, require_numbers, shape_of
+from selective_optim._warnings import warn
 from selective_optim.decay import FULL, Answer, Decision
 from selective_optim.decisions.decider import Decider
 from selective_optim.decisions.knowledge import Pending
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
+from selective_optim.policies.named import as_policy
 from selective_optim.policies.selectors import Selector, as_selector
 from selective_optim.routes.loading import KEYS
 from selective_optim.step.lasting_parts import PER_PARAM, WD, pick
@@ -39,25 +41,15 @@ class Route:
     selective: Any = None  # the same, or made of it, which decides
     arguments: Mapping[str, Any] = field(default_factory=dict)
     keys: frozenset[str] = frozenset()  # what the class reads in a group
+    lr: Any = None  # of a group that brings none; ``None`` if the class has no rate
+    policy: Policy | None = None  # its own
 
-    @property
-    def lr(self) -> Any:
-        """The rate of a group that brings none; ``None`` if the class has no rate."""
-        parameter = inspect.signature(self.cls).parameters.get("lr")
-        default = None if parameter is None else parameter.default
-        return self.arguments.get("lr", default)
-
-    def part(
-        self, group: Group, positions: Sequence[int] | None, others: set[str]
-    ) -> Group:
-        """Make the group of this route of a user's, and of all it has if ``None``.
+    def part(self, group: Group, positions: Sequence[int], others: set[str]) -> Group:
+        """Make the group of this route of a user's.
 
         Keys that ``others`` read, and not this route, are left out.
         """
-        not_read = others - self.keys
-        own = {k: v for k, v in group.items() if k not in not_read}
-        if positions is not None:
-            own |= pick(group, positions)
+        own = without(group, others - self.keys) | pick(group, positions)
         for key in [k for k in NUMBERS if isinstance(own.get(k), Mapping)]:
             numbers = own.pop(key)
             own |= {key: numbers[self.name]} if self.name in numbers else {}
@@ -86,7 +78,7 @@ class Route:
         if self.selective is self.cls:
             return None  # it is ours, and takes every parameter
         try:
-            self.cls(params, **without(self.arguments, ["wd_policy"]))
+            self.cls(params, **self.arguments)
         except Exception as error:  # whatever it raises
             return error
         return None
@@ -168,21 +160,27 @@ def _read(name: object, given: object, selective: Callable[[Any], Any]) -> Route
                 f"not take. Did you mean {near[0]!r}?"
             )
     require_numbers(arguments, f" of route {name!r}")
-    keys = frozenset(known)
-    return Route(name, as_selector(selector), cls, made, dict(arguments), keys)
+    own = without(arguments, ["wd_policy"])
+    policy = arguments.get("wd_policy")
+    policy = None if policy is None else as_policy(policy)
+    lr = own.get("lr", parameters["lr"].default if "lr" in parameters else None)
+    selector = as_selector(selector)
+    return Route(name, selector, cls, made, own, frozenset(known), lr, policy)
 
 
-def ask_routes(
+def split_by_route(
     decider: Decider,
     routes: tuple[Route, ...],
     coming: Sequence[Pending],
     groups: Sequence[Group],
     strict: bool,
-) -> list[list[str]]:
-    """Tell which route takes each parameter of groups that come in.
+    may_be_empty: bool = False,
+) -> list[tuple[Pending, Route, list[int]]]:
+    """Tell which positions of each group that comes in each route takes.
 
     ``groups`` has these among others; a ``"route"`` in one takes all of it. If
-    ``strict``, every glob must match.
+    ``strict``, as in a constructor, every glob must match, and every route must take
+    something, or warns if it ``may_be_empty``.
     """
     given = [groups[each.group].get("route") for each in coming]
     asked = [each for each, route in zip(coming, given) if route is None]
@@ -192,13 +190,24 @@ def ask_routes(
         told = str(error).replace("`wd_policy`", "`routes`")
         told = told.replace(", or pass missing_ok=True to its policy", "")
         raise type(error)(told) from error
-    taken = []
-    for each, route in zip(coming, given):
-        if route is None:
-            taken.append(_names(each, next(decided), routes))
-        else:
-            taken.append([known_route(route, routes).name] * len(each.params))
-    return taken
+    taken = [
+        _names(each, next(decided), routes)
+        if route is None
+        else [known_route(route, routes).name] * len(each.params)
+        for each, route in zip(coming, given)
+    ]
+    if strict and (told := _unused(routes, {*chain(*taken, given)}, coming)):
+        if not may_be_empty:
+            raise ValueError(told)
+        warn(told)
+    return [
+        (each, route, chosen)
+        for each, names, own in zip(coming, taken, given)
+        for route in routes
+        for chosen in [[i for i, name in enumerate(names) if name == route.name]]
+        # A rank that shards groups by route may hold nothing of one.
+        if chosen or own == route.name
+    ]
 
 
 def _names(
@@ -228,21 +237,19 @@ def known_route(name: object, routes: tuple[Route, ...]) -> Route:
     return found
 
 
-def unused(
-    routes: tuple[Route, ...],
-    taken: Sequence[Sequence[str]],
-    groups: Sequence[Group] = (),
+def _unused(
+    routes: tuple[Route, ...], used: set[Any], coming: Sequence[Pending]
 ) -> str:
-    """Say which route takes no parameter; empty if each takes some, or has a group."""
-    used = {*chain(*taken), *(group.get("route") for group in groups)}
+    # Empty if each takes some, or has a group.
     for number, route in enumerate(routes):
         if route.name not in used:
             before = [f"{other.selector!r}" for other in routes[:number]]
             after = f" that {' and '.join(before)} leave" if before else ""
             return (
-                f"route {route.name!r} takes none of {sum(map(len, taken))} "
-                f"parameters: {route.selector!r} matches none{after}. Leave the route "
-                f"out, or correct its selector."
+                f"route {route.name!r} takes none of "
+                f"{sum(len(each.params) for each in coming)} parameters: "
+                f"{route.selector!r} matches none{after}. Leave the route out, or "
+                f"correct its selector."
             )
     return ""
 
@@ -255,7 +262,7 @@ def by_route(
     decided: Sequence[Sequence[Decision]],
     decider: Decider,
     routes: Mapping[str, Any],
-    marks: Group,
+    marks: Mapping[str, Group],
 ) -> Iterator[Part]:
     """Split groups by route, and mark those of each so that they are told apart."""
     known = tuple(Route(name, as_selector(item)) for name, item in routes.items())
@@ -263,30 +270,18 @@ def by_route(
         Pending(index, group["params"], group.get("param_names", ()), None)
         for index, group in enumerate(groups)
     ]
-    taken = ask_routes(decider, known, coming, groups, strict=True)
-    if told := unused(known, taken):
-        raise ValueError(told)
-    for group, decisions, names in zip(groups, decided, taken):
-        for name in routes:
-            chosen = [i for i, own in enumerate(names) if own == name]
-            values = {
-                k: _of(name, k, v) for k, v in group.items() if k not in PER_PARAM
-            }
-            params = [group["params"][i] for i in chosen]
-            part = {"params": params, **values, **marks[name]}
-            if chosen:
-                yield part, [decisions[i] for i in chosen], name
-
-
-def _of(name: str, key: str, value: Any) -> Any:
-    if key not in NUMBERS or not isinstance(value, Mapping):
-        return value
-    if name not in value:
-        raise ValueError(
-            f"`{key}` has no number for route {name!r}. Write {key}="
-            f"{{{name!r}: ..., ...}}, one for each route."
-        )
-    return value[name]
+    for each, route, chosen in split_by_route(decider, known, coming, groups, True):
+        group, decisions = groups[each.group], decided[each.group]
+        params = [group["params"][i] for i in chosen]
+        part = {**without(group, PER_PARAM), **marks[route.name], "params": params}
+        for key in [k for k in NUMBERS if isinstance(part.get(k), Mapping)]:
+            if route.name not in part[key]:
+                raise ValueError(
+                    f"`{key}` has no number for route {route.name!r}. Write {key}="
+                    f"{{{route.name!r}: ..., ...}}, one for each route."
+                )
+            part[key] = part[key][route.name]
+        yield part, [decisions[i] for i in chosen], route.name
 
 
 def with_one_decay(group: Group) -> Group:
@@ -300,15 +295,16 @@ def marks_of(
 ) -> dict[str, Group]:
     """Tell what stands in the groups of each route, so that they are told apart."""
     names = list(routes)
-    if values is not None and (missing := [n for n in names if n not in values]):
+    if values is None:
+        if key not in KEYS:
+            raise ValueError(
+                f"what {key!r} holds is not known; known keys are "
+                f"{', '.join(map(repr, KEYS))}. Pass one of these, or say what your "
+                f"optimizer reads there: values={{{names[0]!r}: True, ...}}."
+            )
+        values = {name: KEYS[key](name, names) for name in names}
+    if missing := [name for name in names if name not in values]:
         raise ValueError(
             f"`values` has none for route {missing[0]!r}. Write one for each route."
         )
-    if values is None and key not in KEYS:
-        raise ValueError(
-            f"what {key!r} holds is not known; known keys are "
-            f"{', '.join(map(repr, KEYS))}. Pass one of these, or say what your "
-            f"optimizer reads there: values={{{names[0]!r}: True, ...}}."
-        )
-    own = values or {name: KEYS[key](name, names) for name in names}
-    return {name: {key: own[name]} for name in names}
+    return {name: {key: values[name]} for name in names}

@@ -27,9 +27,10 @@ from selective_optim.decay import is_zero
 from selective_optim.decisions.decider import WRITTEN, Decider, kept_on_error, part_of
 from selective_optim.decisions.initial_values import base_rate
 from selective_optim.decisions.knowledge import Pending
+from selective_optim.decisions.state_dict import Decided
 from selective_optim.decisions.watch import Watch, loss_of
 from selective_optim.policies.base import Policy
-from selective_optim.policies.named import WdPolicy, as_policy
+from selective_optim.policies.named import WdPolicy
 from selective_optim.policies.predicates import (
     everything,
     is_embedding,
@@ -37,14 +38,18 @@ from selective_optim.policies.predicates import (
     is_matrix,
 )
 from selective_optim.policies.selectors import Selector, as_selector
-from selective_optim.report import DecayReport, amount, make_report
-from selective_optim.routes.loading import States, joined, loadable, warn_of_new
+from selective_optim.report import DecayReport, amount, make_report, remark_of
+from selective_optim.routes.loading import (
+    States,
+    in_order,
+    joined,
+    loadable,
+    warn_of_new,
+)
 from selective_optim.routes.route import (
-    Route,
-    ask_routes,
     known_route,
     read_routes,
-    unused,
+    split_by_route,
 )
 from selective_optim.step.setting import NO_SCALING, scaling_of
 
@@ -101,6 +106,7 @@ class Routed(torch.optim.Optimizer):
     _may_be_empty = False  # whether a route may take nothing
     _watch: Watch | None = None  # of the first steps
     _checked: Any = None  # groups as they were when every route could decide
+    _compare_ranks = SelectiveOptimizer._compare_ranks
 
     # Construction.
 
@@ -117,29 +123,15 @@ class Routed(torch.optim.Optimizer):
         require_numbers({WD: weight_decay})
         self._decider = decider_for(model, wd_policy)
         self.optimizers = {}
-        known = self._decider.read(copied_groups(params))
-        super().__init__(known, dict(READING))
-        parts = self._decided_parts(self._decider.take_pending(), strict=True)
         self._common = {} if weight_decay is None else {WD: weight_decay}
-        for route in self._routes:
-            mine = [group for group in parts if group[ROUTE] == route.name]
-            if mine:
-                self._make(route, mine)
-        self._link([group[ROUTE] for group in parts])
+        super().__init__(self._decider.read(copied_groups(params)), dict(READING))
+        self._place(self._take_parts())
         first = self.param_groups[0]
         self.defaults = {key: first.get(key) for key in ("lr", WD)}
         self._decider.warn_if_weak(self.param_groups)
-        decays = not all(is_zero(group[WD]) for group in self.param_groups)
-        self._watch = Watch(decays)
-        self._compare_anew()
+        self._watch = Watch(not all(is_zero(group[WD]) for group in self.param_groups))
+        self._compare_ranks()
         self._decider.index.release()
-
-    def _make(self, route: Route, groups: list[Group]) -> None:
-        arguments = {**self._common, **route.arguments}
-        arguments["wd_policy"] = part_of(self._decider)
-        self.optimizers[route.name] = route.make(
-            groups, arguments, self._decider.name_of
-        )
 
     def _read_group(self, param_group: Any) -> None:
         """Take a group as torch does; it is decided for when all are there."""
@@ -154,49 +146,68 @@ class Routed(torch.optim.Optimizer):
         self.param_groups.append(read)
         self._decider.add_group(self.param_groups, policy, group is not param_group)
 
-    def _decided_parts(self, coming: Sequence[Pending], strict: bool) -> list[Group]:
-        """Split groups by route, and decide for what each route takes.
-
-        If ``strict``, as in a constructor, every route must take something.
-        """
-        decider, policies = self._decider, dict[str, Policy | None]()
-        taken = ask_routes(decider, self._routes, coming, self.param_groups, strict)
-        if strict and (told := unused(self._routes, taken, self.param_groups)):
-            if not self._may_be_empty:
-                raise ValueError(told)
-            warn(told)
-        for route in self._routes:
-            own = route.arguments.get("wd_policy")
-            policies[route.name] = decider.policy if own is None else as_policy(own)
-        parts, pending = list[Group](), list[Pending]()
-        first = 0 if strict else len(self.param_groups) - len(coming)
-        for each, names in zip(coming, taken):
-            group = self.param_groups[each.group]
-            for route in self._routes:
-                chosen = [i for i, name in enumerate(names) if name == route.name]
-                # A rank that shards groups by route may hold nothing of one.
-                if not chosen and group.get(ROUTE) != route.name:
-                    continue
-                part = route.part(group, chosen, self._keys)
-                own_policy = each.policy is not decider.policy
-                policy = each.policy if own_policy else policies[route.name]
-                told = part.get("param_names", ())
-                lr0s = repeat(base_rate(part))
-                index = first + len(parts)
-                pending.append(Pending(index, part["params"], told, policy, lr0s))
-                parts.append(part)
-        asked = [each.policy for each in pending] if strict else ()
-        decider.decide_for(pending, [decider.policy, *asked] if strict else [])
+    def _take_parts(self) -> list[Group]:
+        """Split the groups that were read by route, and decide for what each takes."""
+        decider, constructing = self._decider, not self.optimizers
+        coming, parts, pending = decider.take_pending(), list[Group](), list[Pending]()
+        first = len(self.param_groups) - len(coming)
+        for each, route, chosen in split_by_route(
+            *(decider, self._routes, coming, self.param_groups, constructing),
+            may_be_empty=self._may_be_empty,
+        ):
+            part = route.part(self.param_groups[each.group], chosen, self._keys)
+            own_policy = each.policy is not decider.policy
+            policy = each.policy if own_policy else route.policy or decider.policy
+            told, lr0s = part.get("param_names", ()), repeat(base_rate(part))
+            index = first + len(parts)
+            pending.append(Pending(index, part["params"], told, policy, lr0s))
+            parts.append(part)
+        if constructing:
+            asked = [decider.policy, *(each.policy for each in pending)]
+            decider.decide_for(pending, asked)
+        elif ROUTE not in self.param_groups[first]:
+            decider.decide_for(pending, [])
+        elif own_policy:  # its optimizer decides, which knows a group that was cleared
+            parts[0]["wd_policy"] = policy
+        del self.param_groups[first:]
         return parts
+
+    def _place(self, parts: list[Group]) -> None:
+        """Give parts to the optimizers of their routes, and list their groups."""
+        order = [*self._order, *(part[ROUTE] for part in parts)]
+        for route in self._routes:
+            mine = [part for part in parts if part[ROUTE] == route.name]
+            if mine and route.name not in self.optimizers:
+                arguments = {**self._common, **route.arguments}
+                arguments["wd_policy"] = part_of(self._decider)
+                made = route.make(mine, arguments, self._decider.name_of)
+                self.optimizers[route.name] = made
+                continue
+            for part in mine:
+                optimizer = self.optimizers[route.name]
+                with self._numbered(route.name):
+                    optimizer.add_param_group(part)
+                params = optimizer.param_groups[-1]["params"]
+                route.require_served(params, self._decider.name_of)
+        self.param_groups[:] = self._linked(order)
 
     @property
     def _keys(self) -> set[str]:
         return {key for route in self._routes for key in route.keys}
 
-    def _link(self, order: Sequence[str]) -> None:
-        """List the groups of all routes, in the order of their routes that is given."""
-        groups = {name: iter(o.param_groups) for name, o in self.optimizers.items()}
-        self.param_groups = [next(groups[name]) for name in order]
+    def _linked(self, order: Sequence[str]) -> list[Group]:
+        own = {name: o.param_groups for name, o in self.optimizers.items()}
+        return in_order(own, order)
+
+    @property
+    def _order(self) -> list[str]:
+        return [group[ROUTE] for group in self.param_groups]
+
+    def _readable(self) -> dict[str, Decided]:
+        return {
+            name: o._decider.readable(o.param_groups, o.defaults)
+            for name, o in self.optimizers.items()
+        }
 
     @_torch.disable_dynamo
     def add_param_group(self, param_group: Any) -> None:
@@ -216,43 +227,14 @@ class Routed(torch.optim.Optimizer):
         self._decider.read(())
         try:
             with kept_on_error([param_group]):
-                for part in self._new_parts(*copied_groups([param_group])):
-                    self._add_part(part)
+                self._read_group(*copied_groups([param_group]))
+                self._place(self._take_parts())
         except BaseException:
             self._decider.take_pending()
             self.param_groups[:] = before
             self._distribute()
             raise
-        self._compare_anew()
-
-    def _compare_anew(self) -> None:
-        self._watch = self._watch or Watch()
-        self._watch.compare(found=bool(self._decider.index.found))
-
-    def _new_parts(self, group: Any) -> list[Group]:
-        """Split a group by routes, unless it says where it goes."""
-        count, policy = len(self.param_groups), self._decider.policy
-        self._read_group(group)
-        coming, read = self._decider.take_pending(), self.param_groups[count]
-        if ROUTE not in read:
-            parts = self._decided_parts(coming, strict=False)
-        else:  # its optimizer decides, which knows a group that was cleared
-            own = {} if coming[0].policy is policy else {"wd_policy": coming[0].policy}
-            route = known_route(read[ROUTE], self._routes)
-            parts = [route.part({**read, **own}, None, self._keys)]
-        del self.param_groups[count:]
-        return parts
-
-    def _add_part(self, part: Group) -> None:
-        route = known_route(part[ROUTE], self._routes)
-        if route.name not in self.optimizers:
-            self._make(route, [part])
-        else:
-            with self._numbered(route.name):
-                self.optimizers[route.name].add_param_group(part)
-        group = self.optimizers[route.name].param_groups[-1]
-        route.require_served(group["params"], self._decider.name_of)
-        self.param_groups.append(group)
+        self._compare_ranks()
 
     def _distribute(self) -> None:
         """Give each route's optimizer the groups that now stand in the list."""
@@ -266,22 +248,20 @@ class Routed(torch.optim.Optimizer):
                 )
             mine[group[ROUTE]].append(group)
         for name, groups in mine.items():
-            known = self.optimizers[name].param_groups
-            if len(known) != len(groups) or not all(map(is_, known, groups)):
-                self._require_whole(name, groups)
-                self.optimizers[name].param_groups = groups
-
-    def _require_whole(self, name: str, groups: Sequence[Group]) -> None:
-        # torch adds keys to `defaults` as it loads, that the class does not read.
-        own = known_route(name, self._routes).keys
-        keys = self.optimizers[name].defaults.keys() & own
-        for group in groups:
-            if missing := sorted(keys - group.keys()):
-                raise ValueError(
-                    f"a group of route {name!r} has no {missing[0]!r}: it was made for "
-                    f"another class. Make a new optimizer with other routes, and load "
-                    f"this one's state_dict() into it."
-                )
+            optimizer = self.optimizers[name]
+            known = optimizer.param_groups
+            if len(known) == len(groups) and all(map(is_, known, groups)):
+                continue
+            # torch adds keys to `defaults` as it loads, that the class does not read.
+            keys = optimizer.defaults.keys() & known_route(name, self._routes).keys
+            for group in groups:
+                if missing := sorted(keys - group.keys()):
+                    raise ValueError(
+                        f"a group of route {name!r} has no {missing[0]!r}: it was made "
+                        f"for another class. Make a new optimizer with other routes, "
+                        f"and load this one's state_dict() into it."
+                    )
+            optimizer.param_groups = groups
 
     # What all routes have together.
 
@@ -327,25 +307,23 @@ class Routed(torch.optim.Optimizer):
                 restored.whole = self._decider
                 optimizer._decided_anew()
             raise
-        self._compare_anew()
+        self._compare_ranks()
 
     def decay_report(self) -> DecayReport:
         """Report what decays, and which route steps it."""
         self._distribute()
-        known, lost = dict[int, Any](), list[str]()
-        for optimizer in self.optimizers.values():
-            groups = optimizer.param_groups
-            decided = optimizer._decider.readable(groups, optimizer.defaults)
-            known |= {id(g): (optimizer, own) for g, own in zip(groups, decided)}
-            lost.append(loss_of(optimizer._kernel, groups, decided))
+        decided, optimizers = self._readable(), self.optimizers
         report = make_report(
             self.param_groups,
-            [known[id(group)][1] for group in self.param_groups],
-            lambda group: known[id(group)][0]._form_of(group),
+            in_order(decided, self._order),
+            lambda group: optimizers[group[ROUTE]]._form_of(group),
             self._decider.index,
         )
-        told = filter(None, [report.remark, *lost])
-        return replace(report, remark="; ".join(told))
+        lost = (
+            loss_of(o._kernel, o.param_groups, decided[n])
+            for n, o in optimizers.items()
+        )
+        return replace(report, remark=remark_of(report.remark, *lost))
 
     def __getattr__(self, name: str) -> Any:
         """Offer ``train`` and ``eval`` where a class has them."""
@@ -386,16 +364,22 @@ class Routed(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        _require_ready(self)
-        with self._scaled():
-            name = ""
-            try:  # no block for each route, at every step
-                for name in self.optimizers:
-                    optimizer = self.optimizers[name]
-                    _torch.unhooked(type(optimizer).step)(optimizer)
-            except (TypeError, ValueError, RuntimeError) as error:
-                with self._numbered(name):
-                    raise error
+        self._require_ready()
+        name, scaling = "", scaling_of(self)
+        scaled = [] if scaling == NO_SCALING else list(self.optimizers.values())
+        try:  # no block for each route, at every step
+            for optimizer in scaled:  # as a `GradScaler` sets them on this optimizer
+                vars(optimizer).update(zip(SCALING, scaling))
+            for name in self.optimizers:
+                optimizer = self.optimizers[name]
+                _torch.unhooked(type(optimizer).step)(optimizer)
+        except (TypeError, ValueError, RuntimeError):
+            with self._numbered(name):
+                raise
+        finally:
+            for optimizer in scaled:
+                for key in SCALING:
+                    vars(optimizer).pop(key, None)
         if self._watch is not None:
             parts = list(self.optimizers.values())
             groups = [group for part in parts for group in part.param_groups]
@@ -404,6 +388,7 @@ class Routed(torch.optim.Optimizer):
                 self._watch = None
         return loss
 
+    @_torch.disable_dynamo
     def _require_ready(self) -> None:
         """Raise where a route cannot decide, before any has stepped."""
         self._distribute()
@@ -430,20 +415,6 @@ class Routed(torch.optim.Optimizer):
             error.args = (told,)
             raise
 
-    @contextmanager
-    def _scaled(self) -> Iterator[None]:
-        """Pass on the attributes that a ``GradScaler`` sets on this optimizer."""
-        scaling = scaling_of(self)
-        told = () if scaling == NO_SCALING else self.optimizers.values()
-        for optimizer in told:
-            vars(optimizer).update(zip(SCALING, scaling))
-        try:
-            yield
-        finally:
-            for optimizer in told:
-                for name in SCALING:
-                    vars(optimizer).pop(name, None)
-
     # State dicts and copies.
 
     @_torch.disable_dynamo
@@ -453,7 +424,7 @@ class Routed(torch.optim.Optimizer):
 
         def save(*_: object) -> dict[str, Any]:
             saved = {name: o.state_dict() for name, o in self.optimizers.items()}
-            return joined(saved, [group[ROUTE] for group in self.param_groups])
+            return joined(saved, self._order)
 
         # Before the user's hooks, which may change the state dict.
         handle = self.register_state_dict_post_hook(save, prepend=True)
@@ -485,19 +456,15 @@ class Routed(torch.optim.Optimizer):
         for hook in _torch.hooks_of(self, "load_state_dict_pre"):
             adapted = hook(self, state_dict)
             state_dict = state_dict if adapted is None else adapted
-        decided = {
-            name: o._decider.readable(o.param_groups, o.defaults)
-            for name, o in self.optimizers.items()
-        }
+        decided, order = self._readable(), self._order
         saved, new = loadable(state_dict, self.optimizers, decided)
         for name, optimizer in self.optimizers.items():  # before anything is loaded
             with self._numbered(name):
                 optimizer._require_loadable(saved[name], decided[name])
         warn_of_new(new)
-        order = [group[ROUTE] for group in self.param_groups]
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(saved[name])
-        self._link(order)
+        self.param_groups = self._linked(order)
         for hook in _torch.hooks_of(self, "load_state_dict_post"):
             hook(self)
 
@@ -521,9 +488,6 @@ class Routed(torch.optim.Optimizer):
         self._decider = Decider.restored(decider, self.param_groups)
         for optimizer in self.optimizers.values():
             optimizer._decider.whole = self._decider
-
-
-_require_ready = _torch.disable_dynamo(Routed._require_ready)
 
 
 class Muon(Routed):
