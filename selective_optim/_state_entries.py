@@ -12,11 +12,7 @@ from itertools import chain, count
 from typing import Any
 
 from selective_optim._text import received
-from selective_optim._torch import (
-    canonical_name,
-    told_apart,
-    without_wrappers,
-)
+from selective_optim._torch import canonical_name, told_apart, without_wrappers
 from selective_optim.decay import Decay
 from selective_optim.decisions.state_dict import (
     PARTS,

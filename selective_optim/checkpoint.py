@@ -43,12 +43,7 @@ from selective_optim._state_entries import (
 )
 from selective_optim._text import aligned, received, shape_text
 from selective_optim._torch import told_apart, without_wrappers
-from selective_optim.decisions.state_dict import (
-    PARTS,
-    RECORD,
-    begin_in,
-    require_whole,
-)
+from selective_optim.decisions.state_dict import PARTS, RECORD, begin_in, require_whole
 from selective_optim.parameters import as_modules
 from selective_optim.routes.loading import split_routes as split_routes
 from selective_optim.step.lasting_parts import PER_PARAM

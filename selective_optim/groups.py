@@ -66,9 +66,7 @@ class SplitGroups(list[dict[str, Any]]):
 class Reader(AnyOptimizer):
     """Reads groups and decides for them; no class steps them here."""
 
-    def __init__(
-        self, params: Any, decider: Decider, keys: Iterable[str], lr: Any
-    ) -> None:
+    def __init__(self, params: Any, decider: Decider, keys: list[str], lr: Any) -> None:
         self._decider = decider
         self._read(params, keys, lr)
 
@@ -141,23 +139,18 @@ def param_groups(
     if routes is not None:
         named, marks = False, marks_of(routes, key, values)
         whole = by_route(groups, decided, decider, routes, marks)
-    split = [
-        (part, [decisions[i] for i in chosen], route)
-        for group, decisions, route in whole
-        for part, chosen in _parts(group, decisions, named)
-    ]
+    split, rows = list[Group](), list[Row]()
+    for own, decisions, route in whole:
+        for part, chosen in _parts(own, decisions, named):
+            for place, param in zip(chosen, part["params"]):
+                # The group's decay is that of its parameters already.
+                share = decisions[place]._replace(decay=FULL)
+                row = make_row(len(split), {"lr": math.nan, **part}, share, None, param)
+                rows.append(replace(row, route=route))
+            split.append(part)
     decider.warn_if_weak(list(map(with_one_decay, groups)))
     decider.index.release()
-    return SplitGroups((group for group, *_ in split), _rows(split))
-
-
-def _rows(split: Iterable[Part]) -> Iterator[Row]:
-    for index, (group, decisions, route) in enumerate(split):
-        for decision, param in zip(decisions, group["params"]):
-            # The group's decay is that of its parameters already.
-            share = decision._replace(decay=FULL)
-            row = make_row(index, {"lr": math.nan, **group}, share, None, param)
-            yield replace(row, route=route)
+    return SplitGroups(split, rows)
 
 
 def _parts(

@@ -226,22 +226,6 @@ def _refuse_tie(optimizer: Optimizer) -> None:
         )
 
 
-def _refuse_schedules(optimizer: Optimizer) -> None:
-    if RECORD in vars(optimizer):
-        raise ValueError(
-            "a schedule on WeightDecay(optimizer) already sets the weight_decay of "
-            "this optimizer. Leave out that schedule, or proportional_to_lr(optimizer)."
-        )
-    for index, group in enumerate(optimizer.param_groups):
-        for key in ("max_lr", "initial_lr"):
-            if group.get(key, group["lr"]) != group["lr"]:
-                raise ValueError(
-                    f"`lr` of group {index} is {group['lr']}, moved by a scheduler "
-                    f"from its {key}, {group[key]}. Call proportional_to_lr(optimizer) "
-                    f"before making the scheduler."
-                )
-
-
 def _refuse_corrected(optimizer: Optimizer) -> None:
     report = getattr(optimizer, "decay_report", None)
     for row in report().rows if report else ():
@@ -291,7 +275,19 @@ def proportional_to_lr(optimizer: Optimizer) -> RemovableHandle:
     """
     optimizer = stepping_optimizer(optimizer)
     _refuse_tie(optimizer)
-    _refuse_schedules(optimizer)
+    if RECORD in vars(optimizer):
+        raise ValueError(
+            "a schedule on WeightDecay(optimizer) already sets the weight_decay of "
+            "this optimizer. Leave out that schedule, or proportional_to_lr(optimizer)."
+        )
+    for index, group in enumerate(optimizer.param_groups):
+        for key in ("max_lr", "initial_lr"):
+            if group.get(key, group["lr"]) != group["lr"]:
+                raise ValueError(
+                    f"`lr` of group {index} is {group['lr']}, moved by a scheduler "
+                    f"from its {key}, {group[key]}. Call proportional_to_lr(optimizer) "
+                    f"before making the scheduler."
+                )
     tie = Tie()
     tie(optimizer)
     setattr(optimizer, TIE, weakref.ref(tie))

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import (
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    MutableMapping,
-    Sequence,
-)
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import chain, count, repeat
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -35,7 +28,6 @@ from selective_optim.decisions.state_dict import (
 )
 from selective_optim.step.lasting_parts import PER_PARAM, WD, pick
 
-T = TypeVar("T")
 Group = dict[str, Any]
 ROUTE, OTHERS = "route", "routes"  # of a group; what a route's class saves besides
 RATES, USE_MUON = ("lr", "initial_lr"), "use_muon"
@@ -98,7 +90,7 @@ class States(MutableMapping[Any, Any]):
         return repr(dict(self))
 
 
-def in_order(by_route: Mapping[str, Iterable[T]], order: Iterable[str]) -> list[T]:
+def in_order(by_route: Mapping[str, Any], order: Sequence[str]) -> list[Any]:
     """Take an item of a route each time that the order names the route."""
     items = {name: iter(own) for name, own in by_route.items()}
     return [next(items[name]) for name in order]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import chain
@@ -28,7 +29,6 @@ Group = dict[str, Any]
 Part = tuple[Group, Sequence[Decision], str]  # with the route
 EXAMPLE = '"adamw": ("*", selective_optim.AdamW, dict(lr=3e-4))'
 NOBODY = ""  # the route of a parameter that none takes
-NameOf = Callable[[Tensor], "str | None"]
 
 
 @dataclass(frozen=True)
@@ -58,46 +58,36 @@ class Route:
             own["lr"] = lr if scale == 1 else lr * scale
         return {**own, "route": self.name}
 
-    def make(
-        self, groups: Sequence[Group], arguments: Mapping[str, Any], name_of: NameOf
-    ) -> Any:
-        """Make the optimizer of this route, or name the parameter that it refuses."""
-        try:
-            return self.selective(groups, **arguments)
-        except (TypeError, ValueError) as error:
-            params = chain(*(group["params"] for group in groups))
-            raise self._explained(error, params, name_of) from error
-
-    def require_served(self, params: Sequence[Tensor], name_of: NameOf) -> None:
-        """Check that the class takes parameters, as some ask in constructors alone."""
-        if error := self._refusal(params):
-            raise self._explained(error, params, name_of) from error
-
-    def _refusal(self, params: Sequence[Tensor]) -> Exception | None:
+    def check(self, params: Sequence[Tensor]) -> None:
         """Ask the class itself, with nothing of this library around it."""
-        if self.selective is self.cls:
-            return None  # it is ours, and takes every parameter
-        try:
+        if self.selective is not self.cls:  # else it is ours, and takes every parameter
             self.cls(params, **self.arguments)
-        except Exception as error:  # whatever it raises
-            return error
-        return None
 
-    def _explained(
-        self, error: Exception, params: Iterable[Tensor], name_of: NameOf
-    ) -> Exception:
+    def _refuses(self, param: Tensor) -> bool:
+        try:
+            self.check([param])
+        except Exception:  # whatever it raises
+            return True
+        return False
+
+    @contextmanager
+    def explaining(
+        self, params: Sequence[Tensor], name_of: Callable[[Tensor], str | None]
+    ) -> Iterator[None]:
         """Name the parameter that the class refuses even if it is alone."""
-        for param in params:
-            if self._refusal([param]) is not None:
-                name = name_of(param)
-                label = f"{repr(name) if name else 'a parameter'} ({shape_of(param)})"
-                return type(error)(
-                    f"route {self.name!r} gives {label} to {self.cls.__name__}, which "
-                    f"refuses it: {error}. Narrow its selector, as with "
-                    f"is_hidden_matrix, or put a route before it that takes this "
-                    f"parameter."
-                )
-        return type(error)(f"route {self.name!r}: {error}")
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            refused = next(filter(self._refuses, params), None)
+            if refused is None:
+                raise type(error)(f"route {self.name!r}: {error}") from error
+            name = name_of(refused)
+            label = f"{repr(name) if name else 'a parameter'} ({shape_of(refused)})"
+            raise type(error)(
+                f"route {self.name!r} gives {label} to {self.cls.__name__}, which "
+                f"refuses it: {error}. Narrow its selector, as with is_hidden_matrix, "
+                f"or put a route before it that takes this parameter."
+            ) from error
 
 
 @dataclass(frozen=True, repr=False)

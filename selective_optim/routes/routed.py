@@ -46,11 +46,7 @@ from selective_optim.routes.loading import (
     loadable,
     warn_of_new,
 )
-from selective_optim.routes.route import (
-    known_route,
-    read_routes,
-    split_by_route,
-)
+from selective_optim.routes.route import known_route, read_routes, split_by_route
 from selective_optim.step.setting import NO_SCALING, scaling_of
 
 Group = dict[str, Any]
@@ -177,18 +173,19 @@ class Routed(torch.optim.Optimizer):
         order = [*self._order, *(part[ROUTE] for part in parts)]
         for route in self._routes:
             mine = [part for part in parts if part[ROUTE] == route.name]
-            if mine and route.name not in self.optimizers:
-                arguments = {**self._common, **route.arguments}
-                arguments["wd_policy"] = part_of(self._decider)
-                made = route.make(mine, arguments, self._decider.name_of)
-                self.optimizers[route.name] = made
+            params = [param for part in mine for param in part["params"]]
+            if not mine:
                 continue
+            with route.explaining(params, self._decider.name_of):
+                if route.name not in self.optimizers:
+                    arguments = {**self._common, **route.arguments}
+                    arguments["wd_policy"] = part_of(self._decider)
+                    self.optimizers[route.name] = route.selective(mine, **arguments)
+                    continue
+                route.check(params)  # some classes do so in constructors alone
             for part in mine:
-                optimizer = self.optimizers[route.name]
                 with self._numbered(route.name):
-                    optimizer.add_param_group(part)
-                params = optimizer.param_groups[-1]["params"]
-                route.require_served(params, self._decider.name_of)
+                    self.optimizers[route.name].add_param_group(part)
         self.param_groups[:] = self._linked(order)
 
     @property
@@ -274,7 +271,7 @@ class Routed(torch.optim.Optimizer):
     def state(self, value: Any) -> None:
         for optimizer in self.optimizers.values():
             params = chain(*(group["params"] for group in optimizer.param_groups))
-            own = ((param, value[param]) for param in params if param in value)
+            own = {param: value[param] for param in params if param in value}
             optimizer.state = defaultdict(dict, own)
 
     @property
@@ -293,18 +290,17 @@ class Routed(torch.optim.Optimizer):
         optimizers = list(self.optimizers.values())
         for optimizer in optimizers:
             self._decider.gather(optimizer._decider, optimizer.param_groups)
-        before = self._decider.snapshot(self.param_groups, {})
-        each = [o._decider.snapshot(o.param_groups, o.defaults) for o in optimizers]
+        owners: list[Any] = [self, *optimizers]
+        before = [o._decider.snapshot(o.param_groups, o.defaults) for o in owners]
         try:
             self._decider.assign(wd_policy, self.param_groups)
             for optimizer in optimizers:
                 optimizer.wd_policy = self._decider.policy
         except BaseException:
-            self._decider = Decider.restored(before, self.param_groups)
-            for optimizer, snapshot in zip(optimizers, each):
-                restored = Decider.restored(snapshot, optimizer.param_groups)
-                optimizer._decider = restored
-                restored.whole = self._decider
+            for owner, snapshot in zip(owners, before):
+                owner._decider = Decider.restored(snapshot, owner.param_groups)
+            for optimizer in optimizers:
+                optimizer._decider.whole = self._decider
                 optimizer._decided_anew()
             raise
         self._compare_ranks()
