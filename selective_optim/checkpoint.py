@@ -33,19 +33,19 @@ from selective_optim._state_entries import (
     Hyper,
     Names,
     StateDict,
+    agreed,
     choose,
     form_of,
     merged,
     read,
-    require_agreement,
     without,
     write,
 )
+from selective_optim._state_entries import split_routes as split_routes
 from selective_optim._text import aligned, received, shape_text
 from selective_optim._torch import told_apart, without_wrappers
 from selective_optim.decisions.state_dict import PARTS, RECORD, begin_in, require_whole
 from selective_optim.parameters import as_modules
-from selective_optim.routes.loading import split_routes as split_routes
 from selective_optim.step.lasting_parts import PER_PARAM
 
 SHOWN = 5  # names that a line of ``Fit`` gives
@@ -222,8 +222,7 @@ def _split(entries: Sequence[Entry], own: Hyper) -> Hyper:
         {**e.hyper, **(e.part_values or {}), "weight_decay": e.wd} for e in entries
     ]
     way_out = "Make it two groups, or set {!r} in this one."
-    require_agreement(entries, hypers, own, way_out)
-    hyper = {**hypers[0], **own}
+    hyper = {**agreed(entries, hypers, own, way_out), **own}
     form = form_of(hyper)
     for entry in entries if hyper[WD] and form else ():
         multiplier, own_form = entry.record[:2]
@@ -488,5 +487,5 @@ def _hyper(model: Any, hyper: Hyper, entries: Sequence[Entry]) -> Hyper:
     own |= hyper.keys() - model.defaults.keys()
     own |= {key for entry in entries for key in entry.hyper if key.endswith("_lr")}
     counted = [without(entry.hyper, own) for entry in entries]
-    require_agreement(entries, counted, (), "Make it two groups of the new optimizer.")
-    return hyper | counted[0]
+    way_out = "Make it two groups of the new optimizer."
+    return hyper | agreed(entries, counted, (), way_out)

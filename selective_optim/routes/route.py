@@ -12,22 +12,31 @@ from typing import Any
 
 from torch import Tensor
 
-from selective_optim._state_entries import without
+from selective_optim._state_entries import ROUTE, StateDict, split_routes, without
 from selective_optim._text import NUMBERS, received, require_numbers, shape_of
 from selective_optim._warnings import warn
 from selective_optim.decay import FULL, Answer, Decision
 from selective_optim.decisions.decider import Decider
 from selective_optim.decisions.knowledge import Pending
+from selective_optim.decisions.state_dict import require_dict, require_whole
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.base import Policy
 from selective_optim.policies.named import as_policy
 from selective_optim.policies.selectors import Selector, as_selector
-from selective_optim.routes.loading import KEYS
 from selective_optim.step.lasting_parts import PER_PARAM, WD, pick
 
 Group = dict[str, Any]
+RATES, USE_MUON = ("lr", "initial_lr"), "use_muon"
 Part = tuple[Group, Sequence[Decision], str]  # with the route
 EXAMPLE = '"adamw": ("*", selective_optim.AdamW, dict(lr=3e-4))'
+# Keys by which optimizers of other projects choose Muon or Adam, and their values:
+# Keller Jordan's Muon, pytorch_optimizer and ultralytics; timm; dion; nanochat.
+KEYS: dict[str, Callable[[str, Sequence[str]], object]] = {
+    "use_muon": lambda name, names: name == names[0],
+    "use_fallback": lambda name, names: name != names[0],
+    "algorithm": lambda name, names: name,
+    "kind": lambda name, names: name,
+}
 NOBODY = ""  # the route of a parameter that none takes
 
 
@@ -298,3 +307,65 @@ def marks_of(
             f"`values` has none for route {missing[0]!r}. Write one for each route."
         )
     return {name: {key: values[name]} for name in names}
+
+
+# State dicts.
+
+
+def state_by_route(state_dict: Any, names: list[str]) -> Any:
+    """Take a state dict of several optimizers apart, whoever saved it."""
+    if isinstance(state_dict, (list, tuple)):
+        if len(state_dict) != len(names):
+            raise ValueError(
+                f"{len(state_dict)} state dicts were given, and this optimizer has the "
+                f"routes {', '.join(map(repr, names))}. Pass one for each, in this "
+                f"order, or {{route: state_dict}}."
+            )
+        state_dict = dict(zip(names, state_dict))
+    require_dict(state_dict)
+    if "param_groups" not in state_dict and state_dict.keys() <= set(names):
+        for own in state_dict.values():
+            require_whole(own)
+        return state_dict
+    require_whole(state_dict)
+    if any(ROUTE not in group for group in state_dict["param_groups"]):
+        state_dict = _routed(state_dict, names)
+    return split_routes(state_dict)
+
+
+def _routed(state_dict: StateDict, names: Sequence[str]) -> StateDict:
+    """Give the groups of another project's one-object optimizer the routes here.
+
+    Its hyperparameters stay its own, but for rates and decay.
+    """
+    groups, state = list[Group](), dict[Any, Any](state_dict["state"])
+    for index, group in enumerate(state_dict["param_groups"]):
+        keys = group["params"]
+        told = [_route_told(group, state.get(key, {}), names) for key in keys]
+        if told and not any(told):
+            raise ValueError(
+                f"group {index} of the loaded state dict has no {ROUTE!r}: which of "
+                f"{', '.join(map(repr, names))} saved it is not known. Load "
+                f"{{{names[-1]!r}: state_dict}}, or one for each route."
+            )
+        for key in keys:
+            state[key] = without(state.get(key, {}), [USE_MUON])
+            if "step" in group and "exp_avg" in state[key]:  # pytorch_optimizer's
+                state[key].setdefault("step", group["step"])
+        for name in dict.fromkeys(filter(None, told)):
+            chosen = [place for place, own in enumerate(told) if own == name]
+            # timm's groups have the rate of Muon, and a factor for that of AdamW.
+            scale = group.get("fallback_lr_scale", 1) if name != names[0] else 1
+            kept = [key for key in (*RATES, WD) if key in group]
+            own = {key: group[key] * (scale if key in RATES else 1) for key in kept}
+            groups.append({ROUTE: name, **pick(group, chosen), **own})
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _route_told(group: Group, own: Group, names: Sequence[str]) -> Any:
+    """Tell the route of a parameter by its state, as in timm, or else by its group."""
+    told = own if USE_MUON in own else group
+    key = next((key for key in KEYS if key in told), None)
+    if key is None:
+        return group.get(ROUTE)
+    return next((n for n in names if KEYS[key](n, names) == told[key]), told[key])

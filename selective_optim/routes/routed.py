@@ -19,6 +19,14 @@ import torch
 
 from selective_optim import _torch
 from selective_optim._optimizer import Model, SelectiveOptimizer, decider_for
+from selective_optim._state_entries import (
+    ROUTE,
+    States,
+    in_order,
+    joined,
+    loadable,
+    warn_of_new,
+)
 from selective_optim._text import copied_groups, require_numbers
 from selective_optim._warnings import warn
 from selective_optim.adamw import AdamW
@@ -39,18 +47,16 @@ from selective_optim.policies.predicates import (
 )
 from selective_optim.policies.selectors import Selector, as_selector
 from selective_optim.report import DecayReport, amount, make_report, remark_of
-from selective_optim.routes.loading import (
-    States,
-    in_order,
-    joined,
-    loadable,
-    warn_of_new,
+from selective_optim.routes.route import (
+    known_route,
+    read_routes,
+    split_by_route,
+    state_by_route,
 )
-from selective_optim.routes.route import known_route, read_routes, split_by_route
 from selective_optim.step.setting import NO_SCALING, scaling_of
 
 Group = dict[str, Any]
-ROUTE, WD = "route", "weight_decay"
+WD = "weight_decay"
 OWN_KEYS = (ROUTE, "lr_scale")
 SCALING = ("grad_scale", "found_inf")
 NUMBER = re.compile(r"(?<=\bgroup )\d+|(?<=param_groups\[)\d+")
@@ -453,7 +459,8 @@ class Routed(torch.optim.Optimizer):
             adapted = hook(self, state_dict)
             state_dict = state_dict if adapted is None else adapted
         decided, order = self._readable(), self._order
-        saved, new = loadable(state_dict, self.optimizers, decided)
+        saved = state_by_route(state_dict, list(self.optimizers))
+        saved, new = loadable(saved, self.optimizers, decided)
         for name, optimizer in self.optimizers.items():  # before anything is loaded
             with self._numbered(name):
                 optimizer._require_loadable(saved[name], decided[name])
