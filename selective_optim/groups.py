@@ -42,11 +42,7 @@ MANY_PLACES = 8  # of a group; a table with a hundred biases in a line is unread
 class SplitGroups(list[dict[str, Any]]):
     """Parameter groups, each with one weight decay; prints as a table."""
 
-    def __init__(
-        self, groups: Iterable[dict[str, Any]] = (), rows: Iterable[Row] = ()
-    ) -> None:
-        super().__init__(groups)
-        self.rows = tuple(rows)
+    rows: tuple[Row, ...] = ()
 
     def __str__(self) -> str:
         table: list[tuple[str, ...]] = [HEADERS]
@@ -139,7 +135,7 @@ def param_groups(
     if routes is not None:
         named, marks = False, marks_of(routes, key, values)
         whole = by_route(groups, decided, decider, routes, marks)
-    split, rows = list[Group](), list[Row]()
+    split, rows = SplitGroups(), list[Row]()
     for own, decisions, route in whole:
         for part, chosen in _parts(own, decisions, named):
             for place, param in zip(chosen, part["params"]):
@@ -150,7 +146,8 @@ def param_groups(
             split.append(part)
     decider.warn_if_weak(list(map(with_one_decay, groups)))
     decider.index.release()
-    return SplitGroups(split, rows)
+    split.rows = tuple(rows)
+    return split
 
 
 def _parts(
@@ -196,15 +193,8 @@ class GroupRow:
 class RateGroups(list[dict[str, Any]]):
     """Parameter groups that ``by`` sets apart; prints which parameters share one."""
 
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]] = (),
-        rows: Iterable[GroupRow] = (),
-        by: str = "",
-    ) -> None:
-        super().__init__(groups)
-        self.rows = tuple(rows)
-        self.by = by
+    rows: tuple[GroupRow, ...] = ()
+    by = ""
 
     def __str__(self) -> str:
         lines = [(self.by, "lr", "tensors", "elements", "parameters")]
@@ -311,7 +301,7 @@ def _listed(
     entries: Iterable[tuple[Any, dict[str, Any], list[ParameterInfo]]],
     named: bool = True,
 ) -> RateGroups:
-    groups, rows = [], []
+    groups, rows = RateGroups(), list[GroupRow]()
     for place, hyper, held in entries:
         groups.append({**hyper, "params": [info.parameter for info in held]})
         if named:
@@ -321,7 +311,8 @@ def _listed(
         for info in held:
             shape = _shape(info)
             rows.append(GroupRow(place, info.name, shape, shape.numel(), lr))
-    return RateGroups(groups, rows, by)
+    groups.rows, groups.by = tuple(rows), by
+    return groups
 
 
 def _shape(info: ParameterInfo) -> torch.Size:

@@ -27,18 +27,17 @@ Optimizer = torch.optim.Optimizer
 class Record:
     """What schedulers of one optimizer's decay wrote, and whether it has stepped."""
 
-    written: list[Group] = field(default_factory=list)  # as "initial_lr", per group
-    held: list[bool] = field(default_factory=list)  # which groups stay at 0
+    # By group: what they wrote, as "initial_lr", and whether it stays at 0.
+    known: list[tuple[Group, bool]] = field(default_factory=list)
     stepped: bool = False
 
     def views(self, groups: list[Group]) -> list[GroupView]:
         """View every group, with room for those that were added."""
         # If nothing decays yet, this is a warm-up of decay from 0.
         any_decays = not all(is_zero(group["weight_decay"]) for group in groups)
-        for group in groups[len(self.written) :]:
-            self.written.append({})
-            self.held.append(any_decays and is_zero(group["weight_decay"]))
-        return list(map(GroupView, groups, self.written, self.held))
+        for group in groups[len(self.known) :]:
+            self.known.append(({}, any_decays and is_zero(group["weight_decay"])))
+        return [GroupView(group, *known) for group, known in zip(groups, self.known)]
 
     def __call__(self, *_: object) -> None:
         self.stepped = True

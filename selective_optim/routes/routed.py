@@ -26,6 +26,7 @@ from selective_optim._state_entries import (
     joined,
     loadable,
     warn_of_new,
+    without,
 )
 from selective_optim._text import copied_groups, require_numbers
 from selective_optim._warnings import warn
@@ -472,24 +473,17 @@ class Routed(torch.optim.Optimizer):
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "defaults": self.defaults,
-            "param_groups": self.param_groups,
-            "optimizers": self.optimizers,
-            "_routes": self._routes,
-            "_common": self._common,
-            "decider": self._decider.snapshot(self.param_groups, {}),
-        }
+        kept = ("defaults", "param_groups", "optimizers", "_routes", "_common")
+        decider = self._decider.snapshot(self.param_groups, {})
+        return {**{key: vars(self)[key] for key in kept}, "decider": decider}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        rest = dict(state)
-        decider = rest.pop("decider")
         # `copy.copy` shares groups and states, and decides for itself.
-        rest["optimizers"] = {n: copy(o) for n, o in rest["optimizers"].items()}
-        self.optimizers = rest["optimizers"]
-        super().__setstate__(rest)
-        self._decider = Decider.restored(decider, self.param_groups)
-        for optimizer in self.optimizers.values():
+        optimizers = {name: copy(o) for name, o in state["optimizers"].items()}
+        own = {**without(state, ["decider"]), "optimizers": optimizers}
+        super().__setstate__(own)
+        self._decider = Decider.restored(state["decider"], self.param_groups)
+        for optimizer in optimizers.values():
             optimizer._decider.whole = self._decider
 
 
