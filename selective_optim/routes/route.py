@@ -107,7 +107,6 @@ class RoutePolicy(Policy):
 
     @property
     def selectors(self) -> tuple[Selector, ...]:  # type: ignore[override]  # no field
-        """What the routes ask."""
         return tuple(route.selector for route in self.routes)
 
     def __repr__(self) -> str:
@@ -115,10 +114,8 @@ class RoutePolicy(Policy):
         return f"{{{', '.join(told)}}}"
 
     def decide(self, info: ParameterInfo) -> Answer:
-        for route in self.routes:
-            if route.selector.matches(info):
-                return Answer(FULL, route.name)
-        return Answer(FULL, NOBODY)
+        names = (r.name for r in self.routes if r.selector.matches(info))
+        return Answer(FULL, next(names, NOBODY))
 
 
 def read_routes(routes: object, selective: Callable[[Any], Any]) -> tuple[Route, ...]:

@@ -430,11 +430,8 @@ class Routed(torch.optim.Optimizer):
             return joined(saved, self._order)
 
         # Before the user's hooks, which may change the state dict.
-        handle = self.register_state_dict_post_hook(save, prepend=True)
-        try:
+        with self.register_state_dict_post_hook(save, prepend=True):
             return super().state_dict()
-        finally:
-            handle.remove()
 
     @_torch.disable_dynamo
     def load_state_dict(self, state_dict: Any) -> None:
