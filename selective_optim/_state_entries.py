@@ -219,17 +219,15 @@ def _parts(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 
 def _recorded(state_dict: StateDict, groups: Groups) -> dict[str, Any]:
-    # Of the old groups' decay: an optimizer may have another one by now.
-    decays = [[e.hyper.get(WD, 0.0) for e in mine if e.hyper] for _, mine in groups]
-    pairs = [(max(own, key=float, default=1.0), g[1]) for own, g in zip(decays, groups)]
-    known = RECORD in state_dict or all(
-        largest and (not entry.record or entry.record[1])
-        for largest, mine in pairs
-        for entry in mine
-    )
-    if not known:
-        return {}
-    return {RECORD: [[_record(e, wd) for e in mine] for wd, mine in pairs]}
+    records, known = list[list[Any]](), True
+    for _, mine in groups:
+        # Of the old groups: an optimizer may have another decay by now.
+        decays = [entry.hyper.get(WD, 0.0) for entry in mine if entry.hyper]
+        largest = max(decays, key=float, default=1.0)
+        known &= all(not entry.record or entry.record[1] for entry in mine)
+        known &= bool(largest)
+        records.append([_record(entry, largest) for entry in mine])
+    return {RECORD: records} if known or RECORD in state_dict else {}
 
 
 def _record(entry: Entry, largest: Any) -> list[Any]:

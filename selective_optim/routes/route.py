@@ -196,14 +196,14 @@ def split_by_route(
         if not may_be_empty:
             raise ValueError(told)
         warn(told)
-    return [
-        (each, route, chosen)
-        for each, names, own in zip(coming, taken, given)
-        for route in routes
-        for chosen in [[i for i, name in enumerate(names) if name == route.name]]
-        # A rank that shards groups by route may hold nothing of one.
-        if chosen or own == route.name
-    ]
+    parts = []
+    for each, names, own in zip(coming, taken, given):
+        for route in routes:
+            chosen = [i for i, name in enumerate(names) if name == route.name]
+            # A rank that shards groups by route may hold nothing of one.
+            if chosen or own == route.name:
+                parts.append((each, route, chosen))
+    return parts
 
 
 def _names(

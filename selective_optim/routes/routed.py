@@ -154,10 +154,9 @@ class Routed(torch.optim.Optimizer):
         decider, constructing = self._decider, not self.optimizers
         coming, parts, pending = decider.take_pending(), list[Group](), list[Pending]()
         first = len(self.param_groups) - len(coming)
-        for each, route, chosen in split_by_route(
-            *(decider, self._routes, coming, self.param_groups, constructing),
-            may_be_empty=self._may_be_empty,
-        ):
+        asked = decider, self._routes, coming, self.param_groups
+        taken = split_by_route(*asked, constructing, self._may_be_empty)
+        for each, route, chosen in taken:
             part = route.part(self.param_groups[each.group], chosen, self._keys)
             own_policy = each.policy is not decider.policy
             policy = each.policy if own_policy else route.policy or decider.policy
@@ -166,8 +165,8 @@ class Routed(torch.optim.Optimizer):
             pending.append(Pending(index, part["params"], told, policy, lr0s))
             parts.append(part)
         if constructing:
-            asked = [decider.policy, *(each.policy for each in pending)]
-            decider.decide_for(pending, asked)
+            policies = [decider.policy, *(each.policy for each in pending)]
+            decider.decide_for(pending, policies)
         elif ROUTE not in self.param_groups[first]:
             decider.decide_for(pending, [])
         elif own_policy:  # its optimizer decides, which knows a group that was cleared
