@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain, repeat
-from threading import get_ident, local
-from time import sleep
+from threading import local
 from types import CodeType
 from typing import Any
 from weakref import WeakSet
@@ -17,14 +17,7 @@ import torch
 from torch import nn
 
 from selective_optim import _torch
-from selective_optim._text import require_numbers
-from selective_optim._warnings import (
-    warn_of_changes,
-    warn_of_lost_inits,
-    warn_of_lost_policy,
-    warn_of_lost_rates,
-    warn_of_own_step,
-)
+from selective_optim._text import require_numbers, warn
 from selective_optim.decay import Form, is_zero
 from selective_optim.decisions.decider import (
     WRITTEN,
@@ -32,7 +25,6 @@ from selective_optim.decisions.decider import (
     kept_on_error,
     own_keys,
 )
-from selective_optim.decisions.deciding_for import given
 from selective_optim.decisions.state_dict import (
     POLICIES,
     RECORD,
@@ -44,17 +36,17 @@ from selective_optim.decisions.state_dict import (
     require_dict,
     require_loadable,
 )
+from selective_optim.decisions.warnings import warn_of_changes
 from selective_optim.decisions.watch import Watch, loss_of
 from selective_optim.fused.guards import params_of
 from selective_optim.fused.stepper import Stepper
-from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy, as_policy
+from selective_optim.policies.selectors import Policy
 from selective_optim.report import DecayReport, form_of_class, make_report, remark_of
 from selective_optim.step.class_step import ClassStep, View, view_of
 from selective_optim.step.kernels import Kernel
-from selective_optim.step.lasting_parts import alike
 from selective_optim.step.parts import DecidedParam, Part, free_choice
-from selective_optim.step.setting import States, scaling_of
+from selective_optim.step.setting import States, alike, scaling_of
 
 Group = dict[str, Any]
 Model = nn.Module | Sequence[nn.Module] | None
@@ -62,8 +54,8 @@ Model = nn.Module | Sequence[nn.Module] | None
 COPIED = "_copied"
 # Attributes that copies do not take over as they are, where a class copies all it has.
 TRANSIENT = (
-    *("_decider", "_groups", "_states", "_kernel", "_stepper", "_shown", "_planning"),
-    *("_threads_inside", "_splits", "_parts", "_class_adds", "_layout", "_watch"),
+    *("_decider", "_groups", "_states", "_kernel", "_stepper", "_shown", "_watch"),
+    *("_threads_inside", "_splits", "_parts", "_class_adds", "_layout"),
 )
 # Every optimizer that decided, while it lives.
 alive: WeakSet[SelectiveOptimizer] = WeakSet()
@@ -85,23 +77,17 @@ def decider_for(model: object, wd_policy: object) -> Decider:
     """Make the decider of a constructor, unless it is given one."""
     if isinstance(wd_policy, Decider):
         return wd_policy
-    return Decider(*given(model, wd_policy))
+    return Decider.given(as_policy, wd_policy, model)
 
 
 def _typed(state_dict: Mapping[str, Any]) -> str:
     """Write how the policies of a state dict are passed again, where that is known."""
-    saved = state_dict.get(POLICIES)
-    texts = dict.fromkeys(saved) if isinstance(saved, list) else {}
-    lines = [f"wd_policy={_quoted(text)}" for text in texts]
+    saved, lines = state_dict.get(POLICIES), []
+    for text in dict.fromkeys(saved) if isinstance(saved, list) else ():
+        with suppress(TypeError, ValueError):  # of a callable the text is its name
+            text = text and repr(repr(as_policy(text)))
+        lines.append(f"wd_policy={text}")
     return f"pass {' and '.join(lines) or 'the old one as wd_policy'}"
-
-
-def _quoted(text: str | None) -> str:
-    """Quote what a text can say; a callable of the user's stands as it is called."""
-    try:
-        return str(text) if text is None else repr(repr(as_policy(text)))
-    except (TypeError, ValueError):
-        return str(text)
 
 
 def _quick_to_search(group: Group) -> Group:
@@ -128,17 +114,18 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     stay what they are. What is added lives in attributes of its own.
     """
 
+    _kernel: Kernel
     _decider: Decider
     _groups: list[Group]
     _states: States
-    _kernel: Kernel
     _stepper: Stepper
+    _keys: Sequence[str] = ()  # that are read in a group beside the defaults
     _stated: frozenset[str]  # keywords that the constructor was given
     _reached = False  # whether a step came here
     _lost_policy = False  # whether it was told that it is made of another's numbers
     _untouched = False  # no step, load or copy yet, and no state of its own
     _watch: Watch | None = None  # of steps, while there may be something to tell
-    _planning: dict[str, int]  # the thread that a plan serves
+    _class_step: object = None  # the code of the class's own step, if parts last
 
     # Construction.
 
@@ -154,13 +141,11 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         params: Any,
         wd_policy: object,
         model: Model,
-        kernel: Kernel,
         numbers: Mapping[str, object],
     ) -> Iterator[Any]:
         """Give torch's constructor what it takes, then decide for all groups."""
         require_numbers(numbers)
         self._decider = decider_for(model, wd_policy)
-        self._kernel = kernel
         with kept_on_error(params):
             yield self._decider.read(params)
             self._decider.finish(self.param_groups)
@@ -169,10 +154,11 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _made(self) -> None:
         """Take note of an optimizer that is whole now."""
         self._decider.index.release()
-        stated = self._stated & self.defaults.keys()
-        if "weight_decay" in stated and self._decider.policy is None:
-            fixed = self.defaults.keys() - inspect.signature(type(self)).parameters
-            self._warn_of_origin({k: self.defaults[k] for k in stated}, (), fixed)
+        if "weight_decay" in self._stated and self._decider.policy is None:
+            # Some numbers the class states by itself.
+            unsaid = inspect.signature(type(self)).parameters.keys() - self._stated
+            said = {k: v for k, v in self.defaults.items() if k not in unsaid}
+            self._warn_of_origin(said, ())
         alive.add(self)
         self._untouched = not any(self._states.values())
         # Without decay from the beginning that is meant, or was told.
@@ -180,7 +166,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         alone = self._decider.whole is None  # else other routes may decay
         self._watch = Watch(alone and any(decays), rounding=True)
         self._compare_ranks()
-        if "weight_decay" in constants_of(type(self).step):
+        step = _torch.unhooked(type(self).step)
+        if step is not SelectiveOptimizer.step and "weight_decay" in constants_of(step):
             self._watch_own_step()
 
     def _watch_own_step(self) -> None:
@@ -189,7 +176,13 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         def look(optimizer: SelectiveOptimizer, *_: object) -> None:
             handle.remove()
             if not optimizer._reached:
-                warn_of_own_step(type(optimizer).__name__)
+                warn(
+                    f"the step of {type(optimizer).__name__} reads group["
+                    f"'weight_decay'] itself and never reaches the step of its base, "
+                    f"so `wd_policy` has no effect. Call super().step(closure) in it, "
+                    f"or split the groups by hand: selective_optim.param_groups(model, "
+                    f"...)."
+                )
 
         handle = self.register_step_post_hook(look)
 
@@ -208,11 +201,13 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         given = dict(param_group) if isinstance(param_group, dict) else {}
         count = len(self.param_groups)
         with kept_on_error([param_group]):
-            policy, group = self._decider.unpack(param_group, self._group_keys())
+            keys = [*self.defaults, *self._keys]
+            policy, group = self._decider.unpack(param_group, keys)
             try:
                 self._append_group(group)
                 own = group is not param_group
                 self._decider.add_group(self.param_groups, policy, own)
+                self._split_last_group(given)
             except BaseException:
                 # torch appended it, and would refuse its parameters the next time.
                 del self.param_groups[count:]
@@ -230,13 +225,10 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _append_group(self, group: Group) -> None:
         super().add_param_group(group)
 
-    def _group_keys(self) -> Iterable[str]:
-        """List the keys that are read in a group, which a misspelt one resembles."""
-        return self.defaults
+    def _split_last_group(self, given: Group) -> None:
+        """Make lasting parts of a group that came like this, now that it is decided."""
 
-    def _warn_of_origin(
-        self, numbers: Group, params: Sequence[Any], fixed: Collection[str] = ()
-    ) -> None:
+    def _warn_of_origin(self, numbers: Group, params: Sequence[Any]) -> None:
         """Warn once of a group, or of keywords, that are those of one with a policy.
 
         The policy cannot be taken along: a dict that was given to two optimizers,
@@ -244,15 +236,21 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         """
         if self._lost_policy or is_zero(numbers.get("weight_decay", 0)):
             return
-        # Whoever writes a group by hand names a few; the class states some by itself.
-        stated, given = numbers.keys() | fixed, set(map(id, params))
-        others = [o for o in alive if o is not self and o.defaults.keys() <= stated]
+        # Whoever writes a group by hand names a few.
+        known, given = numbers.keys(), set(map(id, params))
+        others = [o for o in alive if o is not self and o.defaults.keys() <= known]
         owners = [o for o in others if given & set(map(id, params_of(o._groups)))]
         for other in owners or [o for o in others if o._made_like(type(self), numbers)]:
             mine = params if owners else params_of(other._groups)
             if policy := other._decider.decided_by(mine):
                 self._lost_policy = True
-                warn_of_lost_policy(policy)
+                warn(
+                    f"the arguments of this optimizer come from an optimizer whose "
+                    f"`wd_policy` is {policy!r}, and here everything decays. Pass "
+                    f"wd_policy={policy!r}, or 'all' if you mean that. Around code "
+                    f"that makes optimizers itself, type "
+                    f"with deciding_for(model, wd_policy={policy!r})."
+                )
                 return
 
     def _made_like(self, cls: type, numbers: Group) -> bool:
@@ -269,16 +267,19 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def param_groups(self) -> list[Group]:
         """The user's groups, as in torch; inside a step its class sees the parts."""
         shown = self._shown.param_groups
-        return self._groups if shown is None else shown
+        if shown is not None:
+            return shown
+        # The step of the class itself, called on this object, would see no parts.
+        own = self._class_step
+        if own is not None and sys._getframe(1).f_code is own:
+            self._refuse_foreign_step(self._groups)
+        return self._groups
 
     @param_groups.setter
     def param_groups(self, groups: list[Group]) -> None:
-        self._set_groups(groups)
-
-    def _set_groups(self, groups: list[Group]) -> None:
         self._groups = groups
         if "_shown" not in vars(self):  # torch's constructor, or a copy
-            self._shown, self._planning = Shown(), {}
+            self._shown = Shown()
             self._threads_inside: set[int] = set()
 
     @property
@@ -295,8 +296,9 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # The class's own step is no outsider, and asks for every parameter. And 2.7
         # cannot set attributes as it compiles.
         shown = self._shown.param_groups
-        if shown is None and not torch.compiler.is_compiling():
-            self._expose()
+        told = shown is not None or self._stepper.exposed
+        if not told and not torch.compiler.is_compiling():
+            self._stepper.expose(self._states)  # someone may edit it from now on
         return self._states
 
     @state.setter
@@ -306,28 +308,6 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             self._stepper.expose({})  # what was there goes; counters need no parting
         else:  # torch's constructor, which does not keep the dict that it makes
             self._stepper = Stepper(self._kernel)
-
-    def _expose(self) -> None:
-        """Take note that someone outside may edit the state from now on."""
-        if self._stepper.exposed:
-            return
-        if self._planning.setdefault("thread", -get_ident()) != -get_ident():
-            self._stepper.see()  # a step goes on, and takes note when it ends
-            return
-        try:
-            self._stepper.expose(self._states)
-        finally:
-            self._planning.clear()
-
-    def _claim(self) -> bool:
-        """Take the plan for this thread, unless another one steps by it."""
-        for _ in range(100):
-            owner = self._planning.setdefault("thread", get_ident())
-            if owner >= 0:
-                return owner == get_ident()
-            sleep(0.001)  # another thread takes the state apart, and looks at it then
-        self._planning["thread"] = get_ident()  # it was interrupted
-        return True
 
     # Stepping.
 
@@ -349,6 +329,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     @_torch.run_as_is
     def _step_groups(self, closure: Callable[[], Any] | None, compiling: bool) -> Any:
+        """Step the parts: the class those that are not planned, then the plan."""
         self._reached = True
         if self._kernel.counts:
             # As torch does: Adam asks, whose counters must then live on the device, and
@@ -358,64 +339,55 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        differentiable = self.defaults["differentiable"]
-        choosing = not (compiling or differentiable)
+        choosing = not (compiling or self.defaults["differentiable"])
         # A subclass's own may make state, and choose the gradients.
         own = type(self)._init_group is not SelectiveOptimizer._init_group
-        if not WRITTEN.isdisjoint(self.defaults):  # a plan sees new keys of groups
-            self._decider.refuse_written(self.param_groups, self.defaults)
-        self._begin_training()
+        waiting = self._untouched or self._decider.waits
+        # In groups the decider looks for new keys.
+        if compiling or waiting or not WRITTEN.isdisjoint(self.defaults):
+            self._begin_training()
+        stepper = self._stepper
+        given = (self.param_groups, self.decided_params, self._states)
         # A plan serves one thread at a time; others let the class step all parts. No
         # lock: after an interrupt anywhere the next step of a thread plans again.
-        mine = self._claim()
+        mine = stepper.claim()
         try:
-            self._step_all(choosing, choosing and mine and not own, compiling)
+            if choosing and mine and not own and stepper.plans_for(given[0]):
+                stepper.step(*given, scaling_of(self), self._step_parts)
+            else:
+                with torch.set_grad_enabled(self.defaults["differentiable"]):
+                    if parts := stepper.unplanned_parts(*given, choosing):
+                        self._step_parts(parts, compiling)
         finally:
-            if mine:
-                self._planning.clear()
-        if not compiling and (watch := self._watch) is not None:
-            layout = self._decider.laid_out
-            self._watch = watch.look(self._groups, layout, self._kernel)
+            stepper.finish(mine, self._states)
+        if not compiling and self._watch is not None:
+            self._look()
         return loss
+
+    @_torch.disable_dynamo
+    def _look(self) -> None:
+        """Let the watch see a step that was taken."""
+        if self._watch is not None:
+            layout = self._decider.layout
+            self._watch = self._watch.look(self._groups, layout, self._kernel)
 
     @_torch.disable_dynamo
     def _begin_training(self) -> None:
         """Take what parameters decay towards, if that is what they are now."""
         decider = self._decider
+        decider.refuse_written((), self.defaults)
         if self._untouched:
             self._untouched = False
-            self._take_written_state()
-        if decider.waits and decider.begin_training(self.param_groups, self.defaults):
+            # State that is there now was written past `load_state_dict`, with no
+            # record: by ZeroRedundancyOptimizer, whose attribute `optim` this is.
+            if any(self._states.get(param) for param in params_of(self.param_groups)):
+                now = list(chain(*self._record()))
+                self._resume([None] * len(now), now, "optimizer.optim")
+        if decider.waits and decider.begin_training(self.param_groups):
             self._decided_anew()
 
-    def _take_written_state(self) -> None:
-        """Go on from state that was written past ``load_state_dict``, with no record.
-
-        So loads ``ZeroRedundancyOptimizer``, whose attribute ``optim`` this is.
-        """
-        if any(self._states.get(param) for param in params_of(self.param_groups)):
-            now = [begin_in(entry) for entry in chain(*self._record())]
-            self._resume([{} for _ in now], now, "optimizer.optim")
-
-    @_torch.use_grad_for_differentiable
     @_torch.run_as_is
-    def _step_all(self, choosing: bool, planned: bool, compiling: bool) -> None:
-        """Step the parts: the class those that are not planned, then the plan."""
-        stepper, scaling = self._stepper, scaling_of(self)
-        given = (self.param_groups, self.decided_params, self._states)
-        begun = stepper.begin(*given, choosing, planned)
-        try:
-            if begun.parts:
-                self._step_parts(begun.parts, compiling)
-            stepper.run(begun, scaling)
-        except BaseException:
-            stepper.forget()  # how far a failed step came is not known
-            raise
-        finally:
-            stepper.end(begun, self._states)
-
-    @_torch.run_as_is
-    def _step_parts(self, parts: Sequence[Part], compiling: bool) -> None:
+    def _step_parts(self, parts: Sequence[Part], compiling: bool = False) -> None:
         """Let the class of torch step parts, as if they were groups split by hand."""
         step, around = _torch.unhooked(super().step), ClassStep(self, self._states)
         try:
@@ -439,7 +411,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     def decided_params(self) -> list[DecidedParam]:
         """List every parameter, in order, with what was decided for it."""
-        decided = self._decider.fitting(self.param_groups, self.defaults)
+        decided = self._decider.fitting(self.param_groups)
         return [
             DecidedParam(param, index, position, decision)
             for index, (group, decisions) in enumerate(zip(self.param_groups, decided))
@@ -479,8 +451,9 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     @wd_policy.setter
     def wd_policy(self, wd_policy: WdPolicy) -> None:
-        before = self._decider.snapshot(self.param_groups, self.defaults)
-        self._forget_plan()  # first: an interrupt must not leave the old one in force
+        before = self._decider.snapshot(self.param_groups)
+        # First: an interrupt must not leave the old one in force.
+        self._stepper.forget()
         self._decider.assign(wd_policy, self.param_groups)
         try:
             self._decided_anew()
@@ -490,28 +463,21 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             raise
         self._compare_ranks()
 
-    def _forget_plan(self) -> None:
-        self._stepper.forget()
-
     def _decided_anew(self) -> None:
         """Take note of other decisions, or refuse them."""
-        self._forget_plan()
+        self._stepper.forget()
 
     def decay_report(self) -> DecayReport:
         """Report what decays: ``print`` shows a table, ``rows`` has each parameter."""
         # Not `decisions`: who looks is told later, by the step, what is wrong.
-        decided = self._decider.readable(self.param_groups, self.defaults)
+        decided = self._decider.readable(self.param_groups)
         groups, index = self.param_groups, self._decider.index
         report = make_report(groups, decided, self._form_of, index)
         loss = loss_of(self._kernel, groups, decided)
         return replace(report, remark=remark_of(report.remark, loss))
 
     def _form_of(self, group: Group) -> Form | None:
-        return self._default_form(group) or form_of_class(self, group)
-
-    def _default_form(self, group: Group) -> Form | None:
-        """Tell in which form a group decays by itself; ``None`` if unknown."""
-        return self._kernel.default_form(group)
+        return self._kernel.default_form(group) or form_of_class(self, group)
 
     def __repr__(self) -> str:
         text = super().__repr__()
@@ -533,26 +499,22 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             for group in state_dict["param_groups"]:
                 for name in own_keys(group):
                     del group[name]
-            own = {RECORD: self._record(), POLICIES: self._decider.policies()}
-            return {**state_dict, **own, **self._kept_apart()}
+            return {**state_dict, **self._own_entries()}
 
         # Before the user's hooks, which may change the state dict.
-        handle = self.register_state_dict_post_hook(record, prepend=True)
-        try:
+        with self.register_state_dict_post_hook(record, prepend=True):
             saved: dict[str, Any] = super().state_dict(*args, **kwargs)
-        finally:
-            handle.remove()
         return saved
 
-    def _kept_apart(self) -> dict[str, Any]:
-        """Return what a state dict holds beside torch's entries and the record."""
-        return {}
+    def _own_entries(self) -> dict[str, Any]:
+        """Return what a state dict holds beside torch's entries."""
+        return {RECORD: self._record(), POLICIES: self._decider.policies()}
 
     def _record(self, decided: Decided | None = None) -> Record:
         """Write down how every parameter decays, as a state dict holds it."""
         if decided is None:
-            decided = self._decider.readable(self.param_groups, self.defaults)
-        forms = [self._default_form(group) for group in self.param_groups]
+            decided = self._decider.readable(self.param_groups)
+        forms = list(map(self._kernel.default_form, self.param_groups))
         return record_of(forms, decided)
 
     @_torch.disable_dynamo
@@ -573,95 +535,78 @@ class SelectiveOptimizer(torch.optim.Optimizer):
                 groups decay with 0 parameters that the policy decays.
         """
         require_dict(state_dict)
-        decided = self._decider.readable(self.param_groups, self.defaults)
+        decided = self._decider.readable(self.param_groups)
         before = [group["weight_decay"] for group in self.param_groups]
-        saved: list[dict[str, Any]] = []
+        loaded = state_dict  # some classes run no hooks
 
         def adapt(optimizer: Any, adapted: dict[str, Any]) -> dict[str, Any]:
+            nonlocal loaded
             self._require_loadable(adapted, decided)
-            saved.append(adapted)
-            adapted = self._adapted(adapted)
-            groups = map(_quick_to_search, adapted["param_groups"])
-            return {**adapted, "param_groups": [*groups]}
+            loaded = adapted
+            groups = map(_quick_to_search, self._adapted_groups(adapted))
+            return {**adapted, "param_groups": list(groups)}
 
         # Registered last: hooks of the user may adapt the state dict first.
-        handle = self.register_load_state_dict_pre_hook(adapt)
-        try:
+        with self.register_load_state_dict_pre_hook(adapt):
             super().load_state_dict(state_dict, *args, **kwargs)
-        finally:
-            handle.remove()
-        loaded = saved[0] if saved else state_dict  # some classes run no hooks
         record, now = loaded.get(RECORD), list(chain(*self._record(decided)))
         entries = entries_of(record, decided)
-        known, advice = None if record is None else entries, _typed(loaded)
-        groups = self.param_groups
-        warn_of_changes(decided, before, groups, known, now, advice)
+        saved = None if record is None else entries
+        warn_of_changes(decided, before, self.param_groups, saved, now, _typed(loaded))
         self._untouched = False
-        self._resume([*map(begin_in, entries)], [*map(begin_in, now)])
+        self._resume(entries, now)
         self._loaded(loaded)
 
     def _require_loadable(self, state_dict: dict[str, Any], decided: Decided) -> None:
         require_loadable(self._kernel, self.param_groups, decided, state_dict)
 
-    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _adapted_groups(self, state_dict: dict[str, Any]) -> list[Group]:
         """Leave the implementation open where it is open now, whoever saved.
 
         Where it is not, a choice that the checkpoint left open does not undo it.
         """
+        keys = {"foreach", "fused"}.intersection(self._kernel.choices)
         # More groups than there are here are torch's to refuse.
         pairs = zip(state_dict["param_groups"], chain(self.param_groups, repeat(None)))
-        groups = [
-            {**saved, **{key: mine[key] for key in ("foreach", "fused")}}
+        return [
+            {**saved, **{key: mine[key] for key in keys}}
             if mine and (free_choice(mine) or free_choice(saved))
             else saved
             for saved, mine in pairs
         ]
-        return {**state_dict, "param_groups": groups}
 
     def _loaded(self, state_dict: dict[str, Any]) -> None:
         """Take over what a state dict holds beside torch's entries and the record."""
 
     def _resume(
-        self,
-        begins: list[dict[str, Any]],
-        now: list[dict[str, Any]],
-        whose: str = "optimizer",
+        self, entries: Iterable[Any], now: Iterable[Any], whose: str = "optimizer"
     ) -> None:
         """Go on from where training began, if a state dict records that."""
+        begins = list(map(begin_in, entries))
         # Mostly nothing depends on it, here or there: names alone.
-        if {"name", "fixed"}.issuperset(chain(*begins, *now)):
+        if {"name", "fixed"}.issuperset(chain(*begins, *map(begin_in, now))):
             return
-        inits, rates = self._decider.resume(self.param_groups, begins)
-        if inits:
-            warn_of_lost_inits(inits, whose)
-        if rates:
-            warn_of_lost_rates(rates, whose)
+        self._decider.resume(self.param_groups, begins, whose)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Not `__getstate__`, which subclasses override with torch's three keys.
         reduced: Any = super().__reduce_ex__(protocol)
         make, args, state, *rest = reduced
         groups = self._groups
-        decider = self._decider.snapshot(groups, self.defaults)
-        return (
-            *(make, args),
-            {
-                **{k: v for k, v in state.items() if k not in TRANSIENT},
-                "state": self.state,
-                "param_groups": groups,
-                COPIED: {"decider": decider, "watch": self._watch, **self._copied()},
-            },
-            *rest,
-        )
-
-    def _copied(self) -> dict[str, Any]:
-        """Return what a copy takes over besides decisions and torch's own."""
-        return {"kernel": self._kernel, "states": id(self._states)}
+        copied = {
+            "decider": self._decider.snapshot(groups),
+            "watch": self._watch,
+            "kernel": self._kernel,
+            "states": id(self._states),
+        }
+        own = {"state": self.state, "param_groups": groups, COPIED: copied}
+        state = {k: v for k, v in state.items() if k not in TRANSIENT}
+        return (make, args, {**state, **own}, *rest)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         rest = dict(state)
         copied = rest.pop(COPIED, {})
-        if "kernel" in copied:
+        if copied:
             self._kernel = copied["kernel"]
             self._stepper = Stepper(self._kernel)
         # Loading sets these by this method, too. torch would write them into __dict__,
@@ -672,15 +617,11 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         if copied:
             self._decider = Decider.restored(copied["decider"], self.param_groups)
             alive.add(self)
-            self._watch = copied.get("watch")
-            self._take_copied(copied)
+            self._watch = copied["watch"]
         # `copy.copy` shares the state, whose counters the original has in hand.
-        if "state" in state and copied.get("states") != id(self._states):
-            self._take_state()
-
-    def _take_copied(self, copied: dict[str, Any]) -> None:
-        """Take over what :meth:`_copied` has returned."""
-
-    def _take_state(self) -> None:
-        """Take note of a state that was loaded or copied."""
-        self._stepper.adopt(self.param_groups, self._states)
+        if (
+            self._kernel.planned
+            and "state" in state
+            and copied.get("states") != id(self._states)
+        ):
+            self._stepper.adopt(self.param_groups, self._states)

@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 
-from selective_optim._text import received
+from selective_optim._text import first_of, received, warn
 from selective_optim._torch import canonical_name, told_apart, without_wrappers
-from selective_optim._warnings import SHOWN, warn
 from selective_optim.decay import Decay
 from selective_optim.decisions.state_dict import (
     PARTS,
@@ -32,7 +31,7 @@ from selective_optim.decisions.state_dict import (
     begin_in,
     require_whole,
 )
-from selective_optim.step.lasting_parts import PER_PARAM
+from selective_optim.step.setting import PER_PARAM
 
 StateDict = dict[str, Any]
 Group = dict[str, Any]
@@ -455,10 +454,8 @@ def _by_name(
 def warn_of_new(labels: Sequence[str]) -> None:
     """Warn of parameters for which nothing was saved."""
     if labels:
-        first = ", ".join(labels[:SHOWN])
-        more = f" and {len(labels) - SHOWN} more" if labels[SHOWN:] else ""
         warn(
-            f"nothing was saved for {first}{more} by the route that steps "
+            f"nothing was saved for {first_of(labels, ', ')} by the route that steps "
             f"{'them' if labels[1:] else 'it'} now, so "
             f"{'they begin' if labels[1:] else 'it begins'} anew. Load with the routes "
             f"of the state dict to go on."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import inspect
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from types import FunctionType, ModuleType
@@ -13,6 +15,23 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 WIDTH = 60  # a dict of modules prints as pages
+SHOWN = 3  # parameters that a warning names
+INSIDE = ("selective_optim", "torch", "contextlib")  # packages that warnings skip
+
+
+def warn(message: str) -> None:
+    """Warn at the line, outside this library and torch, that led here."""
+    # From Python 3.12 on, `skip_file_prefixes` of warnings.warn does this.
+    level, frame = 1, inspect.currentframe()
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in INSIDE:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def first_of(items: Sequence[str], separator: str) -> str:
+    """Write the first of many items, and how many more there are."""
+    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return f"{separator.join(items[:SHOWN])}{more}"
 
 
 def shape_text(shape: Sequence[int]) -> str:

@@ -57,6 +57,8 @@ class Adam(SelectiveOptimizer, torch.optim.Adam):
         ``torch/optim/adam.py``.
     """
 
+    _kernel = AdamKernel()
+
     def __init__(
         self,
         params: Any,
@@ -76,7 +78,7 @@ class Adam(SelectiveOptimizer, torch.optim.Adam):
         model: Model = None,
     ) -> None:
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        with self._deciding(params, wd_policy, model, AdamKernel(), numbers) as known:
+        with self._deciding(params, wd_policy, model, numbers) as known:
             super().__init__(
                 known,
                 lr,

@@ -55,6 +55,8 @@ class AdamW(SelectiveOptimizer, torch.optim.AdamW):
         ``torch/optim/adamw.py``; Loshchilov and Hutter 2019, Algorithm 2.
     """
 
+    _kernel = AdamKernel()
+
     def __init__(
         self,
         params: Any,
@@ -73,7 +75,7 @@ class AdamW(SelectiveOptimizer, torch.optim.AdamW):
         model: Model = None,
     ) -> None:
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        with self._deciding(params, wd_policy, model, AdamKernel(), numbers) as known:
+        with self._deciding(params, wd_policy, model, numbers) as known:
             super().__init__(
                 known,
                 lr,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copyreg
 import inspect
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import lru_cache
 from inspect import Parameter, Signature
+from itertools import repeat
 from operator import is_
 from threading import get_ident
 from types import SimpleNamespace
@@ -18,30 +18,32 @@ import torch
 
 from selective_optim import _torch
 from selective_optim._optimizer import (
+    COPIED,
     Model,
     SelectiveOptimizer,
     constants_of,
-    decider_for,
 )
-from selective_optim._text import require_numbers
-from selective_optim.decay import Form
-from selective_optim.decisions.decider import kept_on_error
 from selective_optim.decisions.state_dict import PARTS, Decided, require_groups_like
 from selective_optim.report import form_of_class
-from selective_optim.step import refusals
 from selective_optim.step.class_step import ClassStep, View
+from selective_optim.step.kernels import Kernel
 from selective_optim.step.lasting_parts import (
-    WD,
-    Group,
     Split,
     chosen_form,
     flag_of,
     load_parts,
     record_of_parts,
+    require_class,
+    require_forms,
+    require_no_index_overrides,
+    require_no_lists,
+    require_parts,
+    require_plain_arguments,
     saved_parts,
     split_again,
     split_group,
 )
+from selective_optim.step.setting import WD, Group
 
 OptimizerClass = type[torch.optim.Optimizer]
 # Methods of schedule-free optimizers, which read and write their groups.
@@ -53,7 +55,6 @@ STEP_HOOKS = ("step_pre", "step_post")
 
 # Not blocks: an interrupt between a block and its end would leave autograd off.
 _begin = torch.no_grad()(ClassStep.begin)
-_pull_again = torch.no_grad()(ClassStep.pull_again)
 _finish = torch.no_grad()(ClassStep.finish)
 
 
@@ -68,6 +69,16 @@ def as_torch_reads(group: Group, before: Iterable[Group], **defaults: Any) -> Gr
     return read
 
 
+class ClassKernel(Kernel):
+    """Stands for the kernels of a class, of which the form at most is known."""
+
+    counts = planned = False
+    choices = ()
+
+    def default_form(self, group: Group) -> Any:
+        return chosen_form(group)
+
+
 class AnyOptimizer(SelectiveOptimizer):
     """Stands before a class that may keep what it writes into its groups.
 
@@ -75,14 +86,13 @@ class AnyOptimizer(SelectiveOptimizer):
     from one step to the next.
     """
 
-    _kernel: Any = None  # how the class steps is not known
-    # One list with shallow copies, which share groups; none while groups are read.
-    _splits: Any = ()
-    _keys: tuple[str, ...] = ()  # what the class reads in a group
-    _parts: list[Group]  # in the list that the class made
+    _kernel = ClassKernel()
+    # One list with shallow copies, which share groups.
+    _splits: list[Split]
+    # Those of all splits, in the list that the class made; none while groups are read.
+    _parts: Any = None
     _class_adds = False  # the class adds parts now, which are decided
     _layout: object = None
-    _class_step: object = None  # the code of the class's own step
 
     # Construction.
 
@@ -94,98 +104,81 @@ class AnyOptimizer(SelectiveOptimizer):
         model: Model = None,
         **kwargs: Any,
     ) -> None:
-        # Decided before the class exists: it is given the parts.
-        self._decider = decider_for(model, wd_policy)
         signature = inspect.signature(type(self))
         bound = signature.bind_partial(params, *args, **kwargs)
         bound.apply_defaults()
-        require_numbers(bound.arguments)
-        with kept_on_error(params):
-            lr = bound.arguments.get("lr")
-            groups = self._read(params, signature.parameters, lr)
-            self._construct(groups, args, kwargs)
-        self._decider.warn_if_weak(groups)
-        self._made()
+        numbers = bound.arguments
+        with self._deciding(params, wd_policy, model, numbers) as known:
+            # Decided before the class exists: it is given the parts.
+            self._read(known, signature.parameters, numbers.get("lr"))
+            self._construct(args, kwargs)
 
-    def _construct(self, groups: list[Group], args: Any, kwargs: Any) -> None:
-        decided = self._decider.decisions(groups, {})
-        splits = [split_group(*pair, None) for pair in zip(groups, decided)]
+    def _read(self, known: Any, keys: Iterable[str], lr: Any) -> None:
+        self._keys, self._splits = tuple(keys), []
+        reading = {**READING, "lr": lr}
+        torch.optim.Optimizer.__init__(self, known, reading)
+        self._decider.decide_pending()
+
+    def _construct(self, args: Any, kwargs: Any) -> None:
+        groups = self._groups
+        decided = self._decider.decisions(groups)
+        splits = list(map(split_group, groups, decided))
         self._class_adds = True
-        parts = [part.group for split in splits for part in split.parts]
-        super(SelectiveOptimizer, self).__init__(parts, *args, **kwargs)
+        super(SelectiveOptimizer, self).__init__(_groups_of(splits), *args, **kwargs)
         self._class_adds = False
         # Only now is there something to look at: what the constructor made.
-        refusals.require_parts(self, splits)
-        refusals.require_no_inner_optimizer(self)
+        require_parts(self, splits)
         self._parts, self.param_groups = self.param_groups, groups
         self._adopt(splits, self._parts)
-        self._splits = splits
 
-    def _adopt(self, splits: Iterable[Split], made: Iterable[Group]) -> None:
+    def _adopt(self, splits: list[Split], made: Iterable[Group]) -> None:
+        """Take over the groups that the class made of the parts."""
         groups = iter(made)
         for split in splits:
             split.adopt([next(groups) for _ in split.parts], self.defaults)
             split.empty()
             if flag_of(split.group) is None:
                 split.form = form_of_class(self, split.group)
-            refusals.require_forms(self, split)
-
-    def _group_keys(self) -> Iterable[str]:
-        return [*self.defaults, *self._keys]
-
-    def _read(self, params: Any, keys: Iterable[str], lr: Any) -> list[Group]:
-        self._keys = tuple(keys)
-        reading = {**READING, "lr": lr}
-        torch.optim.Optimizer.__init__(self, self._decider.read(params), reading)
-        self._decider.decide_pending()
-        return self._groups
-
-    def _append_group(self, group: Group) -> None:
-        lr = self.defaults.get("lr")
-        self._groups.append(as_torch_reads(group, self._groups, lr=lr))
-
-    def _read_group(self, param_group: Group) -> None:
-        """Read a group, which the class then makes of its parts, and decide for it."""
-        given = set(param_group) if isinstance(param_group, dict) else ()
-        SelectiveOptimizer.add_param_group(self, param_group)
-        for key in {*READING, "lr"}.difference(given):
-            del self._groups[-1][key]
+            require_forms(self, split)
+        self._splits += splits
 
     @_torch.disable_dynamo
     def add_param_group(self, param_group: Group) -> None:
         if self._class_adds or self._inside:
             super(SelectiveOptimizer, self).add_param_group(param_group)
             return
-        if not self._splits:
-            self._read_group(param_group)
+        # Some frameworks clear the groups to shard the model, and add them anew. Of
+        # groups that were taken out the class would find the parameters twice.
+        if self._parts is not None:
+            here = set(map(id, self._groups))
+            self._splits[:] = [s for s in self._splits if id(s.group) in here]
+            self._parts[:] = _groups_of(self._splits)
+        super().add_param_group(param_group)
+
+    def _append_group(self, group: Group) -> None:
+        lr = self.defaults.get("lr")
+        self._groups.append(as_torch_reads(group, self._groups, lr=lr))
+
+    def _split_last_group(self, given: Group) -> None:
+        """Let the class make its groups of the parts, if it exists already."""
+        group = self._groups[-1]
+        for key in {*READING, "lr"} - given.keys():
+            del group[key]
+        if self._parts is None:
             return
-        self._drop_removed()
-        groups, parts = len(self._groups), len(self._parts)
-        with kept_on_error([param_group]):
-            try:
-                self._read_group(param_group)
-                decided = self._decider.decisions(self._groups, self.defaults)
-                split = split_group(self._groups[-1], decided[-1], None)
-                self._show(self._parts)
-                # Past the method that decides: parts were decided for as a group.
-                for part in split.parts:
-                    super(SelectiveOptimizer, self).add_param_group(part.group)
-                self._show(None)
-                self._adopt([split], self._parts[parts:])
-            except BaseException:
-                self._show(None)
-                del self._parts[parts:], self._groups[groups:]
-                raise
-        self._splits.append(split)
-
-    def _drop_removed(self) -> None:
-        """Drop the parts of groups that were taken out, or the class finds them twice.
-
-        Some frameworks clear the groups to shard the model, and add them anew.
-        """
-        here = set(map(id, self.param_groups))
-        self._splits[:] = [own for own in self._splits if id(own.group) in here]
-        self._parts[:] = [p.group for split in self._splits for p in split.parts]
+        decided = self._decider.decisions(self._groups)
+        split, count = split_group(group, decided[-1]), len(self._parts)
+        try:
+            self._show(self._parts)
+            # Past the method that decides: parts were decided for as a group.
+            for part in split.parts:
+                super(SelectiveOptimizer, self).add_param_group(part.group)
+            self._show(None)
+            self._adopt([split], self._parts[count:])
+        except BaseException:
+            self._show(None)
+            del self._parts[count:]
+            raise
 
     # What the class sees.
 
@@ -193,7 +186,7 @@ class AnyOptimizer(SelectiveOptimizer):
     def _enter(self) -> None:
         self._begin_training()
         self._hand_down()
-        refusals.require_no_index_overrides(self, self._parts)
+        require_no_index_overrides(self, self._parts)
         # Not a count: after an interrupt anywhere the next step of a thread is right.
         self._threads_inside.add(get_ident())
         for split in self._splits:
@@ -219,60 +212,31 @@ class AnyOptimizer(SelectiveOptimizer):
 
     def _arrange(self) -> None:
         """Split the groups as they now stand, or raise with nothing changed."""
-        layout = self._decider.rows(self.param_groups, self.defaults)
+        groups = self._groups
+        layout = self._decider.rows(groups)
         known = [split.group for split in self._splits]
         # A list that the user changed in place, or made anew, shows in one of the two.
-        same = len(known) == len(self.param_groups)
+        same = len(known) == len(groups) and all(map(is_, known, groups))
         # The decider makes a new list whenever anything changed, so identity suffices.
-        if layout is self._layout and same and all(map(is_, known, self.param_groups)):
+        if layout is self._layout and same:
             return
-        decided = self._decider.fitting(self.param_groups, self.defaults)
+        decided = self._decider.fitting(groups)
         splits = [
             split_again(group, decisions, self._splits, self.defaults)
-            for group, decisions in zip(self.param_groups, decided)
+            for group, decisions in zip(groups, decided)
         ]
         for split in splits:
-            refusals.require_forms(self, split)
-        parts = [part.group for split in splits for part in split.parts]
+            require_forms(self, split)
+        parts = _groups_of(splits)
         if list(map(id, parts)) != list(map(id, self._parts)):
-            refusals.require_no_lists(self, len(self._parts))
+            require_no_lists(self, len(self._parts))
         for split in splits:
             split.empty()
         self._splits[:], self._layout = splits, layout
         self._parts[:] = parts
 
-    def _forget_plan(self) -> None:
-        """Forget nothing: parts are compared with the decisions at every step."""
-
     def _decided_anew(self) -> None:
         self._arrange()
-
-    def _default_form(self, group: Group) -> Form | None:
-        return chosen_form(group)
-
-    @property
-    def param_groups(self) -> list[Group]:
-        """The user's groups, as in torch; inside a step its class sees the parts."""
-        shown = self._shown.param_groups
-        if shown is not None:
-            return shown
-        # The step of the class itself, called on this object, would see no parts.
-        if sys._getframe(1).f_code is self._class_step and self._splits:
-            self._refuse_foreign_step(self._groups)
-        return self._groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[Group]) -> None:
-        self._set_groups(groups)
-
-    @property
-    def state(self) -> Any:
-        """State tensors by parameter, as in torch."""
-        return self._states
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self._states = value
 
     # Stepping.
 
@@ -295,7 +259,7 @@ class AnyOptimizer(SelectiveOptimizer):
                 served; then nothing is stepped.
         """
         self._reached = True
-        refusals.require_plain_arguments(self, (*args, *kwargs.values()))
+        require_plain_arguments(self, (*args, *kwargs.values()))
         step = _torch.unhooked(super(SelectiveOptimizer, self).step)
         around = ClassStep(self, self._states)
         if closure is not None or args:
@@ -308,10 +272,8 @@ class AnyOptimizer(SelectiveOptimizer):
             with _torch.without_hooks(self, *STEP_HOOKS):
                 result = step(self, *args, **kwargs)
             _finish(around)
-            compiling = torch.compiler.is_compiling()
-            if not compiling and (watch := self._watch) is not None:
-                layout = self._decider.laid_out
-                self._watch = watch.look(self._groups, layout, self._kernel)
+            if self._watch is not None:
+                self._look()
             return result
         finally:
             around.restore()
@@ -319,12 +281,12 @@ class AnyOptimizer(SelectiveOptimizer):
 
     @_torch.disable_dynamo
     def _part_views(self) -> list[View]:
-        splits = self._splits
-        if any(part.inits for split in splits for part in split.parts):
-            decided = self._decider.fitting(self._groups, self.defaults)
-            for split, decisions in zip(splits, decided):
-                split.lay_inits(decisions)
-        return [view for split in splits for view in split.views()]
+        decided: Iterable[Any] = repeat(())
+        parts = (part for split in self._splits for part in split.parts)
+        if any(part.decay_key.decay.needs_init for part in parts):
+            decided = self._decider.fitting(self._groups)
+        pairs = zip(self._splits, decided)
+        return [view for split, own in pairs for view in split.views(own)]
 
     def _outside(
         self, closure: Callable[[], Any], around: ClassStep
@@ -338,37 +300,28 @@ class AnyOptimizer(SelectiveOptimizer):
             self._leave()
             result = closure(*args, **kwargs)
             self._enter()
-            pull = _pull_again if begun else _begin
-            pull(around, self._part_views())
+            _begin(around, self._part_views(), again=begun)
             begun = True
             return result
 
         return called
 
-    def _seeing_parts(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        own = getattr(super(SelectiveOptimizer, self), method)
-        if self._inside or self._class_adds:
-            return own(*args, **kwargs)
-        self._enter()
-        try:
-            return own(*args, **kwargs)
-        finally:
-            self._leave()
-
     # State dicts and copies.
 
-    def _kept_apart(self) -> dict[str, Any]:
+    def _own_entries(self) -> dict[str, Any]:
+        self._hand_down_if_decided()
+        record = record_of_parts(self._splits)
+        parts = {} if record is None else {PARTS: record}
+        return {**super()._own_entries(), **parts}
+
+    def _hand_down_if_decided(self) -> None:
+        """Take over what was written into a group since the last step."""
         with suppress(ValueError):  # what cannot be decided is told at the next step
             self._hand_down()
-        record = record_of_parts(self._splits)
-        return {} if record is None else {PARTS: record}
 
     def _require_loadable(self, state_dict: dict[str, Any], decided: Decided) -> None:
         require_groups_like(self.param_groups, decided, state_dict)
         saved_parts(state_dict, state_dict.get(PARTS), self._splits)
-
-    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return state_dict
 
     def _loaded(self, state_dict: dict[str, Any]) -> None:
         groups = self.param_groups
@@ -378,21 +331,24 @@ class AnyOptimizer(SelectiveOptimizer):
         saved = saved_parts(state_dict, state_dict.get(PARTS), self._splits)
         self._layout = None  # first: an interrupt must not leave parts half in place
         load_parts(self._splits, groups, saved, self.defaults)
-        self._parts[:] = [p.group for split in self._splits for p in split.parts]
+        self._parts[:] = _groups_of(self._splits)
 
-    def _copied(self) -> dict[str, Any]:
-        # What was written into a group since the last step is not in its parts yet.
-        with suppress(ValueError):  # what cannot be decided is told at the next step
-            self._hand_down()
-        return {"splits": self._splits, "parts": self._parts}
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self._hand_down_if_decided()
+        reduced = super().__reduce_ex__(protocol)
+        reduced[2][COPIED].update(splits=self._splits, parts=self._parts)
+        return reduced
 
-    def _take_state(self) -> None:
-        """Leave the state to the class."""
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if COPIED in state:
+            self._splits, self._parts = (state[COPIED][k] for k in ("splits", "parts"))
+            for split in self._splits:
+                split.recognize()
 
-    def _take_copied(self, copied: dict[str, Any]) -> None:
-        self._splits, self._parts = copied["splits"], copied["parts"]
-        for split in self._splits:
-            split.recognize()
+
+def _groups_of(splits: Iterable[Split]) -> list[Group]:
+    return [part.group for split in splits for part in split.parts]
 
 
 def selective(optimizer_class: OptimizerClass) -> Any:
@@ -423,30 +379,24 @@ def selective(optimizer_class: OptimizerClass) -> Any:
         optimizer_class, SelectiveOptimizer
     ):
         return optimizer_class
-    refusals.require_class(optimizer_class)
+    require_class(optimizer_class)
     # Found again, and not kept: classes refer to their subclasses weakly. SGD, Adam and
     # AdamW of this library stand before torch's themselves.
     for subclass in optimizer_class.__subclasses__():
         before, *others = subclass.__bases__
         if before in (SelectiveOptimizer, AnyOptimizer) and others == [optimizer_class]:
             return subclass
-    return _make(optimizer_class)
-
-
-def _make(cls: OptimizerClass) -> OptimizerClass:
-    methods = {name: _seeing_parts(name) for name in _group_readers(cls)}
+    cls: Any = optimizer_class
     namespace = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "__init__": _constructor(cls),
         "_class_step": getattr(inspect.unwrap(cls.step), "__code__", None),
-        **methods,
+        **{name: _seeing_parts(name) for name in _group_readers(cls)},
     }
-    # pickle looks a class up by its name, unless copyreg knows its metaclass.
-    kind = _kind(type(cls))  # type: ignore[arg-type]  # a class of classes hashes
-    made: OptimizerClass = kind(cls.__name__, (AnyOptimizer, cls), namespace)
-    return made
+    kind: Any = type(cls)  # a class of classes hashes, which mypy does not hold
+    return _kind(kind)(cls.__name__, (AnyOptimizer, cls), namespace)
 
 
 def _constructor(cls: OptimizerClass) -> Callable[..., None]:
@@ -483,7 +433,14 @@ def _seeing_parts(name: str) -> Callable[..., Any]:
     """Make a method that runs the class's with its groups split."""
 
     def method(self: AnyOptimizer, *args: Any, **kwargs: Any) -> Any:
-        return self._seeing_parts(name, *args, **kwargs)
+        own = getattr(super(SelectiveOptimizer, self), name)
+        if self._inside or self._class_adds:
+            return own(*args, **kwargs)
+        self._enter()
+        try:
+            return own(*args, **kwargs)
+        finally:
+            self._leave()
 
     method.__name__ = name
     return method
@@ -493,7 +450,8 @@ def _seeing_parts(name: str) -> Callable[..., Any]:
 def _kind(kind: Any) -> Any:
     """Derive a class of classes that pickle as the call that makes them.
 
-    No module has these classes under a name, by which pickle looks classes up.
+    No module has these classes under a name. pickle looks classes up by that, unless
+    copyreg knows their own class.
     """
     made = type(f"Selective{kind.__name__}", (kind,), {"__repr__": _text})
     copyreg.pickle(made, _reduce)

@@ -213,9 +213,6 @@ class DecayKey(NamedTuple):
     lr0: float | None = None  # where the form needs it
 
 
-FULL_KEY = DecayKey(FULL)
-
-
 class Answer(NamedTuple):
     """A decay and the reason for it, in the words of the policy that decided."""
 

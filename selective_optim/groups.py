@@ -31,7 +31,8 @@ from selective_optim.policies.named import parse
 from selective_optim.policies.selectors import Selector, as_selector
 from selective_optim.report import DecayReport, Row, make_row
 from selective_optim.routes.route import Part, by_route, marks_of, with_one_decay
-from selective_optim.step.lasting_parts import WD, Group, by_decay, pick, share_of
+from selective_optim.step.lasting_parts import by_decay, share_of
+from selective_optim.step.setting import WD, Group, pick
 
 Modules = nn.Module | Sequence[nn.Module]
 HEADERS = ("group", "lr", "decay", "tensors", "elements", "route", "reason")
@@ -64,7 +65,7 @@ class Reader(AnyOptimizer):
 
     def __init__(self, params: Any, decider: Decider, keys: list[str], lr: Any) -> None:
         self._decider = decider
-        self._read(params, keys, lr)
+        self._read(decider.read(params), keys, lr)
 
 
 def param_groups(
@@ -128,7 +129,7 @@ def param_groups(
     rate = 1.0 if lr is None else lr
     keys = [WD, "lr", *hyper]
     read = Reader(copied_groups(params), decider, keys, rate).param_groups
-    decided = decider.decisions(read, {})
+    decided = decider.decisions(read)
     groups = [{**defaults, **group} for group in read]
     whole: Iterable[Part] = zip(groups, decided, repeat(""))
     named = all(decision.name for decisions in decided for decision in decisions)

@@ -75,8 +75,8 @@ class SGD(SelectiveOptimizer, torch.optim.SGD):
     ) -> None:
         numbers = {"lr": lr, "momentum": momentum, "dampening": dampening}
         numbers["weight_decay"] = weight_decay
-        kernel = SGDKernel(decoupled_weight_decay)
-        with self._deciding(params, wd_policy, model, kernel, numbers) as known:
+        self._kernel = SGDKernel(decoupled_weight_decay)
+        with self._deciding(params, wd_policy, model, numbers) as known:
             super().__init__(
                 known,
                 lr,

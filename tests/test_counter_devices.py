@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import selective_optim
-from selective_optim.fused import buckets
+from selective_optim.fused import counters
 from tests.support.fake_cuda import let_fakes_pass_for_plain
 
 KINDS = {"automatic": {}, "fused": {"fused": True}, "capturable": {"capturable": True}}
@@ -46,7 +46,7 @@ def fake_cuda(monkeypatch):
         return counter.storage_offset() if counter._base is block.flat else None
 
     let_fakes_pass_for_plain(monkeypatch)
-    monkeypatch.setattr(buckets.Block, "place_of", place_of)
+    monkeypatch.setattr(counters.Block, "place_of", place_of)
     with FakeTensorMode():
         yield
 

@@ -15,7 +15,7 @@ from torch import nn
 import selective_optim
 from selective_optim import SGD, AdamW, Decay
 from selective_optim.decay import Answer
-from selective_optim.policies.base import Policy
+from selective_optim.policies.selectors import Policy
 from tests.support import twins
 from tests.support.calls import calls_of
 
@@ -318,7 +318,7 @@ def test_what_is_known_of_tensors_long_gone_is_forgotten():
     for _ in range(150):
         optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(2, 2))
         optimizer.step()
-        known.append(len(optimizer._decider._table._rows))
+        known.append(len(optimizer._decider._rows))
     assert max(known) == 2 * 1 + 64
     assert len(decaying(optimizer)) == 1
 

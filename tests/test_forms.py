@@ -695,7 +695,7 @@ def test_init_of_tensors_that_were_replaced_is_let_go(way):
     params = make_params()
     optimizer = make("AdamW", params, towards("init"))
     train(optimizer, params, RATES[:2])
-    decided = optimizer._decider._table.layout[0]
+    decided = optimizer._decider.layout[0]
     inits = [weakref.ref(row.decision.init) for row in decided]
     del decided
     params = [nn.Parameter(param.detach().float()) for param in params]

@@ -26,7 +26,6 @@ FILES = {
 # From the ground up; a room imports from lower floors, and from its own wing.
 FLOORS = [
     ("_torch", "_text", "decay"),
-    ("_living_modules", "_warnings"),
     ("parameters", "step", "schedules"),
     ("fused", "policies"),
     ("decisions",),
@@ -124,8 +123,8 @@ MOST = {
     "files in the root": 20,
     "floors": 13,
     "lines of the median function": 6,
-    "lines of nine functions in ten": 19,
-    "lines of the longest function": 43,
+    "lines of nine functions in ten": 20,
+    "lines of the longest function": 45,
 }
 LEAST = {"comments in %": 5.0}
 
@@ -139,7 +138,7 @@ def test_the_house_stays_small():
 
 @pytest.mark.parametrize("wing", ["policies", "step", "fused"])
 def test_a_wing_knows_only_the_vocabulary_that_both_share(wing):
-    about_parameters = {"parameters", "_text", "_warnings"}
+    about_parameters = {"parameters", "_text"}
     known = {"policies": about_parameters, "step": {"_text"}, "fused": {"step"}}[wing]
     own = [path for name, path in FILES.items() if room_of(name) == wing]
     imported = {room_of(other) for path in own for other in imports_of(path)}

@@ -16,8 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import selective_optim
-from selective_optim.fused.buckets import Bucket
-from selective_optim.fused.plan import Plan
+from selective_optim.fused.plan import Bucket, Plan
 from tests.support import twins
 from tests.support.twins import (
     CLASSES,

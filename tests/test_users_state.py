@@ -18,7 +18,7 @@ from torch import multiprocessing, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import selective_optim
-from selective_optim.fused.buckets import Bucket
+from selective_optim.fused.plan import Bucket
 from tests.support import twins
 from tests.support.compare import assert_same
 from tests.support.twins import (

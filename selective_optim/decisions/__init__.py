@@ -2,6 +2,6 @@
 
 ``decider`` asks the policy when a group comes in, when the policy is assigned, and when
 groups were edited; ``table`` finds the decision of a tensor wherever that has moved;
-``initial_values`` holds what some decay starts from; ``state_dict`` checks and records;
+``state_dict`` checks and records; ``watch`` looks at steps for what only they can tell;
 ``deciding_for`` serves frameworks that call the constructor themselves.
 """

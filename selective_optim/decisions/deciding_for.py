@@ -4,27 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import NamedTuple
 
 from torch import nn
 
-from selective_optim._warnings import warn
+from selective_optim._text import warn
+from selective_optim.decisions.decider import Block, around_here
 from selective_optim.parameters import as_modules
 from selective_optim.policies.named import WdPolicy, as_policy
-
-
-class Given(NamedTuple):
-    """What a block of :func:`deciding_for` gives the optimizers made inside."""
-
-    wd_policy: object = None
-    model: object = None
-    insists: bool = True  # that every parameter lives in the model
-
-
-Block = tuple[Given, list[Given]]  # and what each optimizer was made with inside
-# Not a global: two threads, or two async tasks, may build two models.
-_block: ContextVar[Block | None] = ContextVar("selective_optim", default=None)
 
 
 @contextmanager
@@ -63,14 +49,14 @@ def deciding_for(
     policy = None if wd_policy is None else as_policy(wd_policy)
     if isinstance(model, nn.Module) or not callable(model):
         as_modules(model)
-    around, made = _block.get(), list[Given]()
-    token = _block.set((Given(policy, model), made))
+    around, made = around_here.get(), list[bool]()
+    token = around_here.set(Block(policy, model, made))
     try:
         yield
     finally:
-        _block.reset(token)
+        around_here.reset(token)
         if around is not None:
-            around[1].extend(made)
+            around.made.extend(made)
     if policy is not None and not made:
         warn(
             f"no optimizer of selective_optim was made inside deciding_for, so its "
@@ -78,21 +64,3 @@ def deciding_for(
             f"selective_optim.selective(cls)(...) inside, or give the framework that "
             f"class."
         )
-
-
-def given(model: object, wd_policy: object) -> Given:
-    """Fill in what a constructor was not given, from the block around it.
-
-    Without a policy nothing is to decide, and nothing of a model needs to be known.
-    """
-    around, made = _block.get() or (Given(), [])
-    wd_policy = around.wd_policy if wd_policy is None else wd_policy
-    if model is not None or wd_policy is None:
-        made.append(Given(wd_policy, model))
-        return made[-1]
-    model = around.model
-    if callable(model) and not isinstance(model, nn.Module):
-        model = model()
-    # What is made inside may be a copy of tensors, which shapes decide.
-    made.append(Given(wd_policy, model, as_policy(wd_policy).needs != {"shapes"}))
-    return made[-1]

@@ -29,7 +29,6 @@ from selective_optim.step.kernels import Kernel
 RECORD, PARTS, POLICIES = "decay", "parts", "decay_policies"
 Decided = Sequence[Sequence[Decision]]
 Record = list[list[list[Any]]]
-NOTHING = (None,) * 4
 SAME_MODEL = "Load a state dict of the same class, made for the same model."
 
 
@@ -56,8 +55,7 @@ def require_groups_like(
     """
     require_whole(state_dict)
     saved = state_dict["param_groups"]
-    sizes = [len(group["params"]) for group in saved]
-    wanted = [len(group["params"]) for group in param_groups]
+    sizes, wanted = _sizes(saved), _sizes(param_groups)
     if sizes != wanted:
         raise ValueError(
             f"the loaded state dict has groups of {sizes} parameters, and this "
@@ -102,7 +100,8 @@ def require_loadable(
     for number, misfit in enumerate(map(_misfit, repeat(kernel), names, own, params)):
         if misfit is not None:
             way_out = _way_out(groups, param_groups, own, params)
-            raise ValueError(misfit.format(label=_label(decided, number), out=way_out))
+            label = _labels(decided)[number]
+            raise ValueError(misfit.format(label=label, out=way_out))
 
 
 # Groups that were split by hand.
@@ -249,11 +248,10 @@ def require_whole(state_dict: Any) -> None:
         )
 
 
-def _label(decided: Decided, number: int) -> str:
-    """Name a parameter by its number among all."""
-    places = [(i, p) for i, own in enumerate(decided) for p in range(len(own))]
-    index, position = places[number]
-    return decided[index][position].label(index, position)
+def _labels(decided: Decided) -> list[str]:
+    """Name every parameter, in order, as a message should."""
+    places = [(i, place) for i, own in enumerate(decided) for place in enumerate(own)]
+    return [decision.label(i, position) for i, (position, decision) in places]
 
 
 def _require_keys(
@@ -337,10 +335,7 @@ def record_of(forms: Sequence[Form | None], decided: Decided) -> Record:
 
 
 def _entry(decision: Decision, default: Form | None) -> list[Any]:
-    decay, _, name, _, _, own_name, _, init = decision
-    name, stated = own_name or name, (decay.form, decay.fixed, decay.target, init)
-    if name is not None and stated == NOTHING:  # as mostly
-        return [decay.multiplier, default, {"name": name}]
+    decay, name = decision.decay, decision.telling_name
     known = {} if name is None else {"name": name}
     known |= decision.begin()
     entry = [decay.multiplier, decay.form or default]

@@ -8,7 +8,7 @@ the tensor's own and nothing else's, see ``_torch.token_of``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from itertools import chain
 from operator import attrgetter, eq, is_
 from typing import Any, NamedTuple
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import Decision
+from selective_optim.decay import FULL, Decision
 from selective_optim.parameters import ParameterInfo, owner_kinds
-from selective_optim.policies.base import Policy
+from selective_optim.policies.selectors import Policy
 
 Group = dict[str, Any]
 Infos = Sequence[ParameterInfo]
@@ -57,6 +57,22 @@ class DecisionTable:
         """Return what was decided for a tensor."""
         # While a token is kept, no other object can get its id.
         return self._rows.get(id(_torch.token_of(param)))
+
+    def rows_of(self, params: Iterable[Tensor]) -> list[Row] | None:
+        """Return what was decided for tensors, if that is known of each."""
+        found = list(map(self.row_of, params))
+        known = [row for row in found if row is not None]
+        return known if len(known) == len(found) else None
+
+    def decided_by(self, params: Iterable[Tensor]) -> Policy | None:
+        """Return the policy by which one of these decays otherwise than in full."""
+        rows = filter(None, map(self.row_of, params))
+        return next((row.policy for row in rows if row.decision.decay != FULL), None)
+
+    def name_of(self, param: Tensor) -> str | None:
+        """Return the name by which a parameter was decided."""
+        row = self.row_of(param)
+        return None if row is None else row.decision.telling_name
 
     def stands(self, groups: Sequence[Group]) -> bool:
         """Tell whether the groups hold what they held when last looked at."""
@@ -126,7 +142,7 @@ class DecisionTable:
             self._rows.pop(id(row.token), None)
         return self.record(info.parameter, row.decision, row.policy)
 
-    def by_name(self) -> dict[str, Row]:
+    def by_name(self) -> dict[object, Row]:
         """Look up rows by a name that only one of them bears."""
         rows = list(chain.from_iterable(self.layout))
         # Parameters of two models may have the same name, which then says nothing.

@@ -1,4 +1,9 @@
-"""Warnings that need a step: decay that is lost, or divided by too small a rate.
+"""Warnings that need a step: decay that is lost, divided by too small a rate, or other.
+
+Ranks that decide differently drift apart under DDP, and under FSDP decay a part of a
+parameter alone. The rank that steps first writes down what it decided, in the store of
+the process group; each later one reads that and compares. Both is one call that waits
+for nobody.
 
 A weight in half precision moves by whole units in the last place. The fused kernels of
 Adam round decay and update together, so that noise of the update carries a decay over
@@ -7,24 +12,27 @@ that alone is too small. Elsewhere decay is rounded alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from base64 import b64decode, b64encode
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import sha256
 from math import inf
 from operator import itemgetter
+from os.path import commonprefix
 from typing import Any
+from zlib import compress, decompress
 
 import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim._warnings import warn, warn_of_decay_taken_over, warn_of_high_rate
+from selective_optim._text import warn
 from selective_optim.decay import FORMS, FULL, Decision, is_zero
-from selective_optim.decisions.initial_values import is_rate, rate_now
-from selective_optim.decisions.ranks import compare_with_first
 from selective_optim.decisions.table import Group, Row
 from selective_optim.fused.guards import same_objects
 from selective_optim.step.kernels import AdamKernel, Kernel
 from selective_optim.step.parts import fused_choice, wants_fused
-from selective_optim.step.setting import PLAIN, Groups
+from selective_optim.step.setting import PLAIN, Groups, is_moving, is_rate, rate_now
 
 Layout = Sequence[Sequence[Row]]
 IDLE = 2  # steps without decay that are none of a schedule
@@ -35,6 +43,8 @@ SAMPLE = 512  # weights of a parameter that are looked at for rounding
 NOISE = 0.25  # of the rate: the deviation of Adam's update under gradients of noise
 UNITS = 6  # in the last place; noise of one hardly ever moves a weight so far
 LOSS = "hardly decays"  # what every text says of decay that is rounded away
+# What stands around a model, up to a module that is one of several, as a stage is.
+AROUND = re.compile(r"(?:[^.\d][^.]*\.)*?(?=[^.]+\.\d+\.|[^.]*$)|")
 
 
 class Watch:
@@ -61,18 +71,15 @@ class Watch:
     def __reduce__(self) -> Any:
         return Watch, (self._taken_over, self._rounding)
 
+    @property
+    def _beginning(self) -> bool:
+        return self._taken_over or self._rounding or self._found is not None
+
     def look(self, groups: Groups, layout: Layout, kernel: Any) -> Watch | None:
         """Look at a step, and return what looks at the next one."""
-        beginning = self._taken_over or self._rounding or self._found is not None
-        if beginning and any(map(_moves, groups)):
+        if self._beginning and any(map(is_moving, groups)):
             self.begin(groups, layout)
-            params = [param for group in groups for param in group["params"]]
-            devices = {param.device for param in params if param.dtype in _torch.HALF}
-            if self._rounding and not any(map(_torch.is_capturing, devices)):
-                self._rounding = False
-                decided = [[row.decision for row in rows] for rows in layout]
-                if devices and (lost := loss_of(kernel, groups, decided)):
-                    warn(lost)
+            self._look_at_rounding(groups, layout, kernel)
         # Another list, or a longer one, whenever anything moved.
         if layout is not self._layout or len(layout) != len(self._above):
             self._layout, self._above, self._rates = layout, [0] * len(layout), []
@@ -80,18 +87,26 @@ class Watch:
             self._limits = limits if min(limits, default=inf) < inf else []
         if self._limits:
             self._look_at_rates(groups)
-        beginning = self._taken_over or self._rounding or self._found is not None
-        return self if beginning or self._limits else None
+        return self if self._beginning or self._limits else None
 
     def begin(self, groups: Groups, layout: Layout) -> bool:
         """Look at a first step that moves; tell whether to look at the next one."""
-        if not any(map(_moves, groups)):
+        if not any(map(is_moving, groups)):
             return True
         if self._found is not None:
             found, self._found = self._found, None
             compare_with_first(groups, layout, found)
         self._taken_over = self._taken_over and self._is_idle(groups, layout)
         return self._taken_over
+
+    def _look_at_rounding(self, groups: Groups, layout: Layout, kernel: Any) -> None:
+        params = [param for group in groups for param in group["params"]]
+        devices = {param.device for param in params if param.dtype in _torch.HALF}
+        if self._rounding and not any(map(_torch.is_capturing, devices)):
+            self._rounding = False
+            decided = [[row.decision for row in rows] for rows in layout]
+            if devices and (lost := loss_of(kernel, groups, decided)):
+                warn(lost)
 
     def _is_idle(self, groups: Groups, layout: Layout) -> bool:
         """Tell whether no group decays, but not yet for long."""
@@ -103,7 +118,14 @@ class Watch:
             return False
         policy = next((row.policy for row in departing if row.policy), None)
         if policy is not None and self._idle == IDLE:
-            warn_of_decay_taken_over(policy)
+            warn(
+                f"`weight_decay` is 0 in every group since the first step, and was "
+                f"more when the optimizer was made, so no group decays and `wd_policy` "
+                f"{policy!r} has no effect. A wrapper that applies decay itself wants "
+                f"groups that are split by hand: torch's class over selective_optim."
+                f"param_groups(model, {policy!r}, weight_decay=...). A schedule that "
+                f"begins at 0 may ignore this."
+            )
         return self._idle < IDLE
 
     def _look_at_rates(self, groups: Groups) -> None:
@@ -114,37 +136,106 @@ class Watch:
         for index, (group, rate, limit) in enumerate(zip(groups, rates, self._limits)):
             if limit == inf:  # nothing there is divided
                 continue
-            top = group.get("max_lr")
             if isinstance(rate, Tensor):
                 rate = rate_now(group) or 0.0
             self._above[index] = self._above[index] + 1 if rate > limit else 0
+            top = group.get("max_lr")
             if top is not None and is_rate(top) and top > limit:
                 rate = top
             elif self._above[index] < IN_A_ROW:
                 continue
-            rows = self._layout[index]
-            if not all(
-                is_zero(r.decision.decay.of(group["weight_decay"])) for r in rows
-            ):
+            wd, rows = group["weight_decay"], self._layout[index]
+            if not all(is_zero(row.decision.decay.of(wd)) for row in rows):
                 self._limits = []  # before: what warns may raise
                 where = f"of route {group['route']!r}" if "route" in group else index
-                warn_of_high_rate(where, limit, rate)
+                warn(
+                    f"decay in group {where} is divided by {limit:g}, the rate that it "
+                    f"began with, and its rate rises to {rate:g}: it decays more than "
+                    f"`weight_decay` says. Give it the rate that is meant: "
+                    f"dict(params=..., initial_lr={rate:g})."
+                )
                 return
         # Of tensors others may be written into, and what rises is counted on.
         calm = not any(self._above) and not any(isinstance(r, Tensor) for r in rates)
         self._rates = rates if calm else []
 
 
-def _moves(group: Group) -> bool:
-    """Tell whether a rate is above 0, as one on a device is taken to be."""
-    rate = rate_now(group)
-    return rate is None or rate > 0
-
-
 def _limit(rows: Sequence[Row]) -> float:
     """Return the smallest rate that a decay is divided by, and a little more."""
     divided = [row.decision for row in rows if row.decision.decay.needs_lr0]
     return ABOVE * min((each.lr0 for each in divided if each.lr0), default=inf)
+
+
+def compare_with_first(
+    groups: Sequence[Group], layout: Sequence[Sequence[Row]], found: bool = False
+) -> None:
+    """Warn if another rank decided otherwise for the same parameters.
+
+    Names, or places where there are none, and shapes are the key: stages of a pipeline
+    share neither, and ranks of ``ZeroRedundancyOptimizer`` hold other parameters. A
+    sweep makes one optimizer after another: the key also counts those of these
+    parameters that this rank has stepped. Names that living modules gave are compared
+    without what stands before them all: another module may live around the model on
+    one rank alone.
+    """
+    store = _torch.store_of_ranks()
+    if store is None:
+        return
+    decided = sorted(_decided(groups, layout))
+    if not decided:
+        return
+    decays = [decay for *_, decay in decided]
+    names = [label.strip("'") for label, *_ in decided]
+    # What all parameters of one module share is the name of that, and not around it.
+    owners = {name.rpartition(".")[0] for name in names}
+    shared = commonprefix(names) if found and len(owners) > 1 else ""  # noqa: RUF071
+    around = AROUND.findall(shared)[0]
+    shapes = (shape for _, shape, _ in decided)
+    inside = (name.removeprefix(around) for name in names)
+    known = "\n".join(map(" ".join, zip(inside, shapes)))
+    key = f"selective_optim/{sha256(known.encode()).hexdigest()}"
+    rank = torch.distributed.get_rank()
+    try:
+        key = f"{key}/{store.add(f'{key}/of rank {rank}', 1)}"
+        # Decisions repeat from layer to layer: of 200,000 parameters this is a few kB.
+        own = b64encode(compress("\n".join(decays).encode()))
+        first = store.compare_set(key, "", own.decode())
+    except RuntimeError:  # nobody serves it any longer
+        return
+    if first in (b"", own):  # empty: a store that keeps nothing, as of a fake group
+        return
+    there = decompress(b64decode(first)).decode().split("\n")
+    others = [i for i, decay in enumerate(decays) if decay != there[i]]
+    if others:
+        at, same = others[0], "model=model and the same" if found else "the same"
+        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+        warn(
+            f"rank {rank} decided otherwise than the rank that stepped first: "
+            f"{decided[at][0]} is {decays[at]} here and {there[at]} there{more}. Pass "
+            f"{same} `wd_policy` and routes on every rank, as texts or mappings from "
+            f"names. Ranks that train apart on purpose may ignore this."
+        )
+
+
+def _decided(
+    groups: Sequence[Group], layout: Sequence[Sequence[Row]]
+) -> Iterator[tuple[str, str, str]]:
+    """Name each parameter, its shape, how it decays and which route steps it.
+
+    One without a name goes by its place where all places were decided by one rule: in
+    those of shards and of master copies may stand another tensor on each rank.
+    """
+    policies = {id(row.policy) for rows in layout for row in rows}
+    for index, (group, rows) in enumerate(zip(groups, layout)):
+        route = f" on route {group['route']!r}" if "route" in group else ""
+        pieces = _torch.flattened(group["params"])  # of another shape on every rank
+        for place, (param, row) in enumerate(zip(group["params"], rows)):
+            decision, needs = row.decision, row.policy.needs if row.policy else ()
+            ruled = len(policies) == 1 and "anything" not in needs
+            if decision.telling_name is None and not ruled:
+                continue
+            shape = "" if id(param) in pieces else str(tuple(decision.shape))
+            yield decision.label(index, place), shape, f"{decision.decay!r}{route}"
 
 
 def loss_of(

@@ -47,12 +47,17 @@ def flat(lists: Iterable[Iterable[Any]]) -> list[Any]:
 
 def values_of(groups: Groups) -> list[Any]:
     """List the values of all groups, group by group."""
-    return flat(map(dict.values, groups))
+    return [value for group in groups for value in group.values()]
 
 
 def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Tell whether two sequences hold the same objects in the same order."""
     return len(a) == len(b) and all(map(is_, a, b))
+
+
+def distinct(objects: Iterable[object]) -> int:
+    """Count objects, each once."""
+    return len(set(map(id, objects)))
 
 
 def params_of(groups: Groups) -> list[Tensor]:

@@ -2,25 +2,30 @@
 
 A plan is given tensors and numbers and knows no policy. It proves at every step that
 the layout of the parts still holds, also of those that the class steps.
+
+What the hyperparameters of its group are does not matter to a part, so that it outlives
+a changing learning rate. Parts of equal hyperparameters make a bucket, which is one
+call.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from itertools import compress, groupby, repeat
-from operator import attrgetter, eq, is_, length_hint, methodcaller
+from itertools import compress, groupby
+from operator import attrgetter, eq, length_hint, methodcaller
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.fused.buckets import Advance, Bucket, Counters, begin_state
+from selective_optim.fused.counters import Advance, Counters, by_device
 from selective_optim.fused.guards import (
     GroupsGuard,
     TensorsGuard,
+    distinct,
     equal,
     flat,
     grads_of,
@@ -29,10 +34,18 @@ from selective_optim.fused.guards import (
     same_objects,
     without_gradients,
 )
+from selective_optim.step.decay_passes import pass_calls
 from selective_optim.step.kernels import Kernel, require_no_nan
-from selective_optim.step.parts import DecidedParam, Part, make_layout
+from selective_optim.step.parts import (
+    Layout,
+    Part,
+    counts_beside,
+    fusable,
+    joins,
+)
 from selective_optim.step.setting import (
     NO_SCALING,
+    Batch,
     Call,
     Groups,
     Scaling,
@@ -41,9 +54,8 @@ from selective_optim.step.setting import (
     scaling_on,
 )
 
-OnDevice = Callable[[torch.device], Any]  # a scaling, on a device
 _call = methodcaller("__call__")
-_place_of, _grad_layout_of = attrgetter("dtype", "device"), attrgetter("grad.layout")
+_traits = attrgetter("dtype", "device", "grad.layout")
 
 
 class Grads(NamedTuple):
@@ -54,37 +66,99 @@ class Grads(NamedTuple):
 
 
 class Program(NamedTuple):
-    """The calls of one step over the fused buckets, in order."""
+    """The calls of one step over the buckets, in order."""
 
     before: list[Call]  # advance the counters
     calls: list[Call]  # step the buckets
     ends: list[int]  # for each bucket, how many of ``calls`` have run when it is done
     after: list[Call]  # take the counters back where a scaler drops the step
-    threads: int  # of the caller, where some calls run on one; else 0
-    lasting: bool  # whether calls are bound to lists alone: no tensor while these empty
 
 
-def _holds_a_tensor(call: Any) -> bool:
-    """Tell whether a call is bound to a parameter itself, and not to a list of them."""
-    return any(isinstance(each, Tensor) for each in getattr(call, "args", ())[:1])
-
-
-def _layouts_of(params: Sequence[Tensor]) -> list[torch.layout]:
-    """List the layouts of gradients, where an absent one is taken to be dense."""
+def _traits_of(params: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """List what sends parameters to their class; absent gradients pass for dense."""
     try:
-        return list(map(_grad_layout_of, params))  # all in C
+        return list(map(_traits, params))  # all in C
     except AttributeError:
         grads = grads_of(params)
-        return [torch.strided if grad is None else grad.layout for grad in grads]
+        layouts = [torch.strided if grad is None else grad.layout for grad in grads]
+        return [(p.dtype, p.device, layout) for p, layout in zip(params, layouts)]
 
 
-def _share_counters(params: Sequence[DecidedParam], states: States) -> bool:
-    owns = [own for p in params if "step" in (own := states.get(p.param) or {})]
-    return _distinct([own["step"] for own in owns]) < _distinct(owns)
+class Bucket:
+    """Parts of equal settings, stepped by one call of torch's fused kernel.
 
+    The lists of ``batch`` stay, and so do calls that are bound to them; tensors are in
+    them for the time that they are at hand.
+    """
 
-def _distinct(objects: Sequence[object]) -> int:
-    return len(set(map(id, objects)))
+    setting: Setting
+    single_thread: bool  # whether one thread is to run the call
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        parts: Sequence[Part],
+        entries: tuple[str, ...],
+        start: int,
+    ) -> None:
+        self._kernel = kernel
+        self.key = parts[0].key
+        # Of its parameters, among all of all groups, and among those of a plan.
+        self.positions: list[int] = flat(part.positions for part in parts)
+        self.part = slice(start, start + len(self.positions))
+        self.inits: list[Tensor] = flat(part.inits for part in parts)
+        # In the order in which torch asks for them, and misses one that is gone.
+        self.entries = (*entries, "step") if kernel.counts else entries
+        self.batch = Batch([], [[] for _ in entries], [])
+
+    def load(self, start: int, columns: Sequence[list[Tensor]]) -> None:
+        """Take in this bucket's part of the tensors of a run, which starts there."""
+        batch = self.batch
+        part = slice(self.part.start - start, self.part.stop - start)
+        for mine, column in zip((batch.params, *batch.moments, batch.steps), columns):
+            mine[:] = column[part]
+        sharded = self.key.sharded
+        batch.targets[:] = _torch.local_tensors(self.inits) if sharded else self.inits
+
+    def unload(self) -> None:
+        """Let go of all tensors."""
+        batch = self.batch
+        for mine in (batch.params, *batch.moments, batch.steps, batch.targets):
+            mine.clear()
+
+    def fits(self, grads: Sequence[Tensor]) -> bool:
+        """Look at every tensor, one by one: can the fused kernel walk it?"""
+        batch = self.batch
+        alike = all(
+            param.dtype == self.key.dtype
+            and param.device == self.key.device
+            and fusable(self._kernel, param, moments)
+            and joins(param, grad)
+            for param, grad, *moments in zip(batch.params, grads, *batch.moments)
+        )
+        return alike and all(map(counts_beside, batch.params, batch.steps))
+
+    def present(self, there: Sequence[bool] | None) -> Batch:
+        """Keep the parameters that have a gradient."""
+        if there is None or all(mine := there[self.part]):
+            return self.batch
+        own = self.batch
+        lists = (own.params, own.steps, own.targets, own.grads, *own.moments)
+        kept = [list(compress(tensors, mine)) for tensors in lists]
+        params, steps, targets, grads, *moments = kept
+        return Batch(params, moments, steps, targets, grads)
+
+    def calls(self, batch: Batch, scaling: Scaling) -> list[Call]:
+        """Return calls that step a batch, whose lists are read when the calls run."""
+        kernel, setting = self._kernel, self.setting
+        calls: list[Call] = []
+        if (decay_pass := setting.share.decay_pass) is not None:
+            own = setting.arguments
+            calls, scaling = pass_calls(
+                *(decay_pass, own["lr"], own["maximize"], batch),
+                *(partial(kernel.direction, setting), scaling),
+            )
+        return [*calls, kernel.fused_call(setting, batch, scaling)]
 
 
 class Plan:
@@ -98,57 +172,38 @@ class Plan:
         self,
         kernel: Kernel,
         groups: Groups,
-        params: Sequence[DecidedParam],
+        layout: Layout,
         states: States,
         counters: Counters,
         exposed: bool,
-        stepped: Mapping[int, object],
     ) -> None:
-        # Before any state is made: a refusal leaves the optimizer as it was.
-        require_no_nan(kernel, groups)
         self._kernel = kernel
         self._counters = counters
         self._exposed = exposed
-        # Where counters are shared, each group counts for itself, as the class does it.
-        planned = not (exposed and _share_counters(params, states))
-        given = (kernel, groups, params, states, stepped)
-        parts, idle, self.once = make_layout(*given, planned=planned)
-        fused = [part for part in parts if part.key.device is not None]
+        self.once = layout.once
+        fused = [part for part in layout.parts if part.key.device is not None]
         # What the optimizer's own class steps.
-        self.rest = [part for part in parts if part.key.device is None]
+        self.rest = [part for part in layout.parts if part.key.device is None]
         # Plain ones first; among both, those that take all threads.
         self._parts = sorted(fused, key=lambda p: (p.key.sharded, p.key.single_thread))
-        begin_state(kernel, groups, fused, params, states, counters)
-        tensors = [each.param for each in params]
-        self._note_parts(parts, idle, tensors)
+        self._some_single = any(part.key.single_thread for part in fused)
+        # Parameters in no part had no gradient yet; their first one needs a new plan.
+        self._idle_of = picker(layout.idle)
+        self._rest_of = picker(flat(part.positions for part in self.rest))
+        self._beside = bool(layout.idle or self.rest)
+        params = params_of(groups)
+        self._rest_traits = _traits_of(self._rest_of(params))
+        self._some_sparse = any(t[-1] != torch.strided for t in self._rest_traits)
         self._structure = list(map(kernel.structure, groups))
         # What the state holds lives as long as the optimizer, and is kept alive by
         # nothing here. Plain SGD has no state, and releases tensors after each step.
         mine = {i for part in fused for i in part.positions}
-        self._keeps = not exposed and all(tensors[i] in states for i in mine)
-        held = self._keeps and all(tensor in states for tensor in tensors)
+        self._keeps = not exposed and all(params[i] in states for i in mine)
+        held = self._keeps and all(param in states for param in params)
         self._guard = GroupsGuard(groups, held=held)
-        self._some_single = any(part.key.single_thread for part in fused)
         self._merged: list[list[Part]] | None = None
         self._merge_parts(groups)
         self._gather(groups, states)
-        counters.keep(self._advance)
-
-    def _note_parts(
-        self, parts: Sequence[Part], idle: Sequence[int], tensors: Sequence[Tensor]
-    ) -> None:
-        """Note who has a part, who has none yet, and what would change the rest."""
-        # Tokens, not parameters: a plan must not keep a deleted model alive.
-        tokens = [_torch.token_of(tensors[i]) for part in parts for i in part.positions]
-        self.stepped = dict(zip(map(id, tokens), tokens))  # for the next plan
-        # Parameters in no part had no gradient yet; their first one needs a new plan.
-        self._any_idle = bool(idle)
-        self._idle = picker(idle)
-        self._rest_of = picker([i for part in self.rest for i in part.positions])
-        mine = self._rest_of(tensors)
-        self._rest_places = list(map(_place_of, mine))
-        self._rest_layouts = _layouts_of(mine)
-        self._some_sparse = any(each != torch.strided for each in self._rest_layouts)
 
     # Hyperparameters make buckets of parts.
 
@@ -181,22 +236,24 @@ class Plan:
     def _arrange(self, groups: Groups, merged: list[list[Part]]) -> None:
         """Lay out the parameters, bucket after bucket: plain ones, then sharded."""
         self._buckets: list[Bucket] = []
-        start = 0
+        self._plain = self._count = 0
         for parts in merged:
-            entries = self._kernel.entries(groups[parts[0].key.group])
-            self._buckets.append(Bucket(self._kernel, parts, entries, start))
-            start += sum(len(part.positions) for part in parts)
+            key = parts[0].key
+            entries = self._kernel.entries(groups[key.group])
+            bucket = Bucket(self._kernel, parts, entries, self._count)
+            self._buckets.append(bucket)
+            self._count = bucket.part.stop
+            if not key.sharded:
+                self._plain = self._count
         self._order = picker(flat(bucket.positions for bucket in self._buckets))
-        plain = [b for b in self._buckets if not b.key.sharded]
-        self._plain = sum(len(bucket.positions) for bucket in plain)
-        self._count = start
+        self._slices = [bucket.part for bucket in self._buckets]
+        self._grads = [bucket.batch.grads for bucket in self._buckets]
         # Neighbors with the same entries are gathered in one walk over the state.
         alike = groupby(self._buckets, lambda b: (b.entries, b.key.sharded))
         self._runs = [list(run) for _, run in alike]
         self._specs: list[Any] = []
         self._some_absent = False
         self._tensors = TensorsGuard()
-        self._program = None
         # The lists stay, as those of buckets do, and calls that are bound to them.
         self._local: list[Tensor] = []
         self._moments: list[Tensor] = []
@@ -209,11 +266,10 @@ class Plan:
         active = list(self._order(params_of(groups)))
         for run in self._runs:
             self._load(run, active, states)
-        if self._exposed and self._steps and _distinct(self._steps) < _distinct(active):
+        if self._exposed and self._steps and distinct(self._steps) < distinct(active):
             raise KeyError("a step counter of its own")
         if self._program is None:
             self._advance = self._counters.advance(self._steps)
-        self._present: tuple[list[bool], Advance] | None = None
         self._active: list[Tensor] | None = active
 
     def _load(
@@ -223,23 +279,18 @@ class Plan:
         start, entries = run[0].part.start, run[0].entries
         params = active[start : run[-1].part.stop]
         owns = [states.get(param) or {} for param in params] if entries else []
-        columns = [[own[entry] for own in owns] for entry in entries]
-        steps = columns.pop() if self._kernel.counts else []
+        columns = [params, *([own[entry] for own in owns] for entry in entries)]
         if run[0].key.sharded:
-            params, *columns = map(_torch.local_tensors, (params, *columns))
-        self._local += params
-        self._moments += flat(columns)
-        self._steps += steps
-        if self._kernel.counts:
-            columns.append(steps)
+            split = len(columns) - self._kernel.counts
+            columns[:split] = map(_torch.local_tensors, columns[:split])
         for bucket in run:
-            part = slice(bucket.part.start - start, bucket.part.stop - start)
-            bucket.load(part, params, columns)
+            bucket.load(start, columns)
+        self._local += columns[0]
+        self._steps += columns.pop() if self._kernel.counts else []
+        self._moments += flat(columns[1:])
 
     def _release(self) -> None:
-        self._active = self._present = None
-        if self._program is not None and not self._program.lasting:
-            self._program = None
+        self._active = None
         for tensors in (self._local, self._moments, self._steps):
             tensors.clear()
         for bucket in self._buckets:
@@ -267,42 +318,33 @@ class Plan:
                 return None
         elif self._some_single and _torch.thread_count() != self._threads:
             self._merge_parts(groups)
-        params = params_of(groups) if self._any_idle or self.rest else []
-        if self._any_idle and not without_gradients(self._idle(params)):
-            return None
-        if self.rest and not self._rest_still(params):
+        if self._beside and not self._others_still(params_of(groups)):
             return None
         if self._active is None:
             try:
                 self._gather(groups, states)
             except (KeyError, AttributeError, TypeError):
                 return None  # an entry is gone, or no tensor: torch's words say it
-        if not self._buckets:
-            return Grads([])
-        whole = grads_of(self._active or [])
+        return self.find_grads()
+
+    def find_grads(self, new: bool = False) -> Grads | None:
+        """Return this step's gradients if they are as planned.
+
+        Those that a new plan was made for are: the layout has just looked at all.
+        """
+        assert self._active is not None  # gathered
+        whole = grads_of(self._active)
         if not self._some_absent and (grads := self._proved(whole, None)):
             return grads
         there = [grad is not None for grad in whole]
         self._some_absent = not all(there)
         if not self._some_absent:
-            return self._proved(whole, None, look=True)
+            return self._proved(whole, None, look=True, new=new)
         filled = [
             param.detach() if grad is None else grad
-            for param, grad in zip(self._active or [], whole)
+            for param, grad in zip(self._active, whole)
         ]
-        return self._proved(filled, there, look=True)
-
-    def first_grads(self) -> Grads:
-        """Return the gradients that a new plan was made for."""
-        whole: list[Any] = grads_of(self._active or [])
-        self._some_absent = any(map(is_, whole, repeat(None)))
-        plain, sharded = whole[: self._plain], whole[self._plain :]
-        local = [*plain, *(g if g is None else _torch.local_tensor(g) for g in sharded)]
-        if self._some_absent:
-            return Grads(local, [grad is not None for grad in whole])
-        if self._buckets and not self.once:  # the layout has just looked at all
-            self._tensors.admit(self._walked(local))
-        return Grads(local)
+        return self._proved(filled, there, look=True, new=new)
 
     def _reread(self, groups: Groups) -> bool:
         """Take over new hyperparameters; not where the parts depend on them."""
@@ -317,42 +359,48 @@ class Plan:
         self._guard.take(groups)
         return True
 
-    def _rest_still(self, params: Sequence[Tensor]) -> bool:
-        mine = self._rest_of(params)
-        places, layouts = list(map(_place_of, mine)), _layouts_of(mine)
-        return places == self._rest_places and layouts == self._rest_layouts
+    def _others_still(self, params: Sequence[Tensor]) -> bool:
+        """Tell whether what is not fused needs no other part."""
+        rest = self._rest_of(params)
+        return without_gradients(self._idle_of(params)) and (
+            not rest or _traits_of(rest) == self._rest_traits
+        )
 
     def _proved(
-        self, whole: list[Any], there: list[bool] | None, look: bool = False
+        self,
+        whole: list[Any],
+        there: list[bool] | None,
+        look: bool = False,
+        new: bool = False,
     ) -> Grads | None:
         """Return the gradients if all is as planned, by guards or by a look at each."""
         local = whole
         if self._plain < self._count:
             try:
-                if not self._shards_still(whole):
+                if not new and not self._shards_still(whole):
                     return None
                 shards = _torch.local_tensors(whole[self._plain :])
             except AttributeError:  # a gradient is None, or not sharded where it was
                 return None
             local = [*whole[: self._plain], *shards]
-        tensors = self._walked(local)
+        # State unseen is what the last step left.
+        seen = (*self._moments, *self._steps) if self._exposed else ()
+        tensors = (*self._local, *local, *seen)
         if not self._tensors.holds(tensors):
             # Not checked yet, or in another dispatch state: check once, and remember.
-            if not look or not all(b.fits(local[b.part]) for b in self._buckets):
+            if not look or not (new or self._fit(local)):
                 return None
-            self._tensors.admit(tensors)
+            if self._buckets and not self.once:
+                self._tensors.admit(tensors)
         return Grads(local, there)
 
-    def _walked(self, local: list[Any]) -> tuple[Tensor, ...]:
-        """List the tensors to look at; state unseen is what the last step left."""
-        seen = (*self._moments, *self._steps) if self._exposed else ()
-        return (*self._local, *local, *seen)
+    def _fit(self, local: list[Any]) -> bool:
+        return all(bucket.fits(local[bucket.part]) for bucket in self._buckets)
 
     def _shards_still(self, whole: list[Any]) -> bool:
         assert self._active is not None  # gathered
-        part = slice(self._plain, self._count)
-        params, grads = self._active[part], whole[part]
-        if not same_objects(_torch.local_tensors(params), self._local[part]):
+        params, grads = self._active[self._plain :], whole[self._plain :]
+        if not same_objects(_torch.local_tensors(params), self._local[self._plain :]):
             return False
         # DTensor makes few specs and shares them, so that identity is quick to hold.
         specs = _torch.specs_of(grads)
@@ -368,29 +416,30 @@ class Plan:
 
     def run(self, grads: Grads, scaling: Scaling) -> None:
         """Step every bucket; counters advance before and fall back if skipped."""
-        scaled = cache(partial(scaling_on, scaling))  # moved to each device once
         # Into the lists that calls are bound to, and out of them in any case: gradients
         # that the user sets to None must be freed.
-        for bucket in self._buckets:
-            bucket.batch.grads[:] = grads.local[bucket.part]
+        mine = map(grads.local.__getitem__, self._slices)
+        deque(map(list.extend, self._grads, mine), maxlen=0)
         try:
             program = self._program
             steady = scaling == NO_SCALING and grads.there is None and not self._live
             if program is None or not steady:
                 # Scales, absent gradients and tensor rates are of this step alone.
-                program = self._assemble(grads.there, scaling, scaled)
-                self._program = program if steady else None
-            self._perform(program, scaled)
+                program = self._assemble(grads.there, scaling)
+                lasts = steady and (self._keeps or self._lasts(program))
+                self._program = program if lasts else None
+            self._perform(program, scaling)
         finally:
-            for bucket in self._buckets:
-                bucket.batch.grads.clear()
+            deque(map(list.clear, self._grads), maxlen=0)
             if not self._keeps:
                 self._release()
 
-    def _assemble(
-        self, there: list[bool] | None, scaling: Scaling, scaled: OnDevice
-    ) -> Program:
-        advance = self._advance if there is None else self._advance_of(there)
+    def _assemble(self, there: list[bool] | None, scaling: Scaling) -> Program:
+        # Moved to each device once.
+        scaled: Callable[..., Any] = cache(partial(scaling_on, scaling))
+        advance = self._advance
+        if there is not None:
+            advance = Advance([], by_device(list(compress(self._steps, there))))
         calls: list[Call] = []
         ends = []
         single = False
@@ -406,13 +455,16 @@ class Plan:
         if single:
             calls.append(self._on(self._threads))
         dropping = scaling.found_inf is not None
-        return Program(
-            before=advance.by(lambda device: 1.0),
-            calls=calls,
-            ends=ends,
-            after=advance.by(lambda d: -scaled(d).found_inf) if dropping else [],
-            threads=self._threads if any(b.single_thread for b in self._buckets) else 0,
-            lasting=advance.lasting and not any(map(_holds_a_tensor, calls)),
+        after = advance.by(lambda d: -scaled(d).found_inf) if dropping else []
+        return Program(advance.by(lambda device: 1.0), calls, ends, after)
+
+    def _lasts(self, program: Program) -> bool:
+        """Tell whether calls are bound to lists alone, which may be empty by then."""
+        bound = [getattr(call, "args", None) for call in program.calls]
+        return (
+            not self._advance.whole
+            and all(each is self._steps for each in self._advance.single)
+            and not any(args and isinstance(args[0], Tensor) for args in bound)
         )
 
     @staticmethod
@@ -420,14 +472,7 @@ class Plan:
         assert _torch.set_threads is not None  # or no bucket is of one thread
         return partial(_torch.set_threads, threads)
 
-    def _advance_of(self, there: list[bool]) -> Advance:
-        """Find out how the counters advance of those that have a gradient."""
-        if self._present is None or self._present[0] != there:
-            steps = list(compress(self._steps, there))
-            self._present = there, self._counters.advance(steps)
-        return self._present[1]
-
-    def _perform(self, program: Program, scaled: OnDevice) -> None:
+    def _perform(self, program: Program, scaling: Scaling) -> None:
         """Run all calls without a line of Python between them.
 
         Python looks for signals between lines: an interrupt comes before the first
@@ -438,14 +483,14 @@ class Plan:
         try:
             deque(map(_call, left), maxlen=0)
         except BaseException:
-            if program.threads:
-                self._on(program.threads)()
+            if self._some_single and self._threads > 1:
+                self._on(self._threads)()
             if rest := length_hint(left):
                 done = len(program.calls) + len(program.after) - rest
-                self._take_back(program, done, scaled)
+                self._take_back(program, done, scaling)
             raise
 
-    def _take_back(self, program: Program, done: int, scaled: OnDevice) -> None:
+    def _take_back(self, program: Program, done: int, scaling: Scaling) -> None:
         """Let the counters of buckets that a failed call left out stand as before."""
         if done < 0:  # it was a counter that failed
             return
@@ -453,6 +498,6 @@ class Plan:
             call()
         for bucket, end in zip(self._buckets, program.ends):
             if end > done and bucket.batch.steps:
-                dropped = scaled(bucket.key.device).found_inf
+                dropped = scaling_on(scaling, bucket.key.device).found_inf
                 amount = -1.0 if dropped is None else dropped - 1.0
                 _torch.foreach_add_(bucket.batch.steps, amount)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
-from typing import NamedTuple
+from threading import get_ident
+from time import sleep
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.fused.buckets import Counters
-from selective_optim.fused.guards import params_of, same_objects
-from selective_optim.fused.plan import Grads, Plan
+from selective_optim.fused.counters import Counters
+from selective_optim.fused.guards import distinct, params_of, same_objects
+from selective_optim.fused.plan import Plan
 from selective_optim.step.kernels import Kernel, require_no_nan
 from selective_optim.step.parts import (
     DecidedParam,
+    Layout,
     Part,
     counts_beside,
     fused_choice,
@@ -39,12 +42,41 @@ def _places_of(params: Sequence[Tensor]) -> tuple[list[object], list[Place]]:
     return list(map(_torch.token_of, params)), places
 
 
-class Begun(NamedTuple):
-    """What the class steps of a step, and a plan of the rest with its gradients."""
+def _share_counters(params: Sequence[DecidedParam], states: States) -> bool:
+    owns = [own for p in params if "step" in (own := states.get(p.param) or {})]
+    return distinct([own["step"] for own in owns]) < distinct(owns)
 
-    parts: list[Part]
-    plan: Plan | None = None
-    grads: Grads | None = None
+
+def _begin_state(
+    kernel: Kernel,
+    groups: Groups,
+    params: Sequence[DecidedParam],
+    positions: Sequence[int],
+    states: States,
+    counters: Counters,
+) -> None:
+    """Make the state of planned parameters that have none, as torch makes it.
+
+    Counters may share one tensor per device.
+    """
+    new: dict[int, DecidedParam] = {}
+    for position in positions:
+        each = params[position]
+        if not kernel.has_state(states.get(each.param) or {}, groups[each.group]):
+            new.setdefault(id(_torch.token_of(each.param)), each)
+    shared: dict[torch.device, Iterator[Tensor]] = {}
+    devices = [each.param.device for each in new.values()]
+    for device in dict.fromkeys(devices) if counters.joining else ():
+        # Room for those that train and have no gradient yet, as an unused head: another
+        # block would be another call.
+        later = sum(
+            p.param.device == device and p.param.requires_grad and p.param.grad is None
+            for p in params
+        )
+        shared[device] = iter(counters.reserve(device, devices.count(device), later))
+    for each in new.values():
+        step = next(shared[each.param.device]) if shared else None
+        kernel.begin(states[each.param], each.param, groups[each.group], step)
 
 
 class Stepper:
@@ -57,29 +89,44 @@ class Stepper:
         self._counters = Counters()
         self._stepped: Mapping[int, object] = {}
         self.exposed = False
-        self._busy, self._seen = False, False  # in a step; state was seen in it
+        self._seen = False  # state was seen in a step, and is exposed at its end
+        # The thread that steps, or with a minus the one that takes state apart.
+        self._owner: dict[str, int] = {}
         # Where each parameter was when its state was last known to fit it.
         self._tokens: list[object] = []
         self._places: list[Place] = []
 
+    @_torch.disable_dynamo
     def expose(self, states: States) -> None:
         """Take note that someone outside may edit the state, now or from now on.
 
         Until then nothing outside can edit it: a step need not look at state, and
         may hold its tensors, and counters may be views of one tensor.
         """
-        if self._busy:  # a mode around the step reads it, between operations
-            self.see()
-        elif not self.exposed:
+        if self.exposed:
+            return
+        # In a step another thread reads it, or a mode around it between operations.
+        if self._owner.setdefault("thread", -get_ident()) != -get_ident():
+            self._seen = True
+            return
+        try:
             if self._plan is not None:
                 self._plan.expose()
             self._counters.part(states, self._seen)
             # Last: after an interrupt, the next step does the rest.
             self.exposed, self._seen = True, False
+        finally:
+            self._owner.clear()
 
-    def see(self) -> None:
-        """Take note that the state was seen in a step, which exposes it at its end."""
-        self._seen = True
+    def claim(self) -> bool:
+        """Take the plan for this thread, unless another one steps by it."""
+        for _ in range(100):
+            owner = self._owner.setdefault("thread", get_ident())
+            if owner >= 0:
+                return owner == get_ident()
+            sleep(0.001)  # another thread takes the state apart, and looks at it then
+        self._owner["thread"] = get_ident()  # it was interrupted
+        return True
 
     def forget(self) -> None:
         """Plan anew at the next step."""
@@ -115,63 +162,54 @@ class Stepper:
             for own, value in zip(owns, values.to(device).unbind()):
                 own["step"] = value.clone()
 
+    def plans_for(self, groups: Groups) -> bool:
+        """Tell whether parts can be planned: no group computes what is read."""
+        return PLANNING and set(map(type, groups)) <= {dict}
+
     @_torch.disable_dynamo
-    def begin(
+    def step(
         self,
         groups: Groups,
         decided: Decided,
         states: States,
-        choosing: bool,
-        planned: bool,
-    ) -> Begun:
-        """Begin a step, and tell what the optimizer's class is to step.
-
-        Without ``choosing``, parts go where the flags of their group say, and to the
-        class if they are not to be ``planned``.
-        """
-        # A group may be a dict that computes what is read, which no guard sees.
-        if not (PLANNING and planned and set(map(type, groups)) <= {dict}):
-            self._plan = None
-            return Begun(self._unplanned(groups, decided(), states, choosing))
-        self._busy = True
+        scaling: Scaling,
+        step_parts: Callable[[list[Part]], None],
+    ) -> None:
+        """Step by a plan, after what the optimizer's class steps (``step_parts``)."""
         try:
-            plan = self._plan
-            grads = None if plan is None else plan.current_grads(groups, states)
-            if plan is None or grads is None:
-                plan = self._new_plan(groups, decided(), states)
-                grads = plan.first_grads()
+            with torch.no_grad():
+                plan = self._plan
+                grads = None if plan is None else plan.current_grads(groups, states)
+                if plan is None or grads is None:
+                    plan = self._new_plan(groups, decided(), states)
+                    grads = plan.find_grads(new=True)
+                assert grads is not None  # which a new plan fits
+                if plan.rest:
+                    step_parts(plan.rest)
+                plan.run(grads, scaling)
+                if plan.once:
+                    self.forget()
         except BaseException:
-            self.forget()  # an interrupt may have left it half changed
-            self.end(None, states)
+            self.forget()  # how far a failed step came is not known
             raise
-        return Begun(plan.rest, plan, grads)
 
-    def _unplanned(
-        self,
-        groups: Groups,
-        params: Sequence[DecidedParam],
-        states: States,
-        choosing: bool,
+    @_torch.disable_dynamo
+    def unplanned_parts(
+        self, groups: Groups, decided: Decided, states: States, choosing: bool
     ) -> list[Part]:
-        """Make the parts anew; by fused kernels, too, the class steps them."""
-        require_no_nan(self.kernel, groups)
-        self._follow_moved(groups, params, states)
-        return make_layout(self.kernel, groups, params, states, (), choosing).parts
+        """Make the parts of a step that the optimizer's class is to step alone.
 
-    @_torch.disable_dynamo
-    def run(self, begun: Begun, scaling: Scaling) -> None:
-        """Step the parts that are planned."""
-        if begun.plan is not None and begun.grads is not None:
-            begun.plan.run(begun.grads, scaling)
-            if begun.plan.once:
-                self._plan = None
+        Without ``choosing``, they go where the flags of their group say.
+        """
+        self.forget()
+        layout = self._make_layout(groups, decided(), states, (), choosing)
+        return layout.parts
 
-    @_torch.disable_dynamo
-    def end(self, begun: Begun | None, states: States) -> None:
-        """End a step, however it went."""
-        if begun is None or begun.plan is not None:
-            self._busy = False
-        if self._seen and not self._busy:
+    def finish(self, mine: bool, states: States) -> None:
+        """End a step, however it went, and take note of a look at the state in it."""
+        if mine:
+            self._owner.clear()
+        if self._seen:
             self.expose(states)
 
     def _new_plan(
@@ -179,16 +217,34 @@ class Stepper:
     ) -> Plan:
         self._plan = None
         self.plans += 1
-        self._follow_moved(groups, params, states)
+        # Where counters are shared, each group counts for itself, as the class does it.
+        planned = not (self.exposed and _share_counters(params, states))
+        how = (self._stepped, True, planned)
+        layout = self._make_layout(groups, params, states, *how)
+        mine = [i for part in layout.parts for i in part.positions]
+        # Tokens, not parameters: what is kept must not keep a deleted model alive.
+        self._stepped = {id(self._tokens[i]): self._tokens[i] for i in mine}
         if any(group.get("capturable") for group in groups):
             # A CUDA graph remembers where counters lie: they must not move later.
             self._counters.part(states)
-        plan = Plan(
-            *(self.kernel, groups, params, states),
-            *(self._counters, self.exposed, self._stepped),
-        )
-        self._stepped, self._plan = plan.stepped, plan
+        fused = [part for part in layout.parts if part.key.device is not None]
+        positions = sorted({i for part in fused for i in part.positions})
+        _begin_state(self.kernel, groups, params, positions, states, self._counters)
+        own = (self._counters, self.exposed)
+        self._plan = plan = Plan(self.kernel, groups, layout, states, *own)
         return plan
+
+    def _make_layout(
+        self,
+        groups: Groups,
+        params: Sequence[DecidedParam],
+        states: States,
+        *how: Any,
+    ) -> Layout:
+        # Before any state is made: a refusal leaves the optimizer as it was.
+        require_no_nan(self.kernel, groups)
+        self._follow_moved(groups, params, states)
+        return make_layout(self.kernel, groups, params, states, *how)
 
     def _follow_moved(
         self, groups: Groups, params: Sequence[DecidedParam], states: States

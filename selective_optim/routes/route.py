@@ -13,17 +13,15 @@ from typing import Any
 from torch import Tensor
 
 from selective_optim._state_entries import ROUTE, StateDict, split_routes, without
-from selective_optim._text import NUMBERS, received, require_numbers, shape_of
-from selective_optim._warnings import warn
+from selective_optim._text import NUMBERS, received, require_numbers, shape_of, warn
 from selective_optim.decay import FULL, Answer, Decision
 from selective_optim.decisions.decider import Decider
 from selective_optim.decisions.knowledge import Pending
 from selective_optim.decisions.state_dict import require_dict, require_whole
 from selective_optim.parameters import ParameterInfo
-from selective_optim.policies.base import Policy
 from selective_optim.policies.named import as_policy
-from selective_optim.policies.selectors import Selector, as_selector
-from selective_optim.step.lasting_parts import PER_PARAM, WD, pick
+from selective_optim.policies.selectors import Policy, Selector, as_selector
+from selective_optim.step.setting import PER_PARAM, WD, pick
 
 Group = dict[str, Any]
 RATES, USE_MUON = ("lr", "initial_lr"), "use_muon"

@@ -28,17 +28,14 @@ from selective_optim._state_entries import (
     warn_of_new,
     without,
 )
-from selective_optim._text import copied_groups, require_numbers
-from selective_optim._warnings import warn
+from selective_optim._text import copied_groups, require_numbers, warn
 from selective_optim.adamw import AdamW
 from selective_optim.any_class import MODES, READING, as_torch_reads, selective
 from selective_optim.decay import is_zero
 from selective_optim.decisions.decider import WRITTEN, Decider, kept_on_error, part_of
-from selective_optim.decisions.initial_values import base_rate
 from selective_optim.decisions.knowledge import Pending
 from selective_optim.decisions.state_dict import Decided
 from selective_optim.decisions.watch import Watch, loss_of
-from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy
 from selective_optim.policies.predicates import (
     everything,
@@ -46,7 +43,7 @@ from selective_optim.policies.predicates import (
     is_hidden_matrix,
     is_matrix,
 )
-from selective_optim.policies.selectors import Selector, as_selector
+from selective_optim.policies.selectors import Policy, Selector, as_selector
 from selective_optim.report import DecayReport, amount, make_report, remark_of
 from selective_optim.routes.route import (
     known_route,
@@ -54,7 +51,7 @@ from selective_optim.routes.route import (
     split_by_route,
     state_by_route,
 )
-from selective_optim.step.setting import NO_SCALING, scaling_of
+from selective_optim.step.setting import NO_SCALING, base_rate, scaling_of
 
 Group = dict[str, Any]
 WD = "weight_decay"
@@ -208,7 +205,7 @@ class Routed(torch.optim.Optimizer):
 
     def _readable(self) -> dict[str, Decided]:
         return {
-            name: o._decider.readable(o.param_groups, o.defaults)
+            name: o._decider.readable(o.param_groups)
             for name, o in self.optimizers.items()
         }
 
@@ -297,7 +294,7 @@ class Routed(torch.optim.Optimizer):
         for optimizer in optimizers:
             self._decider.gather(optimizer._decider, optimizer.param_groups)
         owners: list[Any] = [self, *optimizers]
-        before = [o._decider.snapshot(o.param_groups, o.defaults) for o in owners]
+        before = [o._decider.snapshot(o.param_groups) for o in owners]
         try:
             self._decider.assign(wd_policy, self.param_groups)
             for optimizer in optimizers:
@@ -385,7 +382,7 @@ class Routed(torch.optim.Optimizer):
         if self._watch is not None:
             parts = list(self.optimizers.values())
             groups = [group for part in parts for group in part.param_groups]
-            layout = [rows for part in parts for rows in part._decider.laid_out]
+            layout = [rows for part in parts for rows in part._decider.layout]
             if not self._watch.begin(groups, layout):
                 self._watch = None
         return loss
@@ -402,7 +399,7 @@ class Routed(torch.optim.Optimizer):
             return
         for name, optimizer in self.optimizers.items():
             with self._numbered(name):
-                optimizer._decider.rows(optimizer.param_groups, optimizer.defaults)
+                optimizer._decider.rows(optimizer.param_groups)
         self._checked = groups
 
     @contextmanager
@@ -470,7 +467,7 @@ class Routed(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("defaults", "param_groups", "optimizers", "_routes", "_common")
-        decider = self._decider.snapshot(self.param_groups, {})
+        decider = self._decider.snapshot(self.param_groups)
         return {**{key: vars(self)[key] for key in kept}, "decider": decider}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,10 +37,6 @@ from selective_optim.step.setting import (
 CHUNK, CHUNK_ON_DEVICE = 2**18, 2**24
 
 
-def _limit(param: Tensor) -> int:
-    return CHUNK if param.is_cpu else CHUNK_ON_DEVICE
-
-
 def pass_calls(
     decay_pass: DecayPass,
     lr: float | Tensor,
@@ -54,23 +50,20 @@ def pass_calls(
     Gradients are read when the calls run, and written to. ``"cautious"`` alone asks
     for the direction.
     """
-    lr = lr_on_device(lr, batch.params)
+    if decay_pass.applied == "l2":  # new gradients, which the kernel drops by itself
+        rate, found_inf = decay_pass.wd if maximize else -decay_pass.wd, None
+    else:
+        rate = lr_on_device(lr, batch.params) * decay_pass.wd
+        found_inf = scaling.found_inf
     if decay_pass.applied == "decoupled" and decay_pass.target == 0.0:
-        rate = lr * decay_pass.wd
-        return _shrinking(rate, batch.params, scaling.found_inf), scaling
-    parts = list(_chunks(batch))
+        return _shrinking(rate, batch.params, found_inf), scaling
     calls: list[Call] = []
     if decay_pass.applied != "decoupled" and scaling.grad_scale is not None:
         # The pass reads gradients, or writes to them, as they are without the scale.
         calls.append(partial(unscale_, batch.grads, scaling.grad_scale))
         scaling = scaling._replace(grad_scale=None)
-    if decay_pass.applied == "l2":
-        wd = -decay_pass.wd if maximize else decay_pass.wd
-        pull = partial(_pull_gradients_, decay_pass, wd, batch, parts)
-        return [*calls, pull], scaling
-    rate = lr * decay_pass.wd
-    move = partial(_move_, decay_pass, rate, batch, parts, direction)
-    return [*calls, partial(move, scaling.found_inf)], scaling
+    given = (decay_pass, rate, batch, list(_chunks(batch)), direction, found_inf)
+    return [*calls, partial(_move_, *given)], scaling
 
 
 def decay_agreeing_(
@@ -81,10 +74,9 @@ def decay_agreeing_(
     The rate is ``lr * wd``.
     """
     for i, (param, old) in enumerate(zip(batch.params, before, strict=True)):
-        piece = Piece([param], [old], [], batch.targets[i : i + 1], [])
         joined, start = _joined([param]), _joined([old])
-        offset = _agreeing(_offset(decay_pass, start, piece), start - joined)
-        param.copy_(_less(joined, offset, rate))
+        offset = _offset(decay_pass, start, batch.targets[i : i + 1])
+        param.copy_(_less(joined, _agreeing(offset, start - joined), rate))
 
 
 def _shrinking(
@@ -100,7 +92,7 @@ def _shrinking(
         return [partial(_shrink_unless_, params, factor, found_inf)]
     # On the CPU foreach rounds the factor to half precision first, mul_ does not.
     halves = any(param.is_cpu and param.dtype in _torch.HALF for param in params)
-    if halves or any(_are_views(params)):
+    if halves or any(map(_is_view, params)):
         return [partial(torch.Tensor.mul_, param, factor) for param in params]
     given = not isinstance(factor, Tensor)
     if given and params[0].is_cpu and len({param.dtype for param in params}) == 1:
@@ -117,89 +109,80 @@ def _shrink_unless_(
         param.copy_(unless_dropped(found_inf, param * factor, param))
 
 
-class Piece(NamedTuple):
-    """Tensors that are computed at once, parameter by parameter in every list."""
-
-    into: Sequence[Tensor]  # where results go: the parameters, or new gradients
-    params: Sequence[Tensor]
-    grads: Sequence[Tensor]
-    targets: Sequence[Tensor]
-    moments: Sequence[Sequence[Tensor | None]]
-
-
 def _move_(
     decay_pass: DecayPass,
     rate: float | Tensor,
     batch: Batch,
-    parts: Sequence[slice],
+    chunks: Sequence[slice],
     direction: Direction | None,
     found_inf: Tensor | None,
 ) -> None:
-    """Move parameters towards their targets: ``param -= rate * (param - target)``."""
+    """Lower parameters, or new gradients for L2, by ``rate * (param - target)``."""
     if is_zero(rate):  # which would still turn -0.0 into 0.0
         return
-    for part in parts:
-        for piece in _pieces(batch, part, batch.params[part]):
-            joined = _joined(piece.params)
-            offset = _offset(decay_pass, joined, piece)
+    pulls = decay_pass.applied == "l2"
+    for chunk in chunks:
+        into = batch.params[chunk]
+        if pulls:
+            # Laid out as the gradients are: fused kernels walk their memory.
+            into = list(map(torch.empty_like, batch.grads[chunk]))
+        for new, params, grads, targets, *moments in _pieces(batch, chunk, into):
+            joined = _joined(params)
+            offset = _offset(decay_pass, joined, targets)
             if decay_pass.applied == "cautious":
                 assert direction is not None  # else decay comes after the step
-                moments = [_joined_moments(moment) for moment in piece.moments]
-                offset = _agreeing(offset, direction(_joined(piece.grads), moments))
-            moved = _less(joined, offset, rate)
+                known = [m[0] if m[0] is None else _joined(m) for m in moments]
+                offset = _agreeing(offset, direction(_joined(grads), known))
+            moved = _less(_joined(grads) if pulls else joined, offset, rate)
             if found_inf is not None:
                 moved = unless_dropped(found_inf, moved, joined)
-            _write_(piece.into, moved)
+            _write_(new, moved)
+        if pulls:  # those of the parameters stay
+            batch.grads[chunk] = into
 
 
-def _pull_gradients_(
-    decay_pass: DecayPass, wd: float | Tensor, batch: Batch, parts: Sequence[slice]
-) -> None:
-    """Add ``wd * (param - target)`` to gradients; those of the parameters stay."""
-    for part in parts:
-        # Laid out as the gradients are: fused kernels walk their memory.
-        pulled = list(map(torch.empty_like, batch.grads[part]))
-        for piece in _pieces(batch, part, pulled):
-            offset = _offset(decay_pass, _joined(piece.params), piece)
-            _write_(piece.into, _less(_joined(piece.grads), offset, -wd))
-        batch.grads[part] = pulled
-
-
-def _offset(decay_pass: DecayPass, joined: Tensor, piece: Piece) -> Tensor:
+def _offset(decay_pass: DecayPass, joined: Tensor, targets: Sequence[Tensor]) -> Tensor:
     if isinstance(decay_pass.target, str):
-        return joined - _joined(piece.targets)
+        return joined - _joined(targets)
     return joined - decay_pass.target if decay_pass.target else joined
 
 
-def _pieces(batch: Batch, part: slice, into: Sequence[Tensor]) -> Iterator[Piece]:
-    """Cut a part that is one large tensor into pieces, which stay in the cache.
+def _pieces(
+    batch: Batch, chunk: slice, into: list[Tensor]
+) -> Iterator[list[list[Any]]]:
+    """Cut a chunk that is one large tensor into pieces, which stay in the cache.
 
     Memory that is asked for in large blocks is also new at every step, and the system
     clears it first.
     """
-    params, grads, targets = batch.params[part], batch.grads[part], batch.targets[part]
-    moments = [moment[part] for moment in batch.moments]
-    limit = _limit(params[0])
-    whole = [into, params, grads, targets, *moments]
-    first = [each[0] for each in whole if each and each[0] is not None]
+    lists: list[Any] = [batch.params, batch.grads, batch.targets, *batch.moments]
+    lists = [into, *(tensors[chunk] for tensors in lists)]
+    size, limit = into[0].numel(), _limit(into[0])
+    first = [each[0] for each in lists if each and each[0] is not None]
     # Autograd follows whole tensors.
-    cut = len(params) == 1 and params[0].numel() > limit
-    if torch.is_grad_enabled() or not cut or not all(map(_cuttable, first)):
-        yield Piece(into, params, grads, targets, moments)
+    cut = len(into) == 1 and size > limit and not torch.is_grad_enabled()
+    if not cut or not all(map(_is_flat, first)):
+        yield lists
         return
-    for start in range(0, params[0].numel(), limit):
-        own = [_cut(each, slice(start, start + limit)) for each in whole]
-        mine, own_params, own_grads, own_targets, *own_moments = own
-        yield Piece(mine, own_params, own_grads, own_targets, own_moments)
+    for start in range(0, size, limit):
+        part = slice(start, start + limit)
+        yield [[t if t is None else t.view(-1)[part] for t in each] for each in lists]
 
 
-def _cuttable(tensor: Tensor) -> bool:
-    plain = type(tensor) in PLAIN and not any(_are_views([tensor]))
-    return plain and tensor.is_contiguous()
+def _limit(tensor: Tensor) -> int:
+    return CHUNK if tensor.is_cpu else CHUNK_ON_DEVICE
 
 
-def _cut(tensors: Sequence[Any], part: slice) -> list[Any]:
-    return [None if each is None else each.view(-1)[part] for each in tensors]
+def _is_flat(tensor: Tensor) -> bool:
+    return type(tensor) in PLAIN and tensor.is_contiguous() and not _is_view(tensor)
+
+
+def _is_view(tensor: Tensor) -> bool:
+    """Tell whether a tensor negates or conjugates as it is read.
+
+    Operations on lists refuse them (torch 2.7 to 2.15).
+    """
+    return tensor.is_neg() or tensor.is_conj()
 
 
 def _less(joined: Tensor, offset: Tensor, rate: float | Tensor) -> Tensor:
@@ -227,40 +210,24 @@ def _agreeing(offset: Tensor, update: Tensor) -> Tensor:
 
 
 def _chunks(batch: Batch) -> Iterator[slice]:
-    """Part a batch: neighbors that together are a chunk, and have begun alike."""
-    limit = _limit(batch.params[0])
+    """Part a batch: neighbors that together are a chunk, and have begun alike.
+
+    Sharded tensors, other subclasses and views each go alone. So does one that is
+    listed twice: it moves twice, and the second time from where it is then.
+    """
+    times, limit = Counter(map(id, batch.params)), _limit(batch.params[0])
     start = size = 0
-    unjoinable = _unjoinable(batch.params)
+    last = None
     for i, param in enumerate(batch.params):
+        joins = _torch.CAN_JOIN and type(param) in PLAIN and times[id(param)] == 1
+        begun = [moment[i] is None for moment in batch.moments]
+        kind = joins and not _is_view(param) and (param.dtype, param.device, begun)
         size += param.numel()
-        first = batch.params[start]
-        apart = unjoinable[i] or unjoinable[start]
-        apart |= (param.dtype, param.device) != (first.dtype, first.device)
-        apart |= any((m[i] is None) is not (m[start] is None) for m in batch.moments)
-        if i > start and (size > limit or apart):
+        if i > start and (size > limit or not kind or kind != last):
             yield slice(start, i)
             start, size = i, param.numel()
+        last = kind
     yield slice(start, len(batch.params))
-
-
-def _unjoinable(params: Sequence[Tensor]) -> list[bool]:
-    """Tell which may not be joined: sharded ones, other subclasses, and views.
-
-    One that is listed twice moves twice, and the second time from where it is then.
-    """
-    times = Counter(map(id, params))
-    return [
-        not _torch.CAN_JOIN or type(param) not in PLAIN or view or times[id(param)] > 1
-        for param, view in zip(params, _are_views(params))
-    ]
-
-
-def _are_views(params: Sequence[Tensor]) -> list[bool]:
-    """Tell which negate or conjugate as they are read.
-
-    Operations on lists refuse them (torch 2.7 to 2.15).
-    """
-    return [param.is_neg() or param.is_conj() for param in params]
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -269,22 +236,15 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return flat.float() if flat.dtype in _torch.HALF else flat
 
 
-def _joined_moments(moments: Sequence[Tensor | None]) -> Tensor | None:
-    known = [moment for moment in moments if moment is not None]
-    return _joined(known) if known else None
-
-
-def _parted(joined: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
-    if len(like) == 1:
-        return [joined]
+def _write_(tensors: Sequence[Tensor], joined: Tensor) -> None:
+    if len(tensors) == 1:
+        tensors[0].copy_(joined)
+        return
     # torch 2.7 gives what has no elements another shape.
-    parts = zip(_torch.unflatten(joined, like), like, strict=True)
-    return [part if tensor.numel() else tensor for part, tensor in parts]
-
-
-def _write_(params: Sequence[Tensor], joined: Tensor) -> None:
-    if len(params) == 1 or torch.is_grad_enabled():  # where autograd follows
-        for param, new in zip(params, _parted(joined, params)):
-            param.copy_(new)
+    pairs = zip(_torch.unflatten(joined, tensors), tensors, strict=True)
+    parts = [part if tensor.numel() else tensor for part, tensor in pairs]
+    if torch.is_grad_enabled():  # where autograd follows
+        for tensor, part in zip(tensors, parts):
+            tensor.copy_(part)
     else:
-        _torch.foreach_copy_(params, _parted(joined, params))
+        _torch.foreach_copy_(tensors, parts)

@@ -38,6 +38,7 @@ class Kernel:
     """Reads settings, makes state, and calls torch; it keeps nothing of a step."""
 
     counts: bool  # whether state holds a step counter
+    planned = True  # whether a plan may step by it
     required: tuple[str, ...]  # keys that a loaded group must have
     numbers: tuple[str, ...]  # keys that an edit may have made NaN
     flags: tuple[str, ...]  # keys that fused kernels take as bool alone

@@ -10,7 +10,8 @@ alike shows in the group afterwards. In a state dict stand the user's groups, an
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+import inspect
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +19,19 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import FORMS, FULL_KEY, DecayKey, Decision, Form
+from selective_optim._text import received
+from selective_optim.decay import FORMS, FULL, DecayKey, Decision, Form, is_zero
 from selective_optim.step.class_step import View
-from selective_optim.step.setting import Share, share
-
-Group = dict[str, Any]
-WD = "weight_decay"
-PER_PARAM = ("params", "param_names")  # what a group lists per parameter
+from selective_optim.step.setting import (
+    PER_PARAM,
+    WD,
+    Group,
+    Share,
+    alike,
+    pick,
+    same,
+    share,
+)
 
 # Keys by which classes let a group choose its form: of torch, timm, Prodigy and
 # D-Adaptation, pytorch_optimizer, optimi. True is decoupled.
@@ -36,7 +43,6 @@ FLAGS = (
 DECAY_KEYS = (WD, *FLAGS)
 # Not written from a group into its parts, nor back, as they stand.
 NOT_SHARED = (*PER_PARAM, *DECAY_KEYS)
-PLAIN = (int, float, bool, str)
 _ABSENT = object()
 
 
@@ -58,28 +64,6 @@ def share_of(group: Group, decay_key: DecayKey, form: Form | None) -> Share:
     return share(group, decay_key, form, (form,) if form else ())
 
 
-def same(a: object, b: object) -> bool:
-    """Tell whether two values are one object or, if plain, equal.
-
-    Tensors are not compared: that would wait for their device.
-    """
-    if a is b:
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    # Not `==` for all: arrays and objects of the user may return anything.
-    return type(a) in PLAIN and (a == b or (a != a and b != b))  # two NaNs
-
-
-def alike(a: object, b: object) -> bool:
-    """Tell whether two values are equal, tensors too."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.equal(a, b)
-    return same(a, b)
-
-
 @dataclass(eq=False)
 class Part:
     """Parameters of one group with one decay, and the group that the class sees."""
@@ -90,12 +74,11 @@ class Part:
     # the class sees it: one that leaves must be freed.
     positions: list[int]
     tokens: list[object]  # theirs and nobody else's, see `_torch.token_of`
-    inits: list[Tensor] = field(default_factory=list)  # targets, if a tensor for each
 
     @property
     def own(self) -> Group:
         """What the part holds besides its parameters and their decay."""
-        return _without_decay(self.group)
+        return _without(self.group, NOT_SHARED)
 
 
 @dataclass(eq=False)
@@ -124,7 +107,7 @@ class Split:
         first = self.parts[0].group
         self.group.update({k: v for k, v in first.items() if k not in PER_PARAM})
         self.share_tensors(keys)
-        self.shown = _without_computed(self.group)  # the rest is to be handed down
+        self.shown = _without(self.group, DECAY_KEYS)  # the rest is to be handed down
 
     def _share(self, part: Part) -> Share:
         return share_of(self.group, part.decay_key, self.form)
@@ -134,17 +117,17 @@ class Split:
         shared = self._share(part)
         return shared.wd if key == WD else shared.form == "decoupled"
 
-    def views(self) -> list[View]:
-        """Show the parts with the decay that the class does not do."""
-        return [
-            View(part.group, part.inits, self._share(part).decay_pass)
-            for part in self.parts
-        ]
+    def views(self, decisions: Sequence[Decision]) -> list[View]:
+        """Show the parts with the decay that the class does not do.
 
-    def lay_inits(self, decisions: Sequence[Decision]) -> None:
-        """Take over what parameters decay towards, as it lies beside them now."""
-        for part, chosen in zip(self.parts, by_decay(decisions).values()):
-            part.inits = inits_of(decisions, chosen)
+        Decisions are asked for what parameters decay towards, if that is a tensor each.
+        """
+        views = []
+        for part in self.parts:
+            positions = part.positions if part.decay_key.decay.needs_init else []
+            inits: list[Any] = [decisions[i].init for i in positions]
+            views.append(View(part.group, inits, self._share(part).decay_pass))
+        return views
 
     def hand_down(self, keys: Collection[str]) -> None:
         """Write what has changed in the group into its parts.
@@ -159,7 +142,8 @@ class Split:
             for key, value in group.items()
             if isinstance(value, Tensor) or value is not shown.get(key, _ABSENT)
         }
-        if "lr" in moved and self._follows_rate:
+        forms = [part.decay_key.decay.form for part in self.parts]
+        if "lr" in moved and any(form and FORMS[form].follows_lr for form in forms):
             moved.add(WD)
         # Computed before any is written, so that an error leaves the parts alike.
         written: list[tuple[Group, str, Any]] = []
@@ -179,15 +163,9 @@ class Split:
                 part.group.pop(key, None)
         self.shown = dict(group)
 
-    @property
-    def _follows_rate(self) -> bool:
-        forms = [part.decay_key.decay.form for part in self.parts]
-        return any(FORMS[form].follows_lr for form in forms if form is not None)
-
     def _require_common(self, key: str) -> None:
         # A schedule that goes on from the group's would go on from none of theirs.
-        first, *others = [part.group.get(key, _ABSENT) for part in self.parts]
-        if not all(alike(first, other) for other in others):
+        if _differing([{key: p.group.get(key, _ABSENT)} for p in self.parts]):
             raise ValueError(
                 f"{key!r} was set in a group, and the class itself has set it for each "
                 f"decay in that group apart. Split the groups by hand: "
@@ -231,21 +209,27 @@ class Split:
                     other[key] = first[key]
 
 
-def _without_computed(group: Group) -> Group:
-    return {key: value for key, value in group.items() if key not in DECAY_KEYS}
+def _without(group: Group, keys: Collection[str]) -> Group:
+    return {key: value for key, value in group.items() if key not in keys}
 
 
-def _without_decay(group: Group) -> Group:
-    return {key: value for key, value in group.items() if key not in NOT_SHARED}
+def _differing(owns: Sequence[Group]) -> list[str]:
+    """Name what the first of some groups holds, and another holds otherwise or not."""
+    first, *others = owns or [{}]
+    return [
+        key
+        for key, value in first.items()
+        if not all(alike(value, other.get(key, _ABSENT)) for other in others)
+    ]
 
 
-def _own_copy(value: Any) -> Any:  # of a tensor that each part counts in by itself
+def _copied(group: Group, keys: Collection[str]) -> Group:
+    """Copy a group for a part, which counts by itself in tensors under other keys."""
+    return {k: v if k in keys else _own_copy(v) for k, v in group.items()}
+
+
+def _own_copy(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def pick(group: Group, chosen: Sequence[int]) -> Group:
-    """Take some parameters of a group, with their names if it has any."""
-    return {key: [group[key][i] for i in chosen] for key in PER_PARAM if key in group}
 
 
 def by_decay(decisions: Sequence[Decision]) -> dict[DecayKey, list[int]]:
@@ -254,35 +238,17 @@ def by_decay(decisions: Sequence[Decision]) -> dict[DecayKey, list[int]]:
     for position, decision in enumerate(decisions):
         found.setdefault(decision.decay_key, []).append(position)
     # An empty group still needs a part: torch's classes iterate over groups.
-    return found or {FULL_KEY: []}
+    return found or {DecayKey(FULL): []}
 
 
-def split_group(
-    group: Group, decisions: Sequence[Decision], form: Form | None
-) -> Split:
+def split_group(group: Group, decisions: Sequence[Decision]) -> Split:
     """Split a group that no class has seen yet; decay is still that of the group."""
     parts = []
     for decay_key, chosen in by_decay(decisions).items():
         shown = {**group, **pick(group, chosen)}
-        parts.append(_part(decay_key, shown, group, decisions, chosen))
-    return Split(group, parts, form)
-
-
-def _part(
-    decay_key: DecayKey,
-    shown: Group,
-    group: Group,
-    decisions: Sequence[Decision],
-    chosen: list[int],
-) -> Part:
-    tokens = [_torch.token_of(group["params"][i]) for i in chosen]
-    return Part(decay_key, shown, chosen, tokens, inits_of(decisions, chosen))
-
-
-def inits_of(decisions: Sequence[Decision], chosen: Sequence[int]) -> list[Tensor]:
-    """List what some parameters of a group decay towards, if that is a tensor each."""
-    inits = (decisions[i].init for i in chosen)
-    return [init for init in inits if init is not None]
+        tokens = list(map(_torch.token_of, shown["params"]))
+        parts.append(Part(decay_key, shown, chosen, tokens))
+    return Split(group, parts)
 
 
 def split_again(
@@ -299,46 +265,37 @@ def split_again(
     mine = [split for split in before if split.group is group]
     # Known ahead: a part of new parameters alone may come before those that were shown.
     origin = mine or [split for split, _ in _holders(group["params"], before)]
-    shown = origin[0].shown if origin else None
     # A new dict for tensors of several groups: hyperparameters are those it says.
     settled = {} if mine else _disputed(group, before, keys)
+    shown = {**(origin[0].shown if origin else {}), **settled}
+    going_on = {part.decay_key: part for split in mine for part in split.parts}
     parts = []
     for decay_key, chosen in by_decay(decisions).items():
-        known = _holders([group["params"][i] for i in chosen], mine or before)
-        going_on = [
-            p for split in mine for p in split.parts if p.decay_key == decay_key
-        ]
-        together = [*going_on, *(part for _, part in known)]
-        _require_agreement(together, decisions, settled)
-        # The same dict, which the class may know by identity.
-        if going_on:
-            shown_group = going_on[0].group
+        params = [group["params"][i] for i in chosen]
+        tokens = list(map(_torch.token_of, params))
+        owns = [part.own for _, part in _holders(params, mine or before)]
+        if (part := going_on.get(decay_key)) is not None:
+            # The same dict, which the class may know by identity.
+            own, owns = part.group, [part.own, *owns]
         else:
             # A counter that the class keeps in a group follows its parameters.
             # One that comes from none begins with what the others were last given.
-            last = _without_decay({**group, **(shown or {})})
-            own = {**(known[0][1].own if known else last), **settled}
-            shown_group = {k: v if k in keys else _own_copy(v) for k, v in own.items()}
-        parts.append(_part(decay_key, shown_group, group, decisions, chosen))
-    form = before[0].form if before else None
-    shown = None if shown is None else {**shown, **settled}
-    going = {p.decay_key for split in mine for p in split.parts}
-    if shown is not None and going.issuperset(part.decay_key for part in parts):
-        # The class may have written their decay.
-        return Split(group, parts, form, shown)
-    return Split(group, parts, form, _without_computed(shown or {}))
+            first = owns[0] if owns else _without({**group, **shown}, NOT_SHARED)
+            own = _copied({**first, **settled}, keys)
+        _require_agreement(owns, decisions, settled)
+        parts.append(Part(decay_key, own, chosen, tokens))
+    # Else all go on, and the class may have written their decay.
+    if any(part.decay_key not in going_on for part in parts):
+        shown = _without(shown, DECAY_KEYS)
+    return Split(group, parts, before[0].form if before else None, shown)
 
 
 def _disputed(
     group: Group, before: Sequence[Split], keys: Collection[str]
 ) -> dict[str, Any]:
     """Take hyperparameters in which the parts that a group comes from differ."""
-    first, *others = [p.own for _, p in _holders(group["params"], before)] or [{}]
-    return {
-        key: group[key]
-        for key in group.keys() & first.keys() & set(keys)
-        if not all(alike(first[key], other.get(key, _ABSENT)) for other in others)
-    }
+    owns = [part.own for _, part in _holders(group["params"], before)]
+    return {k: group[k] for k in _differing(owns) if k in group and k in keys}
 
 
 def _holders(
@@ -354,18 +311,16 @@ def _holders(
 
 
 def _require_agreement(
-    parts: Sequence[Part], decisions: Sequence[Decision], settled: Collection[str]
+    owns: Sequence[Group], decisions: Sequence[Decision], settled: Collection[str]
 ) -> None:
-    for part in parts[1:]:
-        for key, value in parts[0].own.items():
-            other = part.own.get(key, _ABSENT)
-            if key not in settled and not alike(value, other):
-                name = next((repr(d.name) for d in decisions if d.name), "a parameter")
-                raise ValueError(
-                    f"{name} would come together with parameters whose {key!r} differs "
-                    f"by now, which this class keeps for each group. Make a new "
-                    f"optimizer with the new policy or groups."
-                )
+    for key in _differing(owns):
+        if key not in settled:
+            name = next((repr(d.name) for d in decisions if d.name), "a parameter")
+            raise ValueError(
+                f"{name} would come together with parameters whose {key!r} differs "
+                f"by now, which this class keeps for each group. Make a new "
+                f"optimizer with the new policy or groups."
+            )
 
 
 # State dicts.
@@ -378,9 +333,8 @@ def record_of_parts(splits: Sequence[Split]) -> list[list[Group]] | None:
 
 
 def _kept(split: Split, part: Part) -> Group:
-    own = {
-        k: v for k, v in part.own.items() if not same(v, split.group.get(k, _ABSENT))
-    }
+    shown = split.group
+    own = {k: v for k, v in part.own.items() if not same(v, shown.get(k, _ABSENT))}
     # A new part has none yet where handing it down raised; the step will tell.
     if not same(part.group.get(WD, wd := split.computed(part, WD)), wd):
         own[WD] = part.group[WD]  # the class writes it itself
@@ -409,8 +363,7 @@ def load_parts(
         split.group = group
         for part, own in zip(split.parts, owns):
             numbers = {k: split.computed(part, k) for k in DECAY_KEYS if k in group}
-            values = _without_decay(group).items()
-            common = {k: v if k in keys else _own_copy(v) for k, v in values}
+            common = _copied(_without(group, NOT_SHARED), keys)
             part.group = {**numbers, **common, **copy.deepcopy(own)}
         split.share_tensors(keys)
         split.empty()
@@ -421,13 +374,122 @@ def _saved_own(
     saved: Group, positions: Sequence[int], record: Sequence[Group]
 ) -> Group:
     mine = [own for own in record if not set(positions).isdisjoint(own["positions"])]
-    for other in mine[1:]:
-        for key in {**mine[0], **other}.keys() - {"positions"}:
-            pair = [own.get(key, saved.get(key)) for own in (mine[0], other)]
-            if not alike(*pair):
-                raise ValueError(
-                    f"{key!r} differs between the parts that the loaded state dict was "
-                    f"saved with, and this policy joins them. Load it with the policy "
-                    f"that it was saved with."
-                )
-    return {k: v for own in mine[:1] for k, v in own.items() if k != "positions"}
+    keys = set[str]().union(*mine) - {"positions"}
+    for key in _differing([{k: o.get(k, saved.get(k)) for k in keys} for o in mine]):
+        raise ValueError(
+            f"{key!r} differs between the parts that the loaded state dict was saved "
+            f"with, and this policy joins them. Load it with the policy that it was "
+            f"saved with."
+        )
+    return _without(mine[0], ["positions"]) if mine else {}
+
+
+# What cannot be served by splitting: each check raises before anything has changed.
+
+
+def _way_out(optimizer: object) -> str:
+    by_hand = f"{type(optimizer).__name__}(selective_optim.param_groups(model, ...))"
+    return f"Split the groups by hand: {by_hand}."
+
+
+def require_class(cls: object) -> None:
+    """Check that this is a class of optimizers that are made from parameters."""
+    if not isinstance(cls, type) or not issubclass(cls, torch.optim.Optimizer):
+        raise TypeError(
+            f"`optimizer_class` must be a subclass of torch.optim.Optimizer, not "
+            f"{received(cls)}. Write selective(torch.optim.NAdam)(model.parameters())."
+        )
+    # Arguments by which a class takes something else than parameters.
+    for name in inspect.signature(cls).parameters:
+        if name in ("optimizer", "base_optimizer"):
+            raise TypeError(
+                f"{cls.__name__} takes {name!r}, another optimizer, and steps that. "
+                f"Make that one selective: {cls.__name__}(selective(...)(...))."
+            )
+        if name in ("wd_policy", "model"):
+            raise TypeError(
+                f"{cls.__name__} takes {name!r} itself and makes groups of its own, "
+                f"where nothing can be split. Use a class that takes parameters."
+            )
+
+
+def require_parts(optimizer: Any, splits: Sequence[Split]) -> None:
+    """Check that the class made its groups of the parts, and steps them itself."""
+    name, parts = type(optimizer).__name__, [p for split in splits for p in split.parts]
+    made, given = (
+        [list(map(id, group["params"])) for group in groups]
+        for groups in (optimizer.param_groups, [part.group for part in parts])
+    )
+    if made != given:
+        raise ValueError(
+            f"{name} makes groups of its own from those that it is given, so their "
+            f"decay cannot be told apart. {_way_out(optimizer)}"
+        )
+    if any(WD not in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"{name} has no 'weight_decay' in its groups, so there is nothing to "
+            f"decide. Use a class that decays, as selective_optim.AdamW does."
+        )
+    for key, value in vars(optimizer).items():
+        if isinstance(value, torch.optim.Optimizer):
+            raise ValueError(
+                f"{name} keeps another optimizer in {key!r}, which "
+                f"steps groups of its own. {_way_out(optimizer)}"
+            )
+
+
+def require_forms(optimizer: Any, split: Split) -> None:
+    """Check that it is known what each part is to be decayed like."""
+    name = type(optimizer).__name__
+    known = flag_of(split.group) is not None or split.form is not None
+    for decay in (part.decay_key.decay for part in split.parts):
+        if is_zero(decay.multiplier) or not (decay.form or decay.target):
+            continue
+        if decay.form is None and not known:
+            raise ValueError(
+                f"`wd_policy` states {decay.stated}, and {name} does not say in which "
+                f"form it decays. State that too: ... * form('decoupled')."
+            )
+        if "lr" not in split.group:
+            raise ValueError(
+                f"`wd_policy` states {decay.stated}, which follows a rate, and {name} "
+                f"has no 'lr' in its groups. Leave that out, or use "
+                f"selective_optim.AdamW or SGD."
+            )
+
+
+def require_no_lists(optimizer: Any, count: int) -> None:
+    """Check that nothing has one item for each of so many parts, as until now."""
+    for key, value in vars(optimizer).items():
+        if key == "param_groups" or key.startswith("_"):
+            continue
+        indexed = isinstance(value, Mapping) and set(value) == set(range(count))
+        if (isinstance(value, (list, tuple)) or indexed) and len(value) == count:
+            raise ValueError(
+                f"{type(optimizer).__name__} made {key!r} at construction, with one "
+                f"item per group, so its groups cannot be split otherwise now. Make a "
+                f"new optimizer with the new policy or groups."
+            )
+
+
+def require_no_index_overrides(optimizer: Any, groups: Collection[Group]) -> None:
+    """Check that bitsandbytes overrides nothing by an index in groups not split."""
+    split = len(groups) != len(optimizer.param_groups)
+    overrides = getattr(getattr(optimizer, "mng", None), "index2config", None)
+    if split and overrides and not getattr(optimizer, "initialized", True):
+        raise ValueError(
+            f"GlobalOptimManager overrides settings of {type(optimizer).__name__} by "
+            f"the index of a parameter in its group, and split groups have others. Use "
+            f"register_module_override(module, 'weight', ...) instead."
+        )
+
+
+def require_plain_arguments(optimizer: Any, given: Iterable[Any]) -> None:
+    """Check that a step is given no list, whose order is that of unsplit groups."""
+    for value in given:
+        if isinstance(value, (list, tuple)):
+            raise ValueError(
+                f"step() of {type(optimizer).__name__} was given a list of "
+                f"{len(value)} items, whose order is not that of the split groups. "
+                f"{_way_out(optimizer)}"
+            )

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter, eq
+from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +22,11 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim.decay import DecayKey, Decision
-from selective_optim.step.kernels import Kernel
 from selective_optim.step.setting import PLAIN, Group, Groups, State, States
 
+Kernel = Any  # of ``step.kernels``, which reads hyperparameters and state
 _traits = attrgetter("device", "shape", "layout")
+_meta_like = partial(torch.empty_like, device="meta")
 _place, _kind = attrgetter("dtype", "device"), attrgetter("dtype", "device", "shape")
 
 # torch's fused kernels on the CPU open a parallel region for every tensor, however
@@ -92,14 +94,12 @@ def free_choice(group: Group) -> bool:
 
 
 def fused_choice(kernel: Kernel, group: Group) -> bool | None:
-    """Tell whether a group goes to the fused kernel; ``None`` where that is open.
-
-    Asked once per group: it looks at every hyperparameter.
-    """
+    """Tell whether a group is fused; ``None`` where each parameter is asked."""
     if group["differentiable"]:
         return False
     if group["fused"]:
         return True
+    # It looks at every hyperparameter: once per group.
     return None if free_choice(group) and kernel.takes_numbers(group) else False
 
 
@@ -110,18 +110,6 @@ def wants_fused(kernel: Kernel, choice: bool | None, param: Tensor) -> bool:
     hand-split torch with ``fused=True``, and the fastest on every device measured.
     """
     return kernel.trusted(param) if choice is None else choice
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Tell whether a tensor fills its memory without gaps or overlap."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _beside(param: Tensor, other: Tensor) -> bool:
@@ -146,7 +134,8 @@ def fusable(kernel: Kernel, param: Tensor, moments: Sequence[Tensor]) -> bool:
         and param.layout == torch.strided
         and param.dtype in _torch.FUSED_DTYPES
         and param.device.type in _torch.FUSED_DEVICES
-        and is_dense(param)
+        # `empty_like` keeps the strides of a tensor without gaps or overlap alone.
+        and (param.is_contiguous() or _meta_like(param).stride() == param.stride())
         and not param.is_neg()
         and all(
             _beside(param, moment) and kernel.takes_beside(param, moment)
@@ -172,15 +161,13 @@ def counts_beside(param: Tensor, step: object) -> bool:
 
 def _shards(tensors: Sequence[Tensor]) -> list[Tensor] | None:
     """Return the local shards of ``DTensor``s, or ``None`` if they are placed apart."""
-    first = tensors[0]
-    if any(type(tensor) is not type(first) for tensor in tensors):
+    if len(set(map(type, tensors))) > 1:
         return None
-    where = _torch.placement(first)
-    if any(_torch.placement(tensor) != where for tensor in tensors):
+    where, *others = map(_torch.placement, tensors)
+    partial_sums = any(placement.is_partial() for placement in where[1])
+    if partial_sums or any(other != where for other in others):
         return None
-    if any(placement.is_partial() for placement in where[1]):
-        return None
-    return [_torch.local_tensor(tensor) for tensor in tensors]
+    return _torch.local_tensors(tensors)
 
 
 def make_layout(
@@ -205,23 +192,21 @@ def make_layout(
     known_parts: dict[object, Part] = {}  # by what is quicker to compare than keys
     idle, once = list[int](), False
     for number, each in enumerate(params):
-        group, choice = groups[each.group], choices[each.group]
-        own = {} if choice is False and not group["fused"] else states.get(each.param)
-        absent = not all_fused and each.param.grad is None
+        param, group, choice = each.param, groups[each.group], choices[each.group]
+        own = states.get(param) or {}
+        absent = not all_fused and param.grad is None
         begun = (all_fused and kernel.counts) or kernel.has_state(own, group)
-        known = absent and begun and id(_torch.token_of(each.param)) in stepped
+        known = absent and begun and id(_torch.token_of(param)) in stepped
         if choice is not False and absent and not known:
             idle.append(number)
             continue
-        taken = all_fused, False, False
+        fused, sharded, misfit = all_fused, False, False
         if not all_fused:
-            _require_dense(kernel, group, each)
-            taken = _takes_fused(kernel, group, choice, each.param, own or {})
-        fused, sharded, misfit = taken
+            fused, sharded, misfit = _takes_fused(kernel, group, choice, each, own)
         first = bool(fused or group["fused"]) and not (begun or absent or kernel.counts)
         once |= misfit or first
+        call = _call_of(param) if planned and fused and not first else ()
         decay, *_, lr0, init = each.decision
-        call = _call_of(each.param) if planned and fused and not first else ()
         common = (each.group, fused, sharded, first, *call)
         own_key = id(decay), lr0, init is None, common
         part = known_parts.get(own_key)
@@ -236,7 +221,6 @@ def make_layout(
 
 
 def _call_of(param: Tensor) -> tuple[bool, torch.device, torch.dtype]:
-    """Tell on how many threads, and where, a kernel steps a parameter."""
     small = param.is_cpu and _torch.shard_of(param).numel() <= ONE_THREAD
     return small, param.device, param.dtype
 
@@ -255,39 +239,40 @@ def _all_fused(
     params = [each.param for each in decided]
     owns = [states.get(param) or {} for param in params]
     entries = set(map(kernel.entries, groups)) if any(owns) else {()}
-    if False in choices or len(entries) != 1:
+    if False in choices or len(entries) != 1 or not _torch.CAN_PLAN:
         return False
     try:
-        moments = [[own[entry] for own in owns] for entry in entries.pop()]
-        columns: list[list[Any]] = [params, [p.grad for p in params], *moments]
+        columns: list[Any] = [[own[e] for own in owns] for e in entries.pop()]
         steps = [own["step"] for own in owns if "step" in own]
         few_steps = dict(zip(map(_kind, steps), steps)).values()
-        kinds = list(map(_kind, params))
-        alike = all(
-            {*PLAIN}.issuperset(map(type, column))
-            and all(map(eq, map(_kind, column), kinds))
-            and all(map(Tensor.is_contiguous, column))
-            and not any(map(Tensor.is_neg, column))
-            for column in columns
-        )
+        plain = {*PLAIN}.issuperset(map(type, params))
+        plain &= all(map(Tensor.is_contiguous, params))
     except (KeyError, AttributeError, RuntimeError):
         return False
     one_of_each = dict(zip(map(_place, params), params)).values()
-    return (
-        alike
+    if not (
+        plain
+        and not any(map(Tensor.is_neg, params))
         and all(fusable(kernel, param, ()) for param in one_of_each)
         and all(wants_fused(kernel, c, p) for c in choices for p in one_of_each)
         and all(counts_beside(p, step) for step in few_steps for p in one_of_each)
-    )
+    ):
+        return False
+    # Of the type that gradients and moments have.
+    proof = _torch.tensor_proof([param.detach() for param in params])
+    return all(proof(*column) for column in (*columns, [p.grad for p in params]))
 
 
 def _takes_fused(
-    kernel: Kernel, group: Group, choice: bool | None, param: Tensor, own: State
+    kernel: Kernel, group: Group, choice: bool | None, each: DecidedParam, own: State
 ) -> tuple[bool, bool, bool]:
     """Tell whether a parameter is fused, by shards, and misfit by its gradient alone.
 
     A gradient that is absent now is taken to fit; it is looked at when it comes.
     """
+    param = each.param
+    if param.grad is not None and param.grad.is_sparse:
+        kernel.refuse_sparse(group, each.decision.decay, each.label)
     if not wants_fused(kernel, choice, param):
         return False, False, False
     sharded = type(param) is _torch.dtensor_class()
@@ -304,9 +289,3 @@ def _takes_fused(
     pair = _shards([param, param.grad]) if sharded else [param, param.grad]
     fits = pair is not None and joins(*pair)
     return fits, fits and sharded, not fits
-
-
-def _require_dense(kernel: Kernel, group: Group, each: DecidedParam) -> None:
-    """Raise RuntimeError if a parameter with a sparse gradient cannot be stepped."""
-    if each.param.grad is not None and each.param.grad.is_sparse:
-        kernel.refuse_sparse(group, each.decision.decay, each.label)

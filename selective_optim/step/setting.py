@@ -7,9 +7,10 @@ Fused kernels unscale and skip by themselves; for all else it is done by what is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import copysign
+from math import copysign, inf
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,6 +25,36 @@ State = dict[str, Any]
 States = dict[Tensor, State]
 Call = Callable[[], object]
 PLAIN = (Tensor, torch.nn.Parameter)
+WD = "weight_decay"
+PER_PARAM = ("params", "param_names")  # what a group lists per parameter
+
+
+def pick(group: Group, chosen: Sequence[int]) -> Group:
+    """Take some parameters of a group, with their names if it has any."""
+    return {key: [group[key][i] for i in chosen] for key in PER_PARAM if key in group}
+
+
+def same(a: object, b: object) -> bool:
+    """Tell whether two values are one object or, if plain, equal.
+
+    Tensors are not compared: that would wait for their device.
+    """
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    # Not `==` for all: arrays and objects of the user may return anything.
+    number_or_text = type(a) in (int, float, bool, str)
+    return number_or_text and (a == b or (a != a and b != b))  # two NaNs
+
+
+def alike(a: object, b: object) -> bool:
+    """Tell whether two values are equal, tensors too."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return same(a, b)
 
 
 class DecayPass(NamedTuple):
@@ -64,12 +95,12 @@ def share(
     if kind is None:  # the class decays in its own way, which nobody states
         return Share(wd, None)
     form = FORMS[kind]
-    fleeting = form.follows_lr and isinstance(group["lr"], Tensor)
+    lr: Any = group.get("lr")
+    fleeting = form.follows_lr and isinstance(lr, Tensor)
+    # Where that waits for no device and leaves no graph of autograd.
+    if fleeting and reading and lr.is_cpu and not lr.requires_grad:
+        lr = lr.item()
     if lr0 is not None or not form.needs_lr0:
-        lr: Any = group.get("lr")
-        # Where that waits for no device and leaves no graph of autograd.
-        if fleeting and reading and lr.is_cpu and not lr.requires_grad:
-            lr = lr.item()
         wd = form.strength(wd, lr, lr0)
     # A kernel takes decay as a number, and a step must not wait for the device.
     waits = fleeting and isinstance(wd, Tensor)
@@ -87,10 +118,11 @@ class Setting(NamedTuple):
 
     @property
     def live(self) -> bool:
-        """Tell whether calls must be bound anew at every step: a tensor may change."""
-        own = isinstance(self.arguments["lr"], Tensor)
-        other = self.share.decay_pass
-        return own or (other is not None and isinstance(other.wd, Tensor))
+        """Whether calls must be bound anew at every step: a tensor may change."""
+        beside = self.share.decay_pass
+        return isinstance(self.arguments["lr"], Tensor) or (
+            beside is not None and isinstance(beside.wd, Tensor)
+        )
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -123,12 +155,11 @@ Direction = Callable[[Tensor, Sequence[Tensor | None]], Tensor]
 
 def lr_on_device(lr: float | Tensor, params: Sequence[Tensor]) -> float | Tensor:
     """Move a tensor learning rate to its parameters, as torch does; the CPU stays."""
-    if isinstance(lr, Tensor) and not lr.is_cpu and params:
-        return _moved(lr, params[0].device)
-    return lr
+    moves = isinstance(lr, Tensor) and not lr.is_cpu and params
+    return _moved(lr, params[0].device) if moves else lr
 
 
-def _moved(scalar: Tensor, device: torch.device) -> Tensor:
+def _moved(scalar: Any, device: torch.device) -> Any:
     # To the CPU without waiting would be read before it is there.
     return scalar.to(device, non_blocking=device.type != "cpu")
 
@@ -145,20 +176,17 @@ NO_SCALING = Scaling()
 
 def scaling_of(optimizer: object) -> Scaling:
     """Read the attributes that a ``GradScaler`` sets on an optimizer for a step."""
-    return Scaling(
-        getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    )
+    return Scaling(*(getattr(optimizer, n, None) for n in ("grad_scale", "found_inf")))
 
 
 def scaling_on(scaling: Scaling, device: torch.device) -> Scaling:
     """Move it to a device."""
     scale, found_inf = scaling
-    if scale is not None:
-        scale = _moved(scale, device)
-    if found_inf is not None:
+    return Scaling(
+        None if scale is None else _moved(scale, device),
         # GradScaler sums over devices, and kernels look for exactly 1.
-        found_inf = _moved(found_inf, device).clamp(max=1.0)
-    return Scaling(scale, found_inf)
+        None if found_inf is None else _moved(found_inf, device).clamp(max=1.0),
+    )
 
 
 def unscale_(grads: Sequence[Tensor], grad_scale: Tensor) -> None:
@@ -173,3 +201,32 @@ def unscale_(grads: Sequence[Tensor], grad_scale: Tensor) -> None:
 def unless_dropped(found_inf: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """Return what is new, or where infinity was found what is old, on the device."""
     return torch.where(found_inf.bool(), old, new)
+
+
+# Rates of groups.
+
+
+def base_rate(group: Mapping[str, Any]) -> float | None:
+    """Return the rate that schedules of a group start from, if that is a number."""
+    rate: Any = group.get("initial_lr", group.get("lr"))
+    try:
+        return float(rate.detach() if isinstance(rate, Tensor) else rate)
+    except (TypeError, ValueError, RuntimeError):  # None, or a tensor without a value
+        return None
+
+
+def rate_now(group: Mapping[str, Any]) -> float | None:
+    """Return the rate of a group, if that is a number that waits for no device."""
+    rate = group.get("lr")
+    waits = isinstance(rate, Tensor) and not rate.is_cpu
+    return None if waits else base_rate({"lr": rate})
+
+
+def is_moving(group: Mapping[str, Any]) -> bool:
+    """Tell whether a step moves parameters, as it may if the rate is not known."""
+    return rate_now(group) != 0
+
+
+def is_rate(value: Any) -> bool:
+    """Tell whether this is a rate to divide by, without another polarity."""
+    return isinstance(value, Real) and 0 < float(value) < inf

@@ -1,0 +1,196 @@
+"""The warnings about decisions: in a constructor, and where a checkpoint is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from difflib import SequenceMatcher
+from itertools import chain
+from typing import Any
+
+from selective_optim._text import first_of, warn
+from selective_optim.decay import Decay, Decision, is_zero, target_text
+from selective_optim.decisions.table import Group, Infos, Row
+from selective_optim.policies.selectors import Policy
+
+# How alike a key must be to one that is read to be taken for it: "wd_polcy" is 0.94
+# and "weight_decays" 0.96. Keys that others put there are less: "lr_scale" is 0.4.
+RESEMBLANCE = 0.85
+
+
+def warn_of_misspelt(group: Iterable[Any], known: Sequence[str]) -> None:
+    """Warn of keys without effect that look like a key that is read."""
+    for key in group:
+        if key in known or not isinstance(key, str):
+            continue
+        nearest = max(known, key=lambda k: SequenceMatcher(None, k, key).ratio())
+        # "initial_lr" and "weight_decay_mult" belong to other code: not misspelled.
+        own = any(key.startswith(f"{k}_") or key.endswith(f"_{k}") for k in known)
+        if not own and SequenceMatcher(None, nearest, key).ratio() >= RESEMBLANCE:
+            warn(
+                f"{key!r} in a parameter group has no effect. Did you mean {nearest!r}?"
+            )
+
+
+def warn_if_unsteady(
+    policies: Iterable[Policy | None],
+    infos: Iterable[Infos],
+    decided: Iterable[Sequence[Decision]],
+) -> None:
+    """Ask functions of the user's a second time, and warn of other answers."""
+    for policy, own, decisions in zip(policies, infos, decided):
+        if policy is None or "anything" not in policy.needs:
+            continue
+        for place, (info, first) in enumerate(zip(own, decisions)):
+            then = None
+            with suppress(Exception):  # it may fail where it did not before
+                then = policy.decide(info).decay.settled
+            if then != first.decay:
+                warn(
+                    f"`wd_policy` {policy!r} decides differently at a second call: "
+                    f"{first.label(info.group, place)} is {first.decay!r} and then "
+                    f"{'an error' if then is None else repr(then)}, so ranks and "
+                    f"resumed runs may differ. Let it depend only on `info`, or pass a "
+                    f"mapping from names to numbers."
+                )
+                return
+
+
+def warn_if_weak(
+    groups: Sequence[Group],
+    layout: Sequence[Sequence[Row]],
+    decays_elsewhere: Callable[[Policy], bool],
+) -> None:
+    """Warn if nothing will decay, and of a multiplier that reads like a decay."""
+    rows = list(chain(*layout))
+    policy = next((row.policy for row in rows if row.policy is not None), None)
+    if policy is None:
+        return
+    decays = [row.decision.decay for row in rows]
+    strengths = [group["weight_decay"] for group in groups]
+    strengths += [decay.of(0.0) for decay in decays]
+    exempt = not any(decay.multiplier for decay in decays)
+    if all(map(is_zero, strengths)):
+        warn(
+            f"`weight_decay` is 0 in every group, so `wd_policy` {policy!r} "
+            f"has no effect. Pass weight_decay=0.01, or the value you want."
+        )
+    # One optimizer per parameter is common, and most of them have an exempt one.
+    elif exempt and len(rows) > 1 and not decays_elsewhere(policy):
+        warn(
+            f"`wd_policy` {policy!r} exempts all {len(rows)} parameters. "
+            f"Pass weight_decay=0 instead if nothing is to decay."
+        )
+    doubts = [
+        (*doubt, group["weight_decay"])
+        for group, own in zip(groups, layout)
+        for each in {id(row.policy): row.policy for row in own}.values()
+        for doubt in (each.doubts if each else ())
+    ]
+    for multiplier, instead, wd in doubts[:1]:
+        warn(
+            f"`wd_policy` multiplies weight_decay by {multiplier:g}, which comes to a "
+            f"decay of {multiplier * float(wd):g}. Write {instead} if a multiplier is "
+            f"meant."
+        )
+
+
+def warn_of_lost(inits: Sequence[str], rates: Sequence[str], whose: str) -> None:
+    """Warn that a checkpoint does not tell where training began."""
+    if inits:
+        warn(
+            f"the loaded checkpoint does not record what {first_of(inits, ', ')} "
+            f"decay towards, so they decay towards their values when training "
+            f"continues. Save {whose}.state_dict() under the same policy, and load "
+            f"that with {whose}.load_state_dict."
+        )
+    if rates:
+        warn(
+            f"the loaded checkpoint does not record the rate that training began "
+            f"with, by which the decay of {first_of(rates, ', ')} is divided, and "
+            f"its own rate is another. Load what {whose}.state_dict() returned, or "
+            f"make groups with the rate of the beginning: dict(params=..., "
+            f"initial_lr=...)."
+        )
+
+
+def warn_of_changes(
+    decided: Sequence[Sequence[Decision]],
+    before: Sequence[Any],
+    param_groups: Sequence[dict[str, Any]],
+    saved: Sequence[Any] | None,
+    now: Sequence[Any],
+    advice: str,
+) -> None:
+    """Warn once if a checkpoint was made with other decisions than those now taken.
+
+    Args:
+        decided: What is decided now.
+        before: The decay of every group before it was loaded.
+        param_groups: The groups as they are loaded.
+        saved: Entries of the record, if it has one.
+        now: Entries of the decisions of now.
+        advice: How the policies of the record are passed.
+    """
+    labels = [
+        [d.label(i, n) for n, d in enumerate(own)] for i, own in enumerate(decided)
+    ]
+    if saved is not None and (changes := _changes(chain(*labels), saved, now)):
+        warn(
+            f"the loaded checkpoint was made with another weight decay policy: "
+            f"{first_of(changes, '; ')}. The policy of the constructor is kept; "
+            f"{advice} to continue as before."
+        )
+    # Without a record, groups split by hand may take the decay from parameters: merged
+    # ones have that of the first, which may have been exempt.
+    exempt = any(not each.decay.multiplier for each in chain(*decided))
+    lost = [
+        label
+        for group, wd, *own in zip(param_groups, before, labels, decided)
+        if is_zero(group["weight_decay"]) and not is_zero(wd)
+        for label, decision in zip(*own)
+        if decision.decay.multiplier and decision.decay.fixed is None
+    ]
+    if saved is None and exempt and lost:
+        warn(
+            f"the loaded checkpoint sets weight_decay to 0 for {first_of(lost, ', ')}, "
+            f"which the policy decays: a group takes it from one of its parameters, "
+            f"and groups that were split by hand had exempt ones. Convert the state "
+            f"dict (not flattened) with selective_optim.checkpoint.merge_groups before "
+            f"loading, or set weight_decay in optimizer.param_groups."
+        )
+
+
+def _changes(
+    labels: Iterable[str], saved: Sequence[Any], now: Sequence[Any]
+) -> list[str]:
+    changes = []
+    for label, old, new in zip(labels, map(_decay_in, saved), map(_decay_in, now)):
+        if old is None or new is None:
+            continue  # nothing is recorded of a new layer
+        if old != new and (old.multiplier or new.multiplier):
+            was, comes = _told(old, "was", "decayed"), _told(new, "is", "decays")
+            changes.append(f"{label} {was} and now {comes}")
+    return changes
+
+
+def _decay_in(entry: Any) -> Decay | None:
+    # What cannot be read, as of another version, is not compared.
+    try:
+        begin = entry[2] if len(entry) > 2 else {}
+        fixed = begin.get("fixed")  # numbers may have become tensors on the way
+        fixed = None if fixed is None else float(fixed)
+        return Decay(float(entry[0]), entry[1], begin.get("target"), fixed)
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError):
+        return None
+
+
+def _told(decay: Decay, be: str, verb: str) -> str:
+    if not decay.multiplier:
+        return f"{be} exempt"
+    times = f"{decay.multiplier:g} times as much"
+    times = "in full" if decay.multiplier == 1 else times
+    times = times if decay.fixed is None else f"by {decay.fixed:g}"
+    how = f" ({decay.form})" if decay.form else ""
+    how += "" if decay.target is None else f" towards {target_text(decay.target)}"
+    return f"{verb} {times}{how}"
