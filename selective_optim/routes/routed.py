@@ -181,9 +181,11 @@ class Routed(torch.optim.Optimizer):
                 continue
             with route.explaining(params, self._decider.name_of):
                 if route.name not in self.optimizers:
+                    decider = part_of(self._decider)
+                    decider.policy = route.policy or decider.policy
                     arguments = {**self._common, **route.arguments}
-                    arguments["wd_policy"] = part_of(self._decider)
-                    self.optimizers[route.name] = route.selective(mine, **arguments)
+                    made = route.selective(mine, **arguments, wd_policy=decider)
+                    self.optimizers[route.name] = made
                     continue
                 route.check(params)  # some classes do so in constructors alone
             for part in mine:
