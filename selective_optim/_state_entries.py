@@ -31,14 +31,12 @@ from selective_optim.decisions.state_dict import (
     begin_in,
     require_whole,
 )
-from selective_optim.step.setting import PER_PARAM
+from selective_optim.step.setting import PER_PARAM, WD, Group
 
 StateDict = dict[str, Any]
-Group = dict[str, Any]
 Hyper = dict[str, Any]  # of a group: all but its parameters and their names
 Names = Sequence[Sequence[str]]
 Groups = Sequence[tuple[Hyper, Sequence["Entry"]]]
-WD = "weight_decay"
 ROUTE, OTHERS = "route", "routes"  # of a group; what a route's class saves besides
 # What a state dict lists by group besides, and there of one that has no such list.
 NOTHING: dict[str, Any] = {RECORD: [], POLICIES: None, PARTS: []}

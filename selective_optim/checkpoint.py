@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from selective_optim._state_entries import (
-    WD,
     Entry,
     Hyper,
     Names,
@@ -46,7 +45,7 @@ from selective_optim._text import aligned, received, shape_text
 from selective_optim._torch import told_apart, without_wrappers
 from selective_optim.decisions.state_dict import PARTS, RECORD, begin_in, require_whole
 from selective_optim.parameters import as_modules
-from selective_optim.step.setting import PER_PARAM
+from selective_optim.step.setting import PER_PARAM, WD
 
 SHOWN = 5  # names that a line of ``Fit`` gives
 # Entries that torch's classes begin at 0, and so can begin for new rows alone. Others,

@@ -21,9 +21,8 @@ from selective_optim.decisions.state_dict import require_dict, require_whole
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.named import as_policy
 from selective_optim.policies.selectors import Policy, Selector, as_selector
-from selective_optim.step.setting import PER_PARAM, WD, pick
+from selective_optim.step.setting import PER_PARAM, WD, Group, pick
 
-Group = dict[str, Any]
 RATES, USE_MUON = ("lr", "initial_lr"), "use_muon"
 Part = tuple[Group, Sequence[Decision], str]  # with the route
 EXAMPLE = '"adamw": ("*", selective_optim.AdamW, dict(lr=3e-4))'
@@ -63,7 +62,7 @@ class Route:
         lr, scale = own.pop("lr", self.lr), own.pop("lr_scale", 1)
         if lr is not None:
             own["lr"] = lr if scale == 1 else lr * scale
-        return {**own, "route": self.name}
+        return {**own, ROUTE: self.name}
 
     def check(self, params: Sequence[Tensor]) -> None:
         """Ask the class itself, with nothing of this library around it."""
@@ -176,7 +175,7 @@ def split_by_route(
     ``strict``, as in a constructor, every glob must match, and every route must take
     something, or warns if it ``may_be_empty``.
     """
-    given = [groups[each.group].get("route") for each in coming]
+    given = [groups[each.group].get(ROUTE) for each in coming]
     asked = [each for each, route in zip(coming, given) if route is None]
     try:
         decided = iter(decider.ask(RoutePolicy(routes), asked, strict))

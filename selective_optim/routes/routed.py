@@ -51,10 +51,8 @@ from selective_optim.routes.route import (
     split_by_route,
     state_by_route,
 )
-from selective_optim.step.setting import NO_SCALING, base_rate, scaling_of
+from selective_optim.step.setting import NO_SCALING, WD, Group, base_rate, scaling_of
 
-Group = dict[str, Any]
-WD = "weight_decay"
 OWN_KEYS = (ROUTE, "lr_scale")
 SCALING = ("grad_scale", "found_inf")
 NUMBER = re.compile(r"(?<=\bgroup )\d+|(?<=param_groups\[)\d+")
