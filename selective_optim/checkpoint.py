@@ -212,8 +212,8 @@ def split_groups(
     # A group without parameters takes its hyperparameters from any.
     anyone = list(entries.values())[:1]
     pairs = zip(wanted, parts, strict=True)
-    split_hypers = [(_split(part or anyone, own), part) for own, part in pairs]
-    return write(state_dict, split_hypers, record=False)
+    split = [(_split(part or anyone, own), part) for own, part in pairs]
+    return write(state_dict, split, record=False)
 
 
 def _split(entries: Sequence[Entry], own: Hyper) -> Hyper:
@@ -238,8 +238,8 @@ def _split(entries: Sequence[Entry], own: Hyper) -> Hyper:
 
 def _with_rate_of(record: Sequence[Any], own: Sequence[Any]) -> list[Any]:
     """Let training begin with the rate that another record says, if it says one."""
-    rate = {key: own[2][key] for key in ("lr0",) if own[2:] and key in own[2]}
-    begin = dict(*record[2:]) | rate
+    rate = {key: value for key, value in begin_in(own).items() if key == "lr0"}
+    begin = begin_in(record) | rate
     return [*record[:2], *([begin] if begin else [])]
 
 
@@ -437,7 +437,7 @@ def _fitted(new: Entry, param: Tensor, entry: Entry | None) -> tuple[str, Entry]
         return "new", new
     state = dict(entry.state) if isinstance(entry.state, Mapping) else {}
     record = _with_rate_of(entry.record, new.record)
-    begin = dict(*record[2:])
+    begin = dict(begin_in(record))
     if "name" in begin:  # loading goes by it
         begin["name"] = new.name
     dims = _changed_dims({**state, **begin}, param.shape)
