@@ -29,7 +29,7 @@ from selective_optim.groups import rate_groups as rate_groups
 from selective_optim.groups import width_groups as width_groups
 from selective_optim.parameters import ParameterInfo as ParameterInfo
 from selective_optim.report import DecayReport as DecayReport
-from selective_optim.routes.muon import Muon as Muon
+from selective_optim.routes.routed import Muon as Muon
 from selective_optim.routes.routed import Routed as Routed
 from selective_optim.schedules import WeightDecay as WeightDecay
 from selective_optim.schedules import proportional_to_lr as proportional_to_lr

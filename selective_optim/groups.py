@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from itertools import accumulate
+from itertools import accumulate, repeat
 from numbers import Real
 from typing import Any
 
@@ -43,11 +43,7 @@ MANY_PLACES = 8  # of a group; a table with a hundred biases in a line is unread
 class SplitGroups(list[dict[str, Any]]):
     """Parameter groups, each with one weight decay; prints as a table."""
 
-    def __init__(
-        self, groups: Iterable[dict[str, Any]] = (), rows: Iterable[Row] = ()
-    ) -> None:
-        super().__init__(groups)
-        self.rows = tuple(rows)
+    rows: tuple[Row, ...] = ()
 
     def __str__(self) -> str:
         table: list[tuple[str, ...]] = [HEADERS]
@@ -67,9 +63,7 @@ class SplitGroups(list[dict[str, Any]]):
 class Reader(AnyOptimizer):
     """Reads groups and decides for them; no class steps them here."""
 
-    def __init__(
-        self, params: Any, decider: Decider, keys: Iterable[str], lr: Any
-    ) -> None:
+    def __init__(self, params: Any, decider: Decider, keys: list[str], lr: Any) -> None:
         self._decider = decider
         self._read(decider.read(params), keys, lr)
 
@@ -134,35 +128,27 @@ def param_groups(
     # Forms, of which some need a rate, are refused below whatever it is.
     rate = 1.0 if lr is None else lr
     keys = [WD, "lr", *hyper]
-    groups = Reader(copied_groups(params), decider, keys, rate).param_groups
-    decided = decider.decisions(groups)
-    whole: Iterable[Part] = [
-        ({**defaults, **group}, decisions, "")
-        for group, decisions in zip(groups, decided)
-    ]
+    read = Reader(copied_groups(params), decider, keys, rate).param_groups
+    decided = decider.decisions(read)
+    groups = [{**defaults, **group} for group in read]
+    whole: Iterable[Part] = zip(groups, decided, repeat(""))
     named = all(decision.name for decisions in decided for decision in decisions)
     if routes is not None:
         named, marks = False, marks_of(routes, key, values)
-        whole = by_route(
-            [group for group, *_ in whole], decided, decider, routes, marks
-        )
-    split = [
-        (part, [decisions[i] for i in chosen], route)
-        for group, decisions, route in whole
-        for part, chosen in _parts(group, decisions, named)
-    ]
-    decider.warn_if_weak([with_one_decay({**defaults, **group}) for group in groups])
+        whole = by_route(groups, decided, decider, routes, marks)
+    split, rows = SplitGroups(), list[Row]()
+    for own, decisions, route in whole:
+        for part, chosen in _parts(own, decisions, named):
+            for place, param in zip(chosen, part["params"]):
+                # The group's decay is that of its parameters already.
+                share = decisions[place]._replace(decay=FULL)
+                row = make_row(len(split), {"lr": math.nan, **part}, share, None, param)
+                rows.append(replace(row, route=route))
+            split.append(part)
+    decider.warn_if_weak(list(map(with_one_decay, groups)))
     decider.index.release()
-    return SplitGroups((group for group, *_ in split), _rows(split))
-
-
-def _rows(split: Iterable[Part]) -> Iterator[Row]:
-    for index, (group, decisions, route) in enumerate(split):
-        for decision, param in zip(decisions, group["params"]):
-            # The group's decay is that of its parameters already.
-            share = decision._replace(decay=FULL)
-            row = make_row(index, {"lr": math.nan, **group}, share, None, param)
-            yield replace(row, route=route)
+    split.rows = tuple(rows)
+    return split
 
 
 def _parts(
@@ -208,15 +194,8 @@ class GroupRow:
 class RateGroups(list[dict[str, Any]]):
     """Parameter groups that ``by`` sets apart; prints which parameters share one."""
 
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]] = (),
-        rows: Iterable[GroupRow] = (),
-        by: str = "",
-    ) -> None:
-        super().__init__(groups)
-        self.rows = tuple(rows)
-        self.by = by
+    rows: tuple[GroupRow, ...] = ()
+    by = ""
 
     def __str__(self) -> str:
         lines = [(self.by, "lr", "tensors", "elements", "parameters")]
@@ -323,7 +302,7 @@ def _listed(
     entries: Iterable[tuple[Any, dict[str, Any], list[ParameterInfo]]],
     named: bool = True,
 ) -> RateGroups:
-    groups, rows = [], []
+    groups, rows = RateGroups(), list[GroupRow]()
     for place, hyper, held in entries:
         groups.append({**hyper, "params": [info.parameter for info in held]})
         if named:
@@ -333,7 +312,8 @@ def _listed(
         for info in held:
             shape = _shape(info)
             rows.append(GroupRow(place, info.name, shape, shape.numel(), lr))
-    return RateGroups(groups, rows, by)
+    groups.rows, groups.by = tuple(rows), by
+    return groups
 
 
 def _shape(info: ParameterInfo) -> torch.Size:

@@ -229,11 +229,13 @@ def _moment_shape(entries: Any) -> tuple[int, ...] | None:
 
 
 def require_whole(state_dict: Any) -> None:
-    """Check that a dict holds what a state dict of an optimizer does.
+    """Check that this is a dict, and holds what a state dict of an optimizer does.
 
     Raises:
+        TypeError: It is something else.
         ValueError: It does not.
     """
+    require_dict(state_dict)
     if any(str(key).startswith("param_groups.") for key in state_dict):
         raise ValueError(
             "`state_dict` is flattened, and a full one must be plain to be loaded or "
