@@ -338,13 +338,12 @@ class Plan:
             return grads
         there = [grad is not None for grad in whole]
         self._some_absent = not all(there)
-        if not self._some_absent:
-            return self._proved(whole, None, look=True, new=new)
         filled = [
             param.detach() if grad is None else grad
             for param, grad in zip(self._active, whole)
         ]
-        return self._proved(filled, there, look=True, new=new)
+        found = there if self._some_absent else None
+        return self._proved(filled, found, look=True, new=new)
 
     def _reread(self, groups: Groups) -> bool:
         """Take over new hyperparameters; not where the parts depend on them."""
@@ -388,14 +387,12 @@ class Plan:
         tensors = (*self._local, *local, *seen)
         if not self._tensors.holds(tensors):
             # Not checked yet, or in another dispatch state: check once, and remember.
-            if not look or not (new or self._fit(local)):
+            fit = new or (look and all(b.fits(local[b.part]) for b in self._buckets))
+            if not fit:
                 return None
             if self._buckets and not self.once:
                 self._tensors.admit(tensors)
         return Grads(local, there)
-
-    def _fit(self, local: list[Any]) -> bool:
-        return all(bucket.fits(local[bucket.part]) for bucket in self._buckets)
 
     def _shards_still(self, whole: list[Any]) -> bool:
         assert self._active is not None  # gathered

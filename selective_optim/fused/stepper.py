@@ -37,9 +37,7 @@ PLANNING = _torch.CAN_PLAN
 
 def _places_of(params: Sequence[Tensor]) -> tuple[list[object], list[Place]]:
     """List what is each parameter's own and no other's, and its dtype and device."""
-    places, few = list(map(_place_of, params)), dict[Place, Place]()
-    places = list(map(few.setdefault, places, places))
-    return list(map(_torch.token_of, params)), places
+    return list(map(_torch.token_of, params)), list(map(_place_of, params))
 
 
 def _share_counters(params: Sequence[DecidedParam], states: States) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import repeat
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from selective_optim.step.setting import (
 NUMBERS = (float, int, Tensor, Real)  # the common ones first: asked at every change
 
 
-class Kernel:
+class Kernel(Protocol):
     """Reads settings, makes state, and calls torch; it keeps nothing of a step."""
 
     counts: bool  # whether state holds a step counter
@@ -47,7 +47,6 @@ class Kernel:
 
     def default_form(self, group: Group) -> Form:
         """Return the form of parameters for which no other was decided."""
-        raise NotImplementedError  # pragma: no cover
 
     def share(self, group: Group, decay_key: DecayKey, reading: bool = True) -> Share:
         """Share the decay of a part out: what the class does of it, and what a pass."""
@@ -56,7 +55,11 @@ class Kernel:
 
     def setting(self, group: Group, share: Share) -> Setting:
         """Read what the fused kernel is given from the group as it is now."""
-        raise NotImplementedError  # pragma: no cover
+        arguments = {name: group[name] for name in (*self.numbers, *self.flags)}
+        arguments["weight_decay"] = share.wd
+        if "betas" in arguments:
+            arguments["beta1"], arguments["beta2"] = arguments.pop("betas")
+        return Setting(arguments, share)
 
     @staticmethod
     def direction(
@@ -66,11 +69,9 @@ class Kernel:
 
         Moments are those before the step, ``None`` where one is yet to begin.
         """
-        raise NotImplementedError  # pragma: no cover
 
     def entries(self, group: Group) -> tuple[str, ...]:
         """Name the state tensors that are shaped like the parameter."""
-        raise NotImplementedError  # pragma: no cover
 
     def loaded_entries(self, group: Group) -> tuple[str, ...]:
         """Name what a checkpoint must hold of a parameter that has state."""
@@ -91,17 +92,22 @@ class Kernel:
 
     def has_state(self, own: State | None, group: Group) -> bool:
         """Tell whether a parameter has stepped before."""
-        raise NotImplementedError  # pragma: no cover
+        return bool(own)
 
     def begin(
         self, own: State, param: Tensor, group: Group, step: Tensor | None
     ) -> None:
         """Make state as torch makes it, in one update, with this counter or its own."""
-        raise NotImplementedError  # pragma: no cover
+        if step is None:  # filled on the device: nothing is copied there
+            step = torch.zeros((), dtype=torch.float32, device=param.device)
+        moments = {
+            entry: torch.zeros_like(param, memory_format=torch.preserve_format)
+            for entry in self.entries(group)
+        }
+        own.update(step=step, **moments)  # at once: an interrupt leaves all or nothing
 
     def fused_call(self, setting: Setting, batch: Batch, scaling: Scaling) -> Call:
         """Bind torch's fused kernel."""
-        raise NotImplementedError  # pragma: no cover
 
     def takes_numbers(self, group: Group) -> bool:
         """Tell whether fused kernels take the hyperparameters."""
@@ -123,7 +129,6 @@ class Kernel:
 
     def refuse_sparse(self, group: Group, decay: Decay, label: str) -> None:
         """Raise if a parameter with a sparse gradient cannot be stepped."""
-        raise NotImplementedError  # pragma: no cover
 
 
 class AdamKernel(Kernel):
@@ -138,19 +143,6 @@ class AdamKernel(Kernel):
 
     def default_form(self, group: Group) -> Form:
         return "decoupled" if group["decoupled_weight_decay"] else "l2"
-
-    def setting(self, group: Group, share: Share) -> Setting:
-        beta1, beta2 = group["betas"]
-        arguments = {
-            "lr": group["lr"],
-            "beta1": beta1,
-            "beta2": beta2,
-            "eps": group["eps"],
-            "weight_decay": share.wd,
-            "amsgrad": group["amsgrad"],
-            "maximize": group["maximize"],
-        }
-        return Setting(arguments, share)
 
     @staticmethod
     def direction(
@@ -175,20 +167,6 @@ class AdamKernel(Kernel):
         # Named in torch's documentation from 2.12 on; torch checks it again.
         mixed = param.is_cuda and pair == (torch.float32, torch.bfloat16)
         return mixed or super().takes_beside(param, moment)
-
-    def has_state(self, own: State | None, group: Group) -> bool:
-        return bool(own)
-
-    def begin(
-        self, own: State, param: Tensor, group: Group, step: Tensor | None
-    ) -> None:
-        if step is None:  # filled on the device: nothing is copied there
-            step = torch.zeros((), dtype=torch.float32, device=param.device)
-        moments = {
-            entry: torch.zeros_like(param, memory_format=torch.preserve_format)
-            for entry in self.entries(group)
-        }
-        own.update(step=step, **moments)  # at once: an interrupt leaves all or nothing
 
     def fused_call(self, setting: Setting, batch: Batch, scaling: Scaling) -> Call:
         own = {**setting.arguments, **scaling._asdict()}
@@ -224,17 +202,6 @@ class SGDKernel(Kernel):
     def default_form(self, group: Group) -> Form:
         decoupled = group.get("decoupled_weight_decay", self._decoupled)
         return "decoupled" if decoupled else "l2"
-
-    def setting(self, group: Group, share: Share) -> Setting:
-        arguments = {
-            "lr": group["lr"],
-            "momentum": group["momentum"],
-            "dampening": group["dampening"],
-            "weight_decay": share.wd,
-            "nesterov": group["nesterov"],
-            "maximize": group["maximize"],
-        }
-        return Setting(arguments, share)
 
     @staticmethod
     def direction(
