@@ -30,30 +30,17 @@ class Block:
 
     def __init__(self, device: torch.device, size: int) -> None:
         self.flat = torch.zeros(size, dtype=torch.float32, device=device)
+        self.views = list(self.flat.unbind())
         self.taken = 0
-
-    @property
-    def has_room(self) -> bool:
-        return self.taken < len(self.flat)
 
     def take(self, count: int) -> list[Tensor]:
         """Hand out counters that stand at 0, as many as are left at most."""
-        count = min(count, len(self.flat) - self.taken)
-        # Not a slice: indexing asks for the device itself, which fake tensors lack.
-        part = self.flat.narrow(0, self.taken, count)
-        self.taken += count
-        return list(part.zero_().unbind())  # they advanced with the others
-
-    def place_of(self, counter: Tensor) -> int | None:
-        """Tell which element a tensor views, if any: memory tells, not identity."""
-        if counter.device != self.flat.device or counter.dtype != self.flat.dtype:
-            return None
-        try:
-            offset = counter.data_ptr() - self.flat.data_ptr()
-        except RuntimeError:  # a fake tensor has no memory
-            return None
-        inside = 0 <= offset < 4 * self.taken
-        return offset // 4 if inside else None
+        made = self.views[self.taken : self.taken + count]
+        # They advanced with the others. Not a slice: indexing asks for the device
+        # itself, which fake tensors lack.
+        self.flat.narrow(0, self.taken, len(made)).zero_()
+        self.taken += len(made)
+        return made
 
 
 class Advance(NamedTuple):
@@ -111,17 +98,17 @@ class Counters:
         Blocks of which only some counters step now are forgotten, once all are handed
         out. Their counters go on one by one, as do those that the user has set.
         """
-        whole, rest = [], counters
+        whole, single = [], counters
         for block in list(self._blocks):
-            places = [block.place_of(counter) for counter in rest]
-            mine = [place for place in places if place is not None]
+            taken = set(map(id, block.views[: block.taken]))
+            mine = [id(counter) for counter in single if id(counter) in taken]
             # A parameter that is listed twice steps twice.
-            if len(set(mine)) == len(mine) == block.taken:
+            if len(mine) == len(set(mine)) == len(taken):
                 whole.append(block.flat)
-                rest = [c for c, place in zip(rest, places) if place is None]
-            elif not block.has_room:
+                single = [counter for counter in single if id(counter) not in taken]
+            elif block.taken == len(block.views):
                 self._blocks.remove(block)
-        return Advance(whole, by_device(rest))
+        return Advance(whole, by_device(single))
 
 
 def by_device(counters: list[Tensor]) -> list[list[Tensor]]:
@@ -129,10 +116,7 @@ def by_device(counters: list[Tensor]) -> list[list[Tensor]]:
 
     Calls are bound to that list, in which other counters may come to stand.
     """
-    devices = list(map(_device_of, counters))
-    if len(set(devices)) == 1:
+    devices = set(map(_device_of, counters))
+    if len(devices) == 1:
         return [counters]
-    return [
-        [counter for counter, other in zip(counters, devices) if other == device]
-        for device in dict.fromkeys(devices)
-    ]
+    return [[each for each in counters if each.device == d] for d in devices]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from threading import get_ident
 from time import sleep
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from selective_optim.fused.plan import Plan
 from selective_optim.step.kernels import Kernel, require_no_nan
 from selective_optim.step.parts import (
     DecidedParam,
-    Layout,
     Part,
     counts_beside,
     fused_choice,
@@ -49,8 +47,8 @@ def _begin_state(
     kernel: Kernel,
     groups: Groups,
     params: Sequence[DecidedParam],
-    positions: Sequence[int],
     states: States,
+    positions: Sequence[int],
     counters: Counters,
 ) -> None:
     """Make the state of planned parameters that have none, as torch makes it.
@@ -58,12 +56,11 @@ def _begin_state(
     Counters may share one tensor per device.
     """
     new: dict[int, DecidedParam] = {}
-    for position in positions:
-        each = params[position]
+    for each in [params[position] for position in positions]:
         if not kernel.has_state(states.get(each.param) or {}, groups[each.group]):
-            new.setdefault(id(_torch.token_of(each.param)), each)
-    shared: dict[torch.device, Iterator[Tensor]] = {}
+            new.setdefault(id(each.param), each)
     devices = [each.param.device for each in new.values()]
+    shared: dict[torch.device, Iterator[Tensor]] = {}
     for device in dict.fromkeys(devices) if counters.joining else ():
         # Room for those that train and have no gradient yet, as an unused head: another
         # block would be another call.
@@ -72,9 +69,9 @@ def _begin_state(
             for p in params
         )
         shared[device] = iter(counters.reserve(device, devices.count(device), later))
-    for each in new.values():
-        step = next(shared[each.param.device]) if shared else None
-        kernel.begin(states[each.param], each.param, groups[each.group], step)
+    for param, group, *_ in new.values():
+        step = next(shared[param.device]) if shared else None
+        kernel.begin(states[param], param, groups[group], step)
 
 
 class Stepper:
@@ -200,8 +197,10 @@ class Stepper:
         Without ``choosing``, they go where the flags of their group say.
         """
         self.forget()
-        layout = self._make_layout(groups, decided(), states, (), choosing)
-        return layout.parts
+        require_no_nan(self.kernel, groups)
+        params = decided()
+        self._follow_moved(groups, params, states)
+        return make_layout(self.kernel, groups, params, states, (), choosing).parts
 
     def finish(self, mine: bool, states: States) -> None:
         """End a step, however it went, and take note of a look at the state in it."""
@@ -213,12 +212,15 @@ class Stepper:
     def _new_plan(
         self, groups: Groups, params: Sequence[DecidedParam], states: States
     ) -> Plan:
-        self._plan = None
+        self.forget()
         self.plans += 1
+        # Before any state is made: a refusal leaves the optimizer as it was.
+        require_no_nan(self.kernel, groups)
+        self._follow_moved(groups, params, states)
+        given = (self.kernel, groups, params, states)
         # Where counters are shared, each group counts for itself, as the class does it.
         planned = not (self.exposed and _share_counters(params, states))
-        how = (self._stepped, True, planned)
-        layout = self._make_layout(groups, params, states, *how)
+        layout = make_layout(*given, self._stepped, planned=planned)
         mine = [i for part in layout.parts for i in part.positions]
         # Tokens, not parameters: what is kept must not keep a deleted model alive.
         self._stepped = {id(self._tokens[i]): self._tokens[i] for i in mine}
@@ -227,22 +229,10 @@ class Stepper:
             self._counters.part(states)
         fused = [part for part in layout.parts if part.key.device is not None]
         positions = sorted({i for part in fused for i in part.positions})
-        _begin_state(self.kernel, groups, params, positions, states, self._counters)
+        _begin_state(*given, positions, self._counters)
         own = (self._counters, self.exposed)
-        self._plan = plan = Plan(self.kernel, groups, layout, states, *own)
-        return plan
-
-    def _make_layout(
-        self,
-        groups: Groups,
-        params: Sequence[DecidedParam],
-        states: States,
-        *how: Any,
-    ) -> Layout:
-        # Before any state is made: a refusal leaves the optimizer as it was.
-        require_no_nan(self.kernel, groups)
-        self._follow_moved(groups, params, states)
-        return make_layout(self.kernel, groups, params, states, *how)
+        self._plan = Plan(self.kernel, groups, layout, states, *own)
+        return self._plan
 
     def _follow_moved(
         self, groups: Groups, params: Sequence[DecidedParam], states: States

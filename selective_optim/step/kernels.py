@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import repeat
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from selective_optim.step.setting import (
 NUMBERS = (float, int, Tensor, Real)  # the common ones first: asked at every change
 
 
-class Kernel(Protocol):
+class Kernel:
     """Reads settings, makes state, and calls torch; it keeps nothing of a step."""
 
     counts: bool  # whether state holds a step counter
@@ -47,6 +47,7 @@ class Kernel(Protocol):
 
     def default_form(self, group: Group) -> Form:
         """Return the form of parameters for which no other was decided."""
+        raise NotImplementedError  # pragma: no cover
 
     def share(self, group: Group, decay_key: DecayKey, reading: bool = True) -> Share:
         """Share the decay of a part out: what the class does of it, and what a pass."""
@@ -69,9 +70,11 @@ class Kernel(Protocol):
 
         Moments are those before the step, ``None`` where one is yet to begin.
         """
+        raise NotImplementedError  # pragma: no cover
 
     def entries(self, group: Group) -> tuple[str, ...]:
         """Name the state tensors that are shaped like the parameter."""
+        raise NotImplementedError  # pragma: no cover
 
     def loaded_entries(self, group: Group) -> tuple[str, ...]:
         """Name what a checkpoint must hold of a parameter that has state."""
@@ -108,6 +111,7 @@ class Kernel(Protocol):
 
     def fused_call(self, setting: Setting, batch: Batch, scaling: Scaling) -> Call:
         """Bind torch's fused kernel."""
+        raise NotImplementedError  # pragma: no cover
 
     def takes_numbers(self, group: Group) -> bool:
         """Tell whether fused kernels take the hyperparameters."""
@@ -129,6 +133,7 @@ class Kernel(Protocol):
 
     def refuse_sparse(self, group: Group, decay: Decay, label: str) -> None:
         """Raise if a parameter with a sparse gradient cannot be stepped."""
+        raise NotImplementedError  # pragma: no cover
 
 
 class AdamKernel(Kernel):
