@@ -30,17 +30,19 @@ class Block:
 
     def __init__(self, device: torch.device, size: int) -> None:
         self.flat = torch.zeros(size, dtype=torch.float32, device=device)
-        self.views = list(self.flat.unbind())
-        self.taken = 0
+        self._views = self.flat.unbind()
+        self.taken: dict[int, Tensor] = {}  # by id
+        self.advanced = False  # as a whole, those that begin later included
 
-    def take(self, count: int) -> list[Tensor]:
-        """Hand out counters that stand at 0, as many as are left at most."""
-        made = self.views[self.taken : self.taken + count]
-        # They advanced with the others. Not a slice: indexing asks for the device
-        # itself, which fake tensors lack.
-        self.flat.narrow(0, self.taken, len(made)).zero_()
-        self.taken += len(made)
-        return made
+    @property
+    def has_room(self) -> bool:
+        return len(self.taken) < len(self._views)
+
+    def take(self) -> Tensor:
+        """Hand out a counter that stands at 0."""
+        counter = self._views[len(self.taken)]
+        self.taken[id(counter)] = counter
+        return counter.zero_() if self.advanced else counter
 
 
 class Advance(NamedTuple):
@@ -67,17 +69,19 @@ class Counters:
         # remembers where they lie.
         self.joining = True
 
-    def reserve(self, device: torch.device, now: int, later: int) -> list[Tensor]:
-        """Make ``now`` counters that view one tensor; ``later`` more may begin."""
+    def begin(self, device: torch.device, room: int) -> Tensor | None:
+        """Make a counter that views one tensor with others, if any may.
+
+        There is ``room`` for those that begin later: another block is another call.
+        """
+        if not self.joining:
+            return None
         self._viewed = True
-        made: list[Tensor] = []
         for block in self._blocks:
-            if block.flat.device == device:
-                made += block.take(now - len(made))
-        if missing := now - len(made):
-            self._blocks.append(Block(device, missing + later))
-            made += self._blocks[-1].take(missing)
-        return made
+            if block.flat.device == device and block.has_room:
+                return block.take()
+        self._blocks.append(Block(device, room))
+        return self._blocks[-1].take()
 
     def part(self, states: States, seen: bool = False) -> None:
         """Make each counter a tensor of its own, in place if it may have been seen."""
@@ -100,13 +104,13 @@ class Counters:
         """
         whole, single = [], counters
         for block in list(self._blocks):
-            taken = set(map(id, block.views[: block.taken]))
-            mine = [id(counter) for counter in single if id(counter) in taken]
+            mine = [id(each) for each in single if id(each) in block.taken]
             # A parameter that is listed twice steps twice.
-            if len(mine) == len(set(mine)) == len(taken):
+            if len(mine) == len(set(mine)) == len(block.taken):
                 whole.append(block.flat)
-                single = [counter for counter in single if id(counter) not in taken]
-            elif block.taken == len(block.views):
+                block.advanced = True
+                single = [each for each in single if id(each) not in block.taken]
+            elif not block.has_room:
                 self._blocks.remove(block)
         return Advance(whole, by_device(single))
 

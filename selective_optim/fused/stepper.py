@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from threading import get_ident
 from time import sleep
@@ -41,37 +41,6 @@ def _places_of(params: Sequence[Tensor]) -> tuple[list[object], list[Place]]:
 def _share_counters(params: Sequence[DecidedParam], states: States) -> bool:
     owns = [own for p in params if "step" in (own := states.get(p.param) or {})]
     return distinct([own["step"] for own in owns]) < distinct(owns)
-
-
-def _begin_state(
-    kernel: Kernel,
-    groups: Groups,
-    params: Sequence[DecidedParam],
-    states: States,
-    positions: Sequence[int],
-    counters: Counters,
-) -> None:
-    """Make the state of planned parameters that have none, as torch makes it.
-
-    Counters may share one tensor per device.
-    """
-    new: dict[int, DecidedParam] = {}
-    for each in [params[position] for position in positions]:
-        if not kernel.has_state(states.get(each.param) or {}, groups[each.group]):
-            new.setdefault(id(each.param), each)
-    devices = [each.param.device for each in new.values()]
-    shared: dict[torch.device, Iterator[Tensor]] = {}
-    for device in dict.fromkeys(devices) if counters.joining else ():
-        # Room for those that train and have no gradient yet, as an unused head: another
-        # block would be another call.
-        later = sum(
-            p.param.device == device and p.param.requires_grad and p.param.grad is None
-            for p in params
-        )
-        shared[device] = iter(counters.reserve(device, devices.count(device), later))
-    for param, group, *_ in new.values():
-        step = next(shared[param.device]) if shared else None
-        kernel.begin(states[param], param, groups[group], step)
 
 
 class Stepper:
@@ -228,8 +197,11 @@ class Stepper:
             # A CUDA graph remembers where counters lie: they must not move later.
             self._counters.part(states)
         fused = [part for part in layout.parts if part.key.device is not None]
-        positions = sorted({i for part in fused for i in part.positions})
-        _begin_state(*given, positions, self._counters)
+        for position in sorted({i for part in fused for i in part.positions}):
+            param, group, *_ = params[position]
+            if not self.kernel.has_state(states.get(param) or {}, groups[group]):
+                step = self._counters.begin(param.device, len(params))
+                self.kernel.begin(states[param], param, groups[group], step)
         own = (self._counters, self.exposed)
         self._plan = Plan(self.kernel, groups, layout, states, *own)
         return self._plan
