@@ -300,7 +300,7 @@ def _find_thread_setter() -> Callable[[int], object] | None:
 
 
 # ``None`` where torch runs on something else: then kernels take all threads.
-set_threads = _find_thread_setter()
+set_threads: Any = _find_thread_setter()
 
 
 def thread_count() -> int:

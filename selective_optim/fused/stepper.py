@@ -146,7 +146,7 @@ class Stepper:
                 grads = None if plan is None else plan.current_grads(groups, states)
                 if plan is None or grads is None:
                     plan = self._new_plan(groups, decided(), states)
-                    grads = plan.find_grads(new=True)
+                    grads = plan.find_grads()
                 assert grads is not None  # which a new plan fits
                 if plan.rest:
                     step_parts(plan.rest)
