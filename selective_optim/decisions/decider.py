@@ -231,7 +231,7 @@ class Decider(DecisionTable):
             require_matches(policy, mine, self._matches, self.index.everyone)
         bound = {key: self._bind(p) for key, p in {id(p): p for p in policies}.items()}
         asked = [bound[id(policy)] for policy in policies]
-        lr0s = [each.lr0s for each in coming]
+        lr0s = [each.lr0s or repeat(None) for each in coming]
         decided = list(map(_decide, asked, infos, lr0s))
         warn_if_unsteady(asked, infos, decided)
         return decided
