@@ -147,7 +147,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         self._decider = decider_for(model, wd_policy)
         with kept_on_error(params):
             yield self._decider.read(params)
-            self._decider.finish(self.param_groups)
+            self._decider.decide_pending()
+            self._decider.warn_if_weak(self.param_groups)
         self._made()
 
     def _made(self) -> None:

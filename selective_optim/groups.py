@@ -135,7 +135,7 @@ def param_groups(
     rate = 1.0 if lr is None else lr
     keys = [WD, "lr", *hyper]
     groups = Reader(copied_groups(params), decider, keys, rate).param_groups
-    decided = decider.decisions(groups)
+    decided = decider.fitting(groups)
     whole: Iterable[Part] = [
         ({**defaults, **group}, decisions, "")
         for group, decisions in zip(groups, decided)

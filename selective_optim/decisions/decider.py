@@ -26,7 +26,6 @@ from selective_optim.decisions.knowledge import (
 )
 from selective_optim.decisions.table import (
     DecisionTable,
-    Group,
     Infos,
     Row,
     trusted_names,
@@ -39,8 +38,11 @@ from selective_optim.decisions.warnings import (
 from selective_optim.parameters import ModelIndex, as_modules
 from selective_optim.policies.decide import decide, require_matches
 from selective_optim.policies.selectors import Policy, Selector
-from selective_optim.step.setting import base_rate, is_rate
+from selective_optim.step.setting import Group, Groups, base_rate, is_rate
 
+Coming = Sequence[Pending]
+Policies = Iterable[Policy | None]
+Decided = list[list[Decision]]
 # What a group may bring and does not keep; ZeroRedundancyOptimizer writes them back.
 OWN_KEYS = ("wd_policy", "model")
 WRITTEN = frozenset(OWN_KEYS)
@@ -87,7 +89,7 @@ class Decider(DecisionTable):
         super().__init__()
         self.policy, self.index, self.as_policy = policy, index, as_policy
         self._pending: list[Pending] | None = None
-        self._cleared: list[list[Row]] = []
+        self._cleared: dict[int, list[Row]] = {}  # by the index of their group
         # Decides for several optimizers together, one of which has this decider.
         self.whole: Decider | None = None
 
@@ -151,10 +153,8 @@ class Decider(DecisionTable):
 
     # How decisions are found.
 
-    def add_group(
-        self, groups: Sequence[Group], policy: Policy | None, own: bool
-    ) -> None:
-        """Decide for the last group, or take note of it until :meth:`finish`.
+    def add_group(self, groups: Groups, policy: Policy | None, own: bool) -> None:
+        """Decide for the last group, or take note of it until all are there.
 
         ``own`` tells whether the group brought the policy itself. If that cannot
         decide, it raises ValueError, and nothing is recorded.
@@ -174,11 +174,6 @@ class Decider(DecisionTable):
         finally:
             self.index.release()
 
-    def finish(self, groups: Sequence[Group]) -> None:
-        """Decide for all groups of a constructor, and warn if nothing decays."""
-        self.decide_pending()
-        self.warn_if_weak(groups)
-
     def decide_pending(self) -> None:
         """Decide for all groups of a constructor."""
         if coming := self.take_pending():
@@ -190,15 +185,9 @@ class Decider(DecisionTable):
         return pending
 
     def decide_for(
-        self,
-        coming: Sequence[Pending],
-        strict: Iterable[Policy | None],
-        strangers: bool = False,
+        self, coming: Coming, strict: Policies, strangers: bool = False
     ) -> None:
-        """Decide for groups that come in together, or raise with nothing recorded.
-
-        Arguments are those of :meth:`ask`.
-        """
+        """Decide for groups that come in together, or raise with nothing recorded."""
         if self._taken_from_whole(coming):
             return
         for each, decisions in zip(coming, self.ask(coming, strict, strangers)):
@@ -206,18 +195,11 @@ class Decider(DecisionTable):
             rows = [self.record(param, told, each.policy) for param, told in pairs]
             self.append(each.group, rows)
 
-    def ask(
-        self,
-        coming: Sequence[Pending],
-        strict: Iterable[Policy | None],
-        strangers: bool = False,
-    ) -> list[list[Decision]]:
+    def ask(self, coming: Coming, strict: Policies, strangers: bool = False) -> Decided:
         """Ask the policies of groups, and record nothing.
 
-        Args:
-            coming: The groups.
-            strict: Policies whose globs must each match something.
-            strangers: Whether parameters may live outside of ``model=``.
+        The globs of ``strict`` policies must each match something. Without
+        ``strangers``, no parameter may live outside of ``model=``.
         """
         infos = describe(self.index, coming)
         policies = [each.policy for each in coming]
@@ -247,7 +229,7 @@ class Decider(DecisionTable):
             lambda: any(map(selector.matches, self.index.everyone())),
         )
 
-    def _taken_from_whole(self, coming: Sequence[Pending]) -> bool:
+    def _taken_from_whole(self, coming: Coming) -> bool:
         """Take over what was decided with the parameters of other optimizers."""
         if self.whole is None:
             return False
@@ -268,41 +250,35 @@ class Decider(DecisionTable):
         index = coming.group
         # The first group of an optimizer that had groups: they were cleared.
         if index == 0 and self.layout:
-            self._cleared, self.layout = self.layout, []
-        cleared = self._cleared
-        if index + 1 >= len(cleared):
-            self._cleared = []
-        if index >= len(cleared):
+            self._cleared, self.layout = dict(enumerate(self.layout)), []
+        before = self._cleared.pop(index, None)
+        if before is None:
             return False
         rows = self.rows_of(coming.params)
         if rows is None:
             (infos,) = describe(self.index, [coming])
-            rows = self.inherited(infos, cleared[index])
+            rows = self.inherited(infos, before)
         if rows is not None:
             self.append(index, rows)
         return rows is not None
 
     # What follows when groups change.
 
-    def rows(self, groups: Sequence[Group]) -> list[list[Row]]:
+    def rows(self, groups: Groups) -> list[list[Row]]:
         """Return what was decided for every parameter, on the spot where it is new."""
         self.refuse_written(groups, {})
         if not self.stands(groups):
             self._follow(groups)
         return self.layout
 
-    def decisions(self, groups: Sequence[Group]) -> list[list[Decision]]:
-        """Return the decisions alone; see :meth:`rows`."""
-        return [[row.decision for row in rows] for rows in self.rows(groups)]
-
-    def readable(self, groups: Sequence[Group]) -> list[list[Decision]]:
+    def readable(self, groups: Groups) -> Decided:
         """Return the decisions for someone who reads, and must not be refused.
 
         What cannot be decided is told at the next step. Until then a tensor counts
         as what stood in its place: frameworks that shard put placeholders there.
         """
         with suppress(ValueError):
-            return self.decisions(groups)
+            return [[row.decision for row in rows] for rows in self.rows(groups)]
 
         def read(index: int, position: int, param: Tensor) -> Decision:
             if row := self.row_of(param):
@@ -316,7 +292,7 @@ class Decider(DecisionTable):
             for index, group in enumerate(groups)
         ]
 
-    def _follow(self, groups: Sequence[Group]) -> None:
+    def _follow(self, groups: Groups) -> None:
         """Find, take over or decide a row for every parameter of the groups.
 
         A tensor keeps its own row wherever it stands. One that is new takes over
@@ -373,9 +349,7 @@ class Decider(DecisionTable):
             completed[i] = self.record(infos[i].parameter, decision, policy)
         return [row for row in completed if row is not None]
 
-    def refuse_written(
-        self, groups: Sequence[Group], defaults: Mapping[str, Any]
-    ) -> None:
+    def refuse_written(self, groups: Groups, defaults: Group) -> None:
         """Raise ValueError if a policy or module stands where nothing reads it."""
         written = [
             (key, f"group {index}", f"param_groups[{index}]")
@@ -411,7 +385,7 @@ class Decider(DecisionTable):
         firsts = [rows[0].policy if rows else None for rows in self.layout]
         return [None if policy is None else repr(policy) for policy in firsts]
 
-    def assign(self, wd_policy: object, groups: Sequence[Group]) -> None:
+    def assign(self, wd_policy: object, groups: Groups) -> None:
         """Decide anew for every parameter, or raise with nothing changed."""
         policy, coming = self._read_policy(wd_policy), []
         for index, group in enumerate(groups):
@@ -427,13 +401,13 @@ class Decider(DecisionTable):
 
     # What is written late.
 
-    def fitting(self, groups: Sequence[Group]) -> list[list[Decision]]:
+    def fitting(self, groups: Groups) -> Decided:
         """Return the decisions, of which ``init`` lies as its parameter does now."""
         self.rows(groups)
         self.fit(groups)
         return [[row.decision for row in rows] for rows in self.layout]
 
-    def begin_training(self, groups: Sequence[Group]) -> bool:
+    def begin_training(self, groups: Groups) -> bool:
         """Take what parameters decay towards, and tell whether anything was taken."""
         if not self.waits():
             return False
@@ -442,7 +416,7 @@ class Decider(DecisionTable):
 
     # Copies, and what optimizers of routes decide together.
 
-    def snapshot(self, groups: Sequence[Group]) -> dict[str, Any]:
+    def snapshot(self, groups: Groups) -> dict[str, Any]:
         """Write down what a copy must know: decisions by group and position."""
         with suppress(ValueError):  # what cannot be decided is told at the next step
             self.rows(groups)
@@ -451,7 +425,7 @@ class Decider(DecisionTable):
         return {"plain": (self.as_policy, self.policy, self.index), "rows": plain}
 
     @classmethod
-    def restored(cls, snapshot: Mapping[str, Any], groups: Sequence[Group]) -> Decider:
+    def restored(cls, snapshot: Mapping[str, Any], groups: Groups) -> Decider:
         """Make the decider of a copy, whose tensors stand where the originals stood."""
         decider, layout = cls(*snapshot["plain"]), []
         for group, own in zip(groups, snapshot["rows"]):
@@ -460,7 +434,7 @@ class Decider(DecisionTable):
         decider.lay_out(layout)
         return decider
 
-    def gather(self, part: Decider, groups: Sequence[Group]) -> None:
+    def gather(self, part: Decider, groups: Groups) -> None:
         """Take over what one of the optimizers has decided or inherited by itself."""
         for group, rows in zip(groups, part.rows(groups)):
             for param, row in zip(group["params"], rows):
@@ -468,7 +442,7 @@ class Decider(DecisionTable):
 
     # Warnings.
 
-    def warn_if_weak(self, groups: Sequence[Group]) -> None:
+    def warn_if_weak(self, groups: Groups) -> None:
         """Warn if nothing will decay, and of a multiplier that reads like a decay."""
         if self.whole is None:
             warn_if_weak(groups, self.layout, self._decays_elsewhere)

@@ -25,9 +25,8 @@ from selective_optim._text import shape_text
 from selective_optim.decay import FULL, INIT, Decision
 from selective_optim.parameters import ParameterInfo, owner_kinds
 from selective_optim.policies.selectors import Policy
-from selective_optim.step.setting import base_rate, is_moving, is_rate
+from selective_optim.step.setting import Group, Groups, base_rate, is_moving, is_rate
 
-Group = dict[str, Any]
 Infos = Sequence[ParameterInfo]
 
 
@@ -82,7 +81,7 @@ class DecisionTable:
         row = self.row_of(param)
         return None if row is None else row.decision.telling_name
 
-    def stands(self, groups: Sequence[Group]) -> bool:
+    def stands(self, groups: Groups) -> bool:
         """Tell whether the groups hold what they held when last looked at."""
         lists = [group["params"] for group in groups]
         if list(map(len, lists)) != list(map(len, self.layout)):
@@ -106,13 +105,11 @@ class DecisionTable:
             return
         standing = self._standing()
         # Whoever rebuilds parameters again and again would fill the table otherwise.
-        if len(self._rows) > 2 * len(standing) + 64:
-            self._rows = standing
-        elif len(self._rows) > len(standing):
-            # One that was taken out may come back, so it is not forgotten at once;
-            # unless its own dict, which is the token, keeps things alive.
-            gone = {k: row for k, row in self._rows.items() if not row.token}
-            self._rows = {**gone, **standing}
+        full = len(self._rows) > 2 * len(standing) + 64
+        # One that was taken out may come back, so it is not forgotten at once; unless
+        # its own dict, which is the token, keeps things alive.
+        gone = {k: row for k, row in self._rows.items() if not (full or row.token)}
+        self._rows = {**gone, **standing}
 
     def forget_absent(self) -> None:
         """Forget the tensors that stand in no group now."""
@@ -121,9 +118,7 @@ class DecisionTable:
     def _standing(self) -> dict[int, Row]:
         return {id(row.token): row for rows in self.layout for row in rows}
 
-    def undo_swaps(
-        self, groups: Sequence[Group], found: Sequence[list[Row | None]]
-    ) -> None:
+    def undo_swaps(self, groups: Groups, found: Sequence[list[Row | None]]) -> None:
         """Give objects the rows back whose tokens ``swap_tensors`` exchanged.
 
         It exchanges all but the objects, by which torch knows state and groups. A
@@ -191,7 +186,7 @@ class DecisionTable:
         self._waiting_in = None if waiting else self.layout
         return waiting
 
-    def begin(self, groups: Sequence[Group]) -> bool:
+    def begin(self, groups: Groups) -> bool:
         """Take what parameters decay towards, in groups that a step now moves."""
         taken = False
         for group, rows in zip(groups, self.layout):
@@ -203,7 +198,7 @@ class DecisionTable:
             self._tell()
         return taken
 
-    def fit(self, groups: Sequence[Group]) -> None:
+    def fit(self, groups: Groups) -> None:
         """Bring what parameters decay towards to where these lie, and shard it.
 
         Raises:
@@ -225,7 +220,7 @@ class DecisionTable:
                 self._renew(param, rows, place, init=init)
 
     def resume(
-        self, groups: Sequence[Group], begins: Iterable[Mapping[str, Any]]
+        self, groups: Groups, begins: Iterable[Mapping[str, Any]]
     ) -> tuple[list[str], list[str]]:
         """Take over what training began with, as a state dict records it.
 
