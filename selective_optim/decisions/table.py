@@ -199,11 +199,7 @@ class DecisionTable:
         return taken
 
     def fit(self, groups: Groups) -> None:
-        """Bring what parameters decay towards to where these lie, and shard it.
-
-        Raises:
-            ValueError: A parameter has another shape now.
-        """
+        """Bring what parameters decay towards to where these lie, and shard it."""
         for group, rows in zip(groups, self.layout):
             for place, (param, row) in enumerate(zip(group["params"], rows)):
                 init, name = row.decision.init, row.decision.telling_name
@@ -222,16 +218,11 @@ class DecisionTable:
     def resume(
         self, groups: Groups, begins: Iterable[Mapping[str, Any]]
     ) -> tuple[list[str], list[str]]:
-        """Take over what training began with, as a state dict records it.
+        """Take over ``"lr0"`` and ``"init"`` of every parameter, as they are recorded.
 
-        Args:
-            groups: The optimizer's groups.
-            begins: ``"lr0"`` and ``"init"`` of every parameter in order, where known.
-                Else a rate that a scheduler left in the group stands for ``"lr0"``.
-
-        Returns:
-            Labels of the parameters whose ``init`` is not recorded, and of those whose
-            ``lr0`` is not and differs from what the group says now, with that.
+        A rate that a scheduler left in the group stands for ``"lr0"`` that is not.
+        Returns labels of parameters whose ``init`` is lost, and of those whose ``lr0``
+        is and differs from what the group says now.
         """
         inits, rates, told = list[str](), list[str](), iter(begins)
         self._tell()
