@@ -119,7 +119,7 @@ class AnyOptimizer(SelectiveOptimizer):
 
     def _construct(self, args: Any, kwargs: Any) -> None:
         groups = self._groups
-        decided = self._decider.decisions(groups)
+        decided = self._decider.fitting(groups)
         splits = list(map(split_group, groups, decided))
         self._class_adds = True
         super(SelectiveOptimizer, self).__init__(_groups_of(splits), *args, **kwargs)
@@ -164,7 +164,7 @@ class AnyOptimizer(SelectiveOptimizer):
             del group[key]
         if self._parts is None:
             return
-        decided = self._decider.decisions(self._groups)
+        decided = self._decider.fitting(self._groups)
         split, count = split_group(group, decided[-1]), len(self._parts)
         try:
             self._show(self._parts)

@@ -129,7 +129,7 @@ def param_groups(
     rate = 1.0 if lr is None else lr
     keys = [WD, "lr", *hyper]
     read = Reader(copied_groups(params), decider, keys, rate).param_groups
-    decided = decider.decisions(read)
+    decided = decider.fitting(read)
     groups = [{**defaults, **group} for group in read]
     whole: Iterable[Part] = zip(groups, decided, repeat(""))
     named = all(decision.name for decisions in decided for decision in decisions)

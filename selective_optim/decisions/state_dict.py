@@ -27,17 +27,14 @@ from selective_optim.step.kernels import Kernel
 
 # Keys of a state dict: for what was decided, and for what split groups keep apart.
 RECORD, PARTS, POLICIES = "decay", "parts", "decay_policies"
+Groups = Sequence[dict[str, Any]]
 Decided = Sequence[Sequence[Decision]]
 Record = list[list[list[Any]]]
 SAME_MODEL = "Load a state dict of the same class, made for the same model."
 
 
 def require_dict(state_dict: object) -> None:
-    """Check that this is a dict at all.
-
-    Raises:
-        TypeError: It is something else.
-    """
+    """Raise TypeError if this is no dict at all."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(
             f"`state_dict` must be a dict, not {type(state_dict).__name__}. "
@@ -45,17 +42,11 @@ def require_dict(state_dict: object) -> None:
         )
 
 
-def require_groups_like(
-    param_groups: Sequence[dict[str, Any]], decided: Decided, state_dict: Any
-) -> None:
-    """Check that a state dict has the groups of an optimizer, and their order.
-
-    Raises:
-        ValueError: It has other groups, or its names stand in another order.
-    """
+def require_groups_like(here: Groups, decided: Decided, state_dict: Any) -> None:
+    """Raise ValueError if a state dict has other groups, or names in another order."""
     require_whole(state_dict)
     saved = state_dict["param_groups"]
-    sizes, wanted = _sizes(saved), _sizes(param_groups)
+    sizes, wanted = _sizes(saved), _sizes(here)
     if sizes != wanted:
         raise ValueError(
             f"the loaded state dict has groups of {sizes} parameters, and this "
@@ -63,64 +54,63 @@ def require_groups_like(
             f"checkpoint.merge_groups(state_dict, order=[n for n, _ in "
             f"model.named_parameters()])."
         )
-    _require_keys(saved, ["weight_decay"], param_groups)
-    _require_order(saved, param_groups, decided)
+    _require_keys(saved, ["weight_decay"], here)
+    _require_order(saved, here, decided)
 
 
 def require_loadable(
-    kernel: Kernel,
-    param_groups: Sequence[dict[str, Any]],
-    decided: Decided,
-    state_dict: Any,
+    kernel: Kernel, here: Groups, decided: Decided, state_dict: Any
 ) -> None:
     """Check that a state dict is whole and fits, before anything is changed.
 
-    How many groups and parameters it has is left to torch, which says it well, but
-    where groups were split by hand.
-
-    Raises:
-        ValueError: A hyperparameter or state entry is missing, or belongs to
-            another class or to a parameter of another shape; or its groups were
-            split by hand, and are not here.
+    It raises ValueError if a hyperparameter or state entry is missing, or belongs to
+    another class or to a parameter of another shape; or its groups were split by hand,
+    and are not here. How many groups and parameters it has is left to torch otherwise,
+    which says it well.
     """
     require_whole(state_dict)
     groups = state_dict["param_groups"]
     _require_laid_out(groups)
-    _require_keys(groups, kernel.required, param_groups)
-    _require_layout(groups, param_groups)
-    saved = list(chain.from_iterable(group["params"] for group in groups))
-    params = list(chain.from_iterable(group["params"] for group in param_groups))
+    _require_keys(groups, kernel.required, here)
+    _require_layout(groups, here)
+    saved, params = _params(groups), _params(here)
     if len(saved) != len(params):
         return
-    _require_order(groups, param_groups, decided)
+    _require_order(groups, here, decided)
     own = [state_dict["state"].get(key) or {} for key in saved]
-    names = chain.from_iterable(
-        [kernel.loaded_entries(group)] * len(group["params"]) for group in groups
-    )
+    names = [kernel.loaded_entries(group) for group in groups for _ in group["params"]]
     for number, misfit in enumerate(map(_misfit, repeat(kernel), names, own, params)):
-        if misfit is not None:
-            way_out = _way_out(groups, param_groups, own, params)
-            label = _labels(decided)[number]
+        if misfit:
+            places = [
+                (i, *place) for i, d in enumerate(decided) for place in enumerate(d)
+            ]
+            index, position, decision = places[number]
+            label = decision.label(index, position)
+            way_out = _way_out(groups, here, own, params)
             raise ValueError(misfit.format(label=label, out=way_out))
+
+
+def _params(groups: Groups) -> list[Any]:
+    return list(chain.from_iterable(group["params"] for group in groups))
 
 
 # Groups that were split by hand.
 
 
-def _decays(groups: Sequence[dict[str, Any]]) -> list[float]:
+def _decays(groups: Groups) -> list[float]:
     return [float(group.get("weight_decay", 0)) for group in groups]
 
 
-def _split_by_hand(groups: Sequence[dict[str, Any]]) -> bool:
+def _split_by_hand(groups: Groups) -> bool:
     """Tell whether groups are set apart by their decay."""
     return len(set(_decays(groups))) > 1
 
 
-def _sizes(groups: Sequence[dict[str, Any]]) -> list[int]:
+def _sizes(groups: Groups) -> list[int]:
     return [len(group["params"]) for group in groups]
 
 
-def _require_laid_out(saved: Sequence[dict[str, Any]]) -> None:
+def _require_laid_out(saved: Groups) -> None:
     """Check that ``torch.distributed.checkpoint`` had hyperparameters for all groups.
 
     It lays groups out anew, by name, before they come here, and one that nothing was
@@ -138,12 +128,10 @@ def _require_laid_out(saved: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def _require_layout(
-    saved: Sequence[dict[str, Any]], here: Sequence[dict[str, Any]]
-) -> None:
+def _require_layout(saved: Groups, here: Groups) -> None:
     """Check that groups split by hand meet groups that are split like them."""
     if _split_by_hand(saved) and _sizes(saved) != _sizes(here):
-        total, mine = sum(_sizes(saved)), sum(_sizes(here))
+        total, mine = len(_params(saved)), len(_params(here))
         of = "" if total == mine else f" of {total} parameters"
         own = "" if total == mine else f" of {mine}"
         raise ValueError(
@@ -156,16 +144,16 @@ def _groups_text(count: int) -> str:
     return "1 group" if count == 1 else f"{count} groups"
 
 
-def _layout_text(saved: Sequence[dict[str, Any]]) -> str:
+def _layout_text(saved: Groups) -> str:
     decays = [f"{wd:g}" for wd in dict.fromkeys(_decays(saved))]
     told = f"{', '.join(decays[:-1])} and {decays[-1]}"
     return f"{_groups_text(len(saved))}, split by hand by weight_decay ({told})"
 
 
-def _conversion(saved: Sequence[dict[str, Any]], here: Sequence[dict[str, Any]]) -> str:
+def _conversion(saved: Groups, here: Groups) -> str:
     """Write the call that converts groups split by hand into those of here."""
-    params = list(chain.from_iterable(group["params"] for group in here))
-    first, total = "", sum(_sizes(saved))
+    params = _params(here)
+    first, total = "", len(_params(saved))
     if total != len(params):
         if total != sum(param.requires_grad for param in params):
             return SAME_MODEL
@@ -201,16 +189,20 @@ def _regrouping(names: str) -> str:
 
 
 def _way_out(
-    saved: Sequence[dict[str, Any]],
-    here: Sequence[dict[str, Any]],
+    saved: Groups,
+    here: Groups,
     own: Sequence[Any],
     params: Sequence[Tensor],
 ) -> str:
     """Tell what to load where shapes do not fit: as a rule their order is another."""
-    if _split_by_hand(saved) and len(set(_decays(here))) == 1:
+    if _split_by_hand(saved) and not _split_by_hand(here):
         return f"It has {_layout_text(saved)}. {_conversion(saved, here)}"
-    found = [_moment_shape(entries) for entries in own]
-    if None not in found and sorted(found) == sorted(tuple(p.shape) for p in params):  # type: ignore[type-var]
+    moments = [
+        [v for k, v in entries.items() if isinstance(v, Tensor) and k != "step"]
+        for entries in own
+    ]
+    shapes = sorted(tuple(tensors[0].shape) for tensors in moments if tensors)
+    if shapes == sorted(tuple(param.shape) for param in params):
         return (
             "Its shapes are those of this model in another order: load merge_groups("
             "state_dict, names, order=[n for n, _ in model.named_parameters()]) of "
@@ -219,22 +211,11 @@ def _way_out(
     return SAME_MODEL
 
 
-def _moment_shape(entries: Any) -> tuple[int, ...] | None:
-    """Return the shape of what a parameter's state holds; ``None`` if it is empty."""
-    tensors = [v for k, v in entries.items() if isinstance(v, Tensor) and k != "step"]
-    return tuple(tensors[0].shape) if tensors else None
-
-
 # What a state dict must hold.
 
 
 def require_whole(state_dict: Any) -> None:
-    """Check that this is a dict, and holds what a state dict of an optimizer does.
-
-    Raises:
-        TypeError: It is something else.
-        ValueError: It does not.
-    """
+    """Raise TypeError or ValueError if this is no state dict of an optimizer."""
     require_dict(state_dict)
     if any(str(key).startswith("param_groups.") for key in state_dict):
         raise ValueError(
@@ -248,17 +229,7 @@ def require_whole(state_dict: Any) -> None:
         )
 
 
-def _labels(decided: Decided) -> list[str]:
-    """Name every parameter, in order, as a message should."""
-    places = [(i, place) for i, own in enumerate(decided) for place in enumerate(own)]
-    return [decision.label(i, position) for i, (position, decision) in places]
-
-
-def _require_keys(
-    groups: Sequence[dict[str, Any]],
-    names: Sequence[str],
-    here: Sequence[dict[str, Any]],
-) -> None:
+def _require_keys(groups: Groups, names: Sequence[str], here: Groups) -> None:
     """Check that groups have hyperparameters, and list none twice that is not here."""
     distinct = [len(set(map(id, group["params"]))) for group in here]
     for index, group in enumerate(groups):
@@ -275,13 +246,11 @@ def _require_keys(
             )
 
 
-def _names_in(groups: Sequence[dict[str, Any]]) -> list[str]:
+def _names_in(groups: Groups) -> list[str]:
     return [canonical_name(n) for group in groups for n in group.get("param_names", ())]
 
 
-def _require_order(
-    groups: Sequence[dict[str, Any]], here: Sequence[dict[str, Any]], decided: Decided
-) -> None:
+def _require_order(groups: Groups, here: Groups, decided: Decided) -> None:
     """Check that a state dict with names does not have them in another order."""
     saved = _names_in(groups)
     if saved == _names_in(here):
@@ -298,9 +267,7 @@ def _require_order(
     )
 
 
-def _misfit(
-    kernel: Kernel, names: Iterable[str], own: Any, param: Tensor
-) -> str | None:
+def _misfit(kernel: Kernel, names: Iterable[str], own: Any, param: Tensor) -> str:
     """Say what is wrong with a parameter's state, with room for its label."""
     for name in names if own else ():
         if name not in own and kernel.counts:
@@ -318,7 +285,7 @@ def _misfit(
                 f"{name!r} of {{label}} in the loaded state dict has {got}, and must "
                 f"have shape {shape_text(wanted)}. {{out}}"
             )
-    return None
+    return ""
 
 
 def record_of(forms: Sequence[Form | None], decided: Decided) -> Record:

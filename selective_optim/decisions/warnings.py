@@ -10,7 +10,7 @@ from typing import Any
 
 from selective_optim._text import first_of, warn
 from selective_optim.decay import Decay, Decision, is_zero, target_text
-from selective_optim.decisions.table import Group, Infos, Row
+from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.selectors import Policy
 
 # How alike a key must be to one that is read to be taken for it: "wd_polcy" is 0.94
@@ -34,7 +34,7 @@ def warn_of_misspelt(group: Iterable[Any], known: Sequence[str]) -> None:
 
 def warn_if_unsteady(
     policies: Iterable[Policy | None],
-    infos: Iterable[Infos],
+    infos: Iterable[Sequence[ParameterInfo]],
     decided: Iterable[Sequence[Decision]],
 ) -> None:
     """Ask functions of the user's a second time, and warn of other answers."""
@@ -57,8 +57,8 @@ def warn_if_unsteady(
 
 
 def warn_if_weak(
-    groups: Sequence[Group],
-    layout: Sequence[Sequence[Row]],
+    groups: Sequence[dict[str, Any]],
+    layout: Sequence[Sequence[Any]],  # of rows of the table of decisions
     decays_elsewhere: Callable[[Policy], bool],
 ) -> None:
     """Warn if nothing will decay, and of a multiplier that reads like a decay."""
@@ -124,13 +124,8 @@ def warn_of_changes(
 ) -> None:
     """Warn once if a checkpoint was made with other decisions than those now taken.
 
-    Args:
-        decided: What is decided now.
-        before: The decay of every group before it was loaded.
-        param_groups: The groups as they are loaded.
-        saved: Entries of the record, if it has one.
-        now: Entries of the decisions of now.
-        advice: How the policies of the record are passed.
+    ``before`` has the decay of each group before it was loaded, ``saved`` and ``now``
+    the entries of its record, if it has one, and of what is decided now.
     """
     labels = [
         [d.label(i, n) for n, d in enumerate(own)] for i, own in enumerate(decided)

@@ -28,11 +28,18 @@ from torch import Tensor
 from selective_optim import _torch
 from selective_optim._text import warn
 from selective_optim.decay import FORMS, FULL, Decision, is_zero
-from selective_optim.decisions.table import Group, Row
+from selective_optim.decisions.table import Row
 from selective_optim.fused.guards import same_objects
 from selective_optim.step.kernels import AdamKernel, Kernel
 from selective_optim.step.parts import fused_choice, wants_fused
-from selective_optim.step.setting import PLAIN, Groups, is_moving, is_rate, rate_now
+from selective_optim.step.setting import (
+    PLAIN,
+    Group,
+    Groups,
+    is_moving,
+    is_rate,
+    rate_now,
+)
 
 Layout = Sequence[Sequence[Row]]
 IDLE = 2  # steps without decay that are none of a schedule
@@ -95,7 +102,7 @@ class Watch:
             return True
         if self._found is not None:
             found, self._found = self._found, None
-            compare_with_first(groups, layout, found)
+            _compare_with_first(groups, layout, found)
         self._taken_over = self._taken_over and self._is_idle(groups, layout)
         return self._taken_over
 
@@ -166,9 +173,7 @@ def _limit(rows: Sequence[Row]) -> float:
     return ABOVE * min((each.lr0 for each in divided if each.lr0), default=inf)
 
 
-def compare_with_first(
-    groups: Sequence[Group], layout: Sequence[Sequence[Row]], found: bool = False
-) -> None:
+def _compare_with_first(groups: Groups, layout: Layout, found: bool) -> None:
     """Warn if another rank decided otherwise for the same parameters.
 
     Names, or places where there are none, and shapes are the key: stages of a pipeline
@@ -217,9 +222,7 @@ def compare_with_first(
         )
 
 
-def _decided(
-    groups: Sequence[Group], layout: Sequence[Sequence[Row]]
-) -> Iterator[tuple[str, str, str]]:
+def _decided(groups: Groups, layout: Layout) -> Iterator[tuple[str, str, str]]:
     """Name each parameter, its shape, how it decays and which route steps it.
 
     One without a name goes by its place where all places were decided by one rule: in

@@ -176,9 +176,10 @@ def split_by_route(
     something, or warns if it ``may_be_empty``.
     """
     given = [groups[each.group].get(ROUTE) for each in coming]
-    asked = [each for each, route in zip(coming, given) if route is None]
+    policy, pairs = RoutePolicy(routes), zip(coming, given)
+    asked = [each._replace(policy=policy) for each, route in pairs if route is None]
     try:
-        decided = iter(decider.ask(RoutePolicy(routes), asked, strict))
+        decided = iter(decider.ask(asked, [policy] if strict else []))
     except (TypeError, ValueError) as error:
         told = str(error).replace("`wd_policy`", "`routes`")
         told = told.replace(", or pass missing_ok=True to its policy", "")

@@ -28,11 +28,11 @@ from selective_optim._state_entries import (
     warn_of_new,
     without,
 )
-from selective_optim._text import copied_groups, require_numbers, warn
+from selective_optim._text import copied_groups, kept_on_error, require_numbers, warn
 from selective_optim.adamw import AdamW
 from selective_optim.any_class import MODES, READING, as_torch_reads, selective
 from selective_optim.decay import is_zero
-from selective_optim.decisions.decider import WRITTEN, Decider, kept_on_error, part_of
+from selective_optim.decisions.decider import WRITTEN, Decider, part_of
 from selective_optim.decisions.knowledge import Pending
 from selective_optim.decisions.state_dict import Decided
 from selective_optim.decisions.watch import Watch, loss_of
