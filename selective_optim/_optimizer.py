@@ -17,12 +17,11 @@ import torch
 from torch import nn
 
 from selective_optim import _torch
-from selective_optim._text import require_numbers, warn
+from selective_optim._text import kept_on_error, require_numbers, warn
 from selective_optim.decay import Form, is_zero
 from selective_optim.decisions.decider import (
     WRITTEN,
     Decider,
-    kept_on_error,
     own_keys,
 )
 from selective_optim.decisions.state_dict import (
@@ -36,7 +35,7 @@ from selective_optim.decisions.state_dict import (
     require_dict,
     require_loadable,
 )
-from selective_optim.decisions.warnings import warn_of_changes
+from selective_optim.decisions.warnings import warn_of_changes, warn_of_lost
 from selective_optim.decisions.watch import Watch, loss_of
 from selective_optim.fused.guards import params_of
 from selective_optim.fused.stepper import Stepper
@@ -390,7 +389,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         if self._untouched:
             self._untouched = False
             self._take_written_state()
-        if decider.waits and decider.begin_training(self.param_groups):
+        if decider.begin_training(self.param_groups):
             self._decided_anew()
 
     def _take_written_state(self) -> None:
@@ -636,7 +635,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # Mostly nothing depends on it, here or there: names alone.
         if {"name", "fixed"}.issuperset(chain(*begins, *now)):
             return
-        self._decider.resume(self.param_groups, begins, whose)
+        lost = self._decider.resume(self.param_groups, begins)
+        warn_of_lost(*lost, whose)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Not `__getstate__`, which subclasses override with torch's three keys.

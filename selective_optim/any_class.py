@@ -23,9 +23,8 @@ from selective_optim._optimizer import (
     constants_of,
     decider_for,
 )
-from selective_optim._text import require_numbers
+from selective_optim._text import kept_on_error, require_numbers
 from selective_optim.decay import Form
-from selective_optim.decisions.decider import kept_on_error
 from selective_optim.decisions.state_dict import PARTS, Decided, require_groups_like
 from selective_optim.report import form_of_class
 from selective_optim.step import refusals
