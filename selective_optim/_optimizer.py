@@ -17,12 +17,11 @@ import torch
 from torch import nn
 
 from selective_optim import _torch
-from selective_optim._text import require_numbers, warn
+from selective_optim._text import kept_on_error, require_numbers, warn
 from selective_optim.decay import Form, is_zero
 from selective_optim.decisions.decider import (
     WRITTEN,
     Decider,
-    kept_on_error,
     own_keys,
 )
 from selective_optim.decisions.state_dict import (
@@ -36,7 +35,7 @@ from selective_optim.decisions.state_dict import (
     require_dict,
     require_loadable,
 )
-from selective_optim.decisions.warnings import warn_of_changes
+from selective_optim.decisions.warnings import warn_of_changes, warn_of_lost
 from selective_optim.decisions.watch import Watch, loss_of
 from selective_optim.fused.guards import params_of
 from selective_optim.fused.stepper import Stepper
@@ -342,7 +341,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         choosing = not (compiling or self.defaults["differentiable"])
         # A subclass's own may make state, and choose the gradients.
         own = type(self)._init_group is not SelectiveOptimizer._init_group
-        waiting = self._untouched or self._decider.waits
+        waiting = self._untouched or self._decider.waits()
         # In groups the decider looks for new keys.
         if compiling or waiting or not WRITTEN.isdisjoint(self.defaults):
             self._begin_training()
@@ -383,7 +382,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             if any(self._states.get(param) for param in params_of(self.param_groups)):
                 now = list(chain(*self._record()))
                 self._resume([None] * len(now), now, "optimizer.optim")
-        if decider.waits and decider.begin_training(self.param_groups):
+        if decider.begin_training(self.param_groups):
             self._decided_anew()
 
     @_torch.run_as_is
@@ -586,7 +585,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # Mostly nothing depends on it, here or there: names alone.
         if {"name", "fixed"}.issuperset(chain(*begins, *map(begin_in, now))):
             return
-        self._decider.resume(self.param_groups, begins, whose)
+        lost = self._decider.resume(self.param_groups, begins)
+        warn_of_lost(*lost, whose)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Not `__getstate__`, which subclasses override with torch's three keys.

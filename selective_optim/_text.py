@@ -6,6 +6,7 @@ import gc
 import inspect
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from types import FunctionType, ModuleType
 from typing import Any
@@ -110,6 +111,26 @@ def copied_groups(params: Any) -> Any:
         if isinstance(group.get("params"), Iterator):  # else used up by an error
             group["params"] = list(group["params"])
     return [dict(group) for group in params] if groups else params
+
+
+@contextmanager
+def kept_on_error(groups: Any) -> Iterator[None]:
+    """Leave a caller's group dicts as they were where what is done with them raises.
+
+    torch fills them in, and takes them one by one.
+    """
+    listed = groups if isinstance(groups, (list, tuple)) else []
+    given = [(group, dict(group)) for group in listed if isinstance(group, dict)]
+    try:
+        yield
+    except BaseException:
+        for group, before in given:
+            params = group.get("params")
+            group.clear()
+            group.update(before)
+            if isinstance(before.get("params"), Iterator):  # used up by now
+                group["params"] = params
+        raise
 
 
 def require_decay(optimizer: Any, purpose: str) -> None:

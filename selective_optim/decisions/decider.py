@@ -7,17 +7,16 @@ To which tensor each decision applies is the business of ``table``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from selective_optim import _torch
-from selective_optim._text import require_numbers, shape_text
-from selective_optim.decay import FULL, INIT, Decision
+from selective_optim._text import require_numbers
+from selective_optim.decay import FULL, Decision
 from selective_optim.decisions.copies import (
     correspond,
     refuse_flattened,
@@ -29,20 +28,18 @@ from selective_optim.decisions.table import (
     Group,
     Infos,
     Row,
-    may_be,
     trusted_names,
 )
 from selective_optim.decisions.warnings import (
     warn_if_unsteady,
     warn_if_weak,
-    warn_of_lost,
     warn_of_misspelt,
 )
 from selective_optim.parameters import ModelIndex, as_modules
 from selective_optim.policies.base import Policy
 from selective_optim.policies.decide import decide, require_matches
 from selective_optim.policies.selectors import Selector
-from selective_optim.step.setting import base_rate, is_moving, is_rate
+from selective_optim.step.setting import base_rate, is_rate
 
 # What a group may bring and does not keep; ZeroRedundancyOptimizer writes them back.
 OWN_KEYS = ("wd_policy", "model")
@@ -58,26 +55,6 @@ def own_keys(group: Group) -> frozenset[str]:
     """Tell which of our keys a group brings; a text as ``model`` is the user's tag."""
     tag = {"model"} if isinstance(group.get("model"), str) else {}
     return WRITTEN & group.keys() - tag
-
-
-@contextmanager
-def kept_on_error(groups: Any) -> Iterator[None]:
-    """Leave a caller's group dicts as they were where what is done with them raises.
-
-    torch fills them in, and takes them one by one.
-    """
-    listed = groups if isinstance(groups, (list, tuple)) else []
-    given = [(group, dict(group)) for group in listed if isinstance(group, dict)]
-    try:
-        yield
-    except BaseException:
-        for group, before in given:
-            params = group.get("params")
-            group.clear()
-            group.update(before)
-            if isinstance(before.get("params"), Iterator):  # used up by now
-                group["params"] = params
-        raise
 
 
 class Block(NamedTuple):
@@ -111,7 +88,6 @@ class Decider(DecisionTable):
         self.policy, self.index, self.as_policy = policy, index, as_policy
         self._pending: list[Pending] | None = None
         self._cleared: list[list[Row]] = []
-        self._waiting_in: object = None  # a layout in which nothing is yet to be taken
         # Decides for several optimizers together, one of which has this decider.
         self.whole: Decider | None = None
 
@@ -150,15 +126,10 @@ class Decider(DecisionTable):
         return self.index.learn(params)
 
     def unpack(self, group: Any, keys: Iterable[str]) -> tuple[Policy | None, Any]:
-        """Take out what a group brings for us, and learn from its parameters.
+        """Return the policy that decides for a group, and the group for torch.
 
-        Args:
-            group: As given to ``add_param_group``; a policy stays in the caller's
-                dict, for a second optimizer.
-            keys: torch's keys, which a misspelt one may resemble.
-
-        Returns:
-            The policy that decides, and the group for torch.
+        A misspelt key may resemble one of ``keys``. A policy stays in the caller's
+        dict, for a second optimizer.
         """
         if not isinstance(group, dict) or "params" not in group:
             return self.policy, group  # torch says what is wrong
@@ -226,46 +197,44 @@ class Decider(DecisionTable):
     ) -> None:
         """Decide for groups that come in together, or raise with nothing recorded.
 
+        Arguments are those of :meth:`ask`.
+        """
+        if self._taken_from_whole(coming):
+            return
+        for each, decisions in zip(coming, self.ask(coming, strict, strangers)):
+            pairs = zip(each.params, decisions, strict=True)
+            rows = [self.record(param, told, each.policy) for param, told in pairs]
+            self.append(each.group, rows)
+
+    def ask(
+        self,
+        coming: Sequence[Pending],
+        strict: Iterable[Policy | None],
+        strangers: bool = False,
+    ) -> list[list[Decision]]:
+        """Ask the policies of groups, and record nothing.
+
         Args:
             coming: The groups.
             strict: Policies whose globs must each match something.
             strangers: Whether parameters may live outside of ``model=``.
         """
-        if self._taken_from_whole(coming):
-            return
         infos = describe(self.index, coming)
-        policies = {id(each.policy): each.policy for each in coming}
+        policies = [each.policy for each in coming]
         # First: of a stranger no module is known either, and a message about that
         # would lead astray.
         if not strangers:
-            require_members(self.index, zip(infos, [each.policy for each in coming]))
+            require_members(self.index, zip(infos, policies))
         for policy in {id(p): p for p in strict if p is not None}.values():
-            each_own = zip(coming, infos)
-            mine = [i for each, own in each_own if each.policy is policy for i in own]
+            pairs = zip(policies, infos)
+            mine = [info for own, each in pairs if own is policy for info in each]
             require_matches(policy, mine, self._matches, self.index.everyone)
-        bound = {key: self._bind(policy) for key, policy in policies.items()}
-        # All are asked before anything is recorded, so that an error leaves nothing.
-        decided = [
-            _decide(bound[id(each.policy)], own, each.lr0s)
-            for each, own in zip(coming, infos)
-        ]
-        warn_if_unsteady([bound[id(each.policy)] for each in coming], infos, decided)
-        for each, decisions in zip(coming, decided):
-            pairs = zip(each.params, decisions, strict=True)
-            rows = [self.record(p, d, each.policy) for p, d in pairs]
-            self.append(each.group, rows)
-
-    def ask(
-        self, policy: Policy, coming: Sequence[Pending], strict: bool
-    ) -> list[list[Decision]]:
-        """Ask another policy about groups, and record nothing."""
-        infos = describe(self.index, [each._replace(policy=policy) for each in coming])
-        require_members(self.index, zip(infos, repeat(policy)))
-        if strict:
-            every = list(chain(*infos))
-            require_matches(policy, every, self._matches, self.index.everyone)
-        bound = self._bind(policy)
-        return [decide(bound, own) for own in infos]
+        bound = {key: self._bind(p) for key, p in {id(p): p for p in policies}.items()}
+        asked = [bound[id(policy)] for policy in policies]
+        lr0s = [each.lr0s for each in coming]
+        decided = list(map(_decide, asked, infos, lr0s))
+        warn_if_unsteady(asked, infos, decided)
+        return decided
 
     def _bind(self, policy: Policy | None) -> Policy | None:
         """Give a policy a look at the model."""
@@ -316,11 +285,7 @@ class Decider(DecisionTable):
     # What follows when groups change.
 
     def rows(self, groups: Sequence[Group]) -> list[list[Row]]:
-        """Return what was decided for every parameter, on the spot where it is new.
-
-        Raises:
-            ValueError: A policy stands where none is read, or cannot decide.
-        """
+        """Return what was decided for every parameter, on the spot where it is new."""
         self.refuse_written(groups, {})
         if not self.stands(groups):
             self._follow(groups)
@@ -357,10 +322,8 @@ class Decider(DecisionTable):
         A tensor keeps its own row wherever it stands. One that is new takes over
         that of its name, or, where all tensors of a group are new, those of their
         positions, unless what is known of it contradicts. Else a policy is asked:
-        that of the tensors around it, or the constructor's.
-
-        Raises:
-            ValueError: The policy cannot decide; then the layout stays as it was.
+        that of the tensors around it, or the constructor's. If it cannot decide, the
+        layout stays as it was.
         """
         found = [[self.row_of(p) for p in group["params"]] for group in groups]
         self.undo_swaps(groups, found)
@@ -373,11 +336,7 @@ class Decider(DecisionTable):
             if None in rows
         ]
         infos = iter(describe(self.index, lacking))
-        # Objects that had a row, whose token `swap_tensors` has given away.
-        seen = {id(row.token) for row in known}
-        others = self.by_name() if lacking else {}
-        old = chain(*self.layout)
-        others |= {row.owner: row for row in old if id(row.token) not in seen}
+        others = self.others(known) if lacking else {}
         # After groups were added or removed by hand, positions say nothing.
         before = self.layout if len(groups) == len(self.layout) else repeat([])
         layout = [
@@ -386,7 +345,6 @@ class Decider(DecisionTable):
             else [row for row in rows if row]
             for group, rows, old_rows in zip(groups, found, before)
         ]
-        self._waiting_in = None  # or the rows of tensors that left would stay
         self.lay_out(layout)
 
     def _complete(
@@ -398,23 +356,17 @@ class Decider(DecisionTable):
         lr0: float | None,
     ) -> list[Row]:
         """Give every parameter of a group a row, where ``None`` stands for none yet."""
-        mine, completed = [row for row in rows if row is not None], list(rows)
-        if not mine and (inherited := self.inherited(infos, before)) is not None:
-            return inherited
-        for place, info in enumerate(infos):
-            known = others.get(id(info.parameter)) or others.get(info.name)
-            if rows[place] is None and known is not None and may_be(info, known):
-                completed[place] = self.take_over(info, known)
         # What is new in a group begins as the others in it did.
-        around = next(iter((*mine, *before)), None)
+        around = next(filter(None, (*rows, *before)), None)
         policy = self.policy if around is None else around.policy
         lr0 = lr0 if around is None else around.decision.lr0 or lr0
-        places = [i for i, row in enumerate(completed) if row is None]
-        if len(places) == len(infos):
+        completed = self.found_again(infos, rows, before, others)
+        if not any(completed):
             old = [row.decision for row in before]
             if correspond(infos, old, policy):
                 return list(map(self.take_over, infos, before))
             refuse_flattened(infos, old, policy)
+        places = [i for i, row in enumerate(completed) if row is None]
         new = [infos[i] for i in places]
         bound = self._bind(policy) if new else None
         for i, decision in zip(places, _decide(bound, new, repeat(lr0), places)):
@@ -424,11 +376,7 @@ class Decider(DecisionTable):
     def refuse_written(
         self, groups: Sequence[Group], defaults: Mapping[str, Any]
     ) -> None:
-        """Check that no policy and no module stands where nothing reads it.
-
-        Raises:
-            ValueError: One does; nothing was read.
-        """
+        """Raise ValueError if a policy or module stands where nothing reads it."""
         written = [
             (key, f"group {index}", f"param_groups[{index}]")
             for index, group in enumerate(groups)
@@ -479,93 +427,18 @@ class Decider(DecisionTable):
 
     # What is written late.
 
-    def _renew(self, param: Tensor, rows: list[Row], place: int, **begin: Any) -> None:
-        decision, policy = rows[place].decision._replace(**begin), rows[place].policy
-        rows[place] = self.record(param, decision, policy)
-
     def fitting(self, groups: Sequence[Group]) -> list[list[Decision]]:
-        """Return the decisions, of which ``init`` lies as its parameter does now.
-
-        Raises:
-            ValueError: As :meth:`rows`; or a parameter has another shape now.
-        """
-        for group, rows in zip(groups, self.rows(groups)):
-            for place, (param, row) in enumerate(zip(group["params"], rows)):
-                init, name = row.decision.init, row.decision.telling_name
-                if init is None or _torch.lies_as(init, param):
-                    continue
-                if init.shape != param.shape:
-                    raise ValueError(
-                        f"{repr(name) if name else 'a parameter'} decays towards what "
-                        f"it was in shape {shape_text(init.shape)}, and has shape "
-                        f"{shape_text(param.shape)} now. Assign optimizer.wd_policy to "
-                        f"decide anew."
-                    )
-                init = _torch.placed_as(init.to(param.device, param.dtype), param)
-                self._renew(param, rows, place, init=init)
+        """Return the decisions, of which ``init`` lies as its parameter does now."""
+        self.rows(groups)
+        self.fit(groups)
         return [[row.decision for row in rows] for rows in self.layout]
 
-    @property
-    def waits(self) -> bool:
-        """Whether what some parameters decay towards is yet to be taken."""
-        layout = self.layout
-        if self._waiting_in is layout:
-            return False
-        waiting = any(row.decision.waits for rows in layout for row in rows)
-        self._waiting_in = None if waiting else layout
-        return waiting
-
     def begin_training(self, groups: Sequence[Group]) -> bool:
-        """Take what parameters decay towards, in groups that a step now moves.
-
-        Returns:
-            Whether anything was taken.
-        """
-        taken = False
-        for group, rows in zip(groups, self.rows(groups)):
-            for place, param in enumerate(group["params"] if is_moving(group) else ()):
-                if rows[place].decision.waits:
-                    self._renew(param, rows, place, init=param.detach().clone())
-                    taken = True
-        if taken:  # another list tells those who look
-            self.layout = list(map(list, self.layout))
-        return taken
-
-    def resume(
-        self,
-        groups: Sequence[Group],
-        begins: Iterable[Mapping[str, Any]],
-        whose: str,
-    ) -> None:
-        """Take over what training began with, as a state dict records it.
-
-        Args:
-            groups: The optimizer's groups.
-            begins: ``"lr0"`` and ``"init"`` of every parameter in order, where known.
-                Else a rate that a scheduler left in the group stands for ``"lr0"``.
-            whose: The expression by which the user reaches the optimizer.
-        """
-        inits, rates, told = list[str](), list[str](), iter(begins)
-        # Another list tells those who look.
-        self.layout = list(map(list, self.layout))
-        for index, (group, rows) in enumerate(zip(groups, self.layout)):
-            # torch's schedulers save where they began; OneCycleLR writes another rate.
-            scheduled = None if "max_lr" in group else group.get("initial_lr")
-            triples = zip(group["params"], rows, told)
-            for place, (param, row, begin) in enumerate(triples):
-                decay, label = row.decision.decay, row.decision.label(index, place)
-                lr0, init = begin.get("lr0", scheduled), begin.get("init")
-                if is_rate(lr0):  # also for a policy that is assigned later
-                    self._renew(param, rows, place, lr0=lr0)
-                elif decay.needs_lr0 and row.decision.lr0 != base_rate(group):
-                    rates.append(f"{label} (here {row.decision.lr0:g})")
-                if decay.needs_init:
-                    recorded = getattr(init, "shape", None) == param.shape
-                    self._renew(param, rows, place, init=init if recorded else None)
-                    # Else it was saved before training began.
-                    if not recorded and begin.get("target") != INIT:
-                        inits.append(label)
-        warn_of_lost(inits, rates, whose)
+        """Take what parameters decay towards, and tell whether anything was taken."""
+        if not self.waits():
+            return False
+        self.rows(groups)
+        return self.begin(groups)
 
     # Copies, and what optimizers of routes decide together.
 

@@ -1,4 +1,9 @@
-"""To which tensor each decision applies.
+"""To which tensor each decision applies, and what training began with.
+
+Forms that follow a schedule divide by the rate that a group was added with; decay
+towards ``"init"`` pulls to the values before the first step in which the rate of the
+group is not 0. Both stay outside of groups and state, and are recorded in the state
+dict.
 
 A decision follows its tensor wherever that is moved, copied or reordered to. The
 table holds no tensor, or an unsharded model would stay in memory; it holds what is
@@ -8,7 +13,7 @@ the tensor's own and nothing else's, see ``_torch.token_of``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, eq, is_
 from typing import Any, NamedTuple
@@ -16,9 +21,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import FULL, Decision
+from selective_optim._text import shape_text
+from selective_optim.decay import FULL, INIT, Decision
 from selective_optim.parameters import ParameterInfo, owner_kinds
 from selective_optim.policies.base import Policy
+from selective_optim.step.setting import base_rate, is_moving, is_rate
 
 Group = dict[str, Any]
 Infos = Sequence[ParameterInfo]
@@ -46,6 +53,7 @@ class DecisionTable:
     def __init__(self) -> None:
         self._rows: dict[int, Row] = {}
         self.layout: list[list[Row]] = []
+        self._waiting_in: object = None  # a layout in which nothing is yet to be taken
 
     def record(self, param: Tensor, decision: Decision, policy: Policy | None) -> Row:
         """Write down what was decided for a tensor."""
@@ -92,7 +100,7 @@ class DecisionTable:
 
     def lay_out(self, layout: list[list[Row]]) -> None:
         """Remember how the groups stand, and forget tensors long gone."""
-        self.layout = layout
+        self.layout, self._waiting_in = layout, None  # holds rows of tensors that left
         # As a rule no tensor has left, and there is nothing to count.
         if len(self._rows) <= sum(map(len, layout)):
             return
@@ -142,16 +150,122 @@ class DecisionTable:
             self._rows.pop(id(row.token), None)
         return self.record(info.parameter, row.decision, row.policy)
 
-    def by_name(self) -> dict[object, Row]:
-        """Look up rows by a name that only one of them bears."""
+    def others(self, known: Iterable[Row]) -> dict[object, Row]:
+        """Look up rows that are not found by token: by object, or by name."""
         rows = list(chain.from_iterable(self.layout))
         # Parameters of two models may have the same name, which then says nothing.
         bearers = Counter(row.decision.name for row in rows)
-        return {
+        named = {
             name: row
             for row in rows
             if (name := row.decision.name) and bearers[name] == 1
         }
+        # Objects that had a row, whose token `swap_tensors` has given away.
+        seen = {id(row.token) for row in known}
+        return named | {row.owner: row for row in rows if id(row.token) not in seen}
+
+    def found_again(
+        self,
+        infos: Infos,
+        rows: Sequence[Row | None],
+        before: Sequence[Row],
+        others: Mapping[object, Row],
+    ) -> list[Row | None]:
+        """Let tensors without a row take over those of their places, or of others."""
+        if not any(rows) and (inherited := self.inherited(infos, before)) is not None:
+            return [*inherited]
+        found = list(rows)
+        for place, info in enumerate(infos):
+            known = others.get(id(info.parameter)) or others.get(info.name)
+            if rows[place] is None and known is not None and may_be(info, known):
+                found[place] = self.take_over(info, known)
+        return found
+
+    # What training began with.
+
+    def waits(self) -> bool:
+        """Tell whether what some parameters decay towards is yet to be taken."""
+        if self._waiting_in is self.layout:
+            return False
+        waiting = any(row.decision.waits for rows in self.layout for row in rows)
+        self._waiting_in = None if waiting else self.layout
+        return waiting
+
+    def begin(self, groups: Sequence[Group]) -> bool:
+        """Take what parameters decay towards, in groups that a step now moves."""
+        taken = False
+        for group, rows in zip(groups, self.layout):
+            for place, param in enumerate(group["params"] if is_moving(group) else ()):
+                if rows[place].decision.waits:
+                    self._renew(param, rows, place, init=param.detach().clone())
+                    taken = True
+        if taken:
+            self._tell()
+        return taken
+
+    def fit(self, groups: Sequence[Group]) -> None:
+        """Bring what parameters decay towards to where these lie, and shard it.
+
+        Raises:
+            ValueError: A parameter has another shape now.
+        """
+        for group, rows in zip(groups, self.layout):
+            for place, (param, row) in enumerate(zip(group["params"], rows)):
+                init, name = row.decision.init, row.decision.telling_name
+                if init is None or _torch.lies_as(init, param):
+                    continue
+                if init.shape != param.shape:
+                    raise ValueError(
+                        f"{repr(name) if name else 'a parameter'} decays towards what "
+                        f"it was in shape {shape_text(init.shape)}, and has shape "
+                        f"{shape_text(param.shape)} now. Assign optimizer.wd_policy to "
+                        f"decide anew."
+                    )
+                init = _torch.placed_as(init.to(param.device, param.dtype), param)
+                self._renew(param, rows, place, init=init)
+
+    def resume(
+        self, groups: Sequence[Group], begins: Iterable[Mapping[str, Any]]
+    ) -> tuple[list[str], list[str]]:
+        """Take over what training began with, as a state dict records it.
+
+        Args:
+            groups: The optimizer's groups.
+            begins: ``"lr0"`` and ``"init"`` of every parameter in order, where known.
+                Else a rate that a scheduler left in the group stands for ``"lr0"``.
+
+        Returns:
+            Labels of the parameters whose ``init`` is not recorded, and of those whose
+            ``lr0`` is not and differs from what the group says now, with that.
+        """
+        inits, rates, told = list[str](), list[str](), iter(begins)
+        self._tell()
+        for index, (group, rows) in enumerate(zip(groups, self.layout)):
+            # torch's schedulers save where they began; OneCycleLR writes another rate.
+            scheduled = None if "max_lr" in group else group.get("initial_lr")
+            triples = zip(group["params"], rows, told)
+            for place, (param, row, begin) in enumerate(triples):
+                decay, label = row.decision.decay, row.decision.label(index, place)
+                lr0, init = begin.get("lr0", scheduled), begin.get("init")
+                if is_rate(lr0):  # also for a policy that is assigned later
+                    self._renew(param, rows, place, lr0=lr0)
+                elif decay.needs_lr0 and row.decision.lr0 != base_rate(group):
+                    rates.append(f"{label} (here {row.decision.lr0:g})")
+                if decay.needs_init:
+                    recorded = getattr(init, "shape", None) == param.shape
+                    self._renew(param, rows, place, init=init if recorded else None)
+                    # Else it was saved before training began.
+                    if not recorded and begin.get("target") != INIT:
+                        inits.append(label)
+        return inits, rates
+
+    def _renew(self, param: Tensor, rows: list[Row], place: int, **begin: Any) -> None:
+        decision, policy = rows[place].decision._replace(**begin), rows[place].policy
+        rows[place] = self.record(param, decision, policy)
+
+    def _tell(self) -> None:
+        """Make another list of lists, which tells those who look that rows changed."""
+        self.layout = list(map(list, self.layout))
 
 
 def may_be(info: ParameterInfo, row: Row) -> bool:

@@ -124,13 +124,8 @@ def warn_of_changes(
 ) -> None:
     """Warn once if a checkpoint was made with other decisions than those now taken.
 
-    Args:
-        decided: What is decided now.
-        before: The decay of every group before it was loaded.
-        param_groups: The groups as they are loaded.
-        saved: Entries of the record, if it has one.
-        now: Entries of the decisions of now.
-        advice: How the policies of the record are passed.
+    ``before`` has the decay of each group before it was loaded, ``saved`` and ``now``
+    the entries of its record, if it has one, and of what is decided now.
     """
     labels = [
         [d.label(i, n) for n, d in enumerate(own)] for i, own in enumerate(decided)

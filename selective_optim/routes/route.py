@@ -185,9 +185,10 @@ def ask_routes(
     ``strict``, every glob must match.
     """
     given = [groups[each.group].get("route") for each in coming]
-    asked = [each for each, route in zip(coming, given) if route is None]
+    policy, pairs = RoutePolicy(routes), zip(coming, given)
+    asked = [each._replace(policy=policy) for each, route in pairs if route is None]
     try:
-        decided = iter(decider.ask(RoutePolicy(routes), asked, strict))
+        decided = iter(decider.ask(asked, [policy] if strict else []))
     except (TypeError, ValueError) as error:
         told = str(error).replace("`wd_policy`", "`routes`")
         told = told.replace(", or pass missing_ok=True to its policy", "")

@@ -16,10 +16,10 @@ import torch
 
 from selective_optim import _torch
 from selective_optim._optimizer import Model, SelectiveOptimizer, decider_for
-from selective_optim._text import copied_groups, require_numbers, warn
+from selective_optim._text import copied_groups, kept_on_error, require_numbers, warn
 from selective_optim.any_class import MODES, READING, as_torch_reads, selective
 from selective_optim.decay import is_zero
-from selective_optim.decisions.decider import WRITTEN, Decider, kept_on_error, part_of
+from selective_optim.decisions.decider import WRITTEN, Decider, part_of
 from selective_optim.decisions.knowledge import Pending
 from selective_optim.decisions.watch import Watch, loss_of
 from selective_optim.policies.base import Policy
