@@ -44,8 +44,8 @@ from selective_optim.decisions.warnings import (
 from selective_optim.decisions.watch import Watch, loss_of
 from selective_optim.fused.guards import params_of
 from selective_optim.fused.stepper import Stepper
-from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy, as_policy
+from selective_optim.policies.selectors import Policy
 from selective_optim.report import DecayReport, form_of_class, make_report, remark_of
 from selective_optim.step.class_step import ClassStep, View, view_of
 from selective_optim.step.kernels import Kernel
@@ -502,9 +502,11 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # Registered last: hooks of the user may adapt the state dict first.
         with self.register_load_state_dict_pre_hook(adapt):
             super().load_state_dict(state_dict, *args, **kwargs)
+        record, texts = loaded.get(RECORD), loaded.get(POLICIES)
+        entries = entries_of(record, decided)
+        saved = None if record is None else entries
         groups, now = self.param_groups, list(chain(*self._record(decided)))
-        entries = entries_of(loaded.get(RECORD), decided)
-        warn_of_changes(decided, before, groups, loaded, entries, now, as_policy)
+        warn_of_changes(decided, before, groups, saved, now, texts, as_policy)
         self._untouched = False
         self._resume(entries, now)
         self._loaded(loaded)

@@ -55,7 +55,6 @@ STEP_HOOKS = ("step_pre", "step_post")
 
 # Not blocks: an interrupt between a block and its end would leave autograd off.
 _begin = torch.no_grad()(ClassStep.begin)
-_pull_again = torch.no_grad()(ClassStep.pull_again)
 _finish = torch.no_grad()(ClassStep.finish)
 
 
@@ -301,8 +300,7 @@ class AnyOptimizer(SelectiveOptimizer):
             self._leave()
             result = closure(*args, **kwargs)
             self._enter()
-            pull = _pull_again if begun else _begin
-            pull(around, self._part_views())
+            _begin(around, self._part_views(), again=begun)
             begun = True
             return result
 

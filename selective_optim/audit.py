@@ -15,7 +15,7 @@ from selective_optim import policies
 from selective_optim._text import aligned, shape_text
 from selective_optim.parameters import ModelIndex, ParameterInfo
 from selective_optim.policies.differences import decide_alone
-from selective_optim.policies.predicates import kind_of
+from selective_optim.policies.recognition import kind_of
 from selective_optim.report import COLORS, DecayReport, make_report, plain
 
 HEADINGS = {

@@ -13,9 +13,9 @@ import inspect
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import chain, islice, repeat
-from typing import Any, NamedTuple, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from selective_optim import _torch
-from selective_optim._living_modules import clear_at_registration
 from selective_optim._text import received, shape_of
 from selective_optim._torch import canonical_name, name_of_its_own
 
@@ -114,12 +113,6 @@ def wanted(
     return Wanted(params, [group] * len(params), shapes, known)
 
 
-def together(asked: Iterable[Wanted]) -> Wanted:
-    """Join what is asked about several groups."""
-    columns = zip(Wanted((), (), (), ()), *asked)
-    return Wanted(*[list(chain(*column)) for column in columns])
-
-
 def owner_kinds(info: ParameterInfo) -> tuple[str, ...]:
     """Name the class of the module that holds a parameter, and that class's bases."""
     if info.owner is None:
@@ -164,13 +157,6 @@ def as_modules(model: object) -> list[nn.Module]:
 
 # Iterators that hand on what others yield. What one refers to is what it reads.
 RELAYS: tuple[type, ...] = (filter, map, chain, type(iter([])), type(iter(())))
-Path = tuple[nn.Module, ...]
-
-
-# One spot in a tree where a parameter is registered: the number of the module, the key
-# there, the name, and one of its own. Python's collector leaves alone what holds
-# nothing but plain values; of named tuples it walks every one.
-Place = tuple[int, str, str, str | None]
 
 
 def modules_behind(params: object) -> list[nn.Module]:
@@ -189,61 +175,50 @@ def modules_behind(params: object) -> list[nn.Module]:
     if inspect.isgenerator(params):
         frame = inspect.getgeneratorlocals(params)
         return modules_behind(frame.get("self", frame.get(".0")))
-    return list(params) if is_modules(params) else []
+    items = params if isinstance(params, Sequence) else ()
+    return list(items) if all(isinstance(item, nn.Module) for item in items) else []
 
 
-def is_modules(params: object) -> TypeGuard[Sequence[nn.Module]]:
-    """Tell whether ``params`` is a list or tuple of nothing but modules."""
-    return (
-        isinstance(params, Sequence)
-        and bool(params)
-        and all(isinstance(item, nn.Module) for item in params)
-    )
-
-
-_T = TypeVar("_T")
 # By id of the module, of which some compare by what they hold. An index holds neither
 # its module nor any parameter, and goes with its module.
 _indices: dict[int, ModuleIndex] = {}
-_clearing: list[bool] = []
+
+
+@cache
+def clear_at_registration(clear: Callable[[], None]) -> None:
+    """Have a cache cleared whenever a parameter or module is registered somewhere.
+
+    A place that is gone shows when it is looked up; one that is new, as when two
+    weights are tied, would not.
+    """
+    # Not at import: torch calls these at every registration in the process.
+    nn.modules.module.register_module_parameter_registration_hook(lambda *_: clear())
+    nn.modules.module.register_module_module_registration_hook(lambda *_: clear())
 
 
 def index_of(module: nn.Module) -> ModuleIndex:
     """Return what is known of a module, walked now or since nothing was registered."""
-    if not _clearing:
-        _clearing.append(True)
-        clear_at_registration(_indices.clear)
+    clear_at_registration(_indices.clear)
     index = _indices.get(id(module))
     if index is None:
         index = _indices[id(module)] = ModuleIndex(module)
     return index
 
 
-class Reading(NamedTuple):
-    """What a walk over a module finds."""
-
-    paths: dict[int, Path]  # of the modules inside, by number
-    # The number of the module above, and under which key that registered it.
-    above: list[tuple[int, str]]
-    places: dict[int, tuple[Place, ...]]
+ModuleRef = weakref.ref[nn.Module]
 
 
-def _walk(inside: Path, above: tuple[int, str], names: str, reading: Reading) -> None:
-    number, plain = len(reading.paths), _torch.without_wrappers(names)
-    reading.paths[number] = inside
-    reading.above.append(above)
-    for key, param in _torch.registered(inside[-1]).items():
-        if param is not None:
-            name, own = f"{plain}{key}", None
-            if key.startswith("original"):
-                full = f"{names}{key}"
-                name, own = canonical_name(full), name_of_its_own(full)
-            known = reading.places.get(id(param), ())
-            reading.places[id(param)] = (*known, (number, key, name, own))
-    for key, child in _torch.children(inside[-1]).items():
-        # One that contains itself has endless aliases.
-        if child is not None and child not in inside:
-            _walk((*inside, child), (number, key), f"{names}{key}.", reading)
+def living(refs: Iterable[ModuleRef]) -> list[nn.Module]:
+    """Return the modules that are still alive."""
+    return [module for ref in refs if (module := ref()) is not None]
+
+
+_T = TypeVar("_T")
+Path = tuple[nn.Module, ...]
+# One spot in a tree where a parameter is registered: the number of the module, the key
+# there, the name, and one of its own. Python's collector leaves alone what holds
+# nothing but plain values; of named tuples it walks every one.
+Place = tuple[int, str, str, str | None]
 
 
 class ModuleIndex:
@@ -259,9 +234,30 @@ class ModuleIndex:
         """List every place of every parameter, aliases of tied ones included."""
         self._places = {}
         self._answers.clear()
-        reading = Reading({}, [], {})
-        _walk((root,), (-1, ""), "", reading)
-        paths, self._above, places = reading
+        paths: dict[int, Path] = {}
+        # The number of the module above, and under which key that registered it.
+        self._above: list[tuple[int, str]] = []
+        places: dict[int, tuple[Place, ...]] = {}
+        coming: list[tuple[Path, int, str, str]] = [((root,), 0, "", "")]
+        while coming:
+            path, above, key, names = coming.pop()
+            number, plain = len(paths), _torch.without_wrappers(names)
+            paths[number] = path
+            self._above.append((above, key))
+            for key, param in _torch.registered(path[-1]).items():
+                if param is not None:
+                    name, own = f"{plain}{key}", None
+                    if key.startswith("original"):
+                        name = canonical_name(f"{names}{key}")
+                        own = name_of_its_own(f"{names}{key}")
+                    place = (number, key, name, own)
+                    places[id(param)] = (*places.get(id(param), ()), place)
+            coming += [
+                ((*path, child), number, key, f"{names}{key}.")
+                for key, child in reversed([*_torch.children(path[-1]).items()])
+                # One that contains itself has endless aliases.
+                if child is not None and child not in path
+            ]
         self._shapes = _torch.original_shapes(path[-1] for path in paths.values())
         self._places = places  # last: what an interrupt leaves is read again
         return paths
@@ -269,10 +265,11 @@ class ModuleIndex:
     def infos(self, asked: Wanted) -> list[ParameterInfo | None]:
         """Describe parameters; ``None`` for those that the module does not hold."""
         found: list[ParameterInfo | None] = [None] * len(asked.params)
-        if self._places:
-            found = list(map(self._look_up, *asked[:3], repeat({})))
         module = self._module()
-        if None in found and module is not None:
+        if module is not None and self._places:
+            paths: dict[int, Path] = {0: (module,)}
+            found = list(map(self._look_up, *asked[:3], repeat(paths)))
+        if module is not None and None in found:
             # They may have come, or moved, since the last reading.
             found = list(map(self._look_up, *asked[:3], repeat(self._read(module))))
         return found
@@ -289,8 +286,13 @@ class ModuleIndex:
         here = (param, shape, None if shape is None else len(shape), group)
         names = tuple(dict.fromkeys([name for _, _, name, _ in known]))
         for number, key, name, own_name in known:
-            if not (path := self._path(number, key, param, paths)):
+            path = self._path(number, paths)
+            mine = _torch.registered(path[-1]) if path else {}
+            # Not `get`: scripted modules keep theirs in mappings without it.
+            if key not in mine or mine[key] is not param:
                 return None
+            if key.startswith("original") and isinstance(path[-1], ParametrizationList):
+                path = path[:-2]  # originals belong to the module with the parameter
             leaf = name.rpartition(".")[2]
             owned = (path[-1], path, *here)
             found.append(ParameterInfo(name, names, leaf, *owned, own_name=own_name))
@@ -298,30 +300,15 @@ class ModuleIndex:
             return replace(found[0], elsewhere=tuple(found[1:]))
         return found[0] if found else None
 
-    def _path(
-        self, number: int, key: str, param: Tensor, paths: dict[int, Path]
-    ) -> Path:
-        """Return the modules from the root to the owner, none if it moved."""
-        path = self._path_to(number, paths)
-        mine = _torch.registered(path[-1]) if path else {}
-        # Not `get`: scripted modules keep theirs in mappings without it.
-        if key not in mine or mine[key] is not param:
-            return ()
-        # A parametrization's originals belong to the module that it is registered on.
-        made = key.startswith("original") and isinstance(path[-1], ParametrizationList)
-        return path[:-2] if made else path
-
-    def _path_to(self, number: int, paths: dict[int, Path]) -> Path:
-        """Return the modules from the root to this, as they are now."""
-        if (known := paths.get(number)) is not None:
-            return known
-        above, key = self._above[number]
-        around = self._path_to(above, paths) if above >= 0 else ()
-        inside = _torch.children(around[-1]) if around else {key: self._module()}
-        module = inside[key] if key in inside and (around or above < 0) else None
-        path = () if module is None else (*around, module)
-        paths[number] = path
-        return path
+    def _path(self, number: int, paths: dict[int, Path]) -> Path:
+        """Return the modules from the root to this as they are now, none if it left."""
+        if number not in paths:
+            above, key = self._above[number]
+            around = self._path(above, paths)
+            inside = _torch.children(around[-1]) if around else {}
+            there = key in inside and inside[key] is not None
+            paths[number] = (*around, inside[key]) if there else ()
+        return paths[number]
 
     def everyone(self) -> list[ParameterInfo]:
         """Describe every parameter of the module, each once."""
@@ -358,33 +345,36 @@ class ModelIndex:
     """
 
     def __init__(self, model: object = None) -> None:
-        modules = as_modules(model)
-        self._given = bool(modules)
-        self._modules = list(map(weakref.ref, modules))
-        self._found: list[weakref.ref[nn.Module]] = []
         # Until it is decided for, nothing but a generator may keep a module alive.
-        self._held = modules
+        self._held = as_modules(model)
+        self._insists = bool(self._held)
+        self._modules = list(map(weakref.ref, self._held))
+        self._found: list[ModuleRef] = []
 
     @property
     def explicit(self) -> bool:
         """Tell whether ``model=`` was given, and is still alive to be asked."""
-        return self._given and all(ref() is not None for ref in self._modules)
+        return self._insists and all(ref() is not None for ref in self._modules)
 
-    def modules(self, found: bool = True) -> list[nn.Module]:
+    def modules(self) -> list[nn.Module]:
         """Return the modules that are still alive: those given, and those found."""
-        known = (*self._modules, *(self._found if found else ()))
-        return [module for ref in known if (module := ref()) is not None]
+        return living([*self._modules, *self._found])
+
+    @property
+    def given(self) -> list[nn.Module]:
+        """Modules that the user passed, or that generate the parameters."""
+        return living(self._modules)
 
     @property
     def found(self) -> list[nn.Module]:
         """Modules that hold the parameters and were found, not passed by the user."""
-        return self.modules()[len(self.modules(found=False)) :]
+        return living(self._found)
 
     def add(self, modules: Iterable[nn.Module]) -> None:
         """Learn of further modules."""
         for module in modules:
             self._held.append(module)
-            if id(module) not in map(id, self.modules(found=False)):
+            if id(module) not in map(id, self.given):
                 self._modules.append(weakref.ref(module))
 
     def find(self, modules: Iterable[nn.Module]) -> None:
@@ -407,12 +397,14 @@ class ModelIndex:
             return list({id(param): param for param in params}.values())
         return params
 
-    def infos(self, asked: Wanted) -> list[ParameterInfo]:
-        """Describe parameters, each as well as it is known.
+    def infos(self, *groups: Wanted) -> list[ParameterInfo]:
+        """Describe the parameters of groups, each as well as it is known.
 
         Names serve where no module holds them.
         """
         # One pass per module over all parameters: an optimizer may have 1,000 groups.
+        columns = zip(Wanted((), (), (), ()), *groups)
+        asked = Wanted(*[list(chain(*column)) for column in columns])
         found: list[ParameterInfo | None] = [None] * len(asked.params)
         for module in self.modules():
             here = index_of(module).infos(asked)
@@ -422,10 +414,9 @@ class ModelIndex:
     def remember(self, question: Hashable, ask: Callable[[], _T]) -> _T:
         """Answer a question about the whole model once, until the model changes."""
         modules = self.modules()
-        # A user's policy may hold what has no hash, such as a list.
         try:
             hash(question)
-        except TypeError:
+        except TypeError:  # a user's policy may hold a list
             return ask()
         if len(modules) != 1:
             return ask()
@@ -437,11 +428,10 @@ class ModelIndex:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelIndex:
         """Follow the modules that were copied along with the optimizer."""
-        modules = self.modules(found=False)
-        twin = ModelIndex([memo.get(id(module), module) for module in modules])
+        twin = ModelIndex([memo.get(id(module), module) for module in self.given])
         twin.find(memo.get(id(module), module) for module in self.found)
         # Copied before its model, it cannot insist that tensors live in that.
-        twin._given = self._given and all(id(module) in memo for module in modules)
+        twin._insists = self._insists and all(id(m) in memo for m in self.given)
         twin.release()
         return twin
 

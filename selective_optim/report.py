@@ -23,11 +23,11 @@ from selective_optim.parameters import (
     ParameterInfo,
     index_of,
     shape_now,
-    together,
     wanted,
 )
 from selective_optim.policies.decide import NO_POLICY, decide
-from selective_optim.policies.predicates import is_bias, kind_of
+from selective_optim.policies.predicates import is_bias
+from selective_optim.policies.recognition import kind_of
 
 Group = dict[str, Any]
 # Columns of numbers stand to the right.
@@ -382,7 +382,7 @@ def make_report(
         asked.append(wanted(group["params"], names, number))
         places += [(number, group, known) for known in own]
     rows = []
-    for info, (number, group, known) in zip(index.infos(together(asked)), places):
+    for info, (number, group, known) in zip(index.infos(*asked), places):
         kind = kind_of(info)
         role = "norm's bias" if kind == "norm" and is_bias.matches(info) else kind
         decision = known or decide(None, [info])[0]._replace(reason=kind)
@@ -470,7 +470,7 @@ def left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
     known = {id(info.parameter) for info in index.everyone()}
     strange = {shape for key, shape in held.items() if key not in known}
     missing: dict[int, ParameterInfo] = {}
-    for module in index.modules(found=False):
+    for module in index.given:
         trained = [i for i in index_of(module).everyone() if i.parameter.requires_grad]
         out = {id(i.parameter): i for i in trained if id(i.parameter) not in held}
         shapes = {shape_now(info.parameter) for info in out.values()}

@@ -15,7 +15,7 @@ from torch import nn
 import selective_optim
 from selective_optim import SGD, AdamW, Decay
 from selective_optim.decay import Answer
-from selective_optim.policies.base import Policy
+from selective_optim.policies.selectors import Policy
 from tests.support import twins
 from tests.support.calls import calls_of
 

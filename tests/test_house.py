@@ -26,7 +26,6 @@ FILES = {
 # From the ground up; a room imports from lower floors, and from its own wing.
 FLOORS = [
     ("_torch", "_text", "decay"),
-    ("_living_modules",),
     ("parameters", "step", "schedules"),
     ("fused", "policies"),
     ("decisions",),
@@ -124,8 +123,8 @@ MOST = {
     "files in the root": 20,
     "floors": 13,
     "lines of the median function": 6,
-    "lines of nine functions in ten": 19,
-    "lines of the longest function": 43,
+    "lines of nine functions in ten": 20,
+    "lines of the longest function": 45,
 }
 LEAST = {"comments in %": 5.0}
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from selective_optim import SGD, AdamW, param_groups, selective
-from selective_optim import _living_modules as living
+from selective_optim import SGD, AdamW, param_groups, parameters, selective
 from selective_optim.decisions import knowledge
 from selective_optim.policies import exclude, is_norm
 
@@ -365,7 +364,9 @@ def test_copy_of_model_and_optimizer_knows_the_copied_model():
 
 def test_optimizer_per_parameter_looks_once(monkeypatch):
     looks, found, model = [], gc.get_objects, net()
-    monkeypatch.setattr(living.gc, "get_objects", lambda: looks.append(0) or found())
+    monkeypatch.setattr(
+        parameters.gc, "get_objects", lambda: looks.append(0) or found()
+    )
     for param in model.parameters():
         make([param])
     assert len(looks) == 1

@@ -239,6 +239,12 @@ WRONG = {
         '"cautious" first, not \'l3\'. Write for example form("l2", "*.weight").',
         None,
     ),
+    "no name": (
+        "named(0.5)",
+        "1: `named` takes the name of a policy, not 0.5 (float). Write for example "
+        'named("no_bias_norm").',
+        None,
+    ),
     "target": (
         "towards('start')",
         "1: a target must be a finite number or \"init\", not 'start'. Write for "

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from selective_optim._text import require_numbers
 from selective_optim.decay import FULL, Decision
-from selective_optim.decisions.copies import (
+from selective_optim.decisions.knowledge import (
+    Pending,
     correspond,
+    describe,
     refuse_flattened,
     require_members,
 )
-from selective_optim.decisions.knowledge import Pending, describe
 from selective_optim.decisions.table import (
     DecisionTable,
     Group,
@@ -36,9 +37,8 @@ from selective_optim.decisions.warnings import (
     warn_of_misspelt,
 )
 from selective_optim.parameters import ModelIndex, as_modules
-from selective_optim.policies.base import Policy
 from selective_optim.policies.decide import decide, require_matches
-from selective_optim.policies.selectors import Selector
+from selective_optim.policies.selectors import Policy, Selector
 from selective_optim.step.setting import base_rate, is_rate
 
 # What a group may bring and does not keep; ZeroRedundancyOptimizer writes them back.

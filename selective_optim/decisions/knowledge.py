@@ -1,33 +1,43 @@
-"""What is known of the parameters of groups that come in, living modules asked last.
+"""What is known of the tensors of groups that come in, living modules asked last.
 
 Ranks find the same, or one of them refuses: a wrapper that lives on one rank alone
 takes names away there, and another class around a tensor takes away its kind.
+
+Some tensors stand for parameters and are none: flattened, sharded, stacked, cloned.
+Their shapes say nothing of what they are, and no module holds them.
 """
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import reduce
-from itertools import islice
-from typing import Any, NamedTuple
+from itertools import chain, compress, islice, pairwise, repeat
+from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from selective_optim._living_modules import outermost_owners
+from selective_optim import _torch
+from selective_optim._text import shape_of
+from selective_optim.decay import Decision
 from selective_optim.parameters import (
     ModelIndex,
+    ModuleRef,
     ParameterInfo,
     Wanted,
     at_both,
+    clear_at_registration,
     index_of,
-    together,
+    living,
     wanted,
 )
-from selective_optim.policies.base import Policy
-from selective_optim.policies.predicates import kind_of
-from selective_optim.policies.recognition import kind_known, kinds_known, says_nothing
-from selective_optim.policies.selectors import KINDS, Need, lacking
+from selective_optim.policies.recognition import kind_known, kind_of, says_nothing
+from selective_optim.policies.selectors import KINDS, Need, Policy, lacking
+
+Infos = Sequence[ParameterInfo]
 
 
 class Pending(NamedTuple):
@@ -41,62 +51,45 @@ class Pending(NamedTuple):
 
 
 def describe(index: ModelIndex, coming: Sequence[Pending]) -> list[list[ParameterInfo]]:
-    """Describe the parameters of all groups in one go.
-
-    Args:
-        index: What is known of the model; learns which living modules were found.
-        coming: The groups.
-    """
-    asked = [wanted(each.params, each.names, each.group) for each in coming]
-    rest = iter(index.infos(together(asked)))
-    infos = [list(islice(rest, len(own.params))) for own in asked]
+    """Describe the parameters of all groups; the index learns which modules live."""
+    asked = (wanted(each.params, each.names, each.group) for each in coming)
+    infos = index.infos(*asked)
+    needs: list[frozenset[Need]] = []
+    for each in coming:
+        own = each.policy.needs if each.policy else frozenset[Need]()
+        needs += [own] * len(each.params)
+    gaps = [i for i, pair in enumerate(zip(needs, infos)) if _lacks(*pair)]
     # With `model=` a tensor of another model is a mistake.
-    if not index.explicit:
-        unsure = zip(coming, asked, infos)
-        _search(index, [gap for each in unsure for gap in _gaps(*each)])
-    return infos
+    if gaps and not index.explicit:
+        _search(index, infos, gaps)
+    rest = iter(infos)
+    return [list(islice(rest, len(each.params))) for each in coming]
 
 
-class Gap(NamedTuple):
-    """A place in a list where a living module may know more."""
-
-    infos: list[ParameterInfo]
-    position: int
-    asked: list[Any]  # in columns, as in ``Wanted``
-
-
-def _gaps(each: Pending, asked: Wanted, infos: list[ParameterInfo]) -> list[Gap]:
-    """List where a policy needs what is not known."""
-    needs = each.policy.needs if each.policy else frozenset[Need]()
+def _lacks(needs: frozenset[Need], info: ParameterInfo) -> bool:
+    """Tell whether a living module may know what a policy needs."""
     if needs <= {"shapes"}:
-        return []
-    anything = "anything" in needs
-    doubts = (anything or needs & KINDS) and not kinds_known(infos)
-    return [
-        Gap(infos, position, [column[position] for column in asked])
-        for position, info in enumerate(infos)
-        if lacking(needs, info)
-        or (anything and info.owner is None)
-        or (doubts and info.owner is not None and not kind_known(info))
-    ]
+        return False
+    if info.owner is None:
+        return "anything" in needs or bool(lacking(needs, info))
+    by_kind = "anything" in needs or not KINDS.isdisjoint(needs)
+    return bool(lacking(needs, info)) or (by_kind and not kind_known(info))
 
 
-def _search(index: ModelIndex, gaps: Sequence[Gap]) -> None:
+def _search(index: ModelIndex, infos: list[ParameterInfo], gaps: Sequence[int]) -> None:
     """Fill in from living modules what policies need and nothing else gives."""
-    if not gaps:
-        return
-    asked = Wanted(*zip(*[gap.asked for gap in gaps]))
+    known = [(infos[i].parameter, infos[i].group, infos[i].shape, None) for i in gaps]
+    asked = Wanted(*zip(*known))
     roots = outermost_owners(asked.params)
     told = [index_of(root).infos(asked) for root in roots]
     used = set[int]()
-    for gap, *each in zip(gaps, *told):
-        found = _joined(gap.infos[gap.position], [info for info in each if info])
-        gap.infos[gap.position] = found
-        used |= {id(place.path[0]) for place in found.places if place.path}
+    for i, *each in zip(gaps, *told):
+        infos[i] = _joined(infos[i], [info for info in each if info])
+        used |= {id(place.path[0]) for place in infos[i].places if place.path}
     index.find(root for root in roots if id(root) in used)
 
 
-def _joined(given: ParameterInfo, told: Sequence[ParameterInfo]) -> ParameterInfo:
+def _joined(given: ParameterInfo, told: Infos) -> ParameterInfo:
     """Join what several outermost modules tell of a parameter."""
     sure = [info for info in told if kind_known(info)]
     if not sure and given.owner is None:
@@ -114,3 +107,151 @@ def _renamed(info: ParameterInfo, name: str | None) -> ParameterInfo:
     names = () if name is None else (name,)
     elsewhere = tuple(_renamed(place, name) for place in info.elsewhere)
     return replace(info, name=name, names=names, elsewhere=elsewhere, own_name=None)
+
+
+# The modules that hold something, by its id, as they were when last looked for.
+_holders: dict[int, list[ModuleRef]] = {}
+
+
+def outermost_owners(params: Sequence[Tensor]) -> list[nn.Module]:
+    """Find the outermost modules alive that hold any of ``params``.
+
+    One look takes 0.3 s with 700,000 objects alive, half of it for the collector, and
+    serves every optimizer until a module or a parameter is registered anywhere: one
+    optimizer per parameter is how people save memory. Nothing is kept alive.
+    """
+    if not all(map(_holders_of, params)):
+        clear_at_registration(_holders.clear)
+        _holders.clear()
+        _holders.update(_look_at_living())
+    found = [module for param in params for module in _holders_of(param)]
+    seen, outermost = set[int](), []
+    for module in found:
+        if id(module) not in seen:
+            seen.add(id(module))
+            around = _holders_of(module)
+            found += around
+            outermost += [] if around else [module]
+    return outermost
+
+
+def _look_at_living() -> dict[int, list[ModuleRef]]:
+    # A wrapper that was let go would give names until the collector runs by chance.
+    gc.collect()
+    objects, holders = gc.get_objects(), defaultdict[int, list[ModuleRef]](list)
+    # Not `isinstance`, which runs code of objects that imitate other classes.
+    are_modules = map(issubclass, map(type, objects), repeat(nn.Module))
+    for module in compress(objects, are_modules):
+        # One that is being made may lack what `nn.Module.__init__` sets.
+        if "_modules" in vars(module):
+            ref = weakref.ref(module)
+            for item in _held_by(module):
+                holders[id(item)].append(ref)
+    return holders
+
+
+def _holders_of(item: Tensor | nn.Module) -> list[nn.Module]:
+    """Return the modules that were found to hold something, and still do."""
+    modules = living(_holders.get(id(item), ()))
+    return [m for m in modules if any(each is item for each in _held_by(m))]
+
+
+def _held_by(module: nn.Module) -> Iterable[object]:
+    return chain(_torch.registered(module).values(), _torch.children(module).values())
+
+
+# Tensors that stand for parameters.
+
+
+def correspond(infos: Infos, old: Sequence[Decision], policy: Policy | None) -> bool:
+    """Tell whether new tensors are, one to one, other forms of those decided before.
+
+    Resized parameters are only if the policy could not decide for them anew.
+    """
+    if len(infos) != len(old) or any(info.owner is not None for info in infos):
+        return False
+    pairs = list(zip(infos, old))
+    if any(i.name and d.name and i.name != d.name for i, d in pairs):
+        return False
+    if _another_form(infos, old):
+        # Not in another order: Megatron puts those in float32 first.
+        sizes = sorted((d.shape.numel(), i.parameter.numel()) for i, d in pairs)
+        return all(a[1] <= b[1] for a, b in pairwise(sizes))
+    if policy is None or any(info.ndim != len(d.shape) for info, d in pairs):
+        return False
+    return "anything" in policy.needs or any(lacking(policy.needs, i) for i in infos)
+
+
+def _another_form(infos: Infos, old: Sequence[Decision]) -> bool:
+    """Tell whether all are flat where not all were, or stack what was there."""
+    if len(infos) > len(old):
+        return False
+    flat = all(info.ndim == 1 for info in infos)
+    was_flat = all(len(decision.shape) == 1 for decision in old)
+    pairs = list(zip(infos, old))
+    stacked = all(info.parameter.shape[1:] == d.shape for info, d in pairs)
+    return (flat and not was_flat) or (len(infos) == len(old) and stacked)
+
+
+def refuse_flattened(
+    infos: Infos, old: Sequence[Decision], policy: Policy | None
+) -> None:
+    """Check that tensors in the places of others are not those, joined or stacked."""
+    known = any(info.owner is not None or info.name for info in infos)
+    if policy is None or not policy.needs or not old or known:
+        return
+    # Where shapes decide, fewer that are not all flat are new parameters.
+    merged = len(infos) < len(old) and (
+        policy.needs != {"shapes"} or all(info.ndim == 1 for info in infos)
+    )
+    if merged or _another_form(infos, old):
+        raise ValueError(
+            f"`wd_policy` {policy!r} decided for {len(old)} parameters of group "
+            f"{infos[0].group}, in whose places an engine put {len(infos)} "
+            f"({shape_of(infos[0].parameter)}): no single decay is right for those. "
+            f"{_by_hand(policy)}."
+        )
+
+
+def _by_hand(policy: Policy) -> str:
+    """Write how tensors of which nothing is known get their decay."""
+    text = repr(policy) if "anything" in policy.needs else f'"{policy!r}"'
+    return (
+        f"Split the groups by hand, which is exact there: "
+        f"AdamW(param_groups(model, {text}, weight_decay=...))"
+    )
+
+
+def require_members(
+    index: ModelIndex, groups: Iterable[tuple[Infos, Policy | None]]
+) -> None:
+    """Check that every parameter lives in ``model=``, if that was given.
+
+    Stacks of all that live in a module are refused whether it was given or not.
+    """
+    groups = list(groups)
+    alone = all(info.owner is None for infos, _ in groups for info in infos)
+    for infos, policy in groups:
+        strangers = [each for each in enumerate(infos) if each[1].owner is None]
+        if not strangers or not (index.explicit or _are_stacks(infos, index)):
+            continue
+        position, info = strangers[0]
+        where = (
+            f"{info.describe(position)}, at position {position} of group {info.group}, "
+            f"is in none of the modules given as `model`"
+        )
+        if policy is None or not alone or outermost_owners([info.parameter]):
+            raise ValueError(
+                f"{where}. Pass every module that holds parameters: model=[model, ...]."
+            )
+        raise ValueError(
+            f"{where}, nor in any other that lives. {_by_hand(policy)}, with copies in "
+            f'the places of the parameters that each group names in "param_names".'
+        )
+
+
+def _are_stacks(infos: Infos, index: ModelIndex) -> bool:
+    """Tell whether tensors are the model's parameters with one more dimension."""
+    everyone = index.everyone()
+    inside = sorted([info.parameter.shape[1:] for info in infos])
+    return bool(everyone) and inside == sorted([i.parameter.shape for i in everyone])

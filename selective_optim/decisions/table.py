@@ -24,7 +24,7 @@ from selective_optim import _torch
 from selective_optim._text import shape_text
 from selective_optim.decay import FULL, INIT, Decision
 from selective_optim.parameters import ParameterInfo, owner_kinds
-from selective_optim.policies.base import Policy
+from selective_optim.policies.selectors import Policy
 from selective_optim.step.setting import base_rate, is_moving, is_rate
 
 Group = dict[str, Any]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from difflib import SequenceMatcher
 from itertools import chain
@@ -11,11 +11,10 @@ from weakref import WeakSet
 
 from selective_optim._text import first_of, warn
 from selective_optim.decay import Decay, Decision, is_zero, target_text
-from selective_optim.decisions.state_dict import POLICIES, RECORD
-from selective_optim.decisions.table import Group, Infos, Row
 from selective_optim.fused.guards import params_of
-from selective_optim.policies.base import Policy
-from selective_optim.step.setting import alike
+from selective_optim.parameters import ParameterInfo
+from selective_optim.policies.selectors import Policy
+from selective_optim.step.setting import Group, alike
 
 # How alike a key must be to one that is read to be taken for it: "wd_polcy" is 0.94
 # and "weight_decays" 0.96. Keys that others put there are less: "lr_scale" is 0.4.
@@ -40,7 +39,7 @@ def warn_of_misspelt(group: Iterable[Any], known: Sequence[str]) -> None:
 
 def warn_if_unsteady(
     policies: Iterable[Policy | None],
-    infos: Iterable[Infos],
+    infos: Iterable[Sequence[ParameterInfo]],
     decided: Iterable[Sequence[Decision]],
 ) -> None:
     """Ask functions of the user's a second time, and warn of other answers."""
@@ -64,7 +63,7 @@ def warn_if_unsteady(
 
 def warn_if_weak(
     groups: Sequence[Group],
-    layout: Sequence[Sequence[Row]],
+    layout: Sequence[Sequence[Any]],  # rows of ``table``
     decays_elsewhere: Callable[[Policy], bool],
 ) -> None:
     """Warn if nothing will decay, and of a multiplier that reads like a decay."""
@@ -159,25 +158,25 @@ def warn_of_changes(
     decided: Sequence[Sequence[Decision]],
     before: Sequence[Any],
     param_groups: Sequence[dict[str, Any]],
-    loaded: Mapping[str, Any],
-    entries: Sequence[Any],
+    saved: Sequence[Any] | None,
     now: Sequence[Any],
+    policies: Any,
     as_policy: Callable[[object], Policy],
 ) -> None:
     """Warn once if a checkpoint was made with other decisions than those now taken.
 
-    ``before`` has the decay of each group before it was loaded, ``entries`` and
-    ``now`` those of its record, if it has one, and of what is decided now.
+    ``before`` has the decay of each group before it was loaded, ``saved`` and ``now``
+    the entries of its record, if it has one, and of what is decided now; ``policies``
+    are the texts that it has, which ``as_policy`` reads.
     """
     labels = [
         [d.label(i, n) for n, d in enumerate(own)] for i, own in enumerate(decided)
     ]
-    recorded = loaded.get(RECORD) is not None
-    if recorded and (changes := _changes(chain(*labels), entries, now)):
+    if saved is not None and (changes := _changes(chain(*labels), saved, now)):
         warn(
             f"the loaded checkpoint was made with another weight decay policy: "
             f"{first_of(changes, '; ')}. The policy of the constructor is kept; "
-            f"pass {_typed(loaded.get(POLICIES), as_policy)} to continue as before."
+            f"pass {_typed(policies, as_policy)} to continue as before."
         )
     # Without a record, groups split by hand may take the decay from parameters: merged
     # ones have that of the first, which may have been exempt.
@@ -189,7 +188,7 @@ def warn_of_changes(
         for label, decision in zip(*own)
         if decision.decay.multiplier and decision.decay.fixed is None
     ]
-    if not recorded and exempt and lost:
+    if saved is None and exempt and lost:
         warn(
             f"the loaded checkpoint sets weight_decay to 0 for {first_of(lost, ', ')}, "
             f"which the policy decays: a group takes it from one of its parameters, "

@@ -9,8 +9,9 @@ How a decision is made, by ``selective_optim.decisions.decider`` for an optimize
 ``differences.decide_alone`` where there is none:
 
 1. ``as_policy`` in ``named.py`` makes a policy of a name, a text, a mapping or a
-   callable. The verbs and what every policy can do are in ``base.py``; other policies
-   in ``layerwise.py`` and ``recipes.py``, the rules of other projects and authors.
+   callable. What every policy can do is in ``selectors.py``, the verbs in ``rules.py``;
+   other policies in ``layerwise.py`` and ``recipes.py``, the rules of other projects
+   and authors.
 2. ``decide.require_matches`` refuses a glob, regular expression or object that matches
    nothing in optimizer and model, unless its policy has ``missing_ok``.
 3. ``policy.bind`` prepares: ``layerwise`` measures the model, whose layers
@@ -26,14 +27,6 @@ Nothing here imports an optimizer.
 
 from selective_optim.decay import Decay as Decay
 from selective_optim.decay import Form as Form
-from selective_optim.policies.base import Policy as Policy
-from selective_optim.policies.base import exclude as exclude
-from selective_optim.policies.base import first_match as first_match
-from selective_optim.policies.base import fixed as fixed
-from selective_optim.policies.base import form as form
-from selective_optim.policies.base import only as only
-from selective_optim.policies.base import scale as scale
-from selective_optim.policies.base import towards as towards
 from selective_optim.policies.differences import Difference as Difference
 from selective_optim.policies.differences import Differences as Differences
 from selective_optim.policies.differences import diff as diff
@@ -55,6 +48,14 @@ from selective_optim.policies.predicates import is_token as is_token
 from selective_optim.policies.predicates import is_vector as is_vector
 from selective_optim.policies.recipes import exempt_ as exempt_
 from selective_optim.policies.recipes import marked as marked
+from selective_optim.policies.rules import exclude as exclude
+from selective_optim.policies.rules import first_match as first_match
+from selective_optim.policies.rules import fixed as fixed
+from selective_optim.policies.rules import form as form
+from selective_optim.policies.rules import only as only
+from selective_optim.policies.rules import scale as scale
+from selective_optim.policies.rules import towards as towards
+from selective_optim.policies.selectors import Policy as Policy
 from selective_optim.policies.selectors import Selector as Selector
 
 # fmt: off

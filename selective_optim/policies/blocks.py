@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from itertools import combinations
 from numbers import Real
 
 from torch import nn
@@ -29,7 +30,6 @@ LISTS = (nn.ModuleList, nn.ModuleDict)
 CONTAINERS = (nn.Sequential, *LISTS)
 # A convolution with its norm is a piece of a block, a linear layer not even that.
 PARTS_OF_A_BLOCK = 3
-NO_NUMBERS = "Name modules that repeat; this model has none that are numbered."
 DOWN, UP = re.compile(r"down(?!_?stream)"), re.compile(r"up(?!date|per)")
 POOL = re.compile(r"(?:.*_)?pool(?:ing|er)?(?:_.*)?$")
 # Blocks that hold a tenth of what the largest run holds could be meant as well.
@@ -187,14 +187,13 @@ def find_stacks(roots: Sequence[nn.Module], layers: Layers) -> list[list[nn.Modu
         return [_found(roots)]
     globs = [layers] if isinstance(layers, str) else layers
     stacks = [_matching(roots, glob) for glob in globs]
-    for i, stack in enumerate(stacks):
-        inside = {module for block in stack for module in block.modules()}
-        for glob, other in zip(globs[:i], stacks):
-            if any(not inside.isdisjoint(block.modules()) for block in other):
-                raise ValueError(
-                    f"`layers` {glob!r} and {globs[i]!r} match some of the same "
-                    f"modules, and a block is in one stack. Leave one of them out."
-                )
+    inside = [{module for m in stack for module in m.modules()} for stack in stacks]
+    for (one, its), (other, others) in combinations(zip(globs, inside), 2):
+        if its & others:
+            raise ValueError(
+                f"`layers` {one!r} and {other!r} match some of the same modules, and a "
+                f"block is in one stack. Leave one of them out."
+            )
     return stacks
 
 
@@ -217,15 +216,19 @@ def _found(roots: Sequence[nn.Module]) -> list[nn.Module]:
             f'hold many parameters. Name one, as in layers="{rivals[0].glob}", or '
             f"several stacks of their own depth, as in layers=[{globs}]."
         )
-    # A message with 1,000 globs cannot be read.
     counts = Counter(_counting_globs(roots))
-    lists, way_out = list(counts)[:8], NO_NUMBERS
-    for glob, _ in counts.most_common(1):
-        way_out = f'Write for example layers="{glob}".'
+    numbered = ", ".join(map(repr, list(counts)[:8])) or "none"  # of 1,000, say
     raise ValueError(
         f"`layers` must name the repeated blocks of {models}, where none were found; "
-        f"numbered modules in it: {', '.join(map(repr, lists)) or 'none'}. {way_out}"
+        f"numbered modules in it: {numbered}. "
+        f"{_way_out(glob for glob, _ in counts.most_common(1))}"
     )
+
+
+def _way_out(globs: Iterable[str]) -> str:
+    for glob in globs:
+        return f'Write for example layers="{glob}".'
+    return "Name modules that repeat; this model has none that are numbered."
 
 
 def _require_no_way_back(roots: Sequence[nn.Module]) -> None:
@@ -242,10 +245,9 @@ def _require_no_way_back(roots: Sequence[nn.Module]) -> None:
             )
 
 
-def _counting_globs(roots: Sequence[nn.Module]) -> Iterator[str]:
-    for name, module in named_modules(roots):
-        if (numbered := NUMBERED.match(name)) and has_parameters(module):
-            yield f"{numbered[1]}*"
+def _counting_globs(roots: Sequence[nn.Module]) -> list[str]:
+    named = [(NUMBERED.match(name), module) for name, module in named_modules(roots)]
+    return [f"{found[1]}*" for found, m in named if found and has_parameters(m)]
 
 
 def _matching(roots: Sequence[nn.Module], layers: str) -> list[nn.Module]:
@@ -263,12 +265,10 @@ def _matching(roots: Sequence[nn.Module], layers: str) -> list[nn.Module]:
     names = list(dict.fromkeys(name for name, _ in named))
     close = ", ".join(map(repr, get_close_matches(layers, names, n=3, cutoff=0.0)))
     globs = [glob for glob in dict.fromkeys(_counting_globs(roots)) if glob != layers]
-    way_out = NO_NUMBERS
-    for glob in get_close_matches(layers, globs, n=1, cutoff=0.0):
-        way_out = f'Write for example layers="{glob}".'
     raise ValueError(
         f"`layers` {layers!r} matches none of {len(names)} modules with parameters; "
-        f"the closest are {close}. {way_out}"
+        f"the closest are {close}. "
+        f"{_way_out(get_close_matches(layers, globs, n=1, cutoff=0.0))}"
     )
 
 
@@ -308,41 +308,30 @@ def distances_in(modules: Modules, blocks: Modules) -> dict[nn.Module, int]:
     """Tell how far above each module, parents first, the top of a stack lies."""
     numbers = {block: i for i, block in enumerate(blocks, start=1)}
     layer: dict[nn.Module, int] = {}
+
+    def place(module: nn.Module, number: int) -> None:
+        layer.update(dict.fromkeys(module.modules(), number))
+
     block = 0
     for module in modules:
         if module in numbers:
             block = numbers[module]
-            layer.update(dict.fromkeys(module.modules(), block))
+            place(module, block)
         layer.setdefault(module, block + 1 if block else 0)
-    norm = final_norm(modules, blocks[-1])
-    holders = {child: module for module in modules for child in module.children()}
-    around = set(blocks)
-    for module in blocks:
-        while (module := holders.get(module, module)) not in around:
-            around.add(module)
-    for parent in filter(around.difference(blocks).__contains__, modules):
+    around = [m for m in modules if m not in numbers and _span(m, numbers)]
+    for parent in around:
         layer.update(_beside(parent, numbers))
         for key, child in parent.named_children():
             # Between two blocks it embeds what comes out of the first, and in the last
             # of several stages what that stage computes.
             if layer[child] > len(blocks) and embedding_module(child):
-                place = 0 if blocks[0] in set(parent.modules()) else len(blocks)
-                layer.update(dict.fromkeys(child.modules(), place))
+                place(child, 0 if 1 in _span(parent, numbers) else len(blocks))
             if layer[child] == 0 and POOL.match(key):  # it pools what the blocks give
-                layer.update(dict.fromkeys(child.modules(), len(blocks) + 1))
-        if norm is None:
-            norm = _norm_beside(parent, blocks[-1])
+                place(child, len(blocks) + 1)
+    norm = _final_norm(modules, around, blocks[-1])
     if norm is not None:
-        layer.update(dict.fromkeys(norm.modules(), len(blocks)))
+        place(norm, len(blocks))
     return {module: len(blocks) + 1 - layer[module] for module in modules}
-
-
-def _norm_beside(parent: nn.Module, last: nn.Module) -> nn.Module | None:
-    """Return the ``norm`` that is registered before a list of blocks beside it."""
-    norm = dict(parent.named_children()).get("norm")
-    lists = [child for child in parent.children() if isinstance(child, CONTAINERS)]
-    beside = any(last is block for each in lists for block in each.children())
-    return norm if beside and norm_module(norm) else None
 
 
 def _beside(parent: nn.Module, numbers: dict[nn.Module, int]) -> dict[nn.Module, int]:
@@ -371,11 +360,20 @@ def _span(item: nn.Module, numbers: dict[nn.Module, int]) -> list[int]:
     return [numbers[module] for module in item.modules() if module in numbers]
 
 
-def final_norm(modules: Sequence[nn.Module], last: nn.Module) -> nn.Module | None:
-    """Return the norm that comes right after the last block, if one does."""
+def _final_norm(modules: Modules, around: Modules, last: nn.Module) -> nn.Module | None:
+    """Return the norm of what the last block gives: right after it, or so called."""
     inside = set(last.modules())
     for module in modules[modules.index(last) :]:
         keys = (key for key, _ in module.named_children())
         if module not in inside and _torch.WRAPPERS.isdisjoint(keys):
-            return module if norm_module(module) else None
+            if norm_module(module):
+                return module
+            break
+    # One called ``norm`` may be registered before the list of blocks.
+    for parent in around:
+        norm = dict(parent.named_children()).get("norm")
+        lists = [child for child in parent.children() if isinstance(child, CONTAINERS)]
+        beside = any(last is block for each in lists for block in each.children())
+        if beside and norm_module(norm):
+            return norm
     return None

@@ -17,29 +17,27 @@ from selective_optim import _torch
 from selective_optim._text import warn
 from selective_optim.decay import FULL, REMEDY, Answer, Decision
 from selective_optim.parameters import ParameterInfo, owner_kinds, shape_now
-from selective_optim.policies.base import AnswerError, Policy
-from selective_optim.policies.predicates import UnsureError, is_norm
 from selective_optim.policies.recognition import (
     WORDS,
     kind_known,
-    kinds_known,
+    kind_of,
     says_norm,
     says_nothing,
 )
 from selective_optim.policies.selectors import (
     KINDS,
+    AnswerError,
     InsideClass,
     NamePattern,
+    Policy,
     Selector,
     UnknownError,
+    UnsureError,
     class_text,
     lacking,
 )
 
 NO_POLICY = "no policy"
-MATRICES = (
-    ', or use wd_policy="matrices", which decays whatever has two or more dimensions'
-)
 SHOWN = 3  # names that a message gives
 
 
@@ -52,11 +50,13 @@ def decide(
     """Ask the policy about every parameter; raise with its name where that fails."""
     places = places or range(len(infos))  # in the group, for messages
     by_kind = policy is not None and not KINDS.isdisjoint(policy.needs)
-    doubts = by_kind and not kinds_known(infos)
+    unsure = [
+        by_kind and info.owner is not None and not kind_known(info) for info in infos
+    ]
     if policy is not None:
-        _require_knowledge(policy, infos, places, doubts)
+        _require_knowledge(policy, infos, places, unsure)
     decisions = []
-    for info, place, lr0 in zip(infos, places, lr0s):
+    for info, place, lr0, doubtful in zip(infos, places, lr0s, unsure):
         try:
             answer = policy.decide(info) if policy else Answer(FULL, NO_POLICY)
         # If a user's callable raises, the message names the parameter.
@@ -64,9 +64,7 @@ def decide(
             raise _explained(error, policy, info.describe(place), info) from error
         shape = shape_now(info.parameter) if info.shape is None else info.shape
         known = (info.name, shape, owner_kinds(info), info.own_name, lr0)
-        reason = answer.reason
-        if doubts and info.owner is not None and not kind_known(info):
-            reason += " (kind unknown)"
+        reason = answer.reason + " (kind unknown)" * doubtful
         decisions.append(Decision(answer.decay.settled, reason, *known))
     return decisions
 
@@ -98,10 +96,10 @@ def _require_knowledge(
     policy: Policy,
     infos: Sequence[ParameterInfo],
     places: Sequence[int],
-    doubts: bool,
+    unsure: Sequence[bool],
 ) -> None:
     needs = policy.needs
-    for info, place in zip(infos, places):
+    for info, place, doubtful in zip(infos, places, unsure):
         if info.shape is None and _torch.is_flat_parameter(info.parameter):
             raise ValueError(
                 f"{info.describe(place)} is FSDP's flat parameter, of which no single "
@@ -112,7 +110,7 @@ def _require_knowledge(
                 f"`wd_policy` {policy!r} needs the shape of {info.describe(place)}, "
                 f"which is {_lost(info)}"
             )
-        nothing = doubts and info.owner is not None and says_nothing(info)
+        nothing = doubtful and says_nothing(info)
         if wanted := lacking(needs, info) or "module types" * nothing:
             known = "the name" if info.name else "the tensor"
             if info.owner is not None:
@@ -127,9 +125,11 @@ def _ways_out(policy: Policy | None, infos: Sequence[ParameterInfo]) -> str:
     # Of other policies "matrices" would change what was asked for, and of vectors
     # alone, as engines flatten them, it would decay nothing.
     matrices = any(info.ndim is not None and info.ndim > 1 for info in infos)
+    other = ', or use wd_policy="matrices", which decays whatever has two or more '
+    other += "dimensions"
     plain = matrices and repr(policy) == "exclude(is_bias, is_norm)"
     return (
-        f"Pass model=model or model.named_parameters(){MATRICES if plain else ''}; "
+        f"Pass model=model or model.named_parameters(){other * plain}; "
         f"where a framework makes the optimizer, write with "
         f"selective_optim.deciding_for(model): around it."
     )
@@ -182,7 +182,7 @@ def _warn_of_class(
             continue
         if _decays(policy_here, info):
             other = class_text(type(info.owner))
-            instead = "is_norm" if is_norm.matches(info) else other
+            instead = "is_norm" if kind_of(info) == "norm" else other
             warn(
                 f"{selector!r} in `wd_policy` matches none of {len(infos)} parameters, "
                 f"and {info.name!r}, held by {other}, decays. Write wd_policy="
@@ -197,7 +197,7 @@ def _meant(cls: type[nn.Module], info: ParameterInfo) -> bool:
     words = set(WORDS.findall(cls.__name__))
     others = WORDS.findall(type(info.owner).__name__)
     norm: Any = cls  # mypy holds that classes of modules have no hash
-    return is_norm.matches(info) if says_norm(norm) else words <= {*others}
+    return kind_of(info) == "norm" if says_norm(norm) else words <= {*others}
 
 
 def _decays(policy: Policy, info: ParameterInfo) -> bool:

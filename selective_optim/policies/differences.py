@@ -11,9 +11,9 @@ from torch import nn
 from selective_optim._text import aligned, shape_text
 from selective_optim.decay import Decay, Decision, target_text
 from selective_optim.parameters import ModelIndex, ParameterInfo, as_modules
-from selective_optim.policies.base import Policy
 from selective_optim.policies.decide import decide, require_matches
 from selective_optim.policies.named import as_policy
+from selective_optim.policies.selectors import Policy
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,7 @@ def diff(model: nn.Module | Sequence[nn.Module], a: object, b: object) -> Differ
         >>> print(diff(nn.Linear(2, 3), "all", "nanogpt").rows[0].reason_b)
         nanogpt: ndim < 2
     """
-    one, other = as_policy(a), as_policy(b)
-    roots = as_modules(model)
+    one, other, roots = as_policy(a), as_policy(b), as_modules(model)
     decided = (decide_alone(roots, policy)[1] for policy in (one, other))
     rows = [
         Difference(x.name, x.shape, x.decay, y.decay, x.reason, y.reason)

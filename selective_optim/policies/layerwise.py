@@ -14,7 +14,6 @@ from selective_optim import _torch
 from selective_optim._torch import canonical_name
 from selective_optim.decay import Answer, Decay
 from selective_optim.parameters import ParameterInfo
-from selective_optim.policies.base import Policy
 from selective_optim.policies.blocks import (
     POOL,
     Layers,
@@ -27,7 +26,7 @@ from selective_optim.policies.blocks import (
 )
 from selective_optim.policies.predicates import heads, whole
 from selective_optim.policies.recognition import embedding_part, norm_module
-from selective_optim.policies.selectors import MODULES, NAMES, Need
+from selective_optim.policies.selectors import MODULES, NAMES, Policy
 
 Order = tuple[float, ...]
 # A last number by which timm's matchers join a layer to the one before it.
@@ -50,16 +49,18 @@ def own_layers(roots: Sequence[nn.Module]) -> dict[str, int] | None:
     if model is None or not callable(model.group_matcher):
         return None
     place = _placing(model.group_matcher(coarse=False))
-    # Matchers are written for the names that the model itself gives.
-    places = {name: place(_plain(name)) for name, _ in model.named_parameters()}
-    numbers = _numbers(set(places.values()))
+    places: dict[str, Order] = {}
+    for name, _ in model.named_parameters():
+        # Matchers are written for the names that the model itself gives.
+        places[name] = place(".".join(p for p in name.split(".") if p not in INSIDE))
+    numbers: dict[Order, int] = {}
+    last = -1
+    for here in sorted(set(places.values())):
+        last += not (numbers and here[-1] == WITH_THE_ONE_BEFORE)
+        numbers[here] = last
     if len(set(numbers.values())) < 2:
         return None
     return {canonical_name(prefix + name): numbers[places[name]] for name in places}
-
-
-def _plain(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in INSIDE)
 
 
 def _order(place: Any) -> Order:
@@ -90,15 +91,6 @@ def _placing(said: Any) -> Callable[[str], Order]:
         return (math.inf,)  # what no expression matches is the head
 
     return place
-
-
-def _numbers(places: set[Order]) -> dict[Order, int]:
-    numbers: dict[Order, int] = {}
-    last = -1
-    for place in sorted(places):
-        last += not (numbers and place[-1] == WITH_THE_ONE_BEFORE)
-        numbers[place] = last
-    return numbers
 
 
 class Distances:
@@ -171,15 +163,12 @@ class Layerwise(Policy):
     rate: float
     layers: Layers = None
     distances: Distances | None = field(default=None, compare=False)
+    needs = NAMES | MODULES
 
     def __repr__(self) -> str:
         shown = list(self.layers) if isinstance(self.layers, tuple) else self.layers
         layers = "" if shown is None else f", layers={shown!r}"
         return f"layerwise({self.rate!r}{layers})"
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return NAMES | MODULES
 
     def bind(self, roots: Sequence[nn.Module]) -> Policy:
         # Computed once for all parameters, since it reads the model several times.

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from functools import partial
 from types import FunctionType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import nn
 
@@ -22,18 +21,6 @@ from selective_optim._text import received
 from selective_optim.decay import FORMS, Decay
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies import predicates
-from selective_optim.policies.base import (
-    Function,
-    Policy,
-    either,
-    exclude,
-    first_match,
-    fixed,
-    form,
-    only,
-    scale,
-    towards,
-)
 from selective_optim.policies.layerwise import layerwise
 from selective_optim.policies.predicates import (
     Predicate,
@@ -45,7 +32,23 @@ from selective_optim.policies.predicates import (
     is_vector,
 )
 from selective_optim.policies.recipes import RECIPES, marked
-from selective_optim.policies.selectors import Selector, as_selector, loaded_class
+from selective_optim.policies.rules import (
+    Function,
+    exclude,
+    first_match,
+    fixed,
+    form,
+    only,
+    scale,
+    towards,
+)
+from selective_optim.policies.selectors import (
+    Policy,
+    Selector,
+    as_selector,
+    either,
+    loaded_class,
+)
 
 NAMED: dict[str, Policy] = {
     "all": only(everything),
@@ -80,6 +83,7 @@ WdPolicy: TypeAlias = (
     | None
 )
 
+EXAMPLE = 'for example wd_policy="no_bias_norm"'
 GLOB = re.compile(r"[*?[]")
 GLOB_OR_PATH = re.compile(r"[*?[.]")
 MAKERS: dict[Any, str] = {
@@ -107,10 +111,16 @@ def named(name: str) -> Policy:
         name: Name of the policy, such as ``"no_bias_norm"`` or ``"timm"``.
 
     Raises:
+        TypeError: ``name`` is not a string.
         ValueError: No policy has that name; the message lists the known ones.
     """
     if name in NAMED:
         return NAMED[name]
+    if not isinstance(name, str):
+        raise TypeError(
+            f"`named` takes the name of a policy, not {received(name)}. "
+            f'Write for example named("no_bias_norm").'
+        )
     layer = name.removeprefix("nn.")
     torchs = isinstance(getattr(nn, layer, None), type)
     if torchs or GLOB_OR_PATH.search(name):
@@ -176,7 +186,7 @@ def parse(text: str) -> Policy:
 
 
 PREDICATES = {p.name: p for p in vars(predicates).values() if isinstance(p, Predicate)}
-FUNCTIONS: dict[str, Callable[..., Any]] = {
+FUNCTIONS: dict[str, Callable[..., Policy]] = {
     function.__name__: function for function in (*MAKERS, first_match, named)
 }
 
@@ -216,54 +226,49 @@ def as_policy(value: object) -> Policy:
 
 
 def _meant(value: object) -> str:
-    several = isinstance(value, (list, tuple, set, frozenset))
-    items = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
-    items = list(items) if several else [items]  # type: ignore[call-overload]
-    names = [i for i in items if several and isinstance(i, str) and i in NAMED]
-    if several and not names and (meant := _meant_by_words(items)):
-        return meant
-    rest = [i for i in items if not isinstance(i, str) or i not in names]
-    texts = _selector_texts(rest)
-    if not items or texts is None or any(text.startswith("<") for text in texts):
-        return 'for example wd_policy="no_bias_norm"'
-    if not several:
-        return f"wd_policy={either(texts[0])}"
-    excluded = [f"exclude({', '.join(texts)})"] if rest else []
-    return "wd_policy=" + " * ".join([*(f'named("{n}")' for n in names), *excluded])
-
-
-def _meant_by_words(items: Sequence[object]) -> str | None:
-    # ["bias", "LayerNorm.weight"] is in many notebooks; in a ResNet it finds no norm.
-    words = [i for i in items if isinstance(i, str) and not GLOB.search(i)]
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        text = _typed(value)
+        return f"wd_policy={either(text)}" if text else EXAMPLE
+    rest = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
+    texts = [item for item in rest if isinstance(item, str)]
+    names, why = [text for text in texts if text in NAMED], ""
+    words = [text for text in texts if not GLOB.search(text)]
     parts = [{part.lower() for part in WORDS.findall(word)} for word in words]
     norms = [word for word, own in zip(words, parts) if NORM_WORDS & own]
-    if not norms:
-        return None
-    biases = [word for word in words if word.lower().strip(".") == "bias"]
-    name = "no_bias_norm" if biases else "no_norm"
-    rest = [item for item in items if item not in (*norms, *biases)]
-    if (texts := _selector_texts(rest)) is None:
-        return None
-    policy = f'named("{name}") * exclude({", ".join(texts)})' if rest else f'"{name}"'
-    return (
-        f"wd_policy={policy}, which knows norms by their class: a word such as "
-        f"{norms[0]!r} misses those that a model calls otherwise"
-    )
+    used = names
+    # ["bias", "LayerNorm.weight"] is in many notebooks; in a ResNet it finds no norm.
+    if norms and not names:
+        biases = [word for word in words if word.lower().strip(".") == "bias"]
+        names, used = ["no_bias_norm" if biases else "no_norm"], norms + biases
+        why = (
+            f", which knows norms by their class: a word such as {norms[0]!r} misses "
+            f"those that a model calls otherwise"
+        )
+    typed = [_typed(item) for item in rest if item not in used]
+    if not value or not all(typed):
+        return EXAMPLE
+    if len(names) == 1 and not typed:
+        return f'wd_policy="{names[0]}"{why}'
+    policies = [f'named("{name}")' for name in names]
+    policies += [f"exclude({', '.join(typed)})"] if typed else []
+    return f"wd_policy={' * '.join(policies)}{why}"
 
 
-def _selector_texts(items: Sequence[object]) -> list[str] | None:
-    # Lists of plain words are searched for words, as in transformers' examples.
-    plain = [isinstance(item, str) and not GLOB.search(item) for item in items]
-    given = [f"*{item}*" if each else item for item, each in zip(items, plain)]
+def _typed(item: object) -> str:
+    """Write a selector as it is typed, or nothing where that cannot be done."""
+    if isinstance(item, str):
+        # Lists of plain words are searched for words, as in transformers' examples.
+        return f'"{item}"' if GLOB.search(item) else f'"*{item}*"'
     try:
-        return [f'"{i}"' if isinstance(i, str) else repr(as_selector(i)) for i in given]
+        text = repr(as_selector(item))
     except TypeError:
-        return None
+        return ""
+    return "" if text.startswith("<") else text
 
 
 TYPE_THIS = "Write for example exclude('*.bias', is_norm) * layerwise(0.75)."
-TOO_DEEP = "it is nested too deeply"
 WIDTH = 76  # of a text that a message shows; more is cut around the place
+T = TypeVar("T")
 
 
 class PolicyTextError(ValueError):
@@ -278,118 +283,111 @@ class Reader:
 
     def read(self) -> Policy:
         try:
-            body = ast.parse(self.text, mode="eval").body
+            return self._policy(ast.parse(self.text, mode="eval").body)
+        except PolicyTextError:
+            raise
         except SyntaxError as error:
             place = min((error.offset or 1) - 1, len(self.text))
             raise self._error(place, f"{error.msg}.", TYPE_THIS) from None
         except (ValueError, RecursionError, MemoryError) as error:
-            raise self._error(0, f"{error or TOO_DEEP}.", TYPE_THIS) from None
-        try:
-            return self._policy(body)
-        except RecursionError:
-            raise self._error(0, f"{TOO_DEEP}.", TYPE_THIS) from None
+            told = error if isinstance(error, ValueError) else "it is nested too deeply"
+            raise self._error(0, f"{told}.", TYPE_THIS) from None
 
     def _policy(self, node: ast.expr) -> Policy:
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            return self._policy(node.left) * self._policy(node.right)
-        policy: Policy | None = None
-        if isinstance(node, ast.Call) and _dotted(node.func) in FUNCTIONS:
-            policy = self._call(node, FUNCTIONS[_dotted(node.func)])
-        elif isinstance(node, ast.Name):
-            policy = NAMED.get(node.id)
-        elif isinstance(node, ast.Dict):
-            policy = self._called(node, partial(first_match, self._argument(node)))
-        if policy is None:
-            raise self._not_a_policy(node)
-        return policy
+        match node:
+            case ast.BinOp(left, ast.Mult(), right):
+                return self._policy(left) * self._policy(right)
+            case ast.Call(made) if _dotted(made) in FUNCTIONS:
+                return self._call(node, FUNCTIONS[_dotted(made)])
+            case ast.Name(name) if name in NAMED:
+                return NAMED[name]
+            case ast.Dict():
+                return self._called(node, first_match, self._value(node))
+        raise self._not_a_policy(node)
 
     def _not_a_policy(self, node: ast.expr) -> PolicyTextError:
-        shown = ast.unparse(node)
+        shown, rest = ast.unparse(node), TYPE_THIS
+        called = isinstance(node, ast.Call)
+        name = _dotted(getattr(node, "func", node))
         if isinstance(node, ast.BinOp) and not isinstance(node.op, ast.BitOr):
-            return self._wrong(node, f"{shown} joins policies with no `*`.", TYPE_THIS)
-        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+            told = f"{shown} joins policies with no `*`."
+        elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+            told = f"{shown} is a number, and no policy."
             rest = f"Write scale(everything, by={shown})."
-            return self._wrong(node, f"{shown} is a number, and no policy.", rest)
-        name = _dotted(node.func if isinstance(node, ast.Call) else node)
-        if isinstance(node, ast.Name) and name in FUNCTIONS:
+        elif name in FUNCTIONS:
             told = f"{name} is what makes a policy, and not called."
-            return self._wrong(node, told, TYPE_THIS)
-        if name and name not in PREDICATES:
-            kind = "function" if isinstance(node, ast.Call) else "name"
-            known = FUNCTIONS if isinstance(node, ast.Call) else NAMED
-            told = f"{name!r} is the {kind} of no policy."
-            meant = closest(name, list(known), "Did you mean {}?")
-            return self._wrong(node, told, meant or TYPE_THIS)
-        self._selector(node)  # which raises if it is none
-        told = f"{shown} is a selector, and no policy."
-        return self._wrong(node, told, f"Write {either(shown)}.")
+        elif name and name not in PREDICATES:
+            told = f"{name!r} is the {'function' if called else 'name'} of no policy."
+            known = FUNCTIONS if called else NAMED
+            rest = closest(name, list(known), "Did you mean {}?") or TYPE_THIS
+        else:
+            self._selector(node)  # which raises if it is none
+            told = f"{shown} is a selector, and no policy."
+            rest = f"Write {either(shown)}."
+        return self._wrong(node, told, rest)
 
-    def _call(self, node: ast.Call, function: Callable[..., Any]) -> Any:
-        arguments = [self._argument(each) for each in node.args]
+    def _call(self, node: ast.Call, function: Callable[..., T]) -> T:
+        arguments = list(map(self._value, node.args))
         keywords = {}
         for keyword in node.keywords:
             if keyword.arg is None:
                 raise self._wrong(keyword.value, "`**` cannot stand here.", TYPE_THIS)
-            keywords[keyword.arg] = self._argument(keyword.value)
-        return self._called(node, partial(function, *arguments, **keywords))
+            keywords[keyword.arg] = self._value(keyword.value)
+        return self._called(node, function, *arguments, **keywords)
 
-    def _called(self, node: ast.expr, call: Callable[[], Any]) -> Any:
+    def _called(
+        self, node: ast.expr, function: Callable[..., T], *values: Any, **named: Any
+    ) -> T:
         try:
-            return call()
+            return function(*values, **named)
         except (TypeError, ValueError, re.error) as error:
             text = str(error)
             told = text if text.endswith(".") else f"{text}."
             rest = "" if ". " in told else TYPE_THIS
             raise self._wrong(node, told, rest) from error
 
-    def _argument(self, node: ast.expr) -> Any:
-        value = node.value if isinstance(node, ast.Constant) else ...
-        if isinstance(value, str | int | float | None):
-            return value
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            value = self._argument(node.operand)
-            if isinstance(value, int | float):
-                return -value
-        if isinstance(node, ast.Dict):
-            keys = [self._selector(key or node) for key in node.keys]
-            return dict(zip(keys, map(self._argument, node.values)))
-        if isinstance(node, ast.Call) and _dotted(node.func) == "Decay":
-            return self._call(node, Decay)
-        return self._selector(node)
-
-    def _selector(self, node: ast.expr) -> Selector:
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            return as_selector(node.value)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-            return self._selector(node.left) | self._selector(node.right)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd):
-            return self._selector(node.left) & self._selector(node.right)
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
-            return ~self._selector(node.operand)
-        if isinstance(node, ast.Call) and _dotted(node.func) == "re.compile":
-            return as_selector(self._pattern(node))
-        if name := _dotted(node):
-            return self._named_selector(node, name)
-        if isinstance(node, ast.Call) and (name := _dotted(node.func)) in PREDICATES:
-            told = f"{name} is a selector and takes nothing."
-            raise self._wrong(node, told, f"Write {name}.")
+    def _value(self, node: ast.expr) -> Any:
+        """Read what may stand in a call: a selector, number, text, mapping or decay."""
+        match node:
+            case ast.Constant(str() | int() | float() | None as value):
+                return value
+            case ast.UnaryOp(ast.USub(), part):
+                if isinstance(value := self._value(part), int | float):
+                    return -value
+            case ast.UnaryOp(ast.Invert(), part):
+                return ~self._selector(part)
+            case ast.BinOp(left, ast.BitOr(), right):
+                return self._selector(left) | self._selector(right)
+            case ast.BinOp(left, ast.BitAnd(), right):
+                return self._selector(left) & self._selector(right)
+            case ast.Dict(keys, values):
+                chosen = [self._selector(key or node) for key in keys]
+                return dict(zip(chosen, map(self._value, values)))
+            case ast.Call(made) if _dotted(made) == "Decay":
+                return self._call(node, Decay)
+            case ast.Call(made) if _dotted(made) == "re.compile":
+                return self._pattern(node)
+            case ast.Call(made) if (name := _dotted(made)) in PREDICATES:
+                told = f"{name} is a selector and takes nothing."
+                raise self._wrong(node, told, f"Write {name}.")
+            case ast.Name() | ast.Attribute() if name := _dotted(node):
+                return self._named_selector(node, name)
         told = f"{ast.unparse(node)} is no selector, number or text."
         raise self._wrong(node, told, TYPE_THIS)
+
+    def _selector(self, node: ast.expr) -> Selector:
+        return self._called(node, as_selector, self._value(node))
 
     def _named_selector(self, node: ast.expr, name: str) -> Selector:
         if name in PREDICATES:
             return PREDICATES[name]
-        try:
-            cls = loaded_class(name)
-        except ValueError as error:
-            raise self._wrong(node, str(error), "") from None
-        if cls is None:
-            told = f"{name} is no selector, and no module class that is loaded."
-            layers = [f"nn.{layer}" for layer in dir(nn)] if "nn." in name else []
-            known = [*PREDICATES, *layers]
-            meant = closest(name, known, "Did you mean {}? Else import") or "Import"
-            raise self._wrong(node, told, f"{meant} the module of the class.")
-        return as_selector(cls)
+        if (cls := self._called(node, loaded_class, name)) is not None:
+            return as_selector(cls)
+        layers = [f"nn.{layer}" for layer in dir(nn)] if "nn." in name else []
+        told = f"{name} is no selector, and no module class that is loaded."
+        known = [*PREDICATES, *layers]
+        meant = closest(name, known, "Did you mean {}? Else import") or "Import"
+        raise self._wrong(node, told, f"{meant} the module of the class.")
 
     def _pattern(self, node: ast.Call) -> re.Pattern[str]:
         given = [*node.args, *(keyword.value for keyword in node.keywords)]
@@ -399,8 +397,7 @@ class Reader:
             told = "re.compile takes a text and flags."
             raise self._wrong(node, told, r"Write for example re.compile('\\.bias$').")
         value = self._flags(flags[0]) if flags else 0
-        compiled: re.Pattern[str] = self._called(node, partial(re.compile, text, value))
-        return compiled
+        return self._called(node, re.compile, text, value)
 
     def _flags(self, node: ast.expr) -> int:
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 from torch import nn
 
@@ -37,6 +38,7 @@ from selective_optim.policies.selectors import (
     Selector,
     StrictInfo,
     UnknownError,
+    UnsureError,
 )
 
 ACCESSORS = ("get_output_embeddings", "get_classifier")
@@ -49,22 +51,12 @@ LAST = re.compile(TELLING.pattern + r"|out_proj$|decoder$|dense_out$")
 NUMBERED = re.compile(r".*\d$")
 
 
-class UnsureError(ValueError):
-    """A selector asks for the output layer, and it is not known: text, likeliest."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
-@dataclass
-class Outputs:
+class Outputs(NamedTuple):
     """The output layers of a model by the names of their weights."""
 
-    model: str
     names: tuple[str, ...]  # all candidates; where `sure`, the outputs and no others
-    sure: bool = True
-    told: bool = False  # whether a warning has named the candidates
-    visible: frozenset[str] = frozenset()  # all names of what is not hidden
+    sure: bool
+    visible: frozenset[str]  # all names of what is not hidden
 
 
 def is_weight(place: ParameterInfo) -> bool:
@@ -76,12 +68,12 @@ def is_weight(place: ParameterInfo) -> bool:
 
 def is_output_of(place: ParameterInfo) -> bool:
     """Tell whether a parameter belongs to the output layer; raises UnsureError."""
-    outputs = _outputs(place.path[0])
-    if not outputs.sure:
-        told = f"of {outputs.model} it is not sure which layer is the output"
-        names = ", ".join(map(repr, outputs.names))
-        raise UnsureError(f"{told}; candidates are {names}", outputs.names[-1])
-    layers = {name.rpartition(".")[0] for name in outputs.names}
+    names, sure, _ = _outputs(place.path[0])
+    if not sure:
+        told = f"of {type(place.path[0]).__name__} it is not sure which layer is the "
+        told += f"output; candidates are {', '.join(map(repr, names))}"
+        raise UnsureError(told, names[-1])
+    layers = {name.rpartition(".")[0] for name in names}
     return (place.name or "").rpartition(".")[0] in layers
 
 
@@ -95,56 +87,59 @@ def is_hidden(place: ParameterInfo) -> bool:
     """Tell whether a weight is no candidate for the output; warns of several once."""
     if not is_weight(place):
         return False
-    outputs = _outputs(place.path[0])
-    if not (outputs.sure or outputs.told):
-        outputs.told = True
-        verb = "count" if outputs.names[1:] else "counts"
-        warn(
-            f"it is not certain which layer of {outputs.model} is its output, so "
-            f"{', '.join(map(repr, outputs.names))} {verb} not as hidden. Select by "
-            f"name what is, as in is_hidden_matrix | {outputs.names[-1]!r}, or pass "
-            f"Muon output={outputs.names[-1]!r}."
+    root = place.path[0]
+    names, sure, visible = _outputs(root)
+    if not sure:
+        told = (
+            f"it is not certain which layer of {type(root).__name__} is its output, so "
+            f"{', '.join(map(repr, names))} {'count' if names[1:] else 'counts'} not "
+            f"as hidden. Select by name what is, as in "
+            f"is_hidden_matrix | {names[-1]!r}, or pass Muon output={names[-1]!r}."
         )
-    return place.name not in outputs.visible
+        index_of(root).remember("told", lambda: warn(told))
+    return place.name not in visible
 
 
 def _outputs(root: nn.Module) -> Outputs:
-    def ask() -> Outputs:
-        weights = [
-            i for i in index_of(root).everyone() if any(map(is_weight, i.places))
-        ]
-        found = _find(root, weights)
+    def look() -> Outputs:
+        everyone = index_of(root).everyone()
+        weights = [info for info in everyone if any(map(is_weight, info.places))]
+        names, sure = _find(root, weights)
         # A tie is one with an embedding, wherever it is met first; and what is called
         # an output may be that of a part, of which no accessor tells.
         visible = [
             info.names
             for info in weights
             if not all(map(is_weight, info.places))
-            or not set(found.names).isdisjoint(info.names)
+            or not set(names).isdisjoint(info.names)
             or any(_head(place) is not None for place in info.places)
         ]
-        return replace(found, visible=frozenset(chain(*visible)))
+        return Outputs(names, sure, frozenset(chain(*visible)))
 
-    return index_of(root).remember("outputs", ask)
+    return index_of(root).remember("outputs", look)
 
 
-def _find(root: nn.Module, weights: list[ParameterInfo]) -> Outputs:
-    model = type(root).__name__
+def _find(
+    root: nn.Module, weights: list[ParameterInfo]
+) -> tuple[tuple[str, ...], bool]:
+    """Name the candidates for the output, and tell whether they are it."""
     for _, module in whole(root):
         found = _said(module, weights)
         if found is not None:
-            return Outputs(model, found)
-    embedded = (
-        i for i in weights for p in i.places if isinstance(p.owner, nn.Embedding)
-    )
-    names = tuple(name for info in embedded for name in info.names)
-    if names or not weights:
-        return Outputs(model, names)
+            return found, True
+    embedded = [
+        name
+        for info in weights
+        if any(isinstance(place.owner, nn.Embedding) for place in info.places)
+        for name in info.names
+    ]
+    if embedded or not weights:
+        return tuple(embedded), True
     last = weights[-1]
     candidates = [i for i in weights if i is last or _head(i) is not None]
     names = tuple(str(info.name) for info in candidates)
     sure = _head(last) is not None and _agree(candidates, last)
-    return Outputs(model, names[-1:] if sure else names, sure)
+    return names[-1:] if sure else names, sure
 
 
 def whole(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -220,8 +215,8 @@ class Predicate(Selector):
     """A ready-made selector that pickles and prints as its name."""
 
     name: str
-    # Tells how it was recognized; empty where that is plain to see, None if it is not.
-    question: Callable[[ParameterInfo], str | bool | None]
+    # Tells by a text how it was recognized, where that is not plain to see.
+    question: Callable[[ParameterInfo], str | bool]
     needs: frozenset[Need] = frozenset()
 
     def __repr__(self) -> str:
@@ -229,7 +224,7 @@ class Predicate(Selector):
 
     def told(self, info: ParameterInfo) -> str:
         found = map(self.question, telling_places(info))
-        how = next((each for each in found if each and each is not True), None)
+        how = next((each for each in found if isinstance(each, str)), None)
         return f"{self.name}: {how}" if how else self.name
 
     def __reduce__(self) -> str:
@@ -254,7 +249,7 @@ class Predicate(Selector):
         return any(map(self.at, telling_places(info)))
 
     def at(self, place: ParameterInfo) -> bool:
-        return self.question(place) not in (None, False)
+        return bool(self.question(place))
 
 
 # A bias is added to what its module computes, whatever its shape.
@@ -283,12 +278,3 @@ is_matrix = Predicate("is_matrix", lambda p: p.ndim == 2 and layer_weight(p), KN
 # Of no shape, as of a lazy parameter, nothing is known.
 is_vector = Predicate("is_vector", lambda place: place.ndim in (0, 1), SHAPES)
 everything = Predicate("everything", lambda place: True)
-
-# What a parameter is; the first that matches says so, so a norm's bias is a norm's.
-PREDICATES = (is_norm, is_bias, is_embedding, is_vector)
-
-
-def kind_of(info: ParameterInfo) -> str:
-    """Say what a parameter is: norm, bias, embedding, vector or weight."""
-    found = next((kind.name for kind in PREDICATES if kind.matches(info)), "weight")
-    return found.removeprefix("is_")

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache
 from numbers import Real
 from operator import contains, eq
 from typing import Any, TypeVar
@@ -24,12 +24,16 @@ from selective_optim import _torch
 from selective_optim._text import received
 from selective_optim.decay import EXEMPT, FULL, Answer, Decay, number_text
 from selective_optim.parameters import ParameterInfo
-from selective_optim.policies.base import Policy
-from selective_optim.policies.selectors import MODULES, NAMES, SHAPES, Need
+from selective_optim.policies.selectors import MODULES, NAMES, SHAPES, Need, Policy
 
 MARK = "_no_weight_decay"
 # S4 and what follows it write a parameter's own settings there.
 SETTINGS = "_optim"
+MARKERS: dict[str, Callable[[str, str], bool]] = {
+    "no_weight_decay": fnmatchcase,
+    "no_weight_decay_patterns": fnmatchcase,
+    "no_weight_decay_keywords": contains,
+}
 Target = TypeVar("Target", nn.Module, Tensor)
 
 
@@ -54,36 +58,27 @@ def _relative_names(place: ParameterInfo) -> Iterator[tuple[nn.Module, str]]:
             size += 1
 
 
-class Lists:
-    """The lists of names that modules give, each module asked once."""
+def _listed(module: nn.Module, method: str) -> list[str]:
+    """Ask a module for one of the lists of names that it may give."""
+    # Not where a wrapper passes attributes on: names would be under the wrong root.
+    if not hasattr(type(module), method) and method not in vars(module):
+        return []
+    listed: Any = getattr(module, method)
+    return list(map(_torch.canonical_name, listed() if callable(listed) else listed))
 
-    def __init__(self) -> None:
-        self._asked: dict[tuple[int, str], tuple[nn.Module, list[str]]] = {}
 
-    def names(self, module: nn.Module, method: str) -> list[str]:
-        key = (id(module), method)
-        if key not in self._asked:
-            listed: Any = ()
-            # Not where a wrapper passes attributes on: it would list names under the
-            # wrong root.
-            if hasattr(type(module), method) or method in vars(module):
-                listed = getattr(module, method)
-                listed = listed() if callable(listed) else listed
-            names = list(map(_torch.canonical_name, listed))
-            self._asked[key] = (module, names)
-        return self._asked[key][1]
+Matches = Callable[[str, str], bool]  # of a name with what a list has
+Lists = Callable[[nn.Module, str], list[str]]
 
-    def told(
-        self,
-        module: nn.Module,
-        method: str,
-        name: str | None,
-        matches: Callable[[str, str], bool] = fnmatchcase,
-    ) -> str | None:
-        for listed in self.names(module, method):
-            if matches(name or "", listed):
+
+def _told(
+    lists: Lists, module: nn.Module, name: str, methods: Mapping[str, Matches]
+) -> str | None:
+    for method, matches in methods.items():
+        for listed in lists(module, method):
+            if matches(name, listed):
                 return f"{method}() lists {listed!r}"
-        return None
+    return None
 
 
 def exempt_(target: Target) -> Target:
@@ -123,27 +118,28 @@ class Marked(Policy):
     """Exempts what the model's author marked; see :func:`marked`."""
 
     weight_decay: float | None = None
-    lists: Lists | None = field(default=None, compare=False)
+    lists: Lists = field(default=_listed, compare=False)
+    needs = NAMES | MODULES
 
     def __repr__(self) -> str:
         own = self.weight_decay
         return "marked()" if own is None else f"marked(weight_decay={own!r})"
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        return NAMES | MODULES
-
     def bind(self, roots: Sequence[nn.Module]) -> Policy:
-        return replace(self, lists=Lists())
+        return replace(self, lists=cache(_listed))  # each module is asked once
 
     def decide(self, info: ParameterInfo) -> Answer:
         if getattr(info.parameter, MARK, False):
             return Answer(EXEMPT, MARK)
-        lists = self.lists or Lists()
         for place in info.places:
             for module, name in _relative_names(place):
-                if reason := _mark(module, name, lists):
-                    return Answer(EXEMPT, reason)
+                who = type(module).__name__
+                # Not getattr: wrappers answer for the module inside, which is asked
+                # itself.
+                if vars(module).get(MARK) is True:
+                    return Answer(EXEMPT, f"{MARK} of {who}")
+                if told := _told(self.lists, module, name, MARKERS):
+                    return Answer(EXEMPT, f"{who}.{told}")
         settings = getattr(info.parameter, SETTINGS, None)
         own = settings.get("weight_decay") if isinstance(settings, Mapping) else None
         return Answer(FULL, "not marked") if own is None else self._by_own(float(own))
@@ -158,19 +154,6 @@ class Marked(Policy):
                 f"known. Write marked(weight_decay=...) with the optimizer's."
             )
         return Answer(Decay(own / self.weight_decay), told)
-
-
-def _mark(module: nn.Module, name: str, lists: Lists) -> str | None:
-    who = type(module).__name__
-    # Not getattr: wrappers answer for the module inside, which is asked itself.
-    if vars(module).get(MARK) is True:
-        return f"{MARK} of {who}"
-    told = (
-        lists.told(module, "no_weight_decay", name)
-        or lists.told(module, "no_weight_decay_patterns", name)
-        or lists.told(module, "no_weight_decay_keywords", name, contains)
-    )
-    return f"{who}.{told}" if told else None
 
 
 def marked(weight_decay: float | None = None) -> Policy:
@@ -213,6 +196,7 @@ def marked(weight_decay: float | None = None) -> Policy:
 
 
 Ask = Callable[[ParameterInfo], str | None]
+AskLists = Callable[[ParameterInfo, Lists], str | None]
 
 
 @dataclass(frozen=True, repr=False)
@@ -220,29 +204,23 @@ class Recipe(Policy):
     """Another project's rule: exempt is what a question gives a reason for."""
 
     name: str
-    known: frozenset[Need] = field(compare=False)
+    needs: frozenset[Need] = field(compare=False)
     exempts: tuple[Ask, ...] = field(compare=False)
     # Asked first: what the model's own methods list.
-    listed: Callable[[ParameterInfo, Lists], str | None] | None = field(
-        default=None, compare=False
-    )
-    lists: Lists | None = field(default=None, compare=False)
+    listed: AskLists = field(default=lambda info, lists: None, compare=False)
+    lists: Lists = field(default=_listed, compare=False)
 
     def __repr__(self) -> str:
         return f"named({self.name!r})"
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return self.known
 
     def __reduce__(self) -> tuple[Callable[[str], Recipe], tuple[str]]:
         return _recipe, (self.name,)
 
     def bind(self, roots: Sequence[nn.Module]) -> Policy:
-        return replace(self, lists=Lists())
+        return replace(self, lists=cache(_listed))
 
     def decide(self, info: ParameterInfo) -> Answer:
-        reason = self.listed and self.listed(info, self.lists or Lists())
+        reason = self.listed(info, self.lists)
         for ask in self.exempts:
             reason = reason or ask(info)
         if reason is None:
@@ -252,6 +230,10 @@ class Recipe(Policy):
 
 def _recipe(name: str) -> Recipe:
     return RECIPES[name]
+
+
+def _when(reason: str, holds: Callable[[ParameterInfo], object]) -> Ask:
+    return lambda info: reason if holds(info) else None
 
 
 def _words(*words: str) -> Ask:
@@ -270,78 +252,62 @@ def _held_by(*classes: type) -> Ask:
     return ask
 
 
-def _dot_bias(info: ParameterInfo) -> str | None:
-    return "*.bias" if (info.name or "").endswith(".bias") else None
+def _of_root(**methods: Matches) -> AskLists:
+    def ask(info: ParameterInfo, lists: Lists) -> str | None:
+        return _told(lists, _unwrapped(info.path)[0], info.name or "", methods)
 
-
-def _vector(info: ParameterInfo) -> str | None:
-    return "ndim == 1" if info.ndim == 1 else None
-
-
-def _at_most_1d(info: ParameterInfo) -> str | None:
-    return "ndim <= 1" if info.ndim is not None and info.ndim <= 1 else None
-
-
-def _below_2d(info: ParameterInfo) -> str | None:
-    return "ndim < 2" if _at_most_1d(info) else None
-
-
-def _of_root(
-    info: ParameterInfo,
-    lists: Lists,
-    method: str = "no_weight_decay",
-    matches: Callable[[str, str], bool] = eq,
-) -> str | None:
-    return lists.told(_unwrapped(info.path)[0], method, info.name, matches)
-
-
-_of_root_as_globs = partial(_of_root, matches=fnmatchcase)
-
-
-def _of_root_or_keyword(info: ParameterInfo, lists: Lists) -> str | None:
-    by_word = _of_root(info, lists, "no_weight_decay_keywords", contains)
-    return _of_root(info, lists) or by_word
+    return ask
 
 
 def _of_any_module(info: ParameterInfo, lists: Lists) -> str | None:
     for module, name in _relative_names(info):
-        if told := lists.told(module, "no_weight_decay", name, eq):
+        if told := _told(lists, module, name, {"no_weight_decay": eq}):
             return told
-        globs = lists.names(module, "no_weight_decay_patterns")
-        words = lists.names(module, "no_weight_decay_keywords")
+        globs = lists(module, "no_weight_decay_patterns")
+        words = lists(module, "no_weight_decay_keywords")
         for glob in (*globs, *(f"*{word}" for word in words)):
             if fnmatchcase(name, glob):
                 return f"listed as {glob!r}"
     return None
 
 
+_dot_bias = _when("*.bias", lambda info: (info.name or "").endswith(".bias"))
+_ends_in_bias = _when(
+    "name ends in 'bias'", lambda info: (info.name or "").endswith("bias")
+)
+_vector = _when("ndim == 1", lambda info: info.ndim == 1)
+_at_most_1d = _when("ndim <= 1", lambda info: info.ndim in (0, 1))
+_below_2d = _when("ndim < 2", lambda info: info.ndim in (0, 1))
+_listed_by_root = _of_root(no_weight_decay=eq)
+_listed_by_swin = _of_root(no_weight_decay=eq, no_weight_decay_keywords=contains)
+
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-# Collected as ultralytics collects them.
-TORCH_NORMS = tuple(item for name, item in sorted(vars(nn).items()) if "Norm" in name)
-HUGGINGFACE_NAMES = (
-    *("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"),
-)
-TORCHVISION_EMBEDDINGS = frozenset(
-    {"class_token", "position_embedding", "relative_position_bias_table"}
-)
+NORMS = (*_torch.NORM_BASES, nn.LayerNorm, nn.GroupNorm)
+GPTNEOX_NORMS = {"LayerNorm", "RMSNorm", "ScaleNorm", "TELayerNorm", "TERMSNorm"}
+GPTNEOX_NORMS |= {"MixedFusedLayerNorm", "MixedFusedRMSNorm"}
 RTDETR_NORM = re.compile(r"^(?=.*(?:encoder|decoder))(?=.*(?:norm|bn)).*$")
-GPTNEOX_NORMS = frozenset(
-    (
-        *("LayerNorm", "RMSNorm", "ScaleNorm", "TELayerNorm", "TERMSNorm"),
-        *("MixedFusedLayerNorm", "MixedFusedRMSNorm"),
-    )
-)
-DETECTRON2_NORMS = (
+# Collected as ultralytics collects them.
+_torchs_norm = _held_by(*(v for k, v in sorted(vars(nn).items()) if "Norm" in k))
+_torchvision = _held_by(*NORMS, nn.LocalResponseNorm)
+_detectron2 = _held_by(
     *(*BATCH_NORMS, *INSTANCE_NORMS, nn.SyncBatchNorm, nn.GroupNorm),
     *(nn.LayerNorm, nn.LocalResponseNorm),
 )
-RWKV_RATES = _words(
+_plain_layernorm = _when(
+    "held by LayerNorm", lambda info: type(info.owner) is nn.LayerNorm
+)
+_rtdetr = _when(
+    "norm of encoder or decoder", lambda info: RTDETR_NORM.search(info.name or "")
+)
+_olmo = _when("embeddings.weight", lambda info: info.name == "embeddings.weight")
+_open_clip = _words("bn", "ln", "bias", "logit_scale")
+_rwkv_rate = _words(
     *("_w1", "_w2", "time_mix", "time_maa", "time_decay", "time_daaaa", "att.w0"),
     *("time_faaaa", "time_first"),
 )
 # Megatron's names and those of transformers.
-QUERY_OR_KEY_NORM = _words("q_layernorm.", "k_layernorm.", "q_norm.", "k_norm.")
+_query_or_key = _words("q_layernorm.", "k_layernorm.", "q_norm.", "k_norm.")
 
 
 def _huggingface(info: ParameterInfo) -> str | None:
@@ -349,7 +315,8 @@ def _huggingface(info: ParameterInfo) -> str | None:
     if any(isinstance(module, nn.LayerNorm) for module in _unwrapped(info.path)[1:]):
         return "inside LayerNorm"
     name = (info.name or "").lower()
-    found = next((p for p in HUGGINGFACE_NAMES if re.search(p, name)), None)
+    norms = ("layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
+    found = next((word for word in ("bias", *norms) if re.search(word, name)), None)
     return f"name has {found!r}" if found else None
 
 
@@ -363,21 +330,26 @@ def _fastai(info: ParameterInfo) -> str | None:
     return None
 
 
-MMENGINE_NORMS = (*_torch.NORM_BASES, nn.GroupNorm, nn.LayerNorm)
-DCN = frozenset({"DeformConv2d", "ModulatedDeformConv2d"})
-
-
 def _mmengine(info: ParameterInfo) -> str | None:
-    parents = (cls for module in info.path[-2:-1] for cls in type(module).__mro__)
     # By name, since mmcv may be missing where its models are used.
-    in_dcn = any(
-        cls.__name__ in DCN and cls.__module__.startswith("mmcv.") for cls in parents
-    )
-    return "bias" if info.leaf == "bias" and not in_dcn else None
+    bases = [base for module in info.path[-2:-1] for base in type(module).__mro__]
+    of_mmcv = {b.__name__ for b in bases if b.__module__.startswith("mmcv.")}
+    inside = of_mmcv & {"DeformConv2d", "ModulatedDeformConv2d"}
+    return "bias" if info.leaf == "bias" and not inside else None
 
 
 def _mingpt(info: ParameterInfo) -> str | None:
-    sides = {side for place in info.places for side in _mingpt_sides(place)}
+    sides = set()  # what to exempt it for, "" to decay it
+    for place in info.places:
+        leaf, path = place.leaf or "", place.path
+        kinds = (nn.LayerNorm, nn.Embedding)
+        inside = [type(module).__name__ for module in path if isinstance(module, kinds)]
+        if leaf.endswith("bias"):
+            sides.add("bias")
+        elif leaf.endswith("weight") and any(isinstance(m, nn.Linear) for m in path):
+            sides.add("")
+        elif leaf.endswith("weight"):
+            sides |= {f"inside {kind}" for kind in inside[:1]}
     if len(sides) == 1:
         return sides.pop() or None
     # minGPT itself stops with an assertion or a missing key.
@@ -390,27 +362,9 @@ def _mingpt(info: ParameterInfo) -> str | None:
     )
 
 
-def _mingpt_sides(place: ParameterInfo) -> list[str]:
-    """Give the reason to exempt one place of a parameter, or ``""`` to decay it."""
-    if (place.leaf or "").endswith("bias"):
-        return ["bias"]
-    if not (place.leaf or "").endswith("weight"):
-        return []
-    if any(isinstance(module, nn.Linear) for module in place.path):
-        return [""]
-    others = (nn.LayerNorm, nn.Embedding)
-    held = [type(m).__name__ for m in place.path if isinstance(m, others)]
-    return [f"inside {name}" for name in held[:1]]
-
-
-_torchvision = _held_by(
-    *_torch.NORM_BASES, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm
-)
-
-
 def _torchvision_swin(info: ParameterInfo) -> str | None:
-    called = info.leaf in ("bias", *TORCHVISION_EMBEDDINGS)
-    return f"called {info.leaf}" if called else None
+    tables = ("class_token", "position_embedding", "relative_position_bias_table")
+    return f"called {info.leaf}" if info.leaf in ("bias", *tables) else None
 
 
 def _yolox(info: ParameterInfo) -> str | None:
@@ -422,18 +376,6 @@ def _yolox(info: ParameterInfo) -> str | None:
         return "held by BatchNorm2d"
     module = (info.name or "").rpartition(".")[0]
     return "module's name has 'bn'" if "bn" in module else None
-
-
-def _ends_in_bias(info: ParameterInfo) -> str | None:
-    return "name ends in 'bias'" if (info.name or "").endswith("bias") else None
-
-
-def _plain_layernorm(info: ParameterInfo) -> str | None:
-    return "held by LayerNorm" if type(info.owner) is nn.LayerNorm else None
-
-
-def _rtdetr(info: ParameterInfo) -> str | None:
-    return "norm of encoder or decoder" if RTDETR_NORM.search(info.name or "") else None
 
 
 def _gptneox(info: ParameterInfo) -> str | None:
@@ -449,14 +391,10 @@ def _rwkv(info: ParameterInfo) -> str | None:
     name = info.name or ""
     if "time_sta" in name and "_w1" not in name and "_w2" not in name:
         return None
-    if found := RWKV_RATES(info):
+    if found := _rwkv_rate(info):
         return found
     matrix = sum(size != 1 for size in info.shape or ()) >= 2
     return None if matrix and ".weight" in name else "no .weight of two dimensions"
-
-
-def _olmo(info: ParameterInfo) -> str | None:
-    return "embeddings.weight" if info.name == "embeddings.weight" else None
 
 
 def _smollm3(info: ParameterInfo) -> str | None:
@@ -467,7 +405,7 @@ def _smollm3(info: ParameterInfo) -> str | None:
 
 
 def _qwen3_next(info: ParameterInfo) -> str | None:
-    return None if QUERY_OR_KEY_NORM(info) else _vector(info) or _dot_bias(info)
+    return None if _query_or_key(info) else _vector(info) or _dot_bias(info)
 
 
 def _dion(info: ParameterInfo) -> str | None:
@@ -493,7 +431,9 @@ _RECIPES = (
     # Exempts vectors, scalars and `*.bias`, and the model's `no_weight_decay()`.
     # `param_groups_weight_decay` in timm/optim/_param_groups.py, given the model's
     # list as `create_optimizer_v2` in _optim_factory.py gives it, version 1.0.31.
-    Recipe("timm", ALL, (_at_most_1d, _dot_bias), _of_root_as_globs),
+    Recipe(
+        "timm", ALL, (_at_most_1d, _dot_bias), _of_root(no_weight_decay=fnmatchcase)
+    ),
     # Exempts parameters of seven norm classes, and attributes called `bias`.
     # `norm_bias_params` in fastai/torch_core.py, as `Learner.create_opt` uses it for
     # `wd_bn_bias=False`, version 2.8.12.
@@ -502,11 +442,11 @@ _RECIPES = (
     # `DefaultOptimWrapperConstructor.add_params` in
     # mmengine/optim/optimizer/default_constructor.py, version 0.10.7, with
     # `paramwise_cfg=dict(norm_decay_mult=0, bias_decay_mult=0)`.
-    Recipe("mmengine", NAMES | MODULES, (_held_by(*MMENGINE_NORMS), _mmengine)),
+    Recipe("mmengine", NAMES | MODULES, (_held_by(*NORMS), _mmengine)),
     # Exempts parameters of norms; biases decay. `get_default_optimizer_params` in
     # detectron2/solver/build.py, with `WEIGHT_DECAY_NORM = 0.0` and
     # `WEIGHT_DECAY_BIAS = None`, the defaults of detectron2/config/defaults.py.
-    Recipe("detectron2", MODULES, (_held_by(*DETECTRON2_NORMS),)),
+    Recipe("detectron2", MODULES, (_detectron2,)),
     # Exempts parameters of norms, as `--norm-weight-decay 0` does. `set_weight_decay`
     # in references/classification/utils.py, called as in train.py beside it.
     Recipe("torchvision", NAMES | MODULES, (_torchvision,)),
@@ -518,9 +458,7 @@ _RECIPES = (
     # `BaseTrainer.build_optimizer` in ultralytics/engine/trainer.py, version
     # 8.4.190, for every optimizer but MuSGD.
     Recipe(
-        "ultralytics",
-        NAMES | MODULES,
-        (_words("bias", "logit_scale"), _held_by(*TORCH_NORMS)),
+        "ultralytics", NAMES | MODULES, (_words("bias", "logit_scale"), _torchs_norm)
     ),
     # Decays attributes called `weight`, except in BatchNorm2d and modules named bn.
     # `Exp.get_optimizer` in yolox/exp/yolox_base.py.
@@ -537,16 +475,16 @@ _RECIPES = (
     # Exempts vectors, `*.bias` and names that the model lists; scalars decay.
     # `set_weight_decay` in Swin-Transformer's optimizer.py, with the model's
     # `no_weight_decay()` and `no_weight_decay_keywords()`.
-    Recipe("swin", ALL, (_vector, _dot_bias), _of_root_or_keyword),
+    Recipe("swin", ALL, (_vector, _dot_bias), _listed_by_swin),
     # Exempts vectors, `*.bias` and the model's `no_weight_decay()`; scalars decay.
     # `get_parameter_groups` in ConvNeXt's optim_factory.py; BEiT's is the same. Rates
     # per layer are those of `layerwise_groups`.
-    Recipe("convnext", ALL, (_vector, _dot_bias), _of_root),
+    Recipe("convnext", ALL, (_vector, _dot_bias), _listed_by_root),
     # Exempts vectors and the model's `no_weight_decay()`; other biases decay. The rates
     # of MAE's fine-tuning, 0.75 per layer, are those of
     # `layerwise_groups(model, lr, 0.75, lr_scale=True)`.
     # `param_groups_lrd` in MAE's util/lr_decay.py.
-    Recipe("mae", ALL, (_vector,), _of_root),
+    Recipe("mae", ALL, (_vector,), _listed_by_root),
     # Exempts `*.bias` and names that contain `norm` or `gamma`.
     # `get_params_groups_with_decay` in dinov2/utils/param_groups.py.
     Recipe("dinov2", NAMES, (_words("norm", "gamma"), _dot_bias)),
@@ -561,11 +499,7 @@ _RECIPES = (
     Recipe("open_clip", ALL, (_at_most_1d,), _of_any_module),
     # Exempts vectors, scalars and names with bn, ln, bias or logit_scale.
     # `main` in src/open_clip_train/main.py, version 3.3.0.
-    Recipe(
-        "open_clip_2025",
-        NAMES | SHAPES,
-        (_below_2d, _words("bn", "ln", "bias", "logit_scale")),
-    ),
+    Recipe("open_clip_2025", NAMES | SHAPES, (_below_2d, _open_clip)),
     # Exempts vectors and scalars; embeddings decay.
     # `GPT.configure_optimizers` in nanoGPT's model.py.
     Recipe("nanogpt", SHAPES, (_below_2d,)),

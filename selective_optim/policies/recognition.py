@@ -9,7 +9,7 @@ all of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
 from itertools import takewhile
@@ -27,6 +27,11 @@ from selective_optim.policies.source import (
     squashes,
 )
 
+
+def _set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
 # What these hold is a weight, whatever else their class is called after.
 WEIGHT_MODULES = (
     *(nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention),
@@ -39,22 +44,17 @@ WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 NORM_WORD = re.compile(r".*norm$|normali[sz](?:ation|e)$|.*grn$|revin$")
 # A class called after a norm and then after one of these is the other thing:
 # LayerNormLinear, NormFreeBlock, NormHead.
-LAYERS = frozenset(
-    (
-        *("attention", "block", "cell", "conv", "embedding", "embeddings", "ffn"),
-        *("head", "linear", "lstm", "mlp", "projection"),
-    )
+LAYERS = _set(
+    "attention block cell conv embedding embeddings ffn head linear lstm mlp projection"
 )
-OTHER_NOUNS = LAYERS | {"free", "model", "net", "network", "wrapper"}
+OTHER_NOUNS = LAYERS | _set("free model net network wrapper")
 NOT_A_NORM = re.compile(r"_*(?:pre|post|add|weight|spectral)_?norm", re.IGNORECASE)
 # The last part: bias_ih_l0 of recurrent layers, bias_k of attention, pos_bias_u.
 BIAS = re.compile(r"(?:.*_)?bias\d*(?:_[ih]h(?:_l\d+(?:_reverse)?)?|_[a-z])?$")
 # Words beside which `bias` says that something acts on biases, or looks them up.
-NO_BIAS = frozenset(
-    ("emb", "embed", "gate", "noise", "raw", "scale", "table", "token", "var")
-)
+NO_BIAS = _set("emb embed gate noise raw scale table token var")
 # A table of biases, to be looked up by position: relative_attention_bias.
-BIAS_TABLE = re.compile(r"(?:.*_)?(?:relative|position)_")
+BIAS_TABLE = re.compile(r"(?:.*_)?(?:relative|position)_|attention_biases$")
 # Names of biases that are names of other things elsewhere: b_Q, b1, cross_layer_b.
 MAY_BE_BIAS = re.compile(r"(?:.*_)?b\d*(?:_.*)?$")
 # Not a modulation (scale_shift), nor a table (pos_offset).
@@ -64,28 +64,24 @@ MAY_SHIFT = re.compile(
 METHODS = (FunctionType, classmethod, staticmethod)
 PARTS_OF_A_NAME = re.compile(r"[a-zA-Z]+")
 LISTS = (nn.ParameterList, nn.ParameterDict)
-EMBEDS = frozenset({"emb", "embed", "embeds", "embedding", "embeddings"})
-POSITIONS = frozenset({"pos", "position", "positional", "positions", "rel"})
-TOKENS = frozenset({"newline", "separator", "token", "tokens"})
+EMBEDS = _set("emb embed embeds embedding embeddings")
+POSITIONS = _set("pos position positional positions rel")
+TOKENS = _set("newline separator token tokens")
 # Learned inputs are called after what they do: latent_queries, mem_kv, null_feature.
-INPUTS = frozenset(
-    (
-        *("latent", "latents", "memories", "memory", "mems", "probe", "prompt"),
-        *("prompts", "queries", "query", "register", "registers", "slots"),
-    )
+INPUTS = _set(
+    "latent latents memories memory mems probe prompt prompts queries query register "
+    "registers slots"
 )
-EMPTY = frozenset({"mem", "memory", "null"})
-KEYS = frozenset({"feature", "features", "k", "key", "kv", "v", "value"})
-TOKEN_LEAVES = frozenset({"image_begin", "image_end", "image_sep", "no_object_pointer"})
+EMPTY = _set("mem memory null")
+KEYS = _set("feature features k key kv v value")
+TOKEN_LEAVES = _set("image_begin image_end image_sep no_object_pointer")
 # What an adapter adds to a lookup table is a part of it: lora_embedding_A of peft.
-ADAPTERS = frozenset({"delta", "lora"})
-SPECIAL = frozenset({"class", "cls", "eoi", "mask", "masked", "no"})
+ADAPTERS = _set("delta lora")
+SPECIAL = _set("class cls eoi mask masked no")
 # What acts on embeddings, or beside them, and is none: pos_emb_alpha.
-BESIDE = frozenset(
-    (
-        *("alpha", "bias", "const", "factor", "gain", "gate", "gating", "norm", "per"),
-        *("proj", "projection", "scale", "temperature", "weight", "weights"),
-    )
+BESIDE = _set(
+    "alpha bias const factor gain gate gating norm per proj projection scale "
+    "temperature weight weights"
 )
 TABLE = re.compile(
     r"(?:.*_)?(?:relative|position)_(?:\w+_)?bias(?:_table)?$|attention_biases$"
@@ -98,12 +94,9 @@ KNOWN_GAINS = {
 # Multiplies a product of normalized vectors, and sometimes one of the two.
 TEMPERATURE = re.compile(r"(?:.*_)?(?:temp|temperature|logit_scale)$")
 # A number per channel or head, or a state's own matrix, is no weight of a layer.
-NO_WEIGHTS = frozenset(
-    (
-        *("a", "a_log", "alpha", "alphas", "beta", "gain", "gamma", "gate", "gates"),
-        *("lambda", "lambdas", "layer_scale", "mask", "scale", "scales", "scaling"),
-        *("sinks", "temp", "temperature"),
-    )
+NO_WEIGHTS = _set(
+    "a a_log alpha alphas beta gain gamma gate gates lambda lambdas layer_scale mask "
+    "scale scales scaling sinks temp temperature"
 )
 
 
@@ -167,9 +160,10 @@ def holder(place: ParameterInfo) -> tuple[nn.Module | None, str]:
 
 
 @lru_cache(4096)
-def _class_tells(cls: Any) -> bool:
-    """Tell whether a class says by its name or its methods what its parameters are."""
-    if issubclass(cls, (*LISTS, Mapping)):  # tensordict's are mappings
+def _tells(cls: Any, leaf: str | None) -> bool:
+    """Tell whether a class says by its name or methods what its parameter is."""
+    # Those of tensordict are mappings; "fc1__weight" was a part of another module.
+    if issubclass(cls, (*LISTS, Mapping)) or "__" in (leaf or "").strip("_"):
         return False
     words = {word.lower() for word in WORDS.findall(cls.__name__)}
     if says_norm(cls) or not LAYERS.isdisjoint(words):
@@ -180,33 +174,16 @@ def _class_tells(cls: Any) -> bool:
 
 
 def _owner_tells(place: ParameterInfo) -> bool:
-    """Tell whether the module that holds a parameter says what it is."""
-    return _class_tells(_kind(place.owner)) and not _mangled(place.leaf)
-
-
-def _mangled(leaf: str | None) -> bool:
-    # One that is called "fc1__weight" was a part of another module.
-    return "__" in (leaf or "").strip("_")
-
-
-def kinds_known(infos: Iterable[ParameterInfo]) -> bool:
-    """Tell whether of each parameter the first module says what it is, if any does."""
-    # By class and attribute, of which models have few.
-    seen: set[Any] = {(type(info.owner), info.leaf) for info in infos}
-    return all(
-        cls is NoneType or (_class_tells(cls) and not _mangled(leaf))
-        for cls, leaf in seen
-    )
+    return _tells(_kind(place.owner), place.leaf)
 
 
 def _list_tells(place: ParameterInfo) -> bool:
     """Tell whether the list that holds a parameter is called after what it holds."""
     module, _ = holder(place)
-    if module is None or module is place.owner or not _class_tells(_kind(module)):
+    if module is None or module is place.owner or not _tells(_kind(module), ""):
         return False
     listed = replace(place, leaf="")  # a key in it is a name of other code
-    known = bias_part(listed) or embedding_part(listed)
-    return known or norm_part(listed) is not None
+    return any(asks(listed) for asks in (bias_part, embedding_part, norm_part))
 
 
 def telling_places(info: ParameterInfo) -> Sequence[ParameterInfo]:
@@ -220,8 +197,9 @@ def telling_places(info: ParameterInfo) -> Sequence[ParameterInfo]:
 
 def kind_known(info: ParameterInfo) -> bool:
     """Tell whether any module that holds a parameter says what it is."""
-    places = info.places
-    return any(map(_owner_tells, places)) or any(map(_list_tells, places))
+    if _owner_tells(info) or any(map(_owner_tells, info.elsewhere)):
+        return True
+    return any(map(_list_tells, info.places))
 
 
 def says_nothing(info: ParameterInfo) -> bool:
@@ -229,18 +207,16 @@ def says_nothing(info: ParameterInfo) -> bool:
 
     So it is of containers, of holders, and of a program that was exported.
     """
-    return not kind_known(info) and not _root_tells(info.path[0])
-
-
-def _root_tells(root: nn.Module) -> bool:
-    index = index_of(root)
-    return index.remember("tells", lambda: any(map(kind_known, index.everyone())))
+    if kind_known(info):
+        return False
+    index = index_of(info.path[0])
+    return not index.remember("tells", lambda: any(map(kind_known, index.everyone())))
 
 
 @cache
 def bias_leaf(leaf: str | None) -> bool:
     """Tell whether an attribute is called as a bias is, and not as a table of them."""
-    if BIAS_TABLE.match(leaf or "") or TABLE.match(leaf or ""):
+    if BIAS_TABLE.match(leaf or ""):
         return False
     words = _parts(leaf)
     named = not words.isdisjoint(("bias", "biases")) and words.isdisjoint(NO_BIAS)
@@ -249,13 +225,11 @@ def bias_leaf(leaf: str | None) -> bool:
 
 def bias_part(place: ParameterInfo) -> bool:
     """Tell whether a parameter is a bias: by its name, or since it is only added."""
-    if bias_leaf(place.leaf):
-        return True
     module, leaf = holder(place)
-    if bias_leaf(leaf) or module is None:
-        return bias_leaf(leaf)
+    if bias_leaf(place.leaf) or bias_leaf(leaf):
+        return True
     called_b = MAY_BE_BIAS.match(leaf)
-    if not called_b and not MAY_SHIFT.match(leaf):
+    if module is None or not (called_b or MAY_SHIFT.match(leaf)):
         return False
     added = only_added(_kind(module), leaf)
     if added is None and called_b:  # other modules use it
@@ -264,20 +238,18 @@ def bias_part(place: ParameterInfo) -> bool:
     return bool(added)
 
 
-def norm_part(place: ParameterInfo) -> str | None:
-    """Tell how a parameter is known to belong to a norm; ``None`` if it does not.
+def norm_part(place: ParameterInfo) -> str | bool:
+    """Tell whether a parameter belongs to a norm, and how it is known if not by class.
 
-    The class of its module says so ("" then), or the module hands it to a norm or
-    multiplies normalized values by it in a method of its own, or a table lists it.
+    The class of its module says so, or the module hands it to a norm or multiplies
+    normalized values by it in a method of its own, or a table lists it.
     """
     module, leaf = holder(place)
-    if norm_module(module):
-        return ""
-    if module is None or isinstance(module, WEIGHT_MODULES):
-        return None
+    if module is None or isinstance(module, WEIGHT_MODULES) or norm_module(module):
+        return norm_module(module)
     children = module.named_children()
     norms = (k for k, m in children if says_norm(_kind(m)) and not has_parameters(m))
-    return _gain(_kind(module), leaf, frozenset(norms))
+    return _gain(_kind(module), leaf, frozenset(norms)) or False
 
 
 @lru_cache(4096)
@@ -349,9 +321,25 @@ def layer_weight(place: ParameterInfo) -> bool:
         return "weight" in _parts(leaf)
     if embedding_module(module) and leaf == "weight":
         return True
-    if norm_part(place) is not None or bias_part(place):
+    if norm_part(place) or bias_part(place):
         return False
     table = embedding_leaf(leaf) and ADAPTERS.isdisjoint(_parts(leaf))
     if table or leaf.lower() in NO_WEIGHTS or place.shape is None:
         return False
     return sum(size != 1 for size in place.shape) >= 2
+
+
+# What a parameter is; the first that matches says so, so a norm's bias is a norm's.
+KINDS: dict[str, Callable[[ParameterInfo], str | bool]] = {
+    "norm": norm_part,
+    "bias": bias_part,
+    "embedding": embedding_part,
+    "vector": lambda place: place.ndim in (0, 1),
+}
+
+
+def kind_of(info: ParameterInfo) -> str:
+    """Say what a parameter is: norm, bias, embedding, vector or weight."""
+    places = telling_places(info)
+    found = (kind for kind, asks in KINDS.items() if any(map(asks, places)))
+    return next(found, "weight")

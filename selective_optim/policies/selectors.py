@@ -1,4 +1,4 @@
-"""What a rule matches: names, modules, parameters, and callables of the user's.
+"""Selectors, which tell what a rule matches, and what every policy can do with them.
 
 :func:`as_selector` turns what a user writes into a frozen :class:`Selector` that
 answers ``matches(info)``, says what it must know to answer, and prints as it was
@@ -14,18 +14,19 @@ from __future__ import annotations
 import pickle
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain
+from numbers import Real
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from selective_optim._text import received
 from selective_optim._torch import original_class
+from selective_optim.decay import FULL, Answer, Decay
 from selective_optim.parameters import ParameterInfo
 
 # "leaves" are names of attributes; a callable may read "anything".
@@ -37,32 +38,31 @@ SHAPES = frozenset[Need]({"shapes"})
 ANYTHING = frozenset[Need]({"anything"})
 # What a parameter is can be known without its name in the model.
 KINDS = LEAVES | MODULES
+# What a callable of the user's may not read unless it is known.
+REQUIRED = frozenset({"name", "names", "leaf", "owner", "path", "shape", "ndim"})
 
 
 def lacking(needs: frozenset[Need], info: ParameterInfo) -> str:
     """Say what a policy needs that is not known of a parameter; "" if nothing."""
     if "modules" in needs and info.owner is None:
         return "module types"
-    if "names" in needs and info.name is None:
-        return "names"
-    if "leaves" in needs and info.leaf is None:
-        return "names"
-    return ""
+    by_name = "names" in needs and info.name is None
+    return "names" if by_name or ("leaves" in needs and info.leaf is None) else ""
 
 
 class UnknownError(Exception):
     """A callable read a field that is not known of the parameter."""
 
 
-def _known(field: str) -> Any:
-    def read(info: ParameterInfo) -> Any:
-        value = vars(info)[field]
-        # The shape of a scalar and its length are empty, and known.
-        if value is None or (value == () and not isinstance(value, torch.Size)):
-            raise UnknownError(field)
-        return value
+class AnswerError(Exception):
+    """A callable policy returned no decay: the value, kind of error, broken rule."""
 
-    return property(read)
+
+class UnsureError(ValueError):
+    """A selector asks for the output layer, and it is not known: text, likeliest."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class StrictInfo(ParameterInfo):
@@ -72,10 +72,14 @@ class StrictInfo(ParameterInfo):
         vars(self).update(vars(info))
         vars(self)["elsewhere"] = tuple(map(StrictInfo, info.elsewhere))
 
-    # Properties come before what stands in the instance's own dict.
-    name, names, leaf = _known("name"), _known("names"), _known("leaf")
-    owner, path = _known("owner"), _known("path")
-    shape, ndim = _known("shape"), _known("ndim")
+    def __getattribute__(self, field: str) -> Any:
+        value = super().__getattribute__(field)
+        # The shape of a scalar is empty and known, and of another type.
+        if field in REQUIRED and (
+            value is None or (type(value) is tuple and not value)
+        ):
+            raise UnknownError(field)
+        return value
 
     def __getattr__(self, field: str) -> Any:
         fields = ", ".join(vars(self))
@@ -105,12 +109,20 @@ class LostCallable:
 
 @dataclass(frozen=True, repr=False)
 class Callback:
-    """A function of the user's: it prints as its name, and need not pickle."""
+    """A function of the user's: it prints as its name or line, and need not pickle."""
 
     function: Callable[[ParameterInfo], Any]
 
     def __repr__(self) -> str:
-        return callable_text(self.function)
+        function: Any = self.function
+        if not hasattr(function, "__qualname__"):
+            return repr(function)
+        name: str = function.__qualname__.rpartition("<locals>.")[2]
+        code = getattr(function, "__code__", None)
+        if name != "<lambda>" or code is None:
+            return name
+        file = code.co_filename.rpartition("/")[2]
+        return f"<lambda at {file}:{code.co_firstlineno}>"
 
     def __deepcopy__(self, memo: object) -> Callback:
         return self  # frozen, and functions are not copied
@@ -123,17 +135,6 @@ class Callback:
             # Decisions are pickled with their optimizer: only a new parameter asks it.
             return type(self), (LostCallable(repr(self)),)
         return type(self), (self.function,)
-
-
-def callable_text(function: Callable[..., Any]) -> str:
-    """Print a callable by its name; a lambda also by the line that made it."""
-    if isinstance(function, partial) or not hasattr(function, "__qualname__"):
-        return repr(function)
-    name = function.__qualname__.rpartition("<locals>.")[2]
-    code = getattr(function, "__code__", None)
-    if name != "<lambda>" or code is None:
-        return name
-    return f"<lambda at {code.co_filename.rpartition('/')[2]}:{code.co_firstlineno}>"
 
 
 def _subclasses(cls: type[nn.Module]) -> Iterator[type[nn.Module]]:
@@ -330,15 +331,11 @@ class Joined(Selector):
     parts: tuple[Selector, ...]
 
     def __repr__(self) -> str:
-        if self.sign == "|":
-            return " | ".join(map(repr, self.parts))
-        inner = [
-            f"({part!r})"
-            if isinstance(part, Joined) and part.sign != "~"
-            else f"{part!r}"
-            for part in self.parts
-        ]
-        return f"~{inner[0]}" if self.sign == "~" else " & ".join(inner)
+        shown = list(map(repr, self.parts))
+        for i, part in enumerate(self.parts if self.sign != "|" else ()):
+            if isinstance(part, Joined) and part.sign != "~":
+                shown[i] = f"({shown[i]})"
+        return f"~{shown[0]}" if self.sign == "~" else f" {self.sign} ".join(shown)
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]  # that of the parts
@@ -384,3 +381,105 @@ def as_selector(item: object) -> Selector:
         f"a module, a parameter or a callable, not {received(item)}. "
         f'Write for example "*.bias" or nn.LayerNorm.'
     )
+
+
+class Policy:
+    """A frozen map from parameters to decays; ``a * b`` applies both."""
+
+    selectors: tuple[Selector, ...] = ()  # which this policy asks
+    missing_ok: bool = False  # whether they may all match nothing
+    # Multipliers that read like decays, and what to write instead.
+    doubts: tuple[tuple[float, str], ...] = ()
+
+    @cached_property
+    def needs(self) -> frozenset[Need]:
+        """What must be known of a parameter before this policy can decide."""
+        return frozenset[Need]().union(*[selector.needs for selector in self.selectors])
+
+    @property
+    def required(self) -> tuple[Selector, ...]:
+        """The selectors that should match at least one parameter."""
+        asked = () if self.missing_ok else self.selectors
+        return tuple([each for selector in asked for each in selector.leaves])
+
+    def decide(self, info: ParameterInfo) -> Answer:
+        """Decide for one parameter and say why."""
+        raise NotImplementedError  # pragma: no cover
+
+    def bind(self, roots: Sequence[nn.Module]) -> Policy:
+        """Return the policy after a look at the modules that it will be asked about."""
+        return self
+
+    def __call__(self, info: ParameterInfo) -> Decay:
+        return self.decide(info).decay
+
+    def __mul__(self, other: object) -> Policy:
+        if isinstance(other, Policy):
+            return Product(self, other)
+        raise TypeError(_not_joined(self, "*", other))
+
+    def __rmul__(self, other: object) -> Policy:
+        raise TypeError(_not_joined(other, "*", self))
+
+    def __add__(self, other: object) -> Policy:
+        raise TypeError(_not_joined(self, "+", other))
+
+    def __or__(self, other: object) -> Policy:
+        raise TypeError(_not_joined(self, "|", other))
+
+    def __and__(self, other: object) -> Policy:
+        raise TypeError(_not_joined(self, "&", other))
+
+
+def either(selector: str) -> str:
+    """Write both policies that a selector by itself may have been meant as."""
+    return f"exclude({selector}) to exempt it, or only({selector}) to decay no other"
+
+
+def _not_joined(left: object, sign: str, right: object) -> str:
+    policy, other = (left, right) if isinstance(left, Policy) else (right, left)
+    meant = "as_policy(...)"
+    if isinstance(other, Policy):
+        told = f"policies are joined with `*`, not with `{sign}`"
+        return f"{told}. Write {left!r} * {right!r}."
+    if isinstance(other, Real):
+        meant = f"scale(everything, by={other})"
+    elif isinstance(other, str):
+        meant = f"named({other!r})"
+    elif isinstance(other, Selector):
+        meant = either(repr(other))
+    told = "policies multiply with policies" if sign == "*" else "policies are joined"
+    shown = f"{received(left)} {sign} {received(right)}"
+    return f"{told}, not {shown}. Write {policy!r} * {meant}."
+
+
+@dataclass(frozen=True, repr=False)
+class Product(Policy):
+    """Two policies at once: multipliers multiply, else the right-hand one wins."""
+
+    left: Policy
+    right: Policy
+
+    def __repr__(self) -> str:
+        right = f"({self.right!r})" if isinstance(self.right, Product) else self.right
+        return f"{self.left!r} * {right}"
+
+    @cached_property
+    def needs(self) -> frozenset[Need]:
+        return self.left.needs | self.right.needs
+
+    @cached_property
+    def required(self) -> tuple[Selector, ...]:
+        return self.left.required + self.right.required
+
+    @property
+    def doubts(self) -> tuple[tuple[float, str], ...]:  # type: ignore[override]  # read only
+        return self.left.doubts + self.right.doubts
+
+    def bind(self, roots: Sequence[nn.Module]) -> Policy:
+        return Product(self.left.bind(roots), self.right.bind(roots))
+
+    def decide(self, info: ParameterInfo) -> Answer:
+        left, right = self.left.decide(info), self.right.decide(info)
+        reasons = [v.reason for v in (left, right) if v.decay != FULL] or [right.reason]
+        return Answer(left.decay * right.decay, ", ".join(reasons))

@@ -17,8 +17,7 @@ from selective_optim.decay import FULL, Answer, Decision
 from selective_optim.decisions.decider import Decider
 from selective_optim.decisions.knowledge import Pending
 from selective_optim.parameters import ParameterInfo
-from selective_optim.policies.base import Policy
-from selective_optim.policies.selectors import Selector, as_selector
+from selective_optim.policies.selectors import Policy, Selector, as_selector
 from selective_optim.routes.loading import KEYS
 from selective_optim.step.setting import PER_PARAM, WD, pick
 

@@ -22,8 +22,8 @@ from selective_optim.decay import is_zero
 from selective_optim.decisions.decider import WRITTEN, Decider, part_of
 from selective_optim.decisions.knowledge import Pending
 from selective_optim.decisions.watch import Watch, loss_of
-from selective_optim.policies.base import Policy
 from selective_optim.policies.named import WdPolicy, as_policy
+from selective_optim.policies.selectors import Policy
 from selective_optim.report import DecayReport, make_report
 from selective_optim.routes.loading import States, joined, loadable, warn_of_new
 from selective_optim.routes.route import (

@@ -8,7 +8,7 @@ taken care of outside where the class would see to a part of the step alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,10 @@ from selective_optim.step.parts import Part
 from selective_optim.step.setting import (
     NO_SCALING,
     Batch,
+    Call,
     DecayPass,
     Direction,
     Group,
-    Scaling,
     State,
     States,
     scaling_of,
@@ -45,34 +45,30 @@ class View:
     sharded: bool = False  # the class sees local shards for DTensors
     takes_scale: bool = True  # a GradScaler's tensors may be left to the class
 
-    def __post_init__(self) -> None:
-        self.params: list[Tensor] = self.group["params"]
-
     @property
     def present(self) -> list[Tensor]:
         """The parameters that have a gradient."""
-        return [param for param in self.params if param.grad is not None]
+        return [param for param in self.group["params"] if param.grad is not None]
 
     def batch(self, states: States) -> Batch:
         """Collect the tensors of a pass."""
         params = self.present
         owns = [states.get(param) or {} for param in params]
-        pairs = zip(self.params, self.inits)
-        targets = [init for param, init in pairs if param.grad is not None]
         moments = [[own.get(entry) for own in owns] for entry in self.entries or ()]
+        pairs = zip(self.group["params"], self.inits)
+        targets = [init for param, init in pairs if param.grad is not None]
         grads: list[Any] = [param.grad for param in params]
         return Batch(params, moments, [], targets, grads)
 
     def show_shards(self, states: States) -> list[tuple[Tensor, Tensor]]:
         """Put local shards where their ``DTensor``s are; fused SGD takes no others."""
-        pairs = []
-        for param in self.present:
-            shard = _torch.local_tensor(param).detach()
+        params = self.present
+        shards = [shard.detach() for shard in _torch.local_tensors(params)]
+        for param, shard in zip(params, shards):
             shard.grad = _torch.local_tensor(param.grad)
             states[shard] = _each_tensor(states.get(param) or {}, _torch.shard_of)
-            pairs.append((param, shard))
-        self.group["params"] = [shard for _, shard in pairs]
-        return pairs
+        self.group["params"] = shards
+        return list(zip(params, shards))
 
 
 def _each_tensor(own: State, change: Callable[[Any], Any]) -> State:
@@ -106,55 +102,53 @@ def view_of(
     )
 
 
-@dataclass(eq=False)
 class ClassStep:
     """Surrounds a step of the class: begin, let the class step if told so, finish."""
 
-    optimizer: Any  # a GradScaler may have laid its tensors on it
-    states: States
-    _views: Sequence[View] = ()
-    _scaling: Scaling = NO_SCALING
-    _undoable: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _pulled: list[tuple[Tensor, Any]] = field(default_factory=list)
-    _shards: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _cautious: list[tuple[DecayPass, Any, Batch, list[Tensor]]] = field(
-        default_factory=list
-    )
+    def __init__(self, optimizer: Any, states: States) -> None:
+        self._optimizer = optimizer  # a GradScaler may have laid its tensors on it
+        self._states = states
+        self._forget()
+
+    def _forget(self) -> None:
+        self._scaling = NO_SCALING
+        self._undoable: list[tuple[Tensor, Tensor]] = []
+        self._pulled: list[tuple[Tensor, Any]] = []
+        self._shards: list[tuple[Tensor, Tensor]] = []
+        self._after: list[Call] = []
 
     @_torch.disable_dynamo
-    def begin(self, views: Sequence[View]) -> bool:
-        """Run the passes before the class's step, and tell whether to step at all."""
-        self._views = views
-        self._scaling = scaling = scaling_of(self.optimizer)
+    def begin(self, views: Sequence[View], again: bool = False) -> bool:
+        """Run the passes before the class's step, and tell whether to step at all.
+
+        ``again`` is for gradients that the class has asked for anew: what moves
+        parameters is done once.
+        """
+        self._scaling = scaling = scaling_of(self._optimizer)
         if scaling != NO_SCALING and all(
             view.takes_scale and view.decay_pass is None for view in views
         ):
             # GradScaler sums over devices, and kernels look for exactly 1.
             if scaling.found_inf is not None:
-                self.optimizer.found_inf = scaling.found_inf.clamp(max=1.0)
+                self._optimizer.found_inf = scaling.found_inf.clamp(max=1.0)
         elif scaling != NO_SCALING:
-            if not self._unscale():
+            if not self._unscale(views):
                 return False
-            self.optimizer.grad_scale = self.optimizer.found_inf = None
+            self._optimizer.grad_scale = self._optimizer.found_inf = None
         for view in views:
-            if view.decay_pass is not None and view.present:
-                self._run(view, view.decay_pass)
+            decay_pass = view.decay_pass
+            runs = decay_pass and (not again or decay_pass.applied == "l2")
+            if decay_pass and runs and view.present:
+                self._run(view, decay_pass)
             if view.sharded:
-                self._shards += view.show_shards(self.states)
+                self._shards += view.show_shards(self._states)
         return True
-
-    @_torch.disable_dynamo
-    def pull_again(self, views: Sequence[View]) -> None:
-        """Pull gradients that the class has asked for anew, as those before."""
-        for view in views:
-            if view.decay_pass and view.decay_pass.applied == "l2" and view.present:
-                self._run(view, view.decay_pass)
 
     @_torch.disable_dynamo
     def finish(self) -> None:
         """Decay what is decayed after the step, and undo a step that is dropped."""
-        for decay_pass, rate, batch, before in self._cautious:
-            decay_agreeing_(decay_pass, rate, batch, before)
+        for call in self._after:
+            call()
         for shard, old in self._undoable:
             assert self._scaling.found_inf is not None  # only then anything is kept
             here = self._scaling.found_inf.to(shard.device)
@@ -165,27 +159,28 @@ class ClassStep:
         """Take back what stands in the user's tensors for the step alone."""
         for param, shard in self._shards:
             sharded = partial(_torch.sharded_as, param=param)
-            own = _each_tensor(self.states.pop(shard), sharded)
+            own = _each_tensor(self._states.pop(shard), sharded)
             if own:
-                self.states[param] = {**own, **(self.states.get(param) or {})}
+                self._states[param] = {**own, **(self._states.get(param) or {})}
         for param, grad in self._pulled:
             param.grad = grad
         if self._scaling != NO_SCALING:
-            self.optimizer.grad_scale, self.optimizer.found_inf = self._scaling
-        self._shards, self._pulled, self._scaling = [], [], NO_SCALING
-        self._undoable, self._cautious = [], []
+            self._optimizer.grad_scale, self._optimizer.found_inf = self._scaling
+        self._forget()
 
-    def _unscale(self) -> bool:
+    def _unscale(self, views: Sequence[View]) -> bool:
         """Unscale outside of the class, and tell whether the step is to be taken."""
         scale, found_inf = self._scaling
-        params = [param for view in self._views for param in view.present]
-        for device in dict.fromkeys(param.device for param in params):
+        grads: list[Any] = [param.grad for view in views for param in view.present]
+        devices = dict.fromkeys(
+            param.device for view in views for param in view.present
+        )
+        for device in devices:
             if scale is not None:
-                mine: list[Any] = [p.grad for p in params if p.device == device]
-                unscale_(mine, scale)
+                unscale_([grad for grad in grads if grad.device == device], scale)
         if found_inf is None:
             return True
-        touched = self._touched()
+        touched = self._touched(views)
         # No device is waited for, but where the step makes state, which only the host
         # can leave out.
         if (found_inf.is_cpu or touched is None) and found_inf.item():
@@ -195,12 +190,12 @@ class ClassStep:
             self._undoable = [(each, each.clone()) for each in shards]
         return True
 
-    def _touched(self) -> list[Tensor] | None:
+    def _touched(self, views: Sequence[View]) -> list[Tensor] | None:
         """List what the step writes to; ``None`` where it makes some of that."""
         touched: list[Tensor] = []
-        for view in self._views:
+        for view in views:
             for param in view.present:
-                own = self.states.get(param) or {}
+                own = self._states.get(param) or {}
                 if view.entries is None or not all(e in own for e in view.entries):
                     return None
                 tensors = [each for each in own.values() if isinstance(each, Tensor)]
@@ -208,16 +203,17 @@ class ClassStep:
         return touched
 
     def _run(self, view: View, decay_pass: DecayPass) -> None:
-        batch = view.batch(self.states)
+        batch = view.batch(self._states)
         lr, maximize = view.group["lr"], view.group.get("maximize", False)
         if view.direction is None:
             lr = _number(lr)
             if decay_pass.applied == "cautious":
                 before = [param.detach().clone() for param in batch.params]
-                self._cautious.append((decay_pass, lr * decay_pass.wd, batch, before))
+                given = (decay_pass, lr * decay_pass.wd, batch, before)
+                self._after.append(partial(decay_agreeing_, *given))
                 return
-        given = (decay_pass, lr, maximize, batch, view.direction, NO_SCALING)
-        for call in pass_calls(*given)[0]:
+        asked = (decay_pass, lr, maximize, batch, view.direction, NO_SCALING)
+        for call in pass_calls(*asked)[0]:
             call()
         if decay_pass.applied == "l2":
             self._pulled += [(param, param.grad) for param in batch.params]

@@ -27,7 +27,6 @@ Call = Callable[[], object]
 PLAIN = (Tensor, torch.nn.Parameter)
 WD = "weight_decay"
 PER_PARAM = ("params", "param_names")  # what a group lists per parameter
-NUMBERS_AND_TEXT = (int, float, bool, str)
 
 
 def pick(group: Group, chosen: Sequence[int]) -> Group:
@@ -47,7 +46,8 @@ def same(a: object, b: object) -> bool:
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(same, a, b))
     # Not `==` for all: arrays and objects of the user may return anything.
-    return type(a) in NUMBERS_AND_TEXT and (a == b or (a != a and b != b))  # two NaNs
+    number_or_text = type(a) in (int, float, bool, str)
+    return number_or_text and (a == b or (a != a and b != b))  # two NaNs
 
 
 def alike(a: object, b: object) -> bool:
@@ -95,12 +95,12 @@ def share(
     if kind is None:  # the class decays in its own way, which nobody states
         return Share(wd, None)
     form = FORMS[kind]
-    fleeting = form.follows_lr and isinstance(group["lr"], Tensor)
+    lr: Any = group.get("lr")
+    fleeting = form.follows_lr and isinstance(lr, Tensor)
+    # Where that waits for no device and leaves no graph of autograd.
+    if fleeting and reading and lr.is_cpu and not lr.requires_grad:
+        lr = lr.item()
     if lr0 is not None or not form.needs_lr0:
-        lr: Any = group.get("lr")
-        # Where that waits for no device and leaves no graph of autograd.
-        if fleeting and reading and lr.is_cpu and not lr.requires_grad:
-            lr = lr.item()
         wd = form.strength(wd, lr, lr0)
     # A kernel takes decay as a number, and a step must not wait for the device.
     waits = fleeting and isinstance(wd, Tensor)
@@ -118,10 +118,11 @@ class Setting(NamedTuple):
 
     @property
     def live(self) -> bool:
-        """Tell whether calls must be bound anew at every step: a tensor may change."""
-        own = isinstance(self.arguments["lr"], Tensor)
-        other = self.share.decay_pass
-        return own or (other is not None and isinstance(other.wd, Tensor))
+        """Whether calls must be bound anew at every step: a tensor may change."""
+        beside = self.share.decay_pass
+        return isinstance(self.arguments["lr"], Tensor) or (
+            beside is not None and isinstance(beside.wd, Tensor)
+        )
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -154,12 +155,11 @@ Direction = Callable[[Tensor, Sequence[Tensor | None]], Tensor]
 
 def lr_on_device(lr: float | Tensor, params: Sequence[Tensor]) -> float | Tensor:
     """Move a tensor learning rate to its parameters, as torch does; the CPU stays."""
-    if isinstance(lr, Tensor) and not lr.is_cpu and params:
-        return _moved(lr, params[0].device)
-    return lr
+    moves = isinstance(lr, Tensor) and not lr.is_cpu and params
+    return _moved(lr, params[0].device) if moves else lr
 
 
-def _moved(scalar: Tensor, device: torch.device) -> Tensor:
+def _moved(scalar: Any, device: torch.device) -> Any:
     # To the CPU without waiting would be read before it is there.
     return scalar.to(device, non_blocking=device.type != "cpu")
 
@@ -176,20 +176,17 @@ NO_SCALING = Scaling()
 
 def scaling_of(optimizer: object) -> Scaling:
     """Read the attributes that a ``GradScaler`` sets on an optimizer for a step."""
-    return Scaling(
-        getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    )
+    return Scaling(*(getattr(optimizer, n, None) for n in ("grad_scale", "found_inf")))
 
 
 def scaling_on(scaling: Scaling, device: torch.device) -> Scaling:
     """Move it to a device."""
     scale, found_inf = scaling
-    if scale is not None:
-        scale = _moved(scale, device)
-    if found_inf is not None:
+    return Scaling(
+        None if scale is None else _moved(scale, device),
         # GradScaler sums over devices, and kernels look for exactly 1.
-        found_inf = _moved(found_inf, device).clamp(max=1.0)
-    return Scaling(scale, found_inf)
+        None if found_inf is None else _moved(found_inf, device).clamp(max=1.0),
+    )
 
 
 def unscale_(grads: Sequence[Tensor], grad_scale: Tensor) -> None:

@@ -1,15 +1,11 @@
-"""Policies: what each can do, and the verbs, mappings and callables that write them."""
+"""Policies that people write: verbs, mappings and callables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from typing import Any
 
-from torch import nn
-
-from selective_optim._text import received
 from selective_optim.decay import (
     EXEMPT,
     FIXED_WAY_OUT,
@@ -31,118 +27,15 @@ from selective_optim.decay import (
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.selectors import (
     ANYTHING,
+    AnswerError,
     Callback,
-    Need,
+    Policy,
     Selector,
     StrictInfo,
     as_selector,
 )
 
-
-class Policy:
-    """A frozen map from parameters to decays; ``a * b`` applies both."""
-
-    selectors: tuple[Selector, ...] = ()  # which this policy asks
-    missing_ok: bool = False  # whether they may all match nothing
-    # Multipliers that read like decays, and what to write instead.
-    doubts: tuple[tuple[float, str], ...] = ()
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """What must be known of a parameter before this policy can decide."""
-        return frozenset[Need]().union(*[selector.needs for selector in self.selectors])
-
-    @property
-    def required(self) -> tuple[Selector, ...]:
-        """The selectors that should match at least one parameter."""
-        asked = () if self.missing_ok else self.selectors
-        return tuple([each for selector in asked for each in selector.leaves])
-
-    def decide(self, info: ParameterInfo) -> Answer:
-        """Decide for one parameter and say why."""
-        raise NotImplementedError  # pragma: no cover
-
-    def bind(self, roots: Sequence[nn.Module]) -> Policy:
-        """Return the policy after a look at the modules that it will be asked about."""
-        return self
-
-    def __call__(self, info: ParameterInfo) -> Decay:
-        return self.decide(info).decay
-
-    def __mul__(self, other: object) -> Policy:
-        if isinstance(other, Policy):
-            return Product(self, other)
-        raise TypeError(_not_joined(self, "*", other))
-
-    def __rmul__(self, other: object) -> Policy:
-        raise TypeError(_not_joined(other, "*", self))
-
-    def __add__(self, other: object) -> Policy:
-        raise TypeError(_not_joined(self, "+", other))
-
-    def __or__(self, other: object) -> Policy:
-        raise TypeError(_not_joined(self, "|", other))
-
-    def __and__(self, other: object) -> Policy:
-        raise TypeError(_not_joined(self, "&", other))
-
-
-def either(selector: str) -> str:
-    """Write both policies that a selector by itself may have been meant as."""
-    return f"exclude({selector}) to exempt it, or only({selector}) to decay no other"
-
-
-def _not_joined(left: object, sign: str, right: object) -> str:
-    what = "policies multiply with policies" if sign == "*" else "policies are joined"
-    shown = f"{what}, not {received(left)} {sign} {received(right)}"
-    policy, other = (left, right) if isinstance(left, Policy) else (right, left)
-    if isinstance(other, Real):
-        way_out = f"{policy!r} * scale(everything, by={other})"
-    elif isinstance(other, Policy):
-        shown = f"policies are joined with `*`, not with `{sign}`"
-        way_out = f"{left!r} * {right!r}"
-    elif isinstance(other, str):
-        way_out = f"{policy!r} * named({other!r})"
-    elif isinstance(other, Selector):
-        way_out = f"{policy!r} * {either(repr(other))}"
-    else:
-        way_out = f"{policy!r} * as_policy(...)"
-    return f"{shown}. Write {way_out}."
-
-
 UNMATCHED = "decays in full"  # the reason where no selector matches
-
-
-@dataclass(frozen=True, repr=False)
-class Product(Policy):
-    """Two policies at once: multipliers multiply, else the right-hand one wins."""
-
-    left: Policy
-    right: Policy
-
-    def __repr__(self) -> str:
-        right = f"({self.right!r})" if isinstance(self.right, Product) else self.right
-        return f"{self.left!r} * {right}"
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return self.left.needs | self.right.needs
-
-    @property
-    def required(self) -> tuple[Selector, ...]:
-        return self.left.required + self.right.required
-
-    @property
-    def doubts(self) -> tuple[tuple[float, str], ...]:  # type: ignore[override]  # read only
-        return self.left.doubts + self.right.doubts
-
-    def bind(self, roots: Sequence[nn.Module]) -> Policy:
-        return Product(self.left.bind(roots), self.right.bind(roots))
-
-    def decide(self, info: ParameterInfo) -> Answer:
-        left, right = self.left.decide(info), self.right.decide(info)
-        reasons = [v.reason for v in (left, right) if v.decay != FULL] or [right.reason]
-        return Answer(left.decay * right.decay, ", ".join(reasons))
 
 
 @dataclass(frozen=True, repr=False)
@@ -156,18 +49,15 @@ class Rule(Policy):
     missing_ok: bool = False
 
     def __repr__(self) -> str:
-        arguments = list(map(repr, self.selectors))
+        decay, last = self.inside, []
+        # Of which a verb states one.
+        stated: tuple[Any, ...] = (decay.form, decay.target, decay.fixed)
+        first = [target_text(each) for each in stated if each is not None]
         if self.verb == "scale":
-            arguments.append(f"by={number_text(self.inside.multiplier)}")
-        if self.verb == "form":
-            arguments.insert(0, repr(self.inside.form))
-        if self.inside.target is not None:
-            arguments.insert(0, target_text(self.inside.target))
-        if self.inside.fixed is not None:
-            arguments.insert(0, number_text(self.inside.fixed))
+            last.append(f"by={number_text(decay.multiplier)}")
         if self.missing_ok:
-            arguments.append("missing_ok=True")
-        return f"{self.verb}({', '.join(arguments)})"
+            last.append("missing_ok=True")
+        return f"{self.verb}({', '.join([*first, *map(repr, self.selectors), *last])})"
 
     @property
     def doubts(self) -> tuple[tuple[float, str], ...]:  # type: ignore[override]  # read only
@@ -204,10 +94,13 @@ class FirstMatch(Policy):
         return tuple([(n, told.format(number_text(n))) for n in self.bare])
 
     def __repr__(self) -> str:
-        written = zip(self.selectors, map(self._written, self.decays))
-        cases = ", ".join(f"{selector!r}: {decay}" for selector, decay in written)
+        cases = []
+        for selector, decay in zip(self.selectors, self.decays):
+            n = decay.multiplier
+            plain = decay == Decay(n) and (n in self.bare or not 0 < n < SMALL)
+            cases.append(f"{selector!r}: {number_text(n) if plain else decay}")
         missing = ", missing_ok=True" if self.missing_ok else ""
-        return f"first_match({{{cases}}}{missing})"
+        return f"first_match({{{', '.join(cases)}}}{missing})"
 
     def decide(self, info: ParameterInfo) -> Answer:
         for selector, decay in zip(self.selectors, self.decays):
@@ -215,28 +108,16 @@ class FirstMatch(Policy):
                 return Answer(decay, selector.told(info))
         return Answer(FULL, UNMATCHED)
 
-    def _written(self, decay: Decay) -> str:
-        n = decay.multiplier
-        plain = decay == Decay(n) and (n in self.bare or not 0 < n < SMALL)
-        return number_text(n) if plain else repr(decay)
-
-
-class AnswerError(Exception):
-    """A callable policy returned no decay: the value, kind of error, broken rule."""
-
 
 @dataclass(frozen=True, repr=False)
 class Function(Callback, Policy):
     """Any callable from ``ParameterInfo`` to number, bool or ``Decay``."""
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        return ANYTHING
+    needs = ANYTHING
 
     def decide(self, info: ParameterInfo) -> Answer:
         value = self.function(StrictInfo(info))
-        broken = None if isinstance(value, Decay) else broken_rule(value)
-        if broken is not None:
+        if not isinstance(value, Decay) and (broken := broken_rule(value)):
             raise AnswerError(value, *broken)
         return Answer(as_decay(value), repr(self))
 
