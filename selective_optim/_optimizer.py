@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from selective_optim import _torch
-from selective_optim._text import kept_on_error, require_numbers, warn
+from selective_optim._text import kept_on_error, require_numbers, warn, write_back
 from selective_optim.decay import Form, is_zero
 from selective_optim.decisions.decider import (
     WRITTEN,
@@ -134,7 +134,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         self._decider = decider_for(model, wd_policy)
         with kept_on_error(params):
             yield self._decider.read(params)
-            self._decider.finish(self.param_groups)
+            self._decider.finish(self._groups)
         self._made()
 
     def _made(self) -> None:
@@ -185,22 +185,24 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             ValueError: The policy cannot decide for a parameter; nothing is added.
         """
         given = dict(param_group) if isinstance(param_group, dict) else {}
-        count = len(self.param_groups)
-        with kept_on_error([param_group]):
+        groups = self._groups
+        count = len(groups)
+        try:
             keys = [*self.defaults, *self._keys]
             policy, group = self._decider.unpack(param_group, keys)
-            try:
-                self._append_group(group)
-                own = group is not param_group
-                self._decider.add_group(self.param_groups, policy, own)
-                self._split_last_group(given)
-            except BaseException:
-                # torch appended it, and would refuse its parameters the next time.
-                del self.param_groups[count:]
-                raise
+            self._append_group(group)
+            own = group is not param_group
+            decided = self._decider.add_group(groups, policy, own)
+            self._split_last_group(given)
+        except BaseException:
+            # torch appended it, and would refuse its parameters the next time.
+            del groups[count:]
+            write_back(param_group, given)
+            raise
         if policy is None:
             warn_of_origin(self, given, group["params"])
-        self._compare_ranks()
+        if decided:  # else a constructor goes on
+            self._compare_ranks()
 
     def _compare_ranks(self) -> None:
         """Have what is decided now compared with other ranks at the next step."""
