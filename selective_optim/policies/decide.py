@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._text import warn
+from selective_optim._text import class_text, warn
 from selective_optim.decay import FULL, REMEDY, Answer, Decision
 from selective_optim.parameters import ParameterInfo, owner_kinds, shape_now
 from selective_optim.policies.recognition import (
@@ -33,7 +33,6 @@ from selective_optim.policies.selectors import (
     Selector,
     UnknownError,
     UnsureError,
-    class_text,
     lacking,
 )
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import nn
 
-from selective_optim._text import received
+from selective_optim._text import loaded_class, received
 from selective_optim.decay import FORMS, Decay
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies import predicates
@@ -47,7 +47,6 @@ from selective_optim.policies.selectors import (
     Selector,
     as_selector,
     either,
-    loaded_class,
 )
 
 NAMED: dict[str, Policy] = {
