@@ -147,15 +147,15 @@ def _beside(parent: nn.Module, numbers: dict[nn.Module, int]) -> dict[nn.Module,
     """
     lists = [m for m in parent.children() if isinstance(m, CONTAINERS)]
     spans = [[_span(item, numbers) for item in each.children()] for each in lists]
-    counted = next((i for i, span in enumerate(spans) if span and all(span)), None)
+    main = next((span for span in spans if span and all(span)), [])
     found: dict[nn.Module, int] = {}
-    for i, each in enumerate(lists if counted is not None else ()):
-        main, fewer = spans[counted or 0], len(spans[counted or 0]) - len(each)
+    for i, each in enumerate(lists if main else ()):
+        fewer = len(main) - len(each)
         if not isinstance(each, LISTS) or any(spans[i]) or fewer not in (0, 1):
             continue
         if fewer and all(norm_module(item) for item in each.children()):
             continue  # norms of what comes out, which no stage follows
-        last = -1 if i > (counted or 0) and not fewer else 0
+        last = -1 if main in spans[:i] and not fewer else 0
         for item, span in zip(each.children(), main[fewer:]):
             found.update(dict.fromkeys(item.modules(), span[last]))
     return found
@@ -240,8 +240,7 @@ class Distances:
             return self._top - self._own.get(info.name or "", self._top)
         if POOL.match(info.leaf or "") and info.owner in self._holders:
             return 0  # queries that pool what the blocks give
-        around = info.owner in self._around
-        if around and embedding_part(info):
+        if info.owner in self._around and embedding_part(info):
             return self._below - self._lift
         return self._distance[info.owner] - self._lift
 
