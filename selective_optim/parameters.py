@@ -204,6 +204,11 @@ def living(refs: Iterable[ModuleRef]) -> list[nn.Module]:
     return [module for ref in refs if (module := ref()) is not None]
 
 
+def has_parameters(module: nn.Module) -> bool:
+    """Tell whether a module or any inside it holds a parameter."""
+    return next(module.parameters(), None) is not None
+
+
 _T = TypeVar("_T")
 Path = tuple[nn.Module, ...]
 # One spot in a tree where a parameter is registered: the number of the module, the key

@@ -13,7 +13,7 @@ from typing import Any
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._text import warn
+from selective_optim._text import class_text, warn
 from selective_optim.decay import FULL, REMEDY, Answer, Decision
 from selective_optim.parameters import ParameterInfo, owner_kinds, shape_now
 from selective_optim.policies.recognition import (
@@ -32,7 +32,6 @@ from selective_optim.policies.selectors import (
     Selector,
     UnknownError,
     UnsureError,
-    class_text,
     lacking,
 )
 
