@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import repeat
@@ -24,12 +24,9 @@ from selective_optim.report import (
     NOTE,
     DecayReport,
     Row,
-    clause,
     form_of_class,
-    left_out,
-    make_report,
-    remark_of,
-    split_wrongly,
+    judged,
+    make_rows,
 )
 
 RATE = 1e-2  # of the step that is measured
@@ -89,34 +86,31 @@ def decay_report(
         looks wrong: 1 norm decays ('1.weight')
     """
     index = ModelIndex(model)
-    found = list(_optimizers_in(optimizer, index))
+    found = _optimizers_in(optimizer, index)
     alone = len(found) == 1
-    rows, told, first = list[Row](), list[str](), 0
+    rows, told, groups = list[Row](), list[str](), list[Any]()
     for each in found:
-        groups = list(each.param_groups)
+        mine = list(each.param_groups)
+        require_decay(each, "report")
+        decided, form_of = getattr(each, "decided", None), partial(form_of_class, each)
+        own = make_rows(mine, decided, form_of, index)
         if hasattr(each, "decay_report"):
             report = each.decay_report()
-            seen = make_report(groups, None, lambda group: None, index).rows
-            report = replace(report, rows=tuple(map(_named, report.rows, seen)))
-        else:
-            require_decay(each, "report")
-            form_of = partial(form_of_class, each)
-            report = make_report(groups, getattr(each, "decided", None), form_of, index)
-        own, note = _measured(each, report.rows) if measure else (report.rows, "")
-        route = "" if alone else type(each).__name__
-        rows += [replace(r, group=first + r.group, route=r.route or route) for r in own]
-        # Below, one remark counts for all optimizers; their own would count apart.
-        own_words = alone and (model is None or hasattr(each, "decay_report"))
-        parts = report.remark.partition("\n")[0].split("; ")
-        loss = [part for part in parts if LOSS in part]
-        told += [report.remark, note] if own_words else [*loss, note]
+            own = list(map(_named, report.rows, own))
+            # Beside others, what it says of itself alone would be said twice.
+            parts = report.remark.partition("\n")[0].split("; ")
+            told += [report.remark] if alone else [p for p in parts if LOSS in p]
+        own, note = _measured(each, own) if measure else (own, "")
+        told.append(note)
         if not (is_optimizer(each) or isinstance(each, Groups)):
             told.append(f"{NOTE}read from the groups of {type(each).__name__} alone")
-        first += len(groups)
-    if not alone or model is not None:
-        groups = [group for each in found for group in each.param_groups]
-        told += [split_wrongly(rows), left_out(index, groups)]
-    return DecayReport(tuple(rows), remark_of(*told, _other_than_promised(rows)))
+        route = "" if alone else type(each).__name__
+        number = len(groups)
+        rows += [
+            replace(r, group=number + r.group, route=r.route or route) for r in own
+        ]
+        groups += mine
+    return judged(rows, groups, index, *told)
 
 
 def _named(row: Row, seen: Row) -> Row:
@@ -127,30 +121,30 @@ def _named(row: Row, seen: Row) -> Row:
 
 def _optimizers_in(
     given: Any, index: ModelIndex, above: tuple[Any, ...] = ()
-) -> Iterator[Any]:
+) -> list[Any]:
     if isinstance(given, Mapping):
         given = _saved(given, index) if "param_groups" in given else [*given.values()]
-    own = is_optimizer(given) and hasattr(given, "decay_report")
-    listed = isinstance(given, list)
-    if listed and all(isinstance(each, Mapping) and "params" in each for each in given):
-        yield Groups(given)
-    elif own or isinstance(given, Groups):
-        yield given
-    # One that is held may hold its wrapper.
-    elif several := [
-        each
-        for each in (given if listed else held_optimizers(given))
-        if all(each is not other for other in above)
-    ]:
-        for each in several:
-            yield from _optimizers_in(each, index, (*above, given))
-    elif hasattr(given, "param_groups"):
-        yield given
+    if isinstance(given, list):
+        if all(isinstance(each, Mapping) and "params" in each for each in given):
+            return [Groups(given)]
+        inside = given
+    elif isinstance(given, Groups) or (
+        is_optimizer(given) and hasattr(given, "decay_report")
+    ):
+        return [given]
     else:
-        raise TypeError(
-            f"`optimizer` must have param_groups, and {received(given)} has none. "
-            f"Pass the optimizer first, then the model: decay_report(optimizer, model)."
-        )
+        inside = held_optimizers(given)
+    # One that is held may hold its wrapper.
+    inside = [each for each in inside if all(each is not other for other in above)]
+    if inside:
+        above = (*above, given)
+        return [o for each in inside for o in _optimizers_in(each, index, above)]
+    if hasattr(given, "param_groups"):
+        return [given]
+    raise TypeError(
+        f"`optimizer` must have param_groups, and {received(given)} has none. "
+        f"Pass the optimizer first, then the model: decay_report(optimizer, model)."
+    )
 
 
 def _saved(state_dict: Mapping[str, Any], index: ModelIndex) -> Groups:
@@ -231,15 +225,3 @@ def _with_effect(row: Row, decay: float | Tensor, *steps: Tensor) -> Row:
     decay = decay if row.fixed is None else row.fixed
     value = float(f"{(none - full) / RATE / unit * float(decay):.4g}")
     return replace(row, applied=none != full, measured=value if direct else None)
-
-
-def _other_than_promised(rows: Sequence[Row]) -> str:
-    known = [row for row in rows if row.fate == "decayed" and row.applied is not None]
-    never = [row for row in known if not row.applied]
-    # The first step of momentum may add to L2, which is no other decay.
-    direct = [row for row in known if row.measured and row.form != "l2"]
-    other = [r for r in direct if abs((r.measured or 0) / r.weight_decay - 1) > 0.02]
-    return remark_of(
-        clause(never, "parameter", "is decayed by no step", "are decayed by no step"),
-        clause(other, "parameter", "decays at another rate", "decay at another rate"),
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from html import escape
 from importlib import import_module
 from itertools import chain, repeat
@@ -163,6 +163,9 @@ class DecayReport:
     def __repr__(self) -> str:
         return f"DecayReport({self.summary()})"
 
+    def _fates(self) -> dict[str, list[Row]]:
+        return {fate: [r for r in self.rows if r.fate == fate] for fate in COLORS}
+
     def table(self) -> list[tuple[str, ...]]:
         """Sum the rows up by group, reason, decay and form, below a line of headers.
 
@@ -183,10 +186,9 @@ class DecayReport:
 
     def summary(self) -> str:
         """Say in one line how much decays."""
-        parts = {fate: [r for r in self.rows if r.fate == fate] for fate in COLORS}
-        if not parts["frozen"]:
-            del parts["frozen"]
-        return "; ".join(f"{fate}: {_amount(rows)}" for fate, rows in parts.items())
+        fates = self._fates().items()
+        told = [f"{f}: {_amount(own)}" for f, own in fates if own or f != "frozen"]
+        return "; ".join(told)
 
     def __str__(self) -> str:
         table = self.table()
@@ -206,17 +208,26 @@ class DecayReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, strings and numbers, ready for JSON."""
-        sizes = {f: [r.numel for r in self.rows if r.fate == f] for f in COLORS}
-        sums = {f: {"tensors": len(n), "elements": sum(n)} for f, n in sizes.items()}
+        sums = {
+            fate: {"tensors": len(own), "elements": _elements(own)}
+            for fate, own in self._fates().items()
+        }
         return {"rows": plain(self.rows), **sums, "remark": self.remark}
 
     def _repr_html_(self) -> str:
         headers, *lines = self.table()
         sides = ["right" if key in NUMBERS else "left" for key in headers]
-        head = _html_row("th", sides, headers)
-        body = "".join(_html_row("td", sides, line) for line in lines)
+
+        def row(tag: str, cells: Iterable[str]) -> str:
+            told = [
+                f'<{tag} style="text-align: {side}">{escape(cell)}</{tag}>'
+                for side, cell in zip(sides, cells)
+            ]
+            return f"<tr>{''.join(told)}</tr>"
+
+        body = "".join(row("td", line) for line in lines)
         told = escape("; ".join(filter(None, [self.summary(), self.remark])))
-        parts = f"<thead>{head}</thead>\n<tbody>{body}</tbody>"
+        parts = f"<thead>{row('th', headers)}</thead>\n<tbody>{body}</tbody>"
         return f"<table>\n<caption>{told}</caption>\n{parts}\n</table>"
 
     def plot(self, ax: Any = None) -> Any:
@@ -234,13 +245,15 @@ class DecayReport:
         kinds = _by_kind(self.rows)
         ax = _new_axes(len(kinds)) if ax is None else ax
         left = [0.0] * len(kinds)
-        for fate in [f for f in COLORS if any(row.fate == f for row in self.rows)]:
+        for fate in filter(self._fates().get, COLORS):
             shares = [
-                100 * _elements(rows, fate) / (_elements(rows) or 1)
+                100 * _elements(row for row in rows if row.fate == fate) / whole
                 for rows in kinds.values()
+                for whole in [_elements(rows) or 1]
             ]
-            bar = {"color": COLORS[fate], "label": fate}
-            ax.barh(range(len(kinds)), shares, 0.7, left, **bar)
+            ax.barh(
+                range(len(kinds)), shares, 0.7, left, color=COLORS[fate], label=fate
+            )
             left = [a + b for a, b in zip(left, shares)]
         for place, rows in enumerate(kinds.values()):
             ax.text(102, place, _amount(rows), va="center", fontsize="small")
@@ -260,8 +273,8 @@ def plain(records: Iterable[Any]) -> list[dict[str, Any]]:
     return [{**asdict(each), "shape": list(each.shape)} for each in records]
 
 
-def _elements(rows: Iterable[Row], fate: str | None = None) -> int:
-    return sum(row.numel for row in rows if fate in (None, row.fate))
+def _elements(rows: Iterable[Row]) -> int:
+    return sum(row.numel for row in rows)
 
 
 def _by_kind(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -319,14 +332,6 @@ def _span(values: Sequence[float], kind: str = "g", unit: str = "") -> str:
     return " to ".join(dict.fromkeys(ends)) + unit * bool(ends)
 
 
-def _html_row(tag: str, sides: Iterable[str], cells: Iterable[str]) -> str:
-    pairs = zip(sides, cells)
-    row = [
-        f'<{tag} style="text-align: {s}">{escape(text)}</{tag}>' for s, text in pairs
-    ]
-    return f"<tr>{''.join(row)}</tr>"
-
-
 def _new_axes(bars: int) -> Any:
     try:
         pyplot = import_module("matplotlib.pyplot")
@@ -339,39 +344,49 @@ def _new_axes(bars: int) -> Any:
 
 
 def make_row(
-    index: int, group: Group, decision: Decision, form: Form | None, param: Tensor
+    index: int,
+    group: Group,
+    decision: Decision,
+    form: Form | None,
+    param: Tensor,
+    role: str = "",
+    decided: bool = False,
 ) -> Row:
     """Join one decision with what its group and the parameter say now."""
     shape = decision.shape
     # Shapes of lazy parameters come with the first batch, after the decision.
     if shape == (0,) and not is_lazy(param) and not _torch.flattened([param]):
         shape = param.shape
+    # Reading a tensor waits for the device. A report may wait, a step may not.
+    decay, wd = decision.decay, float(decision.decay.of(group["weight_decay"]))
     return Row(
         group=index,
         name=decision.telling_name,
         shape=shape,
         numel=shape.numel(),
-        # Reading a tensor waits for the device. A report may wait, a step may not.
         lr=float(group.get("lr", math.nan)),
-        weight_decay=float(decision.decay.of(group["weight_decay"])),
-        form=form,
-        reason=decision.reason,
+        weight_decay=wd,
+        form=decay.form or form,
+        reason=ZERO if decided and decay.multiplier and not wd else decision.reason,
         requires_grad=param.requires_grad,
         owner=decision.kinds[0].rpartition(".")[2] if decision.kinds else "",
-        target=decision.decay.target,
+        target=decay.target,
         lr0=decision.decay_key.lr0,
         # torch steps every parameter that has a gradient.
         left_over=not param.requires_grad and param.grad is not None,
-        fixed=decision.decay.fixed,
+        role=role,
+        decided=decided,
+        route=str(group.get("route", "")),  # as Routed writes it
+        fixed=decay.fixed,
     )
 
 
-def make_report(
+def make_rows(
     groups: Sequence[Group],
     decided: Sequence[Sequence[Decision | None]] | None,
     form_of: Callable[[Group], Form | None],
     index: ModelIndex,
-) -> DecayReport:
+) -> list[Row]:
     """Join what was decided, if anything was, with what groups and modules are now."""
     # Where nothing was decided, all decay as the group says, for what they are.
     decided = decided or [[None] * len(group["params"]) for group in groups]
@@ -386,17 +401,20 @@ def make_report(
         kind = kind_of(info)
         role = "norm's bias" if kind == "norm" and is_bias.matches(info) else kind
         decision = known or decide(None, [info])[0]._replace(reason=kind)
-        form = decision.decay.form or form_of(group)
-        row = make_row(number, group, decision, form, info.parameter)
+        here = (number, group, decision, form_of(group), info.parameter)
         by_policy = known is not None and known.reason != NO_POLICY
-        if by_policy and decision.decay.multiplier and not row.weight_decay:
-            row = replace(row, reason=ZERO)
-        route = str(group.get("route", ""))  # as Routed writes it
-        rows.append(replace(row, role=role, decided=by_policy, route=route))
-    names = dict.fromkeys(type(module).__name__ for module in index.found)
-    found = f"{NOTE}known from {', '.join(names)}, found alive with these parameters"
-    told = split_wrongly(rows), left_out(index, groups), found if names else ""
-    return DecayReport(tuple(rows), remark_of(*told))
+        rows.append(make_row(*here, role, by_policy))
+    return rows
+
+
+def make_report(
+    groups: Sequence[Group],
+    decided: Sequence[Sequence[Decision | None]],
+    form_of: Callable[[Group], Form | None],
+    index: ModelIndex,
+) -> DecayReport:
+    """Report on an optimizer of this library."""
+    return judged(make_rows(groups, decided, form_of, index), groups, index)
 
 
 ZERO = "weight_decay=0"  # the reason where a policy decays and a group does not
@@ -420,6 +438,16 @@ def form_of_class(optimizer: Any, group: Group) -> Form | None:
 WRONG, NOTE = "looks wrong: ", "note: "
 
 
+def judged(
+    rows: Sequence[Row], groups: Sequence[Group], index: ModelIndex, *told: str
+) -> DecayReport:
+    """Report on rows, with what was told of them before and what looks wrong now."""
+    names = dict.fromkeys(type(module).__name__ for module in index.found)
+    found = f"{NOTE}known from {', '.join(names)}, found alive with these parameters"
+    wrong = [*_split_wrongly(rows), _left_out(index, groups), *_not_as_promised(rows)]
+    return DecayReport(tuple(rows), remark_of(*told, *wrong, found if names else ""))
+
+
 def remark_of(*told: str) -> str:
     """Join what looks wrong on one line, above the lines of notes."""
     lines = [line for part in told for line in part.splitlines()]
@@ -429,19 +457,16 @@ def remark_of(*told: str) -> str:
     return "\n".join(filter(None, [wrong and WRONG + wrong, *dict.fromkeys(notes)]))
 
 
-def clause(
-    told: Sequence[Row | ParameterInfo], noun: str, one: str, several: str
-) -> str:
+def _clause(names: Sequence[str | None], noun: str, one: str, several: str) -> str:
     """Tell in one clause what some parameters do, with the name of the first."""
-    if not told:
+    if not names:
         return ""
-    name = told[0].name if isinstance(told[0], Row) else told[0].telling_name
-    first = repr(name) if name else "without a name"
-    more = f" and {len(told) - 1:,} more" if told[1:] else ""
-    return f"{amount(len(told), noun)} {several if told[1:] else one} ({first}{more})"
+    first = repr(names[0]) if names[0] else "without a name"
+    more = f" and {len(names) - 1:,} more" if names[1:] else ""
+    return f"{amount(len(names), noun)} {several if names[1:] else one} ({first}{more})"
 
 
-def split_wrongly(rows: Sequence[Row]) -> str:
+def _split_wrongly(rows: Sequence[Row]) -> Iterator[str]:
     """Name norms and biases that decay without a policy, and weights that do not."""
     # With a policy all norms may decay, but not some while others are exempt.
     decayed = [r for r in rows if r.fate == "decayed" and r.applied is not False]
@@ -449,22 +474,37 @@ def split_wrongly(rows: Sequence[Row]) -> str:
     # A selector that also exempts weights, such as "head.*", is no rule for biases.
     broad = {row.reason for row in exempt if row.role in ("weight", "embedding")}
     ruled = {row.role for row in exempt if row.decided and row.reason not in broad}
-    told = []
     for kind in ("norm", "bias"):
         own = [r for r in decayed if r.role.startswith(kind) and r.target is None]
         wrong = [row for row in own if not row.decided or row.role in ruled]
         others = ", others do not" if any(row.decided for row in wrong) else ""
-        told.append(clause(wrong, kind, f"decays{others}", f"decay{others}"))
+        verbs = (f"decays{others}", f"decay{others}")
+        yield _clause([row.name for row in wrong], kind, *verbs)
     routes = {row.route for row in decayed if not row.decided}
     weights = [r for r in exempt if r.role == "weight" and not r.decided]
-    kept = [row for row in weights if row.route in routes]
-    left = [row for row in decayed if row.left_over]
+    kept = [row.name for row in weights if row.route in routes]
+    yield _clause(kept, "weight", "does not decay", "do not decay")
+    left = [row.name for row in decayed if row.left_over]
     verbs = ("has a gradient left and decays", "have a gradient left and decay")
-    told.append(clause(kept, "weight", "does not decay", "do not decay"))
-    return remark_of(*told, clause(left, "frozen parameter", *verbs))
+    yield _clause(left, "frozen parameter", *verbs)
 
 
-def left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
+def _not_as_promised(rows: Sequence[Row]) -> Iterator[str]:
+    known = [row for row in rows if row.fate == "decayed" and row.applied is not None]
+    never = [row.name for row in known if not row.applied]
+    yield _clause(never, "parameter", "is decayed by no step", "are decayed by no step")
+    # The first step of momentum may add to L2, which is no other decay.
+    other = [
+        row.name
+        for row in known
+        if row.measured and row.form != "l2"
+        if abs(row.measured / row.weight_decay - 1) > 0.02
+    ]
+    verbs = ("decays at another rate", "decay at another rate")
+    yield _clause(other, "parameter", *verbs)
+
+
+def _left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
     """Tell which parameters of the model train, and no living optimizer steps."""
     held = {id(p): shape_now(p) for group in groups for p in group["params"]}
     known = {id(info.parameter) for info in index.everyone()}
@@ -485,4 +525,5 @@ def left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
         stepped = set[int]().union(*map(param_ids, living))
         missing = {key: info for key, info in missing.items() if key not in stepped}
     verbs = ("trains and is in no group", "train and are in no group")
-    return clause(list(missing.values()), "parameter", *verbs)
+    names = [info.telling_name for info in missing.values()]
+    return _clause(names, "parameter", *verbs)
