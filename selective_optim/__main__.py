@@ -25,8 +25,7 @@ from torch.nn.parameter import is_lazy
 
 import selective_optim
 from selective_optim._text import aligned, param_ids
-from selective_optim.any_optimizer import decay_report
-from selective_optim.audit import audit
+from selective_optim.audit import audit, decay_report
 from selective_optim.policies import recipes
 from selective_optim.policies.named import NAMED, as_policy, is_expression
 
