@@ -38,10 +38,6 @@ QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 Target = tuple[str, str, tuple[Any, ...], dict[str, Any] | None]
 
 
-class CommandError(Exception):
-    """What the user typed, or what stands behind it, does not work."""
-
-
 class Built(NamedTuple):
     """A model or optimizer, where it was built, and why not on the meta device."""
 
@@ -65,7 +61,7 @@ def read_target(text: str) -> Target:
             found = re.findall(r"^(?:def|class) (\w+)", text_of_file, re.MULTILINE)
             close = get_close_matches("build_model", found, 1, 0.0) or ["build_model"]
             example = f"Write for example {head}:{close[0]}."
-        raise CommandError(f"`{text}` is not of the form MODULE:CALLABLE. {example}")
+        raise ValueError(f"`{text}` is not of the form MODULE:CALLABLE. {example}")
     if matched["arguments"] is None:
         return module, path, (), None
     arguments, keywords = [], {}
@@ -105,7 +101,7 @@ def load(module: str, path: str) -> Any:
     try:
         found: Any = _module(module)
     except (Exception, SystemExit) as error:
-        raise CommandError(
+        raise ValueError(
             f"`{module}` cannot be imported: {told(error)}. "
             f"Run in the folder that holds it, or correct the name."
         ) from error
@@ -113,7 +109,7 @@ def load(module: str, path: str) -> Any:
         if not hasattr(found, name):
             close = get_close_matches(name, dir(found), n=1)
             hint = f"Did you mean {close[0]!r}?" if close else EXAMPLE
-            raise CommandError(f"`{module}:{path}`: there is no {name!r} in it. {hint}")
+            raise ValueError(f"`{module}:{path}`: there is no {name!r} in it. {hint}")
         found = getattr(found, name)
     return found
 
@@ -147,18 +143,18 @@ def build(text: str) -> Built:
     made, device, note = load(module, path), "as found", None
     if keywords is not None or not _is_audited(made):
         if not callable(made):
-            raise CommandError(
+            raise ValueError(
                 f"`{text}` is {made!r} ({type(made).__name__}), not a callable that"
                 f" returns a model. {EXAMPLE}"
             )
         made, device, note = _make(partial(made, *arguments, **(keywords or {})), text)
     if not _is_audited(made):
-        raise CommandError(
+        raise ValueError(
             f"`{text}` returned {made!r} ({type(made).__name__}), not a module or "
             f"optimizer. {EXAMPLE}"
         )
     if isinstance(made, nn.Module) and any(map(is_lazy, made.parameters())):
-        raise CommandError(
+        raise ValueError(
             f"`{text}` returned a model with uninitialized parameters. "
             f"Run one batch through the model before returning it."
         )
@@ -173,13 +169,13 @@ def _read_checkpoint(path: str) -> list[Any]:
     try:
         level: list[Any] = [[torch.load(path, map_location="cpu", weights_only=True)]]
     except Exception as error:
-        raise CommandError(f"`{path}` cannot be read: {told(error)}.") from error
+        raise ValueError(f"`{path}` cannot be read: {told(error)}.") from error
     while level:
         if found := [s for s in level if isinstance(s, dict) and "param_groups" in s]:
             return found
         inside = [s.values() if isinstance(s, dict) else s for s in level]
         level = [s for each in inside for s in each if isinstance(s, (dict, list))]
-    raise CommandError(
+    raise ValueError(
         f"`{path}` holds no state dict of an optimizer. Save one, as in "
         f"torch.save(optimizer.state_dict(), path)."
     )
@@ -196,7 +192,7 @@ def _make(make: Callable[[], Any], text: str) -> tuple[Any, str, str | None]:
     try:
         return make(), "cpu", note
     except Exception as error:
-        raise CommandError(
+        raise ValueError(
             f"`{text}` failed: {told(error)}. Give it the arguments that it needs, or "
             f"name another callable. {EXAMPLE_CALL}"
         ) from error
@@ -235,21 +231,18 @@ exit status:
 
 def run_audit(options: argparse.Namespace) -> int:
     """Print the audit; return 1 if something looks wrong and ``--strict`` is set."""
-    try:
-        with redirect_stdout(sys.stderr):  # what models print is no part of the audit
-            given = [_policy(text) for text in (options.policy, options.against)]
-            built = build(options.target)
-        if isinstance(built.model, nn.Module):
-            found: Any = audit(built.model, given[0] or "no_bias_norm", given[1])
-        elif given == [None, None]:
-            found = decay_report(built.model)
-        else:
-            raise CommandError(
-                f"--policy and --against are for a model, which `{options.target}` is "
-                f"not. Leave them out."
-            )
-    except (TypeError, ValueError) as error:
-        raise CommandError(str(error)) from error
+    with redirect_stdout(sys.stderr):  # what models print is no part of the audit
+        given = [_policy(text) for text in (options.policy, options.against)]
+        built = build(options.target)
+    if isinstance(built.model, nn.Module):
+        found: Any = audit(built.model, given[0] or "no_bias_norm", given[1])
+    elif given == [None, None]:
+        found = decay_report(built.model)
+    else:
+        raise ValueError(
+            f"--policy and --against are for a model, which `{options.target}` is not. "
+            f"Leave them out."
+        )
     if options.json:
         source = {"target": options.target, "device": built.device, "note": built.note}
         print(json.dumps({**source, **found.as_dict()}))
@@ -330,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.insert(0, here)
     try:
         return int(options.run(options))
-    except CommandError as error:
+    except (TypeError, ValueError) as error:  # of what was typed, or stands behind it
         print(f"selective_optim: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader has seen enough: `... | head`

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -33,7 +34,7 @@ Group = dict[str, Any]
 # Columns of numbers stand to the right.
 NUMBERS = ("group", "lr", "decay", "measured", "timescale", "tensors", "elements")
 MANY_GROUPS = 8  # more are summed up together: a group per layer would fill pages
-PAGE = 100  # columns of a printed table; longer reasons are cut
+PAGE = 100  # columns of a printed table
 FEW_RUNS = 3  # group numbers are spelled out up to so many ranges
 MANY_BARS = 16  # the rest of the kinds is one bar
 COLORS = {"decayed": "C0", "exempt": "C1", "frozen": "0.8"}
@@ -192,14 +193,14 @@ class DecayReport:
 
     def __str__(self) -> str:
         table = self.table()
-        right = [i for i, key in enumerate(table[0]) if key in NUMBERS]
-        lines = aligned(table, right)
-        if (over := max(map(len, lines)) - PAGE) > 0:  # rows have the whole reasons
+        # Longer reasons are cut; rows have them whole.
+        if (over := max(map(len, aligned(table))) - PAGE) > 0:
             at = table[0].index("reason")
             room = max(20, max(len(row[at]) for row in table) - over)
-            cut = [(*r[:at], shortened(r[at], room), *r[at + 1 :]) for r in table]
-            lines = aligned(cut, right)
-        return "\n".join(filter(None, [*lines, self.summary(), self.remark]))
+            table = [(*r[:at], shortened(r[at], room), *r[at + 1 :]) for r in table]
+        right = [i for i, key in enumerate(table[0]) if key in NUMBERS]
+        lines = [*aligned(table, right), self.summary(), self.remark]
+        return "\n".join(filter(None, lines))
 
     @property
     def agrees(self) -> bool:
@@ -243,17 +244,16 @@ class DecayReport:
             ImportError: ``ax`` is ``None`` and matplotlib is missing.
         """
         kinds = _by_kind(self.rows)
-        ax = _new_axes(len(kinds)) if ax is None else ax
+        if ax is None:
+            size = (8, 1.8 + 0.35 * len(kinds))
+            ax = _pyplot().subplots(figsize=size, layout="constrained")[1]
+        wholes = [_elements(rows) or 1 for rows in kinds.values()]
         left = [0.0] * len(kinds)
         for fate in filter(self._fates().get, COLORS):
-            shares = [
-                100 * _elements(row for row in rows if row.fate == fate) / whole
-                for rows in kinds.values()
-                for whole in [_elements(rows) or 1]
-            ]
-            ax.barh(
-                range(len(kinds)), shares, 0.7, left, color=COLORS[fate], label=fate
-            )
+            own = [[row for row in rows if row.fate == fate] for rows in kinds.values()]
+            shares = [100 * _elements(rows) / whole for rows, whole in zip(own, wholes)]
+            bar = {"color": COLORS[fate], "label": fate}
+            ax.barh(range(len(kinds)), shares, 0.7, left, **bar)
             left = [a + b for a, b in zip(left, shares)]
         for place, rows in enumerate(kinds.values()):
             ax.text(102, place, _amount(rows), va="center", fontsize="small")
@@ -332,15 +332,14 @@ def _span(values: Sequence[float], kind: str = "g", unit: str = "") -> str:
     return " to ".join(dict.fromkeys(ends)) + unit * bool(ends)
 
 
-def _new_axes(bars: int) -> Any:
+def _pyplot() -> Any:
     try:
-        pyplot = import_module("matplotlib.pyplot")
+        return import_module("matplotlib.pyplot")
     except ImportError as error:
         raise ImportError(
             "`plot` draws with matplotlib, which is not installed. "
             "Type pip install matplotlib, or pass axes of your own as ax."
         ) from error
-    return pyplot.subplots(figsize=(8, 1.8 + 0.35 * bars), layout="constrained")[1]
 
 
 def make_row(
@@ -409,7 +408,7 @@ def make_rows(
 
 def make_report(
     groups: Sequence[Group],
-    decided: Sequence[Sequence[Decision | None]],
+    decided: Sequence[Sequence[Decision]],
     form_of: Callable[[Group], Form | None],
     index: ModelIndex,
 ) -> DecayReport:
@@ -441,11 +440,12 @@ WRONG, NOTE = "looks wrong: ", "note: "
 def judged(
     rows: Sequence[Row], groups: Sequence[Group], index: ModelIndex, *told: str
 ) -> DecayReport:
-    """Report on rows, with what was told of them before and what looks wrong now."""
+    """Report on rows, with what looks wrong in them and what else is to be told."""
     names = dict.fromkeys(type(module).__name__ for module in index.found)
     found = f"{NOTE}known from {', '.join(names)}, found alive with these parameters"
     wrong = [*_split_wrongly(rows), _left_out(index, groups), *_not_as_promised(rows)]
-    return DecayReport(tuple(rows), remark_of(*told, *wrong, found if names else ""))
+    remark = remark_of(*wrong, *told, found if names else "")
+    return DecayReport(tuple(rows), remark)
 
 
 def remark_of(*told: str) -> str:
@@ -457,13 +457,14 @@ def remark_of(*told: str) -> str:
     return "\n".join(filter(None, [wrong and WRONG + wrong, *dict.fromkeys(notes)]))
 
 
-def _clause(names: Sequence[str | None], noun: str, one: str, several: str) -> str:
-    """Tell in one clause what some parameters do, with the name of the first."""
+def _clause(names: Sequence[str | None], noun: str, verbs: str) -> str:
+    """Tell what some parameters do, of ``decays/decay`` the one or the other."""
     if not names:
         return ""
+    verbs = re.sub(r"(\w+)/(\w+)", r"\2" if names[1:] else r"\1", verbs)
     first = repr(names[0]) if names[0] else "without a name"
     more = f" and {len(names) - 1:,} more" if names[1:] else ""
-    return f"{amount(len(names), noun)} {several if names[1:] else one} ({first}{more})"
+    return f"{amount(len(names), noun)} {verbs} ({first}{more})"
 
 
 def _split_wrongly(rows: Sequence[Row]) -> Iterator[str]:
@@ -478,30 +479,25 @@ def _split_wrongly(rows: Sequence[Row]) -> Iterator[str]:
         own = [r for r in decayed if r.role.startswith(kind) and r.target is None]
         wrong = [row for row in own if not row.decided or row.role in ruled]
         others = ", others do not" if any(row.decided for row in wrong) else ""
-        verbs = (f"decays{others}", f"decay{others}")
-        yield _clause([row.name for row in wrong], kind, *verbs)
+        yield _clause([row.name for row in wrong], kind, f"decays/decay{others}")
     routes = {row.route for row in decayed if not row.decided}
     weights = [r for r in exempt if r.role == "weight" and not r.decided]
     kept = [row.name for row in weights if row.route in routes]
-    yield _clause(kept, "weight", "does not decay", "do not decay")
+    yield _clause(kept, "weight", "does/do not decay")
     left = [row.name for row in decayed if row.left_over]
-    verbs = ("has a gradient left and decays", "have a gradient left and decay")
-    yield _clause(left, "frozen parameter", *verbs)
+    verbs = "has/have a gradient left and decays/decay"
+    yield _clause(left, "frozen parameter", verbs)
 
 
 def _not_as_promised(rows: Sequence[Row]) -> Iterator[str]:
     known = [row for row in rows if row.fate == "decayed" and row.applied is not None]
     never = [row.name for row in known if not row.applied]
-    yield _clause(never, "parameter", "is decayed by no step", "are decayed by no step")
+    yield _clause(never, "parameter", "is/are decayed by no step")
     # The first step of momentum may add to L2, which is no other decay.
-    other = [
-        row.name
-        for row in known
-        if row.measured and row.form != "l2"
-        if abs(row.measured / row.weight_decay - 1) > 0.02
-    ]
-    verbs = ("decays at another rate", "decay at another rate")
-    yield _clause(other, "parameter", *verbs)
+    direct = [row for row in known if row.measured and row.form != "l2"]
+    parts = [((row.measured or 0) / row.weight_decay, row.name) for row in direct]
+    other = [name for part, name in parts if abs(part - 1) > 0.02]
+    yield _clause(other, "parameter", "decays/decay at another rate")
 
 
 def _left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
@@ -524,6 +520,5 @@ def _left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
         living = [each for each in gc.get_objects() if issubclass(type(each), kinds)]
         stepped = set[int]().union(*map(param_ids, living))
         missing = {key: info for key, info in missing.items() if key not in stepped}
-    verbs = ("trains and is in no group", "train and are in no group")
     names = [info.telling_name for info in missing.values()]
-    return _clause(names, "parameter", *verbs)
+    return _clause(names, "parameter", "trains/train and is/are in no group")
