@@ -26,7 +26,6 @@ from torch.nn.parameter import is_lazy
 import selective_optim
 from selective_optim._text import aligned, param_ids
 from selective_optim.audit import audit, decay_report
-from selective_optim.policies import recipes
 from selective_optim.policies.named import NAMED, as_policy, is_expression
 
 EXAMPLE = "Write for example torchvision.models:resnet50."
@@ -260,27 +259,13 @@ def _policy(text: str | None) -> Any:
     return policy
 
 
-SENTENCES = {
-    "all": "Decays everything.",
-    "none": "Exempts everything.",
-    "no_bias": "Exempts biases.",
-    "no_norm": "Exempts parameters of normalization layers.",
-    "no_bias_norm": "Exempts biases and parameters of normalization layers.",
-    "no_bias_norm_embedding": "Exempts biases, norms, embeddings and tokens.",
-    "matrices": "Exempts tensors of fewer than two dimensions; needs shapes only.",
-    "layer_weights": "Decays weights of layers; exempts everything else.",
-}
-
-
 def run_list(options: argparse.Namespace) -> int:
-    """Print the names of policies, or of recipes, with a sentence each."""
-    told = SENTENCES
-    if options.command == "recipes":  # the comment above each begins with a sentence
-        found = re.findall(r'((?: +# .*\n)+) +Recipe\(\s*"(\w+)"', getsource(recipes))
-        told = {name: " ".join(text.replace("#", "").split()) for text, name in found}
-    lines = [
-        (name, f"{text.partition('. ')[0].rstrip('.')}.") for name, text in told.items()
-    ]
+    """Print the names of policies, or of recipes, with the sentence above each."""
+    name = "recipes" if options.command == "recipes" else "named"
+    source = getsource(import_module(f"selective_optim.policies.{name}"))
+    found = re.findall(r'((?: +# .*\n)+) +(?:Recipe\(\s*)?"(\w+)"', source)
+    told = [(name, " ".join(text.replace("#", "").split())) for text, name in found]
+    lines = [(name, f"{text.partition('. ')[0].rstrip('.')}.") for name, text in told]
     print("\n".join(aligned(lines)))
     return 0
 

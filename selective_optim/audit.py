@@ -345,21 +345,16 @@ def _optimizers_in(
 ) -> list[Any]:
     if isinstance(given, Mapping):
         given = _saved(given, index) if "param_groups" in given else [*given.values()]
-    if isinstance(given, list):
-        if all(isinstance(each, Mapping) and "params" in each for each in given):
-            return [Groups(given)]
-        inside = given
-    elif isinstance(given, Groups) or (
-        is_optimizer(given) and hasattr(given, "decay_report")
-    ):
-        return [given]
-    else:
-        inside = held_optimizers(given)
+    listed = isinstance(given, list)
+    if listed and all(isinstance(each, Mapping) and "params" in each for each in given):
+        return [Groups(given)]
+    own = is_optimizer(given) and hasattr(given, "decay_report")
+    whole = own or isinstance(given, Groups)
+    held = given if listed else [] if whole else held_optimizers(given)
     # One that is held may hold its wrapper.
-    inside = [each for each in inside if all(each is not other for other in above)]
-    if inside:
+    if held := [each for each in held if all(each is not other for other in above)]:
         above = (*above, given)
-        return [o for each in inside for o in _optimizers_in(each, index, above)]
+        return [o for each in held for o in _optimizers_in(each, index, above)]
     if hasattr(given, "param_groups"):
         return [given]
     raise TypeError(

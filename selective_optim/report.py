@@ -13,7 +13,6 @@ from itertools import chain, repeat
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
@@ -209,10 +208,7 @@ class DecayReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, strings and numbers, ready for JSON."""
-        sums = {
-            fate: {"tensors": len(own), "elements": _elements(own)}
-            for fate, own in self._fates().items()
-        }
+        sums = {fate: _sums(own) for fate, own in self._fates().items()}
         return {"rows": plain(self.rows), **sums, "remark": self.remark}
 
     def _repr_html_(self) -> str:
@@ -247,11 +243,9 @@ class DecayReport:
         if ax is None:
             size = (8, 1.8 + 0.35 * len(kinds))
             ax = _pyplot().subplots(figsize=size, layout="constrained")[1]
-        wholes = [_elements(rows) or 1 for rows in kinds.values()]
         left = [0.0] * len(kinds)
         for fate in filter(self._fates().get, COLORS):
-            own = [[row for row in rows if row.fate == fate] for rows in kinds.values()]
-            shares = [100 * _elements(rows) / whole for rows, whole in zip(own, wholes)]
+            shares = [_share(rows, fate) for rows in kinds.values()]
             bar = {"color": COLORS[fate], "label": fate}
             ax.barh(range(len(kinds)), shares, 0.7, left, **bar)
             left = [a + b for a, b in zip(left, shares)]
@@ -273,20 +267,25 @@ def plain(records: Iterable[Any]) -> list[dict[str, Any]]:
     return [{**asdict(each), "shape": list(each.shape)} for each in records]
 
 
-def _elements(rows: Iterable[Row]) -> int:
-    return sum(row.numel for row in rows)
+def _sums(rows: Sequence[Row]) -> dict[str, int]:
+    return {"tensors": len(rows), "elements": sum(row.numel for row in rows)}
 
 
 def _by_kind(rows: Sequence[Row]) -> dict[str, list[Row]]:
     kinds: dict[str, list[Row]] = {}
     for row in rows:
         kinds.setdefault(row.kind, []).append(row)
-    ordered = sorted(kinds.items(), key=lambda item: -_elements(item[1]))
+    ordered = sorted(kinds.items(), key=lambda item: -_sums(item[1])["elements"])
     if len(ordered) > MANY_BARS:
         rest = ordered[MANY_BARS - 1 :]
         merged = [row for _, own in rest for row in own]
         ordered[MANY_BARS - 1 :] = [(f"{len(rest)} other kinds", merged)]
     return dict(ordered)
+
+
+def _share(rows: Sequence[Row], fate: str) -> float:
+    own = _sums([row for row in rows if row.fate == fate])
+    return 100 * own["elements"] / (_sums(rows)["elements"] or 1)
 
 
 def amount(count: int, noun: str) -> str:
@@ -296,7 +295,7 @@ def amount(count: int, noun: str) -> str:
 
 
 def _amount(rows: Sequence[Row]) -> str:
-    return f"{amount(len(rows), 'tensor')}, {amount(_elements(rows), 'element')}"
+    return ", ".join(amount(n, key.rstrip("s")) for key, n in _sums(rows).items())
 
 
 def _line(rows: Sequence[Row]) -> dict[str, str]:
@@ -313,8 +312,7 @@ def _line(rows: Sequence[Row]) -> dict[str, str]:
         "form": first.effect,
         "measured": "some" if first.applied and not measured else _span(measured),
         "timescale": _span(timescales, ",.0f", " steps"),
-        "tensors": f"{len(rows):,}",
-        "elements": f"{_elements(rows):,}",
+        **{key: f"{count:,}" for key, count in _sums(rows).items()},
     }
 
 
@@ -342,44 +340,6 @@ def _pyplot() -> Any:
         ) from error
 
 
-def make_row(
-    index: int,
-    group: Group,
-    decision: Decision,
-    form: Form | None,
-    param: Tensor,
-    role: str = "",
-    decided: bool = False,
-) -> Row:
-    """Join one decision with what its group and the parameter say now."""
-    shape = decision.shape
-    # Shapes of lazy parameters come with the first batch, after the decision.
-    if shape == (0,) and not is_lazy(param) and not _torch.flattened([param]):
-        shape = param.shape
-    # Reading a tensor waits for the device. A report may wait, a step may not.
-    decay, wd = decision.decay, float(decision.decay.of(group["weight_decay"]))
-    return Row(
-        group=index,
-        name=decision.telling_name,
-        shape=shape,
-        numel=shape.numel(),
-        lr=float(group.get("lr", math.nan)),
-        weight_decay=wd,
-        form=decay.form or form,
-        reason=ZERO if decided and decay.multiplier and not wd else decision.reason,
-        requires_grad=param.requires_grad,
-        owner=decision.kinds[0].rpartition(".")[2] if decision.kinds else "",
-        target=decay.target,
-        lr0=decision.decay_key.lr0,
-        # torch steps every parameter that has a gradient.
-        left_over=not param.requires_grad and param.grad is not None,
-        role=role,
-        decided=decided,
-        route=str(group.get("route", "")),  # as Routed writes it
-        fixed=decay.fixed,
-    )
-
-
 def make_rows(
     groups: Sequence[Group],
     decided: Sequence[Sequence[Decision | None]] | None,
@@ -387,23 +347,50 @@ def make_rows(
     index: ModelIndex,
 ) -> list[Row]:
     """Join what was decided, if anything was, with what groups and modules are now."""
-    # Where nothing was decided, all decay as the group says, for what they are.
     decided = decided or [[None] * len(group["params"]) for group in groups]
-    asked, places = [], []
+    asked = []
     for number, (group, own) in enumerate(zip(groups, decided, strict=True)):
         names = group.get("param_names") or repeat(None)
         names = [known.telling_name if known else n for known, n in zip(own, names)]
         asked.append(wanted(group["params"], names, number))
-        places += [(number, group, known) for known in own]
-    rows = []
-    for info, (number, group, known) in zip(index.infos(*asked), places):
-        kind = kind_of(info)
-        role = "norm's bias" if kind == "norm" and is_bias.matches(info) else kind
-        decision = known or decide(None, [info])[0]._replace(reason=kind)
-        here = (number, group, decision, form_of(group), info.parameter)
-        by_policy = known is not None and known.reason != NO_POLICY
-        rows.append(make_row(*here, role, by_policy))
-    return rows
+    pairs = zip(index.infos(*asked), chain(*decided))
+    forms = [form_of(group) for group in groups]
+    return [_row(i, groups[i.group], known, forms[i.group]) for i, known in pairs]
+
+
+def _row(
+    info: ParameterInfo, group: Group, known: Decision | None, form: Form | None
+) -> Row:
+    kind, param = kind_of(info), info.parameter
+    # Where nothing was decided, all decay as the group says, for what they are.
+    decision = known or decide(None, [info])[0]._replace(reason=kind)
+    by_policy = known is not None and known.reason != NO_POLICY
+    shape, decay = decision.shape, decision.decay
+    # Shapes of lazy parameters come with the first batch, after the decision.
+    if shape == (0,) and not is_lazy(param) and not _torch.flattened([param]):
+        shape = param.shape
+    # Reading a tensor waits for the device. A report may wait, a step may not.
+    wd = float(decay.of(group["weight_decay"]))
+    return Row(
+        group=info.group,
+        name=decision.telling_name,
+        shape=shape,
+        numel=shape.numel(),
+        lr=float(group.get("lr", math.nan)),
+        weight_decay=wd,
+        form=decay.form or form,
+        reason=ZERO if by_policy and decay.multiplier and not wd else decision.reason,
+        requires_grad=param.requires_grad,
+        owner=decision.kinds[0].rpartition(".")[2] if decision.kinds else "",
+        target=decay.target,
+        lr0=decision.decay_key.lr0,
+        # torch steps every parameter that has a gradient.
+        left_over=not param.requires_grad and param.grad is not None,
+        role="norm's bias" if kind == "norm" and is_bias.matches(info) else kind,
+        decided=by_policy,
+        route=str(group.get("route", "")),  # as Routed writes it
+        fixed=decay.fixed,
+    )
 
 
 def make_report(
