@@ -244,7 +244,7 @@ class DecayReport:
             size = (8, 1.8 + 0.35 * len(kinds))
             ax = _pyplot().subplots(figsize=size, layout="constrained")[1]
         left = [0.0] * len(kinds)
-        for fate in filter(self._fates().get, COLORS):
+        for fate in [fate for fate, rows in self._fates().items() if rows]:
             shares = [_share(rows, fate) for rows in kinds.values()]
             bar = {"color": COLORS[fate], "label": fate}
             ax.barh(range(len(kinds)), shares, 0.7, left, **bar)
@@ -300,18 +300,17 @@ def _amount(rows: Sequence[Row]) -> str:
 
 def _line(rows: Sequence[Row]) -> dict[str, str]:
     first = rows[0]
-    timescales = [row.timescale for row in rows if row.timescale is not None]
-    measured = [row.measured for row in rows if row.measured is not None]
-    decays = [row.weight_decay for row in rows if first.fate != "frozen"]
+    decay = _span(row.weight_decay for row in rows)
+    measured = _span(row.measured for row in rows)
     return {
         "group": _runs({row.group for row in rows}),
         "route": first.route,
         "reason": first.reason,
-        "lr": _span([row.lr for row in rows if not math.isnan(row.lr)]),
-        "decay": _span(decays) or "-",
+        "lr": _span(row.lr for row in rows),
+        "decay": "-" if first.fate == "frozen" else decay,
         "form": first.effect,
-        "measured": "some" if first.applied and not measured else _span(measured),
-        "timescale": _span(timescales, ",.0f", " steps"),
+        "measured": measured or ("some" if first.applied else ""),
+        "timescale": _span((row.timescale for row in rows), ",.0f", " steps"),
         **{key: f"{count:,}" for key, count in _sums(rows).items()},
     }
 
@@ -325,8 +324,10 @@ def _runs(groups: set[int]) -> str:
     return ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in zip(starts, ends))
 
 
-def _span(values: Sequence[float], kind: str = "g", unit: str = "") -> str:
-    ends = [f"{end(values):{kind}}" for end in (min, max) if values]
+def _span(values: Iterable[float | None], kind: str = "g", unit: str = "") -> str:
+    # Without an optimizer a rate is NaN.
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    ends = [f"{end(known):{kind}}" for end in (min, max) if known]
     return " to ".join(dict.fromkeys(ends)) + unit * bool(ends)
 
 
