@@ -46,25 +46,19 @@ def shape_of(param: Tensor) -> str:
     return "no shape yet" if is_lazy(param) else f"shape {shape_text(param.shape)}"
 
 
-def brief(value: object) -> str:
-    """Show a value: a module by its class, a tensor by its shape, all else cut."""
-    if isinstance(value, Tensor):
-        return f"a tensor ({shape_of(value)})"
-    if isinstance(value, nn.Module):
-        return f"a {type(value).__name__}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= WIDTH else f"{text[:WIDTH]}..."
-
-
 def shortened(text: str, room: int) -> str:
     return text if len(text) <= room else f"{text[: room - 3]}..."
 
 
 def received(value: object) -> str:
-    """Show a value of a wrong type, and its type."""
-    if isinstance(value, (Tensor, nn.Module)):
-        return brief(value)
-    return f"{brief(value)} ({type(value).__name__})"
+    """Show a value of a wrong type: a module by its class, a tensor by its shape."""
+    if isinstance(value, Tensor):
+        return f"a tensor ({shape_of(value)})"
+    if isinstance(value, nn.Module):
+        return f"a {type(value).__name__}"
+    text = " ".join(repr(value).split())
+    shown = text if len(text) <= WIDTH else f"{text[:WIDTH]}..."
+    return f"{shown} ({type(value).__name__})"
 
 
 def aligned(lines: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:

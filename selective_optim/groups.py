@@ -5,11 +5,10 @@ Those by rule say nothing about decay: pass ``wd_policy`` to the optimizer for t
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import accumulate, repeat
@@ -22,14 +21,14 @@ from torch import Tensor, nn
 from selective_optim._optimizer import Model, decider_for
 from selective_optim._text import aligned, copied_groups, received
 from selective_optim.any_class import AnyOptimizer
-from selective_optim.decay import FULL, Decision
+from selective_optim.decay import EXEMPT, FULL, Decision
 from selective_optim.decisions.decider import Decider
 from selective_optim.parameters import ModelIndex, ParameterInfo, as_modules
 from selective_optim.policies.blocks import require_arguments
 from selective_optim.policies.layerwise import Distances
 from selective_optim.policies.named import parse
 from selective_optim.policies.selectors import Selector, as_selector
-from selective_optim.report import DecayReport, Row, make_row
+from selective_optim.report import DecayReport, Row, make_rows
 from selective_optim.routes.route import Part, by_route, marks_of, with_one_decay
 from selective_optim.step.lasting_parts import by_decay
 from selective_optim.step.setting import WD, Group, pick, share_of
@@ -136,19 +135,26 @@ def param_groups(
     if routes is not None:
         named, marks = False, marks_of(routes, key, values)
         whole = by_route(groups, decided, decider, routes, marks)
-    split, rows = SplitGroups(), list[Row]()
-    for own, decisions, route in whole:
-        for part, chosen in _parts(own, decisions, named):
-            for place, param in zip(chosen, part["params"]):
-                # The group's decay is that of its parameters already.
-                share = decisions[place]._replace(decay=FULL)
-                row = make_row(len(split), {"lr": math.nan, **part}, share, None, param)
-                rows.append(replace(row, route=route))
-            split.append(part)
+    split = [
+        (part, [decisions[i] for i in chosen], route)
+        for group, decisions, route in whole
+        for part, chosen in _parts(group, decisions, named)
+    ]
     decider.warn_if_weak(list(map(with_one_decay, groups)))
     decider.index.release()
-    split.rows = tuple(rows)
-    return split
+    made = SplitGroups(group for group, *_ in split)
+    made.rows = tuple(_rows(split, decider.index))
+    return made
+
+
+def _rows(split: Sequence[Part], index: ModelIndex) -> list[Row]:
+    groups = [{**group, "route": route} for group, _, route in split]
+    # Whatever a group's decay is, it is that of its parameters already.
+    decided = [
+        [each._replace(decay=FULL if group[WD] else EXEMPT) for each in decisions]
+        for group, decisions, _ in split
+    ]
+    return make_rows(groups, decided, lambda group: None, index)
 
 
 def _parts(

@@ -49,14 +49,23 @@ from selective_optim.policies.selectors import (
     either,
 )
 
+# The command line prints the first sentence above each.
 NAMED: dict[str, Policy] = {
+    # Decays everything.
     "all": only(everything),
+    # Exempts everything.
     "none": exclude(everything),
+    # Exempts biases.
     "no_bias": exclude(is_bias),
+    # Exempts parameters of normalization layers.
     "no_norm": exclude(is_norm),
+    # Exempts biases and parameters of normalization layers.
     "no_bias_norm": exclude(is_bias, is_norm),
+    # Exempts biases, norms, embeddings and tokens.
     "no_bias_norm_embedding": exclude(is_bias, is_norm, is_embedding),
+    # Exempts tensors of fewer than two dimensions; needs shapes only.
     "matrices": exclude(is_vector),
+    # Decays weights of layers; exempts everything else.
     "layer_weights": only(is_layer_weight),
     **RECIPES,
 }
