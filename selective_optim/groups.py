@@ -144,8 +144,8 @@ def param_groups(
             told.append({**part, "route": route})
             split.append(part)
     decider.warn_if_weak(list(map(with_one_decay, groups)))
-    decider.index.release()
     split.rows = tuple(make_rows(told, shares, lambda group: None, decider.index))
+    decider.index.release()
     return split
 
 
