@@ -1,8 +1,4 @@
-"""The parameters of a state dict by name: read from any layout, written into any.
-
-It may be torch's, one of this library, or one of ``torch.distributed.checkpoint``
-(not flattened), which lists parameters by name.
-"""
+"""The parameters of a state dict by name: read from any layout, written into any."""
 
 from __future__ import annotations
 
@@ -64,7 +60,6 @@ class Entry:
 
     @property
     def wd(self) -> Any:
-        """Effective decay."""
         decay = Decay(self.record[0], fixed=begin_in(self.record).get("fixed"))
         return (self.part_values or {}).get(WD, decay.of(self.hyper[WD]))
 
@@ -73,7 +68,6 @@ class Entry:
 
 
 def without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    """Copy a dict, but for some keys."""
     return {key: value for key, value in values.items() if key not in keys}
 
 
@@ -178,11 +172,7 @@ def choose(
 
 
 def write(state_dict: StateDict, groups: Groups, record: bool = True) -> StateDict:
-    """Put a state dict together: these groups, and the state of their parameters.
-
-    Dicts and lists are new, tensors and what else ``state_dict`` holds are shared. If
-    ``record``, it says what part of its group's decay each parameter has, where known.
-    """
+    """Put a state dict of these groups together; it is new, and shares the tensors."""
     saved = state_dict["param_groups"]
     named = any("param_names" in group for group in saved)
     listed = set(chain.from_iterable(group["params"] for group in saved))
@@ -270,7 +260,6 @@ class States(MutableMapping[Any, Any]):
         self._groups = groups
 
     def _owner(self, key: Any) -> Any:
-        """Return the state that has a key, or else that of the route's optimizer."""
         for state in self._states.values():
             if key in state:
                 return state
@@ -365,10 +354,7 @@ def loadable(
     optimizers: Mapping[str, torch.optim.Optimizer],
     decided: Mapping[str, Decided],
 ) -> tuple[dict[str, StateDict], list[str]]:
-    """Make the state dict of each route of what was saved.
-
-    The labels that are returned are those of the parameters that begin anew.
-    """
+    """Make each route's state dict, and list labels of what begins anew."""
     if unknown := [name for name in saved if name not in optimizers]:
         raise ValueError(
             f"the loaded state dict has the route {unknown[0]!r}, and the routes here "
@@ -417,11 +403,7 @@ def _by_name(
     decided: Decided,
     new: list[str],
 ) -> StateDict:
-    """Give each parameter the state that was saved under its name for its route.
-
-    Hyperparameters of ``groups`` stay where nothing was saved, and ``new`` takes the
-    labels of such parameters.
-    """
+    """Give each parameter what its name was saved with; ``new`` gets others' labels."""
     entries = read(saved, None, WRITE_NAMES)
     packed: list[tuple[Hyper, list[Entry]]] = []
     for index, (group, own) in enumerate(zip(groups, decided)):
@@ -447,7 +429,6 @@ def _by_name(
 
 
 def warn_of_new(labels: Sequence[str]) -> None:
-    """Warn of parameters for which nothing was saved."""
     if labels:
         warn(
             f"nothing was saved for {first_of(labels, ', ')} by the route that steps "

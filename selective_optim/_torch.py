@@ -29,10 +29,8 @@ _lost: list[str] = []
 
 
 def _find(name: str, loss: str, instead: Any = None) -> Any:
-    """Look up ``module:attribute``, or note what is lost and serve ``instead``.
-
-    torch.optim removes its modules from its own namespace, hence the two parts.
-    """
+    """Look up ``module:attribute``, or note what is lost and serve ``instead``."""
+    # Two parts, as torch.optim removes its modules from its own namespace.
     module, _, path = name.partition(":")
     try:
         return attrgetter(path)(import_module(module))
@@ -77,7 +75,6 @@ _default_store = _find(
 
 
 def store_of_ranks() -> Any:
-    """Return the store of the default process group, if there is one."""
     dist = torch.distributed
     return _default_store() if dist.is_available() and dist.is_initialized() else None
 
@@ -99,14 +96,12 @@ def foreach_add_(tensors: Sequence[Tensor], amount: float | Tensor) -> None:
 
 
 def adding(counters: list[Tensor], amount: float | Tensor) -> Callable[[], object]:
-    """Return a call that adds an amount to counters in float32 of one device.
-
-    On the CPU foreach takes 1.3 ms for 1,000 of them. A step of fused SGD with rate
-    -1 and gradient 1, the same sum to the bit, takes 0.1 ms.
-    """
+    """Return a call that adds an amount to counters in float32 of one device."""
     one = isinstance(amount, float) and amount == 1.0
     if not one or not counters[0].is_cpu:
         return partial(foreach_add_, counters, amount)
+    # On the CPU foreach takes 1.3 ms for 1,000 of them. A step of fused SGD with rate
+    # -1 and gradient 1, the same sum to the bit, takes 0.1 ms.
     ones = [torch.ones((), dtype=torch.float32, device="cpu")] * len(counters)
     flags = dict.fromkeys(("nesterov", "maximize", "is_first_step"), False)
     rest = dict.fromkeys(("momentum", "dampening", "weight_decay"), 0.0)
@@ -133,13 +128,10 @@ def run_as_is(step: _F) -> _F:
 
 
 def tensor_proof(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """Return what tells whether as many tensors, in the same order, look the same.
-
-    It compares type, dtype, device, layout, shape and strides by one call of the guard
-    that compiled code uses: 0.02 us per tensor, where asking for the dtype takes 0.05.
-    The guard also asks for the dispatch state, as under autocast; ``False`` then says
-    nothing of the tensors.
-    """
+    """Return what tells whether as many tensors, in the same order, look the same."""
+    # In type, dtype, device, layout, shape and strides. The guard of compiled code
+    # takes 0.02 us per tensor, asking for the dtype 0.05. It also asks for the
+    # dispatch state, as under autocast, so that `False` says nothing of the tensors.
     # Sizes and strides are those that the tensors have.
     given = {"dynamic_dims_sizes": None, "dynamic_dims_strides": None}
     check: Callable[..., bool] = _TensorGuards(*tensors, **given).check
@@ -183,7 +175,6 @@ STEP_NOTE = "_opt_called"
 
 
 def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function of a method, without the wrapper that runs hooks."""
     while getattr(step, "hooked", False):
         step = step.__wrapped__  # type: ignore[attr-defined]  # functools.wraps sets it
     return getattr(step, "__func__", step)
@@ -191,7 +182,6 @@ def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def without_hooks(optimizer: torch.optim.Optimizer, *kinds: str) -> Iterator[None]:
-    """Keep an optimizer's own hooks of these kinds from running."""
     names = [f"_optimizer_{kind}_hooks" for kind in kinds]
     kept = {name: vars(optimizer).get(name, {}) for name in names}
     vars(optimizer).update({name: OrderedDict() for name in names})
@@ -202,7 +192,6 @@ def without_hooks(optimizer: torch.optim.Optimizer, *kinds: str) -> Iterator[Non
 
 
 def hooks_of(optimizer: torch.optim.Optimizer, kind: str) -> list[Callable[..., Any]]:
-    """List an optimizer's own hooks of a kind, as ``"load_state_dict_pre"``."""
     return [*vars(optimizer).get(f"_optimizer_{kind}_hooks", {}).values()]
 
 
@@ -222,16 +211,13 @@ def canonical_name(name: str) -> str:
 
 
 def without_wrappers(name: str) -> str:
-    """Strip what wrappers add to a dotted name, and nothing else."""
     *modules, leaf = name.split(".")
     return ".".join([*(part for part in modules if part not in WRAPPERS), leaf])
 
 
 def name_of_its_own(name: str) -> str | None:
-    """Return what tells a parametrization's several parameters apart, if they are.
-
-    One that made one parameter of one calls it ``original``, without a number.
-    """
+    """Return what tells a parametrization's several parameters apart, if they are."""
+    # One parameter of one is called `original`, without a number.
     plain = without_wrappers(name)
     *_, above, _, leaf = ("", "", *plain.split("."))
     numbered = above == "parametrizations" and leaf.removeprefix("original").isdigit()
@@ -259,7 +245,6 @@ NORM_BASES = (nn.SyncBatchNorm.__mro__[1], nn.InstanceNorm1d.__mro__[1])
 
 
 def own_classes(cls: type) -> list[type]:
-    """List a module class and its bases, up to ``nn.Module``."""
     return list(takewhile(lambda base: base is not nn.Module, cls.__mro__))
 
 
@@ -278,13 +263,10 @@ def original_class(module: nn.Module | None) -> str:
 
 
 def _find_thread_setter() -> Callable[[int], object] | None:
-    """Find what sets the number of threads of this Python thread's parallel regions.
-
-    ``torch.set_num_threads`` sets it for the process: threads that begin their first
-    parallel work meanwhile keep it, and oneDNN's caches are cleared. OpenMP's own
-    setting is one per thread. It is looked up through torch's library, so that it is
-    that of the OpenMP which torch runs on, and tried out.
-    """
+    """Find what sets the number of threads of this Python thread's parallel regions."""
+    # `torch.set_num_threads` sets it for the process: threads that begin their first
+    # parallel work meanwhile keep it, and oneDNN's caches are cleared. OpenMP's is one
+    # per thread; found through torch's library, it is that of torch's own OpenMP.
     library = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
     before = torch.get_num_threads()
     try:
@@ -304,7 +286,6 @@ set_threads: Any = _find_thread_setter()
 
 
 def thread_count() -> int:
-    """Return how many threads a kernel on the CPU takes, 1 where that cannot be set."""
     return 1 if set_threads is None else torch.get_num_threads()
 
 
@@ -319,7 +300,6 @@ token_of = attrgetter("__dict__")
 
 
 def dtensor_class() -> type | None:
-    """Return ``DTensor`` if anyone in the process has imported it."""
     module = sys.modules.get("torch.distributed.tensor")
     return getattr(module, "DTensor", None)
 
@@ -405,7 +385,6 @@ def flattened(params: Iterable[Tensor]) -> set[int]:
 
 
 def is_flat_parameter(param: Tensor) -> bool:
-    """Tell whether this is FSDP1's flat parameter itself."""
     return bool(getattr(param, "_is_flat_param", False))
 
 

@@ -78,11 +78,7 @@ class ClassKernel(Kernel):
 
 
 class AnyOptimizer(SelectiveOptimizer):
-    """Stands before a class that may keep what it writes into its groups.
-
-    While the class constructs, adds a group or steps, it sees the parts, which live
-    from one step to the next.
-    """
+    """Stands before any class, and shows it lasting parts of the user's groups."""
 
     _kernel = ClassKernel()
     # One list with shallow copies, which share groups.
@@ -130,7 +126,6 @@ class AnyOptimizer(SelectiveOptimizer):
         self._adopt(splits, self._parts)
 
     def _adopt(self, splits: list[Split], made: Iterable[Group]) -> None:
-        """Take over the groups that the class made of the parts."""
         groups = iter(made)
         for split in splits:
             split.adopt([next(groups) for _ in split.parts], self.defaults)
@@ -313,7 +308,6 @@ class AnyOptimizer(SelectiveOptimizer):
         return {**super()._own_entries(), **parts}
 
     def _hand_down_if_decided(self) -> None:
-        """Take over what was written into a group since the last step."""
         with suppress(ValueError):  # what cannot be decided is told at the next step
             self._hand_down()
 
@@ -428,8 +422,6 @@ def _group_readers(cls: OptimizerClass) -> set[str]:
 
 
 def _seeing_parts(name: str) -> Callable[..., Any]:
-    """Make a method that runs the class's with its groups split."""
-
     def method(self: AnyOptimizer, *args: Any, **kwargs: Any) -> Any:
         own = getattr(super(SelectiveOptimizer, self), name)
         if self._inside or self._class_adds:
@@ -446,11 +438,8 @@ def _seeing_parts(name: str) -> Callable[..., Any]:
 
 @lru_cache
 def _kind(kind: Any) -> Any:
-    """Derive a class of classes that pickle as the call that makes them.
-
-    No module has these classes under a name. pickle looks classes up by that, unless
-    copyreg knows their own class.
-    """
+    """Derive a class of classes that pickle as the call that makes them."""
+    # pickle looks a class up by name, unless copyreg knows the class of it.
     made = type(f"Selective{kind.__name__}", (kind,), {"__repr__": _text})
     copyreg.pickle(made, _reduce)
     return made

@@ -1,8 +1,6 @@
 """The decision for one parameter: how much decay, in which form, and why.
 
-Policies return decisions, and steps apply them. A new form is a name in ``Form`` and a
-row of ``FORMS``; what it does to tensors is one of three things that a step can do
-(``step.setting.share``, ``step.decay_passes``). A fourth needs a pass for it.
+A new form is a name in ``Form`` and a row of ``FORMS``, applied in one of three ways.
 """
 
 from __future__ import annotations
@@ -236,7 +234,6 @@ class Decision(NamedTuple):
 
     @property
     def decay_key(self) -> DecayKey:
-        """What it comes to in numbers."""
         decay = EXEMPT if self.waits else self.decay
         return DecayKey(decay, self.lr0 if decay.needs_lr0 else None)
 
@@ -256,6 +253,5 @@ class Decision(NamedTuple):
         return self.own_name or self.name
 
     def label(self, group: int, position: int) -> str:
-        """Name the parameter as a message should: by name if known, else by place."""
         name = self.telling_name
         return repr(name) if name else f"parameter {position} of group {group}"

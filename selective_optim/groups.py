@@ -1,7 +1,4 @@
-"""Parameter groups split by a policy, or made by rule: per layer, pattern or width.
-
-Those by rule say nothing about decay: pass ``wd_policy`` to the optimizer for that.
-"""
+"""Parameter groups split by a policy, or made by rule: per layer, pattern or width."""
 
 from __future__ import annotations
 

@@ -1,5 +1,1 @@
-"""One optimizer of several classes: which route takes which parameter.
-
-``route`` says what a route is and asks which one takes a parameter or a state that was
-saved; ``routed`` has the optimizers.
-"""
+"""Routes, and optimizers of several classes that step what their routes take."""

@@ -51,10 +51,7 @@ class Route:
     policy: Policy | None = None  # its own
 
     def part(self, group: Group, positions: Sequence[int], others: set[str]) -> Group:
-        """Make the group of this route of a user's.
-
-        Keys that ``others`` read, and not this route, are left out.
-        """
+        """Make this route's group of a user's, without keys that others alone read."""
         own = without(group, others - self.keys) | pick(group, positions)
         for key in [k for k in NUMBERS if isinstance(own.get(k), Mapping)]:
             numbers = own.pop(key)
@@ -169,12 +166,7 @@ def split_by_route(
     strict: bool,
     may_be_empty: bool = False,
 ) -> list[tuple[Pending, Route, list[int]]]:
-    """Tell which positions of each group that comes in each route takes.
-
-    ``groups`` has these among others; a ``"route"`` in one takes all of it. If
-    ``strict``, as in a constructor, every glob must match, and every route must take
-    something, or warns if it ``may_be_empty``.
-    """
+    """Tell which positions of each group that comes in each route takes."""
     given = [groups[each.group].get(ROUTE) for each in coming]
     policy, pairs = RoutePolicy(routes), zip(coming, given)
     asked = [each._replace(policy=policy) for each, route in pairs if route is None]
@@ -329,10 +321,7 @@ def state_by_route(state_dict: Any, names: list[str]) -> Any:
 
 
 def _routed(state_dict: StateDict, names: Sequence[str]) -> StateDict:
-    """Give the groups of another project's one-object optimizer the routes here.
-
-    Its hyperparameters stay its own, but for rates and decay.
-    """
+    """Give another project's groups the routes here; they keep only rates and decay."""
     groups, state = list[Group](), dict[Any, Any](state_dict["state"])
     for index, group in enumerate(state_dict["param_groups"]):
         keys = group["params"]

@@ -1,7 +1,4 @@
-"""One optimizer of several classes, each of which steps the parameters of its route.
-
-``Muon`` is one of two routes.
-"""
+"""One optimizer of several classes, each of which steps what its route takes."""
 
 from __future__ import annotations
 
@@ -572,7 +569,6 @@ class Muon(Routed):
         self._warn_of_wide()
 
     def _warn_of_wide(self) -> None:
-        """Tell the share of weights that Muon could step were they matrices."""
         params = [param for group in self.param_groups for param in group["params"]]
         # Tables of positions have a first dimension of 1.
         wide = [p.numel() for p in params if p.ndim > 2 and p.shape[0] > 1]

@@ -1,8 +1,6 @@
-"""A step of parts by the optimizer's own class, with what goes on around it.
+"""A step of parts by the optimizer's own class, with the passes around it.
 
-Decay that the class does not do is a pass before the class's step; cautious decay of a
-class whose update is not known ahead comes after it. A ``GradScaler``'s tensors are
-taken care of outside where the class would see to a part of the step alone.
+A ``GradScaler``'s tensors are seen to out here where the class would see a part alone.
 """
 
 from __future__ import annotations
@@ -47,11 +45,9 @@ class View:
 
     @property
     def present(self) -> list[Tensor]:
-        """The parameters that have a gradient."""
         return [param for param in self.group["params"] if param.grad is not None]
 
     def batch(self, states: States) -> Batch:
-        """Collect the tensors of a pass."""
         params = self.present
         owns = [states.get(param) or {} for param in params]
         moments = [[own.get(entry) for own in owns] for entry in self.entries or ()]
@@ -119,11 +115,7 @@ class ClassStep:
 
     @_torch.disable_dynamo
     def begin(self, views: Sequence[View], again: bool = False) -> bool:
-        """Run the passes before the class's step, and tell whether to step at all.
-
-        ``again`` is for gradients that the class has asked for anew: what moves
-        parameters is done once.
-        """
+        """Run the passes before the class's step, and tell whether to step at all."""
         self._scaling = scaling = scaling_of(self._optimizer)
         if scaling != NO_SCALING and all(
             view.takes_scale and view.decay_pass is None for view in views
@@ -137,6 +129,7 @@ class ClassStep:
             self._optimizer.grad_scale = self._optimizer.found_inf = None
         for view in views:
             decay_pass = view.decay_pass
+            # Where the class asks for gradients again, parameters are not moved again.
             runs = decay_pass and (not again or decay_pass.applied == "l2")
             if decay_pass and runs and view.present:
                 self._run(view, decay_pass)

@@ -1,11 +1,8 @@
 """Decay that no kernel does: a pass over the tensors before the step, or after it.
 
-Small tensors are joined into one, so that the formula is written once, in plain
-operations on one tensor, and its cost is that of a few calls. No more than a chunk is
-at hand at a time: what a pass needs stays in the cache, and small. Half precision is
-computed in float32 and rounded once, as fused kernels do.
-
-Nothing waits for a device: whether a ``GradScaler`` drops the step is asked there.
+Small tensors are joined, so that a pass costs a few calls, and computed a chunk at a
+time, which stays in the cache. Half precision is computed in float32 and rounded once,
+as fused kernels do. Nothing waits for a device.
 """
 
 from __future__ import annotations
@@ -45,11 +42,7 @@ def pass_calls(
     direction: Direction | None,
     scaling: Scaling,
 ) -> tuple[list[Call], Scaling]:
-    """Return the calls of a pass before the step, and what of the scale is left.
-
-    Gradients are read when the calls run, and written to. ``"cautious"`` alone asks
-    for the direction.
-    """
+    """Return the calls of a pass before the step, and what of the scale is left."""
     if decay_pass.applied == "l2":  # new gradients, which the kernel drops by itself
         rate, found_inf = decay_pass.wd if maximize else -decay_pass.wd, None
     else:
@@ -69,10 +62,7 @@ def pass_calls(
 def decay_agreeing_(
     decay_pass: DecayPass, rate: float | Tensor, batch: Batch, before: Sequence[Tensor]
 ) -> None:
-    """Decay cautiously after a step: the update is what has changed since before.
-
-    The rate is ``lr * wd``.
-    """
+    """Decay cautiously after a step by ``lr * wd``: what changed is the update."""
     for i, (param, old) in enumerate(zip(batch.params, before, strict=True)):
         joined, start = _joined([param]), _joined([old])
         offset = _offset(decay_pass, start, batch.targets[i : i + 1])
@@ -150,11 +140,8 @@ def _offset(decay_pass: DecayPass, joined: Tensor, targets: Sequence[Tensor]) ->
 def _pieces(
     batch: Batch, chunk: slice, into: list[Tensor]
 ) -> Iterator[list[list[Any]]]:
-    """Cut a chunk that is one large tensor into pieces, which stay in the cache.
-
-    Memory that is asked for in large blocks is also new at every step, and the system
-    clears it first.
-    """
+    """Cut a chunk that is one large tensor into pieces, which stay in the cache."""
+    # Memory in large blocks is also new at every step, and cleared by the system.
     lists: list[Any] = [batch.params, batch.grads, batch.targets, *batch.moments]
     lists = [into, *(tensors[chunk] for tensors in lists)]
     size, limit = into[0].numel(), _limit(into[0])
@@ -178,10 +165,7 @@ def _is_flat(tensor: Tensor) -> bool:
 
 
 def _is_view(tensor: Tensor) -> bool:
-    """Tell whether a tensor negates or conjugates as it is read.
-
-    Operations on lists refuse them (torch 2.7 to 2.15).
-    """
+    """Tell whether it negates or conjugates as it is read, which foreach refuses."""
     return tensor.is_neg() or tensor.is_conj()
 
 
@@ -193,15 +177,11 @@ def _less(joined: Tensor, offset: Tensor, rate: float | Tensor) -> Tensor:
 
 
 def _agreeing(offset: Tensor, update: Tensor) -> Tensor:
-    """Keep the elements that the update does not push the other way.
-
-    Source:
-        Chen et al. 2025, "Cautious Weight Decay", Algorithm 1. The sign stands for
-        the update, since a product of two small numbers may round to 0.
-    """
+    """Keep the elements that the update does not push the other way."""
     if offset.is_complex():  # its parts are parameters of their own, as in torch
         pairs = torch.view_as_real(offset), torch.view_as_real(update)
         return torch.view_as_complex(_agreeing(*pairs))
+    # The sign stands for the update: a product of small numbers may round to 0.
     # Bounds of 0 on the side that the update pushes to, and of all numbers elsewhere.
     # `torch.where` takes thirty times as long as an addition on the CPU (2.13).
     largest = torch.finfo(offset.dtype).max
@@ -210,11 +190,8 @@ def _agreeing(offset: Tensor, update: Tensor) -> Tensor:
 
 
 def _chunks(batch: Batch) -> Iterator[slice]:
-    """Part a batch: neighbors that together are a chunk, and have begun alike.
-
-    Sharded tensors, other subclasses and views each go alone. So does one that is
-    listed twice: it moves twice, and the second time from where it is then.
-    """
+    """Part a batch: neighbors that together are a chunk, and have begun alike."""
+    # One that is listed twice moves twice, the second time from where it is then.
     times, limit = Counter(map(id, batch.params)), _limit(batch.params[0])
     start = size = 0
     last = None

@@ -1,10 +1,8 @@
 """Parts of any other class: they last, so what the class writes stays with each.
 
-A user's group is split by what was decided into parts, which are groups in their
-own right and live as long as the optimizer. What a user writes into the group goes
-down into its parts before the class runs; what the class wrote into all of them
-alike shows in the group afterwards. In a state dict stand the user's groups, and under
-``"parts"`` what a part keeps that its group does not show.
+What a user writes into a group goes down into its parts before the class runs; what
+the class wrote into all of them alike shows in the group afterwards. A state dict
+has the user's groups, and under ``"parts"`` what a part keeps that they do not show.
 """
 
 from __future__ import annotations
@@ -55,7 +53,6 @@ class Part:
 
     @property
     def own(self) -> Group:
-        """What the part holds besides its parameters and their decay."""
         return _without(self.group, NOT_SHARED)
 
 
@@ -90,15 +87,10 @@ class Split:
         return share_of(self.group, part.decay_key, self.form)
 
     def computed(self, part: Part, key: str) -> Any:
-        """Compute what a part has under one of the keys in ``DECAY_KEYS``."""
         shared = self._share(part)
         return shared.wd if key == WD else shared.form == "decoupled"
 
     def views(self, decisions: Sequence[Decision]) -> list[View]:
-        """Show the parts with the decay that the class does not do.
-
-        Decisions are asked for what parameters decay towards, if that is a tensor each.
-        """
         views = []
         for part in self.parts:
             positions = part.positions if part.decay_key.decay.needs_init else []
@@ -107,10 +99,7 @@ class Split:
         return views
 
     def hand_down(self, keys: Collection[str]) -> None:
-        """Write what has changed in the group into its parts.
-
-        Tensors under ``keys`` serve all parts; each part keeps others for itself.
-        """
+        """Write what has changed in the group into its parts."""
         # Asked for key by key: a group may be a dict that computes what is read.
         group, shown = {key: self.group[key] for key in self.group}, self.shown
         # A tensor that is the same object may have been written to.
@@ -155,17 +144,13 @@ class Split:
                 self.shown[key] = now
 
     def show(self) -> None:
-        """Write what the class wrote into all parts alike into the group.
-
-        Of tensors the first part's shows. What differs between parts does not: there
-        the group keeps what it said before.
-        """
+        """Write what the class wrote into all parts alike into the group."""
         first, *others = [part.group for part in self.parts]
         for key, value in first.items():
             if key in NOT_SHARED or value is self.group.get(key, _ABSENT):
                 continue
             tensor = isinstance(value, Tensor)
-            # Compared, tensors of a device would make every step wait for it.
+            # Of tensors the first part's: to compare them would wait for their device.
             if tensor or all(same(value, o.get(key, _ABSENT)) for o in others):
                 self.group[key] = value
         for key in self.group.keys() - first.keys():
@@ -174,10 +159,7 @@ class Split:
         self.shown = dict(self.group)
 
     def share_tensors(self, keys: Collection[str]) -> None:
-        """Let all parts read one tensor for each hyperparameter.
-
-        Some classes make a tensor of a rate; schedulers write into the one they see.
-        """
+        """Let all parts read one tensor: schedulers write into the one they see."""
         first, *others = [part.group for part in self.parts]
         for key in keys:
             if key not in NOT_SHARED and isinstance(first.get(key), Tensor):
@@ -231,11 +213,7 @@ def split_again(
     before: Sequence[Split],
     keys: Collection[str],
 ) -> Split:
-    """Split a group whose parameters or decisions have changed, or raise ValueError.
-
-    The part with the same decay goes on. A new one takes over what the parts that its
-    parameters come from keep for themselves, which must be the same.
-    """
+    """Split a group anew, or raise ValueError; parts with the same decay go on."""
     mine = [split for split in before if split.group is group]
     # Known ahead: a part of new parameters alone may come before those that were shown.
     origin = mine or [s for s in before if _parts_of(group["params"], [s])]
@@ -268,7 +246,6 @@ def split_again(
 
 
 def _parts_of(params: Sequence[Tensor], splits: Sequence[Split]) -> list[Part]:
-    """List the parts that hold some of these parameters."""
     wanted = set(map(id, map(_torch.token_of, params)))
     parts = (part for split in splits for part in split.parts)
     return [part for part in parts if not wanted.isdisjoint(map(id, part.tokens))]

@@ -1,12 +1,7 @@
 """Parts of SGD, Adam and AdamW: parameters of a group that decay alike, by one kernel.
 
-The optimizer's own class steps them as if they were groups split by hand. A part is a
-list of positions; the group that the class sees is a view, made for one step, so that
-everything else in it is what the user's group says now. See ``lasting_parts`` for other
-classes.
-
-Where the user left the implementation open, fused is taken where it is right. What
-its tensors do not allow goes where the flags of its group say.
+A part is a list of positions; the group that the class sees is a view, made for one
+step of what the user's group says now. Other classes have ``lasting_parts``.
 """
 
 from __future__ import annotations
@@ -48,7 +43,6 @@ class DecidedParam(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Name it in messages."""
         return self.decision.label(self.group, self.position)
 
 
@@ -123,12 +117,9 @@ def _beside(param: Tensor, other: Tensor) -> bool:
 
 
 def fusable(kernel: Kernel, param: Tensor, moments: Sequence[Tensor]) -> bool:
-    """Tell whether torch's fused kernel steps these tensors right.
-
-    It walks memory from the first element on: on the CPU a view with gaps would be
-    written into its neighbors and a transposed moment misread (torch 2.7 to 2.15,
-    measured).
-    """
+    """Tell whether torch's fused kernel steps these tensors right."""
+    # It walks memory from the first element on: on the CPU a view with gaps would be
+    # written into its neighbors, a transposed moment misread (torch 2.7 to 2.15).
     return (
         type(param) in PLAIN
         and param.layout == torch.strided
@@ -179,13 +170,7 @@ def make_layout(
     choosing: bool = True,
     planned: bool = False,
 ) -> Layout:
-    """Sort all parameters into parts, and choose the implementation of each.
-
-    Those that the last layout had a part for, by ids of tokens in ``stepped``, keep one
-    while they have no gradient: one that comes and goes needs no other layout. Without
-    ``choosing``, all of them go where the flags of their group say. Parts that are
-    ``planned`` are of one device, dtype and number of threads.
-    """
+    """Sort all parameters into parts, and choose the implementation of each."""
     choices = [choosing and fused_choice(kernel, group) for group in groups]
     all_fused = _all_fused(kernel, groups, set(choices), params, states)
     parts: dict[Key, Part] = {}
@@ -196,6 +181,7 @@ def make_layout(
         own = states.get(param) or {}
         absent = not all_fused and param.grad is None
         begun = (all_fused and kernel.counts) or kernel.has_state(own, group)
+        # One whose gradient comes and goes keeps its part, and the layout stays.
         known = absent and begun and id(_torch.token_of(param)) in stepped
         if choice is not False and absent and not known:
             idle.append(number)
@@ -232,10 +218,7 @@ def _all_fused(
     decided: Sequence[DecidedParam],
     states: States,
 ) -> bool:
-    """Tell at one look, in C, whether all parameters are fused; ``False`` says nothing.
-
-    The usual case takes a fifth of the time of one look after another.
-    """
+    """Tell in C, in a fifth of the time, if all are fused; ``False`` says nothing."""
     params = [each.param for each in decided]
     owns = [states.get(param) or {} for param in params]
     entries = set(map(kernel.entries, groups)) if any(owns) else {()}
@@ -266,10 +249,7 @@ def _all_fused(
 def _takes_fused(
     kernel: Kernel, group: Group, choice: bool | None, each: DecidedParam, own: State
 ) -> tuple[bool, bool, bool]:
-    """Tell whether a parameter is fused, by shards, and misfit by its gradient alone.
-
-    A gradient that is absent now is taken to fit; it is looked at when it comes.
-    """
+    """Tell whether a parameter is fused, by shards, and misfit for its gradient."""
     param = each.param
     if param.grad is not None and param.grad.is_sparse:
         kernel.refuse_sparse(group, each.decision.decay, each.label)
@@ -284,7 +264,7 @@ def _takes_fused(
         and fusable(kernel, local[0], local[1:])
         and ("step" not in own or counts_beside(local[0], own["step"]))
     )
-    if not fused or param.grad is None:
+    if not fused or param.grad is None:  # which is looked at when it comes
         return fused, fused and sharded, False
     pair = _shards([param, param.grad]) if sharded else [param, param.grad]
     fits = pair is not None and joins(*pair)

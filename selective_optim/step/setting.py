@@ -1,9 +1,4 @@
-"""What a step works with: decay shared out, numbers and tensors of a kernel, a scale.
-
-A ``GradScaler`` lays the scale and whether infinity was found on an optimizer that
-takes them, as ours do with ``fused=True`` (``torch/amp/grad_scaler.py``, 2.7 to 2.15).
-Fused kernels unscale and skip by themselves; for all else it is done by what is here.
-"""
+"""What a step works with: decay shared out, numbers and tensors, a scale."""
 
 from __future__ import annotations
 
@@ -41,17 +36,14 @@ def pick(group: Group, chosen: Sequence[int]) -> Group:
 
 
 def same(a: object, b: object) -> bool:
-    """Tell whether two values are one object or, if plain, equal.
-
-    Tensors are not compared: that would wait for their device.
-    """
+    """Tell whether two values are one object or, tensors apart, equal."""
     if a is b:
         return True
     if type(a) is not type(b):
         return False
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(same, a, b))
-    # Not `==` for all: arrays and objects of the user may return anything.
+    # Not `==` for all: tensors would wait for a device, arrays may return anything.
     number_or_text = type(a) in (int, float, bool, str)
     return number_or_text and (a == b or (a != a and b != b))  # two NaNs
 
@@ -87,12 +79,7 @@ def share(
     own_forms: Collection[str],
     reading: bool = True,
 ) -> Share:
-    """Share the decay of a part out between its class and a pass.
-
-    The class decays in the form ``default``, if that is known, and can be told
-    ``own_forms``, given a number. The number in a rate that is a tensor is read if
-    ``reading``: a compiled step would compile anew where it is another.
-    """
+    """Share out a part's decay: a pass takes what the class cannot be told."""
     decay, lr0 = decay_key
     wd = decay.of(group["weight_decay"])
     if is_zero(wd):
@@ -103,7 +90,8 @@ def share(
     form = FORMS[kind]
     lr: Any = group.get("lr")
     fleeting = form.follows_lr and isinstance(lr, Tensor)
-    # Where that waits for no device and leaves no graph of autograd.
+    # Where that waits for no device and leaves no graph of autograd. A compiled step
+    # does not read: it would compile anew for each number.
     if fleeting and reading and lr.is_cpu and not lr.requires_grad:
         lr = lr.item()
     if lr0 is not None or not form.needs_lr0:
@@ -186,7 +174,7 @@ def _moved(scalar: Any, device: torch.device) -> Any:
 
 
 class Scaling(NamedTuple):
-    """What a ``GradScaler`` hands over, on one device."""
+    """What a ``GradScaler`` hands over, on one device; fused kernels see to it."""
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
@@ -196,7 +184,7 @@ NO_SCALING = Scaling()
 
 
 def scaling_of(optimizer: object) -> Scaling:
-    """Read the attributes that a ``GradScaler`` sets on an optimizer for a step."""
+    """Read what a ``GradScaler`` sets on an optimizer (torch/amp/grad_scaler.py)."""
     return Scaling(*(getattr(optimizer, n, None) for n in ("grad_scale", "found_inf")))
 
 
