@@ -98,11 +98,9 @@ def fused_choice(kernel: Kernel, group: Group) -> bool | None:
 
 
 def wants_fused(kernel: Kernel, choice: bool | None, param: Tensor) -> bool:
-    """Tell whether a parameter goes to the fused kernel if its tensors allow it.
-
-    Where nothing was chosen, fused is taken where it is right: it is exact to
-    hand-split torch with ``fused=True``, and the fastest on every device measured.
-    """
+    """Tell whether a parameter goes to the fused kernel if its tensors allow it."""
+    # It is exact to hand-split torch with `fused=True`, and the fastest on every
+    # device measured: where nothing was chosen, it is taken where it is right.
     return kernel.trusted(param) if choice is None else choice
 
 
