@@ -392,11 +392,11 @@ class Plan:
 
     def run(self, grads: list[Any], scaling: Scaling) -> None:
         """Step every bucket; counters advance before and fall back if skipped."""
-        # Into the lists that calls are bound to, and out of them in any case: gradients
-        # that the user sets to None must be freed.
-        mine = map(grads.__getitem__, self._slices)
-        deque(map(list.extend, self._grads, mine), maxlen=0)
         try:
+            # Into the lists that calls are bound to, and out of them in any case:
+            # gradients that the user sets to None must be freed.
+            mine = map(grads.__getitem__, self._slices)
+            deque(map(list.extend, self._grads, mine), maxlen=0)
             program = self._program
             steady = scaling == NO_SCALING and self._there is None and not self._live
             if program is None or not steady:
