@@ -89,10 +89,8 @@ def foreach_add_(tensors: Sequence[Tensor], amount: float | Tensor) -> None:
     torch's binding takes a tensor for a number, which the host must read, unless it
     is given what goes with tensors alone (2.7 to 2.15).
     """
-    if isinstance(amount, Tensor):
-        _foreach_add_(tensors, amount, alpha=1)
-    else:
-        _foreach_add_(tensors, amount)
+    alone = {"alpha": 1} if isinstance(amount, Tensor) else {}
+    _foreach_add_(tensors, amount, **alone)
 
 
 def adding(counters: list[Tensor], amount: float | Tensor) -> Callable[[], object]:
@@ -311,6 +309,7 @@ def local_tensor(tensor: Any) -> Tensor:
 
 
 _local, _spec = attrgetter("_local_tensor"), attrgetter("_spec")
+_traits = attrgetter("dtype", "device", "shape")
 
 
 def local_tensors(tensors: Sequence[Any]) -> list[Tensor]:
@@ -327,47 +326,40 @@ def shard_of(tensor: Any) -> Tensor:
     return local_tensor(tensor) if sharded else tensor
 
 
+def placement(tensor: Any) -> Any:
+    """Return mesh and placements of a ``DTensor``, ``None`` for any other tensor."""
+    sharded = type(tensor) is dtensor_class()
+    return (tensor.device_mesh, tensor.placements) if sharded else None
+
+
 def sharded_as(shard: Tensor, param: Any) -> Any:
     """Make a ``DTensor`` of a shard that lies as that of a parameter does."""
-    cls: Any = dtensor_class()
-    if type(param) is not cls or shard.shape != local_tensor(param).shape:
+    where = placement(param)
+    if where is None or shard.shape != local_tensor(param).shape:
         return shard
-    mesh, places = placement(param)
+    cls: Any = dtensor_class()
     sizes = {"shape": param.shape, "stride": param.stride()}
-    return cls.from_local(shard, mesh, places, run_check=False, **sizes)
+    return cls.from_local(shard, *where, run_check=False, **sizes)
 
 
 def lies_as(tensor: Any, param: Any) -> bool:
     """Tell whether a tensor has a parameter's dtype and shape, and lies as it does."""
-    same = (tensor.dtype, tensor.device) == (param.dtype, param.device)
-    if not same or tensor.shape != param.shape:
-        return False
-    sharded = type(param) is dtensor_class()
-    if (type(tensor) is dtensor_class()) != sharded:
-        return False
-    return not sharded or placement(tensor) == placement(param)
+    same: bool = _traits(tensor) == _traits(param)
+    return same and placement(tensor) == placement(param)
 
 
-def placed_as(tensor: Any, param: Any) -> Tensor:
+def placed_as(tensor: Any, param: Any) -> Any:
     """Shard a tensor as a parameter is sharded.
 
     A whole one is the same on every rank, so that nothing need be sent.
     """
-    placed: Tensor = tensor
-    sharded = type(tensor) is dtensor_class()
-    if type(param) is not dtensor_class():
-        placed = tensor.full_tensor() if sharded else tensor
-    elif sharded:
-        placed = tensor.redistribute(*placement(param))
-    else:
-        share = import_module("torch.distributed.tensor").distribute_tensor
-        placed = share(tensor, *placement(param), src_data_rank=None)
-    return placed
-
-
-def placement(tensor: Any) -> tuple[Any, Any]:
-    """Return mesh and placements of a ``DTensor``."""
-    return tensor.device_mesh, tensor.placements
+    was, where = placement(tensor), placement(param)
+    if where is None:
+        return tensor if was is None else tensor.full_tensor()
+    if was is not None:
+        return tensor.redistribute(*where)
+    share = import_module("torch.distributed.tensor").distribute_tensor
+    return share(tensor, *where, src_data_rank=None)
 
 
 def specs_of(tensors: Sequence[Any]) -> list[Any]:

@@ -1,8 +1,8 @@
 """Comparisons by which ``Plan.current_grads`` tells whether a plan can be replayed.
 
 Identity suffices for numbers and parameters, which only someone outside can replace by
-other objects. Lists, which can be edited in place, are compared with copies, and what
-every backward pass may make anew by its traits, in one call of torch's guard.
+other objects. Lists, which can be edited in place, are compared with copies. Tensors,
+which every backward pass may make anew, are compared by a plan itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ READ = frozenset(
     }
 )
 FEW = 64  # groups of which names of hyperparameters are compared, too
-PROOFS = 4  # dispatch states, such as with and without autocast, that are remembered
 # Compared by identity: a kernel computes otherwise with -0.0 than with 0.0, and reads a
 # tensor when it runs, so that the same tensor is the same argument.
 NUMBERS = (int, float, tuple, Tensor)
@@ -185,23 +184,3 @@ class GroupsGuard:
         """List what is each parameter's own: itself where it may be held."""
         params = params_of(groups)
         return params if self._held else list(map(_torch.token_of, params))
-
-
-class TensorsGuard:
-    """The traits of the tensors that fused kernels walk.
-
-    Proved at every step in one call; what fails may be no fault of the tensors: an
-    autocast switch or a mode around the step changes what a guard sees of the
-    dispatcher. So a proof is kept for each such state.
-    """
-
-    def __init__(self) -> None:
-        self._proofs: list[Callable[..., bool]] = []
-
-    def admit(self, tensors: Sequence[Tensor]) -> None:
-        """Take these for right: they were just looked at, one by one."""
-        self._proofs = [_torch.tensor_proof(tensors), *self._proofs][:PROOFS]
-
-    def holds(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Tell whether as many tensors, given in the same order, look the same."""
-        return any(proof(*tensors) for proof in self._proofs)

@@ -24,7 +24,6 @@ from selective_optim import _torch
 from selective_optim.fused.counters import Advance, Counters, by_device
 from selective_optim.fused.guards import (
     GroupsGuard,
-    TensorsGuard,
     distinct,
     equal,
     flat,
@@ -48,6 +47,8 @@ from selective_optim.step.setting import (
     scaling_on,
 )
 
+# Dispatch states, such as with and without autocast, for each of which a proof is kept.
+PROOFS = 4
 _call = methodcaller("__call__")
 _traits = attrgetter("dtype", "device", "grad.layout")
 
@@ -241,7 +242,7 @@ class Plan:
         self._runs = [list(run) for _, run in alike]
         self._specs: list[Any] = []
         self._there: list[bool] | None = None  # which gradients, if some are absent
-        self._tensors = TensorsGuard()
+        self._proofs: list[Callable[..., bool]] = []
         # The lists stay, as those of buckets do, and calls that are bound to them.
         self._local: list[Tensor] = []
         self._steps: list[Tensor] = []
@@ -288,7 +289,7 @@ class Plan:
         """Keep no tensor from now on, and look at each at every step."""
         if not self._exposed:
             # First: a proof takes as many tensors as it was made of.
-            self._tensors = TensorsGuard()  # of moments and counters, too
+            self._proofs = []  # of moments and counters, too
             self._exposed, self._keeps = True, False
             self._guard.release()
             self._program = None  # whose counters were views
@@ -362,13 +363,13 @@ class Plan:
             local = [*whole[: self._plain], *shards]
         # State that nobody else may edit is what the last step left.
         tensors = (*self._local, *local, *self._seen)
-        if not self._tensors.holds(tensors):
+        if not any(proof(*tensors) for proof in self._proofs):
             # Not checked yet, or in another dispatch state: check once, and remember.
             buckets = () if self._new else self._buckets
             if not look or not all(b.fits(local[b.part]) for b in buckets):
                 return None
             if tensors and not self.once:
-                self._tensors.admit(tensors)
+                self._proofs = [_torch.tensor_proof(tensors), *self._proofs][:PROOFS]
         self._new = False
         return local
 
@@ -391,11 +392,11 @@ class Plan:
 
     def run(self, grads: list[Any], scaling: Scaling) -> None:
         """Step every bucket; counters advance before and fall back if skipped."""
-        # Into the lists that calls are bound to, and out of them in any case: gradients
-        # that the user sets to None must be freed.
-        mine = map(grads.__getitem__, self._slices)
-        deque(map(list.extend, self._grads, mine), maxlen=0)
         try:
+            # Into the lists that calls are bound to, and out of them in any case:
+            # gradients that the user sets to None must be freed.
+            mine = map(grads.__getitem__, self._slices)
+            deque(map(list.extend, self._grads, mine), maxlen=0)
             program = self._program
             steady = scaling == NO_SCALING and self._there is None and not self._live
             if program is None or not steady:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Callable, Sequence
 from threading import get_ident
 from time import sleep
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim.fused.counters import Counters
-from selective_optim.fused.guards import distinct, params_of, same_objects
+from selective_optim.fused.guards import distinct, params_of
 from selective_optim.fused.plan import Plan
 from selective_optim.step.kernels import Kernel, require_no_nan
 from selective_optim.step.parts import (
@@ -25,17 +24,19 @@ from selective_optim.step.parts import (
 )
 from selective_optim.step.setting import Groups, Scaling, State, States
 
-Place = tuple[torch.dtype, torch.device]
-_place_of = attrgetter("dtype", "device")
 # Lists every parameter, in order, with what was decided for it.
 Decided = Callable[[], Sequence[DecidedParam]]
 # Off, the class steps what a plan would: the same bits, more calls.
 PLANNING = _torch.CAN_PLAN
 
 
-def _places_of(params: Sequence[Tensor]) -> tuple[list[object], list[Place]]:
-    """List what is each parameter's own and no other's, and its dtype and device."""
-    return list(map(_torch.token_of, params)), list(map(_place_of, params))
+# By ids of tokens: the token, so that no id comes again, with dtype and device.
+Places = dict[int, tuple[object, torch.dtype, torch.device]]
+
+
+def _places_of(params: Sequence[Tensor]) -> Places:
+    tokens = list(map(_torch.token_of, params))
+    return {id(t): (t, p.dtype, p.device) for t, p in zip(tokens, params)}
 
 
 def _share_counters(params: Sequence[DecidedParam], states: States) -> bool:
@@ -51,14 +52,13 @@ class Stepper:
         self.plans = 0  # how many were made
         self._plan: Plan | None = None
         self._counters = Counters()
-        self._stepped: Mapping[int, object] = {}
+        self._stepped: Places = {}  # who had a part in the last plan
         self.exposed = False
         self._seen = False  # state was seen in a step, and is exposed at its end
         # The thread that steps, or with a minus the one that takes state apart.
         self._owner: dict[str, int] = {}
         # Where each parameter was when its state was last known to fit it.
-        self._tokens: list[object] = []
-        self._places: list[Place] = []
+        self._places: Places = {}
 
     @_torch.disable_dynamo
     def expose(self, states: States) -> None:
@@ -99,15 +99,11 @@ class Stepper:
     def adopt(self, groups: Groups, states: States) -> None:
         """Take over a state that was loaded or copied."""
         self.forget()
-        self._tokens, self._places = _places_of(params_of(groups))
-        if self.kernel.counts:
-            self._fit_counters(groups, states)
-
-    def _fit_counters(self, groups: Groups, states: States) -> None:
-        """Exchange counters that would keep a parameter from the fused kernel.
-
-        Such are those that a for-loop left on the CPU. Others stay, as in torch.
-        """
+        self._places = _places_of(params_of(groups))
+        if not self.kernel.counts:
+            return
+        # Counters that a for-loop left on the CPU would keep a parameter from the
+        # fused kernel. Others stay, as in torch.
         moving: dict[tuple[torch.device, torch.device], list[State]] = {}
         for group in groups:
             choice = fused_choice(self.kernel, group)
@@ -190,9 +186,9 @@ class Stepper:
         # Where counters are shared, each group counts for itself, as the class does it.
         planned = not (self.exposed and _share_counters(params, states))
         layout = make_layout(*given, self._stepped, planned=planned)
-        mine = [i for part in layout.parts for i in part.positions]
+        mine = [params[i].param for part in layout.parts for i in part.positions]
         # Tokens, not parameters: what is kept must not keep a deleted model alive.
-        self._stepped = {id(self._tokens[i]): self._tokens[i] for i in mine}
+        self._stepped = _places_of(mine)
         if any(group.get("capturable") for group in groups):
             # A CUDA graph remembers where counters lie: they must not move later.
             self._counters.part(states)
@@ -214,13 +210,10 @@ class Stepper:
         What never fitted its parameter was put there on purpose, as moments of less
         precision are, and stays.
         """
-        tokens, places = _places_of([each.param for each in params])
-        if places == self._places and same_objects(tokens, self._tokens):
-            return
-        # Tokens are held, so that no id comes again.
-        known = dict(zip(map(id, self._tokens), self._places))
-        for (param, group, *_), token, now in zip(params, tokens, places):
-            was = known.get(id(token), now)
+        places = _places_of([each.param for each in params])
+        for param, group, *_ in params if places != self._places else ():
+            now = places[id(_torch.token_of(param))]
+            was = self._places.get(id(now[0]), now)
             if was == now:  # or not seen before
                 continue
             own = states.get(param) or {}
@@ -233,6 +226,6 @@ class Stepper:
                 if isinstance(value, Tensor):
                     dtype, device = value.dtype, value.device
                     own[entry] = value.to(
-                        now[0] if dtype == was[0] and entry != "step" else dtype
-                    ).to(now[1] if device == was[1] else device)
-        self._tokens, self._places = tokens, places
+                        now[1] if dtype == was[1] and entry != "step" else dtype
+                    ).to(now[2] if device == was[2] else device)
+        self._places = places

@@ -7,7 +7,7 @@ State entries are torch's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import repeat
 from numbers import Real
@@ -125,11 +125,12 @@ class Kernel:
             and not (isinstance(decay, Tensor) and decay.ndim)
         )
 
-    def hyperparameters(self, group: Group) -> Iterator[tuple[str, Any]]:
+    def hyperparameters(self, group: Group) -> list[tuple[str, Any]]:
         """List the numbers of a group, each with its key."""
-        for name in self.numbers:
-            value = group[name]
-            yield from zip(repeat(name), value if name == "betas" else (value,))
+        named = [(name, group[name]) for name in self.numbers]
+        if named[-1][0] == "betas":
+            named += [("betas", beta) for beta in named.pop()[1]]
+        return named
 
     def refuse_sparse(self, group: Group, decay: Decay, label: str) -> None:
         """Raise if a parameter with a sparse gradient cannot be stepped."""
