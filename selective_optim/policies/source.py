@@ -71,8 +71,10 @@ def only_added(cls: Any, leaf: str) -> bool | None:
 @lru_cache(4096)
 def squashes(cls: Any) -> bool:  # mypy holds that classes of modules have no hash
     """Tell whether a method bounds what it returns, as dynamic tanh does: by tanh."""
-    code = getattr(cls.forward, "__code__", None)
-    return code is not None and not {"tanh", "erf"}.isdisjoint(_names(code))
+    # Of a scripted class `forward` raises where it is read as an attribute.
+    forwards = [vars(base).get("forward") for base in own_classes(cls)]
+    codes = [f.__code__ for f in forwards if isinstance(f, FunctionType)][:1]
+    return any(not {"tanh", "erf"}.isdisjoint(_names(code)) for code in codes)
 
 
 def _methods(cls: type, leaf: str) -> Iterator[tuple[type, FunctionType, set[str]]]:
