@@ -5,19 +5,18 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain, repeat
+from itertools import chain
 from threading import local
 from types import CodeType
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import nn
 
 from selective_optim import _torch
-from selective_optim._text import kept_on_error, require_numbers, warn
+from selective_optim._text import kept_on_error, require_numbers, warn, write_back
 from selective_optim.decay import Form, is_zero
 from selective_optim.decisions.decider import (
     WRITTEN,
@@ -31,11 +30,17 @@ from selective_optim.decisions.state_dict import (
     Record,
     begin_in,
     entries_of,
+    groups_to_load,
     record_of,
     require_dict,
     require_loadable,
 )
-from selective_optim.decisions.warnings import warn_of_changes, warn_of_lost
+from selective_optim.decisions.warnings import (
+    alive,
+    warn_of_changes,
+    warn_of_lost,
+    warn_of_origin,
+)
 from selective_optim.decisions.watch import Watch, loss_of
 from selective_optim.fused.guards import params_of
 from selective_optim.fused.stepper import Stepper
@@ -44,8 +49,8 @@ from selective_optim.policies.selectors import Policy
 from selective_optim.report import DecayReport, form_of_class, make_report, remark_of
 from selective_optim.step.class_step import ClassStep, View, view_of
 from selective_optim.step.kernels import Kernel
-from selective_optim.step.parts import DecidedParam, Part, free_choice
-from selective_optim.step.setting import States, alike, scaling_of
+from selective_optim.step.parts import DecidedParam, Part
+from selective_optim.step.setting import States, scaling_of
 
 Group = dict[str, Any]
 Model = nn.Module | Sequence[nn.Module] | None
@@ -56,8 +61,6 @@ TRANSIENT = (
     *("_decider", "_groups", "_states", "_kernel", "_stepper", "_shown", "_watch"),
     *("_threads_inside", "_splits", "_parts", "_class_adds", "_layout"),
 )
-# Every optimizer that decided, while it lives.
-alive: WeakSet[SelectiveOptimizer] = WeakSet()
 
 
 def constants_of(function: Any) -> set[Any]:
@@ -77,22 +80,6 @@ def decider_for(model: object, wd_policy: object) -> Decider:
     if isinstance(wd_policy, Decider):
         return wd_policy
     return Decider.given(as_policy, wd_policy, model)
-
-
-def _typed(state_dict: Mapping[str, Any]) -> str:
-    """Write how the policies of a state dict are passed again, where that is known."""
-    saved, lines = state_dict.get(POLICIES), []
-    for text in dict.fromkeys(saved) if isinstance(saved, list) else ():
-        with suppress(TypeError, ValueError):  # of a callable the text is its name
-            text = text and repr(repr(as_policy(text)))
-        lines.append(f"wd_policy={text}")
-    return f"pass {' and '.join(lines) or 'the old one as wd_policy'}"
-
-
-def _quick_to_search(group: Group) -> Group:
-    # torch looks the key of every tensor up, which in lists takes 4 s at 10,000.
-    keys = dict.fromkeys(group["params"])
-    return {**group, "params": keys} if len(keys) == len(group["params"]) else group
 
 
 class Shown(local):
@@ -148,7 +135,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         with kept_on_error(params):
             yield self._decider.read(params)
             self._decider.decide_pending()
-            self._decider.warn_if_weak(self.param_groups)
+            self._decider.warn_if_weak(self._groups)
         self._made()
 
     def _made(self) -> None:
@@ -158,7 +145,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             # Some numbers the class states by itself.
             unsaid = inspect.signature(type(self)).parameters.keys() - self._stated
             said = {k: v for k, v in self.defaults.items() if k not in unsaid}
-            self._warn_of_origin(said, ())
+            warn_of_origin(self, said, ())
         alive.add(self)
         self._untouched = not any(self._states.values())
         # Without decay from the beginning that is meant, or was told.
@@ -199,22 +186,24 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             ValueError: The policy cannot decide for a parameter; nothing is added.
         """
         given = dict(param_group) if isinstance(param_group, dict) else {}
-        count = len(self.param_groups)
-        with kept_on_error([param_group]):
+        groups = self._groups
+        count = len(groups)
+        try:
             keys = [*self.defaults, *self._keys]
             policy, group = self._decider.unpack(param_group, keys)
-            try:
-                self._append_group(group)
-                own = group is not param_group
-                self._decider.add_group(self.param_groups, policy, own)
-                self._split_last_group(given)
-            except BaseException:
-                # torch appended it, and would refuse its parameters the next time.
-                del self.param_groups[count:]
-                raise
+            self._append_group(group)
+            own = group is not param_group
+            decided = self._decider.add_group(groups, policy, own)
+            self._split_last_group(given)
+        except BaseException:
+            # torch appended it, and would refuse its parameters the next time.
+            del groups[count:]
+            write_back(param_group, given)
+            raise
         if policy is None:
-            self._warn_of_origin(given, group["params"])
-        self._compare_ranks()
+            warn_of_origin(self, given, group["params"])
+        if decided:  # else a constructor goes on
+            self._compare_ranks()
 
     def _compare_ranks(self) -> None:
         """Have what is decided now compared with other ranks at the next step."""
@@ -227,39 +216,6 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     def _split_last_group(self, given: Group) -> None:
         """Make lasting parts of a group that came like this, now that it is decided."""
-
-    def _warn_of_origin(self, numbers: Group, params: Sequence[Any]) -> None:
-        """Warn once of a group, or of keywords, that are those of one with a policy.
-
-        The policy cannot be taken along: a dict that was given to two optimizers,
-        one with a policy and one without, looks the same.
-        """
-        if self._lost_policy or is_zero(numbers.get("weight_decay", 0)):
-            return
-        # Whoever writes a group by hand names a few.
-        known, given = numbers.keys(), set(map(id, params))
-        others = [o for o in alive if o is not self and o.defaults.keys() <= known]
-        owners = [o for o in others if given & set(map(id, params_of(o._groups)))]
-        for other in owners or [o for o in others if o._made_like(type(self), numbers)]:
-            mine = params if owners else params_of(other._groups)
-            if policy := other._decider.decided_by(mine):
-                self._lost_policy = True
-                warn(
-                    f"the arguments of this optimizer come from an optimizer whose "
-                    f"`wd_policy` is {policy!r}, and here everything decays. Pass "
-                    f"wd_policy={policy!r}, or 'all' if you mean that. Around code "
-                    f"that makes optimizers itself, type "
-                    f"with deciding_for(model, wd_policy={policy!r})."
-                )
-                return
-
-    def _made_like(self, cls: type, numbers: Group) -> bool:
-        """Tell whether it was made with these numbers, or has them now."""
-        names = self.defaults.keys() & numbers.keys()
-        return issubclass(cls, type(self)) and any(
-            all(alike(numbers[name], known.get(name)) for name in names)
-            for known in (self.defaults, *self._groups)
-        )
 
     # What the class sees.
 
@@ -342,7 +298,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         choosing = not (compiling or self.defaults["differentiable"])
         # A subclass's own may make state, and choose the gradients.
         own = type(self)._init_group is not SelectiveOptimizer._init_group
-        waiting = self._untouched or self._decider.waits
+        waiting = self._untouched or self._decider.waits()
         # In groups the decider looks for new keys.
         if compiling or waiting or not WRITTEN.isdisjoint(self.defaults):
             self._begin_training()
@@ -543,37 +499,23 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             nonlocal loaded
             self._require_loadable(adapted, decided)
             loaded = adapted
-            groups = map(_quick_to_search, self._adapted_groups(adapted))
-            return {**adapted, "param_groups": list(groups)}
+            groups = groups_to_load(self._kernel, adapted, self.param_groups)
+            return {**adapted, "param_groups": groups}
 
         # Registered last: hooks of the user may adapt the state dict first.
         with self.register_load_state_dict_pre_hook(adapt):
             super().load_state_dict(state_dict, *args, **kwargs)
-        record, now = loaded.get(RECORD), list(chain(*self._record(decided)))
+        record, texts = loaded.get(RECORD), loaded.get(POLICIES)
         entries = entries_of(record, decided)
         saved = None if record is None else entries
-        warn_of_changes(decided, before, self.param_groups, saved, now, _typed(loaded))
+        groups, now = self.param_groups, list(chain(*self._record(decided)))
+        warn_of_changes(decided, before, groups, saved, now, texts, as_policy)
         self._untouched = False
         self._resume(entries, now)
         self._loaded(loaded)
 
     def _require_loadable(self, state_dict: dict[str, Any], decided: Decided) -> None:
         require_loadable(self._kernel, self.param_groups, decided, state_dict)
-
-    def _adapted_groups(self, state_dict: dict[str, Any]) -> list[Group]:
-        """Leave the implementation open where it is open now, whoever saved.
-
-        Where it is not, a choice that the checkpoint left open does not undo it.
-        """
-        keys = {"foreach", "fused"}.intersection(self._kernel.choices)
-        # More groups than there are here are torch's to refuse.
-        pairs = zip(state_dict["param_groups"], chain(self.param_groups, repeat(None)))
-        return [
-            {**saved, **{key: mine[key] for key in keys}}
-            if mine and (free_choice(mine) or free_choice(saved))
-            else saved
-            for saved, mine in pairs
-        ]
 
     def _loaded(self, state_dict: dict[str, Any]) -> None:
         """Take over what a state dict holds beside torch's entries and the record."""

@@ -125,12 +125,18 @@ def kept_on_error(groups: Any) -> Iterator[None]:
         yield
     except BaseException:
         for group, before in given:
-            params = group.get("params")
-            group.clear()
-            group.update(before)
-            if isinstance(before.get("params"), Iterator):  # used up by now
-                group["params"] = params
+            write_back(group, before)
         raise
+
+
+def write_back(group: Any, before: dict[str, Any]) -> None:
+    """Make a group what it was before torch read it, if it is a dict at all."""
+    if isinstance(group, dict):
+        params = group.get("params")
+        group.clear()
+        group.update(before)
+        if isinstance(before.get("params"), Iterator):  # used up by now
+            group["params"] = params
 
 
 def require_decay(optimizer: Any, purpose: str) -> None:

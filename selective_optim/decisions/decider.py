@@ -153,11 +153,11 @@ class Decider(DecisionTable):
 
     # How decisions are found.
 
-    def add_group(self, groups: Groups, policy: Policy | None, own: bool) -> None:
+    def add_group(self, groups: Groups, policy: Policy | None, own: bool) -> bool:
         """Decide for the last group, or take note of it until all are there.
 
         ``own`` tells whether the group brought the policy itself. If that cannot
-        decide, it raises ValueError, and nothing is recorded.
+        decide, it raises ValueError, and nothing is recorded. Tells whether it decided.
         """
         index, group = len(groups) - 1, groups[-1]
         names, lr0s = group.get("param_names", ()), repeat(base_rate(group))
@@ -165,7 +165,7 @@ class Decider(DecisionTable):
         # A constructor adds its groups one by one; a glob may match in the last alone.
         if self._pending is not None:
             self._pending.append(coming)
-            return
+            return False
         try:
             # With a policy of its own a group is decided anew, whatever it was before.
             known = self._taken_from_whole([coming])
@@ -173,6 +173,7 @@ class Decider(DecisionTable):
                 self.decide_for([coming], [policy] if own else [])
         finally:
             self.index.release()
+        return True
 
     def decide_pending(self) -> None:
         """Decide for all groups of a constructor."""

@@ -229,6 +229,8 @@ def require_members(
 
     Stacks of all that live in a module are refused whether it was given or not.
     """
+    if not index.modules():
+        return
     groups = list(groups)
     alone = all(info.owner is None for infos, _ in groups for info in infos)
     for infos, policy in groups:

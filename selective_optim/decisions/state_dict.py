@@ -24,6 +24,7 @@ from selective_optim._text import shape_text
 from selective_optim._torch import canonical_name
 from selective_optim.decay import Decision, Form
 from selective_optim.step.kernels import Kernel
+from selective_optim.step.parts import free_choice
 
 # Keys of a state dict: for what was decided, and for what split groups keep apart.
 RECORD, PARTS, POLICIES = "decay", "parts", "decay_policies"
@@ -92,6 +93,28 @@ def require_loadable(
 
 def _params(groups: Groups) -> list[Any]:
     return list(chain.from_iterable(group["params"] for group in groups))
+
+
+def groups_to_load(
+    kernel: Kernel, state_dict: Any, here: Groups
+) -> list[dict[str, Any]]:
+    """Prepare the groups of a state dict for torch, which loads them into those here.
+
+    The implementation is left open where it is open here, whoever saved. Where it is
+    not, a choice that the checkpoint left open does not undo it.
+    """
+    groups, own = [], {"foreach", "fused"}.intersection(kernel.choices)
+    # More groups than there are here are torch's to refuse.
+    for saved, mine in zip(state_dict["param_groups"], chain(here, repeat(None))):
+        group = dict(saved)
+        if mine and (free_choice(mine) or free_choice(saved)):
+            group.update({key: mine[key] for key in own})
+        # torch looks the key of every tensor up, which in lists takes 4 s at 10,000.
+        known = dict.fromkeys(saved["params"])
+        if len(known) == len(saved["params"]):
+            group["params"] = known
+        groups.append(group)
+    return groups
 
 
 # Groups that were split by hand.

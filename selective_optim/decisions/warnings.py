@@ -7,15 +7,20 @@ from contextlib import suppress
 from difflib import SequenceMatcher
 from itertools import chain
 from typing import Any
+from weakref import WeakSet
 
 from selective_optim._text import first_of, warn
 from selective_optim.decay import Decay, Decision, is_zero, target_text
+from selective_optim.fused.guards import params_of
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.selectors import Policy
+from selective_optim.step.setting import Group, alike
 
 # How alike a key must be to one that is read to be taken for it: "wd_polcy" is 0.94
 # and "weight_decays" 0.96. Keys that others put there are less: "lr_scale" is 0.4.
 RESEMBLANCE = 0.85
+# Every optimizer that decided, while it lives.
+alive: WeakSet[Any] = WeakSet()
 
 
 def warn_of_misspelt(group: Iterable[Any], known: Sequence[str]) -> None:
@@ -57,8 +62,8 @@ def warn_if_unsteady(
 
 
 def warn_if_weak(
-    groups: Sequence[dict[str, Any]],
-    layout: Sequence[Sequence[Any]],  # of rows of the table of decisions
+    groups: Sequence[Group],
+    layout: Sequence[Sequence[Any]],  # rows of ``table``
     decays_elsewhere: Callable[[Policy], bool],
 ) -> None:
     """Warn if nothing will decay, and of a multiplier that reads like a decay."""
@@ -114,18 +119,55 @@ def warn_of_lost(inits: Sequence[str], rates: Sequence[str], whose: str) -> None
         )
 
 
+def warn_of_origin(made: Any, numbers: Group, params: Sequence[Any]) -> None:
+    """Warn once of a group, or of keywords, that are those of one with a policy.
+
+    The policy cannot be taken along: a dict that was given to two optimizers, one with
+    a policy and one without, looks the same.
+    """
+    if made._lost_policy or is_zero(numbers.get("weight_decay", 0)):
+        return
+    # Whoever writes a group by hand names a few.
+    known, given = numbers.keys(), set(map(id, params))
+    others = [o for o in alive if o is not made and o.defaults.keys() <= known]
+    owners = [o for o in others if given & set(map(id, params_of(o._groups)))]
+    for other in owners or [o for o in others if _made_like(made, o, numbers)]:
+        mine = params if owners else params_of(other._groups)
+        if policy := other._decider.decided_by(mine):
+            made._lost_policy = True
+            warn(
+                f"the arguments of this optimizer come from an optimizer whose "
+                f"`wd_policy` is {policy!r}, and here everything decays. Pass "
+                f"wd_policy={policy!r}, or 'all' if you mean that. Around code that "
+                f"makes optimizers itself, type with deciding_for(model, "
+                f"wd_policy={policy!r})."
+            )
+            return
+
+
+def _made_like(made: Any, other: Any, numbers: Group) -> bool:
+    """Tell whether another was made with these numbers, or has them now."""
+    names = other.defaults.keys() & numbers.keys()
+    return isinstance(made, type(other)) and any(
+        all(alike(numbers[name], known.get(name)) for name in names)
+        for known in (other.defaults, *other._groups)
+    )
+
+
 def warn_of_changes(
     decided: Sequence[Sequence[Decision]],
     before: Sequence[Any],
     param_groups: Sequence[dict[str, Any]],
     saved: Sequence[Any] | None,
     now: Sequence[Any],
-    advice: str,
+    policies: Any,
+    as_policy: Callable[[object], Policy],
 ) -> None:
     """Warn once if a checkpoint was made with other decisions than those now taken.
 
     ``before`` has the decay of each group before it was loaded, ``saved`` and ``now``
-    the entries of its record, if it has one, and of what is decided now.
+    the entries of its record, if it has one, and of what is decided now; ``policies``
+    are the texts that it has, which ``as_policy`` reads.
     """
     labels = [
         [d.label(i, n) for n, d in enumerate(own)] for i, own in enumerate(decided)
@@ -134,7 +176,7 @@ def warn_of_changes(
         warn(
             f"the loaded checkpoint was made with another weight decay policy: "
             f"{first_of(changes, '; ')}. The policy of the constructor is kept; "
-            f"{advice} to continue as before."
+            f"pass {_typed(policies, as_policy)} to continue as before."
         )
     # Without a record, groups split by hand may take the decay from parameters: merged
     # ones have that of the first, which may have been exempt.
@@ -154,6 +196,16 @@ def warn_of_changes(
             f"dict (not flattened) with selective_optim.checkpoint.merge_groups before "
             f"loading, or set weight_decay in optimizer.param_groups."
         )
+
+
+def _typed(saved: Any, as_policy: Callable[[object], Policy]) -> str:
+    """Write how the policies of a state dict are passed again, where that is known."""
+    lines = []
+    for text in dict.fromkeys(saved) if isinstance(saved, list) else ():
+        with suppress(TypeError, ValueError):  # of a callable the text is its name
+            text = text and repr(repr(as_policy(text)))
+        lines.append(f"wd_policy={text}")
+    return " and ".join(lines) or "the old one as wd_policy"
 
 
 def _changes(

@@ -156,6 +156,8 @@ def require_matches(
     """
     asked = [s for s in policy.required if s.by_name or isinstance(s, InsideClass)]
     missing = [s for s in asked if not any(map(s.matches, infos)) and not elsewhere(s)]
+    if not missing:
+        return
     _warn_of_class(policy, [s for s in missing if isinstance(s, InsideClass)], infos)
     for selector in (s for s in missing if s.by_name):
         # A policy for the whole model may be used with an optimizer of a part.
