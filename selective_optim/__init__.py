@@ -20,7 +20,7 @@ from selective_optim import schedules as schedules
 from selective_optim.adam import Adam as Adam
 from selective_optim.adamw import AdamW as AdamW
 from selective_optim.any_class import selective as selective
-from selective_optim.any_optimizer import decay_report as decay_report
+from selective_optim.audit import decay_report as decay_report
 from selective_optim.decay import Decay as Decay
 from selective_optim.decisions.deciding_for import deciding_for as deciding_for
 from selective_optim.groups import layerwise_groups as layerwise_groups
@@ -29,7 +29,7 @@ from selective_optim.groups import rate_groups as rate_groups
 from selective_optim.groups import width_groups as width_groups
 from selective_optim.parameters import ParameterInfo as ParameterInfo
 from selective_optim.report import DecayReport as DecayReport
-from selective_optim.routes.muon import Muon as Muon
+from selective_optim.routes.routed import Muon as Muon
 from selective_optim.routes.routed import Routed as Routed
 from selective_optim.schedules import WeightDecay as WeightDecay
 from selective_optim.schedules import proportional_to_lr as proportional_to_lr

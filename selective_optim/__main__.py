@@ -25,9 +25,7 @@ from torch.nn.parameter import is_lazy
 
 import selective_optim
 from selective_optim._text import aligned, param_ids
-from selective_optim.any_optimizer import decay_report
-from selective_optim.audit import audit
-from selective_optim.policies import recipes
+from selective_optim.audit import audit, decay_report
 from selective_optim.policies.named import NAMED, as_policy, is_expression
 
 EXAMPLE = "Write for example torchvision.models:resnet50."
@@ -37,10 +35,6 @@ KEYWORD = re.compile(r"\s*([A-Za-z_]\w*)\s*=(?!=)(.*)", re.DOTALL)
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 # The keywords are `None` where there are no parentheses.
 Target = tuple[str, str, tuple[Any, ...], dict[str, Any] | None]
-
-
-class CommandError(Exception):
-    """What the user typed, or what stands behind it, does not work."""
 
 
 class Built(NamedTuple):
@@ -66,7 +60,7 @@ def read_target(text: str) -> Target:
             found = re.findall(r"^(?:def|class) (\w+)", text_of_file, re.MULTILINE)
             close = get_close_matches("build_model", found, 1, 0.0) or ["build_model"]
             example = f"Write for example {head}:{close[0]}."
-        raise CommandError(f"`{text}` is not of the form MODULE:CALLABLE. {example}")
+        raise ValueError(f"`{text}` is not of the form MODULE:CALLABLE. {example}")
     if matched["arguments"] is None:
         return module, path, (), None
     arguments, keywords = [], {}
@@ -106,7 +100,7 @@ def load(module: str, path: str) -> Any:
     try:
         found: Any = _module(module)
     except (Exception, SystemExit) as error:
-        raise CommandError(
+        raise ValueError(
             f"`{module}` cannot be imported: {told(error)}. "
             f"Run in the folder that holds it, or correct the name."
         ) from error
@@ -114,7 +108,7 @@ def load(module: str, path: str) -> Any:
         if not hasattr(found, name):
             close = get_close_matches(name, dir(found), n=1)
             hint = f"Did you mean {close[0]!r}?" if close else EXAMPLE
-            raise CommandError(f"`{module}:{path}`: there is no {name!r} in it. {hint}")
+            raise ValueError(f"`{module}:{path}`: there is no {name!r} in it. {hint}")
         found = getattr(found, name)
     return found
 
@@ -148,18 +142,18 @@ def build(text: str) -> Built:
     made, device, note = load(module, path), "as found", None
     if keywords is not None or not _is_audited(made):
         if not callable(made):
-            raise CommandError(
+            raise ValueError(
                 f"`{text}` is {made!r} ({type(made).__name__}), not a callable that"
                 f" returns a model. {EXAMPLE}"
             )
         made, device, note = _make(partial(made, *arguments, **(keywords or {})), text)
     if not _is_audited(made):
-        raise CommandError(
+        raise ValueError(
             f"`{text}` returned {made!r} ({type(made).__name__}), not a module or "
             f"optimizer. {EXAMPLE}"
         )
     if isinstance(made, nn.Module) and any(map(is_lazy, made.parameters())):
-        raise CommandError(
+        raise ValueError(
             f"`{text}` returned a model with uninitialized parameters. "
             f"Run one batch through the model before returning it."
         )
@@ -174,13 +168,13 @@ def _read_checkpoint(path: str) -> list[Any]:
     try:
         level: list[Any] = [[torch.load(path, map_location="cpu", weights_only=True)]]
     except Exception as error:
-        raise CommandError(f"`{path}` cannot be read: {told(error)}.") from error
+        raise ValueError(f"`{path}` cannot be read: {told(error)}.") from error
     while level:
         if found := [s for s in level if isinstance(s, dict) and "param_groups" in s]:
             return found
         inside = [s.values() if isinstance(s, dict) else s for s in level]
         level = [s for each in inside for s in each if isinstance(s, (dict, list))]
-    raise CommandError(
+    raise ValueError(
         f"`{path}` holds no state dict of an optimizer. Save one, as in "
         f"torch.save(optimizer.state_dict(), path)."
     )
@@ -197,7 +191,7 @@ def _make(make: Callable[[], Any], text: str) -> tuple[Any, str, str | None]:
     try:
         return make(), "cpu", note
     except Exception as error:
-        raise CommandError(
+        raise ValueError(
             f"`{text}` failed: {told(error)}. Give it the arguments that it needs, or "
             f"name another callable. {EXAMPLE_CALL}"
         ) from error
@@ -236,21 +230,18 @@ exit status:
 
 def run_audit(options: argparse.Namespace) -> int:
     """Print the audit; return 1 if something looks wrong and ``--strict`` is set."""
-    try:
-        with redirect_stdout(sys.stderr):  # what models print is no part of the audit
-            given = [_policy(text) for text in (options.policy, options.against)]
-            built = build(options.target)
-        if isinstance(built.model, nn.Module):
-            found: Any = audit(built.model, given[0] or "no_bias_norm", given[1])
-        elif given == [None, None]:
-            found = decay_report(built.model)
-        else:
-            raise CommandError(
-                f"--policy and --against are for a model, which `{options.target}` is "
-                f"not. Leave them out."
-            )
-    except (TypeError, ValueError) as error:
-        raise CommandError(str(error)) from error
+    with redirect_stdout(sys.stderr):  # what models print is no part of the audit
+        given = [_policy(text) for text in (options.policy, options.against)]
+        built = build(options.target)
+    if isinstance(built.model, nn.Module):
+        found: Any = audit(built.model, given[0] or "no_bias_norm", given[1])
+    elif given == [None, None]:
+        found = decay_report(built.model)
+    else:
+        raise ValueError(
+            f"--policy and --against are for a model, which `{options.target}` is not. "
+            f"Leave them out."
+        )
     if options.json:
         source = {"target": options.target, "device": built.device, "note": built.note}
         print(json.dumps({**source, **found.as_dict()}))
@@ -268,27 +259,13 @@ def _policy(text: str | None) -> Any:
     return policy
 
 
-SENTENCES = {
-    "all": "Decays everything.",
-    "none": "Exempts everything.",
-    "no_bias": "Exempts biases.",
-    "no_norm": "Exempts parameters of normalization layers.",
-    "no_bias_norm": "Exempts biases and parameters of normalization layers.",
-    "no_bias_norm_embedding": "Exempts biases, norms, embeddings and tokens.",
-    "matrices": "Exempts tensors of fewer than two dimensions; needs shapes only.",
-    "layer_weights": "Decays weights of layers; exempts everything else.",
-}
-
-
 def run_list(options: argparse.Namespace) -> int:
-    """Print the names of policies, or of recipes, with a sentence each."""
-    told = SENTENCES
-    if options.command == "recipes":  # the comment above each begins with a sentence
-        found = re.findall(r'((?: +# .*\n)+) +Recipe\(\s*"(\w+)"', getsource(recipes))
-        told = {name: " ".join(text.replace("#", "").split()) for text, name in found}
-    lines = [
-        (name, f"{text.partition('. ')[0].rstrip('.')}.") for name, text in told.items()
-    ]
+    """Print the names of policies, or of recipes, with the sentence above each."""
+    name = "recipes" if options.command == "recipes" else "named"
+    source = getsource(import_module(f"selective_optim.policies.{name}"))
+    found = re.findall(r'((?: +# .*\n)+) +(?:Recipe\(\s*)?"(\w+)"', source)
+    told = [(name, " ".join(text.replace("#", "").split())) for text, name in found]
+    lines = [(name, f"{text.partition('. ')[0].rstrip('.')}.") for name, text in told]
     print("\n".join(aligned(lines)))
     return 0
 
@@ -331,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.insert(0, here)
     try:
         return int(options.run(options))
-    except CommandError as error:
+    except (TypeError, ValueError) as error:  # of what was typed, or stands behind it
         print(f"selective_optim: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader has seen enough: `... | head`

@@ -205,7 +205,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         if decided:  # else a constructor goes on
             self._compare_ranks()
 
-    def _compare_ranks(self) -> None:
+    def _compare_ranks(self: Any) -> None:  # also of `Routed`
         """Have what is decided now compared with other ranks at the next step."""
         self._watch = self._watch or Watch()
         if self._decider.whole is None:  # else all routes are compared together

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,25 +46,19 @@ def shape_of(param: Tensor) -> str:
     return "no shape yet" if is_lazy(param) else f"shape {shape_text(param.shape)}"
 
 
-def brief(value: object) -> str:
-    """Show a value: a module by its class, a tensor by its shape, all else cut."""
-    if isinstance(value, Tensor):
-        return f"a tensor ({shape_of(value)})"
-    if isinstance(value, nn.Module):
-        return f"a {type(value).__name__}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= WIDTH else f"{text[:WIDTH]}..."
-
-
 def shortened(text: str, room: int) -> str:
     return text if len(text) <= room else f"{text[: room - 3]}..."
 
 
 def received(value: object) -> str:
-    """Show a value of a wrong type, and its type."""
-    if isinstance(value, (Tensor, nn.Module)):
-        return brief(value)
-    return f"{brief(value)} ({type(value).__name__})"
+    """Show a value of a wrong type: a module by its class, a tensor by its shape."""
+    if isinstance(value, Tensor):
+        return f"a tensor ({shape_of(value)})"
+    if isinstance(value, nn.Module):
+        return f"a {type(value).__name__}"
+    text = " ".join(repr(value).split())
+    shown = text if len(text) <= WIDTH else f"{text[:WIDTH]}..."
+    return f"{shown} ({type(value).__name__})"
 
 
 def aligned(lines: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
@@ -189,3 +184,54 @@ def param_ids(optimizer: object) -> set[int]:
     if not (isinstance(groups, (list, tuple)) and hasattr(optimizer, "step")):
         return set()
     return {id(param) for group in groups for param in group["params"]}
+
+
+def _subclasses(cls: type[nn.Module]) -> Iterator[type[nn.Module]]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def _classes_named(name: str) -> list[type[nn.Module]]:
+    # A notebook's cell that ran twice leaves two classes behind, of which the path
+    # leads to the second.
+    found = list({c: None for c in _subclasses(nn.Module) if c.__name__ == name})
+    reached = [cls for cls in found if _at_path(_path_of(cls)) is cls]
+    return reached or found
+
+
+def _path_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _at_path(path: str) -> object:
+    parts = path.split(".")
+    for size in range(len(parts) - 1, 0, -1):
+        found: object = sys.modules.get(".".join(parts[:size]))
+        if found is not None:
+            for part in parts[size:]:
+                found = getattr(found, part, None)
+            return found
+    return None
+
+
+def class_text(cls: type[nn.Module]) -> str:
+    """Return the shortest name by which a policy's text finds a class."""
+    name = cls.__name__
+    if getattr(nn, name, None) is cls:
+        return f"nn.{name}"
+    return name if len(_classes_named(name)) == 1 else _path_of(cls)
+
+
+def loaded_class(name: str) -> type[nn.Module] | None:
+    """Find a loaded module class by name, which several may bear, or by its path."""
+    # A bare name is torch.nn's first, which has quantized namesakes.
+    at_path = _at_path(f"torch.{name}") or _at_path(f"torch.nn.{name}")
+    at_path = at_path or _at_path(name)
+    if isinstance(at_path, type) and issubclass(at_path, nn.Module):
+        return at_path
+    found = [] if "." in name else _classes_named(name)
+    if len(found) > 1:
+        paths = " or ".join(sorted(map(_path_of, found)))
+        raise ValueError(f"{name} is the name of {len(found)} classes. Write {paths}.")
+    return found[0] if found else None

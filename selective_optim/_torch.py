@@ -300,7 +300,7 @@ def _find_thread_setter() -> Callable[[int], object] | None:
 
 
 # ``None`` where torch runs on something else: then kernels take all threads.
-set_threads = _find_thread_setter()
+set_threads: Any = _find_thread_setter()
 
 
 def thread_count() -> int:
@@ -326,11 +326,8 @@ def dtensor_class() -> type | None:
 
 def local_tensor(tensor: Any) -> Tensor:
     """Return a ``DTensor``'s shard on this rank, undispatched where torch lets us."""
-    try:
-        shard: Tensor = tensor._local_tensor
-    except AttributeError:
-        shard = tensor.to_local()
-    return shard
+    shard: Tensor | None = getattr(tensor, "_local_tensor", None)
+    return tensor.to_local() if shard is None else shard
 
 
 _local, _spec = attrgetter("_local_tensor"), attrgetter("_spec")

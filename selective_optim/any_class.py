@@ -29,8 +29,6 @@ from selective_optim.step.class_step import ClassStep, View
 from selective_optim.step.kernels import Kernel
 from selective_optim.step.lasting_parts import (
     Split,
-    chosen_form,
-    flag_of,
     load_parts,
     record_of_parts,
     require_class,
@@ -43,7 +41,7 @@ from selective_optim.step.lasting_parts import (
     split_again,
     split_group,
 )
-from selective_optim.step.setting import WD, Group
+from selective_optim.step.setting import WD, Group, chosen_form
 
 OptimizerClass = type[torch.optim.Optimizer]
 # Methods of schedule-free optimizers, which read and write their groups.
@@ -137,7 +135,7 @@ class AnyOptimizer(SelectiveOptimizer):
         for split in splits:
             split.adopt([next(groups) for _ in split.parts], self.defaults)
             split.empty()
-            if flag_of(split.group) is None:
+            if chosen_form(split.group) is None:
                 split.form = form_of_class(self, split.group)
             require_forms(self, split)
         self._splits += splits

@@ -28,33 +28,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from selective_optim._state_entries import (
-    WD,
     Entry,
     Hyper,
     Names,
     StateDict,
+    agreed,
     choose,
     form_of,
     merged,
-    named_parameters,
     read,
-    recorded,
-    require_agreement,
-    with_rate_of,
     without,
     write,
 )
+from selective_optim._state_entries import split_routes as split_routes
 from selective_optim._text import aligned, received, shape_text
 from selective_optim._torch import told_apart, without_wrappers
-from selective_optim.decisions.state_dict import (
-    PARTS,
-    RECORD,
-    begin_in,
-    require_dict,
-    require_whole,
-)
-from selective_optim.routes.loading import split_routes as split_routes
-from selective_optim.step.setting import PER_PARAM
+from selective_optim.decisions.state_dict import PARTS, RECORD, begin_in, require_whole
+from selective_optim.parameters import as_modules
+from selective_optim.step.setting import PER_PARAM, WD
 
 SHOWN = 5  # names that a line of ``Fit`` gives
 # Entries that torch's classes begin at 0, and so can begin for new rows alone. Others,
@@ -66,6 +57,15 @@ OLD_NAMES = (
     "Pass names=group_names(old_optimizer.param_groups, old_model).",
     "Pass names=[n for n, _ in old_model.named_parameters()].",
 )
+
+
+def _named_parameters(model: Any) -> list[tuple[Tensor, str, str]]:
+    """List parameters with their canonical names, and with those that DCP gives."""
+    named = [pair for m in as_modules(model) for pair in m.named_parameters()]
+    # Modules may share parameters.
+    own = {id(param): (param, without_wrappers(name)) for name, param in named}
+    told = told_apart([name for _, name in own.values()])
+    return [(param, name, raw) for (param, raw), name in zip(own.values(), told)]
 
 
 def group_names(
@@ -89,7 +89,7 @@ def group_names(
         TypeError: The arguments are no groups, or no modules.
         ValueError: A parameter is in none of the modules.
     """
-    names = {id(param): name for param, name, _ in named_parameters(model)}
+    names = {id(param): name for param, name, _ in _named_parameters(model)}
     groups = param_groups if isinstance(param_groups, Iterable) else [param_groups]
     found: list[list[str]] = []
     for index, group in enumerate(groups):
@@ -168,7 +168,7 @@ def merge_groups(
     listed = "".join(f"{key!r}, " for key in keys)
     way_out = f"Keep such groups apart: by=[{listed}{{!r}}]."
     groups = [(merged(mine, way_out), mine) for _, mine in together]
-    return write(state_dict, groups) | recorded(state_dict, groups)
+    return write(state_dict, groups)
 
 
 def split_groups(
@@ -212,9 +212,8 @@ def split_groups(
     # A group without parameters takes its hyperparameters from any.
     anyone = list(entries.values())[:1]
     pairs = zip(wanted, parts, strict=True)
-    split = write(state_dict, [(_split(p or anyone, own), p) for own, p in pairs])
-    split.pop(PARTS, None)  # each in a group of its own now
-    return split
+    split = [(_split(part or anyone, own), part) for own, part in pairs]
+    return write(state_dict, split, record=False)
 
 
 def _split(entries: Sequence[Entry], own: Hyper) -> Hyper:
@@ -222,8 +221,7 @@ def _split(entries: Sequence[Entry], own: Hyper) -> Hyper:
         {**e.hyper, **(e.part_values or {}), "weight_decay": e.wd} for e in entries
     ]
     way_out = "Make it two groups, or set {!r} in this one."
-    require_agreement(entries, hypers, own, way_out)
-    hyper = {**hypers[0], **own}
+    hyper = {**agreed(entries, hypers, own, way_out), **own}
     form = form_of(hyper)
     for entry in entries if hyper[WD] and form else ():
         multiplier, own_form = entry.record[:2]
@@ -236,6 +234,13 @@ def _split(entries: Sequence[Entry], own: Hyper) -> Hyper:
                 f"in every group and del state_dict['decay'] first."
             )
     return hyper
+
+
+def _with_rate_of(record: Sequence[Any], own: Sequence[Any]) -> list[Any]:
+    """Let training begin with the rate that another record says, if it says one."""
+    rate = {key: value for key, value in begin_in(own).items() if key == "lr0"}
+    begin = begin_in(record) | rate
+    return [*record[:2], *([begin] if begin else [])]
 
 
 def keep_hyperparameters(
@@ -267,7 +272,6 @@ def keep_hyperparameters(
         >>> [(group["lr"], group["momentum"]) for group in optimizer.param_groups]
         [(0.02, 0.9)]
     """
-    require_dict(state_dict)
     require_whole(state_dict)
     own, here = optimizer.state_dict(), optimizer.param_groups
     known = dict.fromkeys(chain.from_iterable(here))
@@ -296,7 +300,7 @@ def keep_hyperparameters(
         whole[PARTS] = [[without(p, kept) for p in parts] for parts in whole[PARTS]]
     if RECORD in whole and RECORD in own and "lr" in kept:
         pairs = zip(whole[RECORD], own[RECORD])
-        whole[RECORD] = [list(map(with_rate_of, *pair)) for pair in pairs]
+        whole[RECORD] = [list(map(_with_rate_of, *pair)) for pair in pairs]
     return whole
 
 
@@ -370,7 +374,6 @@ def fit(
         >>> print(fitted.resized, fitted.state_dict["state"][1]["momentum_buffer"])
         ['weight', 'bias'] tensor([1., 1., 1., 0., 0.])
     """
-    require_dict(state_dict)
     require_whole(state_dict)
     single = len(state_dict["param_groups"]) == 1
     per_group: Any = names
@@ -379,7 +382,7 @@ def fit(
         per_group = [flat] if all(isinstance(name, str) for name in flat) else flat
     old = read(state_dict, per_group, OLD_NAMES[single])
     fates: dict[str, list[str]] = {"kept": [], "resized": [], "new": []}
-    written, decided, rest = [], [], dict(old)
+    written, rest = [], dict(old)
     for hyper, places in _layout(model):
         mine = []
         for param, new in places:
@@ -388,9 +391,6 @@ def fit(
             mine.append(entry)
         fitted = [entry for entry in mine if entry.hyper]
         written.append((_hyper(model, hyper, fitted), mine))
-        # Of the old groups: an optimizer may have another decay by now.
-        decays = [entry.hyper.get(WD, 1.0) for entry in fitted]
-        decided.append(({WD: max(decays, key=float, default=1.0)}, mine))
     fitting = {*fates["kept"], *fates["resized"]}
     if not fitting:
         first = next(iter(old), "")
@@ -401,13 +401,12 @@ def fit(
             f"there, as {near[0]!r}."
         )
     dropped = [name for name in old if name not in fitting]
-    whole = write(state_dict, written) | recorded(state_dict, decided)
-    return Fit(whole, **fates, dropped=dropped)
+    return Fit(write(state_dict, written), **fates, dropped=dropped)
 
 
 def _layout(model: Any) -> list[tuple[Hyper, list[tuple[Tensor, Entry]]]]:
     if not isinstance(model, Optimizer):
-        places = [(p, Entry(name, key)) for p, name, key in named_parameters(model)]
+        places = [(p, Entry(name, key)) for p, name, key in _named_parameters(model)]
         return [({}, places)]
     saved, groups = model.state_dict(), model.param_groups
     names = [name for group in groups for name in group.get("param_names", ())]
@@ -437,8 +436,8 @@ def _fitted(new: Entry, param: Tensor, entry: Entry | None) -> tuple[str, Entry]
     if entry is None:
         return "new", new
     state = dict(entry.state) if isinstance(entry.state, Mapping) else {}
-    record = with_rate_of(entry.record, new.record)
-    begin = dict(*record[2:])
+    record = _with_rate_of(entry.record, new.record)
+    begin = dict(begin_in(record))
     if "name" in begin:  # loading goes by it
         begin["name"] = new.name
     dims = _changed_dims({**state, **begin}, param.shape)
@@ -487,5 +486,5 @@ def _hyper(model: Any, hyper: Hyper, entries: Sequence[Entry]) -> Hyper:
     own |= hyper.keys() - model.defaults.keys()
     own |= {key for entry in entries for key in entry.hyper if key.endswith("_lr")}
     counted = [without(entry.hyper, own) for entry in entries]
-    require_agreement(entries, counted, (), "Make it two groups of the new optimizer.")
-    return hyper | counted[0]
+    way_out = "Make it two groups of the new optimizer."
+    return hyper | agreed(entries, counted, (), way_out)

@@ -51,6 +51,7 @@ FORMS: dict[Form, FormKind] = {
     # p -= lr * wd * (p - t) where u * (p - t) >= 0
     "cautious": FormKind("cautious"),
 }
+FORM_NAMES = ", ".join(f'"{name}"' for name in FORMS)
 INIT: Literal["init"] = "init"
 Target = float | Literal["init"]
 
@@ -157,16 +158,12 @@ class Decay:
     @property
     def needs_lr0(self) -> bool:
         """Whether its strength depends on the rate that training began with."""
-        stated = self.form is not None and FORMS[self.form].needs_lr0
-        return stated and self.multiplier != 0
+        return bool(self.form and FORMS[self.form].needs_lr0 and self.multiplier)
 
     @property
     def needs_init(self) -> bool:
         """Whether it pulls towards what the parameter was when it was decided."""
         return self.target == INIT and self.multiplier != 0
-
-
-FORM_NAMES = ", ".join(f'"{name}"' for name in FORMS)
 
 
 def _as_target(value: object) -> Target | None:
@@ -199,11 +196,9 @@ def is_zero(value: float | Tensor) -> bool:
 FULL, EXEMPT = Decay(1.0), Decay(0.0)
 
 
-def as_decay(value: object) -> Decay:
+def as_decay(value: Any) -> Decay:
     """Read what a policy may yield: a ``Decay``, a number, or a bool."""
-    if isinstance(value, Decay):
-        return value
-    return Decay(value)  # type: ignore[arg-type]  # Decay checks it
+    return value if isinstance(value, Decay) else Decay(value)
 
 
 class DecayKey(NamedTuple):
@@ -242,16 +237,11 @@ class Decision(NamedTuple):
     @property
     def decay_key(self) -> DecayKey:
         """What it comes to in numbers."""
-        if self.waits:
-            return DecayKey(EXEMPT)
-        return DecayKey(self.decay, self.lr0 if self.decay.needs_lr0 else None)
+        decay = EXEMPT if self.waits else self.decay
+        return DecayKey(decay, self.lr0 if decay.needs_lr0 else None)
 
     def begin(self) -> dict[str, Any]:
         """Return what its decay depends on besides multiplier and form, if anything."""
-        decay = self.decay
-        stated = decay.form is not None or not (decay.fixed is decay.target is None)
-        if not stated and self.init is None:  # as mostly
-            return {}
         known = {
             "fixed": self.decay.fixed,
             "target": self.decay.target if self.decay.multiplier else None,

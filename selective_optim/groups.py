@@ -5,14 +5,13 @@ Those by rule say nothing about decay: pass ``wd_policy`` to the optimizer for t
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from itertools import accumulate
+from itertools import accumulate, repeat
 from numbers import Real
 from typing import Any
 
@@ -22,17 +21,17 @@ from torch import Tensor, nn
 from selective_optim._optimizer import Model, decider_for
 from selective_optim._text import aligned, copied_groups, received
 from selective_optim.any_class import AnyOptimizer
-from selective_optim.decay import FULL, Decision
+from selective_optim.decay import EXEMPT, FULL, Decision
 from selective_optim.decisions.decider import Decider
 from selective_optim.parameters import ModelIndex, ParameterInfo, as_modules
 from selective_optim.policies.blocks import require_arguments
 from selective_optim.policies.layerwise import Distances
 from selective_optim.policies.named import parse
 from selective_optim.policies.selectors import Selector, as_selector
-from selective_optim.report import DecayReport, Row, make_row
+from selective_optim.report import DecayReport, Row, make_rows
 from selective_optim.routes.route import Part, by_route, marks_of, with_one_decay
-from selective_optim.step.lasting_parts import by_decay, share_of
-from selective_optim.step.setting import WD, Group, pick
+from selective_optim.step.lasting_parts import by_decay
+from selective_optim.step.setting import WD, Group, pick, share_of
 
 Modules = nn.Module | Sequence[nn.Module]
 HEADERS = ("group", "lr", "decay", "tensors", "elements", "route", "reason")
@@ -43,11 +42,7 @@ MANY_PLACES = 8  # of a group; a table with a hundred biases in a line is unread
 class SplitGroups(list[dict[str, Any]]):
     """Parameter groups, each with one weight decay; prints as a table."""
 
-    def __init__(
-        self, groups: Iterable[dict[str, Any]] = (), rows: Iterable[Row] = ()
-    ) -> None:
-        super().__init__(groups)
-        self.rows = tuple(rows)
+    rows: tuple[Row, ...] = ()
 
     def __str__(self) -> str:
         table: list[tuple[str, ...]] = [HEADERS]
@@ -67,9 +62,7 @@ class SplitGroups(list[dict[str, Any]]):
 class Reader(AnyOptimizer):
     """Reads groups and decides for them; no class steps them here."""
 
-    def __init__(
-        self, params: Any, decider: Decider, keys: Iterable[str], lr: Any
-    ) -> None:
+    def __init__(self, params: Any, decider: Decider, keys: list[str], lr: Any) -> None:
         self._decider = decider
         self._read(decider.read(params), keys, lr)
 
@@ -134,35 +127,34 @@ def param_groups(
     # Forms, of which some need a rate, are refused below whatever it is.
     rate = 1.0 if lr is None else lr
     keys = [WD, "lr", *hyper]
-    groups = Reader(copied_groups(params), decider, keys, rate).param_groups
-    decided = decider.fitting(groups)
-    whole: Iterable[Part] = [
-        ({**defaults, **group}, decisions, "")
-        for group, decisions in zip(groups, decided)
-    ]
+    read = Reader(copied_groups(params), decider, keys, rate).param_groups
+    decided = decider.fitting(read)
+    groups = [{**defaults, **group} for group in read]
+    whole: Iterable[Part] = zip(groups, decided, repeat(""))
     named = all(decision.name for decisions in decided for decision in decisions)
     if routes is not None:
         named, marks = False, marks_of(routes, key, values)
-        whole = by_route(
-            [group for group, *_ in whole], decided, decider, routes, marks
-        )
+        whole = by_route(groups, decided, decider, routes, marks)
     split = [
         (part, [decisions[i] for i in chosen], route)
         for group, decisions, route in whole
         for part, chosen in _parts(group, decisions, named)
     ]
-    decider.warn_if_weak([with_one_decay({**defaults, **group}) for group in groups])
+    decider.warn_if_weak(list(map(with_one_decay, groups)))
     decider.index.release()
-    return SplitGroups((group for group, *_ in split), _rows(split))
+    made = SplitGroups(group for group, *_ in split)
+    made.rows = tuple(_rows(split, decider.index))
+    return made
 
 
-def _rows(split: Iterable[Part]) -> Iterator[Row]:
-    for index, (group, decisions, route) in enumerate(split):
-        for decision, param in zip(decisions, group["params"]):
-            # The group's decay is that of its parameters already.
-            share = decision._replace(decay=FULL)
-            row = make_row(index, {"lr": math.nan, **group}, share, None, param)
-            yield replace(row, route=route)
+def _rows(split: Sequence[Part], index: ModelIndex) -> list[Row]:
+    groups = [{**group, "route": route} for group, _, route in split]
+    # Whatever a group's decay is, it is that of its parameters already.
+    decided = [
+        [each._replace(decay=FULL if group[WD] else EXEMPT) for each in decisions]
+        for group, decisions, _ in split
+    ]
+    return make_rows(groups, decided, lambda group: None, index)
 
 
 def _parts(
@@ -208,15 +200,8 @@ class GroupRow:
 class RateGroups(list[dict[str, Any]]):
     """Parameter groups that ``by`` sets apart; prints which parameters share one."""
 
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]] = (),
-        rows: Iterable[GroupRow] = (),
-        by: str = "",
-    ) -> None:
-        super().__init__(groups)
-        self.rows = tuple(rows)
-        self.by = by
+    rows: tuple[GroupRow, ...] = ()
+    by = ""
 
     def __str__(self) -> str:
         lines = [(self.by, "lr", "tensors", "elements", "parameters")]
@@ -323,7 +308,7 @@ def _listed(
     entries: Iterable[tuple[Any, dict[str, Any], list[ParameterInfo]]],
     named: bool = True,
 ) -> RateGroups:
-    groups, rows = [], []
+    groups, rows = RateGroups(), list[GroupRow]()
     for place, hyper, held in entries:
         groups.append({**hyper, "params": [info.parameter for info in held]})
         if named:
@@ -333,7 +318,8 @@ def _listed(
         for info in held:
             shape = _shape(info)
             rows.append(GroupRow(place, info.name, shape, shape.numel(), lr))
-    return RateGroups(groups, rows, by)
+    groups.rows, groups.by = tuple(rows), by
+    return groups
 
 
 def _shape(info: ParameterInfo) -> torch.Size:

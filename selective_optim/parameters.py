@@ -14,8 +14,8 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
-from itertools import chain, islice, repeat
-from typing import Any, NamedTuple, TypeVar
+from itertools import chain, repeat
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -83,21 +83,13 @@ def shape_now(param: Tensor) -> torch.Size:
     return torch.Size((0,)) if is_lazy(param) else param.shape
 
 
-class Wanted(NamedTuple):
-    """Parameters that are asked about: their groups, and shapes and names if known.
-
-    Four columns: of a tuple for each parameter the collector would walk every one.
-    """
-
-    params: Sequence[Tensor]
-    groups: Sequence[int]
-    shapes: Sequence[torch.Size | None]
-    names: Sequence[str | None]
+# A parameter that is asked about, its group, and shape and name if known.
+Asked = tuple[Tensor, int, torch.Size | None, str | None]
 
 
 def wanted(
     params: Sequence[Tensor], names: Iterable[str | None] = (), group: int = 0
-) -> Wanted:
+) -> list[Asked]:
     """Ask about parameters, with the shapes that a user knows.
 
     A shape that is lost or not there yet is ``None``; DeepSpeed notes what it took.
@@ -109,8 +101,7 @@ def wanted(
     )
     few: dict[Any, Any] = {}  # torch makes another shape at each look
     shapes = [few.setdefault(shape, shape) for shape in found]
-    known = list(islice(chain(names, repeat(None)), len(params)))
-    return Wanted(params, [group] * len(params), shapes, known)
+    return list(zip(params, repeat(group), shapes, chain(names, repeat(None))))
 
 
 def owner_kinds(info: ParameterInfo) -> tuple[str, ...]:
@@ -213,6 +204,11 @@ def living(refs: Iterable[ModuleRef]) -> list[nn.Module]:
     return [module for ref in refs if (module := ref()) is not None]
 
 
+def has_parameters(module: nn.Module) -> bool:
+    """Tell whether a module or any inside it holds a parameter."""
+    return next(module.parameters(), None) is not None
+
+
 _T = TypeVar("_T")
 Path = tuple[nn.Module, ...]
 # One spot in a tree where a parameter is registered: the number of the module, the key
@@ -235,15 +231,15 @@ class ModuleIndex:
         self._places = {}
         self._answers.clear()
         paths: dict[int, Path] = {}
-        # The number of the module above, and under which key that registered it.
-        self._above: list[tuple[int, str]] = []
         places: dict[int, tuple[Place, ...]] = {}
-        coming: list[tuple[Path, int, str, str]] = [((root,), 0, "", "")]
+        # The number of the module above, and under which key that registered it.
+        above: list[tuple[int, str]] = []
+        coming: list[tuple[Path, tuple[int, str], str]] = [((root,), (0, ""), "")]
         while coming:
-            path, above, key, names = coming.pop()
+            path, registered, names = coming.pop()
             number, plain = len(paths), _torch.without_wrappers(names)
             paths[number] = path
-            self._above.append((above, key))
+            above.append(registered)
             for key, param in _torch.registered(path[-1]).items():
                 if param is not None:
                     name, own = f"{plain}{key}", None
@@ -253,34 +249,31 @@ class ModuleIndex:
                     place = (number, key, name, own)
                     places[id(param)] = (*places.get(id(param), ()), place)
             coming += [
-                ((*path, child), number, key, f"{names}{key}.")
+                ((*path, child), (number, key), f"{names}{key}.")
                 for key, child in reversed([*_torch.children(path[-1]).items()])
                 # One that contains itself has endless aliases.
                 if child is not None and child not in path
             ]
+        self._above = above
         self._shapes = _torch.original_shapes(path[-1] for path in paths.values())
         self._places = places  # last: what an interrupt leaves is read again
         return paths
 
-    def infos(self, asked: Wanted) -> list[ParameterInfo | None]:
+    def infos(self, asked: Sequence[Asked]) -> list[ParameterInfo | None]:
         """Describe parameters; ``None`` for those that the module does not hold."""
-        found: list[ParameterInfo | None] = [None] * len(asked.params)
+        found: list[ParameterInfo | None] = [None] * len(asked)
         module = self._module()
         if module is not None and self._places:
             paths: dict[int, Path] = {0: (module,)}
-            found = list(map(self._look_up, *asked[:3], repeat(paths)))
+            found = list(map(self._look_up, asked, repeat(paths)))
         if module is not None and None in found:
             # They may have come, or moved, since the last reading.
-            found = list(map(self._look_up, *asked[:3], repeat(self._read(module))))
+            found = list(map(self._look_up, asked, repeat(self._read(module))))
         return found
 
-    def _look_up(
-        self,
-        param: Tensor,
-        group: int,
-        shape: torch.Size | None,
-        paths: dict[int, Path],  # that the same look has found, by number
-    ) -> ParameterInfo | None:
+    def _look_up(self, asked: Asked, paths: dict[int, Path]) -> ParameterInfo | None:
+        """Describe one parameter; ``paths`` are what the same look has found."""
+        param, group, shape, _ = asked
         known, found = self._places.get(id(param), ()), []
         shape = self._shapes.get(id(param), shape)
         here = (param, shape, None if shape is None else len(shape), group)
@@ -397,19 +390,17 @@ class ModelIndex:
             return list({id(param): param for param in params}.values())
         return params
 
-    def infos(self, *groups: Wanted) -> list[ParameterInfo]:
-        """Describe the parameters of groups, each as well as it is known.
+    def infos(self, asked: Sequence[Asked]) -> list[ParameterInfo]:
+        """Describe parameters, each as well as it is known.
 
         Names serve where no module holds them.
         """
         # One pass per module over all parameters: an optimizer may have 1,000 groups.
-        columns = zip(Wanted((), (), (), ()), *groups)
-        asked = Wanted(*[list(chain(*column)) for column in columns])
-        found: list[ParameterInfo | None] = [None] * len(asked.params)
+        found: list[ParameterInfo | None] = [None] * len(asked)
         for module in self.modules():
             here = index_of(module).infos(asked)
             found = [at_both(a, b) if a and b else a or b for a, b in zip(found, here)]
-        return [info or _named_info(*each) for info, each in zip(found, zip(*asked))]
+        return [info or _named_info(*each) for info, each in zip(found, asked)]
 
     def remember(self, question: Hashable, ask: Callable[[], _T]) -> _T:
         """Answer a question about the whole model once, until the model changes."""

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from html import escape
 from importlib import import_module
 from itertools import chain, repeat
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
 from selective_optim._text import aligned, param_ids, shortened
 from selective_optim.decay import FORMS, Decision, Form, Target, target_text
 from selective_optim.parameters import (
+    Asked,
     ModelIndex,
     ParameterInfo,
     index_of,
@@ -33,7 +34,7 @@ Group = dict[str, Any]
 # Columns of numbers stand to the right.
 NUMBERS = ("group", "lr", "decay", "measured", "timescale", "tensors", "elements")
 MANY_GROUPS = 8  # more are summed up together: a group per layer would fill pages
-PAGE = 100  # columns of a printed table; longer reasons are cut
+PAGE = 100  # columns of a printed table
 FEW_RUNS = 3  # group numbers are spelled out up to so many ranges
 MANY_BARS = 16  # the rest of the kinds is one bar
 COLORS = {"decayed": "C0", "exempt": "C1", "frozen": "0.8"}
@@ -163,6 +164,9 @@ class DecayReport:
     def __repr__(self) -> str:
         return f"DecayReport({self.summary()})"
 
+    def _fates(self) -> dict[str, list[Row]]:
+        return {fate: [r for r in self.rows if r.fate == fate] for fate in COLORS}
+
     def table(self) -> list[tuple[str, ...]]:
         """Sum the rows up by group, reason, decay and form, below a line of headers.
 
@@ -183,21 +187,20 @@ class DecayReport:
 
     def summary(self) -> str:
         """Say in one line how much decays."""
-        parts = {fate: [r for r in self.rows if r.fate == fate] for fate in COLORS}
-        if not parts["frozen"]:
-            del parts["frozen"]
-        return "; ".join(f"{fate}: {_amount(rows)}" for fate, rows in parts.items())
+        fates = self._fates().items()
+        told = [f"{f}: {_amount(own)}" for f, own in fates if own or f != "frozen"]
+        return "; ".join(told)
 
     def __str__(self) -> str:
         table = self.table()
-        right = [i for i, key in enumerate(table[0]) if key in NUMBERS]
-        lines = aligned(table, right)
-        if (over := max(map(len, lines)) - PAGE) > 0:  # rows have the whole reasons
+        # Longer reasons are cut; rows have them whole.
+        if (over := max(map(len, aligned(table))) - PAGE) > 0:
             at = table[0].index("reason")
             room = max(20, max(len(row[at]) for row in table) - over)
-            cut = [(*r[:at], shortened(r[at], room), *r[at + 1 :]) for r in table]
-            lines = aligned(cut, right)
-        return "\n".join(filter(None, [*lines, self.summary(), self.remark]))
+            table = [(*r[:at], shortened(r[at], room), *r[at + 1 :]) for r in table]
+        right = [i for i, key in enumerate(table[0]) if key in NUMBERS]
+        lines = [*aligned(table, right), self.summary(), self.remark]
+        return "\n".join(filter(None, lines))
 
     @property
     def agrees(self) -> bool:
@@ -206,17 +209,23 @@ class DecayReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, strings and numbers, ready for JSON."""
-        sizes = {f: [r.numel for r in self.rows if r.fate == f] for f in COLORS}
-        sums = {f: {"tensors": len(n), "elements": sum(n)} for f, n in sizes.items()}
+        sums = {fate: _sums(own) for fate, own in self._fates().items()}
         return {"rows": plain(self.rows), **sums, "remark": self.remark}
 
     def _repr_html_(self) -> str:
         headers, *lines = self.table()
         sides = ["right" if key in NUMBERS else "left" for key in headers]
-        head = _html_row("th", sides, headers)
-        body = "".join(_html_row("td", sides, line) for line in lines)
+
+        def row(tag: str, cells: Iterable[str]) -> str:
+            told = [
+                f'<{tag} style="text-align: {side}">{escape(cell)}</{tag}>'
+                for side, cell in zip(sides, cells)
+            ]
+            return f"<tr>{''.join(told)}</tr>"
+
+        body = "".join(row("td", line) for line in lines)
         told = escape("; ".join(filter(None, [self.summary(), self.remark])))
-        parts = f"<thead>{head}</thead>\n<tbody>{body}</tbody>"
+        parts = f"<thead>{row('th', headers)}</thead>\n<tbody>{body}</tbody>"
         return f"<table>\n<caption>{told}</caption>\n{parts}\n</table>"
 
     def plot(self, ax: Any = None) -> Any:
@@ -232,13 +241,12 @@ class DecayReport:
             ImportError: ``ax`` is ``None`` and matplotlib is missing.
         """
         kinds = _by_kind(self.rows)
-        ax = _new_axes(len(kinds)) if ax is None else ax
+        if ax is None:
+            size = (8, 1.8 + 0.35 * len(kinds))
+            ax = _pyplot().subplots(figsize=size, layout="constrained")[1]
         left = [0.0] * len(kinds)
-        for fate in [f for f in COLORS if any(row.fate == f for row in self.rows)]:
-            shares = [
-                100 * _elements(rows, fate) / (_elements(rows) or 1)
-                for rows in kinds.values()
-            ]
+        for fate in [fate for fate, rows in self._fates().items() if rows]:
+            shares = [_share(rows, fate) for rows in kinds.values()]
             bar = {"color": COLORS[fate], "label": fate}
             ax.barh(range(len(kinds)), shares, 0.7, left, **bar)
             left = [a + b for a, b in zip(left, shares)]
@@ -260,20 +268,25 @@ def plain(records: Iterable[Any]) -> list[dict[str, Any]]:
     return [{**asdict(each), "shape": list(each.shape)} for each in records]
 
 
-def _elements(rows: Iterable[Row], fate: str | None = None) -> int:
-    return sum(row.numel for row in rows if fate in (None, row.fate))
+def _sums(rows: Sequence[Row]) -> dict[str, int]:
+    return {"tensors": len(rows), "elements": sum(row.numel for row in rows)}
 
 
 def _by_kind(rows: Sequence[Row]) -> dict[str, list[Row]]:
     kinds: dict[str, list[Row]] = {}
     for row in rows:
         kinds.setdefault(row.kind, []).append(row)
-    ordered = sorted(kinds.items(), key=lambda item: -_elements(item[1]))
+    ordered = sorted(kinds.items(), key=lambda item: -_sums(item[1])["elements"])
     if len(ordered) > MANY_BARS:
         rest = ordered[MANY_BARS - 1 :]
         merged = [row for _, own in rest for row in own]
         ordered[MANY_BARS - 1 :] = [(f"{len(rest)} other kinds", merged)]
     return dict(ordered)
+
+
+def _share(rows: Sequence[Row], fate: str) -> float:
+    own = _sums([row for row in rows if row.fate == fate])
+    return 100 * own["elements"] / (_sums(rows)["elements"] or 1)
 
 
 def amount(count: int, noun: str) -> str:
@@ -283,25 +296,23 @@ def amount(count: int, noun: str) -> str:
 
 
 def _amount(rows: Sequence[Row]) -> str:
-    return f"{amount(len(rows), 'tensor')}, {amount(_elements(rows), 'element')}"
+    return ", ".join(amount(n, key.rstrip("s")) for key, n in _sums(rows).items())
 
 
 def _line(rows: Sequence[Row]) -> dict[str, str]:
     first = rows[0]
-    timescales = [row.timescale for row in rows if row.timescale is not None]
-    measured = [row.measured for row in rows if row.measured is not None]
-    decays = [row.weight_decay for row in rows if first.fate != "frozen"]
+    decay = _span(row.weight_decay for row in rows)
+    measured = _span(row.measured for row in rows)
     return {
         "group": _runs({row.group for row in rows}),
         "route": first.route,
         "reason": first.reason,
-        "lr": _span([row.lr for row in rows if not math.isnan(row.lr)]),
-        "decay": _span(decays) or "-",
+        "lr": _span(row.lr for row in rows),
+        "decay": "-" if first.fate == "frozen" else decay,
         "form": first.effect,
-        "measured": "some" if first.applied and not measured else _span(measured),
-        "timescale": _span(timescales, ",.0f", " steps"),
-        "tensors": f"{len(rows):,}",
-        "elements": f"{_elements(rows):,}",
+        "measured": measured or ("some" if first.applied else ""),
+        "timescale": _span((row.timescale for row in rows), ",.0f", " steps"),
+        **{key: f"{count:,}" for key, count in _sums(rows).items()},
     }
 
 
@@ -314,89 +325,84 @@ def _runs(groups: set[int]) -> str:
     return ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in zip(starts, ends))
 
 
-def _span(values: Sequence[float], kind: str = "g", unit: str = "") -> str:
-    ends = [f"{end(values):{kind}}" for end in (min, max) if values]
+def _span(values: Iterable[float | None], kind: str = "g", unit: str = "") -> str:
+    # Without an optimizer a rate is NaN.
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    ends = [f"{end(known):{kind}}" for end in (min, max) if known]
     return " to ".join(dict.fromkeys(ends)) + unit * bool(ends)
 
 
-def _html_row(tag: str, sides: Iterable[str], cells: Iterable[str]) -> str:
-    pairs = zip(sides, cells)
-    row = [
-        f'<{tag} style="text-align: {s}">{escape(text)}</{tag}>' for s, text in pairs
-    ]
-    return f"<tr>{''.join(row)}</tr>"
-
-
-def _new_axes(bars: int) -> Any:
+def _pyplot() -> Any:
     try:
-        pyplot = import_module("matplotlib.pyplot")
+        return import_module("matplotlib.pyplot")
     except ImportError as error:
         raise ImportError(
             "`plot` draws with matplotlib, which is not installed. "
             "Type pip install matplotlib, or pass axes of your own as ax."
         ) from error
-    return pyplot.subplots(figsize=(8, 1.8 + 0.35 * bars), layout="constrained")[1]
 
 
-def make_row(
-    index: int, group: Group, decision: Decision, form: Form | None, param: Tensor
+def make_rows(
+    groups: Sequence[Group],
+    decided: Sequence[Sequence[Decision | None]] | None,
+    form_of: Callable[[Group], Form | None],
+    index: ModelIndex,
+) -> list[Row]:
+    """Join what was decided, if anything was, with what groups and modules are now."""
+    decided = decided or [[None] * len(group["params"]) for group in groups]
+    asked = list[Asked]()
+    for number, (group, own) in enumerate(zip(groups, decided, strict=True)):
+        names = group.get("param_names") or repeat(None)
+        names = [known.telling_name if known else n for known, n in zip(own, names)]
+        asked += wanted(group["params"], names, number)
+    pairs = zip(index.infos(asked), chain(*decided))
+    forms = [form_of(group) for group in groups]
+    return [_row(i, groups[i.group], known, forms[i.group]) for i, known in pairs]
+
+
+def _row(
+    info: ParameterInfo, group: Group, known: Decision | None, form: Form | None
 ) -> Row:
-    """Join one decision with what its group and the parameter say now."""
-    shape = decision.shape
+    kind, param = kind_of(info), info.parameter
+    # Where nothing was decided, all decay as the group says, for what they are.
+    decision = known or decide(None, [info])[0]._replace(reason=kind)
+    by_policy = known is not None and known.reason != NO_POLICY
+    shape, decay = decision.shape, decision.decay
     # Shapes of lazy parameters come with the first batch, after the decision.
     if shape == (0,) and not is_lazy(param) and not _torch.flattened([param]):
         shape = param.shape
+    # Reading a tensor waits for the device. A report may wait, a step may not.
+    wd = float(decay.of(group["weight_decay"]))
     return Row(
-        group=index,
+        group=info.group,
         name=decision.telling_name,
         shape=shape,
         numel=shape.numel(),
-        # Reading a tensor waits for the device. A report may wait, a step may not.
         lr=float(group.get("lr", math.nan)),
-        weight_decay=float(decision.decay.of(group["weight_decay"])),
-        form=form,
-        reason=decision.reason,
+        weight_decay=wd,
+        form=decay.form or form,
+        reason=ZERO if by_policy and decay.multiplier and not wd else decision.reason,
         requires_grad=param.requires_grad,
         owner=decision.kinds[0].rpartition(".")[2] if decision.kinds else "",
-        target=decision.decay.target,
+        target=decay.target,
         lr0=decision.decay_key.lr0,
         # torch steps every parameter that has a gradient.
         left_over=not param.requires_grad and param.grad is not None,
-        fixed=decision.decay.fixed,
+        role="norm's bias" if kind == "norm" and is_bias.matches(info) else kind,
+        decided=by_policy,
+        route=str(group.get("route", "")),  # as Routed writes it
+        fixed=decay.fixed,
     )
 
 
 def make_report(
     groups: Sequence[Group],
-    decided: Sequence[Sequence[Decision | None]] | None,
+    decided: Sequence[Sequence[Decision]],
     form_of: Callable[[Group], Form | None],
     index: ModelIndex,
 ) -> DecayReport:
-    """Join what was decided, if anything was, with what groups and modules are now."""
-    # Where nothing was decided, all decay as the group says, for what they are.
-    decided = decided or [[None] * len(group["params"]) for group in groups]
-    asked, places = [], []
-    for number, (group, own) in enumerate(zip(groups, decided, strict=True)):
-        names = group.get("param_names") or repeat(None)
-        names = [known.telling_name if known else n for known, n in zip(own, names)]
-        asked.append(wanted(group["params"], names, number))
-        places += [(number, group, known) for known in own]
-    rows = []
-    for info, (number, group, known) in zip(index.infos(*asked), places):
-        kind = kind_of(info)
-        role = "norm's bias" if kind == "norm" and is_bias.matches(info) else kind
-        decision = known or decide(None, [info])[0]._replace(reason=kind)
-        form = decision.decay.form or form_of(group)
-        row = make_row(number, group, decision, form, info.parameter)
-        by_policy = known is not None and known.reason != NO_POLICY
-        if by_policy and decision.decay.multiplier and not row.weight_decay:
-            row = replace(row, reason=ZERO)
-        route = str(group.get("route", ""))  # as Routed writes it
-        rows.append(replace(row, role=role, decided=by_policy, route=route))
-    names = dict.fromkeys(type(module).__name__ for module in index.found)
-    found = f"{NOTE}known from {', '.join(names)}, found alive with these parameters"
-    told = split_wrongly(rows), left_out(index, groups), found if names else ""
-    return DecayReport(tuple(rows), remark_of(*told))
+    """Report on an optimizer of this library."""
+    return judged(make_rows(groups, decided, form_of, index), groups, index)
 
 
 ZERO = "weight_decay=0"  # the reason where a policy decays and a group does not
@@ -420,6 +426,17 @@ def form_of_class(optimizer: Any, group: Group) -> Form | None:
 WRONG, NOTE = "looks wrong: ", "note: "
 
 
+def judged(
+    rows: Sequence[Row], groups: Sequence[Group], index: ModelIndex, *told: str
+) -> DecayReport:
+    """Report on rows, with what looks wrong in them and what else is to be told."""
+    names = dict.fromkeys(type(module).__name__ for module in index.found)
+    found = f"{NOTE}known from {', '.join(names)}, found alive with these parameters"
+    wrong = [*_split_wrongly(rows), _left_out(index, groups), *_not_as_promised(rows)]
+    remark = remark_of(*wrong, *told, found if names else "")
+    return DecayReport(tuple(rows), remark)
+
+
 def remark_of(*told: str) -> str:
     """Join what looks wrong on one line, above the lines of notes."""
     lines = [line for part in told for line in part.splitlines()]
@@ -429,19 +446,17 @@ def remark_of(*told: str) -> str:
     return "\n".join(filter(None, [wrong and WRONG + wrong, *dict.fromkeys(notes)]))
 
 
-def clause(
-    told: Sequence[Row | ParameterInfo], noun: str, one: str, several: str
-) -> str:
-    """Tell in one clause what some parameters do, with the name of the first."""
-    if not told:
+def _clause(names: Sequence[str | None], noun: str, verbs: str) -> str:
+    """Tell what some parameters do, of ``decays/decay`` the one or the other."""
+    if not names:
         return ""
-    name = told[0].name if isinstance(told[0], Row) else told[0].telling_name
-    first = repr(name) if name else "without a name"
-    more = f" and {len(told) - 1:,} more" if told[1:] else ""
-    return f"{amount(len(told), noun)} {several if told[1:] else one} ({first}{more})"
+    verbs = re.sub(r"(\w+)/(\w+)", r"\2" if names[1:] else r"\1", verbs)
+    first = repr(names[0]) if names[0] else "without a name"
+    more = f" and {len(names) - 1:,} more" if names[1:] else ""
+    return f"{amount(len(names), noun)} {verbs} ({first}{more})"
 
 
-def split_wrongly(rows: Sequence[Row]) -> str:
+def _split_wrongly(rows: Sequence[Row]) -> Iterator[str]:
     """Name norms and biases that decay without a policy, and weights that do not."""
     # With a policy all norms may decay, but not some while others are exempt.
     decayed = [r for r in rows if r.fate == "decayed" and r.applied is not False]
@@ -449,22 +464,32 @@ def split_wrongly(rows: Sequence[Row]) -> str:
     # A selector that also exempts weights, such as "head.*", is no rule for biases.
     broad = {row.reason for row in exempt if row.role in ("weight", "embedding")}
     ruled = {row.role for row in exempt if row.decided and row.reason not in broad}
-    told = []
     for kind in ("norm", "bias"):
         own = [r for r in decayed if r.role.startswith(kind) and r.target is None]
         wrong = [row for row in own if not row.decided or row.role in ruled]
         others = ", others do not" if any(row.decided for row in wrong) else ""
-        told.append(clause(wrong, kind, f"decays{others}", f"decay{others}"))
+        yield _clause([row.name for row in wrong], kind, f"decays/decay{others}")
     routes = {row.route for row in decayed if not row.decided}
     weights = [r for r in exempt if r.role == "weight" and not r.decided]
-    kept = [row for row in weights if row.route in routes]
-    left = [row for row in decayed if row.left_over]
-    verbs = ("has a gradient left and decays", "have a gradient left and decay")
-    told.append(clause(kept, "weight", "does not decay", "do not decay"))
-    return remark_of(*told, clause(left, "frozen parameter", *verbs))
+    kept = [row.name for row in weights if row.route in routes]
+    yield _clause(kept, "weight", "does/do not decay")
+    left = [row.name for row in decayed if row.left_over]
+    verbs = "has/have a gradient left and decays/decay"
+    yield _clause(left, "frozen parameter", verbs)
 
 
-def left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
+def _not_as_promised(rows: Sequence[Row]) -> Iterator[str]:
+    known = [row for row in rows if row.fate == "decayed" and row.applied is not None]
+    never = [row.name for row in known if not row.applied]
+    yield _clause(never, "parameter", "is/are decayed by no step")
+    # The first step of momentum may add to L2, which is no other decay.
+    direct = [row for row in known if row.measured and row.form != "l2"]
+    parts = [((row.measured or 0) / row.weight_decay, row.name) for row in direct]
+    other = [name for part, name in parts if abs(part - 1) > 0.02]
+    yield _clause(other, "parameter", "decays/decay at another rate")
+
+
+def _left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
     """Tell which parameters of the model train, and no living optimizer steps."""
     held = {id(p): shape_now(p) for group in groups for p in group["params"]}
     known = {id(info.parameter) for info in index.everyone()}
@@ -484,5 +509,5 @@ def left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
         living = [each for each in gc.get_objects() if issubclass(type(each), kinds)]
         stepped = set[int]().union(*map(param_ids, living))
         missing = {key: info for key, info in missing.items() if key not in stepped}
-    verbs = ("trains and is in no group", "train and are in no group")
-    return clause(list(missing.values()), "parameter", *verbs)
+    names = [info.telling_name for info in missing.values()]
+    return _clause(names, "parameter", "trains/train and is/are in no group")

@@ -27,18 +27,17 @@ Optimizer = torch.optim.Optimizer
 class Record:
     """What schedulers of one optimizer's decay wrote, and whether it has stepped."""
 
-    written: list[Group] = field(default_factory=list)  # as "initial_lr", per group
-    held: list[bool] = field(default_factory=list)  # which groups stay at 0
+    # By group: what they wrote, as "initial_lr", and whether it stays at 0.
+    known: list[tuple[Group, bool]] = field(default_factory=list)
     stepped: bool = False
 
     def views(self, groups: list[Group]) -> list[GroupView]:
         """View every group, with room for those that were added."""
         # If nothing decays yet, this is a warm-up of decay from 0.
         any_decays = not all(is_zero(group["weight_decay"]) for group in groups)
-        for group in groups[len(self.written) :]:
-            self.written.append({})
-            self.held.append(any_decays and is_zero(group["weight_decay"]))
-        return list(map(GroupView, groups, self.written, self.held))
+        for group in groups[len(self.known) :]:
+            self.known.append(({}, any_decays and is_zero(group["weight_decay"])))
+        return [GroupView(group, *known) for group, known in zip(groups, self.known)]
 
     def __call__(self, *_: object) -> None:
         self.stepped = True
@@ -226,22 +225,6 @@ def _refuse_tie(optimizer: Optimizer) -> None:
         )
 
 
-def _refuse_schedules(optimizer: Optimizer) -> None:
-    if RECORD in vars(optimizer):
-        raise ValueError(
-            "a schedule on WeightDecay(optimizer) already sets the weight_decay of "
-            "this optimizer. Leave out that schedule, or proportional_to_lr(optimizer)."
-        )
-    for index, group in enumerate(optimizer.param_groups):
-        for key in ("max_lr", "initial_lr"):
-            if group.get(key, group["lr"]) != group["lr"]:
-                raise ValueError(
-                    f"`lr` of group {index} is {group['lr']}, moved by a scheduler "
-                    f"from its {key}, {group[key]}. Call proportional_to_lr(optimizer) "
-                    f"before making the scheduler."
-                )
-
-
 def _refuse_corrected(optimizer: Optimizer) -> None:
     report = getattr(optimizer, "decay_report", None)
     for row in report().rows if report else ():
@@ -291,7 +274,19 @@ def proportional_to_lr(optimizer: Optimizer) -> RemovableHandle:
     """
     optimizer = stepping_optimizer(optimizer)
     _refuse_tie(optimizer)
-    _refuse_schedules(optimizer)
+    if RECORD in vars(optimizer):
+        raise ValueError(
+            "a schedule on WeightDecay(optimizer) already sets the weight_decay of "
+            "this optimizer. Leave out that schedule, or proportional_to_lr(optimizer)."
+        )
+    for index, group in enumerate(optimizer.param_groups):
+        for key in ("max_lr", "initial_lr"):
+            if group.get(key, group["lr"]) != group["lr"]:
+                raise ValueError(
+                    f"`lr` of group {index} is {group['lr']}, moved by a scheduler "
+                    f"from its {key}, {group[key]}. Call proportional_to_lr(optimizer) "
+                    f"before making the scheduler."
+                )
     tie = Tie()
     tie(optimizer)
     setattr(optimizer, TIE, weakref.ref(tie))

@@ -25,7 +25,7 @@ from torch import nn
 from benchmarks.step.results import describe_run
 from selective_optim import selective
 from selective_optim.policies import form
-from selective_optim.step.lasting_parts import flag_of
+from selective_optim.step.setting import FLAGS
 
 STEPS = 8
 RESUMED_AT = 4
@@ -132,7 +132,8 @@ def by_policy(case: Survey, net: Net) -> Any:
 def flag_in(case: Survey) -> str | None:
     """Find the key by which a group of the class chooses its form."""
     with suppress(Exception), redirect_stdout(io.StringIO()):
-        return flag_of(by_hand(case, make_net()).param_groups[0])
+        group = by_hand(case, make_net()).param_groups[0]
+        return next((flag for flag in FLAGS if flag in group), None)
     return None
 
 

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import selective_optim
-from selective_optim.fused import counters
 from tests.support.fake_cuda import let_fakes_pass_for_plain
 
 KINDS = {"automatic": {}, "fused": {"fused": True}, "capturable": {"capturable": True}}
@@ -40,13 +39,8 @@ class Crossings(TorchDispatchMode):
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """Let fake tensors pass for plain ones, and tell views without memory."""
-
-    def place_of(block, counter):
-        return counter.storage_offset() if counter._base is block.flat else None
-
+    """Let fake tensors pass for plain ones."""
     let_fakes_pass_for_plain(monkeypatch)
-    monkeypatch.setattr(counters.Block, "place_of", place_of)
     with FakeTensorMode():
         yield
 

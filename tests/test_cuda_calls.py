@@ -17,9 +17,6 @@ import selective_optim
 from selective_optim.policies import form, towards
 from tests.support.fake_cuda import Calls, copy_works, let_fakes_pass_for_plain
 
-# Counters are told by where they lie. Fake ones lie where their views begin.
-pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of Fake")
-
 COUNT = 1000
 SETTINGS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},

@@ -30,7 +30,7 @@ FLOORS = [
     ("fused", "policies"),
     ("decisions",),
     ("_state_entries", "report"),
-    ("_optimizer", "audit", "any_optimizer"),
+    ("_optimizer", "audit"),
     ("sgd", "adam", "adamw"),
     ("any_class",),
     ("routes",),

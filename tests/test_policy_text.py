@@ -241,7 +241,7 @@ WRONG = {
     ),
     "no name": (
         "named(0.5)",
-        "1: `named` takes the name of a policy, not 0.5 (float). Write for example "
+        "1: `named` takes a name, not 0.5 (float). Write for example "
         'named("no_bias_norm").',
         None,
     ),

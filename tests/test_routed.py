@@ -343,6 +343,16 @@ def test_a_group_is_added_to_its_routes():
     assert set(one.state) == {p for g in one.param_groups for p in g["params"]}
 
 
+@pytest.mark.parametrize("told", [{}, {"route": "adamw"}], ids=["asked", "told"])
+def test_the_policy_of_a_route_decides_for_what_is_added_to_it(told):
+    model, _ = twins()
+    own = {"adamw": ("*", AdamW, {**ADAMW, "wd_policy": "none"})}
+    one = routed(model, routes=routes(**own), wd_policy="all")
+    layer = nn.Linear(2, 2)
+    one.add_param_group({"params": [layer.bias], "model": layer, **told})
+    assert one.decay_report().rows[-1].weight_decay == 0
+
+
 def test_groups_that_are_cleared_and_added_again_stay_on_their_route():
     model, twin = twins()
     one = routed(model)

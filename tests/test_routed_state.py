@@ -100,6 +100,16 @@ def test_what_another_route_steps_now_begins_anew_and_is_told():
     train(twin, again)
 
 
+def test_decay_is_that_of_the_checkpoint_where_a_route_steps_others_now():
+    _, one = trained()
+    model, _ = twins()
+    moved = routes(muon=("blocks.0.0.weight", Body, MUON))
+    again = routed(model, routes=moved, weight_decay=0.3)
+    with pytest.warns(UserWarning, match=r"nothing was saved for 'blocks\.1\.0"):
+        again.load_state_dict(one.state_dict())
+    assert [group["weight_decay"] for group in again.param_groups] == [0.1, 0.1]
+
+
 @pytest.mark.parametrize("how", ["list", "mapping"])
 @pytest.mark.parametrize("named", [True, False])
 def test_state_dicts_of_separate_optimizers_load(how, named):

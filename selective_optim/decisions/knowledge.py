@@ -27,7 +27,6 @@ from selective_optim.parameters import (
     ModelIndex,
     ModuleRef,
     ParameterInfo,
-    Wanted,
     at_both,
     clear_at_registration,
     index_of,
@@ -52,8 +51,8 @@ class Pending(NamedTuple):
 
 def describe(index: ModelIndex, coming: Sequence[Pending]) -> list[list[ParameterInfo]]:
     """Describe the parameters of all groups; the index learns which modules live."""
-    asked = (wanted(each.params, each.names, each.group) for each in coming)
-    infos = index.infos(*asked)
+    asked = [wanted(each.params, each.names, each.group) for each in coming]
+    infos = index.infos([*chain(*asked)])
     needs: list[frozenset[Need]] = []
     for each in coming:
         own = each.policy.needs if each.policy else frozenset[Need]()
@@ -78,9 +77,9 @@ def _lacks(needs: frozenset[Need], info: ParameterInfo) -> bool:
 
 def _search(index: ModelIndex, infos: list[ParameterInfo], gaps: Sequence[int]) -> None:
     """Fill in from living modules what policies need and nothing else gives."""
-    known = [(infos[i].parameter, infos[i].group, infos[i].shape, None) for i in gaps]
-    asked = Wanted(*zip(*known))
-    roots = outermost_owners(asked.params)
+    known = (infos[i] for i in gaps)
+    asked = [(info.parameter, info.group, info.shape, info.name) for info in known]
+    roots = outermost_owners([param for param, *_ in asked])
     told = [index_of(root).infos(asked) for root in roots]
     used = set[int]()
     for i, *each in zip(gaps, *told):
@@ -235,7 +234,11 @@ def require_members(
     alone = all(info.owner is None for infos, _ in groups for info in infos)
     for infos, policy in groups:
         strangers = [each for each in enumerate(infos) if each[1].owner is None]
-        if not strangers or not (index.explicit or _are_stacks(infos, index)):
+        if not strangers:
+            continue
+        known = sorted([info.parameter.shape for info in index.everyone()])
+        inside = sorted([info.parameter.shape[1:] for info in infos])
+        if not index.explicit and known != inside:
             continue
         position, info = strangers[0]
         where = (
@@ -250,10 +253,3 @@ def require_members(
             f"{where}, nor in any other that lives. {_by_hand(policy)}, with copies in "
             f'the places of the parameters that each group names in "param_names".'
         )
-
-
-def _are_stacks(infos: Infos, index: ModelIndex) -> bool:
-    """Tell whether tensors are the model's parameters with one more dimension."""
-    everyone = index.everyone()
-    inside = sorted([info.parameter.shape[1:] for info in infos])
-    return bool(everyone) and inside == sorted([i.parameter.shape for i in everyone])

@@ -238,7 +238,8 @@ def _way_out(
 
 
 def require_whole(state_dict: Any) -> None:
-    """Raise ValueError if a dict is none that an optimizer returns."""
+    """Raise TypeError or ValueError if this is no state dict of an optimizer."""
+    require_dict(state_dict)
     if any(str(key).startswith("param_groups.") for key in state_dict):
         raise ValueError(
             "`state_dict` is flattened, and a full one must be plain to be loaded or "

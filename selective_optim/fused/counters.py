@@ -30,30 +30,19 @@ class Block:
 
     def __init__(self, device: torch.device, size: int) -> None:
         self.flat = torch.zeros(size, dtype=torch.float32, device=device)
-        self.taken = 0
+        self._views = self.flat.unbind()
+        self.taken: dict[int, Tensor] = {}  # by id
+        self.advanced = False  # as a whole, those that begin later included
 
     @property
     def has_room(self) -> bool:
-        return self.taken < len(self.flat)
+        return len(self.taken) < len(self._views)
 
-    def take(self, count: int) -> list[Tensor]:
-        """Hand out counters that stand at 0, as many as are left at most."""
-        count = min(count, len(self.flat) - self.taken)
-        # Not a slice: indexing asks for the device itself, which fake tensors lack.
-        part = self.flat.narrow(0, self.taken, count)
-        self.taken += count
-        return list(part.zero_().unbind())  # they advanced with the others
-
-    def place_of(self, counter: Tensor) -> int | None:
-        """Tell which element a tensor views, if any: memory tells, not identity."""
-        if counter.device != self.flat.device or counter.dtype != self.flat.dtype:
-            return None
-        try:
-            offset = counter.data_ptr() - self.flat.data_ptr()
-        except RuntimeError:  # a fake tensor has no memory
-            return None
-        inside = 0 <= offset < 4 * self.taken
-        return offset // 4 if inside else None
+    def take(self) -> Tensor:
+        """Hand out a counter that stands at 0."""
+        counter = self._views[len(self.taken)]
+        self.taken[id(counter)] = counter
+        return counter.zero_() if self.advanced else counter
 
 
 class Advance(NamedTuple):
@@ -80,17 +69,19 @@ class Counters:
         # remembers where they lie.
         self.joining = True
 
-    def reserve(self, device: torch.device, now: int, later: int) -> list[Tensor]:
-        """Make ``now`` counters that view one tensor; ``later`` more may begin."""
+    def begin(self, device: torch.device, room: int) -> Tensor | None:
+        """Make a counter that views one tensor with others, if any may.
+
+        There is ``room`` for those that begin later: another block is another call.
+        """
+        if not self.joining:
+            return None
         self._viewed = True
-        made: list[Tensor] = []
         for block in self._blocks:
-            if block.flat.device == device:
-                made += block.take(now - len(made))
-        if missing := now - len(made):
-            self._blocks.append(Block(device, missing + later))
-            made += self._blocks[-1].take(missing)
-        return made
+            if block.flat.device == device and block.has_room:
+                return block.take()
+        self._blocks.append(Block(device, room))
+        return self._blocks[-1].take()
 
     def part(self, states: States, seen: bool = False) -> None:
         """Make each counter a tensor of its own, in place if it may have been seen."""
@@ -111,17 +102,17 @@ class Counters:
         Blocks of which only some counters step now are forgotten, once all are handed
         out. Their counters go on one by one, as do those that the user has set.
         """
-        whole, rest = [], counters
+        whole, single = [], counters
         for block in list(self._blocks):
-            places = [block.place_of(counter) for counter in rest]
-            mine = [place for place in places if place is not None]
+            mine = [id(each) for each in single if id(each) in block.taken]
             # A parameter that is listed twice steps twice.
-            if len(set(mine)) == len(mine) == block.taken:
+            if len(mine) == len(set(mine)) == len(block.taken):
                 whole.append(block.flat)
-                rest = [c for c, place in zip(rest, places) if place is None]
+                block.advanced = True
+                single = [each for each in single if id(each) not in block.taken]
             elif not block.has_room:
                 self._blocks.remove(block)
-        return Advance(whole, by_device(rest))
+        return Advance(whole, by_device(single))
 
 
 def by_device(counters: list[Tensor]) -> list[list[Tensor]]:
@@ -129,10 +120,7 @@ def by_device(counters: list[Tensor]) -> list[list[Tensor]]:
 
     Calls are bound to that list, in which other counters may come to stand.
     """
-    devices = list(map(_device_of, counters))
-    if len(set(devices)) == 1:
+    devices = set(map(_device_of, counters))
+    if len(devices) == 1:
         return [counters]
-    return [
-        [counter for counter, other in zip(counters, devices) if other == device]
-        for device in dict.fromkeys(devices)
-    ]
+    return [[each for each in counters if each.device == d] for d in devices]

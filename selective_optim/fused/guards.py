@@ -19,10 +19,10 @@ from torch import Tensor
 from selective_optim import _torch
 from selective_optim.step.setting import PLAIN, Groups
 
-# Keys of a group that kernels read; other keys belong to the user.
+# Keys of a group, beside "params", that kernels read; others belong to the user.
 READ = frozenset(
     {
-        *("params", "lr", "weight_decay", "decoupled_weight_decay", "maximize"),
+        *("lr", "weight_decay", "decoupled_weight_decay", "maximize"),
         *("betas", "eps", "amsgrad", "capturable"),
         *("momentum", "dampening", "nesterov", "differentiable", "foreach", "fused"),
     }
@@ -98,7 +98,7 @@ def _is_array(param: Tensor) -> bool:
 
 
 class _Unseen:
-    """Stands for lists of parameters where they are compared by other means."""
+    """Stands for what is not compared, or by other means."""
 
     def __eq__(self, other: object) -> bool:
         return True
@@ -115,51 +115,45 @@ class GroupsGuard:
     """
 
     def __init__(self, groups: Groups, held: bool) -> None:
-        self._params: list[Tensor] | None = params_of(groups)
         self._sizes = [len(group["params"]) for group in groups]
+        self._held = held
+        self._marks = self._marks_of(groups)
         # Equal lists prove the same parameters, but for tensors of one element,
         # which compare equal by value.
-        self._lists_tell = held and all(map(_is_array, self._params))
-        self._tokens: list[Any] = []
+        self._lists_tell = held and all(map(_is_array, self._marks))
         self.take(groups)
-        if not held:
-            self.release()
 
     def take(self, groups: Groups) -> None:
         """Take over new hyperparameters of the same parameters."""
-        names, values = flat(groups), values_of(groups)
-        read = [name in READ for name in names]
-        # The list of parameters itself, which `holds_params` compares, is told from
-        # other lists by identity: betas may be a list.
-        lists = () if self._lists_tell else {id(group["params"]) for group in groups}
+        self._names, values = flat(groups), values_of(groups)
+        read = READ | {"params"} if self._lists_tell else READ
+        named = list(zip(self._names, values))
         self._contents = [
             _Unseen()
-            if not mine or id(v) in lists
+            if name not in read
             # Objects that can be edited in place are compared by value.
-            else (v if isinstance(v, FIXED) else copy.copy(v))
-            for mine, v in zip(read, values)
+            else (value if isinstance(value, FIXED) else copy.copy(value))
+            for name, value in named
         ]
         numbers = [
-            mine and isinstance(v, NUMBERS) and type(v) is not bool
-            for mine, v in zip(read, values)
+            name in READ and isinstance(value, NUMBERS) and type(value) is not bool
+            for name, value in named
         ]
         self._numbers_of = picker(list(compress(count(), numbers)))
         self._numbers = self._numbers_of(values)
-        self._names = names
         self._few = len(groups) <= FEW
         decays = [isinstance(group["weight_decay"], Tensor) for group in groups]
         self._scales_tensors = any(decays)
 
     def release(self) -> None:
         """Hold no parameter from now on."""
-        if self._params is not None:
-            self._tokens = list(map(_torch.token_of, self._params))
-            self._params = None
-            if self._lists_tell:
-                self._lists_tell = False
-                self._contents = [
-                    _Unseen() if _holds_tensors(v) else v for v in self._contents
-                ]
+        if self._held:
+            self._marks = list(map(_torch.token_of, self._marks))
+            self._held = self._lists_tell = False
+            self._contents = [
+                _Unseen() if name == "params" else value
+                for name, value in zip(self._names, self._contents)
+            ]
 
     def holds(self, groups: Groups) -> bool:
         """Tell whether nothing changed, nor is to be multiplied anew."""
@@ -182,17 +176,15 @@ class GroupsGuard:
 
     def holds_params(self, groups: Groups) -> bool:
         """Tell whether the parameters are the same and stand in the same places."""
+        sizes = [len(group["params"]) for group in groups]
+        return sizes == self._sizes and same_objects(
+            self._marks_of(groups), self._marks
+        )
+
+    def _marks_of(self, groups: Groups) -> list[Any]:
+        """List what is each parameter's own: itself where it may be held."""
         params = params_of(groups)
-        if [len(group["params"]) for group in groups] != self._sizes:
-            return False
-        if self._params is None:
-            return same_objects(list(map(_torch.token_of, params)), self._tokens)
-        return same_objects(params, self._params)
-
-
-def _holds_tensors(value: Any) -> bool:
-    several = isinstance(value, (list, tuple, dict, set, deque))
-    return several and any(isinstance(item, Tensor) for item in value)
+        return params if self._held else list(map(_torch.token_of, params))
 
 
 class TensorsGuard:

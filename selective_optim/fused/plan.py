@@ -36,13 +36,7 @@ from selective_optim.fused.guards import (
 )
 from selective_optim.step.decay_passes import pass_calls
 from selective_optim.step.kernels import Kernel, require_no_nan
-from selective_optim.step.parts import (
-    Layout,
-    Part,
-    counts_beside,
-    fusable,
-    joins,
-)
+from selective_optim.step.parts import Layout, Part, counts_beside, fusable, joins
 from selective_optim.step.setting import (
     NO_SCALING,
     Batch,
@@ -56,13 +50,6 @@ from selective_optim.step.setting import (
 
 _call = methodcaller("__call__")
 _traits = attrgetter("dtype", "device", "grad.layout")
-
-
-class Grads(NamedTuple):
-    """The gradients of one step, in a plan's order."""
-
-    local: list[Any]  # shards where sharded, or what stands in for an absent one
-    there: list[bool] | None = None  # which are not absent; None where all are there
 
 
 class Program(NamedTuple):
@@ -201,6 +188,7 @@ class Plan:
         self._keeps = not exposed and all(params[i] in states for i in mine)
         held = self._keeps and all(param in states for param in params)
         self._guard = GroupsGuard(groups, held=held)
+        self._new = True  # the layout has just looked at all
         self._merged: list[list[Part]] | None = None
         self._merge_parts(groups)
         self._gather(groups, states)
@@ -252,12 +240,12 @@ class Plan:
         alike = groupby(self._buckets, lambda b: (b.entries, b.key.sharded))
         self._runs = [list(run) for _, run in alike]
         self._specs: list[Any] = []
-        self._some_absent = False
+        self._there: list[bool] | None = None  # which gradients, if some are absent
         self._tensors = TensorsGuard()
         # The lists stay, as those of buckets do, and calls that are bound to them.
         self._local: list[Tensor] = []
-        self._moments: list[Tensor] = []
         self._steps: list[Tensor] = []
+        self._seen: list[Tensor] = []  # of the state that others may edit
         self._release()
 
     # Gathering: tensors are taken in, and let go.
@@ -286,12 +274,12 @@ class Plan:
         for bucket in run:
             bucket.load(start, columns)
         self._local += columns[0]
-        self._steps += columns.pop() if self._kernel.counts else []
-        self._moments += flat(columns[1:])
+        self._steps += columns[-1] if self._kernel.counts else []
+        self._seen += flat(columns[1:]) if self._exposed else []
 
     def _release(self) -> None:
         self._active = None
-        for tensors in (self._local, self._moments, self._steps):
+        for tensors in (self._local, self._steps, self._seen):
             tensors.clear()
         for bucket in self._buckets:
             bucket.unload()
@@ -308,7 +296,7 @@ class Plan:
 
     # Checking: is the plan still valid?
 
-    def current_grads(self, groups: Groups, states: States) -> Grads | None:
+    def current_grads(self, groups: Groups, states: States) -> list[Any] | None:
         """Return this step's gradients if the plan is still true, else ``None``.
 
         New hyperparameters are taken over here; one that is NaN raises ValueError.
@@ -318,8 +306,12 @@ class Plan:
                 return None
         elif self._some_single and _torch.thread_count() != self._threads:
             self._merge_parts(groups)
-        if self._beside and not self._others_still(params_of(groups)):
-            return None
+        if self._beside:
+            params = params_of(groups)
+            if not without_gradients(self._idle_of(params)):
+                return None
+            if _traits_of(self._rest_of(params)) != self._rest_traits:
+                return None
         if self._active is None:
             try:
                 self._gather(groups, states)
@@ -327,75 +319,58 @@ class Plan:
                 return None  # an entry is gone, or no tensor: torch's words say it
         return self.find_grads()
 
-    def find_grads(self, new: bool = False) -> Grads | None:
-        """Return this step's gradients if they are as planned.
+    def find_grads(self) -> list[Any] | None:
+        """Return this step's gradients, in a plan's order, if they are as planned.
 
-        Those that a new plan was made for are: the layout has just looked at all.
+        They are local shards where sharded, or what stands in for an absent one.
         """
         assert self._active is not None  # gathered
         whole = grads_of(self._active)
-        if not self._some_absent and (grads := self._proved(whole, None)):
-            return grads
+        if self._there is None and (local := self._proved(whole)) is not None:
+            return local
         there = [grad is not None for grad in whole]
-        self._some_absent = not all(there)
-        if not self._some_absent:
-            return self._proved(whole, None, look=True, new=new)
+        self._there = None if all(there) else there
         filled = [
             param.detach() if grad is None else grad
             for param, grad in zip(self._active, whole)
         ]
-        return self._proved(filled, there, look=True, new=new)
+        return self._proved(filled, look=True)
 
     def _reread(self, groups: Groups) -> bool:
         """Take over new hyperparameters; not where the parts depend on them."""
         if not self._guard.holds_params(groups) or self._some_sparse:
             return False
-        pairs = zip(map(self._kernel.structure, groups), self._structure)
+        structure = list(map(self._kernel.structure, groups))
         # An unknown key may be one for which the step raises.
-        if not self._guard.holds_keys(groups) or not all(equal(*p) for p in pairs):
+        if not self._guard.holds_keys(groups) or not equal(structure, self._structure):
             return False
         require_no_nan(self._kernel, groups)
         self._merge_parts(groups)
         self._guard.take(groups)
         return True
 
-    def _others_still(self, params: Sequence[Tensor]) -> bool:
-        """Tell whether what is not fused needs no other part."""
-        rest = self._rest_of(params)
-        return without_gradients(self._idle_of(params)) and (
-            not rest or _traits_of(rest) == self._rest_traits
-        )
-
-    def _proved(
-        self,
-        whole: list[Any],
-        there: list[bool] | None,
-        look: bool = False,
-        new: bool = False,
-    ) -> Grads | None:
-        """Return the gradients if all is as planned, by guards or by a look at each."""
+    def _proved(self, whole: list[Any], look: bool = False) -> list[Any] | None:
+        """Return local gradients if all is as planned, by guards or a look at each."""
         local = whole
         if self._plain < self._count:
             try:
-                if not new and not self._shards_still(whole):
+                if not self._new and not self._shards_still(whole):
                     return None
                 shards = _torch.local_tensors(whole[self._plain :])
             except AttributeError:  # a gradient is None, or not sharded where it was
                 return None
             local = [*whole[: self._plain], *shards]
-        # State unseen is what the last step left.
-        seen = (*self._moments, *self._steps) if self._exposed else ()
-        tensors = (*self._local, *local, *seen)
+        # State that nobody else may edit is what the last step left.
+        tensors = (*self._local, *local, *self._seen)
         if not self._tensors.holds(tensors):
             # Not checked yet, or in another dispatch state: check once, and remember.
-            if not look or not (new or self._fit(local)):
+            buckets = () if self._new else self._buckets
+            if not look or not all(b.fits(local[b.part]) for b in buckets):
                 return None
-            if self._buckets and not self.once:
+            if tensors and not self.once:
                 self._tensors.admit(tensors)
-        return Grads(local, there)
-
-    def _fit(self, local: list[Any]) -> bool:
-        return all(bucket.fits(local[bucket.part]) for bucket in self._buckets)
+        self._new = False
+        return local
 
     def _shards_still(self, whole: list[Any]) -> bool:
         assert self._active is not None  # gathered
@@ -414,18 +389,18 @@ class Plan:
 
     # Running.
 
-    def run(self, grads: Grads, scaling: Scaling) -> None:
+    def run(self, grads: list[Any], scaling: Scaling) -> None:
         """Step every bucket; counters advance before and fall back if skipped."""
         # Into the lists that calls are bound to, and out of them in any case: gradients
         # that the user sets to None must be freed.
-        mine = map(grads.local.__getitem__, self._slices)
+        mine = map(grads.__getitem__, self._slices)
         deque(map(list.extend, self._grads, mine), maxlen=0)
         try:
             program = self._program
-            steady = scaling == NO_SCALING and grads.there is None and not self._live
+            steady = scaling == NO_SCALING and self._there is None and not self._live
             if program is None or not steady:
                 # Scales, absent gradients and tensor rates are of this step alone.
-                program = self._assemble(grads.there, scaling)
+                program = self._assemble(scaling)
                 lasts = steady and (self._keeps or self._lasts(program))
                 self._program = program if lasts else None
             self._perform(program, scaling)
@@ -434,26 +409,28 @@ class Plan:
             if not self._keeps:
                 self._release()
 
-    def _assemble(self, there: list[bool] | None, scaling: Scaling) -> Program:
+    def _assemble(self, scaling: Scaling) -> Program:
         # Moved to each device once.
         scaled: Callable[..., Any] = cache(partial(scaling_on, scaling))
         advance = self._advance
-        if there is not None:
-            advance = Advance([], by_device(list(compress(self._steps, there))))
+        if self._there is not None:
+            present = list(compress(self._steps, self._there))
+            advance = Advance([], by_device(present))
         calls: list[Call] = []
         ends = []
         single = False
         for bucket in self._buckets:
-            batch = bucket.present(there)
+            batch = bucket.present(self._there)
             if batch.params:
                 # Threads are set where they change, not around every call.
                 if bucket.single_thread != single:
                     single = bucket.single_thread
-                    calls.append(self._on(1 if single else self._threads))
+                    threads = 1 if single else self._threads
+                    calls.append(partial(_torch.set_threads, threads))
                 calls += bucket.calls(batch, scaled(bucket.key.device))
             ends.append(len(calls))
         if single:
-            calls.append(self._on(self._threads))
+            calls.append(partial(_torch.set_threads, self._threads))
         dropping = scaling.found_inf is not None
         after = advance.by(lambda d: -scaled(d).found_inf) if dropping else []
         return Program(advance.by(lambda device: 1.0), calls, ends, after)
@@ -467,11 +444,6 @@ class Plan:
             and not any(args and isinstance(args[0], Tensor) for args in bound)
         )
 
-    @staticmethod
-    def _on(threads: int) -> Call:
-        assert _torch.set_threads is not None  # or no bucket is of one thread
-        return partial(_torch.set_threads, threads)
-
     def _perform(self, program: Program, scaling: Scaling) -> None:
         """Run all calls without a line of Python between them.
 
@@ -484,7 +456,7 @@ class Plan:
             deque(map(_call, left), maxlen=0)
         except BaseException:
             if self._some_single and self._threads > 1:
-                self._on(self._threads)()
+                _torch.set_threads(self._threads)
             if rest := length_hint(left):
                 done = len(program.calls) + len(program.after) - rest
                 self._take_back(program, done, scaling)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from threading import get_ident
 from time import sleep
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from selective_optim.fused.plan import Plan
 from selective_optim.step.kernels import Kernel, require_no_nan
 from selective_optim.step.parts import (
     DecidedParam,
-    Layout,
     Part,
     counts_beside,
     fused_choice,
@@ -37,46 +35,12 @@ PLANNING = _torch.CAN_PLAN
 
 def _places_of(params: Sequence[Tensor]) -> tuple[list[object], list[Place]]:
     """List what is each parameter's own and no other's, and its dtype and device."""
-    places, few = list(map(_place_of, params)), dict[Place, Place]()
-    places = list(map(few.setdefault, places, places))
-    return list(map(_torch.token_of, params)), places
+    return list(map(_torch.token_of, params)), list(map(_place_of, params))
 
 
 def _share_counters(params: Sequence[DecidedParam], states: States) -> bool:
     owns = [own for p in params if "step" in (own := states.get(p.param) or {})]
     return distinct([own["step"] for own in owns]) < distinct(owns)
-
-
-def _begin_state(
-    kernel: Kernel,
-    groups: Groups,
-    params: Sequence[DecidedParam],
-    positions: Sequence[int],
-    states: States,
-    counters: Counters,
-) -> None:
-    """Make the state of planned parameters that have none, as torch makes it.
-
-    Counters may share one tensor per device.
-    """
-    new: dict[int, DecidedParam] = {}
-    for position in positions:
-        each = params[position]
-        if not kernel.has_state(states.get(each.param) or {}, groups[each.group]):
-            new.setdefault(id(_torch.token_of(each.param)), each)
-    shared: dict[torch.device, Iterator[Tensor]] = {}
-    devices = [each.param.device for each in new.values()]
-    for device in dict.fromkeys(devices) if counters.joining else ():
-        # Room for those that train and have no gradient yet, as an unused head: another
-        # block would be another call.
-        later = sum(
-            p.param.device == device and p.param.requires_grad and p.param.grad is None
-            for p in params
-        )
-        shared[device] = iter(counters.reserve(device, devices.count(device), later))
-    for each in new.values():
-        step = next(shared[each.param.device]) if shared else None
-        kernel.begin(states[each.param], each.param, groups[each.group], step)
 
 
 class Stepper:
@@ -182,7 +146,7 @@ class Stepper:
                 grads = None if plan is None else plan.current_grads(groups, states)
                 if plan is None or grads is None:
                     plan = self._new_plan(groups, decided(), states)
-                    grads = plan.find_grads(new=True)
+                    grads = plan.find_grads()
                 assert grads is not None  # which a new plan fits
                 if plan.rest:
                     step_parts(plan.rest)
@@ -202,8 +166,10 @@ class Stepper:
         Without ``choosing``, they go where the flags of their group say.
         """
         self.forget()
-        layout = self._make_layout(groups, decided(), states, (), choosing)
-        return layout.parts
+        require_no_nan(self.kernel, groups)
+        params = decided()
+        self._follow_moved(groups, params, states)
+        return make_layout(self.kernel, groups, params, states, (), choosing).parts
 
     def finish(self, mine: bool, states: States) -> None:
         """End a step, however it went, and take note of a look at the state in it."""
@@ -215,12 +181,15 @@ class Stepper:
     def _new_plan(
         self, groups: Groups, params: Sequence[DecidedParam], states: States
     ) -> Plan:
-        self._plan = None
+        self.forget()
         self.plans += 1
+        # Before any state is made: a refusal leaves the optimizer as it was.
+        require_no_nan(self.kernel, groups)
+        self._follow_moved(groups, params, states)
+        given = (self.kernel, groups, params, states)
         # Where counters are shared, each group counts for itself, as the class does it.
         planned = not (self.exposed and _share_counters(params, states))
-        how = (self._stepped, True, planned)
-        layout = self._make_layout(groups, params, states, *how)
+        layout = make_layout(*given, self._stepped, planned=planned)
         mine = [i for part in layout.parts for i in part.positions]
         # Tokens, not parameters: what is kept must not keep a deleted model alive.
         self._stepped = {id(self._tokens[i]): self._tokens[i] for i in mine}
@@ -228,23 +197,14 @@ class Stepper:
             # A CUDA graph remembers where counters lie: they must not move later.
             self._counters.part(states)
         fused = [part for part in layout.parts if part.key.device is not None]
-        positions = sorted({i for part in fused for i in part.positions})
-        _begin_state(self.kernel, groups, params, positions, states, self._counters)
+        for position in sorted({i for part in fused for i in part.positions}):
+            param, group, *_ = params[position]
+            if not self.kernel.has_state(states.get(param) or {}, groups[group]):
+                step = self._counters.begin(param.device, len(params))
+                self.kernel.begin(states[param], param, groups[group], step)
         own = (self._counters, self.exposed)
-        self._plan = plan = Plan(self.kernel, groups, layout, states, *own)
-        return plan
-
-    def _make_layout(
-        self,
-        groups: Groups,
-        params: Sequence[DecidedParam],
-        states: States,
-        *how: Any,
-    ) -> Layout:
-        # Before any state is made: a refusal leaves the optimizer as it was.
-        require_no_nan(self.kernel, groups)
-        self._follow_moved(groups, params, states)
-        return make_layout(self.kernel, groups, params, states, *how)
+        self._plan = Plan(self.kernel, groups, layout, states, *own)
+        return self._plan
 
     def _follow_moved(
         self, groups: Groups, params: Sequence[DecidedParam], states: States

@@ -17,11 +17,7 @@ from torch import nn
 from selective_optim import _torch
 from selective_optim._text import received
 from selective_optim._torch import canonical_name
-from selective_optim.policies.recognition import (
-    embedding_module,
-    has_parameters,
-    norm_module,
-)
+from selective_optim.parameters import has_parameters
 
 Layers = str | Sequence[str] | None
 Modules = list[nn.Module]
@@ -31,7 +27,6 @@ CONTAINERS = (nn.Sequential, *LISTS)
 # A convolution with its norm is a piece of a block, a linear layer not even that.
 PARTS_OF_A_BLOCK = 3
 DOWN, UP = re.compile(r"down(?!_?stream)"), re.compile(r"up(?!date|per)")
-POOL = re.compile(r"(?:.*_)?pool(?:ing|er)?(?:_.*)?$")
 # Blocks that hold a tenth of what the largest run holds could be meant as well.
 RIVAL = 10
 
@@ -217,7 +212,8 @@ def _found(roots: Sequence[nn.Module]) -> list[nn.Module]:
             f"several stacks of their own depth, as in layers=[{globs}]."
         )
     counts = Counter(_counting_globs(roots))
-    numbered = ", ".join(map(repr, list(counts)[:8])) or "none"  # of 1,000, say
+    # A message with 1,000 globs cannot be read.
+    numbered = ", ".join(map(repr, list(counts)[:8])) or "none"
     raise ValueError(
         f"`layers` must name the repeated blocks of {models}, where none were found; "
         f"numbered modules in it: {numbered}. "
@@ -289,91 +285,3 @@ def _in_single_match(
         f"blocks, so there is nothing to count. Write for example "
         f'layers="{runs[0].glob if runs else f"{stem}*"}".'
     )
-
-
-def tower(modules: Modules, stack: Modules, others: set[nn.Module]) -> Modules:
-    """Return the modules of the outermost one around a stack and none of the others."""
-    # Parents come first, so the first that fits is the outermost.
-    for module in modules:
-        inside = set(module.modules())
-        if stack[0] in inside and others.isdisjoint(inside):
-            if inside.issuperset(stack):
-                return [m for m in modules if m in inside]
-            break
-    # The blocks of several stacks stand in one list.
-    return [module for block in stack for module in block.modules()]
-
-
-def distances_in(modules: Modules, blocks: Modules) -> dict[nn.Module, int]:
-    """Tell how far above each module, parents first, the top of a stack lies."""
-    numbers = {block: i for i, block in enumerate(blocks, start=1)}
-    layer: dict[nn.Module, int] = {}
-
-    def place(module: nn.Module, number: int) -> None:
-        layer.update(dict.fromkeys(module.modules(), number))
-
-    block = 0
-    for module in modules:
-        if module in numbers:
-            block = numbers[module]
-            place(module, block)
-        layer.setdefault(module, block + 1 if block else 0)
-    around = [m for m in modules if m not in numbers and _span(m, numbers)]
-    for parent in around:
-        layer.update(_beside(parent, numbers))
-        for key, child in parent.named_children():
-            # Between two blocks it embeds what comes out of the first, and in the last
-            # of several stages what that stage computes.
-            if layer[child] > len(blocks) and embedding_module(child):
-                place(child, 0 if 1 in _span(parent, numbers) else len(blocks))
-            if layer[child] == 0 and POOL.match(key):  # it pools what the blocks give
-                place(child, len(blocks) + 1)
-    norm = _final_norm(modules, around, blocks[-1])
-    if norm is not None:
-        place(norm, len(blocks))
-    return {module: len(blocks) + 1 - layer[module] for module in modules}
-
-
-def _beside(parent: nn.Module, numbers: dict[nn.Module, int]) -> dict[nn.Module, int]:
-    """Number what stands in lists that count as the list of blocks beside them does.
-
-    Of a list before the blocks an item belongs to the first block of its number, of
-    one after them to the last. Where a list is one shorter, its items stand between.
-    """
-    lists = [m for m in parent.children() if isinstance(m, CONTAINERS)]
-    spans = [[_span(item, numbers) for item in each.children()] for each in lists]
-    counted = next((i for i, span in enumerate(spans) if span and all(span)), None)
-    found: dict[nn.Module, int] = {}
-    for i, each in enumerate(lists if counted is not None else ()):
-        main, fewer = spans[counted or 0], len(spans[counted or 0]) - len(each)
-        if not isinstance(each, LISTS) or any(spans[i]) or fewer not in (0, 1):
-            continue
-        if fewer and all(norm_module(item) for item in each.children()):
-            continue  # norms of what comes out, which no stage follows
-        last = -1 if i > (counted or 0) and not fewer else 0
-        for item, span in zip(each.children(), main[fewer:]):
-            found.update(dict.fromkeys(item.modules(), span[last]))
-    return found
-
-
-def _span(item: nn.Module, numbers: dict[nn.Module, int]) -> list[int]:
-    return [numbers[module] for module in item.modules() if module in numbers]
-
-
-def _final_norm(modules: Modules, around: Modules, last: nn.Module) -> nn.Module | None:
-    """Return the norm of what the last block gives: right after it, or so called."""
-    inside = set(last.modules())
-    for module in modules[modules.index(last) :]:
-        keys = (key for key, _ in module.named_children())
-        if module not in inside and _torch.WRAPPERS.isdisjoint(keys):
-            if norm_module(module):
-                return module
-            break
-    # One called ``norm`` may be registered before the list of blocks.
-    for parent in around:
-        norm = dict(parent.named_children()).get("norm")
-        lists = [child for child in parent.children() if isinstance(child, CONTAINERS)]
-        beside = any(last is block for each in lists for block in each.children())
-        if beside and norm_module(norm):
-            return norm
-    return None

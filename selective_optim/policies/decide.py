@@ -10,11 +10,10 @@ from functools import cache
 from itertools import product, repeat
 from typing import Any
 
-from torch import nn
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._text import warn
+from selective_optim._text import class_text, warn
 from selective_optim.decay import FULL, REMEDY, Answer, Decision
 from selective_optim.parameters import ParameterInfo, owner_kinds, shape_now
 from selective_optim.policies.recognition import (
@@ -33,17 +32,17 @@ from selective_optim.policies.selectors import (
     Selector,
     UnknownError,
     UnsureError,
-    class_text,
     lacking,
 )
 
+Infos = Sequence[ParameterInfo]
 NO_POLICY = "no policy"
 SHOWN = 3  # names that a message gives
 
 
 def decide(
     policy: Policy | None,
-    infos: Sequence[ParameterInfo],
+    infos: Infos,
     places: Sequence[int] | None = None,
     lr0s: Iterable[float | None] = repeat(None),
 ) -> list[Decision]:
@@ -93,10 +92,7 @@ def _explained(
 
 
 def _require_knowledge(
-    policy: Policy,
-    infos: Sequence[ParameterInfo],
-    places: Sequence[int],
-    unsure: Sequence[bool],
+    policy: Policy, infos: Infos, places: Sequence[int], unsure: Sequence[bool]
 ) -> None:
     needs = policy.needs
     for info, place, doubtful in zip(infos, places, unsure):
@@ -121,7 +117,7 @@ def _require_knowledge(
             )
 
 
-def _ways_out(policy: Policy | None, infos: Sequence[ParameterInfo]) -> str:
+def _ways_out(policy: Policy | None, infos: Infos) -> str:
     # Of other policies "matrices" would change what was asked for, and of vectors
     # alone, as engines flatten them, it would decay nothing.
     matrices = any(info.ndim is not None and info.ndim > 1 for info in infos)
@@ -146,9 +142,9 @@ def _lost(info: ParameterInfo) -> str:
 
 def require_matches(
     policy: Policy,
-    infos: Sequence[ParameterInfo],
+    infos: Infos,
     elsewhere: Callable[[Selector], bool],
-    everyone: Callable[[], Sequence[ParameterInfo]],
+    everyone: Callable[[], Infos],
 ) -> None:
     """Raise if a glob or object matches no parameter here, nor ``elsewhere``.
 
@@ -174,32 +170,28 @@ def require_matches(
 
 
 def _warn_of_class(
-    policy: Policy, missing: Sequence[InsideClass], infos: Sequence[ParameterInfo]
+    policy: Policy, missing: Sequence[InsideClass], infos: Infos
 ) -> None:
     if missing:
         roots = {id(i.path[0]): i.path[0] for i in infos if i.path}
         policy_here = policy.bind(list(roots.values()))
     for selector, info in product(missing, infos):
-        if info.owner is None or not _meant(selector.cls, info):
+        if info.owner is None:
             continue
-        if _decays(policy_here, info):
+        # It is meant for any norm, or for a class whose name has more words.
+        norm = kind_of(info) == "norm"
+        words = set(WORDS.findall(selector.cls.__name__))
+        longer = words <= {*WORDS.findall(type(info.owner).__name__)}
+        cls: Any = selector.cls  # mypy holds that classes of modules have no hash
+        if (norm if says_norm(cls) else longer) and _decays(policy_here, info):
             other = class_text(type(info.owner))
-            instead = "is_norm" if kind_of(info) == "norm" else other
+            written = repr(policy).replace(repr(selector), "is_norm" if norm else other)
             warn(
                 f"{selector!r} in `wd_policy` matches none of {len(infos)} parameters, "
                 f"and {info.name!r}, held by {other}, decays. Write wd_policy="
-                f'"{repr(policy).replace(repr(selector), instead)}", or pass '
-                f"missing_ok=True to its policy."
+                f'"{written}", or pass missing_ok=True to its policy.'
             )
             return
-
-
-def _meant(cls: type[nn.Module], info: ParameterInfo) -> bool:
-    # For any norm, or for a class whose name has more words.
-    words = set(WORDS.findall(cls.__name__))
-    others = WORDS.findall(type(info.owner).__name__)
-    norm: Any = cls  # mypy holds that classes of modules have no hash
-    return kind_of(info) == "norm" if says_norm(norm) else words <= {*others}
 
 
 def _decays(policy: Policy, info: ParameterInfo) -> bool:

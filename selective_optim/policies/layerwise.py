@@ -15,17 +15,21 @@ from selective_optim._torch import canonical_name
 from selective_optim.decay import Answer, Decay
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.blocks import (
-    POOL,
+    CONTAINERS,
+    LISTS,
     Layers,
     Modules,
-    distances_in,
     find_stacks,
     named_modules,
     require_arguments,
-    tower,
 )
-from selective_optim.policies.predicates import heads, whole
-from selective_optim.policies.recognition import embedding_part, norm_module
+from selective_optim.policies.recognition import (
+    embedding_module,
+    embedding_part,
+    heads,
+    norm_module,
+    whole,
+)
 from selective_optim.policies.selectors import MODULES, NAMES, Policy
 
 Order = tuple[float, ...]
@@ -33,6 +37,7 @@ Order = tuple[float, ...]
 WITH_THE_ONE_BEFORE = 99999
 # A model may well call a module of its own `module`.
 INSIDE = _torch.WRAPPERS - {"module"}
+POOL = re.compile(r"(?:.*_)?pool(?:ing|er)?(?:_.*)?$")
 
 
 def own_layers(roots: Sequence[nn.Module]) -> dict[str, int] | None:
@@ -41,20 +46,18 @@ def own_layers(roots: Sequence[nn.Module]) -> dict[str, int] | None:
     A model that holds nothing but another, as a wrapper or a training module does, has
     the other speak. ``None`` where it says nothing, or no more than one layer.
     """
-    if len(roots) != 1:
-        return None
     # Not getattr: wrappers answer for the module inside, whose names are others.
-    speakers = (p for p in whole(roots[0]) if hasattr(type(p[1]), "group_matcher"))
+    every = (pair for root in roots for pair in whole(root))
+    speakers = (pair for pair in every if hasattr(type(pair[1]), "group_matcher"))
     prefix, model = next(speakers, ("", None))
-    if model is None or not callable(model.group_matcher):
+    if len(roots) != 1 or model is None or not callable(model.group_matcher):
         return None
     place = _placing(model.group_matcher(coarse=False))
     places: dict[str, Order] = {}
     for name, _ in model.named_parameters():
         # Matchers are written for the names that the model itself gives.
         places[name] = place(".".join(p for p in name.split(".") if p not in INSIDE))
-    numbers: dict[Order, int] = {}
-    last = -1
+    numbers, last = dict[Order, int](), -1
     for here in sorted(set(places.values())):
         last += not (numbers and here[-1] == WITH_THE_ONE_BEFORE)
         numbers[here] = last
@@ -93,6 +96,94 @@ def _placing(said: Any) -> Callable[[str], Order]:
     return place
 
 
+def tower(modules: Modules, stack: Modules, others: set[nn.Module]) -> Modules:
+    """Return the modules of the outermost one around a stack and none of the others."""
+    # Parents come first, so the first that fits is the outermost.
+    for module in modules:
+        inside = set(module.modules())
+        if stack[0] in inside and others.isdisjoint(inside):
+            if inside.issuperset(stack):
+                return [m for m in modules if m in inside]
+            break
+    # The blocks of several stacks stand in one list.
+    return [module for block in stack for module in block.modules()]
+
+
+def distances_in(modules: Modules, blocks: Modules) -> dict[nn.Module, int]:
+    """Tell how far above each module, parents first, the top of a stack lies."""
+    numbers = {block: i for i, block in enumerate(blocks, start=1)}
+    layer: dict[nn.Module, int] = {}
+
+    def place(module: nn.Module, number: int) -> None:
+        layer.update(dict.fromkeys(module.modules(), number))
+
+    block = 0
+    for module in modules:
+        if module in numbers:
+            block = numbers[module]
+            place(module, block)
+        layer.setdefault(module, block + 1 if block else 0)
+    around = [m for m in modules if m not in numbers and _span(m, numbers)]
+    for parent in around:
+        layer.update(_beside(parent, numbers))
+        for key, child in parent.named_children():
+            # Between two blocks it embeds what comes out of the first, and in the last
+            # of several stages what that stage computes.
+            if layer[child] > len(blocks) and embedding_module(child):
+                place(child, 0 if 1 in _span(parent, numbers) else len(blocks))
+            if layer[child] == 0 and POOL.match(key):  # it pools what the blocks give
+                place(child, len(blocks) + 1)
+    norm = _final_norm(modules, around, blocks[-1])
+    if norm is not None:
+        place(norm, len(blocks))
+    return {module: len(blocks) + 1 - layer[module] for module in modules}
+
+
+def _beside(parent: nn.Module, numbers: dict[nn.Module, int]) -> dict[nn.Module, int]:
+    """Number what stands in lists that count as the list of blocks beside them does.
+
+    Of a list before the blocks an item belongs to the first block of its number, of
+    one after them to the last. Where a list is one shorter, its items stand between.
+    """
+    lists = [m for m in parent.children() if isinstance(m, CONTAINERS)]
+    spans = [[_span(item, numbers) for item in each.children()] for each in lists]
+    main = next((span for span in spans if span and all(span)), [])
+    found: dict[nn.Module, int] = {}
+    for i, each in enumerate(lists if main else ()):
+        fewer = len(main) - len(each)
+        if not isinstance(each, LISTS) or any(spans[i]) or fewer not in (0, 1):
+            continue
+        if fewer and all(norm_module(item) for item in each.children()):
+            continue  # norms of what comes out, which no stage follows
+        last = -1 if main in spans[:i] and not fewer else 0
+        for item, span in zip(each.children(), main[fewer:]):
+            found.update(dict.fromkeys(item.modules(), span[last]))
+    return found
+
+
+def _span(item: nn.Module, numbers: dict[nn.Module, int]) -> list[int]:
+    return [numbers[module] for module in item.modules() if module in numbers]
+
+
+def _final_norm(modules: Modules, around: Modules, last: nn.Module) -> nn.Module | None:
+    """Return the norm of what the last block gives: right after it, or so called."""
+    inside = set(last.modules())
+    for module in modules[modules.index(last) :]:
+        keys = (key for key, _ in module.named_children())
+        if module not in inside and _torch.WRAPPERS.isdisjoint(keys):
+            if norm_module(module):
+                return module
+            break
+    # One called ``norm`` may be registered before the list of blocks.
+    for parent in around:
+        norm = dict(parent.named_children()).get("norm")
+        lists = [child for child in parent.children() if isinstance(child, CONTAINERS)]
+        beside = any(last is block for each in lists for block in each.children())
+        if beside and norm_module(norm):
+            return norm
+    return None
+
+
 class Distances:
     """Distance of every parameter of some modules from their top layer.
 
@@ -126,17 +217,16 @@ class Distances:
             inside = tower(modules, stack, others) if others else modules
             self._distance.update(distances_in(inside, stack))
         # A head is the top, also where it is registered before the blocks.
-        for head in (head for module in modules[:1] for head in heads(module)):
+        for head in heads(modules[0]):
             if blocks.isdisjoint(head.modules()) and not norm_module(head):
                 self._distance.update(dict.fromkeys(head.modules(), 0))
         self._below = max(map(len, stacks)) + 1
         self._around = {m for m in modules if m not in self._distance}
-        around = [m for m in modules if not blocks.isdisjoint(m.modules())]
-        self._holders = set(around) - blocks
+        self._holders = {m for m in modules if blocks & {*m.modules()}} - blocks
         first = min(modules.index(block) for block in blocks)
         for place, module in enumerate(modules):
             if module in self._around:
-                lowest = place < first and blocks.isdisjoint(module.modules())
+                lowest = place < first and module not in self._holders
                 self._distance[module] = self._below if lowest else 0
 
     def of(self, info: ParameterInfo) -> int:
@@ -150,8 +240,7 @@ class Distances:
             return self._top - self._own.get(info.name or "", self._top)
         if POOL.match(info.leaf or "") and info.owner in self._holders:
             return 0  # queries that pool what the blocks give
-        around = info.owner in self._around
-        if around and embedding_part(info):
+        if info.owner in self._around and embedding_part(info):
             return self._below - self._lift
         return self._distance[info.owner] - self._lift
 

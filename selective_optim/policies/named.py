@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import nn
 
-from selective_optim._text import received
+from selective_optim._text import loaded_class, received
 from selective_optim.decay import FORMS, Decay
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies import predicates
@@ -47,17 +47,25 @@ from selective_optim.policies.selectors import (
     Selector,
     as_selector,
     either,
-    loaded_class,
 )
 
+# The command line prints the first sentence above each.
 NAMED: dict[str, Policy] = {
+    # Decays everything.
     "all": only(everything),
+    # Exempts everything.
     "none": exclude(everything),
+    # Exempts biases.
     "no_bias": exclude(is_bias),
+    # Exempts parameters of normalization layers.
     "no_norm": exclude(is_norm),
+    # Exempts biases and parameters of normalization layers.
     "no_bias_norm": exclude(is_bias, is_norm),
+    # Exempts biases, norms, embeddings and tokens.
     "no_bias_norm_embedding": exclude(is_bias, is_norm, is_embedding),
+    # Exempts tensors of fewer than two dimensions; needs shapes only.
     "matrices": exclude(is_vector),
+    # Decays weights of layers; exempts everything else.
     "layer_weights": only(is_layer_weight),
     **RECIPES,
 }
@@ -117,26 +125,21 @@ def named(name: str) -> Policy:
     if name in NAMED:
         return NAMED[name]
     if not isinstance(name, str):
-        raise TypeError(
-            f"`named` takes the name of a policy, not {received(name)}. "
-            f'Write for example named("no_bias_norm").'
-        )
+        told = f"`named` takes a name, not {received(name)}."
+        raise TypeError(f'{told} Write for example named("no_bias_norm").')
     layer = name.removeprefix("nn.")
     torchs = isinstance(getattr(nn, layer, None), type)
+    told = "not the name of a policy"
     if torchs or GLOB_OR_PATH.search(name):
-        raise ValueError(
-            f"`wd_policy` {name!r} is a selector and not the name of a policy. "
-            f"Write wd_policy={either(f'nn.{layer}' if torchs else repr(name))}."
-        )
-    if name in FORMS:
-        raise ValueError(
-            f"`wd_policy` {name!r} is a form of decay and not the name of a policy. "
-            f'Write wd_policy=form("{name}"), of selective_optim.policies.'
-        )
-    known = ", ".join(f'"{known}"' for known in NAMED)
-    told = f"`wd_policy` {name!r} is not the name of a policy; known are {known}. "
-    told += closest(name, NAMED, 'Did you mean wd_policy="{}"?')
-    raise ValueError(told.rstrip())
+        told = f"a selector and {told}"
+        rest = f"Write wd_policy={either(f'nn.{layer}' if torchs else repr(name))}."
+    elif name in FORMS:
+        told = f"a form of decay and {told}"
+        rest = f'Write wd_policy=form("{name}"), of selective_optim.policies.'
+    else:
+        told += "; known are " + ", ".join(f'"{known}"' for known in NAMED)
+        rest = closest(name, NAMED, 'Did you mean wd_policy="{}"?')
+    raise ValueError(f"`wd_policy` {name!r} is {told}. {rest}".rstrip())
 
 
 def closest(name: str, known: Iterable[str], told: str) -> str:
@@ -307,7 +310,6 @@ class Reader:
 
     def _not_a_policy(self, node: ast.expr) -> PolicyTextError:
         shown, rest = ast.unparse(node), TYPE_THIS
-        called = isinstance(node, ast.Call)
         name = _dotted(getattr(node, "func", node))
         if isinstance(node, ast.BinOp) and not isinstance(node.op, ast.BitOr):
             told = f"{shown} joins policies with no `*`."
@@ -317,9 +319,10 @@ class Reader:
         elif name in FUNCTIONS:
             told = f"{name} is what makes a policy, and not called."
         elif name and name not in PREDICATES:
-            told = f"{name!r} is the {'function' if called else 'name'} of no policy."
-            known = FUNCTIONS if called else NAMED
-            rest = closest(name, list(known), "Did you mean {}?") or TYPE_THIS
+            made = isinstance(node, ast.Call)
+            told = f"{name!r} is the {'function' if made else 'name'} of no policy."
+            known = [*(FUNCTIONS if made else NAMED)]
+            rest = closest(name, known, "Did you mean {}?") or TYPE_THIS
         else:
             self._selector(node)  # which raises if it is none
             told = f"{shown} is a selector, and no policy."

@@ -19,6 +19,7 @@ from torch import nn
 from selective_optim._text import warn
 from selective_optim.parameters import ParameterInfo, index_of
 from selective_optim.policies.recognition import (
+    TELLING,
     bias_part,
     embedding_part,
     holder,
@@ -27,6 +28,7 @@ from selective_optim.policies.recognition import (
     says_nothing,
     telling_places,
     token_leaf,
+    whole,
 )
 from selective_optim.policies.selectors import (
     KINDS,
@@ -42,10 +44,6 @@ from selective_optim.policies.selectors import (
 )
 
 ACCESSORS = ("get_output_embeddings", "get_classifier")
-TELLING = re.compile(
-    r"(?!pre_)(?:\w+_)?(?:heads?|classifier|logits|unembed)(?:_\w+)?$|aux\d*$"
-    r"|(?:fc|(?:qa_)?outputs?|out|score|proj_out|output_\w+|last_linear|final_layer)$"
-)
 # Names of the last of several layers in a head.
 LAST = re.compile(TELLING.pattern + r"|out_proj$|decoder$|dense_out$")
 NUMBERED = re.compile(r".*\d$")
@@ -75,12 +73,6 @@ def is_output_of(place: ParameterInfo) -> bool:
         raise UnsureError(told, names[-1])
     layers = {name.rpartition(".")[0] for name in names}
     return (place.name or "").rpartition(".")[0] in layers
-
-
-def heads(root: nn.Module) -> list[nn.Module]:
-    """Return what a model calls its head, at the outermost level."""
-    children = [pair for _, module in whole(root) for pair in module.named_children()]
-    return [child for key, child in children if TELLING.match(key)]
 
 
 def is_hidden(place: ParameterInfo) -> bool:
@@ -142,25 +134,11 @@ def _find(
     return names[-1:] if sure else names, sure
 
 
-def whole(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield a model, and what it consists of where it holds nothing but another.
-
-    Beside each module stands what the names of its parameters begin with.
-    """
-    yield prefix, module
-    held = {id(param) for param in module.parameters()}
-    for key, child in module.named_children():
-        if held and {id(param) for param in child.parameters()} == held:
-            yield from whole(child, f"{prefix}{key}.")
-
-
 def _said(module: nn.Module, weights: list[ParameterInfo]) -> tuple[str, ...] | None:
     for accessor in ACCESSORS:
-        if not hasattr(type(module), accessor):
-            continue
-        try:
-            said = getattr(module, accessor)()
-        except Exception:  # an accessor that the model inherits and does not serve
+        try:  # of the class: wrappers answer for the module inside
+            said = getattr(type(module), accessor)(module)
+        except Exception:  # missing, or inherited and not served
             continue
         held = list(_layers(said))
         found = [_last(layer, weights) for layer in held]

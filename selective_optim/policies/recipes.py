@@ -342,23 +342,20 @@ def _mingpt(info: ParameterInfo) -> str | None:
     sides = set()  # what to exempt it for, "" to decay it
     for place in info.places:
         leaf, path = place.leaf or "", place.path
-        kinds = (nn.LayerNorm, nn.Embedding)
-        inside = [type(module).__name__ for module in path if isinstance(module, kinds)]
+        others = [m for m in path if isinstance(m, nn.LayerNorm | nn.Embedding)]
         if leaf.endswith("bias"):
             sides.add("bias")
-        elif leaf.endswith("weight") and any(isinstance(m, nn.Linear) for m in path):
-            sides.add("")
         elif leaf.endswith("weight"):
-            sides |= {f"inside {kind}" for kind in inside[:1]}
+            linear = any(isinstance(m, nn.Linear) for m in path)
+            inside = {f"inside {type(other).__name__}" for other in others[:1]}
+            sides |= {""} if linear else inside
     if len(sides) == 1:
         return sides.pop() or None
     # minGPT itself stops with an assertion or a missing key.
-    owner = "no module" if info.owner is None else type(info.owner).__name__
-    how = "in two ways" if sides else "nowhere"
     raise ValueError(
-        f"minGPT's rule places {info.name!r}, held by {owner}, {how}; it knows biases "
-        f"and the weights of Linear, LayerNorm and Embedding. "
-        f'Use wd_policy="no_bias_norm_embedding".'
+        f"minGPT's rule places {info.name!r}, held by {type(info.owner).__name__}, "
+        f"{'in two ways' if sides else 'nowhere'}; it knows biases and the weights of "
+        f'Linear, LayerNorm and Embedding. Use wd_policy="no_bias_norm_embedding".'
     )
 
 

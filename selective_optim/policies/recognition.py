@@ -9,7 +9,7 @@ all of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
 from itertools import takewhile
@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from selective_optim._torch import original_class, own_classes
-from selective_optim.parameters import ParameterInfo, index_of
+from selective_optim.parameters import ParameterInfo, has_parameters, index_of
 from selective_optim.policies.source import (
     goes_with,
     only_added,
@@ -99,6 +99,12 @@ NO_WEIGHTS = _set(
     "scale scales scaling sinks temp temperature"
 )
 
+# Names of layers that yield the answer of a model.
+TELLING = re.compile(
+    r"(?!pre_)(?:\w+_)?(?:heads?|classifier|logits|unembed)(?:_\w+)?$|aux\d*$"
+    r"|(?:fc|(?:qa_)?outputs?|out|score|proj_out|output_\w+|last_linear|final_layer)$"
+)
+
 
 @cache
 def _name_says_norm(name: str) -> bool:
@@ -140,11 +146,6 @@ def _dynamic_tanh(module: nn.Module) -> bool:
     one, vectors = shapes[:-2], shapes[-2:]
     wide = vectors == vectors[:1] * 2 and len(vectors[0]) == 1 < vectors[0].numel()
     return wide and bool(one) and all(shape.numel() == 1 for shape in one)
-
-
-def has_parameters(module: nn.Module) -> bool:
-    """Tell whether a module or any inside it holds a parameter."""
-    return next(module.parameters(), None) is not None
 
 
 def holder(place: ParameterInfo) -> tuple[nn.Module | None, str]:
@@ -245,8 +246,10 @@ def norm_part(place: ParameterInfo) -> str | bool:
     normalized values by it in a method of its own, or a table lists it.
     """
     module, leaf = holder(place)
-    if module is None or isinstance(module, WEIGHT_MODULES) or norm_module(module):
-        return norm_module(module)
+    if module is None or isinstance(module, WEIGHT_MODULES):
+        return False
+    if norm_module(module):
+        return True
     children = module.named_children()
     norms = (k for k, m in children if says_norm(_kind(m)) and not has_parameters(m))
     return _gain(_kind(module), leaf, frozenset(norms)) or False
@@ -343,3 +346,21 @@ def kind_of(info: ParameterInfo) -> str:
     places = telling_places(info)
     found = (kind for kind, asks in KINDS.items() if any(map(asks, places)))
     return next(found, "weight")
+
+
+def whole(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield a model, and what it consists of where it holds nothing but another.
+
+    Beside each module stands what the names of its parameters begin with.
+    """
+    yield prefix, module
+    held = {id(param) for param in module.parameters()}
+    for key, child in module.named_children():
+        if held and {id(param) for param in child.parameters()} == held:
+            yield from whole(child, f"{prefix}{key}.")
+
+
+def heads(root: nn.Module) -> list[nn.Module]:
+    """Return what a model calls its head, at the outermost level."""
+    children = [pair for _, module in whole(root) for pair in module.named_children()]
+    return [child for key, child in children if TELLING.match(key)]

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import pickle
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -24,7 +23,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from selective_optim._text import received
+from selective_optim._text import class_text, received
 from selective_optim._torch import original_class
 from selective_optim.decay import FULL, Answer, Decay
 from selective_optim.parameters import ParameterInfo
@@ -135,57 +134,6 @@ class Callback:
             # Decisions are pickled with their optimizer: only a new parameter asks it.
             return type(self), (LostCallable(repr(self)),)
         return type(self), (self.function,)
-
-
-def _subclasses(cls: type[nn.Module]) -> Iterator[type[nn.Module]]:
-    for child in cls.__subclasses__():
-        yield child
-        yield from _subclasses(child)
-
-
-def _classes_named(name: str) -> list[type[nn.Module]]:
-    # A notebook's cell that ran twice leaves two classes behind, of which the path
-    # leads to the second.
-    found = list({c: None for c in _subclasses(nn.Module) if c.__name__ == name})
-    reached = [cls for cls in found if _at_path(_path_of(cls)) is cls]
-    return reached or found
-
-
-def _path_of(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _at_path(path: str) -> object:
-    parts = path.split(".")
-    for size in range(len(parts) - 1, 0, -1):
-        found: object = sys.modules.get(".".join(parts[:size]))
-        if found is not None:
-            for part in parts[size:]:
-                found = getattr(found, part, None)
-            return found
-    return None
-
-
-def class_text(cls: type[nn.Module]) -> str:
-    """Return the shortest name by which a policy's text finds a class."""
-    name = cls.__name__
-    if getattr(nn, name, None) is cls:
-        return f"nn.{name}"
-    return name if len(_classes_named(name)) == 1 else _path_of(cls)
-
-
-def loaded_class(name: str) -> type[nn.Module] | None:
-    """Find a loaded module class by name, which several may bear, or by its path."""
-    # A bare name is torch.nn's first, which has quantized namesakes.
-    at_path = _at_path(f"torch.{name}") or _at_path(f"torch.nn.{name}")
-    at_path = at_path or _at_path(name)
-    if isinstance(at_path, type) and issubclass(at_path, nn.Module):
-        return at_path
-    found = [] if "." in name else _classes_named(name)
-    if len(found) > 1:
-        paths = " or ".join(sorted(map(_path_of, found)))
-        raise ValueError(f"{name} is the name of {len(found)} classes. Write {paths}.")
-    return found[0] if found else None
 
 
 class Selector:

@@ -71,9 +71,8 @@ def only_added(cls: Any, leaf: str) -> bool | None:
 @lru_cache(4096)
 def squashes(cls: Any) -> bool:  # mypy holds that classes of modules have no hash
     """Tell whether a method bounds what it returns, as dynamic tanh does: by tanh."""
-    forwards = [vars(base).get("forward") for base in own_classes(cls)]
-    codes = [f.__code__ for f in forwards if isinstance(f, FunctionType)][:1]
-    return any(not {"tanh", "erf"}.isdisjoint(_names(code)) for code in codes)
+    code = getattr(cls.forward, "__code__", None)
+    return code is not None and not {"tanh", "erf"}.isdisjoint(_names(code))
 
 
 def _methods(cls: type, leaf: str) -> Iterator[tuple[type, FunctionType, set[str]]]:
@@ -200,9 +199,8 @@ def _unit(value: ast.expr, known: dict[str, str]) -> str:
 def _uses(tree: ast.AST, leaf: str) -> Iterator[str]:
     """Say of every place in a method that reads an attribute what it does with it."""
     above = {child: n for n in ast.walk(tree) for child in ast.iter_child_nodes(n)}
-    uses = [n for n in above if isinstance(n, ast.Attribute) and n.attr == leaf]
-    read = [n for n in uses if _attribute(n) and isinstance(n.ctx, ast.Load)]
-    return (_use(n, above, leaf) for n in read)
+    named = [n for n in above if isinstance(n, ast.Attribute) and _attribute(n) == leaf]
+    return (_use(n, above, leaf) for n in named if isinstance(n.ctx, ast.Load))
 
 
 def _use(node: ast.AST, above: dict[ast.AST, ast.AST], leaf: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import chain
@@ -11,21 +12,29 @@ from typing import Any
 
 from torch import Tensor
 
-from selective_optim._state_entries import without
-from selective_optim._text import NUMBERS, received, require_numbers, shape_of
+from selective_optim._state_entries import ROUTE, StateDict, split_routes, without
+from selective_optim._text import NUMBERS, received, require_numbers, shape_of, warn
 from selective_optim.decay import FULL, Answer, Decision
 from selective_optim.decisions.decider import Decider
 from selective_optim.decisions.knowledge import Pending
+from selective_optim.decisions.state_dict import require_dict, require_whole
 from selective_optim.parameters import ParameterInfo
+from selective_optim.policies.named import as_policy
 from selective_optim.policies.selectors import Policy, Selector, as_selector
-from selective_optim.routes.loading import KEYS
-from selective_optim.step.setting import PER_PARAM, WD, pick
+from selective_optim.step.setting import PER_PARAM, WD, Group, pick
 
-Group = dict[str, Any]
+RATES, USE_MUON = ("lr", "initial_lr"), "use_muon"
 Part = tuple[Group, Sequence[Decision], str]  # with the route
 EXAMPLE = '"adamw": ("*", selective_optim.AdamW, dict(lr=3e-4))'
+# Keys by which optimizers of other projects choose Muon or Adam, and their values:
+# Keller Jordan's Muon, pytorch_optimizer and ultralytics; timm; dion; nanochat.
+KEYS: dict[str, Callable[[str, Sequence[str]], object]] = {
+    "use_muon": lambda name, names: name == names[0],
+    "use_fallback": lambda name, names: name != names[0],
+    "algorithm": lambda name, names: name,
+    "kind": lambda name, names: name,
+}
 NOBODY = ""  # the route of a parameter that none takes
-NameOf = Callable[[Tensor], "str | None"]
 
 
 @dataclass(frozen=True)
@@ -38,73 +47,53 @@ class Route:
     selective: Any = None  # the same, or made of it, which decides
     arguments: Mapping[str, Any] = field(default_factory=dict)
     keys: frozenset[str] = frozenset()  # what the class reads in a group
+    lr: Any = None  # of a group that brings none; ``None`` if the class has no rate
+    policy: Policy | None = None  # its own
 
-    @property
-    def lr(self) -> Any:
-        """The rate of a group that brings none; ``None`` if the class has no rate."""
-        parameter = inspect.signature(self.cls).parameters.get("lr")
-        default = None if parameter is None else parameter.default
-        return self.arguments.get("lr", default)
-
-    def part(
-        self, group: Group, positions: Sequence[int] | None, others: set[str]
-    ) -> Group:
-        """Make the group of this route of a user's, and of all it has if ``None``.
+    def part(self, group: Group, positions: Sequence[int], others: set[str]) -> Group:
+        """Make the group of this route of a user's.
 
         Keys that ``others`` read, and not this route, are left out.
         """
-        not_read = others - self.keys
-        own = {k: v for k, v in group.items() if k not in not_read}
-        if positions is not None:
-            own |= pick(group, positions)
+        own = without(group, others - self.keys) | pick(group, positions)
         for key in [k for k in NUMBERS if isinstance(own.get(k), Mapping)]:
             numbers = own.pop(key)
             own |= {key: numbers[self.name]} if self.name in numbers else {}
         lr, scale = own.pop("lr", self.lr), own.pop("lr_scale", 1)
         if lr is not None:
             own["lr"] = lr if scale == 1 else lr * scale
-        return {**own, "route": self.name}
+        return {**own, ROUTE: self.name}
 
-    def make(
-        self, groups: Sequence[Group], arguments: Mapping[str, Any], name_of: NameOf
-    ) -> Any:
-        """Make the optimizer of this route, or name the parameter that it refuses."""
-        try:
-            return self.selective(groups, **arguments)
-        except (TypeError, ValueError) as error:
-            params = chain(*(group["params"] for group in groups))
-            raise self._explained(error, params, name_of) from error
-
-    def require_served(self, params: Sequence[Tensor], name_of: NameOf) -> None:
-        """Check that the class takes parameters, as some ask in constructors alone."""
-        if error := self._refusal(params):
-            raise self._explained(error, params, name_of) from error
-
-    def _refusal(self, params: Sequence[Tensor]) -> Exception | None:
+    def check(self, params: Sequence[Tensor]) -> None:
         """Ask the class itself, with nothing of this library around it."""
-        if self.selective is self.cls:
-            return None  # it is ours, and takes every parameter
-        try:
-            self.cls(params, **without(self.arguments, ["wd_policy"]))
-        except Exception as error:  # whatever it raises
-            return error
-        return None
+        if self.selective is not self.cls:  # else it is ours, and takes every parameter
+            self.cls(params, **self.arguments)
 
-    def _explained(
-        self, error: Exception, params: Iterable[Tensor], name_of: NameOf
-    ) -> Exception:
+    def _refuses(self, param: Tensor) -> bool:
+        try:
+            self.check([param])
+        except Exception:  # whatever it raises
+            return True
+        return False
+
+    @contextmanager
+    def explaining(
+        self, params: Sequence[Tensor], name_of: Callable[[Tensor], str | None]
+    ) -> Iterator[None]:
         """Name the parameter that the class refuses even if it is alone."""
-        for param in params:
-            if self._refusal([param]) is not None:
-                name = name_of(param)
-                label = f"{repr(name) if name else 'a parameter'} ({shape_of(param)})"
-                return type(error)(
-                    f"route {self.name!r} gives {label} to {self.cls.__name__}, which "
-                    f"refuses it: {error}. Narrow its selector, as with "
-                    f"is_hidden_matrix, or put a route before it that takes this "
-                    f"parameter."
-                )
-        return type(error)(f"route {self.name!r}: {error}")
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            refused = next(filter(self._refuses, params), None)
+            if refused is None:
+                raise type(error)(f"route {self.name!r}: {error}") from error
+            name = name_of(refused)
+            label = f"{repr(name) if name else 'a parameter'} ({shape_of(refused)})"
+            raise type(error)(
+                f"route {self.name!r} gives {label} to {self.cls.__name__}, which "
+                f"refuses it: {error}. Narrow its selector, as with is_hidden_matrix, "
+                f"or put a route before it that takes this parameter."
+            ) from error
 
 
 @dataclass(frozen=True, repr=False)
@@ -115,7 +104,6 @@ class RoutePolicy(Policy):
 
     @property
     def selectors(self) -> tuple[Selector, ...]:  # type: ignore[override]  # no field
-        """What the routes ask."""
         return tuple(route.selector for route in self.routes)
 
     def __repr__(self) -> str:
@@ -123,10 +111,8 @@ class RoutePolicy(Policy):
         return f"{{{', '.join(told)}}}"
 
     def decide(self, info: ParameterInfo) -> Answer:
-        for route in self.routes:
-            if route.selector.matches(info):
-                return Answer(FULL, route.name)
-        return Answer(FULL, NOBODY)
+        names = (r.name for r in self.routes if r.selector.matches(info))
+        return Answer(FULL, next(names, NOBODY))
 
 
 def read_routes(routes: object, selective: Callable[[Any], Any]) -> tuple[Route, ...]:
@@ -167,23 +153,29 @@ def _read(name: object, given: object, selective: Callable[[Any], Any]) -> Route
                 f"not take. Did you mean {near[0]!r}?"
             )
     require_numbers(arguments, f" of route {name!r}")
-    keys = frozenset(known)
-    return Route(name, as_selector(selector), cls, made, dict(arguments), keys)
+    own = without(arguments, ["wd_policy"])
+    policy = arguments.get("wd_policy")
+    policy = None if policy is None else as_policy(policy)
+    lr = own.get("lr", parameters["lr"].default if "lr" in parameters else None)
+    selector = as_selector(selector)
+    return Route(name, selector, cls, made, own, frozenset(known), lr, policy)
 
 
-def ask_routes(
+def split_by_route(
     decider: Decider,
     routes: tuple[Route, ...],
     coming: Sequence[Pending],
     groups: Sequence[Group],
     strict: bool,
-) -> list[list[str]]:
-    """Tell which route takes each parameter of groups that come in.
+    may_be_empty: bool = False,
+) -> list[tuple[Pending, Route, list[int]]]:
+    """Tell which positions of each group that comes in each route takes.
 
     ``groups`` has these among others; a ``"route"`` in one takes all of it. If
-    ``strict``, every glob must match.
+    ``strict``, as in a constructor, every glob must match, and every route must take
+    something, or warns if it ``may_be_empty``.
     """
-    given = [groups[each.group].get("route") for each in coming]
+    given = [groups[each.group].get(ROUTE) for each in coming]
     policy, pairs = RoutePolicy(routes), zip(coming, given)
     asked = [each._replace(policy=policy) for each, route in pairs if route is None]
     try:
@@ -192,13 +184,24 @@ def ask_routes(
         told = str(error).replace("`wd_policy`", "`routes`")
         told = told.replace(", or pass missing_ok=True to its policy", "")
         raise type(error)(told) from error
-    taken = []
-    for each, route in zip(coming, given):
-        if route is None:
-            taken.append(_names(each, next(decided), routes))
-        else:
-            taken.append([known_route(route, routes).name] * len(each.params))
-    return taken
+    taken = [
+        _names(each, next(decided), routes)
+        if route is None
+        else [known_route(route, routes).name] * len(each.params)
+        for each, route in zip(coming, given)
+    ]
+    if strict and (told := _unused(routes, {*chain(*taken, given)}, coming)):
+        if not may_be_empty:
+            raise ValueError(told)
+        warn(told)
+    parts = []
+    for each, names, own in zip(coming, taken, given):
+        for route in routes:
+            chosen = [i for i, name in enumerate(names) if name == route.name]
+            # A rank that shards groups by route may hold nothing of one.
+            if chosen or own == route.name:
+                parts.append((each, route, chosen))
+    return parts
 
 
 def _names(
@@ -228,21 +231,19 @@ def known_route(name: object, routes: tuple[Route, ...]) -> Route:
     return found
 
 
-def unused(
-    routes: tuple[Route, ...],
-    taken: Sequence[Sequence[str]],
-    groups: Sequence[Group] = (),
+def _unused(
+    routes: tuple[Route, ...], used: set[Any], coming: Sequence[Pending]
 ) -> str:
-    """Say which route takes no parameter; empty if each takes some, or has a group."""
-    used = {*chain(*taken), *(group.get("route") for group in groups)}
+    # Empty if each takes some, or has a group.
     for number, route in enumerate(routes):
         if route.name not in used:
             before = [f"{other.selector!r}" for other in routes[:number]]
             after = f" that {' and '.join(before)} leave" if before else ""
             return (
-                f"route {route.name!r} takes none of {sum(map(len, taken))} "
-                f"parameters: {route.selector!r} matches none{after}. Leave the route "
-                f"out, or correct its selector."
+                f"route {route.name!r} takes none of "
+                f"{sum(len(each.params) for each in coming)} parameters: "
+                f"{route.selector!r} matches none{after}. Leave the route out, or "
+                f"correct its selector."
             )
     return ""
 
@@ -255,7 +256,7 @@ def by_route(
     decided: Sequence[Sequence[Decision]],
     decider: Decider,
     routes: Mapping[str, Any],
-    marks: Group,
+    marks: Mapping[str, Group],
 ) -> Iterator[Part]:
     """Split groups by route, and mark those of each so that they are told apart."""
     known = tuple(Route(name, as_selector(item)) for name, item in routes.items())
@@ -263,30 +264,18 @@ def by_route(
         Pending(index, group["params"], group.get("param_names", ()), None)
         for index, group in enumerate(groups)
     ]
-    taken = ask_routes(decider, known, coming, groups, strict=True)
-    if told := unused(known, taken):
-        raise ValueError(told)
-    for group, decisions, names in zip(groups, decided, taken):
-        for name in routes:
-            chosen = [i for i, own in enumerate(names) if own == name]
-            values = {
-                k: _of(name, k, v) for k, v in group.items() if k not in PER_PARAM
-            }
-            params = [group["params"][i] for i in chosen]
-            part = {"params": params, **values, **marks[name]}
-            if chosen:
-                yield part, [decisions[i] for i in chosen], name
-
-
-def _of(name: str, key: str, value: Any) -> Any:
-    if key not in NUMBERS or not isinstance(value, Mapping):
-        return value
-    if name not in value:
-        raise ValueError(
-            f"`{key}` has no number for route {name!r}. Write {key}="
-            f"{{{name!r}: ..., ...}}, one for each route."
-        )
-    return value[name]
+    for each, route, chosen in split_by_route(decider, known, coming, groups, True):
+        group, decisions = groups[each.group], decided[each.group]
+        params = [group["params"][i] for i in chosen]
+        part = {**without(group, PER_PARAM), **marks[route.name], "params": params}
+        for key in [k for k in NUMBERS if isinstance(part.get(k), Mapping)]:
+            if route.name not in part[key]:
+                raise ValueError(
+                    f"`{key}` has no number for route {route.name!r}. Write {key}="
+                    f"{{{route.name!r}: ..., ...}}, one for each route."
+                )
+            part[key] = part[key][route.name]
+        yield part, [decisions[i] for i in chosen], route.name
 
 
 def with_one_decay(group: Group) -> Group:
@@ -300,15 +289,78 @@ def marks_of(
 ) -> dict[str, Group]:
     """Tell what stands in the groups of each route, so that they are told apart."""
     names = list(routes)
-    if values is not None and (missing := [n for n in names if n not in values]):
+    if values is None:
+        if key not in KEYS:
+            raise ValueError(
+                f"what {key!r} holds is not known; known keys are "
+                f"{', '.join(map(repr, KEYS))}. Pass one of these, or say what your "
+                f"optimizer reads there: values={{{names[0]!r}: True, ...}}."
+            )
+        values = {name: KEYS[key](name, names) for name in names}
+    if missing := [name for name in names if name not in values]:
         raise ValueError(
             f"`values` has none for route {missing[0]!r}. Write one for each route."
         )
-    if values is None and key not in KEYS:
-        raise ValueError(
-            f"what {key!r} holds is not known; known keys are "
-            f"{', '.join(map(repr, KEYS))}. Pass one of these, or say what your "
-            f"optimizer reads there: values={{{names[0]!r}: True, ...}}."
-        )
-    own = values or {name: KEYS[key](name, names) for name in names}
-    return {name: {key: own[name]} for name in names}
+    return {name: {key: values[name]} for name in names}
+
+
+# State dicts.
+
+
+def state_by_route(state_dict: Any, names: list[str]) -> Any:
+    """Take a state dict of several optimizers apart, whoever saved it."""
+    if isinstance(state_dict, (list, tuple)):
+        if len(state_dict) != len(names):
+            raise ValueError(
+                f"{len(state_dict)} state dicts were given, and this optimizer has the "
+                f"routes {', '.join(map(repr, names))}. Pass one for each, in this "
+                f"order, or {{route: state_dict}}."
+            )
+        state_dict = dict(zip(names, state_dict))
+    require_dict(state_dict)
+    if "param_groups" not in state_dict and state_dict.keys() <= set(names):
+        for own in state_dict.values():
+            require_whole(own)
+        return state_dict
+    require_whole(state_dict)
+    if any(ROUTE not in group for group in state_dict["param_groups"]):
+        state_dict = _routed(state_dict, names)
+    return split_routes(state_dict)
+
+
+def _routed(state_dict: StateDict, names: Sequence[str]) -> StateDict:
+    """Give the groups of another project's one-object optimizer the routes here.
+
+    Its hyperparameters stay its own, but for rates and decay.
+    """
+    groups, state = list[Group](), dict[Any, Any](state_dict["state"])
+    for index, group in enumerate(state_dict["param_groups"]):
+        keys = group["params"]
+        told = [_route_told(group, state.get(key, {}), names) for key in keys]
+        if told and not any(told):
+            raise ValueError(
+                f"group {index} of the loaded state dict has no {ROUTE!r}: which of "
+                f"{', '.join(map(repr, names))} saved it is not known. Load "
+                f"{{{names[-1]!r}: state_dict}}, or one for each route."
+            )
+        for key in keys:
+            state[key] = without(state.get(key, {}), [USE_MUON])
+            if "step" in group and "exp_avg" in state[key]:  # pytorch_optimizer's
+                state[key].setdefault("step", group["step"])
+        for name in dict.fromkeys(filter(None, told)):
+            chosen = [place for place, own in enumerate(told) if own == name]
+            # timm's groups have the rate of Muon, and a factor for that of AdamW.
+            scale = group.get("fallback_lr_scale", 1) if name != names[0] else 1
+            kept = [key for key in (*RATES, WD) if key in group]
+            own = {key: group[key] * (scale if key in RATES else 1) for key in kept}
+            groups.append({ROUTE: name, **pick(group, chosen), **own})
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _route_told(group: Group, own: Group, names: Sequence[str]) -> Any:
+    """Tell the route of a parameter by its state, as in timm, or else by its group."""
+    told = own if USE_MUON in own else group
+    key = next((key for key in KEYS if key in told), None)
+    if key is None:
+        return group.get(ROUTE)
+    return next((n for n in names if KEYS[key](n, names) == told[key]), told[key])

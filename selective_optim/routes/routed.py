@@ -1,4 +1,7 @@
-"""One optimizer of several classes, each of which steps the parameters of its route."""
+"""One optimizer of several classes, each of which steps the parameters of its route.
+
+``Muon`` is one of two routes.
+"""
 
 from __future__ import annotations
 
@@ -16,30 +19,45 @@ import torch
 
 from selective_optim import _torch
 from selective_optim._optimizer import Model, SelectiveOptimizer, decider_for
+from selective_optim._state_entries import (
+    ROUTE,
+    States,
+    in_order,
+    joined,
+    loadable,
+    warn_of_new,
+    without,
+)
 from selective_optim._text import copied_groups, kept_on_error, require_numbers, warn
+from selective_optim.adamw import AdamW
 from selective_optim.any_class import MODES, READING, as_torch_reads, selective
 from selective_optim.decay import is_zero
 from selective_optim.decisions.decider import WRITTEN, Decider, part_of
 from selective_optim.decisions.knowledge import Pending
+from selective_optim.decisions.state_dict import Decided
 from selective_optim.decisions.watch import Watch, loss_of
-from selective_optim.policies.named import WdPolicy, as_policy
-from selective_optim.policies.selectors import Policy
-from selective_optim.report import DecayReport, make_report
-from selective_optim.routes.loading import States, joined, loadable, warn_of_new
+from selective_optim.policies.named import WdPolicy
+from selective_optim.policies.predicates import (
+    everything,
+    is_embedding,
+    is_hidden_matrix,
+    is_matrix,
+)
+from selective_optim.policies.selectors import Policy, Selector, as_selector
+from selective_optim.report import DecayReport, amount, make_report, remark_of
 from selective_optim.routes.route import (
-    Route,
-    ask_routes,
     known_route,
     read_routes,
-    unused,
+    split_by_route,
+    state_by_route,
 )
-from selective_optim.step.setting import NO_SCALING, base_rate, scaling_of
+from selective_optim.step.setting import NO_SCALING, WD, Group, base_rate, scaling_of
 
-Group = dict[str, Any]
-ROUTE, WD = "route", "weight_decay"
 OWN_KEYS = (ROUTE, "lr_scale")
 SCALING = ("grad_scale", "found_inf")
 NUMBER = re.compile(r"(?<=\bgroup )\d+|(?<=param_groups\[)\d+")
+# torch's, of its Newton-Schulz iteration (torch/optim/_muon.py).
+COEFFICIENTS = (3.4445, -4.775, 2.0315)
 
 
 class Routed(torch.optim.Optimizer):
@@ -86,6 +104,7 @@ class Routed(torch.optim.Optimizer):
     _may_be_empty = False  # whether a route may take nothing
     _watch: Watch | None = None  # of the first steps
     _checked: Any = None  # groups as they were when every route could decide
+    _compare_ranks = SelectiveOptimizer._compare_ranks
 
     # Construction.
 
@@ -102,29 +121,15 @@ class Routed(torch.optim.Optimizer):
         require_numbers({WD: weight_decay})
         self._decider = decider_for(model, wd_policy)
         self.optimizers = {}
-        known = self._decider.read(copied_groups(params))
-        super().__init__(known, dict(READING))
-        parts = self._decided_parts(self._decider.take_pending(), strict=True)
         self._common = {} if weight_decay is None else {WD: weight_decay}
-        for route in self._routes:
-            mine = [group for group in parts if group[ROUTE] == route.name]
-            if mine:
-                self._make(route, mine)
-        self._link([group[ROUTE] for group in parts])
+        super().__init__(self._decider.read(copied_groups(params)), dict(READING))
+        self._place(self._take_parts())
         first = self.param_groups[0]
         self.defaults = {key: first.get(key) for key in ("lr", WD)}
         self._decider.warn_if_weak(self.param_groups)
-        decays = not all(is_zero(group[WD]) for group in self.param_groups)
-        self._watch = Watch(decays)
-        self._compare_anew()
+        self._watch = Watch(not all(is_zero(group[WD]) for group in self.param_groups))
+        self._compare_ranks()
         self._decider.index.release()
-
-    def _make(self, route: Route, groups: list[Group]) -> None:
-        arguments = {**self._common, **route.arguments}
-        arguments["wd_policy"] = part_of(self._decider)
-        self.optimizers[route.name] = route.make(
-            groups, arguments, self._decider.name_of
-        )
 
     def _read_group(self, param_group: Any) -> None:
         """Take a group as torch does; it is decided for when all are there."""
@@ -139,49 +144,70 @@ class Routed(torch.optim.Optimizer):
         self.param_groups.append(read)
         self._decider.add_group(self.param_groups, policy, group is not param_group)
 
-    def _decided_parts(self, coming: Sequence[Pending], strict: bool) -> list[Group]:
-        """Split groups by route, and decide for what each route takes.
-
-        If ``strict``, as in a constructor, every route must take something.
-        """
-        decider, policies = self._decider, dict[str, Policy | None]()
-        taken = ask_routes(decider, self._routes, coming, self.param_groups, strict)
-        if strict and (told := unused(self._routes, taken, self.param_groups)):
-            if not self._may_be_empty:
-                raise ValueError(told)
-            warn(told)
-        for route in self._routes:
-            own = route.arguments.get("wd_policy")
-            policies[route.name] = decider.policy if own is None else as_policy(own)
-        parts, pending = list[Group](), list[Pending]()
-        first = 0 if strict else len(self.param_groups) - len(coming)
-        for each, names in zip(coming, taken):
-            group = self.param_groups[each.group]
-            for route in self._routes:
-                chosen = [i for i, name in enumerate(names) if name == route.name]
-                # A rank that shards groups by route may hold nothing of one.
-                if not chosen and group.get(ROUTE) != route.name:
-                    continue
-                part = route.part(group, chosen, self._keys)
-                own_policy = each.policy is not decider.policy
-                policy = each.policy if own_policy else policies[route.name]
-                told = part.get("param_names", ())
-                lr0s = repeat(base_rate(part))
-                index = first + len(parts)
-                pending.append(Pending(index, part["params"], told, policy, lr0s))
-                parts.append(part)
-        asked = [each.policy for each in pending] if strict else ()
-        decider.decide_for(pending, [decider.policy, *asked] if strict else [])
+    def _take_parts(self) -> list[Group]:
+        """Split the groups that were read by route, and decide for what each takes."""
+        decider, constructing = self._decider, not self.optimizers
+        coming, parts, pending = decider.take_pending(), list[Group](), list[Pending]()
+        first = len(self.param_groups) - len(coming)
+        asked = decider, self._routes, coming, self.param_groups
+        taken = split_by_route(*asked, constructing, self._may_be_empty)
+        for each, route, chosen in taken:
+            part = route.part(self.param_groups[each.group], chosen, self._keys)
+            own_policy = each.policy is not decider.policy
+            policy = each.policy if own_policy else route.policy or decider.policy
+            told, lr0s = part.get("param_names", ()), repeat(base_rate(part))
+            index = first + len(parts)
+            pending.append(Pending(index, part["params"], told, policy, lr0s))
+            parts.append(part)
+        if constructing:
+            policies = [decider.policy, *(each.policy for each in pending)]
+            decider.decide_for(pending, policies)
+        elif ROUTE not in self.param_groups[first]:
+            decider.decide_for(pending, [])
+        elif own_policy:  # its optimizer decides, which knows a group that was cleared
+            parts[0]["wd_policy"] = policy
+        del self.param_groups[first:]
         return parts
+
+    def _place(self, parts: list[Group]) -> None:
+        """Give parts to the optimizers of their routes, and list their groups."""
+        order = [*self._order, *(part[ROUTE] for part in parts)]
+        for route in self._routes:
+            mine = [part for part in parts if part[ROUTE] == route.name]
+            params = [param for part in mine for param in part["params"]]
+            if not mine:
+                continue
+            with route.explaining(params, self._decider.name_of):
+                if route.name not in self.optimizers:
+                    decider = part_of(self._decider)
+                    decider.policy = route.policy or decider.policy
+                    arguments = {**self._common, **route.arguments}
+                    made = route.selective(mine, **arguments, wd_policy=decider)
+                    self.optimizers[route.name] = made
+                    continue
+                route.check(params)  # some classes do so in constructors alone
+            for part in mine:
+                with self._numbered(route.name):
+                    self.optimizers[route.name].add_param_group(part)
+        self.param_groups[:] = self._linked(order)
 
     @property
     def _keys(self) -> set[str]:
         return {key for route in self._routes for key in route.keys}
 
-    def _link(self, order: Sequence[str]) -> None:
-        """List the groups of all routes, in the order of their routes that is given."""
-        groups = {name: iter(o.param_groups) for name, o in self.optimizers.items()}
-        self.param_groups = [next(groups[name]) for name in order]
+    def _linked(self, order: Sequence[str]) -> list[Group]:
+        own = {name: o.param_groups for name, o in self.optimizers.items()}
+        return in_order(own, order)
+
+    @property
+    def _order(self) -> list[str]:
+        return [group[ROUTE] for group in self.param_groups]
+
+    def _readable(self) -> dict[str, Decided]:
+        return {
+            name: o._decider.readable(o.param_groups)
+            for name, o in self.optimizers.items()
+        }
 
     @_torch.disable_dynamo
     def add_param_group(self, param_group: Any) -> None:
@@ -201,43 +227,14 @@ class Routed(torch.optim.Optimizer):
         self._decider.read(())
         try:
             with kept_on_error([param_group]):
-                for part in self._new_parts(*copied_groups([param_group])):
-                    self._add_part(part)
+                self._read_group(*copied_groups([param_group]))
+                self._place(self._take_parts())
         except BaseException:
             self._decider.take_pending()
             self.param_groups[:] = before
             self._distribute()
             raise
-        self._compare_anew()
-
-    def _compare_anew(self) -> None:
-        self._watch = self._watch or Watch()
-        self._watch.compare(found=bool(self._decider.index.found))
-
-    def _new_parts(self, group: Any) -> list[Group]:
-        """Split a group by routes, unless it says where it goes."""
-        count, policy = len(self.param_groups), self._decider.policy
-        self._read_group(group)
-        coming, read = self._decider.take_pending(), self.param_groups[count]
-        if ROUTE not in read:
-            parts = self._decided_parts(coming, strict=False)
-        else:  # its optimizer decides, which knows a group that was cleared
-            own = {} if coming[0].policy is policy else {"wd_policy": coming[0].policy}
-            route = known_route(read[ROUTE], self._routes)
-            parts = [route.part({**read, **own}, None, self._keys)]
-        del self.param_groups[count:]
-        return parts
-
-    def _add_part(self, part: Group) -> None:
-        route = known_route(part[ROUTE], self._routes)
-        if route.name not in self.optimizers:
-            self._make(route, [part])
-        else:
-            with self._numbered(route.name):
-                self.optimizers[route.name].add_param_group(part)
-        group = self.optimizers[route.name].param_groups[-1]
-        route.require_served(group["params"], self._decider.name_of)
-        self.param_groups.append(group)
+        self._compare_ranks()
 
     def _distribute(self) -> None:
         """Give each route's optimizer the groups that now stand in the list."""
@@ -251,22 +248,20 @@ class Routed(torch.optim.Optimizer):
                 )
             mine[group[ROUTE]].append(group)
         for name, groups in mine.items():
-            known = self.optimizers[name].param_groups
-            if len(known) != len(groups) or not all(map(is_, known, groups)):
-                self._require_whole(name, groups)
-                self.optimizers[name].param_groups = groups
-
-    def _require_whole(self, name: str, groups: Sequence[Group]) -> None:
-        # torch adds keys to `defaults` as it loads, that the class does not read.
-        own = known_route(name, self._routes).keys
-        keys = self.optimizers[name].defaults.keys() & own
-        for group in groups:
-            if missing := sorted(keys - group.keys()):
-                raise ValueError(
-                    f"a group of route {name!r} has no {missing[0]!r}: it was made for "
-                    f"another class. Make a new optimizer with other routes, and load "
-                    f"this one's state_dict() into it."
-                )
+            optimizer = self.optimizers[name]
+            known = optimizer.param_groups
+            if len(known) == len(groups) and all(map(is_, known, groups)):
+                continue
+            # torch adds keys to `defaults` as it loads, that the class does not read.
+            keys = optimizer.defaults.keys() & known_route(name, self._routes).keys
+            for group in groups:
+                if missing := sorted(keys - group.keys()):
+                    raise ValueError(
+                        f"a group of route {name!r} has no {missing[0]!r}: it was made "
+                        f"for another class. Make a new optimizer with other routes, "
+                        f"and load this one's state_dict() into it."
+                    )
+            optimizer.param_groups = groups
 
     # What all routes have together.
 
@@ -279,7 +274,7 @@ class Routed(torch.optim.Optimizer):
     def state(self, value: Any) -> None:
         for optimizer in self.optimizers.values():
             params = chain(*(group["params"] for group in optimizer.param_groups))
-            own = ((param, value[param]) for param in params if param in value)
+            own = {param: value[param] for param in params if param in value}
             optimizer.state = defaultdict(dict, own)
 
     @property
@@ -298,39 +293,36 @@ class Routed(torch.optim.Optimizer):
         optimizers = list(self.optimizers.values())
         for optimizer in optimizers:
             self._decider.gather(optimizer._decider, optimizer.param_groups)
-        before = self._decider.snapshot(self.param_groups)
-        each = [o._decider.snapshot(o.param_groups) for o in optimizers]
+        owners: list[Any] = [self, *optimizers]
+        before = [o._decider.snapshot(o.param_groups) for o in owners]
         try:
             self._decider.assign(wd_policy, self.param_groups)
             for optimizer in optimizers:
                 optimizer.wd_policy = self._decider.policy
         except BaseException:
-            self._decider = Decider.restored(before, self.param_groups)
-            for optimizer, snapshot in zip(optimizers, each):
-                restored = Decider.restored(snapshot, optimizer.param_groups)
-                optimizer._decider = restored
-                restored.whole = self._decider
+            for owner, snapshot in zip(owners, before):
+                owner._decider = Decider.restored(snapshot, owner.param_groups)
+            for optimizer in optimizers:
+                optimizer._decider.whole = self._decider
                 optimizer._decided_anew()
             raise
-        self._compare_anew()
+        self._compare_ranks()
 
     def decay_report(self) -> DecayReport:
         """Report what decays, and which route steps it."""
         self._distribute()
-        known, lost = dict[int, Any](), list[str]()
-        for optimizer in self.optimizers.values():
-            groups = optimizer.param_groups
-            decided = optimizer._decider.readable(groups)
-            known |= {id(g): (optimizer, own) for g, own in zip(groups, decided)}
-            lost.append(loss_of(optimizer._kernel, groups, decided))
+        decided, optimizers = self._readable(), self.optimizers
         report = make_report(
             self.param_groups,
-            [known[id(group)][1] for group in self.param_groups],
-            lambda group: known[id(group)][0]._form_of(group),
+            in_order(decided, self._order),
+            lambda group: optimizers[group[ROUTE]]._form_of(group),
             self._decider.index,
         )
-        told = filter(None, [report.remark, *lost])
-        return replace(report, remark="; ".join(told))
+        lost = (
+            loss_of(o._kernel, o.param_groups, decided[n])
+            for n, o in optimizers.items()
+        )
+        return replace(report, remark=remark_of(report.remark, *lost))
 
     def __getattr__(self, name: str) -> Any:
         """Offer ``train`` and ``eval`` where a class has them."""
@@ -371,16 +363,22 @@ class Routed(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        _require_ready(self)
-        with self._scaled():
-            name = ""
-            try:  # no block for each route, at every step
-                for name in self.optimizers:
-                    optimizer = self.optimizers[name]
-                    _torch.unhooked(type(optimizer).step)(optimizer)
-            except (TypeError, ValueError, RuntimeError) as error:
-                with self._numbered(name):
-                    raise error
+        self._require_ready()
+        name, scaling = "", scaling_of(self)
+        scaled = [] if scaling == NO_SCALING else list(self.optimizers.values())
+        try:  # no block for each route, at every step
+            for optimizer in scaled:  # as a `GradScaler` sets them on this optimizer
+                vars(optimizer).update(zip(SCALING, scaling))
+            for name in self.optimizers:
+                optimizer = self.optimizers[name]
+                _torch.unhooked(type(optimizer).step)(optimizer)
+        except (TypeError, ValueError, RuntimeError):
+            with self._numbered(name):
+                raise
+        finally:
+            for optimizer in scaled:
+                for key in SCALING:
+                    vars(optimizer).pop(key, None)
         if self._watch is not None:
             parts = list(self.optimizers.values())
             groups = [group for part in parts for group in part.param_groups]
@@ -389,6 +387,7 @@ class Routed(torch.optim.Optimizer):
                 self._watch = None
         return loss
 
+    @_torch.disable_dynamo
     def _require_ready(self) -> None:
         """Raise where a route cannot decide, before any has stepped."""
         self._distribute()
@@ -415,20 +414,6 @@ class Routed(torch.optim.Optimizer):
             error.args = (told,)
             raise
 
-    @contextmanager
-    def _scaled(self) -> Iterator[None]:
-        """Pass on the attributes that a ``GradScaler`` sets on this optimizer."""
-        scaling = scaling_of(self)
-        told = () if scaling == NO_SCALING else self.optimizers.values()
-        for optimizer in told:
-            vars(optimizer).update(zip(SCALING, scaling))
-        try:
-            yield
-        finally:
-            for optimizer in told:
-                for name in SCALING:
-                    vars(optimizer).pop(name, None)
-
     # State dicts and copies.
 
     @_torch.disable_dynamo
@@ -438,14 +423,11 @@ class Routed(torch.optim.Optimizer):
 
         def save(*_: object) -> dict[str, Any]:
             saved = {name: o.state_dict() for name, o in self.optimizers.items()}
-            return joined(saved, [group[ROUTE] for group in self.param_groups])
+            return joined(saved, self._order)
 
         # Before the user's hooks, which may change the state dict.
-        handle = self.register_state_dict_post_hook(save, prepend=True)
-        try:
+        with self.register_state_dict_post_hook(save, prepend=True):
             return super().state_dict()
-        finally:
-            handle.remove()
 
     @_torch.disable_dynamo
     def load_state_dict(self, state_dict: Any) -> None:
@@ -470,42 +452,136 @@ class Routed(torch.optim.Optimizer):
         for hook in _torch.hooks_of(self, "load_state_dict_pre"):
             adapted = hook(self, state_dict)
             state_dict = state_dict if adapted is None else adapted
-        decided = {
-            name: o._decider.readable(o.param_groups)
-            for name, o in self.optimizers.items()
-        }
-        saved, new = loadable(state_dict, self.optimizers, decided)
+        decided, order = self._readable(), self._order
+        saved = state_by_route(state_dict, list(self.optimizers))
+        saved, new = loadable(saved, self.optimizers, decided)
         for name, optimizer in self.optimizers.items():  # before anything is loaded
             with self._numbered(name):
                 optimizer._require_loadable(saved[name], decided[name])
         warn_of_new(new)
-        order = [group[ROUTE] for group in self.param_groups]
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(saved[name])
-        self._link(order)
+        self.param_groups = self._linked(order)
         for hook in _torch.hooks_of(self, "load_state_dict_post"):
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "defaults": self.defaults,
-            "param_groups": self.param_groups,
-            "optimizers": self.optimizers,
-            "_routes": self._routes,
-            "_common": self._common,
-            "decider": self._decider.snapshot(self.param_groups),
-        }
+        kept = ("defaults", "param_groups", "optimizers", "_routes", "_common")
+        decider = self._decider.snapshot(self.param_groups)
+        return {**{key: vars(self)[key] for key in kept}, "decider": decider}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        rest = dict(state)
-        decider = rest.pop("decider")
         # `copy.copy` shares groups and states, and decides for itself.
-        rest["optimizers"] = {n: copy(o) for n, o in rest["optimizers"].items()}
-        self.optimizers = rest["optimizers"]
-        super().__setstate__(rest)
-        self._decider = Decider.restored(decider, self.param_groups)
-        for optimizer in self.optimizers.values():
+        optimizers = {name: copy(o) for name, o in state["optimizers"].items()}
+        own = {**without(state, ["decider"]), "optimizers": optimizers}
+        super().__setstate__(own)
+        self._decider = Decider.restored(state["decider"], self.param_groups)
+        for optimizer in optimizers.values():
             optimizer._decider.whole = self._decider
 
 
-_require_ready = _torch.disable_dynamo(Routed._require_ready)
+class Muon(Routed):
+    """One optimizer: ``torch.optim.Muon`` for hidden matrices, AdamW for the rest.
+
+    Hidden matrices are weights of two dimensions that are neither embedding nor output
+    layer (``policies.is_hidden_matrix``). AdamW steps all others, also convolutions and
+    stacked experts. ``selective(torch.optim.Muon)`` is torch's class for matrices only.
+
+    Args:
+        params: As for ``Routed``.
+        lr: Learning rate of Muon, >= 0.
+        weight_decay: Decay of Muon and AdamW, >= 0.
+        momentum: Decay rate of Muon's average of gradients.
+        nesterov: Use Nesterov's momentum in Muon.
+        ns_coefficients: Coefficients of Muon's Newton-Schulz iteration.
+        eps: Added to the norm that the iteration divides by.
+        ns_steps: Number of iterations.
+        adjust_lr_fn: How Muon's rate depends on the shape of a matrix: ``"original"``
+            (the default) or ``"match_rms_adamw"``, for rates that suit AdamW.
+        rest: Arguments of AdamW.
+        output: Selector of the output layer, if the model does not show which it is.
+        wd_policy: Which parameters decay, under Muon and AdamW.
+        model: The module, or modules, that hold the parameters.
+
+    Raises:
+        ImportError: This torch has no Muon (before 2.9).
+        TypeError: AdamW does not take one of the arguments in ``rest``.
+        ValueError: It is not known which kind of layer holds a parameter.
+
+    Warns:
+        UserWarning: The output layer is not certain, or a tenth or more of the elements
+            of weights have more than two dimensions.
+
+    Example:
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 9)
+        ... )
+        >>> optimizer = Muon(model.parameters(), output="2.*", rest=dict(lr=3e-4))
+        >>> [(row.name, row.route) for row in optimizer.decay_report()][:2]
+        [('1.weight', 'muon'), ('0.weight', 'adamw')]
+
+    Source:
+        ``torch/optim/_muon.py``; Jordan et al. 2024, "Muon: An optimizer for hidden
+        layers in neural networks".
+    """
+
+    _may_be_empty = True  # on some models one of the two steps nothing
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        *,
+        rest: Mapping[str, Any] | None = None,
+        output: Any = None,
+        wd_policy: WdPolicy = None,
+        model: Model = None,
+    ) -> None:
+        muon = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+        }
+        cls = getattr(torch.optim, "Muon", None)
+        if cls is None:
+            raise ImportError(
+                f"torch {torch.__version__} has no Muon; 2.9 has. Type "
+                f"pip install -U torch."
+            )
+        hidden: Selector = is_hidden_matrix
+        if output is not None:
+            hidden = is_matrix & ~is_embedding & ~as_selector(output)
+        super().__init__(
+            params,
+            {"muon": (hidden, cls, muon), "adamw": (everything, AdamW, rest or {})},
+            weight_decay=weight_decay,
+            wd_policy=wd_policy,
+            model=model,
+        )
+        self._warn_of_wide()
+
+    def _warn_of_wide(self) -> None:
+        """Tell the share of weights that Muon could step were they matrices."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        # Tables of positions have a first dimension of 1.
+        wide = [p.numel() for p in params if p.ndim > 2 and p.shape[0] > 1]
+        share = sum(wide) / max(sum(p.numel() for p in params), 1)
+        if share >= 0.1:
+            warn(
+                f"torch's Muon steps only matrices, so AdamW steps "
+                f"{amount(len(wide), 'weight')} of more than two dimensions, "
+                f"{share:.0%} of all elements. To step convolutions "
+                f"with Muon, use Routed instead, with the route "
+                f"'muon': (is_hidden_weight, timm.optim.Muon, dict(lr=0.02))."
+            )

@@ -7,7 +7,5 @@ the class and a pass beside its step; ``kernels`` describes torch's three classe
 
 A parameter without a gradient is skipped, as in torch. ``parts`` leaves one that never
 had a gradient out, a plan (``fused``) masks one that had, and a pass asks each part for
-the parameters that are present.
-
-The page ``docs/step.md`` opens with a reference step of thirty lines.
+those that have one. ``docs/step.md`` opens with a reference step of thirty lines.
 """

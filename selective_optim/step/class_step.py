@@ -171,12 +171,9 @@ class ClassStep:
     def _unscale(self, views: Sequence[View]) -> bool:
         """Unscale outside of the class, and tell whether the step is to be taken."""
         scale, found_inf = self._scaling
-        grads: list[Any] = [param.grad for view in views for param in view.present]
-        devices = dict.fromkeys(
-            param.device for view in views for param in view.present
-        )
-        for device in devices:
-            if scale is not None:
+        if scale is not None:
+            grads: list[Any] = [param.grad for view in views for param in view.present]
+            for device in {grad.device for grad in grads}:
                 unscale_([grad for grad in grads if grad.device == device], scale)
         if found_inf is None:
             return True

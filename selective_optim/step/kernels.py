@@ -56,7 +56,11 @@ class Kernel:
 
     def setting(self, group: Group, share: Share) -> Setting:
         """Read what the fused kernel is given from the group as it is now."""
-        raise NotImplementedError  # pragma: no cover
+        arguments = {name: group[name] for name in (*self.numbers, *self.flags)}
+        arguments["weight_decay"] = share.wd
+        if "betas" in arguments:
+            arguments["beta1"], arguments["beta2"] = arguments.pop("betas")
+        return Setting(arguments, share)
 
     @staticmethod
     def direction(
@@ -91,13 +95,19 @@ class Kernel:
 
     def has_state(self, own: State | None, group: Group) -> bool:
         """Tell whether a parameter has stepped before."""
-        raise NotImplementedError  # pragma: no cover
+        return bool(own)
 
     def begin(
         self, own: State, param: Tensor, group: Group, step: Tensor | None
     ) -> None:
         """Make state as torch makes it, in one update, with this counter or its own."""
-        raise NotImplementedError  # pragma: no cover
+        if step is None:  # filled on the device: nothing is copied there
+            step = torch.zeros((), dtype=torch.float32, device=param.device)
+        moments = {
+            entry: torch.zeros_like(param, memory_format=torch.preserve_format)
+            for entry in self.entries(group)
+        }
+        own.update(step=step, **moments)  # at once: an interrupt leaves all or nothing
 
     def fused_call(self, setting: Setting, batch: Batch, scaling: Scaling) -> Call:
         """Bind torch's fused kernel."""
@@ -139,19 +149,6 @@ class AdamKernel(Kernel):
     def default_form(self, group: Group) -> Form:
         return "decoupled" if group["decoupled_weight_decay"] else "l2"
 
-    def setting(self, group: Group, share: Share) -> Setting:
-        beta1, beta2 = group["betas"]
-        arguments = {
-            "lr": group["lr"],
-            "beta1": beta1,
-            "beta2": beta2,
-            "eps": group["eps"],
-            "weight_decay": share.wd,
-            "amsgrad": group["amsgrad"],
-            "maximize": group["maximize"],
-        }
-        return Setting(arguments, share)
-
     @staticmethod
     def direction(
         setting: Setting, grad: Tensor, moments: Sequence[Tensor | None]
@@ -175,20 +172,6 @@ class AdamKernel(Kernel):
         # Named in torch's documentation from 2.12 on; torch checks it again.
         mixed = param.is_cuda and pair == (torch.float32, torch.bfloat16)
         return mixed or super().takes_beside(param, moment)
-
-    def has_state(self, own: State | None, group: Group) -> bool:
-        return bool(own)
-
-    def begin(
-        self, own: State, param: Tensor, group: Group, step: Tensor | None
-    ) -> None:
-        if step is None:  # filled on the device: nothing is copied there
-            step = torch.zeros((), dtype=torch.float32, device=param.device)
-        moments = {
-            entry: torch.zeros_like(param, memory_format=torch.preserve_format)
-            for entry in self.entries(group)
-        }
-        own.update(step=step, **moments)  # at once: an interrupt leaves all or nothing
 
     def fused_call(self, setting: Setting, batch: Batch, scaling: Scaling) -> Call:
         own = {**setting.arguments, **scaling._asdict()}
@@ -224,17 +207,6 @@ class SGDKernel(Kernel):
     def default_form(self, group: Group) -> Form:
         decoupled = group.get("decoupled_weight_decay", self._decoupled)
         return "decoupled" if decoupled else "l2"
-
-    def setting(self, group: Group, share: Share) -> Setting:
-        arguments = {
-            "lr": group["lr"],
-            "momentum": group["momentum"],
-            "dampening": group["dampening"],
-            "weight_decay": share.wd,
-            "nesterov": group["nesterov"],
-            "maximize": group["maximize"],
-        }
-        return Setting(arguments, share)
 
     @staticmethod
     def direction(

@@ -23,45 +23,23 @@ from selective_optim._text import received
 from selective_optim.decay import FORMS, FULL, DecayKey, Decision, Form, is_zero
 from selective_optim.step.class_step import View
 from selective_optim.step.setting import (
+    FLAGS,
     PER_PARAM,
     WD,
     Group,
     Share,
     alike,
+    chosen_form,
     pick,
     same,
-    share,
+    share_of,
 )
 
-# Keys by which classes let a group choose its form: of torch, timm, Prodigy and
-# D-Adaptation, pytorch_optimizer, optimi. True is decoupled.
-FLAGS = (
-    *("decoupled_weight_decay", "decoupled_decay", "decouple"),
-    *("weight_decouple", "decouple_wd"),
-)
 # What is computed for each part from the group and the decay of the part.
 DECAY_KEYS = (WD, *FLAGS)
 # Not written from a group into its parts, nor back, as they stand.
 NOT_SHARED = (*PER_PARAM, *DECAY_KEYS)
 _ABSENT = object()
-
-
-def flag_of(group: Group) -> str | None:
-    """Find the key by which the class lets a group choose its form."""
-    return next((key for key in FLAGS if key in group), None)
-
-
-def chosen_form(group: Group) -> Form | None:
-    """Tell the form that a group chooses, if its class lets it."""
-    flag = flag_of(group)
-    return None if flag is None else "decoupled" if group[flag] else "l2"
-
-
-def share_of(group: Group, decay_key: DecayKey, form: Form | None) -> Share:
-    """Share the decay of a part out between the class and a pass."""
-    if chosen := chosen_form(group):
-        return share(group, decay_key, chosen, ("l2", "decoupled"))
-    return share(group, decay_key, form, (form,) if form else ())
 
 
 @dataclass(eq=False)
@@ -91,7 +69,6 @@ class Split:
     shown: Group = field(default_factory=dict)  # the group when last looked at
 
     def fill(self) -> None:
-        """Give the parts their parameters, for the class to see."""
         for part in self.parts:
             part.group.update(pick(self.group, part.positions))
 
@@ -146,17 +123,16 @@ class Split:
         if "lr" in moved and any(form and FORMS[form].follows_lr for form in forms):
             moved.add(WD)
         # Computed before any is written, so that an error leaves the parts alike.
-        written: list[tuple[Group, str, Any]] = []
+        written: list[tuple[Group, Group]] = []
         for key in group.keys() & moved:
             value = group[key]
             if key in DECAY_KEYS:
-                written += [(p.group, key, self.computed(p, key)) for p in self.parts]
+                written += [(p.group, {key: self.computed(p, key)}) for p in self.parts]
             elif key not in PER_PARAM and not same(value, shown.get(key, _ABSENT)):
                 self._require_common(key)
-                own = (value if key in keys else _own_copy(value) for _ in self.parts)
-                written += [(p.group, key, v) for p, v in zip(self.parts, own)]
-        for part_group, key, value in written:
-            part_group[key] = value
+                written += [(p.group, _copied({key: value}, keys)) for p in self.parts]
+        for part_group, values in written:
+            part_group.update(values)
         # A key that the user removed goes from the parts; one that is only there stays.
         for key in shown.keys() - group.keys():
             for part in self.parts:
@@ -225,11 +201,9 @@ def _differing(owns: Sequence[Group]) -> list[str]:
 
 def _copied(group: Group, keys: Collection[str]) -> Group:
     """Copy a group for a part, which counts by itself in tensors under other keys."""
-    return {k: v if k in keys else _own_copy(v) for k, v in group.items()}
-
-
-def _own_copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    tensors = {k: v for k, v in group.items() if isinstance(v, Tensor)}
+    own = {k: v.detach().clone() for k, v in tensors.items() if k not in keys}
+    return {**group, **own}
 
 
 def by_decay(decisions: Sequence[Decision]) -> dict[DecayKey, list[int]]:
@@ -264,16 +238,19 @@ def split_again(
     """
     mine = [split for split in before if split.group is group]
     # Known ahead: a part of new parameters alone may come before those that were shown.
-    origin = mine or [split for split, _ in _holders(group["params"], before)]
-    # A new dict for tensors of several groups: hyperparameters are those it says.
-    settled = {} if mine else _disputed(group, before, keys)
+    origin = mine or [s for s in before if _parts_of(group["params"], [s])]
+    settled = {}
+    if not mine:
+        # A new dict for tensors of several groups: hyperparameters are those it says.
+        owns = [part.own for part in _parts_of(group["params"], origin)]
+        settled = {k: group[k] for k in _differing(owns) if k in group and k in keys}
     shown = {**(origin[0].shown if origin else {}), **settled}
     going_on = {part.decay_key: part for split in mine for part in split.parts}
     parts = []
     for decay_key, chosen in by_decay(decisions).items():
         params = [group["params"][i] for i in chosen]
         tokens = list(map(_torch.token_of, params))
-        owns = [part.own for _, part in _holders(params, mine or before)]
+        owns = [part.own for part in _parts_of(params, origin)]
         if (part := going_on.get(decay_key)) is not None:
             # The same dict, which the class may know by identity.
             own, owns = part.group, [part.own, *owns]
@@ -290,24 +267,11 @@ def split_again(
     return Split(group, parts, before[0].form if before else None, shown)
 
 
-def _disputed(
-    group: Group, before: Sequence[Split], keys: Collection[str]
-) -> dict[str, Any]:
-    """Take hyperparameters in which the parts that a group comes from differ."""
-    owns = [part.own for _, part in _holders(group["params"], before)]
-    return {k: group[k] for k in _differing(owns) if k in group and k in keys}
-
-
-def _holders(
-    params: Sequence[Tensor], splits: Sequence[Split]
-) -> list[tuple[Split, Part]]:
+def _parts_of(params: Sequence[Tensor], splits: Sequence[Split]) -> list[Part]:
+    """List the parts that hold some of these parameters."""
     wanted = set(map(id, map(_torch.token_of, params)))
-    return [
-        (split, part)
-        for split in splits
-        for part in split.parts
-        if not wanted.isdisjoint(map(id, part.tokens))
-    ]
+    parts = (part for split in splits for part in split.parts)
+    return [part for part in parts if not wanted.isdisjoint(map(id, part.tokens))]
 
 
 def _require_agreement(
@@ -333,10 +297,10 @@ def record_of_parts(splits: Sequence[Split]) -> list[list[Group]] | None:
 
 
 def _kept(split: Split, part: Part) -> Group:
-    shown = split.group
+    shown, wd = split.group, split.computed(part, WD)
     own = {k: v for k, v in part.own.items() if not same(v, shown.get(k, _ABSENT))}
     # A new part has none yet where handing it down raised; the step will tell.
-    if not same(part.group.get(WD, wd := split.computed(part, WD)), wd):
+    if not same(part.group.get(WD, wd), wd):
         own[WD] = part.group[WD]  # the class writes it itself
     return {"positions": part.positions, **own}
 
@@ -441,7 +405,7 @@ def require_parts(optimizer: Any, splits: Sequence[Split]) -> None:
 def require_forms(optimizer: Any, split: Split) -> None:
     """Check that it is known what each part is to be decayed like."""
     name = type(optimizer).__name__
-    known = flag_of(split.group) is not None or split.form is not None
+    known = chosen_form(split.group) or split.form
     for decay in (part.decay_key.decay for part in split.parts):
         if is_zero(decay.multiplier) or not (decay.form or decay.target):
             continue

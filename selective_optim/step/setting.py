@@ -27,6 +27,12 @@ Call = Callable[[], object]
 PLAIN = (Tensor, torch.nn.Parameter)
 WD = "weight_decay"
 PER_PARAM = ("params", "param_names")  # what a group lists per parameter
+# Keys by which classes let a group choose its form: of torch, timm, Prodigy and
+# D-Adaptation, pytorch_optimizer, optimi. True is decoupled.
+FLAGS = (
+    *("decoupled_weight_decay", "decoupled_decay", "decouple"),
+    *("weight_decouple", "decouple_wd"),
+)
 
 
 def pick(group: Group, chosen: Sequence[int]) -> Group:
@@ -108,6 +114,21 @@ def share(
         return Share(wd, form.applied, None, fleeting)
     beside = DecayPass(form.applied, wd, decay.target or 0.0)
     return Share(0.0, default, beside, fleeting)
+
+
+def chosen_form(group: Group) -> Form | None:
+    """Tell the form that a group chooses, if its class lets it."""
+    for flag in FLAGS:
+        if flag in group:
+            return "decoupled" if group[flag] else "l2"
+    return None
+
+
+def share_of(group: Group, decay_key: DecayKey, form: Form | None) -> Share:
+    """Share the decay of a part out between the class and a pass."""
+    if chosen := chosen_form(group):
+        return share(group, decay_key, chosen, ("l2", "decoupled"))
+    return share(group, decay_key, form, (form,) if form else ())
 
 
 class Setting(NamedTuple):
