@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 import selective_optim
 from selective_optim._text import aligned, param_ids
 from selective_optim.audit import audit, decay_report
-from selective_optim.policies.named import NAMED, as_policy, is_expression
+from selective_optim.policies.named import EXPRESSION, NAMED, as_policy
 
 EXAMPLE = "Write for example torchvision.models:resnet50."
 EXAMPLE_CALL = "Write for example 'timm:create_model(vit_base_patch16_224)'."
@@ -253,7 +253,7 @@ def run_audit(options: argparse.Namespace) -> int:
 def _policy(text: str | None) -> Any:
     if text is None:
         return None
-    own = ":" in text and not is_expression(text)
+    own = ":" in text and not EXPRESSION.search(text)
     policy = load(*read_target(text)[:2]) if own else text
     as_policy(policy)  # before the model is built, which may take a while
     return policy

@@ -6,7 +6,6 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import chain
 from threading import local
 from types import CodeType
@@ -46,7 +45,7 @@ from selective_optim.fused.guards import params_of
 from selective_optim.fused.stepper import Stepper
 from selective_optim.policies.named import WdPolicy, as_policy
 from selective_optim.policies.selectors import Policy
-from selective_optim.report import DecayReport, form_of_class, make_report, remark_of
+from selective_optim.report import DecayReport, form_of_class, judged, make_rows
 from selective_optim.step.class_step import ClassStep, View, view_of
 from selective_optim.step.kernels import Kernel
 from selective_optim.step.parts import DecidedParam, Part
@@ -428,9 +427,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # Not `decisions`: who looks is told later, by the step, what is wrong.
         decided = self._decider.readable(self.param_groups)
         groups, index = self.param_groups, self._decider.index
-        report = make_report(groups, decided, self._form_of, index)
-        loss = loss_of(self._kernel, groups, decided)
-        return replace(report, remark=remark_of(report.remark, loss))
+        rows = make_rows(groups, decided, self._form_of, index)
+        return judged(rows, groups, index, loss_of(self._kernel, groups, decided))
 
     def _form_of(self, group: Group) -> Form | None:
         return self._kernel.default_form(group) or form_of_class(self, group)

@@ -243,10 +243,7 @@ def merged(entries: Sequence[Entry], way_out: str) -> Hyper:
 
 
 def agreed(
-    entries: Sequence[Entry],
-    hypers: Sequence[Hyper],
-    free: Iterable[str],
-    way_out: str,
+    entries: Sequence[Entry], hypers: Sequence[Hyper], free: Iterable[str], way_out: str
 ) -> Hyper:
     """Return the values of one group from several that differ in `free` alone."""
     first, own = entries[0], hypers[0]

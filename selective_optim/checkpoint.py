@@ -217,9 +217,7 @@ def split_groups(
 
 
 def _split(entries: Sequence[Entry], own: Hyper) -> Hyper:
-    hypers = [
-        {**e.hyper, **(e.part_values or {}), "weight_decay": e.wd} for e in entries
-    ]
+    hypers = [{**e.hyper, **(e.part_values or {}), WD: e.wd} for e in entries]
     way_out = "Make it two groups, or set {!r} in this one."
     hyper = {**agreed(entries, hypers, own, way_out), **own}
     form = form_of(hyper)

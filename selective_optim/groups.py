@@ -135,26 +135,18 @@ def param_groups(
     if routes is not None:
         named, marks = False, marks_of(routes, key, values)
         whole = by_route(groups, decided, decider, routes, marks)
-    split = [
-        (part, [decisions[i] for i in chosen], route)
-        for group, decisions, route in whole
-        for part, chosen in _parts(group, decisions, named)
-    ]
+    split, told, shares = SplitGroups(), list[Group](), list[list[Decision]]()
+    for own, decisions, route in whole:
+        for part, chosen in _parts(own, decisions, named):
+            # Whatever a group's decay is, it is that of its parameters already.
+            decay = FULL if part[WD] else EXEMPT
+            shares.append([decisions[i]._replace(decay=decay) for i in chosen])
+            told.append({**part, "route": route})
+            split.append(part)
     decider.warn_if_weak(list(map(with_one_decay, groups)))
+    split.rows = tuple(make_rows(told, shares, lambda group: None, decider.index))
     decider.index.release()
-    made = SplitGroups(group for group, *_ in split)
-    made.rows = tuple(_rows(split, decider.index))
-    return made
-
-
-def _rows(split: Sequence[Part], index: ModelIndex) -> list[Row]:
-    groups = [{**group, "route": route} for group, _, route in split]
-    # Whatever a group's decay is, it is that of its parameters already.
-    decided = [
-        [each._replace(decay=FULL if group[WD] else EXEMPT) for each in decisions]
-        for group, decisions, _ in split
-    ]
-    return make_rows(groups, decided, lambda group: None, index)
+    return split
 
 
 def _parts(

@@ -395,16 +395,6 @@ def _row(
     )
 
 
-def make_report(
-    groups: Sequence[Group],
-    decided: Sequence[Sequence[Decision]],
-    form_of: Callable[[Group], Form | None],
-    index: ModelIndex,
-) -> DecayReport:
-    """Report on an optimizer of this library."""
-    return judged(make_rows(groups, decided, form_of, index), groups, index)
-
-
 ZERO = "weight_decay=0"  # the reason where a policy decays and a group does not
 # Classes of torch, whose groups do not always say what their decay is.
 L2_CLASSES = ("SGD", "Adam", "Adagrad", "Adadelta", "Adamax", "ASGD", "RMSprop")
@@ -433,11 +423,11 @@ def judged(
     names = dict.fromkeys(type(module).__name__ for module in index.found)
     found = f"{NOTE}known from {', '.join(names)}, found alive with these parameters"
     wrong = [*_split_wrongly(rows), _left_out(index, groups), *_not_as_promised(rows)]
-    remark = remark_of(*wrong, *told, found if names else "")
+    remark = _remark_of(*wrong, *told, found if names else "")
     return DecayReport(tuple(rows), remark)
 
 
-def remark_of(*told: str) -> str:
+def _remark_of(*told: str) -> str:
     """Join what looks wrong on one line, above the lines of notes."""
     lines = [line for part in told for line in part.splitlines()]
     notes = [line for line in lines if line.startswith(NOTE)]

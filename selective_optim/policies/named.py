@@ -104,7 +104,7 @@ MAKERS: dict[Any, str] = {
     layerwise: "layerwise(0.75)",
     marked: "marked()",
 }
-# A glob has no parentheses, and no space beside its `*`.
+# More than a name or a glob: a glob has no parentheses, and no space beside its `*`.
 EXPRESSION = re.compile(r"[({|&~]|\w\s*\*\s+\w|\w\s+\*\s*\w")
 WORDS = re.compile(r"[a-z]+|[A-Z][a-z]*")
 SPLIT = re.compile(r"[^a-z0-9]+")
@@ -183,7 +183,7 @@ def parse(text: str) -> Policy:
             f"Write for example parse(\"exclude('*.bias')\")."
         )
     plain = text.strip()
-    if is_expression(plain) or plain in FUNCTIONS or plain in PREDICATES:
+    if EXPRESSION.search(plain) or plain in FUNCTIONS or plain in PREDICATES:
         return Reader(re.sub(r"\s*\n\s*", " ", plain)).read()
     return named(plain)
 
@@ -192,11 +192,6 @@ PREDICATES = {p.name: p for p in vars(predicates).values() if isinstance(p, Pred
 FUNCTIONS: dict[str, Callable[..., Policy]] = {
     function.__name__: function for function in (*MAKERS, first_match, named)
 }
-
-
-def is_expression(text: str) -> bool:
-    """Tell whether a text is more than a name or a glob, as ``a * b``."""
-    return bool(EXPRESSION.search(text))
 
 
 def as_policy(value: object) -> Policy:

@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import replace
 from itertools import chain, repeat
 from operator import is_
 from typing import Any
@@ -44,7 +43,7 @@ from selective_optim.policies.predicates import (
     is_matrix,
 )
 from selective_optim.policies.selectors import Policy, Selector, as_selector
-from selective_optim.report import DecayReport, amount, make_report, remark_of
+from selective_optim.report import DecayReport, amount, judged, make_rows
 from selective_optim.routes.route import (
     known_route,
     read_routes,
@@ -312,17 +311,18 @@ class Routed(torch.optim.Optimizer):
         """Report what decays, and which route steps it."""
         self._distribute()
         decided, optimizers = self._readable(), self.optimizers
-        report = make_report(
-            self.param_groups,
+        groups, index = self.param_groups, self._decider.index
+        rows = make_rows(
+            groups,
             in_order(decided, self._order),
             lambda group: optimizers[group[ROUTE]]._form_of(group),
-            self._decider.index,
+            index,
         )
         lost = (
             loss_of(o._kernel, o.param_groups, decided[n])
             for n, o in optimizers.items()
         )
-        return replace(report, remark=remark_of(report.remark, *lost))
+        return judged(rows, groups, index, *lost)
 
     def __getattr__(self, name: str) -> Any:
         """Offer ``train`` and ``eval`` where a class has them."""
