@@ -134,7 +134,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         with kept_on_error(params):
             yield self._decider.read(params)
             self._decider.decide_pending()
-            self._decider.warn_if_weak(self.param_groups)
+            self._decider.warn_if_weak(self._groups)
         self._made()
 
     def _made(self) -> None:

@@ -157,10 +157,7 @@ class Decider(DecisionTable):
         """Decide for the last group, or take note of it until all are there.
 
         ``own`` tells whether the group brought the policy itself. If that cannot
-        decide, it raises ValueError, and nothing is recorded.
-
-        Returns:
-            Whether it is decided.
+        decide, it raises ValueError, and nothing is recorded. Tells whether it decided.
         """
         index, group = len(groups) - 1, groups[-1]
         names, lr0s = group.get("param_names", ()), repeat(base_rate(group))

@@ -96,7 +96,7 @@ def _params(groups: Groups) -> list[Any]:
 
 
 def groups_to_load(
-    kernel: Kernel, state_dict: Any, here: Sequence[dict[str, Any]]
+    kernel: Kernel, state_dict: Any, here: Groups
 ) -> list[dict[str, Any]]:
     """Prepare the groups of a state dict for torch, which loads them into those here.
 

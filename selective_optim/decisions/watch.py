@@ -32,14 +32,7 @@ from selective_optim.decisions.table import Row
 from selective_optim.fused.guards import same_objects
 from selective_optim.step.kernels import AdamKernel, Kernel
 from selective_optim.step.parts import fused_choice, wants_fused
-from selective_optim.step.setting import (
-    PLAIN,
-    Group,
-    Groups,
-    is_moving,
-    is_rate,
-    rate_now,
-)
+from selective_optim.step.setting import PLAIN, Groups, is_moving, is_rate, rate_now
 
 Layout = Sequence[Sequence[Row]]
 IDLE = 2  # steps without decay that are none of a schedule
@@ -189,13 +182,12 @@ def _compare_with_first(groups: Groups, layout: Layout, found: bool) -> None:
     decided = sorted(_decided(groups, layout))
     if not decided:
         return
-    decays = [decay for *_, decay in decided]
-    names = [label.strip("'") for label, *_ in decided]
+    labels, shapes, decays = zip(*decided)
+    names = [label.strip("'") for label in labels]
     # What all parameters of one module share is the name of that, and not around it.
     owners = {name.rpartition(".")[0] for name in names}
     shared = commonprefix(names) if found and len(owners) > 1 else ""  # noqa: RUF071
     around = AROUND.findall(shared)[0]
-    shapes = (shape for _, shape, _ in decided)
     inside = (name.removeprefix(around) for name in names)
     known = "\n".join(map(" ".join, zip(inside, shapes)))
     key = f"selective_optim/{sha256(known.encode()).hexdigest()}"
@@ -216,7 +208,7 @@ def _compare_with_first(groups: Groups, layout: Layout, found: bool) -> None:
         more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
         warn(
             f"rank {rank} decided otherwise than the rank that stepped first: "
-            f"{decided[at][0]} is {decays[at]} here and {there[at]} there{more}. Pass "
+            f"{labels[at]} is {decays[at]} here and {there[at]} there{more}. Pass "
             f"{same} `wd_policy` and routes on every rank, as texts or mappings from "
             f"names. Ranks that train apart on purpose may ignore this."
         )
@@ -259,7 +251,9 @@ def loss_of(
     return ""
 
 
-def _loses(kernel: Kernel, group: Group, param: Tensor, decision: Decision) -> bool:
+def _loses(
+    kernel: Kernel, group: dict[str, Any], param: Tensor, decision: Decision
+) -> bool:
     if param.dtype not in _torch.HALF or type(_torch.shard_of(param)) not in PLAIN:
         return False
     decay, lr0 = decision.decay_key
