@@ -58,12 +58,15 @@ _finish = torch.no_grad()(ClassStep.finish)
 
 def as_torch_reads(group: Group, before: Iterable[Group], **defaults: Any) -> Group:
     """Let torch read and check a group, and no class that would step it."""
+    given = set(group) if isinstance(group, dict) else set()
     # Not with other defaults in an optimizer meanwhile: an interrupt would leave them.
     reading = SimpleNamespace(
         defaults={**READING, **defaults}, param_groups=list(before)
     )
     torch.optim.Optimizer.add_param_group(reading, group)  # type: ignore[arg-type]
     read: Group = reading.param_groups[-1]
+    for key in READING.keys() - given:
+        del read[key]
     return read
 
 
@@ -155,8 +158,8 @@ class AnyOptimizer(SelectiveOptimizer):
     def _split_last_group(self, given: Group) -> None:
         """Let the class make its groups of the parts, if it exists already."""
         group = self._groups[-1]
-        for key in {*READING, "lr"} - given.keys():
-            del group[key]
+        if "lr" not in given:
+            del group["lr"]  # where the class has another
         if self._parts is None:
             return
         decided = self._decider.fitting(self._groups)

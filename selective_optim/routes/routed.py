@@ -133,11 +133,7 @@ class Routed(torch.optim.Optimizer):
         if isinstance(group, dict) and isinstance(group.get("lr"), Mapping):
             for name in group["lr"]:
                 known_route(name, self._routes)
-        given = set(group) if isinstance(group, dict) else set()
-        read = as_torch_reads(group, self.param_groups)
-        for key in READING.keys() - given:
-            del read[key]
-        self.param_groups.append(read)
+        self.param_groups.append(as_torch_reads(group, self.param_groups))
         self._decider.add_group(self.param_groups, policy, group is not param_group)
 
     def _take_parts(self) -> list[Group]:
