@@ -88,7 +88,6 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _value(text: str) -> Any:
-    """Read a Python literal; everything else is a text, quoted or not."""
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError):

@@ -31,18 +31,15 @@ def warn(message: str) -> None:
 
 
 def first_of(items: Sequence[str], separator: str) -> str:
-    """Write the first of many items, and how many more there are."""
     more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return f"{separator.join(items[:SHOWN])}{more}"
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """Write a shape as ``10 x 64``; a zero-dimensional one as ``scalar``."""
     return " x ".join(map(str, shape)) or "scalar"
 
 
 def shape_of(param: Tensor) -> str:
-    """Tell the shape of a parameter; a lazy one has none."""
     return "no shape yet" if is_lazy(param) else f"shape {shape_text(param.shape)}"
 
 
@@ -62,7 +59,6 @@ def received(value: object) -> str:
 
 
 def aligned(lines: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """Pad cells to the width of their column; those of ``right`` stand to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join(
@@ -110,10 +106,7 @@ def copied_groups(params: Any) -> Any:
 
 @contextmanager
 def kept_on_error(groups: Any) -> Iterator[None]:
-    """Leave a caller's group dicts as they were where what is done with them raises.
-
-    torch fills them in, and takes them one by one.
-    """
+    """Leave a caller's groups, which torch fills in, as they were if it raises."""
     listed = groups if isinstance(groups, (list, tuple)) else []
     given = [(group, dict(group)) for group in listed if isinstance(group, dict)]
     try:
@@ -125,7 +118,6 @@ def kept_on_error(groups: Any) -> Iterator[None]:
 
 
 def write_back(group: Any, before: dict[str, Any]) -> None:
-    """Make a group what it was before torch read it, if it is a dict at all."""
     if isinstance(group, dict):
         params = group.get("params")
         group.clear()
@@ -135,7 +127,6 @@ def write_back(group: Any, before: dict[str, Any]) -> None:
 
 
 def require_decay(optimizer: Any, purpose: str) -> None:
-    """Raise ValueError if a group of an optimizer has no weight decay."""
     for index, group in enumerate(optimizer.param_groups):
         if "weight_decay" not in group:
             raise ValueError(
@@ -179,7 +170,6 @@ def held_optimizers(wrapper: object) -> list[Any]:
 
 
 def param_ids(optimizer: object) -> set[int]:
-    """Identify the parameters of what has groups and steps; none of all else."""
     groups = getattr(optimizer, "param_groups", None)
     if not (isinstance(groups, (list, tuple)) and hasattr(optimizer, "step")):
         return set()
@@ -193,8 +183,7 @@ def _subclasses(cls: type[nn.Module]) -> Iterator[type[nn.Module]]:
 
 
 def _classes_named(name: str) -> list[type[nn.Module]]:
-    # A notebook's cell that ran twice leaves two classes behind, of which the path
-    # leads to the second.
+    # A notebook's cell that ran twice leaves two classes: the path leads to the second.
     found = list({c: None for c in _subclasses(nn.Module) if c.__name__ == name})
     reached = [cls for cls in found if _at_path(_path_of(cls)) is cls]
     return reached or found
@@ -224,7 +213,6 @@ def class_text(cls: type[nn.Module]) -> str:
 
 
 def loaded_class(name: str) -> type[nn.Module] | None:
-    """Find a loaded module class by name, which several may bear, or by its path."""
     # A bare name is torch.nn's first, which has quantized namesakes.
     at_path = _at_path(f"torch.{name}") or _at_path(f"torch.nn.{name}")
     at_path = at_path or _at_path(name)

@@ -393,7 +393,6 @@ def _recorded(entry: Sequence[Any] | None, name: str | None) -> Decision | None:
 
 
 def _measured(optimizer: Any, rows: list[Row]) -> tuple[list[Row], str]:
-    """Step copies with no, half and the whole decay, and tell what that changes."""
     try:
         steps = [_stepped(optimizer, share) for share in (0.0, 0.5, 1.0)]
     except Exception as error:  # whatever a class raises that is stepped like this
@@ -434,8 +433,7 @@ def _with_effect(row: Row, decay: float | Tensor, *steps: Tensor) -> Row:
     if row.fate == "frozen" or row.target is not None or not row.numel:
         return row
     none, half, full = (step.detach().reshape(-1)[0].item() for step in steps)
-    # Half the decay does not do half as much in L2 of an adaptive class: then the size
-    # of the update says nothing about the decay.
+    # In L2 of an adaptive class half the decay is not half the effect: no measure then.
     direct = math.isclose(none - full, 2 * (none - half), rel_tol=0.01)
     unit = FORMS[row.form].strength(1.0, RATE, row.lr0) if row.form and row.lr0 else 1.0
     decay = decay if row.fixed is None else row.fixed

@@ -1,9 +1,7 @@
 """What is known of parameters: names, shapes, and the modules around them.
 
-A model is walked once and not for every optimizer or group that asks: one
-optimizer per parameter, stepped in a hook, is how people save memory. What was
-read is checked where it is used, place by place, and costs nothing to keep:
-modules are referred to weakly, and parameters by identity.
+A model is walked once, though people make an optimizer for every parameter to save
+memory. What was read is checked, place by place, where it is used.
 """
 
 from __future__ import annotations
@@ -72,7 +70,6 @@ class ParameterInfo:
         return (self, *self.elsewhere)
 
     def describe(self, position: int) -> str:
-        """Name the parameter as a message should: by name if known, else by place."""
         name = repr(self.telling_name) if self.name else f"parameter {position}"
         group = "" if self.name else f" of group {self.group}"
         return f"{name}{group} ({shape_of(self.parameter)})"
@@ -90,11 +87,9 @@ Asked = tuple[Tensor, int, torch.Size | None, str | None]
 def wanted(
     params: Sequence[Tensor], names: Iterable[str | None] = (), group: int = 0
 ) -> list[Asked]:
-    """Ask about parameters, with the shapes that a user knows.
-
-    A shape that is lost or not there yet is ``None``; DeepSpeed notes what it took.
-    """
+    """Ask about parameters; a shape that is lost or not there yet is ``None``."""
     pieces = _torch.flattened(params)
+    # DeepSpeed notes the shape of what it took.
     found = (
         None if is_lazy(p) or id(p) in pieces else getattr(p, "ds_shape", p.shape)
         for p in params
@@ -129,11 +124,7 @@ def _named_info(
 
 
 def as_modules(model: object) -> list[nn.Module]:
-    """Read ``model=``: nothing, a module, or a sequence of modules.
-
-    Raises:
-        TypeError: It is something else.
-    """
+    """Read ``model=``: nothing, a module, or a sequence of modules."""
     if model is None or isinstance(model, nn.Module):
         return [] if model is None else [model]
     # A generator is read once; a text is a sequence of texts, and refused.
@@ -151,12 +142,7 @@ RELAYS: tuple[type, ...] = (filter, map, chain, type(iter([])), type(iter(())))
 
 
 def modules_behind(params: object) -> list[nn.Module]:
-    """Find the modules that ``params`` is, lists, or is being generated from.
-
-    ``model.parameters()`` and ``model.named_parameters()`` are generators whose
-    frame holds the module until they have run; a generator expression, ``filter``,
-    ``map`` or ``itertools.chain`` over such generators leads to them.
-    """
+    """Find the modules that ``params`` is, lists, or is being generated from."""
     if isinstance(params, nn.Module):
         return [params]
     if isinstance(params, RELAYS):
@@ -164,6 +150,7 @@ def modules_behind(params: object) -> list[nn.Module]:
         sources += chain(*(s for s in sources if isinstance(s, (list, tuple))))
         return [module for source in sources for module in modules_behind(source)]
     if inspect.isgenerator(params):
+        # Until it has run, its frame holds the module, or what an expression reads.
         frame = inspect.getgeneratorlocals(params)
         return modules_behind(frame.get("self", frame.get(".0")))
     items = params if isinstance(params, Sequence) else ()
@@ -177,11 +164,8 @@ _indices: dict[int, ModuleIndex] = {}
 
 @cache
 def clear_at_registration(clear: Callable[[], None]) -> None:
-    """Have a cache cleared whenever a parameter or module is registered somewhere.
-
-    A place that is gone shows when it is looked up; one that is new, as when two
-    weights are tied, would not.
-    """
+    """Have a cache cleared whenever a parameter or module is registered somewhere."""
+    # A place that is gone shows when it is looked up; a new one, of a tie, would not.
     # Not at import: torch calls these at every registration in the process.
     nn.modules.module.register_module_parameter_registration_hook(lambda *_: clear())
     nn.modules.module.register_module_module_registration_hook(lambda *_: clear())
@@ -211,9 +195,8 @@ def has_parameters(module: nn.Module) -> bool:
 
 _T = TypeVar("_T")
 Path = tuple[nn.Module, ...]
-# One spot in a tree where a parameter is registered: the number of the module, the key
-# there, the name, and one of its own. Python's collector leaves alone what holds
-# nothing but plain values; of named tuples it walks every one.
+# The number of the module, the key there, the name, and one of its own. Python's
+# collector walks named tuples, and no tuples of plain values.
 Place = tuple[int, str, str, str | None]
 
 
@@ -227,7 +210,6 @@ class ModuleIndex:
         self._places: dict[int, tuple[Place, ...]] = {}
 
     def _read(self, root: nn.Module) -> dict[int, Path]:
-        """List every place of every parameter, aliases of tied ones included."""
         self._places = {}
         self._answers.clear()
         paths: dict[int, Path] = {}
@@ -304,7 +286,6 @@ class ModuleIndex:
         return paths[number]
 
     def everyone(self) -> list[ParameterInfo]:
-        """Describe every parameter of the module, each once."""
         module = self._module()
         found = self.infos(wanted([] if module is None else [*module.parameters()]))
         return [info for info in found if info is not None]
@@ -332,9 +313,6 @@ class ModelIndex:
 
     In this order: ``model=``; a module, or the generator of one, given as
     parameters; living modules that were found to hold them; names; else only shapes.
-
-    Args:
-        model: A module, modules, or ``None``.
     """
 
     def __init__(self, model: object = None) -> None:
@@ -350,7 +328,6 @@ class ModelIndex:
         return self._insists and all(ref() is not None for ref in self._modules)
 
     def modules(self) -> list[nn.Module]:
-        """Return the modules that are still alive: those given, and those found."""
         return living([*self._modules, *self._found])
 
     @property
@@ -360,18 +337,15 @@ class ModelIndex:
 
     @property
     def found(self) -> list[nn.Module]:
-        """Modules that hold the parameters and were found, not passed by the user."""
         return living(self._found)
 
     def add(self, modules: Iterable[nn.Module]) -> None:
-        """Learn of further modules."""
         for module in modules:
             self._held.append(module)
             if id(module) not in map(id, self.given):
                 self._modules.append(weakref.ref(module))
 
     def find(self, modules: Iterable[nn.Module]) -> None:
-        """Add modules that were found, not passed by the user."""
         known = set(map(id, self.modules()))
         self._found += [weakref.ref(m) for m in modules if id(m) not in known]
 
@@ -391,10 +365,6 @@ class ModelIndex:
         return params
 
     def infos(self, asked: Sequence[Asked]) -> list[ParameterInfo]:
-        """Describe parameters, each as well as it is known.
-
-        Names serve where no module holds them.
-        """
         # One pass per module over all parameters: an optimizer may have 1,000 groups.
         found: list[ParameterInfo | None] = [None] * len(asked)
         for module in self.modules():
@@ -403,7 +373,6 @@ class ModelIndex:
         return [info or _named_info(*each) for info, each in zip(found, asked)]
 
     def remember(self, question: Hashable, ask: Callable[[], _T]) -> _T:
-        """Answer a question about the whole model once, until the model changes."""
         modules = self.modules()
         try:
             hash(question)

@@ -31,7 +31,6 @@ from selective_optim.policies.predicates import is_bias
 from selective_optim.policies.recognition import kind_of
 
 Group = dict[str, Any]
-# Columns of numbers stand to the right.
 NUMBERS = ("group", "lr", "decay", "measured", "timescale", "tensors", "elements")
 MANY_GROUPS = 8  # more are summed up together: a group per layer would fill pages
 PAGE = 100  # columns of a printed table
@@ -326,7 +325,6 @@ def _runs(groups: set[int]) -> str:
 
 
 def _span(values: Iterable[float | None], kind: str = "g", unit: str = "") -> str:
-    # Without an optimizer a rate is NaN.
     known = [value for value in values if value is not None and not math.isnan(value)]
     ends = [f"{end(known):{kind}}" for end in (min, max) if known]
     return " to ".join(dict.fromkeys(ends)) + unit * bool(ends)
@@ -428,7 +426,6 @@ def judged(
 
 
 def _remark_of(*told: str) -> str:
-    """Join what looks wrong on one line, above the lines of notes."""
     lines = [line for part in told for line in part.splitlines()]
     notes = [line for line in lines if line.startswith(NOTE)]
     parts = [line.removeprefix(WRONG) for line in lines if line not in notes]
@@ -447,7 +444,6 @@ def _clause(names: Sequence[str | None], noun: str, verbs: str) -> str:
 
 
 def _split_wrongly(rows: Sequence[Row]) -> Iterator[str]:
-    """Name norms and biases that decay without a policy, and weights that do not."""
     # With a policy all norms may decay, but not some while others are exempt.
     decayed = [r for r in rows if r.fate == "decayed" and r.applied is not False]
     exempt = [row for row in rows if row.fate == "exempt" and row.reason != ZERO]
@@ -480,7 +476,6 @@ def _not_as_promised(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
-    """Tell which parameters of the model train, and no living optimizer steps."""
     held = {id(p): shape_now(p) for group in groups for p in group["params"]}
     known = {id(info.parameter) for info in index.everyone()}
     strange = {shape for key, shape in held.items() if key not in known}

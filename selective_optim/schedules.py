@@ -32,7 +32,6 @@ class Record:
     stepped: bool = False
 
     def views(self, groups: list[Group]) -> list[GroupView]:
-        """View every group, with room for those that were added."""
         # If nothing decays yet, this is a warm-up of decay from 0.
         any_decays = not all(is_zero(group["weight_decay"]) for group in groups)
         for group in groups[len(self.known) :]:
@@ -46,8 +45,7 @@ class Record:
 class GroupView(ChainMap[str, Any]):
     """A parameter group whose ``"lr"`` is its ``"weight_decay"``."""
 
-    # What a scheduler writes beside the rate ("initial_lr", "max_lr") is kept apart: in
-    # the group a scheduler of the learning rate keeps its own.
+    # "initial_lr" and "max_lr" are kept apart: in the group are those of the rate.
     def __init__(self, group: Group, written: Group, held: bool) -> None:
         # A scheduler that finds an "initial_lr" goes on from it, and would go on from
         # that of the learning rate (torch/optim/lr_scheduler.py, 2.7 to 2.15).

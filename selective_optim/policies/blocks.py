@@ -62,7 +62,6 @@ class Run:
 
     @property
     def size(self) -> int:
-        """Number of elements of all parameters inside."""
         return sum(map(_size, self.items))
 
     @property
@@ -117,9 +116,7 @@ def _are_pieces(parts: Sequence[nn.Module]) -> bool:
 
 
 def _blocks_in(run: Run) -> list[nn.Module]:
-    """Return the items of a run or, where the items are stages, the blocks inside."""
-    # Stages differ in width; blocks that stand side by side are mostly alike, even
-    # where each holds a list of experts.
+    # Stages differ in width; blocks beside each other are mostly alike, experts or not.
     inner = {item: _inside_stage(item, run.uniform) for item in run.items}
     staged = {type(item) for item, blocks in inner.items() if blocks}
     # A plain container never is a block itself, however alike its neighbors are.
@@ -172,12 +169,7 @@ def require_arguments(rate: float, layers: object) -> None:
 
 
 def find_stacks(roots: Sequence[nn.Module], layers: Layers) -> list[list[nn.Module]]:
-    """Return the stacks of repeated blocks that hold parameters, each in order.
-
-    Of nested matches of a glob the outer counts, and the name of one container stands
-    for what it contains. A list of globs is one stack each. ``None`` takes the run of
-    blocks that holds most of the parameters.
-    """
+    """Return the stacks of blocks with parameters: one per glob, or the largest."""
     if layers is None:
         return [_found(roots)]
     globs = [layers] if isinstance(layers, str) else layers

@@ -58,7 +58,6 @@ def decide(
     for info, place, lr0, doubtful in zip(infos, places, lr0s, unsure):
         try:
             answer = policy.decide(info) if policy else Answer(FULL, NO_POLICY)
-        # If a user's callable raises, the message names the parameter.
         except Exception as error:
             raise _explained(error, policy, info.describe(place), info) from error
         shape = shape_now(info.parameter) if info.shape is None else info.shape
@@ -146,10 +145,7 @@ def require_matches(
     elsewhere: Callable[[Selector], bool],
     everyone: Callable[[], Infos],
 ) -> None:
-    """Raise if a glob or object matches no parameter here, nor ``elsewhere``.
-
-    Warns of a class that matches none where what it seems to mean decays.
-    """
+    """Raise if a glob or object matches nothing; warn if what a class means decays."""
     asked = [s for s in policy.required if s.by_name or isinstance(s, InsideClass)]
     missing = [s for s in asked if not any(map(s.matches, infos)) and not elsewhere(s)]
     if not missing:
@@ -221,8 +217,7 @@ def _advice(selector: Selector, names: Sequence[str]) -> tuple[str, str]:
 
 
 def _closest(text: str, names: Sequence[str]) -> list[str]:
-    # A name is long, as base_model.model.layers.0.lora_A.default.weight, and what was
-    # misspelt is a word of it: the likest part of each name counts, in any case.
+    # A name is long, and what was misspelt is a word of it: its likest part counts.
     size = text.count(".") + 1
 
     @cache

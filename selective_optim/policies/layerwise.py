@@ -41,11 +41,7 @@ POOL = re.compile(r"(?:.*_)?pool(?:ing|er)?(?:_.*)?$")
 
 
 def own_layers(roots: Sequence[nn.Module]) -> dict[str, int] | None:
-    """Number the layers by what the model says, from 0 at the bottom, for each name.
-
-    A model that holds nothing but another, as a wrapper or a training module does, has
-    the other speak. ``None`` where it says nothing, or no more than one layer.
-    """
+    """Number layers, from 0 at the bottom, as the model's ``group_matcher`` says."""
     # Not getattr: wrappers answer for the module inside, whose names are others.
     every = (pair for root in roots for pair in whole(root))
     speakers = (pair for pair in every if hasattr(type(pair[1]), "group_matcher"))
@@ -71,13 +67,10 @@ def _order(place: Any) -> Order:
 
 
 def _placing(said: Any) -> Callable[[str], Order]:
-    """Make a function from name to place of what a model said.
-
-    A mapping has one expression or several for each part, with suffixes; timm orders
-    by part, then by number (models/_manipulate.py).
-    """
+    """Make a function from name to place, as timm does (models/_manipulate.py)."""
     if not isinstance(said, Mapping):
         return lambda name: _order(said(name))
+    # Each part has one expression or several, with suffixes.
     single = (str, re.Pattern)
     lists = [[(e, None)] if isinstance(e, single) else e or () for e in said.values()]
     rules = [
@@ -140,11 +133,7 @@ def distances_in(modules: Modules, blocks: Modules) -> dict[nn.Module, int]:
 
 
 def _beside(parent: nn.Module, numbers: dict[nn.Module, int]) -> dict[nn.Module, int]:
-    """Number what stands in lists that count as the list of blocks beside them does.
-
-    Of a list before the blocks an item belongs to the first block of its number, of
-    one after them to the last. Where a list is one shorter, its items stand between.
-    """
+    """Number what stands in lists that count as the list of blocks beside them does."""
     lists = [m for m in parent.children() if isinstance(m, CONTAINERS)]
     spans = [[_span(item, numbers) for item in each.children()] for each in lists]
     main = next((span for span in spans if span and all(span)), [])
@@ -155,6 +144,7 @@ def _beside(parent: nn.Module, numbers: dict[nn.Module, int]) -> dict[nn.Module,
             continue
         if fewer and all(norm_module(item) for item in each.children()):
             continue  # norms of what comes out, which no stage follows
+        # Before the blocks it belongs to the first of its number, after them the last.
         last = -1 if main in spans[:i] and not fewer else 0
         for item, span in zip(each.children(), main[fewer:]):
             found.update(dict.fromkeys(item.modules(), span[last]))
@@ -166,7 +156,6 @@ def _span(item: nn.Module, numbers: dict[nn.Module, int]) -> list[int]:
 
 
 def _final_norm(modules: Modules, around: Modules, last: nn.Module) -> nn.Module | None:
-    """Return the norm of what the last block gives: right after it, or so called."""
     inside = set(last.modules())
     for module in modules[modules.index(last) :]:
         keys = (key for key, _ in module.named_children())
@@ -189,13 +178,10 @@ class Distances:
 
     A model that says what its layers are is believed. Elsewhere the stem lies one
     below the first block, what follows the last block is the top, and what lies
-    between two blocks belongs to the one that follows it. A norm right after the
-    last block belongs to that block, as in timm; of lists that count as the blocks
-    do, each item belongs to the blocks of its number.
+    between two blocks belongs to the one that follows it.
 
-    Of several stacks of blocks each has its own depth, for everything in the module
-    around this stack and no other. Modules around all stacks are the top; embeddings
-    and modules before the stacks lie below the first blocks of the deepest.
+    Of several stacks of blocks each has its own depth, for the module around it. What
+    is around all stacks is the top; embeddings and modules before them lie lowest.
     """
 
     def __init__(self, roots: Sequence[nn.Module], layers: Layers) -> None:
@@ -230,7 +216,6 @@ class Distances:
                 self._distance[module] = self._below if lowest else 0
 
     def of(self, info: ParameterInfo) -> int:
-        """Return how many layers below the top a parameter's first place lies."""
         if info.owner is None:
             raise ValueError(
                 f"`layerwise` needs modules, and of {info.describe(0)} none is known. "

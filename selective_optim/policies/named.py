@@ -1,9 +1,7 @@
 """Policies by name and as text, and what else ``wd_policy`` takes.
 
-:func:`parse` reads back what ``repr`` prints. ``ast.parse`` takes a text apart by
-Python's grammar and runs nothing. What each part may mean is looked up here:
-functions and names of policies, predicates, and module classes that are loaded.
-Everything else is refused at its place.
+``ast.parse`` takes a text apart and runs nothing. What each part may mean is looked up
+here, and everything else is refused at its place.
 """
 
 from __future__ import annotations
@@ -345,7 +343,6 @@ class Reader:
             raise self._wrong(node, told, rest) from error
 
     def _value(self, node: ast.expr) -> Any:
-        """Read what may stand in a call: a selector, number, text, mapping or decay."""
         match node:
             case ast.Constant(str() | int() | float() | None as value):
                 return value

@@ -1,9 +1,7 @@
 """Ready-made selectors: bias, norm, embedding, weight of a layer, output layer.
 
-Which layer yields a model's answer is told without running it. Models have accessors,
-ties to an embedding, telling names, and an order in which they register layers. Each
-is wrong for some models: a layer is known as the output where an accessor or a tie
-says so, or where name and order agree.
+A layer is known as the output where an accessor or a tie to an embedding says so, or
+where name and order agree: each alone is wrong for some models.
 """
 
 from __future__ import annotations
@@ -114,7 +112,6 @@ def _outputs(root: nn.Module) -> Outputs:
 def _find(
     root: nn.Module, weights: list[ParameterInfo]
 ) -> tuple[tuple[str, ...], bool]:
-    """Name the candidates for the output, and tell whether they are it."""
     for _, module in whole(root):
         found = _said(module, weights)
         if found is not None:
@@ -251,7 +248,6 @@ is_hidden_matrix = Predicate(
 )
 # The same of two or more, convolutions and stacked experts included.
 is_hidden_weight = Predicate("is_hidden_weight", is_hidden, KNOWN)
-# A weight of two dimensions, be it an embedding or an output.
 is_matrix = Predicate("is_matrix", lambda p: p.ndim == 2 and layer_weight(p), KNOWN)
 # Of no shape, as of a lazy parameter, nothing is known.
 is_vector = Predicate("is_vector", lambda place: place.ndim in (0, 1), SHAPES)

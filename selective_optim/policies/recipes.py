@@ -1,9 +1,7 @@
 """What others decay: well-known projects, by name, and authors who marked their models.
 
-A recipe's rules give the reason for which a project exempts a parameter, or ``None``
-where they say nothing. As in the projects, a tied parameter goes by its first name. The
-comment above a recipe names its source; where no version stands there, the source is
-the project's main branch as read in 2026.
+As in the projects, a tied parameter goes by its first name. The comment above a recipe
+names its source: the project's main branch as read in 2026 where it has no version.
 """
 
 from __future__ import annotations
@@ -38,7 +36,6 @@ Target = TypeVar("Target", nn.Module, Tensor)
 
 
 def _unwrapped(path: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
-    """Drop the wrappers at the beginning of a path, so that it starts at the model."""
     while len(path) > 1 and _key(path[0], path[1]) in _torch.WRAPPERS:
         path = path[1:]
     return path
@@ -59,7 +56,6 @@ def _relative_names(place: ParameterInfo) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _listed(module: nn.Module, method: str) -> list[str]:
-    """Ask a module for one of the lists of names that it may give."""
     # Not where a wrapper passes attributes on: names would be under the wrong root.
     if not hasattr(type(module), method) and method not in vars(module):
         return []
@@ -134,8 +130,7 @@ class Marked(Policy):
         for place in info.places:
             for module, name in _relative_names(place):
                 who = type(module).__name__
-                # Not getattr: wrappers answer for the module inside, which is asked
-                # itself.
+                # Not getattr: wrappers answer for the module inside.
                 if vars(module).get(MARK) is True:
                     return Answer(EXEMPT, f"{MARK} of {who}")
                 if told := _told(self.lists, module, name, MARKERS):

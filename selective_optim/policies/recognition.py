@@ -1,9 +1,7 @@
 """How biases, norms, embeddings and weights of real models are recognized.
 
-Biases by the name of the attribute, norms by the class of the module that holds
-them or by what its methods do with them (``source.py``), embeddings by either. The
-rules were read off the models of torchvision, timm and transformers, and are held to
-all of them.
+The rules were read off the models of torchvision, timm and transformers, and are held
+to all of them.
 """
 
 from __future__ import annotations
@@ -126,15 +124,12 @@ def says_norm(cls: Any) -> bool:
 
 
 def norm_module(module: nn.Module | None) -> bool:
-    """Tell whether a module normalizes: torch's classes and all that are named so.
-
-    A wrapper around a norm that has parameters does not count, nor does a subclass
-    of a linear, convolution or embedding layer, whatever it is called.
-    """
+    """Tell whether a module normalizes: torch's classes and all that are named so."""
     if isinstance(module, (NoneType, *WEIGHT_MODULES)):
         return False
     if not says_norm(_kind(module)) and not _name_says_norm(original_class(module)):
         return _dynamic_tanh(module)
+    # A wrapper around a norm does not count.
     return not any(norm_module(m) and has_parameters(m) for m in module.children())
 
 
@@ -149,10 +144,7 @@ def _dynamic_tanh(module: nn.Module) -> bool:
 
 
 def holder(place: ParameterInfo) -> tuple[nn.Module | None, str]:
-    """Return the module whose methods use a parameter, and what it calls it there.
-
-    It holds one in a list or dictionary by the list's own name.
-    """
+    """Return the module, lists left out, that uses a parameter, and its name for it."""
     module = place.owner
     if not isinstance(module, LISTS) or not place.name:
         return module, place.leaf or ""
@@ -204,10 +196,7 @@ def kind_known(info: ParameterInfo) -> bool:
 
 
 def says_nothing(info: ParameterInfo) -> bool:
-    """Tell whether neither a parameter's module nor any beside it says what they are.
-
-    So it is of containers, of holders, and of a program that was exported.
-    """
+    """Tell whether no module says what it holds, as in a program that was exported."""
     if kind_known(info):
         return False
     index = index_of(info.path[0])
@@ -240,11 +229,7 @@ def bias_part(place: ParameterInfo) -> bool:
 
 
 def norm_part(place: ParameterInfo) -> str | bool:
-    """Tell whether a parameter belongs to a norm, and how it is known if not by class.
-
-    The class of its module says so, or the module hands it to a norm or multiplies
-    normalized values by it in a method of its own, or a table lists it.
-    """
+    """Tell whether a parameter belongs to a norm; by a text how, if not by class."""
     module, leaf = holder(place)
     if module is None or isinstance(module, WEIGHT_MODULES):
         return False
@@ -300,25 +285,18 @@ def embedding_module(module: nn.Module | None) -> bool:
 
 
 def embedding_part(place: ParameterInfo) -> bool:
-    """Tell whether a parameter is an embedding: called so, or held by one.
-
-    What an embedding holds beside its rows, a bias or a gate of one number, is none.
-    """
+    """Tell whether a parameter is an embedding: called so, or a row held by one."""
     module, leaf = holder(place)
     if embedding_leaf(leaf):
         return True
     one = place.shape is not None and place.shape.numel() == 1
+    # Beside its rows it may hold a bias, or a gate of one number.
     rows = not (bias_leaf(leaf) or one) or isinstance(module, nn.Embedding)
     return embedding_module(module) and rows
 
 
 def layer_weight(place: ParameterInfo) -> bool:
-    """Tell whether a parameter is the weight of a layer.
-
-    It is where a linear, convolution, attention, recurrent or embedding layer of
-    torch's holds it as one; elsewhere where it is a matrix, dimensions of one left
-    out, and neither norm, bias, embedding, token, gate nor scale.
-    """
+    """Tell whether a parameter is the weight of a layer: torch's own, or a matrix."""
     module, leaf = holder(place)
     if isinstance(module, WEIGHT_MODULES):
         return "weight" in _parts(leaf)
@@ -349,10 +327,7 @@ def kind_of(info: ParameterInfo) -> str:
 
 
 def whole(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield a model, and what it consists of where it holds nothing but another.
-
-    Beside each module stands what the names of its parameters begin with.
-    """
+    """Yield a model, then the one that it wraps, each with the prefix of its names."""
     yield prefix, module
     held = {id(param) for param in module.parameters()}
     for key, child in module.named_children():

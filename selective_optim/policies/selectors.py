@@ -1,12 +1,7 @@
 """Selectors, which tell what a rule matches, and what every policy can do with them.
 
-:func:`as_selector` turns what a user writes into a frozen :class:`Selector` that
-answers ``matches(info)``, says what it must know to answer, and prints as it was
-written. A tied parameter matches when any of its places does. Selectors join with
-``|`` (any), ``&`` (all) and ``~`` (not).
-
-A lambda that reads ``info.name`` where no name is known must not decide on ``None``:
-the strict view raises, and the message says what was missing.
+A tied parameter matches when any of its places does. A lambda that reads ``info.name``
+where no name is known must not decide on ``None``: the strict view raises.
 """
 
 from __future__ import annotations
@@ -140,8 +135,7 @@ class Selector:
     """A question with the answer yes or no, asked of one parameter."""
 
     needs: frozenset[Need] = frozenset()
-    # Whether matching no parameter is a mistake: so it is for a name or an object,
-    # not for a class or a predicate, which are written for any model.
+    # To match nothing is a mistake of a name or object; other selectors fit any model.
     by_name = False
 
     def matches(self, info: ParameterInfo) -> bool:
@@ -149,7 +143,6 @@ class Selector:
         return self.at(info) or any(map(self.at, info.elsewhere))
 
     def at(self, place: ParameterInfo) -> bool:
-        """Tell whether one place of the parameter is selected."""
         raise NotImplementedError  # pragma: no cover
 
     @property
@@ -179,11 +172,7 @@ class Selector:
 
 @dataclass(frozen=True, repr=False)
 class NamePattern(Selector):
-    """A glob on the whole canonical name, or a regular expression searched in it.
-
-    The gain and the direction of weight norm share that name, and are also known by
-    their own, which end in ``original0`` and ``original1``.
-    """
+    """A glob on the whole canonical name, or a regular expression searched in it."""
 
     pattern: str | re.Pattern[str]
     needs = NAMES

@@ -1,10 +1,7 @@
 """What the methods of a module do with its parameters, read off their source.
 
-A module that hands its own parameters to a functional norm is called after what it
-does, a feature map or an attention, and its parameters after anything, so that no
-name tells. The method's source does: the parameter stands among the arguments of a
-call such as ``F.layer_norm``, or multiplies what ``F.normalize`` returned. And a
-parameter called ``b_Q`` or ``b1`` is a bias if the methods only add it.
+No name tells where a module hands its own parameters to a functional norm, or scales
+by them what ``F.normalize`` returned. One called ``b1`` is a bias if it is only added.
 """
 
 from __future__ import annotations
@@ -34,7 +31,6 @@ VIEWS = frozenset(
     )
 )
 NORM_INPUTS = frozenset({"input", "x"})
-# Calls that add one of their arguments.
 ADDS = re.compile(r"(?:\w+_)?(?:linear|conv\dd|add|addmm|addcmul|baddbmm)$|tensor_sum$")
 # Methods, calls and attributes that set or describe a parameter and compute nothing.
 SETS = re.compile(r"__init__|extra_repr|fold_\w+|_?(?:re)?(?:init|set)\w*")
@@ -42,16 +38,11 @@ DESCRIBES = frozenset({"data", "device", "dtype", "hasattr", "isinstance", "shap
 
 
 def scales_normalized(cls: type, leaf: str, norms: frozenset[str]) -> str | None:
-    """Tell which call takes an attribute of a class as a norm's gain or shift.
-
-    Calls of the class's own ``norms``, which have no gain, count as functional ones.
-    Returns ``"layer_norm takes gamma in FeatureMap.forward"``, or ``None`` where no
-    such call stands in the source, or there is no source.
-    """
+    """Tell which call takes an attribute as a norm's gain or shift, and where."""
     for base, method, names in _methods(cls, leaf):
         # The byte code first: reading a source takes a thousand times longer.
         calls = any(k.match(n) for n in names for k in (NORM_CALL, UNIT_CALL, SPREAD))
-        if calls or names & norms:
+        if calls or names & norms:  # norms of its own have no gain
             tree = _tree(method)
             if call := tree and (norm_call(tree, leaf) or unit_gain(tree, leaf, norms)):
                 return f"{call} {leaf} in {base.__name__}.{method.__name__}"
@@ -199,7 +190,6 @@ def _unit(value: ast.expr, known: dict[str, str]) -> str:
 
 
 def _uses(tree: ast.AST, leaf: str) -> Iterator[str]:
-    """Say of every place in a method that reads an attribute what it does with it."""
     above = {child: n for n in ast.walk(tree) for child in ast.iter_child_nodes(n)}
     named = [n for n in above if isinstance(n, ast.Attribute) and _attribute(n) == leaf]
     return (_use(n, above, leaf) for n in named if isinstance(n.ctx, ast.Load))
