@@ -60,6 +60,11 @@ def test_public_name_is_in_the_reference(name):
 
 
 @pytest.mark.parametrize("name", OWN)
+def test_public_name_has_a_docstring(name):
+    assert OWN[name].__doc__
+
+
+@pytest.mark.parametrize("name", OWN)
 def test_sentences_of_a_docstring_are_plain(name):
     for sentence in sentences(told(OWN[name])):
         assert len(sentence.split()) <= 25, sentence

@@ -1,9 +1,4 @@
-"""Who decays: decided at construction, for groups that are added, and when they change.
-
-From top to bottom: what a group is read as, how decisions are found for tensors that
-come in, what follows when groups change, what is written late, copies, and warnings.
-To which tensor each decision applies is the business of ``table``.
-"""
+"""Decides who decays: at construction, for groups added, and when groups change."""
 
 from __future__ import annotations
 
@@ -72,13 +67,7 @@ around_here: ContextVar[Block | None] = ContextVar("selective_optim", default=No
 
 
 class Decider(DecisionTable):
-    """Decides who decays, once for every tensor, and knows what was decided.
-
-    Args:
-        as_policy: Makes a policy of what a user writes.
-        policy: The constructor's, which decides where a group brings none.
-        index: What is known of the parameters.
-    """
+    """Decides once for every tensor: by ``policy``, unless its group brings another."""
 
     def __init__(
         self,
@@ -99,13 +88,11 @@ class Decider(DecisionTable):
     def given(
         cls, as_policy: Callable[[object], Policy], wd_policy: object, model: object
     ) -> Decider:
-        """Make the decider of a constructor, with what the block around it gives.
-
-        Without a policy nothing is to decide, and nothing of a model needs to be known.
-        """
+        """Make the decider of a constructor, with what the block around it gives."""
         block = around_here.get()
         policy = None if wd_policy is None else as_policy(wd_policy)
         index = ModelIndex(model)
+        # Without a policy nothing of a model needs to be known.
         if block is not None:
             block.made.append(True)
             policy = block.policy if policy is None else policy
@@ -128,11 +115,7 @@ class Decider(DecisionTable):
         return self.index.learn(params)
 
     def unpack(self, group: Any, keys: Iterable[str]) -> tuple[Policy | None, Any]:
-        """Return the policy that decides for a group, and the group for torch.
-
-        A misspelt key may resemble one of ``keys``. A policy stays in the caller's
-        dict, for a second optimizer.
-        """
+        """Return a group's policy, which the caller's dict keeps, and torch's group."""
         if not isinstance(group, dict) or "params" not in group:
             return self.policy, group  # torch says what is wrong
         if self.whole is None:  # else it was told
@@ -154,11 +137,7 @@ class Decider(DecisionTable):
     # How decisions are found.
 
     def add_group(self, groups: Groups, policy: Policy | None, own: bool) -> bool:
-        """Decide for the last group, or take note of it until all are there.
-
-        ``own`` tells whether the group brought the policy itself. If that cannot
-        decide, it raises ValueError, and nothing is recorded. Tells whether it decided.
-        """
+        """Decide for the last group unless a constructor goes on; tell whether so."""
         index, group = len(groups) - 1, groups[-1]
         names, lr0s = group.get("param_names", ()), repeat(base_rate(group))
         coming = Pending(index, group["params"], names, policy, lr0s)
@@ -181,7 +160,6 @@ class Decider(DecisionTable):
             self.decide_for(coming, [self.policy, *(each.policy for each in coming)])
 
     def take_pending(self) -> list[Pending]:
-        """Hand over the groups that were read, to be decided for otherwise."""
         pending, self._pending = self._pending or [], None
         return pending
 
@@ -197,11 +175,7 @@ class Decider(DecisionTable):
             self.append(each.group, rows)
 
     def ask(self, coming: Coming, strict: Policies, strangers: bool = False) -> Decided:
-        """Ask the policies of groups, and record nothing.
-
-        The globs of ``strict`` policies must each match something. Without
-        ``strangers``, no parameter may live outside of ``model=``.
-        """
+        """Ask policies, record nothing; globs of ``strict`` ones must match."""
         infos = describe(self.index, coming)
         policies = [each.policy for each in coming]
         # First: of a stranger no module is known either, and a message about that
@@ -220,11 +194,9 @@ class Decider(DecisionTable):
         return decided
 
     def _bind(self, policy: Policy | None) -> Policy | None:
-        """Give a policy a look at the model."""
         return policy and policy.bind(self.index.modules())
 
     def _matches(self, selector: Selector) -> bool:
-        """Ask whether a selector matches anything in the model."""
         return self.index.remember(
             ("matches", selector),
             lambda: any(map(selector.matches, self.index.everyone())),
@@ -244,10 +216,7 @@ class Decider(DecisionTable):
         return True
 
     def _comes_again(self, coming: Pending) -> bool:
-        """Take over the rows of a group that was cleared and now comes again.
-
-        Some frameworks clear the groups to shard the model, and add them anew.
-        """
+        """Take over the rows of a group that was cleared: frameworks do so to shard."""
         index = coming.group
         # The first group of an optimizer that had groups: they were cleared.
         if index == 0 and self.layout:
@@ -273,18 +242,14 @@ class Decider(DecisionTable):
         return self.layout
 
     def readable(self, groups: Groups) -> Decided:
-        """Return the decisions for someone who reads, and must not be refused.
-
-        What cannot be decided is told at the next step. Until then a tensor counts
-        as what stood in its place: frameworks that shard put placeholders there.
-        """
+        """Return decisions for a reader; the next step tells what cannot be decided."""
         with suppress(ValueError):
             return [[row.decision for row in rows] for rows in self.rows(groups)]
 
         def read(index: int, position: int, param: Tensor) -> Decision:
             if row := self.row_of(param):
                 return row.decision
-            with suppress(IndexError):
+            with suppress(IndexError):  # a placeholder, as frameworks that shard put
                 return self.layout[index][position].decision
             return Decision(FULL, "not decided yet", None, param.shape, ())
 
@@ -294,13 +259,10 @@ class Decider(DecisionTable):
         ]
 
     def _follow(self, groups: Groups) -> None:
-        """Find, take over or decide a row for every parameter of the groups.
+        """Give every parameter its own row, that of its name or place, or a new one.
 
-        A tensor keeps its own row wherever it stands. One that is new takes over
-        that of its name, or, where all tensors of a group are new, those of their
-        positions, unless what is known of it contradicts. Else a policy is asked:
-        that of the tensors around it, or the constructor's. If it cannot decide, the
-        layout stays as it was.
+        Places count where all tensors of a group are new. For a new row that policy is
+        asked that the tensors around have. If it cannot decide, the layout stays.
         """
         found = [[self.row_of(p) for p in group["params"]] for group in groups]
         self.undo_swaps(groups, found)
@@ -382,7 +344,6 @@ class Decider(DecisionTable):
         return False
 
     def policies(self) -> list[str | None]:
-        """Write the policy of each group as text; ``None`` for a group without one."""
         firsts = [rows[0].policy if rows else None for rows in self.layout]
         return [None if policy is None else repr(policy) for policy in firsts]
 
@@ -444,7 +405,6 @@ class Decider(DecisionTable):
     # Warnings.
 
     def warn_if_weak(self, groups: Groups) -> None:
-        """Warn if nothing will decay, and of a multiplier that reads like a decay."""
         if self.whole is None:
             warn_if_weak(groups, self.layout, self._decays_elsewhere)
 
@@ -478,11 +438,7 @@ def _decide(
     lr0s: Iterable[float | None],
     places: Sequence[int] | None = None,
 ) -> list[Decision]:
-    """Ask a policy that has seen the model; a form may need the rate of the beginning.
-
-    Raises:
-        ValueError: The policy cannot decide, or there is no such rate.
-    """
+    """Ask a policy that has seen the model; a form may need the first rate."""
     decisions = decide(policy, infos, places, lr0s)
     for decision, info in zip(decisions, infos):
         if decision.decay.needs_lr0 and not is_rate(decision.lr0):

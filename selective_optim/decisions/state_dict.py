@@ -1,14 +1,9 @@
 """What a state dict must hold to be loaded, and what it records of decisions.
 
-Beside torch's own keys it has three: ``"decay"``, group by group a multiplier and a
-form per parameter, with its name and what its decay begins from (``record_of``);
-``"decay_policies"``, the text of each policy; and ``"parts"``, which is that of
-``step.lasting_parts``. It is refused whole if it does not fit, and compared by the
-record if it does.
-
-The one that fits least is the one people come with: torch's, whose groups were split
-by hand into decayed and exempt. It is recognized by its layout, and answered with the
-call of ``checkpoint`` that converts it.
+Beside torch's own keys it has ``"decay"``, see ``record_of``; ``"decay_policies"``, the
+text of each policy; and ``"parts"`` of ``step.lasting_parts``. One of torch, whose
+groups were split by hand into decayed and exempt, is recognized by its layout, and
+answered with the call of ``checkpoint`` that converts it.
 """
 
 from __future__ import annotations
@@ -35,7 +30,6 @@ SAME_MODEL = "Load a state dict of the same class, made for the same model."
 
 
 def require_dict(state_dict: object) -> None:
-    """Raise TypeError if this is no dict at all."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(
             f"`state_dict` must be a dict, not {type(state_dict).__name__}. "
@@ -62,13 +56,7 @@ def require_groups_like(here: Groups, decided: Decided, state_dict: Any) -> None
 def require_loadable(
     kernel: Kernel, here: Groups, decided: Decided, state_dict: Any
 ) -> None:
-    """Check that a state dict is whole and fits, before anything is changed.
-
-    It raises ValueError if a hyperparameter or state entry is missing, or belongs to
-    another class or to a parameter of another shape; or its groups were split by hand,
-    and are not here. How many groups and parameters it has is left to torch otherwise,
-    which says it well.
-    """
+    """Check that a state dict is whole and fits, before anything is changed."""
     require_whole(state_dict)
     groups = state_dict["param_groups"]
     _require_laid_out(groups)
@@ -76,7 +64,7 @@ def require_loadable(
     _require_layout(groups, here)
     saved, params = _params(groups), _params(here)
     if len(saved) != len(params):
-        return
+        return  # torch says it well
     _require_order(groups, here, decided)
     own = [state_dict["state"].get(key) or {} for key in saved]
     names = [kernel.loaded_entries(group) for group in groups for _ in group["params"]]
@@ -98,15 +86,12 @@ def _params(groups: Groups) -> list[Any]:
 def groups_to_load(
     kernel: Kernel, state_dict: Any, here: Groups
 ) -> list[dict[str, Any]]:
-    """Prepare the groups of a state dict for torch, which loads them into those here.
-
-    The implementation is left open where it is open here, whoever saved. Where it is
-    not, a choice that the checkpoint left open does not undo it.
-    """
+    """Prepare groups of a state dict for torch, which loads them into those here."""
     groups, own = [], {"foreach", "fused"}.intersection(kernel.choices)
     # More groups than there are here are torch's to refuse.
     for saved, mine in zip(state_dict["param_groups"], chain(here, repeat(None))):
         group = dict(saved)
+        # What is open here stays open, and what is chosen here is not opened.
         if mine and (free_choice(mine) or free_choice(saved)):
             group.update({key: mine[key] for key in own})
         # torch looks the key of every tensor up, which in lists takes 4 s at 10,000.
@@ -125,7 +110,6 @@ def _decays(groups: Groups) -> list[float]:
 
 
 def _split_by_hand(groups: Groups) -> bool:
-    """Tell whether groups are set apart by their decay."""
     return len(set(_decays(groups))) > 1
 
 
@@ -134,11 +118,7 @@ def _sizes(groups: Groups) -> list[int]:
 
 
 def _require_laid_out(saved: Groups) -> None:
-    """Check that ``torch.distributed.checkpoint`` had hyperparameters for all groups.
-
-    It lays groups out anew, by name, before they come here, and one that nothing was
-    saved for gets none.
-    """
+    """Check that ``torch.distributed.checkpoint`` had numbers for every group."""
     params = [group.get("params", ()) for group in saved]
     by_name = all(isinstance(key, str) for key in chain.from_iterable(params))
     if by_name and any(own and "lr" not in g for own, g in zip(params, saved)):
@@ -312,12 +292,7 @@ def _misfit(kernel: Kernel, names: Iterable[str], own: Any, param: Tensor) -> st
 
 
 def record_of(forms: Sequence[Form | None], decided: Decided) -> Record:
-    """Write down the multiplier and form of every parameter, in plain values.
-
-    A parameter whose policy states no form has that of its group, one of ``forms``.
-    In a third place comes what else is known of it, if anything: its ``"name"``, its
-    ``"target"``, and with which ``"lr0"`` and ``"init"`` training began.
-    """
+    """List ``[multiplier, form]`` by parameter, and what else is known of it."""
     return [
         [_entry(decision, default) for decision in decisions]
         for default, decisions in zip(forms, decided)
@@ -333,16 +308,12 @@ def _entry(decision: Decision, default: Form | None) -> list[Any]:
 
 
 def entries_of(saved: Any, decided: Decided) -> list[Any]:
-    """List what a record holds for every parameter, ``None`` where there is nothing.
-
-    By name, if the record and the parameters have any names in common; else by place.
-    A record that cannot be read, as of another version, tells nothing.
-    """
+    """List what a record holds for each parameter here, by name or else by place."""
     here = [decision.telling_name for own in decided for decision in own]
     try:
         entries = [list(entry) for entry in chain.from_iterable(saved)]
         names = [begin_in(entry).get("name") for entry in entries]
-    except TypeError:
+    except TypeError:  # a record of another version tells nothing
         return [None] * len(here)
     named = dict(zip(names, entries))
     common = len(named) == len(names) and not {None}.intersection(names, here)

@@ -1,13 +1,11 @@
 """To which tensor each decision applies, and what training began with.
 
-Forms that follow a schedule divide by the rate that a group was added with; decay
-towards ``"init"`` pulls to the values before the first step in which the rate of the
-group is not 0. Both stay outside of groups and state, and are recorded in the state
-dict.
-
 A decision follows its tensor wherever that is moved, copied or reordered to. The
 table holds no tensor, or an unsharded model would stay in memory; it holds what is
 the tensor's own and nothing else's, see ``_torch.token_of``.
+
+The rate that some forms divide by, and the values that ``"init"`` pulls to, stay
+outside of groups and state, and are recorded in the state dict.
 """
 
 from __future__ import annotations
@@ -31,13 +29,10 @@ Infos = Sequence[ParameterInfo]
 
 
 class Row(NamedTuple):
-    """What was decided for one tensor, and by which policy.
-
-    ``owner`` is the ``id`` of the tensor that had the token.
-    """
+    """What was decided for one tensor, and by which policy."""
 
     token: object
-    owner: int
+    owner: int  # the id of the tensor that had the token
     decision: Decision
     policy: Policy | None
 
@@ -55,18 +50,15 @@ class DecisionTable:
         self._waiting_in: object = None  # a layout in which nothing is yet to be taken
 
     def record(self, param: Tensor, decision: Decision, policy: Policy | None) -> Row:
-        """Write down what was decided for a tensor."""
         token = _torch.token_of(param)
         row = self._rows[id(token)] = Row(token, id(param), decision, policy)
         return row
 
     def row_of(self, param: Tensor) -> Row | None:
-        """Return what was decided for a tensor."""
         # While a token is kept, no other object can get its id.
         return self._rows.get(id(_torch.token_of(param)))
 
     def rows_of(self, params: Iterable[Tensor]) -> list[Row] | None:
-        """Return what was decided for tensors, if that is known of each."""
         found = list(map(self.row_of, params))
         known = [row for row in found if row is not None]
         return known if len(known) == len(found) else None
@@ -77,7 +69,6 @@ class DecisionTable:
         return next((row.policy for row in rows if row.decision.decay != FULL), None)
 
     def name_of(self, param: Tensor) -> str | None:
-        """Return the name by which a parameter was decided."""
         row = self.row_of(param)
         return None if row is None else row.decision.telling_name
 
@@ -112,7 +103,6 @@ class DecisionTable:
         self._rows = {**gone, **standing}
 
     def forget_absent(self) -> None:
-        """Forget the tensors that stand in no group now."""
         self._rows = self._standing()
 
     def _standing(self) -> dict[int, Row]:
@@ -121,9 +111,8 @@ class DecisionTable:
     def undo_swaps(self, groups: Groups, found: Sequence[list[Row | None]]) -> None:
         """Give objects the rows back whose tokens ``swap_tensors`` exchanged.
 
-        It exchanges all but the objects, by which torch knows state and groups. A
-        token on another object than before was swapped there, for nobody else can
-        give one away; so the row of an object is the one that names it as owner.
+        It exchanges all but the objects, by which torch knows state and groups. Nobody
+        else can give a token away: a row belongs to the object that it names as owner.
         """
         owned = {row.owner: row for row in chain(*found) if row is not None}
         for group, rows in zip(groups, found):
@@ -218,12 +207,7 @@ class DecisionTable:
     def resume(
         self, groups: Groups, begins: Iterable[Mapping[str, Any]]
     ) -> tuple[list[str], list[str]]:
-        """Take over ``"lr0"`` and ``"init"`` of every parameter, as they are recorded.
-
-        A rate that a scheduler left in the group stands for ``"lr0"`` that is not.
-        Returns labels of parameters whose ``init`` is lost, and of those whose ``lr0``
-        is and differs from what the group says now.
-        """
+        """Take over what is recorded; list whose ``init`` and whose ``lr0`` is lost."""
         inits, rates, told = list[str](), list[str](), iter(begins)
         self._tell()
         for index, (group, rows) in enumerate(zip(groups, self.layout)):
@@ -267,10 +251,7 @@ def may_be(info: ParameterInfo, row: Row) -> bool:
 def trusted_names(
     group: Group, rows: Sequence[Row | None], borne: Container[str | None]
 ) -> Sequence[str | None]:
-    """Return the names in a group, without those that tensors elsewhere bear.
-
-    Whoever edits the list of parameters by hand leaves the list of names alone.
-    """
+    """Return names but those borne elsewhere, which edits by hand leave behind."""
     names = group.get("param_names")
     if names is None or len(names) != len(rows):
         return ()

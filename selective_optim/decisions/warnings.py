@@ -24,7 +24,6 @@ alive: WeakSet[Any] = WeakSet()
 
 
 def warn_of_misspelt(group: Iterable[Any], known: Sequence[str]) -> None:
-    """Warn of keys without effect that look like a key that is read."""
     for key in group:
         if key in known or not isinstance(key, str):
             continue
@@ -101,7 +100,6 @@ def warn_if_weak(
 
 
 def warn_of_lost(inits: Sequence[str], rates: Sequence[str], whose: str) -> None:
-    """Warn that a checkpoint does not tell where training began."""
     if inits:
         warn(
             f"the loaded checkpoint does not record what {first_of(inits, ', ')} "
@@ -122,8 +120,7 @@ def warn_of_lost(inits: Sequence[str], rates: Sequence[str], whose: str) -> None
 def warn_of_origin(made: Any, numbers: Group, params: Sequence[Any]) -> None:
     """Warn once of a group, or of keywords, that are those of one with a policy.
 
-    The policy cannot be taken along: a dict that was given to two optimizers, one with
-    a policy and one without, looks the same.
+    The policy is not taken along: a dict given to two optimizers looks the same.
     """
     if made._lost_policy or is_zero(numbers.get("weight_decay", 0)):
         return
@@ -156,19 +153,14 @@ def _made_like(made: Any, other: Any, numbers: Group) -> bool:
 
 def warn_of_changes(
     decided: Sequence[Sequence[Decision]],
-    before: Sequence[Any],
+    before: Sequence[Any],  # the decay of each group before it was loaded
     param_groups: Sequence[dict[str, Any]],
-    saved: Sequence[Any] | None,
-    now: Sequence[Any],
-    policies: Any,
+    saved: Sequence[Any] | None,  # entries of its record, if it has one
+    now: Sequence[Any],  # entries of what is decided now
+    policies: Any,  # the texts that it has
     as_policy: Callable[[object], Policy],
 ) -> None:
-    """Warn once if a checkpoint was made with other decisions than those now taken.
-
-    ``before`` has the decay of each group before it was loaded, ``saved`` and ``now``
-    the entries of its record, if it has one, and of what is decided now; ``policies``
-    are the texts that it has, which ``as_policy`` reads.
-    """
+    """Warn once if a checkpoint was made with other decisions than those now taken."""
     labels = [
         [d.label(i, n) for n, d in enumerate(own)] for i, own in enumerate(decided)
     ]

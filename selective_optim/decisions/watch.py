@@ -48,14 +48,10 @@ AROUND = re.compile(r"(?:[^.\d][^.]*\.)*?(?=[^.]+\.\d+\.|[^.]*$)|")
 
 
 class Watch:
-    """Looks at steps when they are taken, until there is nothing left to tell.
-
-    Args:
-        taken_over: Whether to look for decay that a wrapper takes over.
-        rounding: Whether to look for decay that half precision rounds away.
-    """
+    """Looks at steps when they are taken, until there is nothing left to tell."""
 
     def __init__(self, taken_over: bool = False, rounding: bool = False) -> None:
+        # Whether to look for decay that a wrapper takes over, or rounding takes away.
         self._taken_over, self._rounding, self._idle = taken_over, rounding, 0
         self._found: bool | None = None  # as in `compare`, where that is to be done
         self._layout: Layout = ()
@@ -169,12 +165,9 @@ def _limit(rows: Sequence[Row]) -> float:
 def _compare_with_first(groups: Groups, layout: Layout, found: bool) -> None:
     """Warn if another rank decided otherwise for the same parameters.
 
-    Names, or places where there are none, and shapes are the key: stages of a pipeline
-    share neither, and ranks of ``ZeroRedundancyOptimizer`` hold other parameters. A
-    sweep makes one optimizer after another: the key also counts those of these
-    parameters that this rank has stepped. Names that living modules gave are compared
-    without what stands before them all: another module may live around the model on
-    one rank alone.
+    Names or places, and shapes, are the key: stages of a pipeline share neither. So is
+    how many optimizers of these this rank has stepped, as a sweep makes several. Names
+    of living modules count from where they differ: one rank alone may have a wrapper.
     """
     store = _torch.store_of_ranks()
     if store is None:
