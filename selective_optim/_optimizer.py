@@ -321,7 +321,6 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     @_torch.disable_dynamo
     def _look(self) -> None:
-        """Let the watch see a step that was taken."""
         if self._watch is not None:
             layout = self._decider.layout
             self._watch = self._watch.look(self._groups, layout, self._kernel)
@@ -377,11 +376,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     @_torch.disable_dynamo
     def _init_group(self, group: Group, *lists: Any, **named: Any) -> Any:
-        """Fill the lists as torch does, for a step of ours alone.
-
-        Raises:
-            RuntimeError: torch's own step asks, which knows no policy.
-        """
+        """Fill the lists in a step of ours alone: torch's own knows no policy."""
         if not self._inside:
             self._refuse_foreign_step([group])
         return super()._init_group(group, *lists, **named)  # type: ignore[misc]  # torch's
@@ -461,11 +456,9 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         return saved
 
     def _own_entries(self) -> dict[str, Any]:
-        """Return what a state dict holds beside torch's entries."""
         return {RECORD: self._record(), POLICIES: self._decider.policies()}
 
     def _record(self, decided: Decided | None = None) -> Record:
-        """Write down how every parameter decays, as a state dict holds it."""
         if decided is None:
             decided = self._decider.readable(self.param_groups)
         forms = list(map(self._kernel.default_form, self.param_groups))

@@ -155,7 +155,6 @@ class Decider(DecisionTable):
         return True
 
     def decide_pending(self) -> None:
-        """Decide for all groups of a constructor."""
         if coming := self.take_pending():
             self.decide_for(coming, [self.policy, *(each.policy for each in coming)])
 
@@ -370,7 +369,6 @@ class Decider(DecisionTable):
         return [[row.decision for row in rows] for rows in self.layout]
 
     def begin_training(self, groups: Groups) -> bool:
-        """Take what parameters decay towards, and tell whether anything was taken."""
         if not self.waits():
             return False
         self.rows(groups)

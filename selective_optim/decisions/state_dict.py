@@ -38,7 +38,6 @@ def require_dict(state_dict: object) -> None:
 
 
 def require_groups_like(here: Groups, decided: Decided, state_dict: Any) -> None:
-    """Raise ValueError if a state dict has other groups, or names in another order."""
     require_whole(state_dict)
     saved = state_dict["param_groups"]
     sizes, wanted = _sizes(saved), _sizes(here)
@@ -254,7 +253,6 @@ def _names_in(groups: Groups) -> list[str]:
 
 
 def _require_order(groups: Groups, here: Groups, decided: Decided) -> None:
-    """Check that a state dict with names does not have them in another order."""
     saved = _names_in(groups)
     if saved == _names_in(here):
         return  # also where someone reordered the tensors of a group by hand

@@ -83,7 +83,6 @@ class DecisionTable:
         return same_tokens and all(map(eq, map(id, params), map(_owner_of_row, rows)))
 
     def append(self, index: int, rows: list[Row]) -> None:
-        """Remember a group that arrived at this index, at the end."""
         if index < len(self.layout):  # decided anew: another list tells those who look
             self.layout = self.layout[:index]
         self.layout.append(rows)

@@ -1,9 +1,7 @@
 """Warnings that need a step: decay that is lost, divided by too small a rate, or other.
 
-Ranks that decide differently drift apart under DDP, and under FSDP decay a part of a
-parameter alone. The rank that steps first writes down what it decided, in the store of
-the process group; each later one reads that and compares. Both is one call that waits
-for nobody.
+The rank that steps first writes down what it decided, in the store of the process
+group, and each later one compares: in one call, that waits for nobody.
 
 A weight in half precision moves by whole units in the last place. The fused kernels of
 Adam round decay and update together, so that noise of the update carries a decay over
@@ -166,8 +164,8 @@ def _compare_with_first(groups: Groups, layout: Layout, found: bool) -> None:
     """Warn if another rank decided otherwise for the same parameters.
 
     Names or places, and shapes, are the key: stages of a pipeline share neither. So is
-    how many optimizers of these this rank has stepped, as a sweep makes several. Names
-    of living modules count from where they differ: one rank alone may have a wrapper.
+    how many optimizers of these this rank has stepped, as a sweep makes several. What
+    stands before all names of living modules is left out: one rank may have a wrapper.
     """
     store = _torch.store_of_ranks()
     if store is None:
@@ -208,11 +206,7 @@ def _compare_with_first(groups: Groups, layout: Layout, found: bool) -> None:
 
 
 def _decided(groups: Groups, layout: Layout) -> Iterator[tuple[str, str, str]]:
-    """Name each parameter, its shape, how it decays and which route steps it.
-
-    One without a name goes by its place where all places were decided by one rule: in
-    those of shards and of master copies may stand another tensor on each rank.
-    """
+    """Name each parameter, its shape, how it decays and which route steps it."""
     policies = {id(row.policy) for rows in layout for row in rows}
     for index, (group, rows) in enumerate(zip(groups, layout)):
         route = f" on route {group['route']!r}" if "route" in group else ""
@@ -220,6 +214,7 @@ def _decided(groups: Groups, layout: Layout) -> Iterator[tuple[str, str, str]]:
         for place, (param, row) in enumerate(zip(group["params"], rows)):
             decision, needs = row.decision, row.policy.needs if row.policy else ()
             ruled = len(policies) == 1 and "anything" not in needs
+            # In places of shards or master copies each rank may have another tensor.
             if decision.telling_name is None and not ruled:
                 continue
             shape = "" if id(param) in pieces else str(tuple(decision.shape))

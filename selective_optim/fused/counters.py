@@ -1,11 +1,9 @@
 """Step counters that advance together, for as long as nobody reads the state.
 
 Adding one to 1,000 separate step counters takes a fifth of what the fused kernel takes
-for 1,000 small parameters; adding it to one tensor that they view, nothing. But a
-view is no tensor of its own: it pickles with all that it views, cannot be detached,
-and its storage is everybody's. So counters that a step makes are views only until
-someone reads the state. Then each becomes a tensor of its own, as in torch, and
-advances by itself from then on.
+for 1,000 small parameters; adding it to one tensor that they view, nothing. But a view
+pickles with all that it views, cannot be detached, and its storage is everybody's. So
+each becomes a tensor of its own, as in torch, once someone reads the state.
 """
 
 from __future__ import annotations
@@ -39,7 +37,6 @@ class Block:
         return len(self.taken) < len(self._views)
 
     def take(self) -> Tensor:
-        """Hand out a counter that stands at 0."""
         counter = self._views[len(self.taken)]
         self.taken[id(counter)] = counter
         return counter.zero_() if self.advanced else counter
@@ -70,10 +67,7 @@ class Counters:
         self.joining = True
 
     def begin(self, device: torch.device, room: int) -> Tensor | None:
-        """Make a counter that views one tensor with others, if any may.
-
-        There is ``room`` for those that begin later: another block is another call.
-        """
+        """Make a counter that views one tensor, which has ``room`` for later ones."""
         if not self.joining:
             return None
         self._viewed = True
@@ -97,11 +91,7 @@ class Counters:
         self._blocks, self._viewed, self.joining = [], False, False
 
     def advance(self, counters: list[Tensor]) -> Advance:
-        """Find out how the counters of a plan advance together.
-
-        Blocks of which only some counters step now are forgotten, once all are handed
-        out. Their counters go on one by one, as do those that the user has set.
-        """
+        """Find out how the counters of a plan advance together."""
         whole, single = [], counters
         for block in list(self._blocks):
             mine = [id(each) for each in single if id(each) in block.taken]
@@ -110,16 +100,13 @@ class Counters:
                 whole.append(block.flat)
                 block.advanced = True
                 single = [each for each in single if id(each) not in block.taken]
-            elif not block.has_room:
+            elif not block.has_room:  # its counters go on one by one
                 self._blocks.remove(block)
         return Advance(whole, by_device(single))
 
 
 def by_device(counters: list[Tensor]) -> list[list[Tensor]]:
-    """Part counters by device; those of one stay in their own list.
-
-    Calls are bound to that list, in which other counters may come to stand.
-    """
+    """Part counters by device; those of one stay in their list, as calls know it."""
     devices = set(map(_device_of, counters))
     if len(devices) == 1:
         return [counters]

@@ -38,39 +38,32 @@ _grad_of = attrgetter("grad")
 
 
 def flat(lists: Iterable[Iterable[Any]]) -> list[Any]:
-    """Join lists into one."""
     joined: list[Any] = []
     deque(map(joined.extend, lists), maxlen=0)  # faster than a chain of short lists
     return joined
 
 
 def values_of(groups: Groups) -> list[Any]:
-    """List the values of all groups, group by group."""
     return [value for group in groups for value in group.values()]
 
 
 def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Tell whether two sequences hold the same objects in the same order."""
     return len(a) == len(b) and all(map(is_, a, b))
 
 
 def distinct(objects: Iterable[object]) -> int:
-    """Count objects, each once."""
     return len(set(map(id, objects)))
 
 
 def params_of(groups: Groups) -> list[Tensor]:
-    """Join the parameters of all groups."""
     return flat(map(_params_of, groups))
 
 
 def grads_of(params: Sequence[Tensor]) -> list[Any]:
-    """List the gradients of parameters, ``None`` included."""
     return list(map(_grad_of, params))
 
 
 def without_gradients(params: Sequence[Tensor]) -> bool:
-    """Tell whether no parameter has a gradient."""
     return all(map(is_, map(_grad_of, params), repeat(None)))
 
 
@@ -170,11 +163,9 @@ class GroupsGuard:
         )
 
     def holds_keys(self, groups: Groups) -> bool:
-        """Tell whether no key came or went."""
         return flat(groups) == self._names
 
     def holds_params(self, groups: Groups) -> bool:
-        """Tell whether the parameters are the same and stand in the same places."""
         sizes = [len(group["params"]) for group in groups]
         return sizes == self._sizes and same_objects(
             self._marks_of(groups), self._marks

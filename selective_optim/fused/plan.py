@@ -109,7 +109,6 @@ class Bucket:
         batch.targets[:] = _torch.local_tensors(self.inits) if sharded else self.inits
 
     def unload(self) -> None:
-        """Let go of all tensors."""
         batch = self.batch
         for mine in (batch.params, *batch.moments, batch.steps, batch.targets):
             mine.clear()
@@ -298,10 +297,7 @@ class Plan:
     # Checking: is the plan still valid?
 
     def current_grads(self, groups: Groups, states: States) -> list[Any] | None:
-        """Return this step's gradients if the plan is still true, else ``None``.
-
-        New hyperparameters are taken over here; one that is NaN raises ValueError.
-        """
+        """Take over new numbers; return gradients if the plan is still true."""
         if self._fleeting or not self._guard.holds(groups):
             if not self._reread(groups):
                 return None
@@ -321,10 +317,7 @@ class Plan:
         return self.find_grads()
 
     def find_grads(self) -> list[Any] | None:
-        """Return this step's gradients, in a plan's order, if they are as planned.
-
-        They are local shards where sharded, or what stands in for an absent one.
-        """
+        """Return gradients, local and in a plan's order, if they are as planned."""
         assert self._active is not None  # gathered
         whole = grads_of(self._active)
         if self._there is None and (local := self._proved(whole)) is not None:

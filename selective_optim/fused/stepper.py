@@ -93,7 +93,6 @@ class Stepper:
         return True
 
     def forget(self) -> None:
-        """Plan anew at the next step."""
         self._plan = None
 
     def adopt(self, groups: Groups, states: States) -> None:
@@ -157,10 +156,7 @@ class Stepper:
     def unplanned_parts(
         self, groups: Groups, decided: Decided, states: States, choosing: bool
     ) -> list[Part]:
-        """Make the parts of a step that the optimizer's class is to step alone.
-
-        Without ``choosing``, they go where the flags of their group say.
-        """
+        """Make parts for the class alone; without ``choosing``, as flags say."""
         self.forget()
         require_no_nan(self.kernel, groups)
         params = decided()

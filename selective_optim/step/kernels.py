@@ -66,10 +66,7 @@ class Kernel:
     def direction(
         setting: Setting, grad: Tensor, moments: Sequence[Tensor | None]
     ) -> Tensor:
-        """Return what has the sign of the update, of which torch subtracts a multiple.
-
-        Moments are those before the step, ``None`` where one is yet to begin.
-        """
+        """Return what has the sign of the update; ``None`` is a moment yet to begin."""
         raise NotImplementedError  # pragma: no cover
 
     def entries(self, group: Group) -> tuple[str, ...]:
@@ -94,7 +91,6 @@ class Kernel:
         return moment.dtype == param.dtype
 
     def has_state(self, own: State | None, group: Group) -> bool:
-        """Tell whether a parameter has stepped before."""
         return bool(own)
 
     def begin(
@@ -110,7 +106,6 @@ class Kernel:
         own.update(step=step, **moments)  # at once: an interrupt leaves all or nothing
 
     def fused_call(self, setting: Setting, batch: Batch, scaling: Scaling) -> Call:
-        """Bind torch's fused kernel."""
         raise NotImplementedError  # pragma: no cover
 
     def takes_numbers(self, group: Group) -> bool:
@@ -126,14 +121,12 @@ class Kernel:
         )
 
     def hyperparameters(self, group: Group) -> list[tuple[str, Any]]:
-        """List the numbers of a group, each with its key."""
         named = [(name, group[name]) for name in self.numbers]
         if named[-1][0] == "betas":
             named += [("betas", beta) for beta in named.pop()[1]]
         return named
 
     def refuse_sparse(self, group: Group, decay: Decay, label: str) -> None:
-        """Raise if a parameter with a sparse gradient cannot be stepped."""
         raise NotImplementedError  # pragma: no cover
 
 
@@ -251,10 +244,7 @@ class SGDKernel(Kernel):
 
 
 def require_no_nan(kernel: Kernel, groups: Groups) -> None:
-    """Raise ValueError if a hyperparameter was edited to be NaN.
-
-    torch steps with all else, a negative rate included.
-    """
+    """Refuse NaN in a hyperparameter; torch steps with all else, as a rate below 0."""
     for index, group in enumerate(groups):
         for name, value in kernel.hyperparameters(group):
             if not isinstance(value, Tensor) and value != value:
