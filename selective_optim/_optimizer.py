@@ -302,17 +302,16 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         if compiling or waiting or not WRITTEN.isdisjoint(self.defaults):
             self._begin_training()
         stepper = self._stepper
-        given = (self.param_groups, self.decided_params, self._states)
+        groups = self.param_groups
         # A plan serves one thread at a time; others let the class step all parts. No
         # lock: after an interrupt anywhere the next step of a thread plans again.
         mine = stepper.claim()
         try:
-            if choosing and mine and not own and stepper.plans_for(given[0]):
+            if choosing and mine and not own and stepper.plans_for(groups):
+                given = (groups, self.decided_params, self._states)
                 stepper.step(*given, scaling_of(self), self._step_parts)
             else:
-                with torch.set_grad_enabled(self.defaults["differentiable"]):
-                    if parts := stepper.unplanned_parts(*given, choosing):
-                        self._step_parts(parts, compiling)
+                self._step_unplanned(choosing, compiling)
         finally:
             stepper.finish(mine, self._states)
         if not compiling and self._watch is not None:
@@ -339,6 +338,13 @@ class SelectiveOptimizer(torch.optim.Optimizer):
                 self._resume([None] * len(now), now, "optimizer.optim")
         if decider.begin_training(self.param_groups):
             self._decided_anew()
+
+    @_torch.use_grad_for_differentiable
+    @_torch.run_as_is
+    def _step_unplanned(self, choosing: bool, compiling: bool) -> None:
+        given = (self.param_groups, self.decided_params, self._states)
+        if parts := self._stepper.unplanned_parts(*given, choosing):
+            self._step_parts(parts, compiling)
 
     @_torch.run_as_is
     def _step_parts(self, parts: Sequence[Part], compiling: bool = False) -> None:

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from importlib import import_module
 from itertools import takewhile
 from operator import attrgetter, methodcaller
@@ -123,6 +123,22 @@ disable_dynamo: Callable[[_F], _F] = _find(
 def run_as_is(step: _F) -> _F:
     """Keep a function from being compiled, though not what it calls."""
     return disable_dynamo(step, recursive=False)  # type: ignore[call-arg]  # torch's
+
+
+def _with_grad_mode(step: _F) -> _F:
+    @wraps(step)
+    def stepped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            return step(self, *args, **kwargs)
+
+    return stepped  # type: ignore[return-value]  # wraps keeps the signature
+
+
+use_grad_for_differentiable: Callable[[_F], _F] = _find(
+    "torch.optim.optimizer:_use_grad_for_differentiable",
+    "compiled steps need more memory",
+    _with_grad_mode,
+)
 
 
 def tensor_proof(tensors: Sequence[Tensor]) -> Callable[..., bool]:

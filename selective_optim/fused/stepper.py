@@ -125,7 +125,9 @@ class Stepper:
         """Tell whether parts can be planned: no group computes what is read."""
         return PLANNING and set(map(type, groups)) <= {dict}
 
+    # Not a block: an interrupt between a block and its end would leave autograd off.
     @_torch.disable_dynamo
+    @torch.no_grad()
     def step(
         self,
         groups: Groups,
@@ -136,18 +138,17 @@ class Stepper:
     ) -> None:
         """Step by a plan, after what the optimizer's class steps (``step_parts``)."""
         try:
-            with torch.no_grad():
-                plan = self._plan
-                grads = None if plan is None else plan.current_grads(groups, states)
-                if plan is None or grads is None:
-                    plan = self._new_plan(groups, decided(), states)
-                    grads = plan.find_grads()
-                assert grads is not None  # which a new plan fits
-                if plan.rest:
-                    step_parts(plan.rest)
-                plan.run(grads, scaling)
-                if plan.once:
-                    self.forget()
+            plan = self._plan
+            grads = None if plan is None else plan.current_grads(groups, states)
+            if plan is None or grads is None:
+                plan = self._new_plan(groups, decided(), states)
+                grads = plan.find_grads()
+            assert grads is not None  # which a new plan fits
+            if plan.rest:
+                step_parts(plan.rest)
+            plan.run(grads, scaling)
+            if plan.once:
+                self.forget()
         except BaseException:
             self.forget()  # how far a failed step came is not known
             raise
