@@ -141,13 +141,13 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         """Take note of an optimizer that is whole now."""
         self._decider.index.release()
         if "weight_decay" in self._stated and self._decider.policy is None:
-            # Some numbers the class states by itself.
+            # What a user may have typed: not what is a default of the signature.
             unsaid = inspect.signature(type(self)).parameters.keys() - self._stated
             said = {k: v for k, v in self.defaults.items() if k not in unsaid}
             warn_of_origin(self, said, ())
         alive.add(self)
         self._untouched = not any(self._states.values())
-        # Without decay from the beginning that is meant, or was told.
+        # If nothing decays now, that is meant, or `warn_if_weak` has told.
         decays = [not is_zero(group["weight_decay"]) for group in self._groups]
         alone = self._decider.whole is None  # else other routes may decay
         self._watch = Watch(alone and any(decays), rounding=True)
@@ -295,8 +295,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         choosing = not (compiling or self.defaults["differentiable"])
-        # A subclass's own may make state, and choose the gradients.
-        own = type(self)._init_group is not SelectiveOptimizer._init_group
+        # A subclass's may make state, and choose the gradients.
+        overridden = type(self)._init_group is not SelectiveOptimizer._init_group
         waiting = self._untouched or self._decider.waits()
         # In groups the decider looks for new keys.
         if compiling or waiting or not WRITTEN.isdisjoint(self.defaults):
@@ -307,7 +307,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # lock: after an interrupt anywhere the next step of a thread plans again.
         mine = stepper.claim()
         try:
-            if choosing and mine and not own and stepper.plans_for(groups):
+            if choosing and mine and not overridden and stepper.plans_for(groups):
                 given = (groups, self.decided_params, self._states)
                 stepper.step(*given, scaling_of(self), self._step_parts)
             else:
@@ -425,7 +425,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     def decay_report(self) -> DecayReport:
         """Report what decays: ``print`` shows a table, ``rows`` has each parameter."""
-        # Not `decisions`: who looks is told later, by the step, what is wrong.
+        # Not `rows`, which raises: the next step tells what is wrong.
         decided = self._decider.readable(self.param_groups)
         groups, index = self.param_groups, self._decider.index
         rows = make_rows(groups, decided, self._form_of, index)
@@ -446,8 +446,9 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return torch's state dict, with the decisions under ``"decay"``.
 
-        ``"decay"`` holds, group by group, ``[multiplier, form]`` for each parameter.
-        If form or target need the first rate or value, a third item holds it.
+        ``"decay"`` holds, group by group, ``[multiplier, form]`` for each parameter. A
+        third item holds the name if it is known, a fixed decay, and the first rate or
+        value if form or target need it.
         """
 
         def record(_: object, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -522,7 +523,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Go on from where training began, if a state dict records that."""
         begins = list(map(begin_in, entries))
-        # Mostly nothing depends on it, here or there: names alone.
+        # Mostly no rate, target or value is recorded, here or there.
         if {"name", "fixed"}.issuperset(chain(*begins, *map(begin_in, now))):
             return
         lost = self._decider.resume(self.param_groups, begins)

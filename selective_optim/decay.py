@@ -1,6 +1,8 @@
 """The decision for one parameter: how much decay, in which form, and why.
 
-A new form is a name in ``Form`` and a row of ``FORMS``, applied in one of three ways.
+A new form is a name in ``Form`` and a row of ``FORMS``. If it differs from others in
+its strength alone, that is all. A new way to apply decay is also a word of ``Applied``
+and a branch in ``_move_`` of ``step/decay_passes.py``.
 """
 
 from __future__ import annotations
@@ -15,14 +17,15 @@ import torch
 from torch import Tensor
 
 Form = Literal["l2", "decoupled", "independent", "corrected", "cautious"]
+# "l2" adds to the gradient, the others move the parameter or a part of it.
+Applied = Literal["l2", "decoupled", "cautious"]
 Number = float | Tensor
 
 
 class FormKind(NamedTuple):
     """What a form does, per step and element, before torch's update."""
 
-    # "l2" adds to the gradient, the others move the parameter or a part of it.
-    applied: Literal["l2", "decoupled", "cautious"]
+    applied: Applied
     # Of wd, lr, and lr0, which is known where it is needed.
     strength: Callable[..., Number] = lambda wd, lr, lr0: wd
     needs_lr0: bool = False

@@ -79,7 +79,7 @@ class Decider(DecisionTable):
         self.policy, self.index, self.as_policy = policy, index, as_policy
         self._pending: list[Pending] | None = None
         self._cleared: dict[int, list[Row]] = {}  # by the index of their group
-        # Decides for several optimizers together, one of which has this decider.
+        # That of a `Routed`, if this one is of a route: it decides and warns for all.
         self.whole: Decider | None = None
 
     # What a group is read as.
@@ -137,7 +137,7 @@ class Decider(DecisionTable):
     # How decisions are found.
 
     def add_group(self, groups: Groups, policy: Policy | None, own: bool) -> bool:
-        """Decide for the last group unless a constructor goes on; tell whether so."""
+        """Decide for the last group, but not yet in a constructor; tell if decided."""
         index, group = len(groups) - 1, groups[-1]
         names, lr0s = group.get("param_names", ()), repeat(base_rate(group))
         coming = Pending(index, group["params"], names, policy, lr0s)
@@ -146,7 +146,7 @@ class Decider(DecisionTable):
             self._pending.append(coming)
             return False
         try:
-            # With a policy of its own a group is decided anew, whatever it was before.
+            # With a policy or model of its own it is decided anew, whatever was before.
             known = self._taken_from_whole([coming])
             if not (known or (not own and self._comes_again(coming))):
                 self.decide_for([coming], [policy] if own else [])
@@ -174,7 +174,10 @@ class Decider(DecisionTable):
             self.append(each.group, rows)
 
     def ask(self, coming: Coming, strict: Policies, strangers: bool = False) -> Decided:
-        """Ask policies, record nothing; globs of ``strict`` ones must match."""
+        """Ask policies, record nothing; globs of ``strict`` ones must match.
+
+        With ``strangers`` parameters may be in no module: the model may be gone by now.
+        """
         infos = describe(self.index, coming)
         policies = [each.policy for each in coming]
         # First: of a stranger no module is known either, and a message about that
@@ -217,7 +220,7 @@ class Decider(DecisionTable):
     def _comes_again(self, coming: Pending) -> bool:
         """Take over the rows of a group that was cleared: frameworks do so to shard."""
         index = coming.group
-        # The first group of an optimizer that had groups: they were cleared.
+        # A first group while rows are known: the groups were cleared, and come again.
         if index == 0 and self.layout:
             self._cleared, self.layout = dict(enumerate(self.layout)), []
         before = self._cleared.pop(index, None)

@@ -55,7 +55,8 @@ class Stepper:
         self._stepped: Places = {}  # who had a part in the last plan
         self.exposed = False
         self._seen = False  # state was seen in a step, and is exposed at its end
-        # The thread that steps, or with a minus the one that takes state apart.
+        # The thread that steps, or with a minus the one that is in `expose`; a dict, as
+        # `setdefault` cannot be interrupted half done.
         self._owner: dict[str, int] = {}
         # Where each parameter was when its state was last known to fit it.
         self._places: Places = {}

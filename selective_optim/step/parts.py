@@ -2,6 +2,10 @@
 
 A part is a list of positions; the group that the class sees is a view, made for one
 step of what the user's group says now. Other classes have ``lasting_parts``.
+
+A parameter without a gradient is not moved, decayed or counted. Where fused may be
+chosen, it has no part before its first gradient (``Layout.idle``). After that it keeps
+its part: the class, the plan and passes leave it out of the step.
 """
 
 from __future__ import annotations

@@ -6,13 +6,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import copysign, inf
 from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import FORMS, DecayKey, Form, Target, is_zero
+from selective_optim.decay import FORMS, Applied, DecayKey, Form, Target, is_zero
 
 Group = dict[str, Any]
 Groups = Sequence[Group]
@@ -58,7 +58,7 @@ def alike(a: object, b: object) -> bool:
 class DecayPass(NamedTuple):
     """Decay that the class does not do, and that is done beside its step."""
 
-    applied: Literal["l2", "decoupled", "cautious"]  # see `decay.FORMS`
+    applied: Applied
     wd: float | Tensor  # the rate multiplies it, but for "l2"
     target: Target = 0.0  # "init" is a tensor per parameter
 
