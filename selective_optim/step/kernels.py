@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.decay import Decay, DecayKey, Form, is_zero
+from selective_optim.decay import Applied, Decay, DecayKey, Form, is_zero
 from selective_optim.step.setting import (
     Batch,
     Call,
@@ -43,7 +43,7 @@ class Kernel:
     numbers: tuple[str, ...]  # keys that an edit may have made NaN
     flags: tuple[str, ...]  # keys that fused kernels take as bool alone
     choices: tuple[str, ...]  # keys by which a group chooses its implementation
-    own_forms: tuple[Form, ...]  # that the class applies by itself, given a number
+    applies: tuple[Applied, ...]  # ways in which the class decays itself
 
     def default_form(self, group: Group) -> Form:
         """Return the form of parameters for which no other was decided."""
@@ -52,7 +52,7 @@ class Kernel:
     def share(self, group: Group, decay_key: DecayKey, reading: bool = True) -> Share:
         """Share the decay of a part out: what the class does of it, and what a pass."""
         default = self.default_form(group)
-        return share(group, decay_key, default, self.own_forms, reading)
+        return share(group, decay_key, default, self.applies, reading)
 
     def setting(self, group: Group, share: Share) -> Setting:
         """Read what the fused kernel is given from the group as it is now."""
@@ -138,7 +138,7 @@ class AdamKernel(Kernel):
     numbers = ("lr", "eps", "weight_decay", "betas")
     flags = ("amsgrad", "maximize")
     choices = ("foreach", "fused", "capturable", "differentiable")
-    own_forms = ("l2", "decoupled")
+    applies = ("l2", "decoupled")
 
     def default_form(self, group: Group) -> Form:
         return "decoupled" if group["decoupled_weight_decay"] else "l2"
@@ -193,7 +193,7 @@ class SGDKernel(Kernel):
     required = (*numbers, "nesterov", "params")
     flags = ("nesterov", "maximize")
     choices = ("foreach", "fused")
-    own_forms = ("l2",)
+    applies = ("l2",)
 
     def __init__(self, decoupled: bool = False) -> None:
         self._decoupled = decoupled  # torch's SGD has no key for it in a group

@@ -76,7 +76,7 @@ def share(
     group: Group,
     decay_key: DecayKey,
     default: Form | None,
-    own_forms: Collection[str],
+    applies: Collection[str],
     reading: bool = True,
 ) -> Share:
     """Share out a part's decay: a pass takes what the class cannot be told."""
@@ -98,7 +98,7 @@ def share(
         wd = form.strength(wd, lr, lr0)
     # A kernel takes decay as a number, and a step must not wait for the device.
     waits = fleeting and isinstance(wd, Tensor)
-    if form.applied in own_forms and not decay.target and not waits:
+    if form.applied in applies and not decay.target and not waits:
         return Share(wd, form.applied, None, fleeting)
     beside = DecayPass(form.applied, wd, decay.target or 0.0)
     return Share(0.0, default, beside, fleeting)
