@@ -320,9 +320,9 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     @_torch.disable_dynamo
     def _look(self) -> None:
-        if self._watch is not None:
+        if (watch := self._watch) is not None:  # another thread may end it
             layout = self._decider.layout
-            self._watch = self._watch.look(self._groups, layout, self._kernel)
+            self._watch = watch.look(self._groups, layout, self._kernel)
 
     @_torch.disable_dynamo
     def _begin_training(self) -> None:

@@ -111,7 +111,13 @@ class AnyOptimizer(SelectiveOptimizer):
             self._construct(args, kwargs)
 
     def _read(self, known: Any, keys: Iterable[str], lr: Any) -> None:
-        self._keys, self._splits = tuple(keys), []
+        # Also where `__init__` is called a second time, as torch's may be.
+        self._keys, self._splits, self._parts, self._layout = (
+            tuple(keys),
+            [],
+            None,
+            None,
+        )
         reading = {**READING, "lr": lr}
         torch.optim.Optimizer.__init__(self, known, reading)
         self._decider.decide_pending()

@@ -1057,3 +1057,23 @@ def test_new_dict_whose_first_part_is_all_new_takes_its_numbers():
     before = [param.detach().clone() for param in params]
     optimizer.step()
     assert_same(params, before)
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, NAdam, RMSprop])
+def test_constructor_that_is_called_again_begins_anew(cls):
+    def trained(again):
+        params = make_params()
+        known = {"weight_decay": 0.1, "wd_policy": "matrices"}
+        optimizer = selective(cls)(params, lr=0.1, **known)
+        if again:
+            set_grads(params, 0)
+            optimizer.step()
+            optimizer.__init__(params := make_params(), lr=0.05, **known)
+        else:
+            optimizer = selective(cls)(params, lr=0.05, **known)
+        for step in range(3):
+            set_grads(params, step)
+            optimizer.step()
+        return params
+
+    assert_same(trained(True), trained(False))

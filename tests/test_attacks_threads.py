@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from selective_optim import selective
+from selective_optim import AdamW, selective
 from tests.support import attacks
 from tests.support.attacks import (
     LR,
@@ -168,3 +168,22 @@ def test_one_thread_saves_while_another_steps(name, save):
             thread.join()
     assert not failed
     assert_right(model, optimizer)
+
+
+def test_other_thread_ends_the_look_at_steps_while_one_looks():
+    model = net()
+    attacks.zero_grads([*model.parameters()])
+    optimizer = AdamW(model.parameters(), weight_decay=WD, wd_policy="no_bias_norm")
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_name == "_look":  # as the other thread does, at any line
+            optimizer._watch = None
+        return trace
+
+    assert optimizer._watch is not None
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        optimizer.step()
+    finally:
+        sys.settrace(before)
