@@ -30,7 +30,7 @@ from selective_optim.decisions.warnings import (
     warn_if_weak,
     warn_of_misspelt,
 )
-from selective_optim.parameters import ModelIndex, as_modules
+from selective_optim.parameters import ModelIndex, ParameterInfo, as_modules
 from selective_optim.policies.decide import decide, require_matches
 from selective_optim.policies.selectors import Policy, Selector
 from selective_optim.step.setting import Group, Groups, base_rate, is_rate
@@ -78,7 +78,7 @@ class Decider(DecisionTable):
         super().__init__()
         self.policy, self.index, self.as_policy = policy, index, as_policy
         self._pending: list[Pending] | None = None
-        self._cleared: dict[int, list[Row]] = {}  # by the index of their group
+        self._cleared: list[list[Row]] = []
         # That of a `Routed`, if this one is of a route: it decides and warns for all.
         self.whole: Decider | None = None
 
@@ -168,13 +168,21 @@ class Decider(DecisionTable):
         """Decide for groups that come in together, or raise with nothing recorded."""
         if self._taken_from_whole(coming):
             return
-        for each, decisions in zip(coming, self.ask(coming, strict, strangers)):
+        policies, infos, decided = self._ask(coming, strict, strangers)
+        warn_if_unsteady(policies, infos, decided)
+        for each, decisions in zip(coming, decided):
             pairs = zip(each.params, decisions, strict=True)
             rows = [self.record(param, told, each.policy) for param, told in pairs]
             self.append(each.group, rows)
 
-    def ask(self, coming: Coming, strict: Policies, strangers: bool = False) -> Decided:
-        """Ask policies, record nothing; globs of ``strict`` ones must match.
+    def ask(self, coming: Coming, strict: Policies) -> Decided:
+        """Ask policies, record nothing; globs of ``strict`` ones must match."""
+        return self._ask(coming, strict)[-1]
+
+    def _ask(
+        self, coming: Coming, strict: Policies, strangers: bool = False
+    ) -> tuple[list[Policy | None], list[list[ParameterInfo]], Decided]:
+        """Return the policies as they were asked, of whom, and what they decided.
 
         With ``strangers`` parameters may be in no module: the model may be gone by now.
         """
@@ -191,9 +199,7 @@ class Decider(DecisionTable):
         bound = {key: self._bind(p) for key, p in {id(p): p for p in policies}.items()}
         asked = [bound[id(policy)] for policy in policies]
         lr0s = [each.lr0s or repeat(None) for each in coming]
-        decided = list(map(_decide, asked, infos, lr0s))
-        warn_if_unsteady(asked, infos, decided)
-        return decided
+        return asked, infos, list(map(_decide, asked, infos, lr0s))
 
     def _bind(self, policy: Policy | None) -> Policy | None:
         return policy and policy.bind(self.index.modules())
@@ -222,16 +228,18 @@ class Decider(DecisionTable):
         index = coming.group
         # A first group while rows are known: the groups were cleared, and come again.
         if index == 0 and self.layout:
-            self._cleared, self.layout = dict(enumerate(self.layout)), []
-        before = self._cleared.pop(index, None)
-        if before is None:
+            self._cleared, self.layout = self.layout, []
+        if index >= len(self._cleared):
+            self._cleared = []
             return False
         rows = self.rows_of(coming.params)
         if rows is None:
             (infos,) = describe(self.index, [coming])
-            rows = self.inherited(infos, before)
+            rows = self.inherited(infos, self._cleared[index])
         if rows is not None:
             self.append(index, rows)
+        if index + 1 == len(self._cleared):
+            self._cleared = []
         return rows is not None
 
     # What follows when groups change.

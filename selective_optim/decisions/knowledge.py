@@ -229,11 +229,12 @@ def require_members(
         strangers = [each for each in enumerate(infos) if each[1].owner is None]
         if not strangers:
             continue
-        known = sorted([info.parameter.shape for info in index.everyone()])
-        inside = sorted([info.parameter.shape[1:] for info in infos])
-        # Stacks of all that live in a module are refused even if it was not given.
-        if not index.explicit and known != inside:
-            continue
+        if not index.explicit:
+            known = sorted([info.parameter.shape for info in index.everyone()])
+            inside = sorted([info.parameter.shape[1:] for info in infos])
+            # Stacks of all that live in a module are refused even if it was not given.
+            if known != inside:
+                continue
         position, info = strangers[0]
         where = (
             f"{info.describe(position)}, at position {position} of group {info.group}, "

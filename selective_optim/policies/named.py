@@ -355,8 +355,8 @@ class Reader:
                 return self._selector(left) | self._selector(right)
             case ast.BinOp(left, ast.BitAnd(), right):
                 return self._selector(left) & self._selector(right)
-            case ast.Dict(keys, values):
-                chosen = [self._selector(key or node) for key in keys]
+            case ast.Dict(keys, values) if None not in keys:  # as `**` gives
+                chosen = [self._selector(key) for key in keys if key]
                 return dict(zip(chosen, map(self._value, values)))
             case ast.Call(made) if _dotted(made) == "Decay":
                 return self._call(node, Decay)

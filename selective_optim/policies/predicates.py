@@ -133,9 +133,11 @@ def _find(
 
 def _said(module: nn.Module, weights: list[ParameterInfo]) -> tuple[str, ...] | None:
     for accessor in ACCESSORS:
-        try:  # of the class: wrappers answer for the module inside
-            said = getattr(type(module), accessor)(module)
-        except Exception:  # missing, or inherited and not served
+        if not hasattr(type(module), accessor):  # wrappers answer for one inside
+            continue
+        try:
+            said = getattr(module, accessor)()
+        except Exception:  # inherited and not served
             continue
         held = list(_layers(said))
         found = [_last(layer, weights) for layer in held]

@@ -215,8 +215,10 @@ def bias_leaf(leaf: str | None) -> bool:
 
 def bias_part(place: ParameterInfo) -> bool:
     """Tell whether a parameter is a bias: by its name, or since it is only added."""
+    if bias_leaf(place.leaf):  # first: of some the name alone is known
+        return True
     module, leaf = holder(place)
-    if bias_leaf(place.leaf) or bias_leaf(leaf):
+    if bias_leaf(leaf):
         return True
     called_b = MAY_BE_BIAS.match(leaf)
     if module is None or not (called_b or MAY_SHIFT.match(leaf)):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from numbers import Real
 from typing import Any, Literal
@@ -109,7 +109,7 @@ class Callback:
 
     def __repr__(self) -> str:
         function: Any = self.function
-        if not hasattr(function, "__qualname__"):
+        if isinstance(function, partial) or not hasattr(function, "__qualname__"):
             return repr(function)
         name: str = function.__qualname__.rpartition("<locals>.")[2]
         code = getattr(function, "__code__", None)

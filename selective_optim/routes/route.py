@@ -80,7 +80,7 @@ class Route:
         """Name the parameter that the class refuses even if it is alone."""
         try:
             yield
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             refused = next(filter(self._refuses, params), None)
             if refused is None:
                 raise type(error)(f"route {self.name!r}: {error}") from error
