@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import warnings
 from collections import deque
@@ -554,3 +555,20 @@ def test_fewer_new_tensors_are_decided_by_their_shapes(name):
     optimizer.step()
     decays = [row.weight_decay > 0 for row in optimizer.decay_report()]
     assert decays == [True, False]
+
+
+def test_group_that_is_refused_among_cleared_ones_is_added_again_with_its_decisions():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    groups = [{"params": list(module.parameters())} for module in model]
+    optimizer = AdamW(groups, weight_decay=0.1, wd_policy="no_bias_norm")
+    del model, groups
+    gc.collect()
+    shapes = [(2, 2), (2,), (2,), (2,)]
+    new = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    optimizer.param_groups.clear()
+    optimizer.add_param_group({"params": new[:2]})
+    with pytest.raises(ValueError, match="needs module types"):
+        optimizer.add_param_group({"params": new[2:3]})  # one too few
+    optimizer.add_param_group({"params": new[2:]})
+    decays = [row.weight_decay for row in optimizer.decay_report().rows]
+    assert decays == [0.1, 0, 0, 0]

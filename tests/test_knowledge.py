@@ -386,3 +386,10 @@ def test_module_that_comes_later_is_found(change):
         model.inside = inside
     last = [*model.parameters()]
     assert len(decayed(make(last))) == 2
+
+
+def test_stranger_beside_a_lazy_module_is_named():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3))
+    params = [*model[0].parameters(), nn.Parameter(torch.ones(3))]
+    with pytest.raises(ValueError, match=r"parameter 2 of group 0 \(shape 3\).*none"):
+        AdamW(params, model=model)

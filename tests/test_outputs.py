@@ -260,3 +260,21 @@ def test_output_of_a_real_model_is_right_or_not_sure(library, name):
     assert (found is None) == (expected is None)
     assert set(expected or []) <= set(names or [])
     assert len(found or []) == len(expected or [])
+
+
+@pytest.mark.parametrize("way", ["method", "of the instance", "static"])
+def test_accessor_of_any_kind_says_which_layer_is_the_output(way):
+    model = built(a=nn.Linear(2, 2), head=nn.Linear(2, 2), z=nn.Linear(2, 2))
+
+    class Said(type(model)):
+        def get_classifier(self):
+            return self.head
+
+    head, model.__class__ = model.head, Said
+    if way == "of the instance":
+        model.get_classifier, head = lambda: model.a, model.a
+    if way == "static":
+        Said.get_classifier = staticmethod(lambda: head)
+    said = {id(p) for p in head.parameters()}
+    names = [name for name, p in model.named_parameters() if id(p) in said]
+    assert selected(model, is_output) == names

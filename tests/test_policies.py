@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 import pickle
 import re
@@ -320,3 +321,19 @@ def test_policy_looks_at_the_model_once_for_all_groups():
     groups = [{"params": [param]} for param in model.parameters()]
     AdamW(groups, weight_decay=0.1, wd_policy=Looking(), model=model)
     assert looks == [[model]]
+
+
+def test_bias_is_asked_of_in_a_function_where_names_alone_are_known():
+    params = [(name, nn.Parameter(torch.ones(2))) for name in ("a.bias", "b.weight")]
+    optimizer = AdamW(
+        params, wd_policy=lambda info: info.leaf == "weight" or not is_bias(info)
+    )
+    assert [bool(row.weight_decay) for row in optimizer.decay_report().rows] == [0, 1]
+
+
+def test_partial_prints_with_its_arguments_whatever_it_is_called():
+    def called(argument, info):
+        return True
+
+    wrapped = functools.update_wrapper(functools.partial(called, 3), called)
+    assert repr(wrapped) in repr(exclude(wrapped))

@@ -118,6 +118,7 @@ def test_class_that_shares_its_name_is_named_by_its_path(monkeypatch):
 
 EXAMPLE = "Write for example exclude('*.bias', is_norm) * layerwise(0.75)."
 WRONG = {
+    "unpacked": ("{**{}}", "1: {**{}} is no selector, number or text.", None),
     "misspelt predicate": (
         "exclude(is_nrom)",
         "9: is_nrom is no selector, and no module class that is loaded.",

@@ -243,3 +243,33 @@ def test_every_exempt_is_told_once_for_all_routes(recwarn):
 def test_exempt_in_one_route_alone_is_no_reason_to_warn(recwarn):
     routed(model(), wd_policy={"embed.*": 0, "head.*": 0, "*.bias": 0, "*.1.*": 0})
     assert not list(recwarn)
+
+
+class Picky(torch.optim.SGD):
+    def __init__(self, params, lr=0.1, weight_decay=0.0):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+
+    def add_param_group(self, group):
+        super().add_param_group(group)
+        assert all(p.ndim == 2 for p in self.param_groups[-1]["params"]), "no matrix"
+
+
+def test_class_that_refuses_a_later_group_by_another_error_is_named():
+    named = [("0.weight", bare()[0]), ("1.weight", bare()[0])]
+    split = {"picky": ("1.*", Picky, {}), "adamw": ("*", AdamW, {})}
+    optimizer = Routed(named, split, weight_decay=0.1)
+    group = {"params": [("7.weight", bare()[1])], "route": "picky"}
+    told = r"route 'picky' gives a parameter \(shape 2\) to Picky, .*: no matrix"
+    with pytest.raises(AssertionError, match=told):
+        optimizer.add_param_group(group)
+
+
+def test_selector_of_a_route_is_asked_once():
+    asked = []
+
+    def matrices(info):
+        asked.append(info.name)
+        return info.ndim > 1
+
+    Routed(model(), {"body": (matrices, Body, {}), "adamw": ("*", AdamW, {})})
+    assert len(asked) == len(set(asked))

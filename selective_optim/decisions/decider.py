@@ -236,11 +236,12 @@ class Decider(DecisionTable):
         if rows is None:
             (infos,) = describe(self.index, [coming])
             rows = self.inherited(infos, self._cleared[index])
-        if rows is not None:
-            self.append(index, rows)
+        if rows is None:
+            return False
+        self.append(index, rows)
         if index + 1 == len(self._cleared):
             self._cleared = []
-        return rows is not None
+        return True
 
     # What follows when groups change.
 
