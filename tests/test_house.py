@@ -118,15 +118,15 @@ def counts() -> dict[str, float]:
 
 # No count may grow but that of comments. Lower a limit when you have reached less.
 MOST = {
-    "lines": 16_075,
-    "files": 60,
-    "files in the root": 20,
-    "floors": 13,
+    "lines": 14_547,
+    "files": 52,
+    "files in the root": 17,
+    "floors": 9,
     "lines of the median function": 6,
     "lines of nine functions in ten": 20,
     "lines of the longest function": 45,
 }
-LEAST = {"comments in %": 5.0}
+LEAST = {"comments in %": 6.0}
 
 
 def test_the_house_stays_small():

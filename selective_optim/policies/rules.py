@@ -261,6 +261,7 @@ def fixed(wd: float, *selectors: object, missing_ok: bool = False) -> Policy:
         ValueError: ``wd`` is negative, infinite or NaN.
 
     Example:
+        >>> from torch import nn
         >>> from selective_optim import SGD
         >>> policy = fixed(0.0001, "weight")
         >>> optimizer = SGD(nn.Linear(2, 1), weight_decay=0.01, wd_policy=policy)
