@@ -17,11 +17,7 @@ from torch import nn
 from selective_optim import _torch
 from selective_optim._text import kept_on_error, require_numbers, warn, write_back
 from selective_optim.decay import Form, is_zero
-from selective_optim.decisions.decider import (
-    WRITTEN,
-    Decider,
-    own_keys,
-)
+from selective_optim.decisions.decider import WRITTEN, Decider, own_keys
 from selective_optim.decisions.state_dict import (
     POLICIES,
     RECORD,

@@ -145,8 +145,8 @@ class Routed(torch.optim.Optimizer):
         taken = split_by_route(*asked, constructing, self._may_be_empty)
         for each, route, chosen in taken:
             part = route.part(self.param_groups[each.group], chosen, self._keys)
-            own_policy = each.policy is not decider.policy
-            policy = each.policy if own_policy else route.policy or decider.policy
+            own = each.policy is not decider.policy
+            policy = each.policy if own else route.policy or decider.policy
             told, lr0s = part.get("param_names", ()), repeat(base_rate(part))
             index = first + len(parts)
             pending.append(Pending(index, part["params"], told, policy, lr0s))
@@ -156,8 +156,9 @@ class Routed(torch.optim.Optimizer):
             decider.decide_for(pending, policies)
         elif ROUTE not in self.param_groups[first]:
             decider.decide_for(pending, [])
-        elif own_policy:  # its optimizer decides, which knows a group that was cleared
-            parts[0]["wd_policy"] = policy
+        elif coming[0].policy is not decider.policy:
+            # Its optimizer decides, which knows a group that was cleared.
+            parts[0]["wd_policy"] = coming[0].policy
         del self.param_groups[first:]
         return parts
 
