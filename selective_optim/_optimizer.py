@@ -88,6 +88,25 @@ class Shown(local):
         self.param_groups: list[Group] | None = None
 
 
+class StateAttribute:
+    """Notes the first look at the state from outside: someone may edit it from then on.
+
+    Then it is a plain attribute, as in torch: a class reads it for every parameter.
+    """
+
+    def __get__(self, optimizer: Any, cls: object = None) -> Any:
+        if optimizer is None:
+            return self
+        states, stepper = optimizer._states, optimizer._stepper
+        if torch.compiler.is_compiling():  # 2.7 cannot set attributes as it compiles
+            return states
+        if not optimizer._inside:  # the class's own step is no outsider
+            stepper.expose(states)
+        if stepper.exposed:
+            vars(optimizer)["state"] = states
+        return states
+
+
 class SelectiveOptimizer(torch.optim.Optimizer):
     """Decides once for every parameter, and shows its class the groups as parts.
 
@@ -98,7 +117,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     _kernel: Kernel
     _decider: Decider
     _groups: list[Group]
-    _states: States
+    _states: Any = None
     _stepper: Stepper
     _keys: Sequence[str] = ()  # that are read in a group beside the defaults
     _stated: frozenset[str]  # keywords that the constructor was given
@@ -142,6 +161,10 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             said = {k: v for k, v in self.defaults.items() if k not in unsaid}
             warn_of_origin(self, said, ())
         alive.add(self)
+        self._stepper = Stepper(self._kernel)
+        # The dict that torch's constructor made is nobody's yet.
+        own = vars(self)
+        self._states = own.pop("state") if self._kernel.planned else own["state"]
         self._untouched = not any(self._states.values())
         # If nothing decays now, that is meant, or `warn_if_weak` has told.
         decays = [not is_zero(group["weight_decay"]) for group in self._groups]
@@ -241,24 +264,15 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         """Let the class see parts where its groups are, in this thread alone."""
         self._shown.param_groups = parts
 
-    @property
-    def state(self) -> Any:
-        """State tensors by parameter, as in torch."""
-        # The class's own step is no outsider, and asks for every parameter. And 2.7
-        # cannot set attributes as it compiles.
-        shown = self._shown.param_groups
-        told = shown is not None or self._stepper.exposed
-        if not told and not torch.compiler.is_compiling():
-            self._stepper.expose(self._states)  # someone may edit it from now on
-        return self._states
+    state: Any = StateAttribute()
 
-    @state.setter
-    def state(self, value: Any) -> None:
-        self._states = value
-        if "_stepper" in vars(self):
+    def _take_state(self) -> States:
+        """Return the state, which may have been assigned anew."""
+        states: States = vars(self).get("state", self._states)
+        if states is not self._states:
+            self._states = states
             self._stepper.expose({})  # what was there goes; counters need no parting
-        else:  # torch's constructor, which does not keep the dict that it makes
-            self._stepper = Stepper(self._kernel)
+        return states
 
     # Stepping.
 
@@ -297,19 +311,19 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # In groups the decider looks for new keys.
         if compiling or waiting or not WRITTEN.isdisjoint(self.defaults):
             self._begin_training()
-        stepper = self._stepper
+        stepper, states = self._stepper, self._take_state()
         groups = self.param_groups
         # A plan serves one thread at a time; others let the class step all parts. No
         # lock: after an interrupt anywhere the next step of a thread plans again.
         mine = stepper.claim()
         try:
             if choosing and mine and not overridden and stepper.plans_for(groups):
-                given = (groups, self.decided_params, self._states)
+                given = (groups, self.decided_params, states)
                 stepper.step(*given, scaling_of(self), self._step_parts)
             else:
                 self._step_unplanned(choosing, compiling)
         finally:
-            stepper.finish(mine, self._states)
+            stepper.finish(mine, states)
         if not compiling and self._watch is not None:
             self._look()
         return loss
@@ -346,6 +360,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _step_parts(self, parts: Sequence[Part], compiling: bool = False) -> None:
         """Let the class of torch step parts, as if they were groups split by hand."""
         step, around = _torch.unhooked(super().step), ClassStep(self, self._states)
+        views: list[View] = []
         try:
             views = self._views(parts, reading=not compiling)
             if around.begin(views):
@@ -355,15 +370,18 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         finally:
             self._show(None)
             around.restore()
+            for view in views:
+                view.group["params"] = []  # one that leaves must be freed
 
     @_torch.disable_dynamo
     def _views(self, parts: Sequence[Part], reading: bool) -> list[View]:
-        groups, kernel = self.param_groups, self._kernel
-        params = params_of(groups)
-        return [
-            view_of(part, groups[part.key.group], kernel, params, reading)
-            for part in parts
-        ]
+        groups, params = self.param_groups, params_of(self.param_groups)
+        for part in parts:
+            if part.view is None or part.view.fleeting:
+                group = groups[part.key.group]
+                part.view = view_of(part, group, self._kernel, params, reading)
+            part.view.group["params"] = list(map(params.__getitem__, part.positions))
+        return [part.view for part in parts]
 
     def decided_params(self) -> list[DecidedParam]:
         """List every parameter, in order, with what was decided for it."""
@@ -376,7 +394,6 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             )
         ]
 
-    @_torch.disable_dynamo
     def _init_group(self, group: Group, *lists: Any, **named: Any) -> Any:
         """Fill the lists in a step of ours alone: torch's own knows no policy."""
         if not self._inside:
@@ -534,7 +551,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             "decider": self._decider.snapshot(groups),
             "watch": self._watch,
             "kernel": self._kernel,
-            "states": id(self._states),
+            "states": id(self.state),
         }
         own = {"state": self.state, "param_groups": groups, COPIED: copied}
         state = {k: v for k, v in state.items() if k not in TRANSIENT}
@@ -550,6 +567,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # past the properties.
         for name in rest.keys() & {"state", "param_groups"}:
             setattr(self, name, rest.pop(name))
+        self._take_state()
         super().__setstate__(rest)
         if copied:
             self._decider = Decider.restored(copied["decider"], self.param_groups)

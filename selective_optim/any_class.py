@@ -263,7 +263,7 @@ class AnyOptimizer(SelectiveOptimizer):
         self._reached = True
         require_plain_arguments(self, (*args, *kwargs.values()))
         step = _torch.unhooked(super(SelectiveOptimizer, self).step)
-        around = ClassStep(self, self._states)
+        around = ClassStep(self, self.state)
         if closure is not None or args:
             args = (closure and self._outside(closure, around), *args)
         try:

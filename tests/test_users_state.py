@@ -8,6 +8,7 @@ import io
 import pickle
 import signal
 import weakref
+from collections import defaultdict
 from contextlib import nullcontext
 from itertools import chain
 from operator import is_
@@ -423,6 +424,53 @@ def test_half_moments_beside_float32_are_as_in_torch(name, kind, how):
     else:
         dtypes = {v.dtype for own in mine[1].state.values() for v in own.values()}
         assert dtypes == {torch.float32, torch.bfloat16}
+
+
+# The whole state.
+
+
+def begin_anew(optimizer, params):
+    """Assign a state without a look at the one that is there."""
+    optimizer.state = defaultdict(dict)
+
+
+def assign_copies(optimizer, params):
+    copies = {param: clones(own) for param, own in optimizer.state.items()}
+    optimizer.state = defaultdict(dict, copies)
+
+
+def clones(own):
+    return {entry: value.clone() for entry, value in own.items()}
+
+
+@each_name
+@each_kind
+@pytest.mark.parametrize("assign", [begin_anew, assign_copies])
+def test_state_that_is_assigned_is_the_one_that_steps(name, kind, assign):
+    both(name, kind, assign)
+
+
+@each_name
+@each_kind
+def test_state_that_is_assigned_is_the_one_that_is_read(name, kind):
+    params = make_params()
+    optimizer = ours(name, kind, params)
+    for number in range(2):
+        twins.step(params, optimizer, number)
+        optimizer.state = state = defaultdict(dict)
+        assert optimizer.state is state
+        twins.step(params, optimizer, number)
+        assert optimizer.state is state
+        assert all(state[param] for param in params)
+
+
+def test_state_of_a_class_that_steps_by_itself_is_a_plain_attribute():
+    """It reads the state for every parameter; a property takes four times as long."""
+    params = make_params()
+    optimizer = ours("AdamW", "foreach", params)
+    for number in range(2):
+        twins.step(params, optimizer, number)
+    assert vars(optimizer)["state"].keys() == set(params)
 
 
 # Memory.

@@ -38,6 +38,7 @@ from selective_optim.step.kernels import Kernel, require_no_nan
 from selective_optim.step.parts import Layout, Part, counts_beside, fusable, joins
 from selective_optim.step.setting import (
     NO_SCALING,
+    PLAIN,
     Batch,
     Call,
     Groups,
@@ -181,6 +182,7 @@ class Plan:
         params = params_of(groups)
         self._rest_traits = _traits_of(self._rest_of(params))
         self._some_sparse = any(t[-1] != torch.strided for t in self._rest_traits)
+        self._rest_proof: Callable[..., bool] = lambda *grads: False
         self._structure = list(map(kernel.structure, groups))
         # What the state holds lives as long as the optimizer, and is kept alive by
         # nothing here. Plain SGD has no state, and releases tensors after each step.
@@ -307,7 +309,7 @@ class Plan:
             params = params_of(groups)
             if not without_gradients(self._idle_of(params)):
                 return None
-            if _traits_of(self._rest_of(params)) != self._rest_traits:
+            if not self._rest_stays(self._rest_of(params)):
                 return None
         if self._active is None:
             try:
@@ -315,6 +317,18 @@ class Plan:
             except (KeyError, AttributeError, TypeError):
                 return None  # an entry is gone, or no tensor: torch's words say it
         return self.find_grads()
+
+    def _rest_stays(self, params: Sequence[Tensor]) -> bool:
+        """Tell whether what the class steps would go to it again."""
+        # Gradients move with their parameters, and looking at them takes half as long.
+        grads = grads_of(params)
+        if self._rest_proof(*grads):
+            return True
+        if _traits_of(params) != self._rest_traits:
+            return False
+        if not self._some_sparse and {*PLAIN}.issuperset(map(type, grads)):
+            self._rest_proof = _torch.tensor_proof(grads)
+        return True
 
     def find_grads(self) -> list[Any] | None:
         """Return gradients, local and in a plan's order, if they are as planned."""
@@ -334,6 +348,8 @@ class Plan:
         """Take over new hyperparameters; not where the parts depend on them."""
         if not self._guard.holds_params(groups) or self._some_sparse:
             return False
+        for part in self.rest:
+            part.view = None
         structure = list(map(self._kernel.structure, groups))
         # An unknown key may be one for which the step raises.
         if not self._guard.holds_keys(groups) or not equal(structure, self._structure):

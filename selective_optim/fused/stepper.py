@@ -191,6 +191,8 @@ class Stepper:
             # A CUDA graph remembers where counters lie: they must not move later.
             self._counters.part(states)
         fused = [part for part in layout.parts if part.key.device is not None]
+        # Nothing is planned and nothing held: its class may read the state at no cost.
+        self._seen |= not fused and not layout.idle
         for position in sorted({i for part in fused for i in part.positions}):
             param, group, *_ = params[position]
             if not self.kernel.has_state(states.get(param) or {}, groups[group]):

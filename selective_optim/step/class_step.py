@@ -42,6 +42,7 @@ class View:
     entries: tuple[str, ...] | None = None  # of its state, shaped like the parameters
     sharded: bool = False  # the class sees local shards for DTensors
     takes_scale: bool = True  # a GradScaler's tensors may be left to the class
+    fleeting: bool = False  # of a value that changes, to be read at every step
 
     @property
     def present(self) -> list[Tensor]:
@@ -77,17 +78,16 @@ def view_of(
     """Make the view of a part of a user's group, among all parameters of all groups."""
     key = part.key
     shared = kernel.share(group, key.decay_key, reading)
-    mine = [params[i] for i in part.positions]
     # Asked for key by key where a group is a dict that computes what is read.
     shown = dict(group) if type(group) is dict else {k: group[k] for k in group}
-    shown |= {"params": mine, "weight_decay": shared.wd}
+    shown["weight_decay"] = shared.wd
     if "decoupled_weight_decay" in shown:
         shown["decoupled_weight_decay"] = shared.form == "decoupled"
     if key.fused:
         shown["fused"] = True
     if "param_names" in group:
         names = dict(zip(map(id, group["params"]), group["param_names"]))
-        shown["param_names"] = [names[id(param)] for param in mine]
+        shown["param_names"] = [names[id(params[i])] for i in part.positions]
     direction = None
     if shared.decay_pass is not None:
         direction = partial(kernel.direction, kernel.setting(group, shared))
@@ -95,6 +95,7 @@ def view_of(
         *(shown, part.inits, shared.decay_pass, direction, kernel.entries(group)),
         sharded=key.sharded,
         takes_scale=key.fused and not key.first,
+        fleeting=shared.fleeting,
     )
 
 

@@ -73,6 +73,7 @@ class Part:
     label: str  # names one of them in messages
     positions: list[int] = field(default_factory=list)  # among all of all groups
     inits: list[Tensor] = field(default_factory=list)  # targets, if a tensor for each
+    view: Any = None  # of ``class_step``, while the group's numbers stay as they are
 
 
 class Layout(NamedTuple):
