@@ -14,6 +14,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from inspect import getsource
+from itertools import chain
 from pathlib import Path
 from textwrap import fill
 from types import ModuleType
@@ -169,10 +170,10 @@ def _read_checkpoint(path: str) -> list[Any]:
     except Exception as error:
         raise ValueError(f"`{path}` cannot be read: {on_one_line(error)}.") from error
     while level:
-        if saved := [s for s in level if isinstance(s, dict) and "param_groups" in s]:
+        if saved := [v for v in level if isinstance(v, dict) and "param_groups" in v]:
             return saved
-        inside = [s.values() if isinstance(s, dict) else s for s in level]
-        level = [s for each in inside for s in each if isinstance(s, (dict, list))]
+        inside = chain(*[v.values() if isinstance(v, dict) else v for v in level])
+        level = [value for value in inside if isinstance(value, (dict, list))]
     raise ValueError(
         f"`{path}` holds no state dict of an optimizer. Save one, as in "
         f"torch.save(optimizer.state_dict(), path)."
@@ -260,8 +261,7 @@ def _policy(text: str | None) -> Any:
 
 def run_list(options: argparse.Namespace) -> int:
     """Print the names of policies, or of recipes, with the sentence above each."""
-    module = "recipes" if options.command == "recipes" else "named"
-    source = getsource(import_module(f"selective_optim.policies.{module}"))
+    source = getsource(import_module(f"selective_optim.policies.{options.module}"))
     pairs = re.findall(r'((?: +# .*\n)+) +(?:Recipe\(\s*)?"(\w+)"', source)
     texts = [(name, " ".join(text.replace("#", "").split())) for text, name in pairs]
     table = [(name, f"{text.partition('. ')[0].rstrip('.')}.") for name, text in texts]
@@ -278,10 +278,10 @@ def parser() -> argparse.ArgumentParser:
     )
     version = f"selective_optim {selective_optim.__version__}"
     top.add_argument("--version", action="version", version=version)
-    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for name in ("policies", "recipes"):
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    for name, module in {"policies": "named", "recipes": "recipes"}.items():
         sub = commands.add_parser(name, help=f"list the {name}, with a sentence each")
-        sub.set_defaults(run=run_list)
+        sub.set_defaults(run=run_list, module=module)
     sub = commands.add_parser(
         "audit",
         help="show what a policy decays in a model, and what looks wrong",

@@ -1,4 +1,4 @@
-"""How messages show values, and what several files check of arguments."""
+"""How texts show values and classes, and what several files check of arguments."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ def require_numbers(group: Mapping[str, object], where: str = "") -> None:
     """Raise TypeError for hyperparameters that are texts, as YAML makes of ``1e-3``."""
     for name, value in group.items():
         values = value if name == "betas" and isinstance(value, tuple) else (value,)
-        for each in values if name in NUMBERS else ():
-            if isinstance(each, str):
+        for number in values if name in NUMBERS else ():
+            if isinstance(number, str):
                 raise TypeError(
-                    f"`{name}`{where} must be a number, not {received(each)}. "
-                    f"{_as_number(name, each)}"
+                    f"`{name}`{where} must be a number, not {received(number)}. "
+                    f"{_as_number(name, number)}"
                 )
 
 

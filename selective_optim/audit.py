@@ -42,9 +42,9 @@ from selective_optim.report import (
     Row,
     form_of_class,
     grouped,
-    judged,
     make_rows,
     plain,
+    report_on,
 )
 
 HEADINGS = {
@@ -332,7 +332,7 @@ def decay_report(
             number = len(groups) + row.group
             rows.append(replace(row, group=number, route=row.route or route))
         groups += item_groups
-    return judged(rows, groups, index, *remarks)
+    return report_on(rows, groups, index, *remarks)
 
 
 def _named(row: Row, same: Row) -> Row:
@@ -356,7 +356,7 @@ def _optimizers_in(
     # One that is held may hold its wrapper.
     if held := [o for o in held if all(o is not wrapper for wrapper in wrappers)]:
         wrappers = (*wrappers, item)
-        return [o for each in held for o in _optimizers_in(each, index, wrappers)]
+        return [o for inner in held for o in _optimizers_in(inner, index, wrappers)]
     if hasattr(item, "param_groups"):
         return [item]
     raise TypeError(
@@ -390,8 +390,7 @@ def _recorded(entry: Sequence[Any] | None, name: str | None) -> Decision | None:
         return None
     begin = begin_in(entry)
     decay = Decay(entry[0], entry[1], begin.get("target"), begin.get("fixed"))
-    shape, lr0 = torch.Size((0,)), begin.get("lr0")
-    return Decision(decay, "recorded", name, shape, (), lr0=lr0)
+    return Decision(decay, "recorded", name, torch.Size((0,)), (), lr0=begin.get("lr0"))
 
 
 def _measured(optimizer: Any, rows: list[Row]) -> tuple[list[Row], str]:
@@ -408,7 +407,7 @@ def _stepped(optimizer: Any, share: float) -> Sequence[Tensor]:
     """Step a copy once, over ones and zero gradients, with a share of a decay of 1."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     ones = [nn.Parameter(torch.ones_like(p, dtype=torch.float32)) for p in params]
-    memo: dict[int, Any] = {id(p): one for p, one in zip(params, ones)}
+    memo: dict[int, Any] = {id(p): filled for p, filled in zip(params, ones)}
     # In the copy, a decay that is fixed has the share, too.
     for decided in getattr(optimizer, "decided_params", list)():
         if (decay := decided.decision.decay).fixed is not None:
@@ -421,9 +420,9 @@ def _stepped(optimizer: Any, share: float) -> Sequence[Tensor]:
     twin.state.clear()
     for group in twin.param_groups:
         group.update(lr=RATE, weight_decay=share if group["weight_decay"] else 0.0)
-    for param, one in zip(params, ones):
+    for param, filled in zip(params, ones):
         if param.requires_grad or param.grad is not None:
-            one.grad = torch.zeros_like(one)
+            filled.grad = torch.zeros_like(filled)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nothing decays is meant here
         type(twin).step(twin)  # one that was patched is the original's

@@ -227,9 +227,8 @@ def _shortest_prefixes(rows: Sequence[GroupRow]) -> dict[str | None, str]:
 
 def _distinct_infos(model: Modules) -> list[ParameterInfo]:
     # Modules may share parameters, and torch takes each in one group.
-    infos = ModelIndex(model).everyone()
-    same = grouped(infos, lambda info: id(info.parameter))
-    return [first for first, *_ in same.values()]
+    same = grouped(ModelIndex(model).everyone(), lambda info: id(info.parameter))
+    return [infos[0] for infos in same.values()]
 
 
 def layerwise_groups(

@@ -244,15 +244,14 @@ class DecayReport:
         if ax is None:
             size = (8, 1.8 + 0.35 * len(kinds))
             ax = _pyplot().subplots(figsize=size, layout="constrained")[1]
-        left = [0.0] * len(kinds)
+        places, left = range(len(kinds)), [0.0] * len(kinds)
         for fate in [fate for fate, rows in self._by_fate().items() if rows]:
             shares = [_share(rows, fate) for rows in kinds.values()]
-            bar = {"color": COLORS[fate], "label": fate}
-            ax.barh(range(len(kinds)), shares, 0.7, left, **bar)
+            ax.barh(places, shares, 0.7, left, color=COLORS[fate], label=fate)
             left = [a + b for a, b in zip(left, shares)]
-        for place, rows in enumerate(kinds.values()):
+        for place, rows in zip(places, kinds.values()):
             ax.text(102, place, _amount(rows), va="center", fontsize="small")
-        ax.set_yticks(range(len(kinds)), list(kinds))
+        ax.set_yticks(places, list(kinds))
         ax.invert_yaxis()
         ax.set_xlim(0, 100)
         ax.set_xlabel("share of the elements of a kind (%)")
@@ -285,7 +284,7 @@ def _by_kind(rows: Sequence[Row]) -> dict[str, list[Row]]:
     ordered = sorted(kinds.items(), key=lambda item: -_sums(item[1])["elements"])
     if len(ordered) > MANY_BARS:
         small = ordered[MANY_BARS - 1 :]
-        merged = [row for _, kind_rows in small for row in kind_rows]
+        merged = list(chain(*[kind_rows for _, kind_rows in small]))
         ordered[MANY_BARS - 1 :] = [(f"{len(small)} other kinds", merged)]
     return dict(ordered)
 
@@ -420,15 +419,15 @@ def form_of_class(optimizer: Any, group: Group) -> Form | None:
 WRONG, NOTE = "looks wrong: ", "note: "
 
 
-def judged(
+def report_on(
     rows: Sequence[Row], groups: Sequence[Group], index: ModelIndex, *remarks: str
 ) -> DecayReport:
     """Report on rows; the remark joins others to what looks wrong in the rows."""
     wrong = [*_split_wrongly(rows), _left_out(index, groups), *_not_as_promised(rows)]
     lines = [line for text in (*wrong, *remarks) for line in text.splitlines()]
-    if classes := dict.fromkeys(type(module).__name__ for module in index.found):
-        source = ", ".join(classes)
-        lines.append(f"{NOTE}known from {source}, found alive with these parameters")
+    classes = ", ".join(dict.fromkeys(type(module).__name__ for module in index.found))
+    if classes:
+        lines.append(f"{NOTE}known from {classes}, found alive with these parameters")
     notes = [line for line in lines if line.startswith(NOTE)]
     clauses = "; ".join(line.removeprefix(WRONG) for line in lines if line not in notes)
     distinct = "; ".join(dict.fromkeys(clauses.split("; ")))

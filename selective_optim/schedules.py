@@ -46,19 +46,19 @@ class GroupView(ChainMap[str, Any]):
     """A parameter group whose ``"lr"`` is its ``"weight_decay"``."""
 
     # "initial_lr" and "max_lr" are kept apart: in the group are those of the rate.
-    def __init__(self, group: Group, written: Group, held: bool) -> None:
+    def __init__(self, group: Group, written: Group, stays_zero: bool) -> None:
         # A scheduler that finds an "initial_lr" goes on from it, and would go on from
         # that of the learning rate (torch/optim/lr_scheduler.py, 2.7 to 2.15).
         readable = {key: group[key] for key in group if not key.endswith("_lr")}
         super().__init__(written, readable)
-        self._group, self._readable, self._held = group, readable, held
+        self._group, self._readable, self._stays_zero = group, readable, stays_zero
 
     def __getitem__(self, key: str) -> Any:
         return self._group["weight_decay"] if key == "lr" else super().__getitem__(key)
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key == "lr":
-            self._group["weight_decay"] = 0.0 if self._held else value
+            self._group["weight_decay"] = 0.0 if self._stays_zero else value
         elif key in self._readable:
             raise ValueError(
                 f"a schedule of weight decay sets {key!r}, which is not its own. Pass "
