@@ -14,6 +14,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from inspect import getsource
+from itertools import chain
 from pathlib import Path
 from textwrap import fill
 from types import ModuleType
@@ -57,8 +58,8 @@ def read_target(text: str) -> Target:
         if head.endswith(".py"):
             file = Path(head)
             text_of_file = file.read_text("utf-8", "replace") if file.is_file() else ""
-            found = re.findall(r"^(?:def|class) (\w+)", text_of_file, re.MULTILINE)
-            close = get_close_matches("build_model", found, 1, 0.0) or ["build_model"]
+            names = re.findall(r"^(?:def|class) (\w+)", text_of_file, re.MULTILINE)
+            close = get_close_matches("build_model", names, 1, 0.0) or ["build_model"]
             example = f"Write for example {head}:{close[0]}."
         raise ValueError(f"`{text}` is not of the form MODULE:CALLABLE. {example}")
     if matched["arguments"] is None:
@@ -97,19 +98,19 @@ def _value(text: str) -> Any:
 def load(module: str, path: str) -> Any:
     """Import a module or file and return what a dotted path names in it."""
     try:
-        found: Any = _module(module)
+        value: Any = _module(module)
     except (Exception, SystemExit) as error:
         raise ValueError(
-            f"`{module}` cannot be imported: {told(error)}. "
+            f"`{module}` cannot be imported: {on_one_line(error)}. "
             f"Run in the folder that holds it, or correct the name."
         ) from error
     for name in path.split("."):
-        if not hasattr(found, name):
-            close = get_close_matches(name, dir(found), n=1)
+        if not hasattr(value, name):
+            close = get_close_matches(name, dir(value), n=1)
             hint = f"Did you mean {close[0]!r}?" if close else EXAMPLE
             raise ValueError(f"`{module}:{path}`: there is no {name!r} in it. {hint}")
-        found = getattr(found, name)
-    return found
+        value = getattr(value, name)
+    return value
 
 
 def _module(name: str) -> ModuleType:
@@ -119,17 +120,15 @@ def _module(name: str) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {name}")
     sys.path.insert(0, str(path.parent))  # its neighbors, as when it is run
-    spec = spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{name} is no Python file")
+    spec: Any = spec_from_file_location(path.stem, path)
     module = module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look there
     spec.loader.exec_module(module)
     return module
 
 
-def told(error: BaseException) -> str:
-    """Put an exception on one line."""
+def on_one_line(error: BaseException) -> str:
+    """Show an exception by its class and message."""
     return ": ".join(filter(None, [type(error).__name__, " ".join(str(error).split())]))
 
 
@@ -138,61 +137,63 @@ def build(text: str) -> Built:
     if Path(text).is_file() and not text.endswith(".py"):
         return Built(_read_checkpoint(text), "as saved", None)
     module, path, arguments, keywords = read_target(text)
-    made, device, note = load(module, path), "as found", None
-    if keywords is not None or not _is_audited(made):
-        if not callable(made):
+    model = load(module, path)
+    built = Built(model, "as found", None)
+    if keywords is not None or not _is_audited(model):
+        if not callable(model):
             raise ValueError(
-                f"`{text}` is {made!r} ({type(made).__name__}), not a callable that"
+                f"`{text}` is {model!r} ({type(model).__name__}), not a callable that"
                 f" returns a model. {EXAMPLE}"
             )
-        made, device, note = _make(partial(made, *arguments, **(keywords or {})), text)
-    if not _is_audited(made):
+        built = _make(partial(model, *arguments, **(keywords or {})), text)
+        model = built.model
+    if not _is_audited(model):
         raise ValueError(
-            f"`{text}` returned {made!r} ({type(made).__name__}), not a module or "
+            f"`{text}` returned {model!r} ({type(model).__name__}), not a module or "
             f"optimizer. {EXAMPLE}"
         )
-    if isinstance(made, nn.Module) and any(map(is_lazy, made.parameters())):
+    if isinstance(model, nn.Module) and any(map(is_lazy, model.parameters())):
         raise ValueError(
             f"`{text}` returned a model with uninitialized parameters. "
             f"Run one batch through the model before returning it."
         )
-    return Built(made, device, note)
+    return built
 
 
-def _is_audited(made: object) -> bool:
-    return isinstance(made, nn.Module) or bool(param_ids(made))
+def _is_audited(model: object) -> bool:
+    return isinstance(model, nn.Module) or bool(param_ids(model))
 
 
 def _read_checkpoint(path: str) -> list[Any]:
     try:
         level: list[Any] = [[torch.load(path, map_location="cpu", weights_only=True)]]
     except Exception as error:
-        raise ValueError(f"`{path}` cannot be read: {told(error)}.") from error
+        raise ValueError(f"`{path}` cannot be read: {on_one_line(error)}.") from error
     while level:
-        if found := [s for s in level if isinstance(s, dict) and "param_groups" in s]:
-            return found
-        inside = [s.values() if isinstance(s, dict) else s for s in level]
-        level = [s for each in inside for s in each if isinstance(s, (dict, list))]
+        if saved := [v for v in level if isinstance(v, dict) and "param_groups" in v]:
+            return saved
+        inside = chain(*[v.values() if isinstance(v, dict) else v for v in level])
+        level = [value for value in inside if isinstance(value, (dict, list))]
     raise ValueError(
         f"`{path}` holds no state dict of an optimizer. Save one, as in "
         f"torch.save(optimizer.state_dict(), path)."
     )
 
 
-def _make(make: Callable[[], Any], text: str) -> tuple[Any, str, str | None]:
+def _make(make: Callable[[], Any], text: str) -> Built:
     try:
         # There parameters have shapes and no memory: a model of any size is built.
         with torch.device("meta"):
-            return make(), "meta", None
+            return Built(make(), "meta", None)
     except Exception as error:
-        note = f"not built on the meta device: {told(error)}"
+        note = f"not built on the meta device: {on_one_line(error)}"
     print(f"note: {note}; building on the cpu", file=sys.stderr)
     try:
-        return make(), "cpu", note
+        return Built(make(), "cpu", note)
     except Exception as error:
         raise ValueError(
-            f"`{text}` failed: {told(error)}. Give it the arguments that it needs, or "
-            f"name another callable. {EXAMPLE_CALL}"
+            f"`{text}` failed: {on_one_line(error)}. Give it the arguments that it "
+            f"needs, or name another callable. {EXAMPLE_CALL}"
         ) from error
 
 
@@ -230,12 +231,12 @@ exit status:
 def run_audit(options: argparse.Namespace) -> int:
     """Print the audit; return 1 if something looks wrong and ``--strict`` is set."""
     with redirect_stdout(sys.stderr):  # what models print is no part of the audit
-        given = [_policy(text) for text in (options.policy, options.against)]
+        policy, against = map(_policy, (options.policy, options.against))
         built = build(options.target)
     if isinstance(built.model, nn.Module):
-        found: Any = audit(built.model, given[0] or "no_bias_norm", given[1])
-    elif given == [None, None]:
-        found = decay_report(built.model)
+        report: Any = audit(built.model, policy or "no_bias_norm", against)
+    elif policy is None and against is None:
+        report = decay_report(built.model)
     else:
         raise ValueError(
             f"--policy and --against are for a model, which `{options.target}` is not. "
@@ -243,29 +244,28 @@ def run_audit(options: argparse.Namespace) -> int:
         )
     if options.json:
         source = {"target": options.target, "device": built.device, "note": built.note}
-        print(json.dumps({**source, **found.as_dict()}))
+        print(json.dumps({**source, **report.as_dict()}))
     else:
-        print(f"{options.target}, device: {built.device}\n{found}")
-    return int(options.strict and not found.agrees)
+        print(f"{options.target}, device: {built.device}\n{report}")
+    return int(options.strict and not report.agrees)
 
 
 def _policy(text: str | None) -> Any:
     if text is None:
         return None
-    own = ":" in text and not EXPRESSION.search(text)
-    policy = load(*read_target(text)[:2]) if own else text
+    is_path = ":" in text and not EXPRESSION.search(text)
+    policy = load(*read_target(text)[:2]) if is_path else text
     as_policy(policy)  # before the model is built, which may take a while
     return policy
 
 
 def run_list(options: argparse.Namespace) -> int:
     """Print the names of policies, or of recipes, with the sentence above each."""
-    name = "recipes" if options.command == "recipes" else "named"
-    source = getsource(import_module(f"selective_optim.policies.{name}"))
-    found = re.findall(r'((?: +# .*\n)+) +(?:Recipe\(\s*)?"(\w+)"', source)
-    told = [(name, " ".join(text.replace("#", "").split())) for text, name in found]
-    lines = [(name, f"{text.partition('. ')[0].rstrip('.')}.") for name, text in told]
-    print("\n".join(aligned(lines)))
+    source = getsource(import_module(f"selective_optim.policies.{options.module}"))
+    pairs = re.findall(r'((?: +# .*\n)+) +(?:Recipe\(\s*)?"(\w+)"', source)
+    texts = [(name, " ".join(text.replace("#", "").split())) for text, name in pairs]
+    table = [(name, f"{text.partition('. ')[0].rstrip('.')}.") for name, text in texts]
+    print("\n".join(aligned(table)))
     return 0
 
 
@@ -278,10 +278,10 @@ def parser() -> argparse.ArgumentParser:
     )
     version = f"selective_optim {selective_optim.__version__}"
     top.add_argument("--version", action="version", version=version)
-    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for name in ("policies", "recipes"):
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    for name, module in {"policies": "named", "recipes": "recipes"}.items():
         sub = commands.add_parser(name, help=f"list the {name}, with a sentence each")
-        sub.set_defaults(run=run_list)
+        sub.set_defaults(run=run_list, module=module)
     sub = commands.add_parser(
         "audit",
         help="show what a policy decays in a model, and what looks wrong",
@@ -295,16 +295,16 @@ def parser() -> argparse.ArgumentParser:
     add("--policy", help="the policy to audit (default: no_bias_norm)")
     add("--against", metavar="POLICY", help="another policy to compare with")
     add("--json", action="store_true", help="print one JSON object")
-    told = "exit with 1 if something looks wrong or the policies disagree"
-    add("--strict", action="store_true", help=told)
+    strict = "exit with 1 if something looks wrong or the policies disagree"
+    add("--strict", action="store_true", help=strict)
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 1 (strict) or 2 (error)."""
     options = parser().parse_args(arguments)
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, folder)
     try:
         return int(options.run(options))
     except (TypeError, ValueError) as error:  # of what was typed, or stands behind it

@@ -41,7 +41,7 @@ from selective_optim.fused.guards import params_of
 from selective_optim.fused.stepper import Stepper
 from selective_optim.policies.named import WdPolicy, as_policy
 from selective_optim.policies.selectors import Policy
-from selective_optim.report import DecayReport, form_of_class, judged, make_rows
+from selective_optim.report import DecayReport, form_of_class, make_rows, report_on
 from selective_optim.step.class_step import ClassStep, View, view_of
 from selective_optim.step.kernels import Kernel
 from selective_optim.step.parts import DecidedParam, Part
@@ -442,7 +442,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         decided = self._decider.readable(self.param_groups)
         groups, index = self.param_groups, self._decider.index
         rows = make_rows(groups, decided, self._form_of, index)
-        return judged(rows, groups, index, loss_of(self._kernel, groups, decided))
+        return report_on(rows, groups, index, loss_of(self._kernel, groups, decided))
 
     def _form_of(self, group: Group) -> Form | None:
         return self._kernel.default_form(group) or form_of_class(self, group)

@@ -1,4 +1,4 @@
-"""How messages show values, and what several files check of arguments."""
+"""How texts show values and classes, and what several files check of arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -76,11 +76,11 @@ def require_numbers(group: Mapping[str, object], where: str = "") -> None:
     """Raise TypeError for hyperparameters that are texts, as YAML makes of ``1e-3``."""
     for name, value in group.items():
         values = value if name == "betas" and isinstance(value, tuple) else (value,)
-        for each in values if name in NUMBERS else ():
-            if isinstance(each, str):
+        for number in values if name in NUMBERS else ():
+            if isinstance(number, str):
                 raise TypeError(
-                    f"`{name}`{where} must be a number, not {received(each)}. "
-                    f"{_as_number(name, each)}"
+                    f"`{name}`{where} must be a number, not {received(number)}. "
+                    f"{_as_number(name, number)}"
                 )
 
 
@@ -95,24 +95,24 @@ def _as_number(name: str, text: str) -> str:
 
 def copied_groups(params: Any) -> Any:
     """Copy groups, into which torch writes as it reads them."""
-    groups = isinstance(params, (list, tuple)) and all(
-        isinstance(group, dict) for group in params
-    )
-    for group in params if groups else ():
+    listed = isinstance(params, (list, tuple))
+    if not (listed and all(isinstance(group, dict) for group in params)):
+        return params
+    for group in params:
         if isinstance(group.get("params"), Iterator):  # else used up by an error
             group["params"] = list(group["params"])
-    return [dict(group) for group in params] if groups else params
+    return [dict(group) for group in params]
 
 
 @contextmanager
 def kept_on_error(groups: Any) -> Iterator[None]:
     """Leave a caller's groups, which torch fills in, as they were if it raises."""
     listed = groups if isinstance(groups, (list, tuple)) else []
-    given = [(group, dict(group)) for group in listed if isinstance(group, dict)]
+    copies = [(group, dict(group)) for group in listed if isinstance(group, dict)]
     try:
         yield
     except BaseException:
-        for group, before in given:
+        for group, before in copies:
             write_back(group, before)
         raise
 
@@ -136,7 +136,7 @@ def require_decay(optimizer: Any, purpose: str) -> None:
             )
 
 
-def is_optimizer(item: object) -> bool:
+def is_optimizer(item: object) -> TypeGuard[torch.optim.Optimizer]:
     """Tell whether this is one of torch, and no wrapper that skips its constructor."""
     return isinstance(item, torch.optim.Optimizer) and "defaults" in vars(item)
 
@@ -147,26 +147,26 @@ NOT_SEARCHED = (type, ModuleType, FunctionType, Tensor, nn.Module, str)
 
 def held_optimizers(wrapper: object) -> list[Any]:
     """List the nearest optimizers that a wrapper holds and whose parameters it has."""
-    own, found, covered = param_ids(wrapper), [], set[int]()
+    trained, optimizers, covered = param_ids(wrapper), [], set[int]()
     level, seen = [wrapper], {id(wrapper)}
     # Of references; a dict or list takes one. An optimizer may lead far, to a trainer.
     for _ in range(3 if is_optimizer(wrapper) else 6):
         # The collector reads lists from behind.
-        near = chain.from_iterable(
+        referents = chain.from_iterable(
             item if isinstance(item, (list, tuple)) else gc.get_referents(item)
             for item in level
         )
-        new = {id(item): item for item in near if id(item) not in seen}
+        new = {id(item): item for item in referents if id(item) not in seen}
         level = [item for item in new.values() if not isinstance(item, NOT_SEARCHED)]
         seen.update(new)
         for item in filter(is_optimizer, level):
             ids = param_ids(item)
-            if ids and covered.isdisjoint(ids) and (ids <= own or not own):
-                found.append(item)
+            if ids and covered.isdisjoint(ids) and (ids <= trained or not trained):
+                optimizers.append(item)
                 covered |= ids
-        if found and covered >= own:
+        if optimizers and covered >= trained:
             break
-    return found
+    return optimizers
 
 
 def param_ids(optimizer: object) -> set[int]:
@@ -184,9 +184,9 @@ def _subclasses(cls: type[nn.Module]) -> Iterator[type[nn.Module]]:
 
 def _classes_named(name: str) -> list[type[nn.Module]]:
     # A notebook's cell that ran twice leaves two classes: the path leads to the second.
-    found = list({c: None for c in _subclasses(nn.Module) if c.__name__ == name})
-    reached = [cls for cls in found if _at_path(_path_of(cls)) is cls]
-    return reached or found
+    classes = list({c: None for c in _subclasses(nn.Module) if c.__name__ == name})
+    reached = [cls for cls in classes if _at_path(_path_of(cls)) is cls]
+    return reached or classes
 
 
 def _path_of(cls: type) -> str:
@@ -196,11 +196,11 @@ def _path_of(cls: type) -> str:
 def _at_path(path: str) -> object:
     parts = path.split(".")
     for size in range(len(parts) - 1, 0, -1):
-        found: object = sys.modules.get(".".join(parts[:size]))
-        if found is not None:
+        value: object = sys.modules.get(".".join(parts[:size]))
+        if value is not None:
             for part in parts[size:]:
-                found = getattr(found, part, None)
-            return found
+                value = getattr(value, part, None)
+            return value
     return None
 
 
@@ -214,12 +214,12 @@ def class_text(cls: type[nn.Module]) -> str:
 
 def loaded_class(name: str) -> type[nn.Module] | None:
     # A bare name is torch.nn's first, which has quantized namesakes.
-    at_path = _at_path(f"torch.{name}") or _at_path(f"torch.nn.{name}")
-    at_path = at_path or _at_path(name)
-    if isinstance(at_path, type) and issubclass(at_path, nn.Module):
-        return at_path
-    found = [] if "." in name else _classes_named(name)
-    if len(found) > 1:
-        paths = " or ".join(sorted(map(_path_of, found)))
-        raise ValueError(f"{name} is the name of {len(found)} classes. Write {paths}.")
-    return found[0] if found else None
+    paths = (f"torch.{name}", f"torch.nn.{name}", name)
+    cls = next(filter(None, map(_at_path, paths)), None)
+    if isinstance(cls, type) and issubclass(cls, nn.Module):
+        return cls
+    classes = [] if "." in name else _classes_named(name)
+    if len(classes) > 1:
+        ways = " or ".join(sorted(map(_path_of, classes)))
+        raise ValueError(f"{name} is the name of {len(classes)} classes. Write {ways}.")
+    return classes[0] if classes else None

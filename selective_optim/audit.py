@@ -41,9 +41,10 @@ from selective_optim.report import (
     DecayReport,
     Row,
     form_of_class,
-    judged,
+    grouped,
     make_rows,
     plain,
+    report_on,
 )
 
 HEADINGS = {
@@ -119,7 +120,7 @@ def find_mistakes(
     parameters for which the policy decides differently at different places. Frozen
     parameters are left out. Arguments and errors are those of ``audit``.
     """
-    return [found for found in _findings(model, wd_policy) if found.kind != "other"]
+    return [each for each in _findings(model, wd_policy) if each.kind != "other"]
 
 
 def find_hints(model: nn.Module, wd_policy: object = "no_bias_norm") -> list[Finding]:
@@ -128,7 +129,7 @@ def find_hints(model: nn.Module, wd_policy: object = "no_bias_norm") -> list[Fin
     Few of them are mistakes, but recipes differ on them. Parameters that
     ``find_mistakes`` lists are left out. Arguments and errors are those of ``audit``.
     """
-    return [found for found in _findings(model, wd_policy) if found.kind == "other"]
+    return [each for each in _findings(model, wd_policy) if each.kind == "other"]
 
 
 def _findings(model: nn.Module, wd_policy: object) -> Iterator[Finding]:
@@ -137,23 +138,23 @@ def _findings(model: nn.Module, wd_policy: object) -> Iterator[Finding]:
     for info, decision in zip(*decide_alone(model, wd_policy), strict=True):
         if not info.parameter.requires_grad:
             continue
-        found, kind, mark = dict[str, str](), kind_of(info), author.decide(info)
+        reasons, kind, mark = dict[str, str](), kind_of(info), author.decide(info)
         if decays := decision.decay.multiplier != 0:
             # Decay towards another value than 0 is intended.
             if kind in HEADINGS and decision.decay.target is None:
-                found[kind] = decision.reason
+                reasons[kind] = decision.reason
             elif not mark.decay.multiplier:
-                found["marked"] = mark.reason
+                reasons["marked"] = mark.reason
         # Each place by itself: asked as one parameter, all would answer alike.
-        alone = [replace(p, names=(p.name or "",), elsewhere=()) for p in info.places]
-        answers = [policy.decide(place) for place in alone]
+        places = [replace(p, names=(p.name or "",), elsewhere=()) for p in info.places]
+        answers = [policy.decide(place) for place in places]
         if len({answer.decay for answer in answers}) > 1:
-            told = zip(alone, answers)
-            parts = [f"{p.name}: {v.decay.multiplier:g} ({v.reason})" for p, v in told]
-            found["tied"] = "; ".join(parts)
-        if decays and not found and _is_other(info):
-            found["other"] = decision.reason
-        for kind, reason in found.items():
+            pairs = zip(places, answers)
+            parts = [f"{p.name}: {a.decay.multiplier:g} ({a.reason})" for p, a in pairs]
+            reasons["tied"] = "; ".join(parts)
+        if decays and not reasons and _is_other(info):
+            reasons["other"] = decision.reason
+        for kind, reason in reasons.items():
             yield Finding(kind, info.telling_name, info.parameter.shape, reason)
 
 
@@ -197,34 +198,34 @@ class Audit:
             parts.append(f"against {self.against}\n{self.difference}")
         if not self.findings:
             parts.append("looks wrong: nothing")
-        every = [*self.findings, *self.hints]
+        by_kind = grouped([*self.findings, *self.hints], lambda each: each.kind)
         for kind, heading in HEADINGS.items():
-            if found := [each for each in every if each.kind == kind]:
-                parts.append(f"{heading}, {len(found):,}\n{_listed(found)}")
+            if findings := by_kind.get(kind):
+                parts.append(f"{heading}, {len(findings):,}\n{_listed(findings)}")
         return "\n\n".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, strings and numbers, ready for JSON."""
-        told = self.report.as_dict()
+        report = self.report.as_dict()
         rows = [
             {key: row[key] for key in (*ROW_KEYS, "fixed", "reason")}
             | {"multiplier": row["weight_decay"] if row["fixed"] is None else 1.0}
-            for row in told["rows"]
+            for row in report["rows"]
         ]
         return {
             **{key: getattr(self, key) for key in ("model", "policy", "against")},
             "rows": rows,
-            **{key: told[key] for key in COLORS},
+            **{fate: report[fate] for fate in COLORS},
             "disagreements": plain(getattr(self.difference, "rows", ())),
             "findings": plain(self.findings),
             "hints": plain(self.hints),
         }
 
 
-def _listed(found: Sequence[Finding]) -> str:
-    cells = [(str(f.name), shape_text(f.shape), f.reason) for f in found[:SHOWN]]
-    more = [f"and {len(found) - SHOWN:,} more"] if len(found) > SHOWN else []
-    return "\n".join(f"  {line}" for line in [*aligned(cells), *more])
+def _listed(findings: Sequence[Finding]) -> str:
+    table = [(str(f.name), shape_text(f.shape), f.reason) for f in findings[:SHOWN]]
+    more = [f"and {len(findings) - SHOWN:,} more"] if len(findings) > SHOWN else []
+    return "\n".join(f"  {line}" for line in [*aligned(table), *more])
 
 
 def audit(
@@ -240,16 +241,16 @@ def audit(
     Raises:
         ValueError: A policy is not known, or a glob matches nothing.
     """
-    told, other = (p if isinstance(p, str) else repr(p) for p in (wd_policy, against))
-    compared = against is not None
+    policy, other = (p if isinstance(p, str) else repr(p) for p in (wd_policy, against))
+    findings = list(_findings(model, wd_policy))
     return Audit(
         model=type(model).__name__,
-        policy=told,
+        policy=policy,
         report=model_report(model, wd_policy),
-        findings=tuple(find_mistakes(model, wd_policy)),
-        against=other if compared else None,
-        difference=diff(model, wd_policy, against) if compared else None,
-        hints=tuple(find_hints(model, wd_policy)),
+        findings=tuple(each for each in findings if each.kind != "other"),
+        against=None if against is None else other,
+        difference=None if against is None else diff(model, wd_policy, against),
+        hints=tuple(each for each in findings if each.kind == "other"),
     )
 
 
@@ -307,71 +308,72 @@ def decay_report(
         looks wrong: 1 norm decays ('1.weight')
     """
     index = ModelIndex(model)
-    found = _optimizers_in(optimizer, index)
-    alone = len(found) == 1
-    rows, told, groups = list[Row](), list[str](), list[Any]()
-    for each in found:
-        mine = list(each.param_groups)
-        require_decay(each, "report")
-        decided, form_of = getattr(each, "decided", None), partial(form_of_class, each)
-        own = make_rows(mine, decided, form_of, index)
-        if hasattr(each, "decay_report"):
-            report = each.decay_report()
-            own = list(map(_named, report.rows, own))
+    optimizers = _optimizers_in(optimizer, index)
+    single = len(optimizers) == 1
+    rows, remarks, groups = list[Row](), list[str](), list[Any]()
+    for item in optimizers:
+        item_groups = list(item.param_groups)
+        require_decay(item, "report")
+        decided, form_of = getattr(item, "decided", None), partial(form_of_class, item)
+        item_rows = make_rows(item_groups, decided, form_of, index)
+        if hasattr(item, "decay_report"):
+            report = item.decay_report()
+            item_rows = list(map(_named, report.rows, item_rows))
             # Beside others, what it says of itself alone would be said twice.
-            parts = report.remark.partition("\n")[0].split("; ")
-            told += [report.remark] if alone else [p for p in parts if LOSS in p]
-        own, note = _measured(each, own) if measure else (own, "")
-        told.append(note)
-        if not (is_optimizer(each) or isinstance(each, Groups)):
-            told.append(f"{NOTE}read from the groups of {type(each).__name__} alone")
-        route = "" if alone else type(each).__name__
-        number = len(groups)
-        rows += [
-            replace(r, group=number + r.group, route=r.route or route) for r in own
-        ]
-        groups += mine
-    return judged(rows, groups, index, *told)
+            clauses = report.remark.partition("\n")[0].split("; ")
+            remarks += [report.remark] if single else [c for c in clauses if LOSS in c]
+        if measure:
+            item_rows, note = _measured(item, item_rows)
+            remarks.append(note)
+        if not (is_optimizer(item) or isinstance(item, Groups)):
+            remarks.append(f"{NOTE}read from the groups of {type(item).__name__} alone")
+        route = "" if single else type(item).__name__
+        for row in item_rows:
+            number = len(groups) + row.group
+            rows.append(replace(row, group=number, route=row.route or route))
+        groups += item_groups
+    return report_on(rows, groups, index, *remarks)
 
 
-def _named(row: Row, seen: Row) -> Row:
-    if row.reason != NO_POLICY or not seen.name:
+def _named(row: Row, same: Row) -> Row:
+    if row.reason != NO_POLICY or not same.name:
         return row
-    return replace(row, name=seen.name, role=seen.role, owner=seen.owner)
+    return replace(row, name=same.name, role=same.role, owner=same.owner)
 
 
 def _optimizers_in(
-    given: Any, index: ModelIndex, above: tuple[Any, ...] = ()
+    item: Any, index: ModelIndex, wrappers: tuple[Any, ...] = ()
 ) -> list[Any]:
-    if isinstance(given, Mapping):
-        given = _saved(given, index) if "param_groups" in given else [*given.values()]
-    listed = isinstance(given, list)
-    if listed and all(isinstance(each, Mapping) and "params" in each for each in given):
-        return [Groups(given)]
-    own = is_optimizer(given) and hasattr(given, "decay_report")
-    whole = own or isinstance(given, Groups)
-    held = given if listed else [] if whole else held_optimizers(given)
+    if isinstance(item, Mapping):
+        item = _saved(item, index) if "param_groups" in item else [*item.values()]
+    listed = isinstance(item, list)
+    if listed and all(isinstance(g, Mapping) and "params" in g for g in item):
+        item = Groups(item)
+    ours = is_optimizer(item) and hasattr(item, "decay_report")
+    if ours or isinstance(item, Groups):
+        return [item]
+    held = item if listed else held_optimizers(item)
     # One that is held may hold its wrapper.
-    if held := [each for each in held if all(each is not other for other in above)]:
-        above = (*above, given)
-        return [o for each in held for o in _optimizers_in(each, index, above)]
-    if hasattr(given, "param_groups"):
-        return [given]
+    if held := [o for o in held if all(o is not wrapper for wrapper in wrappers)]:
+        wrappers = (*wrappers, item)
+        return [o for inner in held for o in _optimizers_in(inner, index, wrappers)]
+    if hasattr(item, "param_groups"):
+        return [item]
     raise TypeError(
-        f"`optimizer` must have param_groups, and {received(given)} has none. "
+        f"`optimizer` must have param_groups, and {received(item)} has none. "
         f"Pass the optimizer first, then the model: decay_report(optimizer, model)."
     )
 
 
 def _saved(state_dict: Mapping[str, Any], index: ModelIndex) -> Groups:
     """Stand in for the optimizer of a state dict, with tensors that have no values."""
-    known = {info.telling_name: info.parameter for info in index.everyone()}
+    by_name = {info.telling_name: info.parameter for info in index.everyone()}
     groups, decided = [], []
     records = state_dict.get(RECORD) or repeat(repeat(None))
     for group, record in zip(state_dict["param_groups"], records):
         names = group.get("param_names") or [None] * len(group["params"])
         entries = [state_dict.get("state", {}).get(key, {}) for key in group["params"]]
-        params = [known.get(n, _shaped_as(e)) for n, e in zip(names, entries)]
+        params = [by_name.get(n, _shaped_as(e)) for n, e in zip(names, entries)]
         groups.append({**group, "params": params, "param_names": names})
         decided.append([*map(_recorded, record, names)])
     return Groups(groups, decided)
@@ -388,8 +390,7 @@ def _recorded(entry: Sequence[Any] | None, name: str | None) -> Decision | None:
         return None
     begin = begin_in(entry)
     decay = Decay(entry[0], entry[1], begin.get("target"), begin.get("fixed"))
-    shape, lr0 = torch.Size((0,)), begin.get("lr0")
-    return Decision(decay, "recorded", name, shape, (), lr0=lr0)
+    return Decision(decay, "recorded", name, torch.Size((0,)), (), lr0=begin.get("lr0"))
 
 
 def _measured(optimizer: Any, rows: list[Row]) -> tuple[list[Row], str]:
@@ -398,18 +399,18 @@ def _measured(optimizer: Any, rows: list[Row]) -> tuple[list[Row], str]:
     except Exception as error:  # whatever a class raises that is stepped like this
         return rows, f"{NOTE}not measured, {type(error).__name__}: {error}"
     decays = [group["weight_decay"] for group in optimizer.param_groups]
-    ends = zip(*steps)
-    return [_with_effect(r, decays[r.group], *own) for r, own in zip(rows, ends)], ""
+    pairs = zip(rows, zip(*steps))
+    return [_with_effect(r, decays[r.group], *after) for r, after in pairs], ""
 
 
 def _stepped(optimizer: Any, share: float) -> Sequence[Tensor]:
     """Step a copy once, over ones and zero gradients, with a share of a decay of 1."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     ones = [nn.Parameter(torch.ones_like(p, dtype=torch.float32)) for p in params]
-    memo: dict[int, Any] = {id(p): one for p, one in zip(params, ones)}
+    memo: dict[int, Any] = {id(p): filled for p, filled in zip(params, ones)}
     # In the copy, a decay that is fixed has the share, too.
-    for known in getattr(optimizer, "decided_params", list)():
-        if (decay := known.decision.decay).fixed is not None:
+    for decided in getattr(optimizer, "decided_params", list)():
+        if (decay := decided.decision.decay).fixed is not None:
             memo[id(decay)] = replace(decay, fixed=share)
     twin = copy.deepcopy(optimizer, memo)
     if not hasattr(twin, "decay_report"):
@@ -419,9 +420,9 @@ def _stepped(optimizer: Any, share: float) -> Sequence[Tensor]:
     twin.state.clear()
     for group in twin.param_groups:
         group.update(lr=RATE, weight_decay=share if group["weight_decay"] else 0.0)
-    for param, one in zip(params, ones):
+    for param, filled in zip(params, ones):
         if param.requires_grad or param.grad is not None:
-            one.grad = torch.zeros_like(one)
+            filled.grad = torch.zeros_like(filled)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nothing decays is meant here
         type(twin).step(twin)  # one that was patched is the original's

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from selective_optim.policies.blocks import require_arguments
 from selective_optim.policies.layerwise import Distances
 from selective_optim.policies.named import parse
 from selective_optim.policies.selectors import Selector, as_selector
-from selective_optim.report import DecayReport, Row, make_rows
+from selective_optim.report import DecayReport, Row, grouped, make_rows
 from selective_optim.routes.route import Part, by_route, marks_of, with_one_decay
 from selective_optim.step.lasting_parts import by_decay
 from selective_optim.step.setting import WD, Group, pick, share_of
@@ -44,12 +45,12 @@ class SplitGroups(list[dict[str, Any]]):
     def __str__(self) -> str:
         table: list[tuple[str, ...]] = [HEADERS]
         for index, group in enumerate(self):
-            mine = [row for row in self.rows if row.group == index]
+            rows = [row for row in self.rows if row.group == index]
             lr = f"{float(group['lr']):.4g}" if "lr" in group else "-"
             decay = f"{float(group[WD]):g}"
-            route = mine[0].route if mine else ""
-            reasons = ", ".join(dict.fromkeys(row.reason for row in mine))
-            table.append((str(index), lr, decay, *_counts(mine), route, reasons))
+            route = rows[0].route if rows else ""
+            reasons = ", ".join(dict.fromkeys(row.reason for row in rows))
+            table.append((str(index), lr, decay, *_counts(rows), route, reasons))
         if not any(row.route for row in self.rows):
             table = [(*line[:5], line[6]) for line in table]
         summary = DecayReport(self.rows).summary()
@@ -124,31 +125,30 @@ def param_groups(
     # Forms, of which some need a rate, are refused below whatever it is.
     rate = 1.0 if lr is None else lr
     keys = [WD, "lr", *hyper]
-    read = Reader(copied_groups(params), decider, keys, rate).param_groups
-    decided = decider.fitting(read)
-    groups = [{**defaults, **group} for group in read]
-    whole: Iterable[Part] = zip(groups, decided, repeat(""))
+    groups = Reader(copied_groups(params), decider, keys, rate).param_groups
+    decided = decider.fitting(groups)
+    groups = [{**defaults, **group} for group in groups]
+    routed: Iterable[Part] = zip(groups, decided, repeat(""))
     named = all(decision.name for decisions in decided for decision in decisions)
     if routes is not None:
         named, marks = False, marks_of(routes, key, values)
-        whole = by_route(groups, decided, decider, routes, marks)
-    split, told, shares = SplitGroups(), list[Group](), list[list[Decision]]()
-    for own, decisions, route in whole:
-        for part, chosen in _parts(own, decisions, named):
-            # Whatever a group's decay is, it is that of its parameters already.
-            decay = FULL if part[WD] else EXEMPT
-            shares.append([decisions[i]._replace(decay=decay) for i in chosen])
-            told.append({**part, "route": route})
+        routed = by_route(groups, decided, decider, routes, marks)
+    split, with_route, decided_by_part = SplitGroups(), list[Group](), []
+    for group, decisions, route in routed:
+        for part, part_decisions in _parts(group, decisions, named):
             split.append(part)
+            with_route.append({**part, "route": route})
+            decided_by_part.append(part_decisions)
     decider.warn_if_weak(list(map(with_one_decay, groups)))
-    split.rows = tuple(make_rows(told, shares, lambda group: None, decider.index))
+    rows = make_rows(with_route, decided_by_part, lambda group: None, decider.index)
+    split.rows = tuple(rows)
     decider.index.release()
     return split
 
 
 def _parts(
     group: Group, decisions: Sequence[Decision], named: bool
-) -> Iterator[tuple[Group, list[int]]]:
+) -> Iterator[tuple[Group, list[Decision]]]:
     """Split one group; equal decays are together, whatever decided them."""
     if WD not in group:
         raise ValueError(
@@ -157,16 +157,17 @@ def _parts(
         )
     if named:
         group = {**group, "param_names": [decision.name for decision in decisions]}
-    for decay_key, chosen in by_decay(decisions).items():
+    for decay_key, positions in by_decay(decisions).items():
         if stated := decay_key.decay.stated:
             raise ValueError(
                 f"`wd_policy` states {stated}, and a group holds numbers alone. Leave "
                 f"that out, or use selective_optim.AdamW."
             )
-        yield (
-            {**group, **pick(group, chosen), WD: share_of(group, decay_key, None).wd},
-            chosen,
-        )
+        wd = share_of(group, decay_key, None).wd
+        # Whatever a group's decay is, it is that of its parameters already.
+        decay = FULL if wd else EXEMPT
+        part_decisions = [decisions[i]._replace(decay=decay) for i in positions]
+        yield {**group, **pick(group, positions), WD: wd}, part_decisions
 
 
 @dataclass(frozen=True)
@@ -193,42 +194,41 @@ class RateGroups(list[dict[str, Any]]):
     by = ""
 
     def __str__(self) -> str:
-        lines = [(self.by, "lr", "tensors", "elements", "parameters")]
-        for place, names in _prefixes_by_place(self.rows).items():
-            rows = [row for row in self.rows if row.place == place]
+        table = [(self.by, "lr", "tensors", "elements", "parameters")]
+        prefixes = _shortest_prefixes(self.rows)
+        for place, rows in grouped(self.rows, lambda row: row.place).items():
             lr = "-" if rows[0].lr is None else f"{float(rows[0].lr):.4g}"
+            names = list(dict.fromkeys(prefixes[row.name] for row in rows))
             if more := names[MANY_PLACES:]:
                 names = [*names[:MANY_PLACES], f"{len(more)} more"]
-            lines.append((str(place), lr, *_counts(rows), ", ".join(names)))
-        return "\n".join(aligned(lines, right=range(4)))
+            table.append((str(place), lr, *_counts(rows), ", ".join(names)))
+        return "\n".join(aligned(table, right=range(4)))
 
 
 def _counts(rows: Sequence[GroupRow | Row]) -> tuple[str, str]:
     return f"{len(rows):,}", f"{sum(row.numel for row in rows):,}"
 
 
-def _prefixes_by_place(rows: Sequence[GroupRow]) -> dict[Any, list[str]]:
-    """Name what each group holds by the shortest prefixes that lie in it alone."""
-    parts = [(row.name or "").split(".") for row in rows]
-    prefixes = [list(accumulate(each, "{}.{}".format)) for each in parts]
-    places: dict[str, set[Any]] = {}
-    for row, own in zip(rows, prefixes):
-        for prefix in own:
-            places.setdefault(prefix, set()).add(row.place)
-    found: dict[Any, dict[str, None]] = {}
-    for row, own in zip(rows, prefixes):
-        # `blocks.0`, and not each of its parameters.
-        prefix = next((p for p in own if len(places[p]) == 1), own[-1])
-        found.setdefault(row.place, {})[prefix] = None
-    return {place: list(held) for place, held in found.items()}
+def _shortest_prefixes(rows: Sequence[GroupRow]) -> dict[str | None, str]:
+    """Find, by name, the shortest prefix of a name that lies in one group alone."""
+    prefixes: dict[str | None, list[str]] = {}
+    places = defaultdict[str, set[Any]](set)
+    for row in rows:
+        parts = (row.name or "").split(".")
+        prefixes[row.name] = list(accumulate(parts, "{}.{}".format))
+        for prefix in prefixes[row.name]:
+            places[prefix].add(row.place)
+    # `blocks.0`, and not each of its parameters.
+    return {
+        name: next((p for p in longer if len(places[p]) == 1), longer[-1])
+        for name, longer in prefixes.items()
+    }
 
 
-def _infos(model: Modules) -> list[ParameterInfo]:
+def _distinct_infos(model: Modules) -> list[ParameterInfo]:
     # Modules may share parameters, and torch takes each in one group.
-    found: dict[int, ParameterInfo] = {}
-    for info in ModelIndex(model).everyone():
-        found.setdefault(id(info.parameter), info)
-    return list(found.values())
+    same = grouped(ModelIndex(model).everyone(), lambda info: id(info.parameter))
+    return [infos[0] for infos in same.values()]
 
 
 def layerwise_groups(
@@ -279,32 +279,29 @@ def layerwise_groups(
     """
     require_arguments(rate, layers)
     roots = as_modules(model)
-    distances = Distances(roots, layers)
-    found: dict[int, list[ParameterInfo]] = {}
-    for info in _infos(roots):
-        found.setdefault(distances.of(info), []).append(info)
+    layer_of = Distances(roots, layers).of
     entries = []
-    for n, held in sorted(found.items()):
-        own: dict[str, Any] = {"lr": lr, "lr_scale": rate**n}
+    for layer, infos in sorted(grouped(_distinct_infos(roots), layer_of).items()):
+        hyper: dict[str, Any] = {"lr": lr, "lr_scale": rate**layer}
         if not lr_scale and not isinstance(lr, Mapping):
-            own = {"lr": lr * rate**n}
-        entries.append((n, own, held))
-    return _listed("layer", entries, named=False)
+            hyper = {"lr": lr * rate**layer}
+        entries.append((layer, hyper, infos))
+    return _as_groups("layer", entries, named=False)
 
 
-def _listed(
+def _as_groups(
     by: str,
     entries: Iterable[tuple[Any, dict[str, Any], list[ParameterInfo]]],
     named: bool = True,
 ) -> RateGroups:
     groups, rows = RateGroups(), list[GroupRow]()
-    for place, hyper, held in entries:
-        groups.append({**hyper, "params": [info.parameter for info in held]})
+    for place, hyper, infos in entries:
+        groups.append({**hyper, "params": [info.parameter for info in infos]})
         if named:
-            groups[-1]["param_names"] = [info.telling_name for info in held]
-        one = isinstance(hyper.get("lr"), (Real, Tensor))  # or one for each route
-        lr = hyper["lr"] * hyper.get("lr_scale", 1) if one else None
-        for info in held:
+            groups[-1]["param_names"] = [info.telling_name for info in infos]
+        single = isinstance(hyper.get("lr"), (Real, Tensor))  # or one for each route
+        lr = hyper["lr"] * hyper.get("lr_scale", 1) if single else None
+        for info in infos:
             shape = _shape(info)
             rows.append(GroupRow(place, info.name, shape, shape.numel(), lr))
     groups.rows, groups.by = tuple(rows), by
@@ -338,10 +335,10 @@ def rate_groups(model: Modules, rates: Mapping[Any, Any]) -> RateGroups:
         'body.*'  1e-05        2         8  body
              '*'    0.1        2         3  head
     """
-    infos = _infos(model)
+    infos = _distinct_infos(model)
     names = [name for info in infos for name in info.names]
     selectors = [_selector(key, names) for key in rates]
-    held: list[list[ParameterInfo]] = [[] for _ in rates]
+    selected: list[list[ParameterInfo]] = [[] for _ in rates]
     for info in infos:
         place = next((i for i, s in enumerate(selectors) if s.matches(info)), None)
         if place is None:
@@ -349,8 +346,8 @@ def rate_groups(model: Modules, rates: Mapping[Any, Any]) -> RateGroups:
                 f"{info.describe(0)} is selected by no key of `rates`. "
                 f'Add a last entry for the rest: "*": 1e-3.'
             )
-        held[place].append(info)
-    for selector in [s for s, own in zip(selectors, held) if not own]:
+        selected[place].append(info)
+    for selector in [s for s, its_infos in zip(selectors, selected) if not its_infos]:
         if any(map(selector.matches, infos)):
             raise ValueError(
                 f"entries of `rates` before {selector!r} take all that it selects. "
@@ -363,7 +360,7 @@ def rate_groups(model: Modules, rates: Mapping[Any, Any]) -> RateGroups:
             f"out."
         )
     hypers = [_hyper(key, value) for key, value in rates.items()]
-    return _listed("selector", zip(map(repr, selectors), hypers, held))
+    return _as_groups("selector", zip(map(repr, selectors), hypers, selected))
 
 
 def _selector(key: Any, names: Iterable[str]) -> Selector:
@@ -423,25 +420,23 @@ def width_groups(model: Modules, base_model: Modules, lr: float | Tensor) -> Rat
         Yang et al. 2022, "Tensor Programs V", Table 8; ``MuAdam`` in mup 1.0.0.
     """
     base: dict[str, set[torch.Size]] = {}
-    for info in _infos(base_model):
+    for info in _distinct_infos(base_model):
         for name in info.names:
             for key in (name, NUMBER.sub("*", name)):
                 base.setdefault(key, set()).add(_shape(info))
-    held: dict[float, list[ParameterInfo]] = {}
-    for info in _infos(model):
-        held.setdefault(_width(info, base), []).append(info)
-    entries = [(f"{w:g}", {"lr": lr / w}, infos) for w, infos in sorted(held.items())]
-    return _listed("width", entries)
+    widths = grouped(_distinct_infos(model), lambda info: _width(info, base))
+    entries = [(f"{w:g}", {"lr": lr / w}, infos) for w, infos in sorted(widths.items())]
+    return _as_groups("width", entries)
 
 
 def _width(info: ParameterInfo, base: Mapping[str, set[torch.Size]]) -> float:
     name, shape = info.name or "", _shape(info)
     # A model with more layers has names that the base lacks.
     shapes = base.get(name) or base.get(NUMBER.sub("*", name), set())
-    alike = [each for each in shapes if len(each) == len(shape)]
-    pairs = zip(shape, alike[0]) if len(alike) == 1 else ()
-    ratios = [size / of for size, of in pairs if size != of]
-    if len(alike) != 1 or len(ratios) > 2:
+    candidates = [base_shape for base_shape in shapes if len(base_shape) == len(shape)]
+    sides = zip(shape, candidates[0]) if len(candidates) == 1 else ()
+    ratios = [size / base_size for size, base_size in sides if size != base_size]
+    if len(candidates) != 1 or len(ratios) > 2:
         raise ValueError(
             f"{info.describe(0)} has no counterpart in `base_model` of which at most "
             f"two dimensions differ. Make that of the same class, with another width."

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from importlib import import_module
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -31,6 +31,7 @@ from selective_optim.policies.predicates import is_bias
 from selective_optim.policies.recognition import kind_of
 
 Group = dict[str, Any]
+_T = TypeVar("_T")
 NUMBERS = ("group", "lr", "decay", "measured", "timescale", "tensors", "elements")
 MANY_GROUPS = 8  # more are summed up together: a group per layer would fill pages
 PAGE = 100  # columns of a printed table
@@ -163,7 +164,7 @@ class DecayReport:
     def __repr__(self) -> str:
         return f"DecayReport({self.summary()})"
 
-    def _fates(self) -> dict[str, list[Row]]:
+    def _by_fate(self) -> dict[str, list[Row]]:
         return {fate: [r for r in self.rows if r.fate == fate] for fate in COLORS}
 
     def table(self) -> list[tuple[str, ...]]:
@@ -174,28 +175,28 @@ class DecayReport:
         """
         # Layerwise groups differ in rate alone, and would fill a page.
         many = len({row.group for row in self.rows}) > MANY_GROUPS
-        sums: dict[tuple[Any, ...], list[Row]] = {}
-        for row in self.rows:
+
+        def line_of(row: Row) -> tuple[Any, ...]:
             group = () if many else (row.group, row.weight_decay)
-            key = (row.reason, row.effect, row.route, row.applied, *group)
-            sums.setdefault(key, []).append(row)
-        lines = [_line(rows) for rows in sums.values()]
-        headers = lines[0] if lines else ()
-        known = [key for key in headers if any(line[key] for line in lines)]
-        return [tuple(known), *(tuple(line[key] for key in known) for line in lines)]
+            return (row.reason, row.effect, row.route, row.applied, *group)
+
+        lines = [_line(rows) for rows in grouped(self.rows, line_of).values()]
+        columns = lines[0] if lines else ()
+        headers = tuple(key for key in columns if any(line[key] for line in lines))
+        return [headers, *(tuple(line[key] for key in headers) for line in lines)]
 
     def summary(self) -> str:
         """Say in one line how much decays."""
-        fates = self._fates().items()
-        told = [f"{f}: {_amount(own)}" for f, own in fates if own or f != "frozen"]
-        return "; ".join(told)
+        by_fate = self._by_fate()
+        shown = [fate for fate in by_fate if by_fate[fate] or fate != "frozen"]
+        return "; ".join(f"{fate}: {_amount(by_fate[fate])}" for fate in shown)
 
     def __str__(self) -> str:
         table = self.table()
         # Longer reasons are cut; rows have them whole.
         if (over := max(map(len, aligned(table))) - PAGE) > 0:
             at = table[0].index("reason")
-            room = max(20, max(len(row[at]) for row in table) - over)
+            room = max(20, max(len(line[at]) for line in table) - over)
             table = [(*r[:at], shortened(r[at], room), *r[at + 1 :]) for r in table]
         right = [i for i, key in enumerate(table[0]) if key in NUMBERS]
         lines = [*aligned(table, right), self.summary(), self.remark]
@@ -208,24 +209,24 @@ class DecayReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, strings and numbers, ready for JSON."""
-        sums = {fate: _sums(own) for fate, own in self._fates().items()}
+        sums = {fate: _sums(rows) for fate, rows in self._by_fate().items()}
         return {"rows": plain(self.rows), **sums, "remark": self.remark}
 
     def _repr_html_(self) -> str:
         headers, *lines = self.table()
         sides = ["right" if key in NUMBERS else "left" for key in headers]
 
-        def row(tag: str, cells: Iterable[str]) -> str:
-            told = [
-                f'<{tag} style="text-align: {side}">{escape(cell)}</{tag}>'
-                for side, cell in zip(sides, cells)
+        def html_row(tag: str, line: Iterable[str]) -> str:
+            cells = [
+                f'<{tag} style="text-align: {side}">{escape(text)}</{tag}>'
+                for side, text in zip(sides, line)
             ]
-            return f"<tr>{''.join(told)}</tr>"
+            return f"<tr>{''.join(cells)}</tr>"
 
-        body = "".join(row("td", line) for line in lines)
-        told = escape("; ".join(filter(None, [self.summary(), self.remark])))
-        parts = f"<thead>{row('th', headers)}</thead>\n<tbody>{body}</tbody>"
-        return f"<table>\n<caption>{told}</caption>\n{parts}\n</table>"
+        body = "".join(html_row("td", line) for line in lines)
+        inside = f"<thead>{html_row('th', headers)}</thead>\n<tbody>{body}</tbody>"
+        caption = escape("; ".join(filter(None, [self.summary(), self.remark])))
+        return f"<table>\n<caption>{caption}</caption>\n{inside}\n</table>"
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the share of each kind, as ``Linear.weight``, that decays, with counts.
@@ -243,15 +244,14 @@ class DecayReport:
         if ax is None:
             size = (8, 1.8 + 0.35 * len(kinds))
             ax = _pyplot().subplots(figsize=size, layout="constrained")[1]
-        left = [0.0] * len(kinds)
-        for fate in [fate for fate, rows in self._fates().items() if rows]:
+        places, left = range(len(kinds)), [0.0] * len(kinds)
+        for fate in [fate for fate, rows in self._by_fate().items() if rows]:
             shares = [_share(rows, fate) for rows in kinds.values()]
-            bar = {"color": COLORS[fate], "label": fate}
-            ax.barh(range(len(kinds)), shares, 0.7, left, **bar)
+            ax.barh(places, shares, 0.7, left, color=COLORS[fate], label=fate)
             left = [a + b for a, b in zip(left, shares)]
-        for place, rows in enumerate(kinds.values()):
+        for place, rows in zip(places, kinds.values()):
             ax.text(102, place, _amount(rows), va="center", fontsize="small")
-        ax.set_yticks(range(len(kinds)), list(kinds))
+        ax.set_yticks(places, list(kinds))
         ax.invert_yaxis()
         ax.set_xlim(0, 100)
         ax.set_xlabel("share of the elements of a kind (%)")
@@ -264,7 +264,15 @@ class DecayReport:
 
 def plain(records: Iterable[Any]) -> list[dict[str, Any]]:
     """Make dicts of records, ready for JSON."""
-    return [{**asdict(each), "shape": list(each.shape)} for each in records]
+    return [{**asdict(record), "shape": list(record.shape)} for record in records]
+
+
+def grouped(items: Iterable[_T], key: Callable[[_T], Any]) -> dict[Any, list[_T]]:
+    """Collect the items of each key; keys are in the order of their first items."""
+    groups: dict[Any, list[_T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def _sums(rows: Sequence[Row]) -> dict[str, int]:
@@ -272,20 +280,18 @@ def _sums(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def _by_kind(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    kinds: dict[str, list[Row]] = {}
-    for row in rows:
-        kinds.setdefault(row.kind, []).append(row)
+    kinds = grouped(rows, lambda row: row.kind)
     ordered = sorted(kinds.items(), key=lambda item: -_sums(item[1])["elements"])
     if len(ordered) > MANY_BARS:
-        rest = ordered[MANY_BARS - 1 :]
-        merged = [row for _, own in rest for row in own]
-        ordered[MANY_BARS - 1 :] = [(f"{len(rest)} other kinds", merged)]
+        small = ordered[MANY_BARS - 1 :]
+        merged = list(chain(*[kind_rows for _, kind_rows in small]))
+        ordered[MANY_BARS - 1 :] = [(f"{len(small)} other kinds", merged)]
     return dict(ordered)
 
 
 def _share(rows: Sequence[Row], fate: str) -> float:
-    own = _sums([row for row in rows if row.fate == fate])
-    return 100 * own["elements"] / (_sums(rows)["elements"] or 1)
+    elements = sum(row.numel for row in rows if row.fate == fate)
+    return 100 * elements / (_sums(rows)["elements"] or 1)
 
 
 def amount(count: int, noun: str) -> str:
@@ -300,14 +306,13 @@ def _amount(rows: Sequence[Row]) -> str:
 
 def _line(rows: Sequence[Row]) -> dict[str, str]:
     first = rows[0]
-    decay = _span(row.weight_decay for row in rows)
     measured = _span(row.measured for row in rows)
     return {
         "group": _runs({row.group for row in rows}),
         "route": first.route,
         "reason": first.reason,
         "lr": _span(row.lr for row in rows),
-        "decay": "-" if first.fate == "frozen" else decay,
+        "decay": "-" if first.fate == "frozen" else _span(r.weight_decay for r in rows),
         "form": first.effect,
         "measured": measured or ("some" if first.applied else ""),
         "timescale": _span((row.timescale for row in rows), ",.0f", " steps"),
@@ -325,8 +330,8 @@ def _runs(groups: set[int]) -> str:
 
 
 def _span(values: Iterable[float | None], kind: str = "g", unit: str = "") -> str:
-    known = [value for value in values if value is not None and not math.isnan(value)]
-    ends = [f"{end(known):{kind}}" for end in (min, max) if known]
+    numbers = [n for n in values if n is not None and not math.isnan(n)]
+    ends = [f"{end(numbers):{kind}}" for end in (min, max) if numbers]
     return " to ".join(dict.fromkeys(ends)) + unit * bool(ends)
 
 
@@ -349,22 +354,22 @@ def make_rows(
     """Join what was decided, if anything was, with what groups and modules are now."""
     decided = decided or [[None] * len(group["params"]) for group in groups]
     asked = list[Asked]()
-    for number, (group, own) in enumerate(zip(groups, decided, strict=True)):
+    for number, (group, decisions) in enumerate(zip(groups, decided, strict=True)):
         names = group.get("param_names") or repeat(None)
-        names = [known.telling_name if known else n for known, n in zip(own, names)]
+        names = [d.telling_name if d else name for d, name in zip(decisions, names)]
         asked += wanted(group["params"], names, number)
     pairs = zip(index.infos(asked), chain(*decided))
     forms = [form_of(group) for group in groups]
-    return [_row(i, groups[i.group], known, forms[i.group]) for i, known in pairs]
+    return [_row(i, groups[i.group], d, forms[i.group]) for i, d in pairs]
 
 
 def _row(
-    info: ParameterInfo, group: Group, known: Decision | None, form: Form | None
+    info: ParameterInfo, group: Group, decided: Decision | None, form: Form | None
 ) -> Row:
     kind, param = kind_of(info), info.parameter
     # Where nothing was decided, all decay as the group says, for what they are.
-    decision = known or decide(None, [info])[0]._replace(reason=kind)
-    by_policy = known is not None and known.reason != NO_POLICY
+    decision = decided or decide(None, [info])[0]._replace(reason=kind)
+    by_policy = decided is not None and decided.reason != NO_POLICY
     shape, decay = decision.shape, decision.decay
     # Shapes of lazy parameters come with the first batch, after the decision.
     if shape == (0,) and not is_lazy(param) and not _torch.flattened([param]):
@@ -414,23 +419,20 @@ def form_of_class(optimizer: Any, group: Group) -> Form | None:
 WRONG, NOTE = "looks wrong: ", "note: "
 
 
-def judged(
-    rows: Sequence[Row], groups: Sequence[Group], index: ModelIndex, *told: str
+def report_on(
+    rows: Sequence[Row], groups: Sequence[Group], index: ModelIndex, *remarks: str
 ) -> DecayReport:
-    """Report on rows, with what looks wrong in them and what else is to be told."""
-    names = dict.fromkeys(type(module).__name__ for module in index.found)
-    found = f"{NOTE}known from {', '.join(names)}, found alive with these parameters"
+    """Report on rows; the remark joins others to what looks wrong in the rows."""
     wrong = [*_split_wrongly(rows), _left_out(index, groups), *_not_as_promised(rows)]
-    remark = _remark_of(*wrong, *told, found if names else "")
-    return DecayReport(tuple(rows), remark)
-
-
-def _remark_of(*told: str) -> str:
-    lines = [line for part in told for line in part.splitlines()]
+    lines = [line for text in (*wrong, *remarks) for line in text.splitlines()]
+    classes = ", ".join(dict.fromkeys(type(module).__name__ for module in index.found))
+    if classes:
+        lines.append(f"{NOTE}known from {classes}, found alive with these parameters")
     notes = [line for line in lines if line.startswith(NOTE)]
-    parts = [line.removeprefix(WRONG) for line in lines if line not in notes]
-    wrong = "; ".join(dict.fromkeys(chain(*[part.split("; ") for part in parts])))
-    return "\n".join(filter(None, [wrong and WRONG + wrong, *dict.fromkeys(notes)]))
+    clauses = "; ".join(line.removeprefix(WRONG) for line in lines if line not in notes)
+    distinct = "; ".join(dict.fromkeys(clauses.split("; ")))
+    first = [WRONG + distinct] if distinct else []
+    return DecayReport(tuple(rows), "\n".join([*first, *dict.fromkeys(notes)]))
 
 
 def _clause(names: Sequence[str | None], noun: str, verbs: str) -> str:
@@ -451,8 +453,8 @@ def _split_wrongly(rows: Sequence[Row]) -> Iterator[str]:
     broad = {row.reason for row in exempt if row.role in ("weight", "embedding")}
     ruled = {row.role for row in exempt if row.decided and row.reason not in broad}
     for kind in ("norm", "bias"):
-        own = [r for r in decayed if r.role.startswith(kind) and r.target is None]
-        wrong = [row for row in own if not row.decided or row.role in ruled]
+        to_zero = [r for r in decayed if r.role.startswith(kind) and r.target is None]
+        wrong = [row for row in to_zero if not row.decided or row.role in ruled]
         others = ", others do not" if any(row.decided for row in wrong) else ""
         yield _clause([row.name for row in wrong], kind, f"decays/decay{others}")
     routes = {row.route for row in decayed if not row.decided}
@@ -460,39 +462,38 @@ def _split_wrongly(rows: Sequence[Row]) -> Iterator[str]:
     kept = [row.name for row in weights if row.route in routes]
     yield _clause(kept, "weight", "does/do not decay")
     left = [row.name for row in decayed if row.left_over]
-    verbs = "has/have a gradient left and decays/decay"
-    yield _clause(left, "frozen parameter", verbs)
+    yield _clause(left, "frozen parameter", "has/have a gradient left and decays/decay")
 
 
 def _not_as_promised(rows: Sequence[Row]) -> Iterator[str]:
-    known = [row for row in rows if row.fate == "decayed" and row.applied is not None]
-    never = [row.name for row in known if not row.applied]
+    decayed = [r for r in rows if r.fate == "decayed" and r.applied is not None]
+    never = [row.name for row in decayed if not row.applied]
     yield _clause(never, "parameter", "is/are decayed by no step")
     # The first step of momentum may add to L2, which is no other decay.
-    direct = [row for row in known if row.measured and row.form != "l2"]
-    parts = [((row.measured or 0) / row.weight_decay, row.name) for row in direct]
-    other = [name for part, name in parts if abs(part - 1) > 0.02]
-    yield _clause(other, "parameter", "decays/decay at another rate")
+    direct = [row for row in decayed if row.measured and row.form != "l2"]
+    ratios = [((row.measured or 0) / row.weight_decay, row.name) for row in direct]
+    deviating = [name for ratio, name in ratios if abs(ratio - 1) > 0.02]
+    yield _clause(deviating, "parameter", "decays/decay at another rate")
 
 
 def _left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
-    held = {id(p): shape_now(p) for group in groups for p in group["params"]}
-    known = {id(info.parameter) for info in index.everyone()}
-    strange = {shape for key, shape in held.items() if key not in known}
+    shapes = {id(p): shape_now(p) for group in groups for p in group["params"]}
+    in_modules = {id(info.parameter) for info in index.everyone()}
+    foreign = {shape for key, shape in shapes.items() if key not in in_modules}
     missing: dict[int, ParameterInfo] = {}
     for module in index.given:
         trained = [i for i in index_of(module).everyone() if i.parameter.requires_grad]
-        out = {id(i.parameter): i for i in trained if id(i.parameter) not in held}
-        shapes = {shape_now(info.parameter) for info in out.values()}
+        outside = {id(i.parameter): i for i in trained if id(i.parameter) not in shapes}
+        outside_shapes = {shape_now(info.parameter) for info in outside.values()}
         # A module of which there is nothing was replaced by the flat tensors of an
         # engine, or was met in a group that was refused.
-        absent = len(out) == len(trained) and strange.isdisjoint(shapes)
-        if not (absent and (strange or not index.explicit)):
-            missing |= out
-    if missing:
-        kinds = torch.optim.Optimizer
-        living = [each for each in gc.get_objects() if issubclass(type(each), kinds)]
-        stepped = set[int]().union(*map(param_ids, living))
-        missing = {key: info for key, info in missing.items() if key not in stepped}
-    names = [info.telling_name for info in missing.values()]
+        absent = len(outside) == len(trained) and foreign.isdisjoint(outside_shapes)
+        if not (absent and (foreign or not index.explicit)):
+            missing |= outside
+    if not missing:
+        return ""
+    base = torch.optim.Optimizer
+    optimizers = [o for o in gc.get_objects() if issubclass(type(o), base)]
+    stepped = set[int]().union(*map(param_ids, optimizers))
+    names = [i.telling_name for key, i in missing.items() if key not in stepped]
     return _clause(names, "parameter", "trains/train and is/are in no group")

@@ -28,15 +28,15 @@ class Record:
     """What schedulers of one optimizer's decay wrote, and whether it has stepped."""
 
     # By group: what they wrote, as "initial_lr", and whether it stays at 0.
-    known: list[tuple[Group, bool]] = field(default_factory=list)
+    entries: list[tuple[Group, bool]] = field(default_factory=list)
     stepped: bool = False
 
     def views(self, groups: list[Group]) -> list[GroupView]:
         # If nothing decays yet, this is a warm-up of decay from 0.
         any_decays = not all(is_zero(group["weight_decay"]) for group in groups)
-        for group in groups[len(self.known) :]:
-            self.known.append(({}, any_decays and is_zero(group["weight_decay"])))
-        return [GroupView(group, *known) for group, known in zip(groups, self.known)]
+        for group in groups[len(self.entries) :]:
+            self.entries.append(({}, any_decays and is_zero(group["weight_decay"])))
+        return [GroupView(group, *entry) for group, entry in zip(groups, self.entries)]
 
     def __call__(self, *_: object) -> None:
         self.stepped = True
@@ -46,20 +46,20 @@ class GroupView(ChainMap[str, Any]):
     """A parameter group whose ``"lr"`` is its ``"weight_decay"``."""
 
     # "initial_lr" and "max_lr" are kept apart: in the group are those of the rate.
-    def __init__(self, group: Group, written: Group, held: bool) -> None:
+    def __init__(self, group: Group, written: Group, stays_zero: bool) -> None:
         # A scheduler that finds an "initial_lr" goes on from it, and would go on from
         # that of the learning rate (torch/optim/lr_scheduler.py, 2.7 to 2.15).
-        own = {key: group[key] for key in group if not key.endswith("_lr")}
-        super().__init__(written, own)
-        self._group, self._own, self._held = group, own, held
+        readable = {key: group[key] for key in group if not key.endswith("_lr")}
+        super().__init__(written, readable)
+        self._group, self._readable, self._stays_zero = group, readable, stays_zero
 
     def __getitem__(self, key: str) -> Any:
         return self._group["weight_decay"] if key == "lr" else super().__getitem__(key)
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key == "lr":
-            self._group["weight_decay"] = 0.0 if self._held else value
-        elif key in self._own:
+            self._group["weight_decay"] = 0.0 if self._stays_zero else value
+        elif key in self._readable:
             raise ValueError(
                 f"a schedule of weight decay sets {key!r}, which is not its own. Pass "
                 f"cycle_momentum=False to the scheduler, or set it in "
@@ -73,7 +73,7 @@ def stepping_optimizer(optimizer: object) -> Optimizer:
     """Find the optimizer inside wrappers such as Accelerate's, whose hooks fire."""
     if not is_optimizer(optimizer) and len(held := held_optimizers(optimizer)) == 1:
         optimizer = held[0]
-    if not (isinstance(optimizer, Optimizer) and is_optimizer(optimizer)):
+    if not is_optimizer(optimizer):
         raise TypeError(
             f"`optimizer` must be a torch.optim.Optimizer, not {optimizer!r:.80} "
             f"({type(optimizer).__name__}). Write WeightDecay(optimizer)."

@@ -40,7 +40,7 @@ from selective_optim.policies.predicates import (
     is_matrix,
 )
 from selective_optim.policies.selectors import Policy, Selector, as_selector
-from selective_optim.report import DecayReport, amount, judged, make_rows
+from selective_optim.report import DecayReport, amount, make_rows, report_on
 from selective_optim.routes.route import (
     known_route,
     read_routes,
@@ -316,7 +316,7 @@ class Routed(torch.optim.Optimizer):
             loss_of(o._kernel, o.param_groups, decided[n])
             for n, o in optimizers.items()
         )
-        return judged(rows, groups, index, *lost)
+        return report_on(rows, groups, index, *lost)
 
     def __getattr__(self, name: str) -> Any:
         """Offer ``train`` and ``eval`` where a class has them."""
