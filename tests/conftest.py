@@ -18,6 +18,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the example of Muon where torch has none (before 2.9)."""
+    for item in items:
+        if item.name.endswith("routed.Muon") and not hasattr(torch.optim, "Muon"):
+            item.add_marker(pytest.mark.skip(reason="this torch has no Muon"))
+
+
 @pytest.fixture(params=[CPU, CUDA])
 def device(request):
     """Name each device in turn."""
