@@ -186,15 +186,15 @@ def _parts(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 
 def _recorded(state_dict: StateDict, groups: Groups) -> dict[str, Any]:
-    records, known = list[list[Any]](), True
+    records, complete = list[list[Any]](), True
     for _, entries in groups:
         # Of the old groups: an optimizer may have another decay by now.
         decays = [entry.hyper.get(WD, 0.0) for entry in entries if entry.hyper]
         largest = max(decays, key=float, default=1.0)
         forms = [entry.record[1] for entry in entries if entry.record]
-        known = known and all(forms) and bool(largest)
+        complete = complete and all(forms) and bool(largest)
         records.append([_record(entry, largest) for entry in entries])
-    return {RECORD: records} if known or RECORD in state_dict else {}
+    return {RECORD: records} if complete or RECORD in state_dict else {}
 
 
 def _record(entry: Entry, largest: Any) -> list[Any]:

@@ -278,10 +278,10 @@ def keep_hyperparameters(
     require_whole(state_dict)
     own_record = optimizer.state_dict().get(RECORD)
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
-    known = dict.fromkeys(chain.from_iterable(groups))
+    group_keys = dict.fromkeys(chain.from_iterable(groups))
     for wanted in (key, *keys):
-        if wanted not in known:
-            near = get_close_matches(wanted, known, n=1, cutoff=0.0)[0]
+        if wanted not in group_keys:
+            near = get_close_matches(wanted, group_keys, n=1, cutoff=0.0)[0]
             raise ValueError(
                 f"no group of this {type(optimizer).__name__} has {wanted!r}. "
                 f"Did you mean {near!r}?"

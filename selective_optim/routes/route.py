@@ -157,8 +157,8 @@ def split_by_route(
     strict: bool,
 ) -> Taken:
     """Tell which positions of each group that comes in each route takes."""
-    stated = [groups[pending.group].get(ROUTE) for pending in coming]
-    policy, pairs = RoutePolicy(routes), list(zip(coming, stated))
+    pairs = [(pending, groups[pending.group].get(ROUTE)) for pending in coming]
+    policy = RoutePolicy(routes)
     asked = [pending._replace(policy=policy) for pending, name in pairs if name is None]
     try:
         decided = iter(decider.ask(asked, [policy] if strict else []))
@@ -244,13 +244,13 @@ def by_route(
     marks: Mapping[str, Group],
 ) -> Iterator[Part]:
     """Split groups by route, and mark those of each so that they are told apart."""
-    known = tuple(Route(name, as_selector(item)) for name, item in routes.items())
+    plain = tuple(Route(name, as_selector(item)) for name, item in routes.items())
     coming = [
         Pending(index, group["params"], group.get("param_names", ()), None)
         for index, group in enumerate(groups)
     ]
-    taken = split_by_route(decider, known, coming, groups, strict=True)
-    require_used(known, taken)
+    taken = split_by_route(decider, plain, coming, groups, strict=True)
+    require_used(plain, taken)
     for pending, route, positions in taken:
         group, decisions = groups[pending.group], decided[pending.group]
         params = [group["params"][i] for i in positions]

@@ -155,8 +155,7 @@ class Routed(torch.optim.Optimizer):
             pending.append(Pending(index, part["params"], names, policy, lr0s))
             parts.append(part)
         if constructing:
-            policies = [decider.policy, *(each.policy for each in pending)]
-            decider.decide_for(pending, policies)
+            decider.decide_for(pending, [decider.policy, *(p.policy for p in pending)])
         elif ROUTE not in groups[first]:
             decider.decide_for(pending, [])
         elif coming[0].policy is not decider.policy:

@@ -84,19 +84,19 @@ def in_order(by_route: Mapping[str, Any], order: Sequence[str]) -> list[Any]:
 def joined(saved: Mapping[str, StateDict], order: Sequence[str]) -> StateDict:
     """Make one state dict of those of the routes, with groups in this order of them."""
     numbers, state, groups = count(), dict[Any, Any](), list[Group]()
-    saved_groups = {route: own["param_groups"] for route, own in saved.items()}
+    saved_groups = {route: part["param_groups"] for route, part in saved.items()}
     for route, group in zip(order, in_order(saved_groups, order)):
         new_keys = {key: next(numbers) for key in group["params"]}
         groups.append({**group, "params": list(new_keys.values())})
         states = saved[route]["state"]
         state |= {new_keys[key]: states[key] for key in new_keys if key in states}
     lists = {
-        key: in_order({r: s.get(key, repeat(none)) for r, s in saved.items()}, order)
+        key: in_order({r: p.get(key, repeat(none)) for r, p in saved.items()}, order)
         for key, none in PER_GROUP.items()
-        if any(key in state_dict for state_dict in saved.values())
+        if any(key in part for part in saved.values())
     }
-    known = ("state", "param_groups", *PER_GROUP)
-    others = {route: without(state_dict, known) for route, state_dict in saved.items()}
+    joined_keys = ("state", "param_groups", *PER_GROUP)
+    others = {route: without(part, joined_keys) for route, part in saved.items()}
     whole = {"state": state, "param_groups": groups, **lists}
     return whole | ({OTHERS: others} if any(others.values()) else {})
 
