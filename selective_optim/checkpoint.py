@@ -23,8 +23,7 @@ from inspect import signature
 from itertools import chain, islice, product
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.optim import Optimizer
 
 from selective_optim._state_entries import (
@@ -40,11 +39,18 @@ from selective_optim._state_entries import (
     without,
     write,
 )
-from selective_optim._state_entries import split_routes as split_routes
 from selective_optim._text import aligned, received, shape_text
 from selective_optim._torch import told_apart, without_wrappers
-from selective_optim.decisions.state_dict import PARTS, RECORD, begin_in, require_whole
+from selective_optim.decisions.state_dict import (
+    PARTS,
+    RECORD,
+    begin_in,
+    require_whole,
+    sizes_of,
+    with_begin,
+)
 from selective_optim.parameters import as_modules
+from selective_optim.routes.state_dict import split_routes as split_routes
 from selective_optim.step.setting import PER_PARAM, WD
 
 SHOWN = 5  # names that a line of ``Fit`` gives
@@ -63,9 +69,9 @@ def _named_parameters(model: Any) -> list[tuple[Tensor, str, str]]:
     """List parameters with their canonical names, and with those that DCP gives."""
     named = [pair for m in as_modules(model) for pair in m.named_parameters()]
     # Modules may share parameters.
-    own = {id(param): (param, without_wrappers(name)) for name, param in named}
-    told = told_apart([name for _, name in own.values()])
-    return [(param, name, raw) for (param, raw), name in zip(own.values(), told)]
+    pairs = {id(param): (param, without_wrappers(name)) for name, param in named}
+    names = told_apart([raw for _, raw in pairs.values()])
+    return [(param, name, raw) for (param, raw), name in zip(pairs.values(), names)]
 
 
 def group_names(
@@ -91,14 +97,14 @@ def group_names(
     """
     names = {id(param): name for param, name, _ in _named_parameters(model)}
     groups = param_groups if isinstance(param_groups, Iterable) else [param_groups]
-    found: list[list[str]] = []
+    listed: list[list[str]] = []
     for index, group in enumerate(groups):
         if not isinstance(group, Mapping):
             raise TypeError(
                 f"`param_groups` must be a list of dicts, and holds "
                 f"{received(group)}. Pass optimizer.param_groups."
             )
-        found.append([])
+        listed.append([])
         for position, param in enumerate(group["params"]):
             if id(param) not in names and not missing_ok:
                 raise ValueError(
@@ -107,8 +113,8 @@ def group_names(
                     f"`model`. Pass every module that holds parameters: [model, ...]."
                 )
             gone = f"(group {index}, parameter {position})"
-            found[-1].append(names.get(id(param), gone))
-    return found
+            listed[-1].append(names.get(id(param), gone))
+    return listed
 
 
 def merge_groups(
@@ -161,13 +167,13 @@ def merge_groups(
     for entry in ordered:
         values = [entry.hyper.get(key) for key in keys]
         # Compared, not hashed: a learning rate may be a tensor.
-        mine = next((mine for known, mine in together if known == values), None)
-        if mine is None:
-            together.append((values, mine := []))
-        mine.append(entry)
+        group = next((group for shared, group in together if shared == values), None)
+        if group is None:
+            together.append((values, group := []))
+        group.append(entry)
     listed = "".join(f"{key!r}, " for key in keys)
     way_out = f"Keep such groups apart: by=[{listed}{{!r}}]."
-    groups = [(merged(mine, way_out), mine) for _, mine in together]
+    groups = [(merged(group, way_out), group) for _, group in together]
     return write(state_dict, groups)
 
 
@@ -204,41 +210,40 @@ def split_groups(
         >>> [group["weight_decay"] for group in split["param_groups"]]
         [0.1, 0.0]
     """
-    wanted = [dict(group) for group in groups]
-    listed = [list(group.pop("params")) for group in wanted]
+    hypers = [dict(group) for group in groups]
+    listed = [list(hyper.pop("params")) for hyper in hypers]
     entries = read(state_dict, names)
     chosen = iter(choose(entries, chain.from_iterable(listed), "groups"))
     parts = [list(islice(chosen, len(part))) for part in listed]
     # A group without parameters takes its hyperparameters from any.
-    anyone = list(entries.values())[:1]
-    pairs = zip(wanted, parts, strict=True)
-    split = [(_split(part or anyone, own), part) for own, part in pairs]
+    first = list(entries.values())[:1]
+    pairs = zip(hypers, parts, strict=True)
+    split = [(_split(part or first, stated), part) for stated, part in pairs]
     return write(state_dict, split, record=False)
 
 
-def _split(entries: Sequence[Entry], own: Hyper) -> Hyper:
+def _split(entries: Sequence[Entry], stated: Hyper) -> Hyper:
     hypers = [{**e.hyper, **(e.part_values or {}), WD: e.wd} for e in entries]
     way_out = "Make it two groups, or set {!r} in this one."
-    hyper = {**agreed(entries, hypers, own, way_out), **own}
+    hyper = {**agreed(entries, hypers, stated, way_out), **stated}
     form = form_of(hyper)
     for entry in entries if hyper[WD] and form else ():
-        multiplier, own_form = entry.record[:2]
+        multiplier, recorded_form = entry.record[:2]
         target = begin_in(entry.record).get("target")
-        if multiplier and (own_form not in (None, form) or target):
+        if multiplier and (recorded_form not in (None, form) or target):
             towards = f" towards {target!r}" if target else ""
             raise ValueError(
-                f"{entry.label()} decays in form {own_form!r}{towards}, and torch "
+                f"{entry.label()} decays in form {recorded_form!r}{towards}, and torch "
                 f"gives its group form {form!r}. If it is to change, set weight_decay "
                 f"in every group and del state_dict['decay'] first."
             )
     return hyper
 
 
-def _with_rate_of(record: Sequence[Any], own: Sequence[Any]) -> list[Any]:
+def _with_rate_of(record: Sequence[Any], other: Sequence[Any]) -> list[Any]:
     """Let training begin with the rate that another record says, if it says one."""
-    rate = {key: value for key, value in begin_in(own).items() if key == "lr0"}
-    begin = begin_in(record) | rate
-    return [*record[:2], *([begin] if begin else [])]
+    rate = {key: value for key, value in begin_in(other).items() if key == "lr0"}
+    return with_begin(record, begin_in(record) | rate)
 
 
 def keep_hyperparameters(
@@ -271,33 +276,32 @@ def keep_hyperparameters(
         [(0.02, 0.9)]
     """
     require_whole(state_dict)
-    own, here = optimizer.state_dict(), optimizer.param_groups
-    known = dict.fromkeys(chain.from_iterable(here))
+    own_record = optimizer.state_dict().get(RECORD)
+    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    group_keys = dict.fromkeys(chain.from_iterable(groups))
     for wanted in (key, *keys):
-        if wanted not in known:
-            near = get_close_matches(wanted, known, n=1, cutoff=0.0)[0]
+        if wanted not in group_keys:
+            near = get_close_matches(wanted, group_keys, n=1, cutoff=0.0)[0]
             raise ValueError(
                 f"no group of this {type(optimizer).__name__} has {wanted!r}. "
                 f"Did you mean {near!r}?"
             )
-    saved = state_dict["param_groups"]
-    sizes, mine = ([len(group["params"]) for group in each] for each in (saved, here))
-    if sizes != mine:
+    if sizes_of(saved_groups) != sizes_of(groups):
         raise ValueError(
-            f"the state dict has groups of {sizes} parameters, and the optimizer of "
-            f"{mine}. Load fit(state_dict, optimizer).state_dict, which keeps all "
-            f"hyperparameters of the optimizer."
+            f"the state dict has groups of {sizes_of(saved_groups)} parameters, and "
+            f"the optimizer of {sizes_of(groups)}. Load fit(state_dict, optimizer)."
+            f"state_dict, which keeps all hyperparameters of the optimizer."
         )
     kept = {key, *keys} | ({"initial_lr"} if "lr" in (key, *keys) else set())
-    groups = [
-        without(old, kept) | without(new, new.keys() - kept)
-        for old, new in zip(saved, here)
+    new_groups = [
+        without(saved_group, kept) | without(group, group.keys() - kept)
+        for saved_group, group in zip(saved_groups, groups)
     ]
-    whole = {**state_dict, "param_groups": groups}
+    whole = {**state_dict, "param_groups": new_groups}
     if PARTS in whole:
         whole[PARTS] = [[without(p, kept) for p in parts] for parts in whole[PARTS]]
-    if RECORD in whole and RECORD in own and "lr" in kept:
-        pairs = zip(whole[RECORD], own[RECORD])
+    if RECORD in whole and own_record is not None and "lr" in kept:
+        pairs = zip(whole[RECORD], own_record)
         whole[RECORD] = [list(map(_with_rate_of, *pair)) for pair in pairs]
     return whole
 
@@ -325,10 +329,10 @@ class Fit:
         lines = [("kept", f"{len(self.kept)}", "")]
         for fate in ("resized", "new", "dropped"):
             names = getattr(self, fate)
-            told = ", ".join([*names[:SHOWN], *(["..."] if names[SHOWN:] else [])])
+            shown = ", ".join(names[:SHOWN]) + (", ..." if names[SHOWN:] else "")
             if names and fate == "resized":
-                told += "; what was added has moments of 0 and shares the step counter"
-            lines.append((fate, f"{len(names)}", told))
+                shown += "; what was added has moments of 0 and shares the step counter"
+            lines.append((fate, f"{len(names)}", shown))
         return "\n".join(aligned(lines, right=[1]))
 
 
@@ -380,15 +384,15 @@ def fit(
         per_group = [flat] if all(isinstance(name, str) for name in flat) else flat
     old = read(state_dict, per_group, OLD_NAMES[single])
     fates: dict[str, list[str]] = {"kept": [], "resized": [], "new": []}
-    written, rest = [], dict(old)
+    written, unused = [], dict(old)
     for hyper, places in _layout(model):
-        mine = []
+        entries = []
         for param, new in places:
-            fate, entry = _fitted(new, param, rest.pop(new.name, None))
+            fate, entry = _fitted(new, param, unused.pop(new.name, None))
             fates[fate].append(new.name)
-            mine.append(entry)
-        fitted = [entry for entry in mine if entry.hyper]
-        written.append((_hyper(model, hyper, fitted), mine))
+            entries.append(entry)
+        saved = [entry for entry in entries if entry.hyper]
+        written.append((_hyper(model, hyper, saved), entries))
     fitting = {*fates["kept"], *fates["resized"]}
     if not fitting:
         first = next(iter(old), "")
@@ -410,31 +414,30 @@ def _layout(model: Any) -> list[tuple[Hyper, list[tuple[Tensor, Entry]]]]:
     names = [name for group in groups for name in group.get("param_names", ())]
     if hasattr(model, "decay_report"):
         names = [row.name for row in model.decay_report().rows]
-    params = [param for group in groups for param in group["params"]]
-    if len(names) < len(params) or None in names:
+    count = sum(sizes_of(groups))
+    if len(names) < count or None in names:
         raise ValueError(
-            f"the new {type(model).__name__} knows no names of its {len(params)} "
+            f"the new {type(model).__name__} knows no names of its {count} "
             f"parameters. Make it of model.named_parameters(), or pass the model."
         )
-    records = chain(*saved.get(RECORD, [[()] * len(params)]))
-    # A class may have made state when it was constructed, as Adagrad does.
     keys = chain.from_iterable(group["params"] for group in saved["param_groups"])
+    # A class may have made state when it was constructed, as Adagrad does.
     states = map(saved["state"].get, keys)
+    records = chain(*saved.get(RECORD, [[()] * count]))
     columns = zip(told_apart(names), map(without_wrappers, names), states, records)
-    entries = (
-        Entry(n, key, state=own, record=record) for n, key, own, record in columns
-    )
+    entries = (Entry(n, key, state=s, record=r) for n, key, s, r in columns)
     return [
         (without(saved_group, PER_PARAM), list(zip(group["params"], entries)))
         for saved_group, group in zip(saved["param_groups"], groups)
     ]
 
 
-def _fitted(new: Entry, param: Tensor, entry: Entry | None) -> tuple[str, Entry]:
-    if entry is None:
+def _fitted(new: Entry, param: Tensor, saved: Entry | None) -> tuple[str, Entry]:
+    """Tell the fate of a parameter, and give it what was saved as far as that fits."""
+    if saved is None:
         return "new", new
-    state = dict(entry.state) if isinstance(entry.state, Mapping) else {}
-    record = _with_rate_of(entry.record, new.record)
+    state = dict(saved.state) if isinstance(saved.state, Mapping) else {}
+    record = _with_rate_of(saved.record, new.record)
     begin = dict(begin_in(record))
     if "name" in begin:  # loading goes by it
         begin["name"] = new.name
@@ -443,30 +446,30 @@ def _fitted(new: Entry, param: Tensor, entry: Entry | None) -> tuple[str, Entry]
         return "new", new
     for dim, values in product(dims, (state, begin)):
         for key in MOMENTS & values.keys():
-            saved, now = values[key], param.detach()
+            old, now = values[key], param.detach()
             # A new row decays towards what it is now.
-            whole = now.clone() if key == "init" else saved.new_zeros(now.shape)
-            kept = min(saved.shape[dim], whole.shape[dim])
-            whole.narrow(dim, 0, kept).copy_(saved.narrow(dim, 0, kept))
+            whole = now.clone() if key == "init" else old.new_zeros(now.shape)
+            size = min(old.shape[dim], whole.shape[dim])
+            whole.narrow(dim, 0, size).copy_(old.narrow(dim, 0, size))
             values[key] = whole
-    record = [*record[:2], *([begin] if begin else [])]
-    fate, state = "resized" if dims else "kept", state or entry.state
-    return fate, replace(entry, name=new.name, key=new.key, state=state, record=record)
+    state, record = state or saved.state, with_begin(record, begin)
+    fitted = replace(saved, name=new.name, key=new.key, state=state, record=record)
+    return "resized" if dims else "kept", fitted
 
 
-def _changed_dims(values: Mapping[str, Any], shape: torch.Size) -> list[int] | None:
+def _changed_dims(values: Mapping[str, Any], shape: Size) -> list[int] | None:
     # The dimension in which the state has another size, if any. ``None``: it fits not
     # at all, or it is not known with which values its new rows begin.
     tensors = {k: v for k, v in values.items() if isinstance(v, Tensor) and k != "step"}
     like = {k: v.shape for k, v in tensors.items() if v.ndim == len(shape)}
     if not like:  # nothing, or sums over rows and columns, as of Adafactor
-        sizes = {size for value in tensors.values() for size in value.shape}
+        sizes = {size for tensor in tensors.values() for size in tensor.shape}
         return [] if sizes <= {1, *shape} and MOMENTS.isdisjoint(tensors) else None
     saved = tuple(map(max, zip(*like.values())))
     if shape in like.values() or saved == shape:
         return []
-    others = [value for key, value in tensors.items() if key not in like]
-    plain = MOMENTS.issuperset(like) and all(value.numel() == 1 for value in others)
+    others = [tensor for key, tensor in tensors.items() if key not in like]
+    plain = MOMENTS.issuperset(like) and all(other.numel() == 1 for other in others)
     changed = [dim for dim, size in enumerate(shape) if saved[dim] != size]
     return changed if plain and len(changed) == 1 else None
 
@@ -478,11 +481,11 @@ def _hyper(model: Any, hyper: Hyper, entries: Sequence[Entry]) -> Hyper:
         return merged(entries, SEVERAL)
     while isinstance(inner := getattr(model, "optimizer", None), Optimizer):
         model = inner
-    own = {name for cls in type(model).__mro__ for name in signature(cls).parameters}
+    kept = {name for cls in type(model).__mro__ for name in signature(cls).parameters}
     # What users and schedulers wrote stays; what the class counts, as Prodigy does
     # the size of its steps, goes on.
-    own |= hyper.keys() - model.defaults.keys()
-    own |= {key for entry in entries for key in entry.hyper if key.endswith("_lr")}
-    counted = [without(entry.hyper, own) for entry in entries]
+    kept |= hyper.keys() - model.defaults.keys()
+    kept |= {key for entry in entries for key in entry.hyper if key.endswith("_lr")}
+    counted = [without(entry.hyper, kept) for entry in entries]
     way_out = "Make it two groups of the new optimizer."
     return hyper | agreed(entries, counted, (), way_out)

@@ -7,33 +7,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
-from selective_optim._state_entries import ROUTE, StateDict, split_routes, without
+from selective_optim._state_entries import without
 from selective_optim._text import NUMBERS, received, require_numbers, shape_of, warn
 from selective_optim.decay import FULL, Answer, Decision
 from selective_optim.decisions.decider import Decider
 from selective_optim.decisions.knowledge import Pending
-from selective_optim.decisions.state_dict import require_dict, require_whole
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.named import as_policy
 from selective_optim.policies.selectors import Policy, Selector, as_selector
 from selective_optim.step.setting import PER_PARAM, WD, Group, pick
 
-RATES, USE_MUON = ("lr", "initial_lr"), "use_muon"
+ROUTE = "route"  # key of a group, for the name of its route
 Part = tuple[Group, Sequence[Decision], str]  # with the route
+Taken = Sequence[tuple[Pending, "Route", list[int]]]  # positions in the group
 EXAMPLE = '"adamw": ("*", selective_optim.AdamW, dict(lr=3e-4))'
-# Keys by which optimizers of other projects choose Muon or Adam, and their values:
-# Keller Jordan's Muon, pytorch_optimizer and ultralytics; timm; dion; nanochat.
-KEYS: dict[str, Callable[[str, Sequence[str]], object]] = {
-    "use_muon": lambda name, names: name == names[0],
-    "use_fallback": lambda name, names: name != names[0],
-    "algorithm": lambda name, names: name,
-    "kind": lambda name, names: name,
-}
 NOBODY = ""  # the route of a parameter that none takes
 
 
@@ -52,14 +43,15 @@ class Route:
 
     def part(self, group: Group, positions: Sequence[int], others: set[str]) -> Group:
         """Make this route's group of a user's, without keys that others alone read."""
-        own = without(group, others - self.keys) | pick(group, positions)
-        for key in [k for k in NUMBERS if isinstance(own.get(k), Mapping)]:
-            numbers = own.pop(key)
-            own |= {key: numbers[self.name]} if self.name in numbers else {}
-        lr, scale = own.pop("lr", self.lr), own.pop("lr_scale", 1)
+        part = without(group, others - self.keys) | pick(group, positions)
+        for key in [k for k in NUMBERS if isinstance(part.get(k), Mapping)]:
+            numbers = part.pop(key)
+            if self.name in numbers:
+                part[key] = numbers[self.name]
+        lr, scale = part.pop("lr", self.lr), part.pop("lr_scale", 1)
         if lr is not None:
-            own["lr"] = lr if scale == 1 else lr * scale
-        return {**own, ROUTE: self.name}
+            part["lr"] = lr if scale == 1 else lr * scale
+        return {**part, ROUTE: self.name}
 
     def check(self, params: Sequence[Tensor]) -> None:
         """Ask the class itself, with nothing of this library around it."""
@@ -104,8 +96,8 @@ class RoutePolicy(Policy):
         return tuple(route.selector for route in self.routes)
 
     def __repr__(self) -> str:
-        told = (f"{route.name!r}: {route.selector!r}" for route in self.routes)
-        return f"{{{', '.join(told)}}}"
+        items = (f"{route.name!r}: {route.selector!r}" for route in self.routes)
+        return f"{{{', '.join(items)}}}"
 
     def decide(self, info: ParameterInfo) -> Answer:
         names = (r.name for r in self.routes if r.selector.matches(info))
@@ -124,38 +116,37 @@ def read_routes(routes: object, selective: Callable[[Any], Any]) -> tuple[Route,
     return tuple(_read(*item, selective) for item in routes.items())
 
 
-def _read(name: object, given: object, selective: Callable[[Any], Any]) -> Route:
-    fits = isinstance(given, (tuple, list)) and len(given) in (2, 3)
+def _read(name: object, written: Any, selective: Callable[[Any], Any]) -> Route:
+    fits = isinstance(written, (tuple, list)) and len(written) in (2, 3)
     if not isinstance(name, str) or not name or not fits:
         raise TypeError(
             f"route {name!r} must be a name with a selector, a class and its "
-            f"arguments, not {received(given)}. Write for example {EXAMPLE}."
+            f"arguments, not {received(written)}. Write for example {EXAMPLE}."
         )
-    selector, cls, *rest = list(given)  # type: ignore[call-overload]  # checked
-    arguments = rest[0] if rest else {}
+    selector, cls = written[:2]
+    arguments = written[2] if len(written) == 3 else {}
     if not isinstance(arguments, Mapping):
         raise TypeError(
             f"the arguments of route {name!r} must be a dict, not "
             f"{received(arguments)}. Write for example {EXAMPLE}."
         )
-    made = selective(cls)
-    parameters = inspect.signature(made).parameters
-    known = parameters.keys() - {"params", "model"}
-    loose = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for key in arguments.keys() - known:
-        near = get_close_matches(key, known, n=1, cutoff=0.0)
-        if not loose:
-            raise TypeError(
-                f"route {name!r} has an argument {key!r}, which {cls.__name__} does "
-                f"not take. Did you mean {near[0]!r}?"
-            )
+    selective_cls = selective(cls)
+    parameters = inspect.signature(selective_cls).parameters
+    keys = frozenset(parameters.keys() - {"params", "model"})
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key in () if takes_any else arguments.keys() - keys:
+        near = get_close_matches(key, keys, n=1, cutoff=0.0)
+        raise TypeError(
+            f"route {name!r} has an argument {key!r}, which {cls.__name__} does "
+            f"not take. Did you mean {near[0]!r}?"
+        )
     require_numbers(arguments, f" of route {name!r}")
-    own = without(arguments, ["wd_policy"])
     policy = arguments.get("wd_policy")
     policy = None if policy is None else as_policy(policy)
-    lr = own.get("lr", parameters["lr"].default if "lr" in parameters else None)
-    selector = as_selector(selector)
-    return Route(name, selector, cls, made, own, frozenset(known), lr, policy)
+    arguments = without(arguments, ["wd_policy"])
+    default = parameters["lr"].default if "lr" in parameters else None
+    lr, selector = arguments.get("lr", default), as_selector(selector)
+    return Route(name, selector, cls, selective_cls, arguments, keys, lr, policy)
 
 
 def split_by_route(
@@ -164,83 +155,85 @@ def split_by_route(
     coming: Sequence[Pending],
     groups: Sequence[Group],
     strict: bool,
-    may_be_empty: bool = False,
-) -> list[tuple[Pending, Route, list[int]]]:
+) -> Taken:
     """Tell which positions of each group that comes in each route takes."""
-    given = [groups[each.group].get(ROUTE) for each in coming]
-    policy, pairs = RoutePolicy(routes), zip(coming, given)
-    asked = [each._replace(policy=policy) for each, route in pairs if route is None]
+    pairs = [(pending, groups[pending.group].get(ROUTE)) for pending in coming]
+    policy = RoutePolicy(routes)
+    asked = [pending._replace(policy=policy) for pending, name in pairs if name is None]
     try:
         decided = iter(decider.ask(asked, [policy] if strict else []))
     except (TypeError, ValueError) as error:
-        told = str(error).replace("`wd_policy`", "`routes`")
-        told = told.replace(", or pass missing_ok=True to its policy", "")
-        raise type(error)(told) from error
-    taken = [
-        _names(each, next(decided), routes)
-        if route is None
-        else [known_route(route, routes).name] * len(each.params)
-        for each, route in zip(coming, given)
-    ]
-    if strict and (told := _unused(routes, {*chain(*taken, given)}, coming)):
-        if not may_be_empty:
-            raise ValueError(told)
-        warn(told)
-    parts = []
-    for each, names, own in zip(coming, taken, given):
+        message = str(error).replace("`wd_policy`", "`routes`")
+        message = message.replace(", or pass missing_ok=True to its policy", "")
+        raise type(error)(message) from error
+    taken = []
+    for pending, name in pairs:
+        if name is None:
+            takers = _takers(pending, next(decided), routes)
+        else:
+            takers = [known_route(name, routes).name] * len(pending.params)
         for route in routes:
-            chosen = [i for i, name in enumerate(names) if name == route.name]
+            positions = [i for i, taker in enumerate(takers) if taker == route.name]
             # A rank that shards groups by route may hold nothing of one.
-            if chosen or own == route.name:
-                parts.append((each, route, chosen))
-    return parts
+            if positions or name == route.name:
+                taken.append((pending, route, positions))
+    return taken
 
 
-def _names(
-    coming: Pending, decided: Sequence[Decision], routes: tuple[Route, ...]
+def _takers(
+    coming: Pending, decisions: Sequence[Decision], routes: tuple[Route, ...]
 ) -> list[str]:
-    names = [decision.reason for decision in decided]
+    names = [decision.reason for decision in decisions]
     if NOBODY in names:
-        place = names.index(NOBODY)
-        label = decided[place].label(coming.group, place)
+        position = names.index(NOBODY)
+        label = decisions[position].label(coming.group, position)
         example = EXAMPLE if routes[0].cls else '"rest": "*"'
         raise ValueError(
-            f"no route takes {label} ({shape_of(coming.params[place])}). Let the last "
-            f"route take the rest: {example}."
+            f"no route takes {label} ({shape_of(coming.params[position])}). Let the "
+            f"last route take the rest: {example}."
         )
     return names
 
 
 def known_route(name: object, routes: tuple[Route, ...]) -> Route:
-    """Find the route that a group names, or raise ValueError."""
-    found = next((route for route in routes if route.name == name), None)
-    if found is None:
-        raise ValueError(
-            f"a group has the route {name!r}, and the routes are "
-            f"{', '.join(repr(route.name) for route in routes)}. Leave it out to have "
-            f"it decided."
-        )
-    return found
+    for route in routes:
+        if route.name == name:
+            return route
+    raise ValueError(
+        f"a group has the route {name!r}, and the routes are "
+        f"{', '.join(repr(route.name) for route in routes)}. Leave it out to have it "
+        f"decided."
+    )
 
 
-def _unused(
-    routes: tuple[Route, ...], used: set[Any], coming: Sequence[Pending]
-) -> str:
-    # Empty if each takes some, or has a group.
+def require_used(routes: Sequence[Route], taken: Taken, warns: bool = False) -> None:
+    """Raise, or warn, if a route takes no parameter and has no group."""
+    used = {route.name for _, route, _ in taken}
+    count = sum(len(positions) for _, _, positions in taken)
     for number, route in enumerate(routes):
         if route.name not in used:
-            before = [f"{other.selector!r}" for other in routes[:number]]
+            before = [repr(other.selector) for other in routes[:number]]
             after = f" that {' and '.join(before)} leave" if before else ""
-            return (
-                f"route {route.name!r} takes none of "
-                f"{sum(len(each.params) for each in coming)} parameters: "
+            message = (
+                f"route {route.name!r} takes none of {count} parameters: "
                 f"{route.selector!r} matches none{after}. Leave the route out, or "
                 f"correct its selector."
             )
-    return ""
+            if not warns:
+                raise ValueError(message)
+            warn(message)
+            return
 
 
-# Groups for an optimizer of another project that steps all routes.
+# Groups for an optimizer of another project that steps all routes. Keys by which such
+# choose Muon or Adam, and their values: Keller Jordan's Muon, pytorch_optimizer and
+# ultralytics; timm; dion; nanochat.
+KEYS: dict[str, Callable[[str, Sequence[str]], object]] = {
+    "use_muon": lambda name, names: name == names[0],
+    "use_fallback": lambda name, names: name != names[0],
+    "algorithm": lambda name, names: name,
+    "kind": lambda name, names: name,
+}
 
 
 def by_route(
@@ -251,14 +244,16 @@ def by_route(
     marks: Mapping[str, Group],
 ) -> Iterator[Part]:
     """Split groups by route, and mark those of each so that they are told apart."""
-    known = tuple(Route(name, as_selector(item)) for name, item in routes.items())
+    plain = tuple(Route(name, as_selector(item)) for name, item in routes.items())
     coming = [
         Pending(index, group["params"], group.get("param_names", ()), None)
         for index, group in enumerate(groups)
     ]
-    for each, route, chosen in split_by_route(decider, known, coming, groups, True):
-        group, decisions = groups[each.group], decided[each.group]
-        params = [group["params"][i] for i in chosen]
+    taken = split_by_route(decider, plain, coming, groups, strict=True)
+    require_used(plain, taken)
+    for pending, route, positions in taken:
+        group, decisions = groups[pending.group], decided[pending.group]
+        params = [group["params"][i] for i in positions]
         part = {**without(group, PER_PARAM), **marks[route.name], "params": params}
         for key in [k for k in NUMBERS if isinstance(part.get(k), Mapping)]:
             if route.name not in part[key]:
@@ -267,7 +262,7 @@ def by_route(
                     f"{{{route.name!r}: ..., ...}}, one for each route."
                 )
             part[key] = part[key][route.name]
-        yield part, [decisions[i] for i in chosen], route.name
+        yield part, [decisions[i] for i in positions], route.name
 
 
 def with_one_decay(group: Group) -> Group:
@@ -294,62 +289,3 @@ def marks_of(
             f"`values` has none for route {missing[0]!r}. Write one for each route."
         )
     return {name: {key: values[name]} for name in names}
-
-
-# State dicts.
-
-
-def state_by_route(state_dict: Any, names: list[str]) -> Any:
-    """Take a state dict of several optimizers apart, whoever saved it."""
-    if isinstance(state_dict, (list, tuple)):
-        if len(state_dict) != len(names):
-            raise ValueError(
-                f"{len(state_dict)} state dicts were given, and this optimizer has the "
-                f"routes {', '.join(map(repr, names))}. Pass one for each, in this "
-                f"order, or {{route: state_dict}}."
-            )
-        state_dict = dict(zip(names, state_dict))
-    require_dict(state_dict)
-    if "param_groups" not in state_dict and state_dict.keys() <= set(names):
-        for own in state_dict.values():
-            require_whole(own)
-        return state_dict
-    require_whole(state_dict)
-    if any(ROUTE not in group for group in state_dict["param_groups"]):
-        state_dict = _routed(state_dict, names)
-    return split_routes(state_dict)
-
-
-def _routed(state_dict: StateDict, names: Sequence[str]) -> StateDict:
-    """Give another project's groups the routes here; they keep only rates and decay."""
-    groups, state = list[Group](), dict[Any, Any](state_dict["state"])
-    for index, group in enumerate(state_dict["param_groups"]):
-        keys = group["params"]
-        told = [_route_told(group, state.get(key, {}), names) for key in keys]
-        if told and not any(told):
-            raise ValueError(
-                f"group {index} of the loaded state dict has no {ROUTE!r}: which of "
-                f"{', '.join(map(repr, names))} saved it is not known. Load "
-                f"{{{names[-1]!r}: state_dict}}, or one for each route."
-            )
-        for key in keys:
-            state[key] = without(state.get(key, {}), [USE_MUON])
-            if "step" in group and "exp_avg" in state[key]:  # pytorch_optimizer's
-                state[key].setdefault("step", group["step"])
-        for name in dict.fromkeys(filter(None, told)):
-            chosen = [place for place, own in enumerate(told) if own == name]
-            # timm's groups have the rate of Muon, and a factor for that of AdamW.
-            scale = group.get("fallback_lr_scale", 1) if name != names[0] else 1
-            kept = [key for key in (*RATES, WD) if key in group]
-            own = {key: group[key] * (scale if key in RATES else 1) for key in kept}
-            groups.append({ROUTE: name, **pick(group, chosen), **own})
-    return {**state_dict, "state": state, "param_groups": groups}
-
-
-def _route_told(group: Group, own: Group, names: Sequence[str]) -> Any:
-    """Tell the route of a parameter by its state, as in timm, or else by its group."""
-    told = own if USE_MUON in own else group
-    key = next((key for key in KEYS if key in told), None)
-    if key is None:
-        return group.get(ROUTE)
-    return next((n for n in names if KEYS[key](n, names) == told[key]), told[key])

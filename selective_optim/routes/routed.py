@@ -15,15 +15,7 @@ import torch
 
 from selective_optim import _torch
 from selective_optim._optimizer import Model, SelectiveOptimizer, decider_for
-from selective_optim._state_entries import (
-    ROUTE,
-    States,
-    in_order,
-    joined,
-    loadable,
-    warn_of_new,
-    without,
-)
+from selective_optim._state_entries import without
 from selective_optim._text import copied_groups, kept_on_error, require_numbers, warn
 from selective_optim.adamw import AdamW
 from selective_optim.any_class import MODES, READING, as_torch_reads, selective
@@ -42,15 +34,22 @@ from selective_optim.policies.predicates import (
 from selective_optim.policies.selectors import Policy, Selector, as_selector
 from selective_optim.report import DecayReport, amount, make_rows, report_on
 from selective_optim.routes.route import (
+    ROUTE,
+    Route,
     known_route,
     read_routes,
+    require_used,
     split_by_route,
-    state_by_route,
+)
+from selective_optim.routes.state_dict import (
+    States,
+    in_order,
+    joined,
+    loadable,
+    warn_of_new,
 )
 from selective_optim.step.setting import NO_SCALING, WD, Group, base_rate, scaling_of
 
-OWN_KEYS = (ROUTE, "lr_scale")
-SCALING = ("grad_scale", "found_inf")
 NUMBER = re.compile(r"(?<=\bgroup )\d+|(?<=param_groups\[)\d+")
 # torch's, of its Newton-Schulz iteration (torch/optim/_muon.py).
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
@@ -129,7 +128,8 @@ class Routed(torch.optim.Optimizer):
 
     def _read_group(self, param_group: Any) -> None:
         """Take a group as torch does; it is decided for when all are there."""
-        policy, group = self._decider.unpack(param_group, [*self._keys, *OWN_KEYS])
+        keys = [*self._keys, ROUTE, "lr_scale"]
+        policy, group = self._decider.unpack(param_group, keys)
         if isinstance(group, dict) and isinstance(group.get("lr"), Mapping):
             for name in group["lr"]:
                 known_route(name, self._routes)
@@ -139,68 +139,68 @@ class Routed(torch.optim.Optimizer):
     def _take_parts(self) -> list[Group]:
         """Split the groups that were read by route, and decide for what each takes."""
         decider, constructing = self._decider, not self.optimizers
-        coming, parts, pending = decider.take_pending(), list[Group](), list[Pending]()
-        first = len(self.param_groups) - len(coming)
-        asked = decider, self._routes, coming, self.param_groups
-        taken = split_by_route(*asked, constructing, self._may_be_empty)
-        for each, route, chosen in taken:
-            part = route.part(self.param_groups[each.group], chosen, self._keys)
-            own = each.policy is not decider.policy
-            policy = each.policy if own else route.policy or decider.policy
-            told, lr0s = part.get("param_names", ()), repeat(base_rate(part))
+        coming, groups = decider.take_pending(), self.param_groups
+        first = len(groups) - len(coming)
+        taken = split_by_route(decider, self._routes, coming, groups, constructing)
+        if constructing:
+            require_used(self._routes, taken, warns=self._may_be_empty)
+        parts, pending = list[Group](), list[Pending]()
+        for whole, route, positions in taken:
+            part = route.part(groups[whole.group], positions, self._keys)
+            policy = whole.policy
+            if policy is decider.policy:  # the group brings none
+                policy = route.policy or policy
+            names, lr0s = part.get("param_names", ()), repeat(base_rate(part))
             index = first + len(parts)
-            pending.append(Pending(index, part["params"], told, policy, lr0s))
+            pending.append(Pending(index, part["params"], names, policy, lr0s))
             parts.append(part)
         if constructing:
-            policies = [decider.policy, *(each.policy for each in pending)]
-            decider.decide_for(pending, policies)
-        elif ROUTE not in self.param_groups[first]:
+            decider.decide_for(pending, [decider.policy, *(p.policy for p in pending)])
+        elif ROUTE not in groups[first]:
             decider.decide_for(pending, [])
         elif coming[0].policy is not decider.policy:
             # Its optimizer decides, which knows a group that was cleared.
             parts[0]["wd_policy"] = coming[0].policy
-        del self.param_groups[first:]
+        del groups[first:]
         return parts
 
     def _place(self, parts: list[Group]) -> None:
         """Give parts to the optimizers of their routes, and list their groups."""
         order = [*self._order, *(part[ROUTE] for part in parts)]
         for route in self._routes:
-            mine = [part for part in parts if part[ROUTE] == route.name]
-            params = [param for part in mine for param in part["params"]]
-            if not mine:
-                continue
-            with route.explaining(params, self._decider.name_of):
-                if route.name not in self.optimizers:
-                    decider = part_of(self._decider)
-                    decider.policy = route.policy or decider.policy
-                    arguments = {**self._common, **route.arguments}
-                    made = route.selective(mine, **arguments, wd_policy=decider)
-                    self.optimizers[route.name] = made
-                    continue
-                route.check(params)  # some classes do so in constructors alone
-            for part in mine:
-                with self._numbered(route.name):
-                    self.optimizers[route.name].add_param_group(part)
-        self.param_groups[:] = self._linked(order)
+            if groups := [part for part in parts if part[ROUTE] == route.name]:
+                self._add_to_route(route, groups)
+        self.param_groups[:] = self._groups_in(order)
+
+    def _add_to_route(self, route: Route, groups: list[Group]) -> None:
+        params = [param for group in groups for param in group["params"]]
+        with route.explaining(params, self._decider.name_of):
+            if route.name not in self.optimizers:
+                decider = part_of(self._decider)
+                decider.policy = route.policy or decider.policy
+                arguments = {**self._common, **route.arguments, "wd_policy": decider}
+                self.optimizers[route.name] = route.selective(groups, **arguments)
+                return
+            route.check(params)  # some classes do so in constructors alone
+        with self._numbering(route.name):
+            for group in groups:
+                self.optimizers[route.name].add_param_group(group)
 
     @property
     def _keys(self) -> set[str]:
         return {key for route in self._routes for key in route.keys}
 
-    def _linked(self, order: Sequence[str]) -> list[Group]:
-        own = {name: o.param_groups for name, o in self.optimizers.items()}
-        return in_order(own, order)
-
     @property
     def _order(self) -> list[str]:
         return [group[ROUTE] for group in self.param_groups]
 
+    def _groups_in(self, order: Sequence[str]) -> list[Group]:
+        groups = {route: o.param_groups for route, o in self.optimizers.items()}
+        return in_order(groups, order)
+
     def _readable(self) -> dict[str, Decided]:
-        return {
-            name: o._decider.readable(o.param_groups)
-            for name, o in self.optimizers.items()
-        }
+        optimizers = self.optimizers.items()
+        return {route: o._decider.readable(o.param_groups) for route, o in optimizers}
 
     @_torch.disable_dynamo
     def add_param_group(self, param_group: Any) -> None:
@@ -231,19 +231,19 @@ class Routed(torch.optim.Optimizer):
 
     def _distribute(self) -> None:
         """Give each route's optimizer the groups that now stand in the list."""
-        mine: dict[str, list[Group]] = {name: [] for name in self.optimizers}
+        by_route: dict[str, list[Group]] = {name: [] for name in self.optimizers}
         for index, group in enumerate(self.param_groups):
-            if group.get(ROUTE) not in mine:
+            if group.get(ROUTE) not in by_route:
                 raise ValueError(
                     f"group {index} has the route {group.get(ROUTE)!r}, and the routes "
-                    f"are {', '.join(map(repr, mine))}. Add a group by "
+                    f"are {', '.join(map(repr, by_route))}. Add a group by "
                     f"optimizer.add_param_group(dict(params=...))."
                 )
-            mine[group[ROUTE]].append(group)
-        for name, groups in mine.items():
+            by_route[group[ROUTE]].append(group)
+        for name, groups in by_route.items():
             optimizer = self.optimizers[name]
-            known = optimizer.param_groups
-            if len(known) == len(groups) and all(map(is_, known, groups)):
+            before = optimizer.param_groups
+            if len(before) == len(groups) and all(map(is_, before, groups)):
                 continue
             # torch adds keys to `defaults` as it loads, that the class does not read.
             keys = optimizer.defaults.keys() & known_route(name, self._routes).keys
@@ -261,14 +261,15 @@ class Routed(torch.optim.Optimizer):
     @property
     def state(self) -> Any:
         """State tensors by parameter, of all routes."""
-        return States(self.optimizers, self.param_groups)
+        by_route = {route: o.state for route, o in self.optimizers.items()}
+        return States(by_route, self.param_groups)
 
     @state.setter
     def state(self, value: Any) -> None:
         for optimizer in self.optimizers.values():
             params = chain(*(group["params"] for group in optimizer.param_groups))
-            own = {param: value[param] for param in params if param in value}
-            optimizer.state = defaultdict(dict, own)
+            states = {param: value[param] for param in params if param in value}
+            optimizer.state = defaultdict(dict, states)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -304,17 +305,15 @@ class Routed(torch.optim.Optimizer):
     def decay_report(self) -> DecayReport:
         """Report what decays, and which route steps it."""
         self._distribute()
-        decided, optimizers = self._readable(), self.optimizers
+        by_route, optimizers = self._readable(), self.optimizers
         groups, index = self.param_groups, self._decider.index
+        decided = in_order(by_route, self._order)
         rows = make_rows(
-            groups,
-            in_order(decided, self._order),
-            lambda group: optimizers[group[ROUTE]]._form_of(group),
-            index,
+            groups, decided, lambda g: optimizers[g[ROUTE]]._form_of(g), index
         )
         lost = (
-            loss_of(o._kernel, o.param_groups, decided[n])
-            for n, o in optimizers.items()
+            loss_of(o._kernel, o.param_groups, by_route[route])
+            for route, o in optimizers.items()
         )
         return report_on(rows, groups, index, *lost)
 
@@ -322,8 +321,8 @@ class Routed(torch.optim.Optimizer):
         """Offer ``train`` and ``eval`` where a class has them."""
         if name not in MODES:  # a scaler asks at every step
             raise AttributeError(name)
-        owners = vars(self).get("optimizers", {})
-        methods = [getattr(o, name) for o in owners.values() if hasattr(o, name)]
+        optimizers = vars(self).get("optimizers", {}).values()
+        methods = [getattr(o, name) for o in optimizers if hasattr(o, name)]
         if not methods:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
@@ -358,25 +357,25 @@ class Routed(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._require_ready()
-        name, scaling = "", scaling_of(self)
+        route, scaling = "", scaling_of(self)
         scaled = [] if scaling == NO_SCALING else list(self.optimizers.values())
         try:  # no block for each route, at every step
             for optimizer in scaled:  # as a `GradScaler` sets them on this optimizer
-                vars(optimizer).update(zip(SCALING, scaling))
-            for name in self.optimizers:
-                optimizer = self.optimizers[name]
+                vars(optimizer).update(scaling._asdict())
+            for route in self.optimizers:
+                optimizer = self.optimizers[route]
                 _torch.unhooked(type(optimizer).step)(optimizer)
         except (TypeError, ValueError, RuntimeError):
-            with self._numbered(name):
+            with self._numbering(route):
                 raise
         finally:
             for optimizer in scaled:
-                for key in SCALING:
+                for key in scaling._asdict():
                     vars(optimizer).pop(key, None)
         if self._watch is not None:
-            parts = list(self.optimizers.values())
-            groups = [group for part in parts for group in part.param_groups]
-            layout = [rows for part in parts for rows in part._decider.layout]
+            optimizers = list(self.optimizers.values())
+            groups = [group for o in optimizers for group in o.param_groups]
+            layout = [rows for o in optimizers for rows in o._decider.layout]
             if not self._watch.begin(groups, layout):
                 self._watch = None
         return loss
@@ -388,24 +387,25 @@ class Routed(torch.optim.Optimizer):
         self._decider.refuse_written((), self.defaults)
         # Not each parameter, at every step.
         lists = [group["params"] for group in self.param_groups]
-        groups = [(id(params), len(params)) for params in lists]
-        if groups == self._checked and WRITTEN.isdisjoint(chain(*self.param_groups)):
+        layout = [(id(params), len(params)) for params in lists]
+        if layout == self._checked and WRITTEN.isdisjoint(chain(*self.param_groups)):
             return
-        for name, optimizer in self.optimizers.items():
-            with self._numbered(name):
+        for route, optimizer in self.optimizers.items():
+            with self._numbering(route):
                 optimizer._decider.rows(optimizer.param_groups)
-        self._checked = groups
+        self._checked = layout
 
     @contextmanager
-    def _numbered(self, name: str) -> Iterator[None]:
-        """Let what a route raises count groups as they stand here."""
+    def _numbering(self, route: str) -> Iterator[None]:
+        """Let what an optimizer of a route raises count groups as they stand here."""
         try:
             yield
         except (TypeError, ValueError, RuntimeError) as error:
-            own = [i for i, g in enumerate(self.param_groups) if g[ROUTE] == name]
-            here = dict(enumerate([*own, len(self.param_groups)]))  # one may be coming
-            told = NUMBER.sub(lambda n: str(here.get(int(n[0]), n[0])), str(error))
-            error.args = (told,)
+            indices = [i for i, name in enumerate(self._order) if name == route]
+            coming = len(self.param_groups)
+            numbers = dict(enumerate([*indices, coming]))
+            text = NUMBER.sub(lambda m: str(numbers.get(int(m[0]), m[0])), str(error))
+            error.args = (text,)
             raise
 
     # State dicts and copies.
@@ -416,7 +416,7 @@ class Routed(torch.optim.Optimizer):
         self._distribute()
 
         def save(*_: object) -> dict[str, Any]:
-            saved = {name: o.state_dict() for name, o in self.optimizers.items()}
+            saved = {route: o.state_dict() for route, o in self.optimizers.items()}
             return joined(saved, self._order)
 
         # Before the user's hooks, which may change the state dict.
@@ -447,15 +447,14 @@ class Routed(torch.optim.Optimizer):
             adapted = hook(self, state_dict)
             state_dict = state_dict if adapted is None else adapted
         decided, order = self._readable(), self._order
-        saved = state_by_route(state_dict, list(self.optimizers))
-        saved, new = loadable(saved, self.optimizers, decided)
-        for name, optimizer in self.optimizers.items():  # before anything is loaded
-            with self._numbered(name):
-                optimizer._require_loadable(saved[name], decided[name])
+        saved, new = loadable(state_dict, self.optimizers, decided)
+        for route, optimizer in self.optimizers.items():  # before anything is loaded
+            with self._numbering(route):
+                optimizer._require_loadable(saved[route], decided[route])
         warn_of_new(new)
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(saved[name])
-        self.param_groups = self._linked(order)
+        for route, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(saved[route])
+        self.param_groups = self._groups_in(order)
         for hook in _torch.hooks_of(self, "load_state_dict_post"):
             hook(self)
 
@@ -467,8 +466,7 @@ class Routed(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # `copy.copy` shares groups and states, and decides for itself.
         optimizers = {name: copy(o) for name, o in state["optimizers"].items()}
-        own = {**without(state, ["decider"]), "optimizers": optimizers}
-        super().__setstate__(own)
+        super().__setstate__({**without(state, ["decider"]), "optimizers": optimizers})
         self._decider = Decider.restored(state["decider"], self.param_groups)
         for optimizer in optimizers.values():
             optimizer._decider.whole = self._decider
