@@ -104,13 +104,13 @@ def _names_of(
         recorded = (begin_in(record).get("name") for record in records)
         group_names = list(group.get("param_names", by_name or filter(None, recorded)))
     else:
-        listed = names if isinstance(names, Iterable) else [names]
-        if isinstance(names, str) or any(isinstance(name, str) for name in listed):
+        lists = names if isinstance(names, (list, tuple)) else [names]
+        if any(isinstance(n, str) or not isinstance(n, Iterable) for n in lists):
             raise TypeError(
                 f"`names` must be one list of names per group, not {received(names)}. "
                 f"{way_out}"
             )
-        group_names = list(names[index]) if index < len(names) else []
+        group_names = list(lists[index]) if index < len(lists) else []
     if len(group_names) < len(keys):
         raise ValueError(
             f"parameter {len(group_names)} of group {index} of the state dict has no "

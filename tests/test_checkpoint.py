@@ -510,6 +510,10 @@ OTHER_OBJECTS = {
         lambda optimizer, model: merge_groups(optimizer.state_dict(), names_of(model)),
         r"`names` must be one list of names per group, not \['scale'.*=group_names\(",
     ),
+    "number for names": (
+        lambda optimizer, model: merge_groups(optimizer.state_dict(), 3),
+        r"`names` must be one list of names per group, not 3 \(int\)\. Pass names=",
+    ),
     "optimizer to name": (
         lambda optimizer, model: group_names(optimizer, model),
         r"`param_groups` must be a list of dicts, .* \(SGD\)\. Pass .*param_groups\.",

@@ -373,6 +373,8 @@ def test_the_state_is_one_mapping():
     weight = model.blocks[0][0].weight
     assert len(one.state) == 0
     assert weight not in one.state
+    assert one.state.get(weight) is None
+    assert weight not in one.state
     one.state[weight]["noted"] = 1
     assert one.optimizers["muon"].state[weight] == {"noted": 1}
     with pytest.raises(KeyError):

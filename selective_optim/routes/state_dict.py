@@ -61,9 +61,12 @@ class States(MutableMapping[Any, Any]):
     def __delitem__(self, key: Any) -> None:
         del self._state_with(key)[key]
 
-    # Not by `__getitem__`, as a mapping does: a defaultdict would make an entry.
+    # Neither by `__getitem__`, as in a mapping: a defaultdict would make an entry.
     def __contains__(self, key: object) -> bool:
         return any(key in state for state in self._states.values())
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self[key] if key in self else default
 
     def __iter__(self) -> Iterator[Any]:
         return chain.from_iterable(self._states.values())
@@ -245,7 +248,7 @@ def _by_name(
 ) -> StateDict:
     """Give each parameter what its name was saved with; ``new`` gets others' labels."""
     saved = read(state_dict, None, WRITE_NAMES)
-    written = []
+    written, names = [], set[str]()
     for index, (group, decisions) in enumerate(zip(groups, decided)):
         entries, hyper = list[Entry](), without(group, PER_PARAM)
         for position, decision in enumerate(decisions):
@@ -253,12 +256,13 @@ def _by_name(
             entry = saved.get(name)
             if entry is None:
                 new.append(decision.label(index, position))
-            elif entry in entries:
+            elif name in names:
                 raise ValueError(
                     f"{name!r} names two parameters of route {route!r}, so what was "
                     f"saved for each is not known. Make this optimizer of "
                     f"model.named_parameters() of one module that has both."
                 )
+            names.add(name)
             entries.append(entry or Entry(name, name))
         if loaded := [entry for entry in entries if entry.hyper]:
             way_out = "Make this optimizer with groups as they were saved."
