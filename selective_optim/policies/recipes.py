@@ -103,9 +103,10 @@ def exempt_(target: Target) -> Target:
             f"`exempt_` takes a module or a parameter, not {target!r} "
             f"({type(target).__name__}). Write for example exempt_(model.head)."
         )
-    params = target.parameters() if isinstance(target, nn.Module) else ()
-    for item in (target, *params):
-        setattr(item, MARK, True)
+    setattr(target, MARK, True)
+    if isinstance(target, nn.Module):
+        for param in target.parameters():
+            setattr(param, MARK, True)
     return target
 
 
