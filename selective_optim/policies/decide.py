@@ -13,7 +13,7 @@ from typing import Any
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._text import class_text, warn
+from selective_optim._text import SHOWN, class_text, warn
 from selective_optim.decay import FULL, REMEDY, Answer, Decision
 from selective_optim.parameters import ParameterInfo, owner_kinds, shape_now
 from selective_optim.policies.recognition import (
@@ -37,7 +37,6 @@ from selective_optim.policies.selectors import (
 
 Infos = Sequence[ParameterInfo]
 NO_POLICY = "no policy"
-SHOWN = 3  # names that a message gives
 
 
 def decide(
@@ -79,8 +78,8 @@ def _explained(
         problem = f"returned {value!r} for {parameter}; {rule}. {advice}"
     elif isinstance(error, UnknownError):
         field = error.args[0]
-        why = f"not known. {_ways_out(policy, [])}"
-        why = _lost(info) if field in ("shape", "ndim") else why
+        is_shape = field in ("shape", "ndim")
+        why = _lost(info) if is_shape else f"not known. {_ways_out(policy, [])}"
         problem = f"{policy!r} read `{field}` of {parameter}, which is {why}"
     elif isinstance(error, UnsureError):
         written = repr(policy).replace("is_output", repr(error.args[1]))
@@ -227,9 +226,9 @@ def _closest(text: str, names: Sequence[str]) -> list[str]:
     def likeness(part: str) -> float:
         return SequenceMatcher(None, text.lower(), part.lower()).ratio()
 
-    def best(name: str) -> float:
+    def best_likeness(name: str) -> float:
         parts = name.split(".")
         starts = range(max(1, len(parts) - size + 1))
         return max(likeness(".".join(parts[i : i + size])) for i in starts)
 
-    return sorted(names, key=best, reverse=True)
+    return sorted(names, key=best_likeness, reverse=True)

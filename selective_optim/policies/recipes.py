@@ -342,8 +342,7 @@ def _mingpt(info: ParameterInfo) -> str | None:
     sides = set()  # what to exempt it for, "" to decay it
     for place in info.places:
         leaf = place.leaf or ""
-        known = (nn.LayerNorm, nn.Embedding)
-        exempt = [m for m in place.path if isinstance(m, known)]
+        exempt = [m for m in place.path if isinstance(m, nn.LayerNorm | nn.Embedding)]
         if leaf.endswith("bias"):
             sides.add("bias")
         elif not leaf.endswith("weight"):

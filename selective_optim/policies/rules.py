@@ -67,8 +67,8 @@ class Rule(Policy):
             return ()
         fixed = replace(self, verb="fixed", inside=Decay(fixed=by))
         decays = (self.inside,) * len(self.selectors)
-        meant = FirstMatch(self.selectors, decays, self.missing_ok)
-        return ((by, f"{fixed!r} if that is the decay itself, or {meant!r}"),)
+        scaled = FirstMatch(self.selectors, decays, self.missing_ok)
+        return ((by, f"{fixed!r} if that is the decay itself, or {scaled!r}"),)
 
     def decide(self, info: ParameterInfo) -> Answer:
         for selector in self.selectors:

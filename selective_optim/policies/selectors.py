@@ -70,9 +70,8 @@ class StrictInfo(ParameterInfo):
     def __getattribute__(self, field: str) -> Any:
         value = super().__getattribute__(field)
         # The shape of a scalar is empty and known, and of another type.
-        if field in REQUIRED and (
-            value is None or (type(value) is tuple and not value)
-        ):
+        unknown = value is None or (type(value) is tuple and not value)
+        if unknown and field in REQUIRED:
             raise UnknownError(field)
         return value
 
