@@ -310,8 +310,9 @@ class Reader:
         elif name in FUNCTIONS:
             problem = f"{name} is what makes a policy, and not called."
         elif name and name not in PREDICATES:
-            called = isinstance(node, ast.Call)
-            kind, names = ("function", [*FUNCTIONS]) if called else ("name", [*NAMED])
+            kind, names = "name", [*NAMED]
+            if isinstance(node, ast.Call):
+                kind, names = "function", [*FUNCTIONS]
             problem = f"{name!r} is the {kind} of no policy."
             advice = closest(name, names, "Did you mean {}?") or TYPE_THIS
         else:

@@ -280,6 +280,8 @@ _listed_by_swin = _of_root(no_weight_decay=eq, no_weight_decay_keywords=contains
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+FASTAI_NORMS = (*BATCH_NORMS, *INSTANCE_NORMS, nn.LayerNorm)
+MORE_OF_DETECTRON2 = (nn.SyncBatchNorm, nn.GroupNorm, nn.LocalResponseNorm)
 NORMS = (*_torch.NORM_BASES, nn.LayerNorm, nn.GroupNorm)
 GPTNEOX_NORMS = {"LayerNorm", "RMSNorm", "ScaleNorm", "TELayerNorm", "TERMSNorm"}
 GPTNEOX_NORMS |= {"MixedFusedLayerNorm", "MixedFusedRMSNorm"}
@@ -287,10 +289,7 @@ RTDETR_NORM = re.compile(r"^(?=.*(?:encoder|decoder))(?=.*(?:norm|bn)).*$")
 # Collected as ultralytics collects them.
 _torchs_norm = _held_by(*(v for k, v in sorted(vars(nn).items()) if "Norm" in k))
 _torchvision = _held_by(*NORMS, nn.LocalResponseNorm)
-_detectron2 = _held_by(
-    *(*BATCH_NORMS, *INSTANCE_NORMS, nn.SyncBatchNorm, nn.GroupNorm),
-    *(nn.LayerNorm, nn.LocalResponseNorm),
-)
+_detectron2 = _held_by(*FASTAI_NORMS, *MORE_OF_DETECTRON2)
 _plain_layernorm = _when(
     "held by LayerNorm", lambda info: type(info.owner) is nn.LayerNorm
 )
@@ -320,10 +319,9 @@ def _huggingface(info: ParameterInfo) -> str | None:
 
 
 def _fastai(info: ParameterInfo) -> str | None:
-    norms = (*BATCH_NORMS, *INSTANCE_NORMS, nn.LayerNorm)
     for place in info.places:
         for module in place.path:
-            if isinstance(module, norms):
+            if isinstance(module, FASTAI_NORMS):
                 return f"inside {type(module).__name__}"
             if getattr(module, "bias", None) is info.parameter:
                 return f"bias of {type(module).__name__}"

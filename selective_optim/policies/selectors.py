@@ -415,6 +415,6 @@ class Product(Policy):
         return Product(self.left.bind(roots), self.right.bind(roots))
 
     def decide(self, info: ParameterInfo) -> Answer:
-        answers = left, right = self.left.decide(info), self.right.decide(info)
-        reasons = [answer.reason for answer in answers if answer.decay != FULL]
+        left, right = self.left.decide(info), self.right.decide(info)
+        reasons = [answer.reason for answer in (left, right) if answer.decay != FULL]
         return Answer(left.decay * right.decay, ", ".join(reasons or [right.reason]))
