@@ -130,12 +130,12 @@ class Marked(Policy):
             return Answer(EXEMPT, MARK)
         for place in info.places:
             for module, name in _relative_names(place):
-                cls = type(module).__name__
+                owner = type(module).__name__
                 # Not getattr: wrappers answer for the module inside.
                 if vars(module).get(MARK) is True:
-                    return Answer(EXEMPT, f"{MARK} of {cls}")
+                    return Answer(EXEMPT, f"{MARK} of {owner}")
                 if listing := _listing(self.lists, module, name, MARKERS):
-                    return Answer(EXEMPT, f"{cls}.{listing}")
+                    return Answer(EXEMPT, f"{owner}.{listing}")
         settings = getattr(info.parameter, SETTINGS, None)
         wd = settings.get("weight_decay") if isinstance(settings, Mapping) else None
         return Answer(FULL, "not marked") if wd is None else self._scaled_to(float(wd))
