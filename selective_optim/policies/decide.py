@@ -13,7 +13,7 @@ from typing import Any
 from torch.nn.parameter import is_lazy
 
 from selective_optim import _torch
-from selective_optim._text import class_text, warn
+from selective_optim._text import SHOWN, class_text, warn
 from selective_optim.decay import FULL, REMEDY, Answer, Decision
 from selective_optim.parameters import ParameterInfo, owner_kinds, shape_now
 from selective_optim.policies.recognition import (
@@ -37,7 +37,6 @@ from selective_optim.policies.selectors import (
 
 Infos = Sequence[ParameterInfo]
 NO_POLICY = "no policy"
-SHOWN = 3  # names that a message gives
 
 
 def decide(
@@ -55,58 +54,61 @@ def decide(
     if policy is not None:
         _require_knowledge(policy, infos, places, unsure)
     decisions = []
-    for info, place, lr0, doubtful in zip(infos, places, lr0s, unsure):
+    for info, place, lr0, kind_unsure in zip(infos, places, lr0s, unsure):
         try:
             answer = policy.decide(info) if policy else Answer(FULL, NO_POLICY)
         except Exception as error:
-            raise _explained(error, policy, info.describe(place), info) from error
+            raise _explained(error, policy, info, place) from error
+        reason = f"{answer.reason} (kind unknown)" if kind_unsure else answer.reason
         shape = shape_now(info.parameter) if info.shape is None else info.shape
-        known = (info.name, shape, owner_kinds(info), info.own_name, lr0)
-        reason = answer.reason + " (kind unknown)" * doubtful
-        decisions.append(Decision(answer.decay.settled, reason, *known))
+        about = (info.name, shape, owner_kinds(info), info.own_name, lr0)
+        decisions.append(Decision(answer.decay.settled, reason, *about))
     return decisions
 
 
 def _explained(
-    error: Exception, policy: Policy | None, parameter: str, info: ParameterInfo
+    error: Exception, policy: Policy | None, info: ParameterInfo, place: int
 ) -> Exception:
     kind: Any = TypeError if isinstance(error, TypeError) else ValueError
-    told = f"failed for {parameter}: {type(error).__name__}: {error}"
+    parameter = info.describe(place)
+    problem = f"{policy!r} failed for {parameter}: {type(error).__name__}: {error}"
     if isinstance(error, AnswerError):
         value, kind, rule = error.args
         advice = REMEDY.replace("Use", "Return")
-        told = f"returned {value!r} for {parameter}; {rule}. {advice}"
-    if isinstance(error, UnknownError):
+        problem = f"returned {value!r} for {parameter}; {rule}. {advice}"
+    elif isinstance(error, UnknownError):
         field = error.args[0]
-        shape = field in ("shape", "ndim")
-        lost = _lost(info) if shape else f"not known. {_ways_out(policy, [])}"
-        told = f"read `{field}` of {parameter}, which is {lost}"
-    if isinstance(error, UnsureError):
+        is_shape = field in ("shape", "ndim")
+        why = _lost(info) if is_shape else f"not known. {_ways_out(policy, [])}"
+        problem = f"{policy!r} read `{field}` of {parameter}, which is {why}"
+    elif isinstance(error, UnsureError):
         written = repr(policy).replace("is_output", repr(error.args[1]))
-        told = f"asks for the output layer, and {error}. "
-        told += f'Write wd_policy="{written}" if that is the one.'
-    shown = "" if isinstance(error, AnswerError) else f"{policy!r} "
-    explained: Exception = kind(f"`wd_policy` {shown}{told}")
+        problem = (
+            f"{policy!r} asks for the output layer, and {error}. "
+            f'Write wd_policy="{written}" if that is the one.'
+        )
+    explained: Exception = kind(f"`wd_policy` {problem}")
     return explained
 
 
 def _require_knowledge(
     policy: Policy, infos: Infos, places: Sequence[int], unsure: Sequence[bool]
 ) -> None:
-    needs = policy.needs
-    for info, place, doubtful in zip(infos, places, unsure):
+    for info, place, kind_unsure in zip(infos, places, unsure):
         if info.shape is None and _torch.is_flat_parameter(info.parameter):
             raise ValueError(
                 f"{info.describe(place)} is FSDP's flat parameter, of which no single "
                 f"decay is right. Wrap with use_orig_params=True."
             )
-        if "shapes" in needs and info.shape is None:
+        if "shapes" in policy.needs and info.shape is None:
             raise ValueError(
                 f"`wd_policy` {policy!r} needs the shape of {info.describe(place)}, "
                 f"which is {_lost(info)}"
             )
-        nothing = doubtful and says_nothing(info)
-        if wanted := lacking(needs, info) or "module types" * nothing:
+        wanted = lacking(policy.needs, info)
+        if kind_unsure and says_nothing(info):
+            wanted = wanted or "module types"
+        if wanted:
             known = "the name" if info.name else "the tensor"
             if info.owner is not None:
                 known = f"a place in {class_text(type(info.owner))}"
@@ -120,11 +122,12 @@ def _ways_out(policy: Policy | None, infos: Infos) -> str:
     # Of other policies "matrices" would change what was asked for, and of vectors
     # alone, as engines flatten them, it would decay nothing.
     matrices = any(info.ndim is not None and info.ndim > 1 for info in infos)
-    other = ', or use wd_policy="matrices", which decays whatever has two or more '
-    other += "dimensions"
-    plain = matrices and repr(policy) == "exclude(is_bias, is_norm)"
+    by_shape = ""
+    if matrices and repr(policy) == "exclude(is_bias, is_norm)":
+        by_shape = ', or use wd_policy="matrices", which decays whatever has two or '
+        by_shape += "more dimensions"
     return (
-        f"Pass model=model or model.named_parameters(){other * plain}; "
+        f"Pass model=model or model.named_parameters(){by_shape}; "
         f"where a framework makes the optimizer, write with "
         f"selective_optim.deciding_for(model): around it."
     )
@@ -168,23 +171,22 @@ def require_matches(
 def _warn_of_class(
     policy: Policy, missing: Sequence[InsideClass], infos: Infos
 ) -> None:
-    if missing:
-        roots = {id(i.path[0]): i.path[0] for i in infos if i.path}
-        policy_here = policy.bind(list(roots.values()))
+    roots = {id(i.path[0]): i.path[0] for i in infos if i.path}
+    bound = policy.bind(list(roots.values())) if missing else policy
     for selector, info in product(missing, infos):
         if info.owner is None:
             continue
         # It is meant for any norm, or for a class whose name has more words.
-        norm = kind_of(info) == "norm"
-        words = set(WORDS.findall(selector.cls.__name__))
-        longer = words <= {*WORDS.findall(type(info.owner).__name__)}
         cls: Any = selector.cls  # mypy holds that classes of modules have no hash
-        if (norm if says_norm(cls) else longer) and _decays(policy_here, info):
-            other = class_text(type(info.owner))
-            written = repr(policy).replace(repr(selector), "is_norm" if norm else other)
+        norm = kind_of(info) == "norm"
+        words = set(WORDS.findall(cls.__name__))
+        longer = words <= set(WORDS.findall(type(info.owner).__name__))
+        if (norm if says_norm(cls) else longer) and _decays(bound, info):
+            owner = class_text(type(info.owner))
+            written = repr(policy).replace(repr(selector), "is_norm" if norm else owner)
             warn(
                 f"{selector!r} in `wd_policy` matches none of {len(infos)} parameters, "
-                f"and {info.name!r}, held by {other}, decays. Write wd_policy="
+                f"and {info.name!r}, held by {owner}, decays. Write wd_policy="
                 f'"{written}", or pass missing_ok=True to its policy.'
             )
             return
@@ -205,15 +207,15 @@ def _advice(selector: Selector, names: Sequence[str]) -> tuple[str, str]:
     word = text.strip("*.^$\\")
     holders = [name for name in names if word and word.lower() in name.lower()]
     close = (holders or _closest(word, names))[:SHOWN]
-    told = f"; the closest names are {', '.join(map(repr, close))}"
+    closest = f"; the closest names are {', '.join(map(repr, close))}"
     if isinstance(pattern, str) and holders:
         start = holders[0].lower().index(word.lower())
-        meant = holders[0][start : start + len(word)]
-        meant = f"*.{meant}" if holders[0].endswith(f".{meant}") else f"*{meant}*"
-        if fnmatchcase(holders[0], meant):
+        word = holders[0][start : start + len(word)]
+        glob = f"*.{word}" if holders[0].endswith(f".{word}") else f"*{word}*"
+        if fnmatchcase(holders[0], glob):
             why = "Case counts" if pattern[:1] == "*" else "A glob is for whole names"
-            return told, f'{why}: write "{meant}"'
-    return told, "Correct it"
+            return closest, f'{why}: write "{glob}"'
+    return closest, "Correct it"
 
 
 def _closest(text: str, names: Sequence[str]) -> list[str]:
@@ -224,9 +226,9 @@ def _closest(text: str, names: Sequence[str]) -> list[str]:
     def likeness(part: str) -> float:
         return SequenceMatcher(None, text.lower(), part.lower()).ratio()
 
-    def best(name: str) -> float:
+    def best_likeness(name: str) -> float:
         parts = name.split(".")
         starts = range(max(1, len(parts) - size + 1))
         return max(likeness(".".join(parts[i : i + size])) for i in starts)
 
-    return sorted(names, key=best, reverse=True)
+    return sorted(names, key=best_likeness, reverse=True)

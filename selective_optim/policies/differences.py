@@ -53,8 +53,8 @@ class Differences:
             return f"no difference between {self.a!r} and {self.b!r}"
         table = [("name", "shape", "a", "reason", "b", "reason")]
         for row in self.rows:
-            decided = (_text(row.a), row.reason_a, _text(row.b), row.reason_b)
-            table.append((str(row.name), shape_text(row.shape), *decided))
+            decisions = (_text(row.a), row.reason_a, _text(row.b), row.reason_b)
+            table.append((str(row.name), shape_text(row.shape), *decisions))
         count = len(self.rows)
         total = "1 parameter differs" if count == 1 else f"{count:,} parameters differ"
         return "\n".join([f"a: {self.a!r}", f"b: {self.b!r}", *aligned(table), total])
@@ -94,11 +94,11 @@ def diff(model: nn.Module | Sequence[nn.Module], a: object, b: object) -> Differ
         >>> print(diff(nn.Linear(2, 3), "all", "nanogpt").rows[0].reason_b)
         nanogpt: ndim < 2
     """
-    one, other, roots = as_policy(a), as_policy(b), as_modules(model)
-    decided = (decide_alone(roots, policy)[1] for policy in (one, other))
+    policies, roots = (as_policy(a), as_policy(b)), as_modules(model)
+    decisions = (decide_alone(roots, policy)[1] for policy in policies)
     rows = [
         Difference(x.name, x.shape, x.decay, y.decay, x.reason, y.reason)
-        for x, y in zip(*decided, strict=True)
+        for x, y in zip(*decisions, strict=True)
         if x.decay != y.decay and (x.decay.multiplier or y.decay.multiplier)
     ]
-    return Differences(one, other, tuple(rows))
+    return Differences(*policies, tuple(rows))

@@ -40,12 +40,7 @@ from selective_optim.policies.rules import (
     scale,
     towards,
 )
-from selective_optim.policies.selectors import (
-    Policy,
-    Selector,
-    as_selector,
-    either,
-)
+from selective_optim.policies.selectors import Policy, Selector, as_selector, either
 
 # The command line prints the first sentence above each.
 NAMED: dict[str, Policy] = {
@@ -123,31 +118,33 @@ def named(name: str) -> Policy:
     if name in NAMED:
         return NAMED[name]
     if not isinstance(name, str):
-        told = f"`named` takes a name, not {received(name)}."
-        raise TypeError(f'{told} Write for example named("no_bias_norm").')
+        raise TypeError(
+            f"`named` takes a name, not {received(name)}. "
+            f'Write for example named("no_bias_norm").'
+        )
+    problem = "not the name of a policy"
     layer = name.removeprefix("nn.")
-    torchs = isinstance(getattr(nn, layer, None), type)
-    told = "not the name of a policy"
-    if torchs or GLOB_OR_PATH.search(name):
-        told = f"a selector and {told}"
-        rest = f"Write wd_policy={either(f'nn.{layer}' if torchs else repr(name))}."
+    is_class = isinstance(getattr(nn, layer, None), type)
+    if is_class or GLOB_OR_PATH.search(name):
+        problem = f"a selector and {problem}"
+        advice = f"Write wd_policy={either(f'nn.{layer}' if is_class else repr(name))}."
     elif name in FORMS:
-        told = f"a form of decay and {told}"
-        rest = f'Write wd_policy=form("{name}"), of selective_optim.policies.'
+        problem = f"a form of decay and {problem}"
+        advice = f'Write wd_policy=form("{name}"), of selective_optim.policies.'
     else:
-        told += "; known are " + ", ".join(f'"{known}"' for known in NAMED)
-        rest = closest(name, NAMED, 'Did you mean wd_policy="{}"?')
-    raise ValueError(f"`wd_policy` {name!r} is {told}. {rest}".rstrip())
+        problem += "; known are " + ", ".join(f'"{policy}"' for policy in NAMED)
+        advice = closest(name, NAMED, 'Did you mean wd_policy="{}"?')
+    raise ValueError(f"`wd_policy` {name!r} is {problem}. {advice}".rstrip())
 
 
-def closest(name: str, known: Iterable[str], told: str) -> str:
-    """Tell the known name of the same words, or but for a letter or two, if any."""
+def closest(name: str, names: Iterable[str], question: str) -> str:
+    """Ask for the name of the same words, or but for a letter or two, if any."""
     words = sorted({*SPLIT.split(name.lower())} - {"and"})
     # "None" is a setting that was left out, and "none" turns decay off.
-    known = [each for each in known if each != "none"]
-    same = [each for each in known if sorted(SPLIT.split(each.lower())) == words]
-    close = same or get_close_matches(name, known, n=1, cutoff=ALIKE)
-    return told.format(close[0]) if close else ""
+    candidates = [candidate for candidate in names if candidate != "none"]
+    same = [c for c in candidates if sorted(SPLIT.split(c.lower())) == words]
+    close = same or get_close_matches(name, candidates, n=1, cutoff=ALIKE)
+    return question.format(close[0]) if close else ""
 
 
 def parse(text: str) -> Policy:
@@ -180,10 +177,10 @@ def parse(text: str) -> Policy:
             f"`parse` takes a text, not {received(text)}. "
             f"Write for example parse(\"exclude('*.bias')\")."
         )
-    plain = text.strip()
-    if EXPRESSION.search(plain) or plain in FUNCTIONS or plain in PREDICATES:
-        return Reader(re.sub(r"\s*\n\s*", " ", plain)).read()
-    return named(plain)
+    text = text.strip()
+    if EXPRESSION.search(text) or text in FUNCTIONS or text in PREDICATES:
+        return Reader(re.sub(r"\s*\n\s*", " ", text)).read()
+    return named(text)
 
 
 PREDICATES = {p.name: p for p in vars(predicates).values() if isinstance(p, Predicate)}
@@ -222,15 +219,15 @@ def as_policy(value: object) -> Policy:
 
 
 def _meant(value: object) -> str:
+    """Write what to type for a value that is no policy, such as a list of selectors."""
     if not isinstance(value, (list, tuple, set, frozenset)):
-        text = _typed(value)
-        return f"wd_policy={either(text)}" if text else EXAMPLE
-    rest = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
-    texts = [item for item in rest if isinstance(item, str)]
+        selector = _typed(value)
+        return f"wd_policy={either(selector)}" if selector else EXAMPLE
+    items = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
+    texts = [item for item in items if isinstance(item, str)]
     names, why = [text for text in texts if text in NAMED], ""
     words = [text for text in texts if not GLOB.search(text)]
-    parts = [{part.lower() for part in WORDS.findall(word)} for word in words]
-    norms = [word for word, own in zip(words, parts) if NORM_WORDS & own]
+    norms = [w for w in words if NORM_WORDS & {p.lower() for p in WORDS.findall(w)}]
     used = names
     # ["bias", "LayerNorm.weight"] is in many notebooks; in a ResNet it finds no norm.
     if norms and not names:
@@ -240,13 +237,13 @@ def _meant(value: object) -> str:
             f", which knows norms by their class: a word such as {norms[0]!r} misses "
             f"those that a model calls otherwise"
         )
-    typed = [_typed(item) for item in rest if item not in used]
-    if not value or not all(typed):
+    selectors = [_typed(item) for item in items if item not in used]
+    if not value or not all(selectors):
         return EXAMPLE
-    if len(names) == 1 and not typed:
+    if len(names) == 1 and not selectors:
         return f'wd_policy="{names[0]}"{why}'
     policies = [f'named("{name}")' for name in names]
-    policies += [f"exclude({', '.join(typed)})"] if typed else []
+    policies += [f"exclude({', '.join(selectors)})"] if selectors else []
     return f"wd_policy={' * '.join(policies)}{why}"
 
 
@@ -284,17 +281,18 @@ class Reader:
             raise
         except SyntaxError as error:
             place = min((error.offset or 1) - 1, len(self.text))
-            raise self._error(place, f"{error.msg}.", TYPE_THIS) from None
-        except (ValueError, RecursionError, MemoryError) as error:
-            told = error if isinstance(error, ValueError) else "it is nested too deeply"
-            raise self._error(0, f"{told}.", TYPE_THIS) from None
+            raise self._wrong(place, f"{error.msg}.") from None
+        except ValueError as error:
+            raise self._wrong(0, f"{error}.") from None
+        except (RecursionError, MemoryError):
+            raise self._wrong(0, "it is nested too deeply.") from None
 
     def _policy(self, node: ast.expr) -> Policy:
         match node:
             case ast.BinOp(left, ast.Mult(), right):
                 return self._policy(left) * self._policy(right)
-            case ast.Call(made) if _dotted(made) in FUNCTIONS:
-                return self._call(node, FUNCTIONS[_dotted(made)])
+            case ast.Call(function) if (name := _dotted(function)) in FUNCTIONS:
+                return self._call(node, FUNCTIONS[name])
             case ast.Name(name) if name in NAMED:
                 return NAMED[name]
             case ast.Dict():
@@ -302,45 +300,45 @@ class Reader:
         raise self._not_a_policy(node)
 
     def _not_a_policy(self, node: ast.expr) -> PolicyTextError:
-        shown, rest = ast.unparse(node), TYPE_THIS
+        text, advice = ast.unparse(node), TYPE_THIS
         name = _dotted(getattr(node, "func", node))
         if isinstance(node, ast.BinOp) and not isinstance(node.op, ast.BitOr):
-            told = f"{shown} joins policies with no `*`."
+            problem = f"{text} joins policies with no `*`."
         elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-            told = f"{shown} is a number, and no policy."
-            rest = f"Write scale(everything, by={shown})."
+            problem = f"{text} is a number, and no policy."
+            advice = f"Write scale(everything, by={text})."
         elif name in FUNCTIONS:
-            told = f"{name} is what makes a policy, and not called."
+            problem = f"{name} is what makes a policy, and not called."
         elif name and name not in PREDICATES:
-            made = isinstance(node, ast.Call)
-            told = f"{name!r} is the {'function' if made else 'name'} of no policy."
-            known = [*(FUNCTIONS if made else NAMED)]
-            rest = closest(name, known, "Did you mean {}?") or TYPE_THIS
+            kind, names = "name", [*NAMED]
+            if isinstance(node, ast.Call):
+                kind, names = "function", [*FUNCTIONS]
+            problem = f"{name!r} is the {kind} of no policy."
+            advice = closest(name, names, "Did you mean {}?") or TYPE_THIS
         else:
             self._selector(node)  # which raises if it is none
-            told = f"{shown} is a selector, and no policy."
-            rest = f"Write {either(shown)}."
-        return self._wrong(node, told, rest)
+            problem = f"{text} is a selector, and no policy."
+            advice = f"Write {either(text)}."
+        return self._wrong(node, problem, advice)
 
     def _call(self, node: ast.Call, function: Callable[..., T]) -> T:
         arguments = list(map(self._value, node.args))
         keywords = {}
         for keyword in node.keywords:
             if keyword.arg is None:
-                raise self._wrong(keyword.value, "`**` cannot stand here.", TYPE_THIS)
+                raise self._wrong(keyword.value, "`**` cannot stand here.")
             keywords[keyword.arg] = self._value(keyword.value)
         return self._called(node, function, *arguments, **keywords)
 
     def _called(
-        self, node: ast.expr, function: Callable[..., T], *values: Any, **named: Any
+        self, node: ast.expr, function: Callable[..., T], *args: Any, **kwargs: Any
     ) -> T:
         try:
-            return function(*values, **named)
+            return function(*args, **kwargs)
         except (TypeError, ValueError, re.error) as error:
-            text = str(error)
-            told = text if text.endswith(".") else f"{text}."
-            rest = "" if ". " in told else TYPE_THIS
-            raise self._wrong(node, told, rest) from error
+            problem = f"{str(error).removesuffix('.')}."
+            advice = "" if ". " in problem else TYPE_THIS
+            raise self._wrong(node, problem, advice) from error
 
     def _value(self, node: ast.expr) -> Any:
         match node:
@@ -356,19 +354,18 @@ class Reader:
             case ast.BinOp(left, ast.BitAnd(), right):
                 return self._selector(left) & self._selector(right)
             case ast.Dict(keys, values) if None not in keys:  # as `**` gives
-                chosen = [self._selector(key) for key in keys if key]
-                return dict(zip(chosen, map(self._value, values)))
-            case ast.Call(made) if _dotted(made) == "Decay":
+                selectors = [self._selector(key) for key in keys if key]
+                return dict(zip(selectors, map(self._value, values)))
+            case ast.Call(function) if _dotted(function) == "Decay":
                 return self._call(node, Decay)
-            case ast.Call(made) if _dotted(made) == "re.compile":
+            case ast.Call(function) if _dotted(function) == "re.compile":
                 return self._pattern(node)
-            case ast.Call(made) if (name := _dotted(made)) in PREDICATES:
-                told = f"{name} is a selector and takes nothing."
-                raise self._wrong(node, told, f"Write {name}.")
+            case ast.Call(function) if (name := _dotted(function)) in PREDICATES:
+                problem = f"{name} is a selector and takes nothing."
+                raise self._wrong(node, problem, f"Write {name}.")
             case ast.Name() | ast.Attribute() if name := _dotted(node):
                 return self._named_selector(node, name)
-        told = f"{ast.unparse(node)} is no selector, number or text."
-        raise self._wrong(node, told, TYPE_THIS)
+        raise self._wrong(node, f"{ast.unparse(node)} is no selector, number or text.")
 
     def _selector(self, node: ast.expr) -> Selector:
         return self._called(node, as_selector, self._value(node))
@@ -378,46 +375,46 @@ class Reader:
             return PREDICATES[name]
         if (cls := self._called(node, loaded_class, name)) is not None:
             return as_selector(cls)
+        problem = f"{name} is no selector, and no module class that is loaded."
         layers = [f"nn.{layer}" for layer in dir(nn)] if "nn." in name else []
-        told = f"{name} is no selector, and no module class that is loaded."
-        known = [*PREDICATES, *layers]
-        meant = closest(name, known, "Did you mean {}? Else import") or "Import"
-        raise self._wrong(node, told, f"{meant} the module of the class.")
+        names = [*PREDICATES, *layers]
+        advice = closest(name, names, "Did you mean {}? Else import") or "Import"
+        raise self._wrong(node, problem, f"{advice} the module of the class.")
 
     def _pattern(self, node: ast.Call) -> re.Pattern[str]:
-        given = [*node.args, *(keyword.value for keyword in node.keywords)]
-        text = getattr(given[0], "value", None) if given else None
-        flags = given[1:]
-        if not isinstance(text, str) or len(flags) > 1:
-            told = "re.compile takes a text and flags."
-            raise self._wrong(node, told, r"Write for example re.compile('\\.bias$').")
-        value = self._flags(flags[0]) if flags else 0
-        return self._called(node, re.compile, text, value)
+        match [*node.args, *(keyword.value for keyword in node.keywords)]:
+            case [ast.Constant(str(text))]:
+                return self._called(node, re.compile, text)
+            case [ast.Constant(str(text)), flags]:
+                return self._called(node, re.compile, text, self._flags(flags))
+        problem = "re.compile takes a text and flags."
+        raise self._wrong(node, problem, r"Write for example re.compile('\\.bias$').")
 
     def _flags(self, node: ast.expr) -> int:
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
             return self._flags(node.left) | self._flags(node.right)
         module, _, name = _dotted(node).partition(".")
         if module != "re" or name not in re.RegexFlag.__members__:
-            told = f"{ast.unparse(node)} is no flag."
-            raise self._wrong(node, told, "Write for example re.IGNORECASE.")
+            problem = f"{ast.unparse(node)} is no flag."
+            raise self._wrong(node, problem, "Write for example re.IGNORECASE.")
         return int(re.RegexFlag[name])
 
-    def _wrong(self, node: ast.expr, told: str, rest: str) -> PolicyTextError:
-        # Python counts in bytes of UTF-8.
-        before = self.text.encode()[: node.col_offset].decode()
-        return self._error(len(before), told, rest)
-
-    def _error(self, place: int, told: str, rest: str) -> PolicyTextError:
+    def _wrong(
+        self, place: ast.expr | int, problem: str, advice: str = TYPE_THIS
+    ) -> PolicyTextError:
+        if isinstance(place, ast.expr):
+            # Python counts in bytes of UTF-8.
+            place = len(self.text.encode()[: place.col_offset].decode())
         start = max(0, place - WIDTH // 2)
         line = self.text[start : start + WIDTH]
-        pointed = f"    {line}\n    {' ' * (place - start)}^"
-        head = f"`wd_policy` cannot be read at character {place + 1}: {told}"
-        return PolicyTextError(f"{head}\n{pointed}\n{rest}".rstrip())
+        return PolicyTextError(
+            f"`wd_policy` cannot be read at character {place + 1}: {problem}\n"
+            f"    {line}\n    {' ' * (place - start)}^\n{advice}".rstrip()
+        )
 
 
 def _dotted(node: ast.expr) -> str:
     if isinstance(node, ast.Attribute):
-        above = _dotted(node.value)
-        return f"{above}.{node.attr}" if above else ""
+        parent = _dotted(node.value)
+        return f"{parent}.{node.attr}" if parent else ""
     return node.id if isinstance(node, ast.Name) else ""  # no name at all

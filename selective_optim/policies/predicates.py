@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from typing import NamedTuple
 
 from torch import nn
@@ -66,9 +66,11 @@ def is_output_of(place: ParameterInfo) -> bool:
     """Tell whether a parameter belongs to the output layer; raises UnsureError."""
     names, sure, _ = _outputs(place.path[0])
     if not sure:
-        told = f"of {type(place.path[0]).__name__} it is not sure which layer is the "
-        told += f"output; candidates are {', '.join(map(repr, names))}"
-        raise UnsureError(told, names[-1])
+        message = (
+            f"of {type(place.path[0]).__name__} it is not sure which layer is the "
+            f"output; candidates are {', '.join(map(repr, names))}"
+        )
+        raise UnsureError(message, names[-1])
     layers = {name.rpartition(".")[0] for name in names}
     return (place.name or "").rpartition(".")[0] in layers
 
@@ -80,13 +82,13 @@ def is_hidden(place: ParameterInfo) -> bool:
     root = place.path[0]
     names, sure, visible = _outputs(root)
     if not sure:
-        told = (
+        message = (
             f"it is not certain which layer of {type(root).__name__} is its output, so "
             f"{', '.join(map(repr, names))} {'count' if names[1:] else 'counts'} not "
             f"as hidden. Select by name what is, as in "
             f"is_hidden_matrix | {names[-1]!r}, or pass Muon output={names[-1]!r}."
         )
-        index_of(root).remember("told", lambda: warn(told))
+        index_of(root).remember("told", lambda: warn(message))
     return place.name not in visible
 
 
@@ -94,7 +96,7 @@ def _outputs(root: nn.Module) -> Outputs:
     def look() -> Outputs:
         everyone = index_of(root).everyone()
         weights = [info for info in everyone if any(map(is_weight, info.places))]
-        names, sure = _find(root, weights)
+        names, sure = _find_outputs(root, weights)
         # A tie is one with an embedding, wherever it is met first; and what is called
         # an output may be that of a part, of which no accessor tells.
         visible = [
@@ -102,89 +104,87 @@ def _outputs(root: nn.Module) -> Outputs:
             for info in weights
             if not all(map(is_weight, info.places))
             or not set(names).isdisjoint(info.names)
-            or any(_head(place) is not None for place in info.places)
+            or any(map(_head, info.places))
         ]
         return Outputs(names, sure, frozenset(chain(*visible)))
 
     return index_of(root).remember("outputs", look)
 
 
-def _find(
+def _find_outputs(
     root: nn.Module, weights: list[ParameterInfo]
 ) -> tuple[tuple[str, ...], bool]:
-    for _, module in whole(root):
-        found = _said(module, weights)
-        if found is not None:
-            return found, True
-    embedded = [
-        name
+    """Name the output weights, or all candidates, and tell whether it is sure."""
+    by_accessor = _from_accessors(root, weights)
+    if by_accessor is not None:
+        return by_accessor, True
+    tied = [
+        info.names
         for info in weights
         if any(isinstance(place.owner, nn.Embedding) for place in info.places)
-        for name in info.names
     ]
-    if embedded or not weights:
-        return tuple(embedded), True
-    last = weights[-1]
-    candidates = [i for i in weights if i is last or _head(i) is not None]
+    if tied or not weights:
+        return tuple(chain(*tied)), True
+    candidates = [i for i in weights if i is weights[-1] or _head(i)]
     names = tuple(str(info.name) for info in candidates)
-    sure = _head(last) is not None and _agree(candidates, last)
+    sure = _last_is_output(candidates)
     return names[-1:] if sure else names, sure
 
 
-def _said(module: nn.Module, weights: list[ParameterInfo]) -> tuple[str, ...] | None:
-    for accessor in ACCESSORS:
+def _from_accessors(
+    root: nn.Module, weights: list[ParameterInfo]
+) -> tuple[str, ...] | None:
+    for (_, module), accessor in product(whole(root), ACCESSORS):
         if not hasattr(type(module), accessor):  # wrappers answer for one inside
             continue
         try:
-            said = getattr(module, accessor)()
+            answer = getattr(module, accessor)()
         except Exception:  # inherited and not served
             continue
-        held = list(_layers(said))
-        found = [_last(layer, weights) for layer in held]
+        layers = list(_modules_in(answer))
+        names = [name for layer in layers for name in _last_in(layer, weights)]
         # A classifier that was taken off leaves nothing: every weight is hidden.
-        if any(found) or (held and accessor == "get_classifier"):
-            return tuple(name for names in found for name in names)
+        if names or (layers and accessor == "get_classifier"):
+            return tuple(names)
     return None
 
 
-def _layers(said: object) -> Iterator[nn.Module]:
-    if isinstance(said, (list, tuple, nn.ModuleList)):
-        for each in said:
-            yield from _layers(each)
-    elif isinstance(said, nn.Module):
-        yield said
+def _modules_in(answer: object) -> Iterator[nn.Module]:
+    if isinstance(answer, (list, tuple, nn.ModuleList)):
+        for item in answer:
+            yield from _modules_in(item)
+    elif isinstance(answer, nn.Module):
+        yield answer
 
 
-def _last(layer: nn.Module, weights: list[ParameterInfo]) -> list[str]:
+def _last_in(layer: nn.Module, weights: list[ParameterInfo]) -> list[str]:
     """Name the weights with telling names inside a head; else the last inside."""
-    inside = {module: name for name, module in layer.named_modules()}
-    places = [p for info in weights for p in info.places if p.owner in inside]
-    paths = [inside[p.owner].split(".") for p in places if p.owner is not None]
-    telling = [any(map(TELLING.match, path)) for path in paths]
-    names = [str(place.name) for place in places]
-    return [name for name, tells in zip(names, telling) if tells] or names[-1:]
+    paths: dict[nn.Module | None, str] = {m: name for name, m in layer.named_modules()}
+    places = [p for info in weights for p in info.places if p.owner in paths]
+    telling = [p for p in places if any(map(TELLING.match, paths[p.owner].split(".")))]
+    return [str(place.name) for place in telling or places[-1:]]
 
 
-def _head(info: ParameterInfo) -> str | None:
-    """Return the outermost part of a name that tells of an output, up to there."""
+def _head(info: ParameterInfo) -> str:
+    """Return a name up to its first part that tells of an output; "" if none does."""
     parts = (info.name or "").split(".")[:-1]
     for i, part in enumerate(parts):
         if TELLING.match(part):
             return ".".join(parts[: i + 1])
         if NUMBERED.match(part) and (i or not part.isdigit()):
-            return None  # inside one of several blocks, and not a sequence of all
-    return None
+            break  # inside one of several blocks, and not a sequence of all
+    return ""
 
 
-def _agree(candidates: list[ParameterInfo], last: ParameterInfo) -> bool:
-    if {_head(info) for info in candidates} != {_head(last)}:
+def _last_is_output(candidates: list[ParameterInfo]) -> bool:
+    head = _head(candidates[-1])
+    if not head or any(_head(info) != head for info in candidates):
         return False
-    size = (_head(last) or "").count(".") + 1
-    own = [(info.name or "").split(".")[size:-1] for info in candidates]
-    if len(own) == 1 or all(len(parts) == 1 and parts[0].isdigit() for parts in own):
+    layers = [str(i.name).rpartition(".")[0].removeprefix(head) for i in candidates]
+    if len(layers) == 1 or all(re.fullmatch(r"\.\d+", layer) for layer in layers):
         return True
-    telling = [bool(parts and LAST.match(parts[-1])) for parts in own]
-    return telling[-1] and sum(telling) == 1
+    *others, last = [LAST.match(layer.rpartition(".")[2]) for layer in layers]
+    return bool(last) and not any(others)
 
 
 @dataclass(frozen=True, repr=False)
@@ -200,8 +200,8 @@ class Predicate(Selector):
         return self.name
 
     def told(self, info: ParameterInfo) -> str:
-        found = map(self.question, telling_places(info))
-        how = next((each for each in found if isinstance(each, str)), None)
+        answers = map(self.question, telling_places(info))
+        how = next((answer for answer in answers if isinstance(answer, str)), None)
         return f"{self.name}: {how}" if how else self.name
 
     def __reduce__(self) -> str:
@@ -214,11 +214,11 @@ class Predicate(Selector):
                 f"Write for example exclude({self.name})."
             )
         (info,) = infos
-        known = ParameterInfo(**vars(info))
         # A callable that asks has not said before what it must know.
-        asked = isinstance(info, StrictInfo) and self.needs & KINDS
-        if asked and known.owner is not None and says_nothing(known):
-            raise UnknownError("owner")
+        if isinstance(info, StrictInfo) and self.needs & KINDS:
+            lenient = ParameterInfo(**vars(info))
+            if lenient.owner is not None and says_nothing(lenient):
+                raise UnknownError("owner")
         return self.matches(info)
 
     def matches(self, info: ParameterInfo) -> bool:

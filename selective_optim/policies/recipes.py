@@ -27,7 +27,8 @@ from selective_optim.policies.selectors import MODULES, NAMES, SHAPES, Need, Pol
 MARK = "_no_weight_decay"
 # S4 and what follows it write a parameter's own settings there.
 SETTINGS = "_optim"
-MARKERS: dict[str, Callable[[str, str], bool]] = {
+Matches = Callable[[str, str], bool]  # of a name with what a list has
+MARKERS: dict[str, Matches] = {
     "no_weight_decay": fnmatchcase,
     "no_weight_decay_patterns": fnmatchcase,
     "no_weight_decay_keywords": contains,
@@ -59,21 +60,21 @@ def _listed(module: nn.Module, method: str) -> list[str]:
     # Not where a wrapper passes attributes on: names would be under the wrong root.
     if not hasattr(type(module), method) and method not in vars(module):
         return []
-    listed: Any = getattr(module, method)
-    return list(map(_torch.canonical_name, listed() if callable(listed) else listed))
+    names: Any = getattr(module, method)
+    return list(map(_torch.canonical_name, names() if callable(names) else names))
 
 
-Matches = Callable[[str, str], bool]  # of a name with what a list has
 Lists = Callable[[nn.Module, str], list[str]]
 
 
-def _told(
+def _listing(
     lists: Lists, module: nn.Module, name: str, methods: Mapping[str, Matches]
 ) -> str | None:
+    """Say which method of a module lists a name, and as what."""
     for method, matches in methods.items():
-        for listed in lists(module, method):
-            if matches(name, listed):
-                return f"{method}() lists {listed!r}"
+        for entry in lists(module, method):
+            if matches(name, entry):
+                return f"{method}() lists {entry!r}"
     return None
 
 
@@ -118,8 +119,8 @@ class Marked(Policy):
     needs = NAMES | MODULES
 
     def __repr__(self) -> str:
-        own = self.weight_decay
-        return "marked()" if own is None else f"marked(weight_decay={own!r})"
+        wd = self.weight_decay
+        return "marked()" if wd is None else f"marked(weight_decay={wd!r})"
 
     def bind(self, roots: Sequence[nn.Module]) -> Policy:
         return replace(self, lists=cache(_listed))  # each module is asked once
@@ -129,26 +130,26 @@ class Marked(Policy):
             return Answer(EXEMPT, MARK)
         for place in info.places:
             for module, name in _relative_names(place):
-                who = type(module).__name__
+                owner = type(module).__name__
                 # Not getattr: wrappers answer for the module inside.
                 if vars(module).get(MARK) is True:
-                    return Answer(EXEMPT, f"{MARK} of {who}")
-                if told := _told(self.lists, module, name, MARKERS):
-                    return Answer(EXEMPT, f"{who}.{told}")
+                    return Answer(EXEMPT, f"{MARK} of {owner}")
+                if listing := _listing(self.lists, module, name, MARKERS):
+                    return Answer(EXEMPT, f"{owner}.{listing}")
         settings = getattr(info.parameter, SETTINGS, None)
-        own = settings.get("weight_decay") if isinstance(settings, Mapping) else None
-        return Answer(FULL, "not marked") if own is None else self._by_own(float(own))
+        wd = settings.get("weight_decay") if isinstance(settings, Mapping) else None
+        return Answer(FULL, "not marked") if wd is None else self._scaled_to(float(wd))
 
-    def _by_own(self, own: float) -> Answer:
-        told = f"{SETTINGS} has weight_decay {number_text(own)}"
-        if own == 0:
-            return Answer(EXEMPT, told)
+    def _scaled_to(self, wd: float) -> Answer:
+        reason = f"{SETTINGS} has weight_decay {number_text(wd)}"
+        if wd == 0:
+            return Answer(EXEMPT, reason)
         if not self.weight_decay:
             raise ValueError(
-                f"its {told}, which scales the optimizer's own, and that is not "
+                f"its {reason}, which scales the optimizer's own, and that is not "
                 f"known. Write marked(weight_decay=...) with the optimizer's."
             )
-        return Answer(Decay(own / self.weight_decay), told)
+        return Answer(Decay(wd / self.weight_decay), reason)
 
 
 def marked(weight_decay: float | None = None) -> Policy:
@@ -231,36 +232,37 @@ def _when(reason: str, holds: Callable[[ParameterInfo], object]) -> Ask:
     return lambda info: reason if holds(info) else None
 
 
-def _words(*words: str) -> Ask:
+def _words(*words: str, tied: bool = False) -> Ask:
     def ask(info: ParameterInfo) -> str | None:
-        found = next((word for word in words if word in (info.name or "")), None)
-        return f"name has {found!r}" if found else None
+        names = info.names if tied else (info.name or "",)
+        word = next((word for name in names for word in words if word in name), None)
+        return f"name has {word!r}" if word else None
 
     return ask
 
 
 def _held_by(*classes: type) -> Ask:
     def ask(info: ParameterInfo) -> str | None:
-        held = isinstance(info.owner, classes)
-        return f"held by {type(info.owner).__name__}" if held else None
+        inside = isinstance(info.owner, classes)
+        return f"held by {type(info.owner).__name__}" if inside else None
 
     return ask
 
 
 def _of_root(**methods: Matches) -> AskLists:
     def ask(info: ParameterInfo, lists: Lists) -> str | None:
-        return _told(lists, _unwrapped(info.path)[0], info.name or "", methods)
+        return _listing(lists, _unwrapped(info.path)[0], info.name or "", methods)
 
     return ask
 
 
 def _of_any_module(info: ParameterInfo, lists: Lists) -> str | None:
     for module, name in _relative_names(info):
-        if told := _told(lists, module, name, {"no_weight_decay": eq}):
-            return told
-        globs = lists(module, "no_weight_decay_patterns")
-        words = lists(module, "no_weight_decay_keywords")
-        for glob in (*globs, *(f"*{word}" for word in words)):
+        if listing := _listing(lists, module, name, {"no_weight_decay": eq}):
+            return listing
+        globs = [*lists(module, "no_weight_decay_patterns")]
+        globs += [f"*{word}" for word in lists(module, "no_weight_decay_keywords")]
+        for glob in globs:
             if fnmatchcase(name, glob):
                 return f"listed as {glob!r}"
     return None
@@ -278,6 +280,8 @@ _listed_by_swin = _of_root(no_weight_decay=eq, no_weight_decay_keywords=contains
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+FASTAI_NORMS = (*BATCH_NORMS, *INSTANCE_NORMS, nn.LayerNorm)
+MORE_OF_DETECTRON2 = (nn.SyncBatchNorm, nn.GroupNorm, nn.LocalResponseNorm)
 NORMS = (*_torch.NORM_BASES, nn.LayerNorm, nn.GroupNorm)
 GPTNEOX_NORMS = {"LayerNorm", "RMSNorm", "ScaleNorm", "TELayerNorm", "TERMSNorm"}
 GPTNEOX_NORMS |= {"MixedFusedLayerNorm", "MixedFusedRMSNorm"}
@@ -285,10 +289,7 @@ RTDETR_NORM = re.compile(r"^(?=.*(?:encoder|decoder))(?=.*(?:norm|bn)).*$")
 # Collected as ultralytics collects them.
 _torchs_norm = _held_by(*(v for k, v in sorted(vars(nn).items()) if "Norm" in k))
 _torchvision = _held_by(*NORMS, nn.LocalResponseNorm)
-_detectron2 = _held_by(
-    *(*BATCH_NORMS, *INSTANCE_NORMS, nn.SyncBatchNorm, nn.GroupNorm),
-    *(nn.LayerNorm, nn.LocalResponseNorm),
-)
+_detectron2 = _held_by(*FASTAI_NORMS, *MORE_OF_DETECTRON2)
 _plain_layernorm = _when(
     "held by LayerNorm", lambda info: type(info.owner) is nn.LayerNorm
 )
@@ -301,6 +302,8 @@ _rwkv_rate = _words(
     *("_w1", "_w2", "time_mix", "time_maa", "time_decay", "time_daaaa", "att.w0"),
     *("time_faaaa", "time_first"),
 )
+# nanotron's name and that of transformers; tied names count, too.
+_smollm3 = _words("token_embedding", "embed_tokens", tied=True)
 # Megatron's names and those of transformers.
 _query_or_key = _words("q_layernorm.", "k_layernorm.", "q_norm.", "k_norm.")
 
@@ -311,17 +314,17 @@ def _huggingface(info: ParameterInfo) -> str | None:
         return "inside LayerNorm"
     name = (info.name or "").lower()
     norms = ("layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
-    found = next((word for word in ("bias", *norms) if re.search(word, name)), None)
-    return f"name has {found!r}" if found else None
+    word = next((word for word in ("bias", *norms) if re.search(word, name)), None)
+    return f"name has {word!r}" if word else None
 
 
 def _fastai(info: ParameterInfo) -> str | None:
-    norms = (*BATCH_NORMS, *INSTANCE_NORMS, nn.LayerNorm)
-    for module in (module for place in info.places for module in place.path):
-        if isinstance(module, norms):
-            return f"inside {type(module).__name__}"
-        if getattr(module, "bias", None) is info.parameter:
-            return f"bias of {type(module).__name__}"
+    for place in info.places:
+        for module in place.path:
+            if isinstance(module, FASTAI_NORMS):
+                return f"inside {type(module).__name__}"
+            if getattr(module, "bias", None) is info.parameter:
+                return f"bias of {type(module).__name__}"
     return None
 
 
@@ -336,14 +339,16 @@ def _mmengine(info: ParameterInfo) -> str | None:
 def _mingpt(info: ParameterInfo) -> str | None:
     sides = set()  # what to exempt it for, "" to decay it
     for place in info.places:
-        leaf, path = place.leaf or "", place.path
-        others = [m for m in path if isinstance(m, nn.LayerNorm | nn.Embedding)]
+        leaf = place.leaf or ""
+        exempt = [m for m in place.path if isinstance(m, nn.LayerNorm | nn.Embedding)]
         if leaf.endswith("bias"):
             sides.add("bias")
-        elif leaf.endswith("weight"):
-            linear = any(isinstance(m, nn.Linear) for m in path)
-            inside = {f"inside {type(other).__name__}" for other in others[:1]}
-            sides |= {""} if linear else inside
+        elif not leaf.endswith("weight"):
+            continue
+        elif any(isinstance(module, nn.Linear) for module in place.path):
+            sides.add("")
+        elif exempt:
+            sides.add(f"inside {type(exempt[0]).__name__}")
     if len(sides) == 1:
         return sides.pop() or None
     # minGPT itself stops with an assertion or a missing key.
@@ -383,17 +388,10 @@ def _rwkv(info: ParameterInfo) -> str | None:
     name = info.name or ""
     if "time_sta" in name and "_w1" not in name and "_w2" not in name:
         return None
-    if found := _rwkv_rate(info):
-        return found
+    if reason := _rwkv_rate(info):
+        return reason
     matrix = sum(size != 1 for size in info.shape or ()) >= 2
     return None if matrix and ".weight" in name else "no .weight of two dimensions"
-
-
-def _smollm3(info: ParameterInfo) -> str | None:
-    # nanotron's name and that of transformers; tied names count, too.
-    words = ("token_embedding", "embed_tokens")
-    found = [word for name in info.names for word in words if word in name]
-    return f"name has {found[0]!r}" if found else None
 
 
 def _qwen3_next(info: ParameterInfo) -> str | None:
@@ -401,8 +399,8 @@ def _qwen3_next(info: ParameterInfo) -> str | None:
 
 
 def _dion(info: ParameterInfo) -> str | None:
-    held = {"wte", "embedding", "lm_head"}.intersection((info.name or "").split("."))
-    return f"in {min(held)}" if held else None
+    parts = {"wte", "embedding", "lm_head"}.intersection((info.name or "").split("."))
+    return f"in {min(parts)}" if parts else None
 
 
 def _marin(info: ParameterInfo) -> str | None:

@@ -49,15 +49,16 @@ class Rule(Policy):
     missing_ok: bool = False
 
     def __repr__(self) -> str:
-        decay, last = self.inside, []
-        # Of which a verb states one.
+        decay = self.inside
         stated: tuple[Any, ...] = (decay.form, decay.target, decay.fixed)
-        first = [target_text(each) for each in stated if each is not None]
+        # Of which a verb states one.
+        arguments = [target_text(value) for value in stated if value is not None]
+        arguments += map(repr, self.selectors)
         if self.verb == "scale":
-            last.append(f"by={number_text(decay.multiplier)}")
+            arguments.append(f"by={number_text(decay.multiplier)}")
         if self.missing_ok:
-            last.append("missing_ok=True")
-        return f"{self.verb}({', '.join([*first, *map(repr, self.selectors), *last])})"
+            arguments.append("missing_ok=True")
+        return f"{self.verb}({', '.join(arguments)})"
 
     @property
     def doubts(self) -> tuple[tuple[float, str], ...]:  # type: ignore[override]  # read only
@@ -66,8 +67,8 @@ class Rule(Policy):
             return ()
         fixed = replace(self, verb="fixed", inside=Decay(fixed=by))
         decays = (self.inside,) * len(self.selectors)
-        meant = FirstMatch(self.selectors, decays, self.missing_ok)
-        return ((by, f"{fixed!r} if that is the decay itself, or {meant!r}"),)
+        scaled = FirstMatch(self.selectors, decays, self.missing_ok)
+        return ((by, f"{fixed!r} if that is the decay itself, or {scaled!r}"),)
 
     def decide(self, info: ParameterInfo) -> Answer:
         for selector in self.selectors:
@@ -90,8 +91,8 @@ class FirstMatch(Policy):
 
     @property
     def doubts(self) -> tuple[tuple[float, str], ...]:  # type: ignore[override]  # read only
-        told = "Decay(fixed={0}) if that is the decay itself, or Decay({0})"
-        return tuple([(n, told.format(number_text(n))) for n in self.bare])
+        advice = "Decay(fixed={0}) if that is the decay itself, or Decay({0})"
+        return tuple([(n, advice.format(number_text(n))) for n in self.bare])
 
     def __repr__(self) -> str:
         cases = []
@@ -287,8 +288,7 @@ def first_match(cases: Mapping[Any, Any], *, missing_ok: bool = False) -> Policy
         try:
             decays.append(as_decay(value))
         except (TypeError, ValueError) as error:
-            told = f"`wd_policy` at {selectors[-1]!r}: {error}"
-            raise type(error)(told) from error
+            raise type(error)(f"`wd_policy` at {selectors[-1]!r}: {error}") from error
         if not isinstance(value, Decay) and 0 < value < SMALL:
             bare.append(float(value))
     return FirstMatch(tuple(selectors), tuple(decays), missing_ok, tuple(bare))

@@ -40,8 +40,9 @@ def lacking(needs: frozenset[Need], info: ParameterInfo) -> str:
     """Say what a policy needs that is not known of a parameter; "" if nothing."""
     if "modules" in needs and info.owner is None:
         return "module types"
-    by_name = "names" in needs and info.name is None
-    return "names" if by_name or ("leaves" in needs and info.leaf is None) else ""
+    no_name = "names" in needs and info.name is None
+    no_leaf = "leaves" in needs and info.leaf is None
+    return "names" if no_name or no_leaf else ""
 
 
 class UnknownError(Exception):
@@ -69,9 +70,8 @@ class StrictInfo(ParameterInfo):
     def __getattribute__(self, field: str) -> Any:
         value = super().__getattribute__(field)
         # The shape of a scalar is empty and known, and of another type.
-        if field in REQUIRED and (
-            value is None or (type(value) is tuple and not value)
-        ):
+        unknown = value is None or (type(value) is tuple and not value)
+        if unknown and field in REQUIRED:
             raise UnknownError(field)
         return value
 
@@ -140,7 +140,7 @@ class Selector:
 
     def matches(self, info: ParameterInfo) -> bool:
         """Tell whether the parameter is selected at any of its places."""
-        return self.at(info) or any(map(self.at, info.elsewhere))
+        return any(map(self.at, info.places))
 
     def at(self, place: ParameterInfo) -> bool:
         raise NotImplementedError  # pragma: no cover
@@ -183,8 +183,8 @@ class NamePattern(Selector):
             return repr(self.pattern)
         # Python's own repr of a pattern cuts it after 200 characters.
         flags = self.pattern.flags & ~re.UNICODE
-        told = f", {re.RegexFlag(flags)!r}" if flags else ""
-        return f"re.compile({self.pattern.pattern!r}{told})"
+        flags_text = f", {re.RegexFlag(flags)!r}" if flags else ""
+        return f"re.compile({self.pattern.pattern!r}{flags_text})"
 
     def at(self, place: ParameterInfo) -> bool:
         names = filter(None, (place.name, place.own_name))
@@ -238,9 +238,7 @@ class Identity(Selector):
         return MODULES if isinstance(self.target, nn.Module) else frozenset()
 
     def at(self, place: ParameterInfo) -> bool:
-        return self.target is place.parameter or any(
-            m is self.target for m in place.path
-        )
+        return any(self.target is item for item in (place.parameter, *place.path))
 
 
 @dataclass(frozen=True, repr=False)
@@ -268,11 +266,11 @@ class Joined(Selector):
     parts: tuple[Selector, ...]
 
     def __repr__(self) -> str:
-        shown = list(map(repr, self.parts))
+        texts = list(map(repr, self.parts))
         for i, part in enumerate(self.parts if self.sign != "|" else ()):
             if isinstance(part, Joined) and part.sign != "~":
-                shown[i] = f"({shown[i]})"
-        return f"~{shown[0]}" if self.sign == "~" else f" {self.sign} ".join(shown)
+                texts[i] = f"({texts[i]})"
+        return f"~{texts[0]}" if self.sign == "~" else f" {self.sign} ".join(texts)
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]  # that of the parts
@@ -283,20 +281,19 @@ class Joined(Selector):
         return tuple(chain.from_iterable(part.leaves for part in self.parts))
 
     def matches(self, info: ParameterInfo) -> bool:
-        found = (part.matches(info) for part in self.parts)
+        matched = (part.matches(info) for part in self.parts)
         if self.sign == "~":
-            return not any(found)
-        return any(found) if self.sign == "|" else all(found)
+            return not any(matched)
+        return any(matched) if self.sign == "|" else all(matched)
 
 
 def _joined(sign: Literal["|", "&"], *items: object) -> Selector:
     try:
-        chosen = list(map(as_selector, items))
+        selectors = list(map(as_selector, items))
     except TypeError as error:
         raise TypeError(f"`{sign}` joins selectors: {error}") from None
     parts = [
-        each.parts if isinstance(each, Joined) and each.sign == sign else (each,)
-        for each in chosen
+        s.parts if isinstance(s, Joined) and s.sign == sign else (s,) for s in selectors
     ]
     return Joined(sign, tuple(chain.from_iterable(parts)))
 
@@ -336,8 +333,9 @@ class Policy:
     @property
     def required(self) -> tuple[Selector, ...]:
         """The selectors that should match at least one parameter."""
-        asked = () if self.missing_ok else self.selectors
-        return tuple([each for selector in asked for each in selector.leaves])
+        if self.missing_ok:
+            return ()
+        return tuple(chain.from_iterable(s.leaves for s in self.selectors))
 
     def decide(self, info: ParameterInfo) -> Answer:
         """Decide for one parameter and say why."""
@@ -375,19 +373,19 @@ def either(selector: str) -> str:
 
 def _not_joined(left: object, sign: str, right: object) -> str:
     policy, other = (left, right) if isinstance(left, Policy) else (right, left)
-    meant = "as_policy(...)"
     if isinstance(other, Policy):
-        told = f"policies are joined with `*`, not with `{sign}`"
-        return f"{told}. Write {left!r} * {right!r}."
+        rule = f"policies are joined with `*`, not with `{sign}`"
+        return f"{rule}. Write {left!r} * {right!r}."
+    factor = "as_policy(...)"
     if isinstance(other, Real):
-        meant = f"scale(everything, by={other})"
+        factor = f"scale(everything, by={other})"
     elif isinstance(other, str):
-        meant = f"named({other!r})"
+        factor = f"named({other!r})"
     elif isinstance(other, Selector):
-        meant = either(repr(other))
-    told = "policies multiply with policies" if sign == "*" else "policies are joined"
-    shown = f"{received(left)} {sign} {received(right)}"
-    return f"{told}, not {shown}. Write {policy!r} * {meant}."
+        factor = either(repr(other))
+    rule = "policies multiply with policies" if sign == "*" else "policies are joined"
+    written = f"{received(left)} {sign} {received(right)}"
+    return f"{rule}, not {written}. Write {policy!r} * {factor}."
 
 
 @dataclass(frozen=True, repr=False)
@@ -418,5 +416,5 @@ class Product(Policy):
 
     def decide(self, info: ParameterInfo) -> Answer:
         left, right = self.left.decide(info), self.right.decide(info)
-        reasons = [v.reason for v in (left, right) if v.decay != FULL] or [right.reason]
-        return Answer(left.decay * right.decay, ", ".join(reasons))
+        reasons = [answer.reason for answer in (left, right) if answer.decay != FULL]
+        return Answer(left.decay * right.decay, ", ".join(reasons or [right.reason]))
