@@ -74,7 +74,7 @@ def decider_for(model: object, wd_policy: object) -> Decider:
     """Make the decider of a constructor, unless it is given one."""
     if isinstance(wd_policy, Decider):
         return wd_policy
-    return Decider.given(as_policy, wd_policy, model)
+    return Decider.for_constructor(as_policy, wd_policy, model)
 
 
 class Shown(local):

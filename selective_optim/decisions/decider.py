@@ -19,33 +19,25 @@ from selective_optim.decisions.knowledge import (
     refuse_flattened,
     require_members,
 )
-from selective_optim.decisions.table import (
-    DecisionTable,
-    Infos,
-    Row,
-    trusted_names,
-)
+from selective_optim.decisions.table import DecisionTable, Infos, Row, trusted_names
 from selective_optim.decisions.warnings import (
     warn_if_unsteady,
     warn_if_weak,
     warn_of_misspelt,
 )
-from selective_optim.parameters import ModelIndex, ParameterInfo, as_modules
+from selective_optim.parameters import ModelIndex, as_modules
 from selective_optim.policies.decide import decide, require_matches
 from selective_optim.policies.selectors import Policy, Selector
 from selective_optim.step.setting import Group, Groups, base_rate, is_rate
 
-Coming = Sequence[Pending]
-Policies = Iterable[Policy | None]
 Decided = list[list[Decision]]
-# What a group may bring and does not keep; ZeroRedundancyOptimizer writes them back.
-OWN_KEYS = ("wd_policy", "model")
-WRITTEN = frozenset(OWN_KEYS)
+# What a group may bring and does not keep, and what is typed in place of writing it.
 _INSTEAD = {
     "wd_policy": "optimizer.wd_policy = ... to decide anew",
     "model": "optimizer.add_param_group(dict(params=..., model=model)) for new "
     "parameters",
 }
+WRITTEN = frozenset(_INSTEAD)  # ZeroRedundancyOptimizer writes them back
 
 
 def own_keys(group: Group) -> frozenset[str]:
@@ -63,33 +55,39 @@ class Block(NamedTuple):
 
 
 # Not a global: two threads, or two async tasks, may build two models.
-around_here: ContextVar[Block | None] = ContextVar("selective_optim", default=None)
+current_block: ContextVar[Block | None] = ContextVar("selective_optim", default=None)
 
 
 class Decider(DecisionTable):
-    """Decides once for every tensor: by ``policy``, unless its group brings another."""
+    """Decides once for every tensor: by ``policy``, unless its group brings another.
+
+    A constructor calls ``read``, ``unpack`` and ``add_group`` for each group, and then
+    ``decide_pending`` for all; a group that is added later is decided at once. After
+    edits of the groups ``rows`` brings the table up to date.
+    """
 
     def __init__(
         self,
         as_policy: Callable[[object], Policy],
         policy: Policy | None,
         index: ModelIndex,
+        whole: Decider | None = None,
     ) -> None:
         super().__init__()
         self.policy, self.index, self.as_policy = policy, index, as_policy
         self._pending: list[Pending] | None = None
         self._cleared: list[list[Row]] = []
         # That of a `Routed`, if this one is of a route: it decides and warns for all.
-        self.whole: Decider | None = None
+        self.whole = whole
 
     # What a group is read as.
 
     @classmethod
-    def given(
+    def for_constructor(
         cls, as_policy: Callable[[object], Policy], wd_policy: object, model: object
     ) -> Decider:
         """Make the decider of a constructor, with what the block around it gives."""
-        block = around_here.get()
+        block = current_block.get()
         policy = None if wd_policy is None else as_policy(wd_policy)
         index = ModelIndex(model)
         # Without a policy nothing of a model needs to be known.
@@ -118,25 +116,25 @@ class Decider(DecisionTable):
         """Return a group's policy, which the caller's dict keeps, and torch's group."""
         if not isinstance(group, dict) or "params" not in group:
             return self.policy, group  # torch says what is wrong
-        if self.whole is None:  # else it was told
-            warn_of_misspelt(group, [*keys, "params", "param_names", *OWN_KEYS])
+        if self.whole is None:  # else that has warned
+            warn_of_misspelt(group, [*keys, "params", "param_names", *_INSTEAD])
         require_numbers(group, " of a group")
-        own = own_keys(group)
-        if "model" in own:
+        ours = own_keys(group)
+        if "model" in ours:
             self.index.add(as_modules(group["model"]))
         group["params"] = self.index.learn(group["params"])
-        if not own:
+        if not ours:
             return self.policy, group
         if not isinstance(group["params"], (Tensor, set)):  # which torch refuses
             # torch fills a copy; a generator in the caller's dict would be used up.
             group["params"] = list(group["params"])
         policy = group.get("wd_policy", self.policy)
-        rest = {key: value for key, value in group.items() if key not in own}
-        return self._read_policy(policy), rest
+        torchs = {key: value for key, value in group.items() if key not in ours}
+        return self._read_policy(policy), torchs
 
     # How decisions are found.
 
-    def add_group(self, groups: Groups, policy: Policy | None, own: bool) -> bool:
+    def add_group(self, groups: Groups, policy: Policy | None, anew: bool) -> bool:
         """Decide for the last group, but not yet in a constructor; tell if decided."""
         index, group = len(groups) - 1, groups[-1]
         names, lr0s = group.get("param_names", ()), repeat(base_rate(group))
@@ -147,59 +145,65 @@ class Decider(DecisionTable):
             return False
         try:
             # With a policy or model of its own it is decided anew, whatever was before.
-            known = self._taken_from_whole([coming])
-            if not (known or (not own and self._comes_again(coming))):
-                self.decide_for([coming], [policy] if own else [])
+            if anew or not self._comes_again(coming):
+                self.decide_for([coming], [policy] if anew else [])
         finally:
             self.index.release()
         return True
 
     def decide_pending(self) -> None:
-        if coming := self.take_pending():
-            self.decide_for(coming, [self.policy, *(each.policy for each in coming)])
+        if pending := self.take_pending():
+            self.decide_for(pending, [self.policy, *(each.policy for each in pending)])
 
     def take_pending(self) -> list[Pending]:
         pending, self._pending = self._pending or [], None
         return pending
 
     def decide_for(
-        self, coming: Coming, strict: Policies, strangers: bool = False
+        self,
+        pending: Sequence[Pending],
+        strict: Iterable[Policy | None],
+        strangers: bool = False,
     ) -> None:
         """Decide for groups that come in together, or raise with nothing recorded."""
-        if self._taken_from_whole(coming):
+        if self._taken_from_whole(pending):
             return
-        policies, infos, decided = self._ask(coming, strict, strangers)
-        warn_if_unsteady(policies, infos, decided)
-        for each, decisions in zip(coming, decided):
-            pairs = zip(each.params, decisions, strict=True)
-            rows = [self.record(param, told, each.policy) for param, told in pairs]
-            self.append(each.group, rows)
+        decided = self.ask(pending, strict, strangers, twice=True)
+        for coming, decisions in zip(pending, decided):
+            pairs = zip(coming.params, decisions, strict=True)
+            rows = [self.record(*pair, coming.policy) for pair in pairs]
+            self.append(coming.group, rows)
 
-    def ask(self, coming: Coming, strict: Policies) -> Decided:
-        """Ask policies, record nothing; globs of ``strict`` ones must match."""
-        return self._ask(coming, strict)[-1]
+    def ask(
+        self,
+        pending: Sequence[Pending],
+        strict: Iterable[Policy | None],
+        strangers: bool = False,
+        twice: bool = False,
+    ) -> Decided:
+        """Ask the policies of groups, and record nothing.
 
-    def _ask(
-        self, coming: Coming, strict: Policies, strangers: bool = False
-    ) -> tuple[list[Policy | None], list[list[ParameterInfo]], Decided]:
-        """Return the policies as they were asked, of whom, and what they decided.
-
-        With ``strangers`` parameters may be in no module: the model may be gone by now.
+        Globs of ``strict`` policies must match. With ``strangers`` parameters may be in
+        no module: the model may be gone by now. With ``twice`` policies that may answer
+        otherwise at a second call are asked again.
         """
-        infos = describe(self.index, coming)
-        policies = [each.policy for each in coming]
+        infos = describe(self.index, pending)
+        policies = [coming.policy for coming in pending]
         # First: of a stranger no module is known either, and a message about that
         # would lead astray.
         if not strangers:
             require_members(self.index, zip(infos, policies))
         for policy in {id(p): p for p in strict if p is not None}.values():
-            pairs = zip(policies, infos)
-            mine = [info for own, each in pairs if own is policy for info in each]
-            require_matches(policy, mine, self._matches, self.index.everyone)
+            own = [each for each, asked in zip(infos, policies) if asked is policy]
+            everyone = self.index.everyone
+            require_matches(policy, list(chain(*own)), self._matches, everyone)
         bound = {key: self._bind(p) for key, p in {id(p): p for p in policies}.items()}
-        asked = [bound[id(policy)] for policy in policies]
-        lr0s = [each.lr0s or repeat(None) for each in coming]
-        return asked, infos, list(map(_decide, asked, infos, lr0s))
+        policies = [bound[id(policy)] for policy in policies]
+        lr0s = [coming.lr0s for coming in pending]
+        decided = list(map(_decide, policies, infos, lr0s))
+        if twice:
+            warn_if_unsteady(policies, infos, decided)
+        return decided
 
     def _bind(self, policy: Policy | None) -> Policy | None:
         return policy and policy.bind(self.index.modules())
@@ -210,21 +214,21 @@ class Decider(DecisionTable):
             lambda: any(map(selector.matches, self.index.everyone())),
         )
 
-    def _taken_from_whole(self, coming: Coming) -> bool:
+    def _taken_from_whole(self, pending: Sequence[Pending]) -> bool:
         """Take over what was decided with the parameters of other optimizers."""
         if self.whole is None:
             return False
-        found = [self.whole.rows_of(each.params) for each in coming]
-        if None in found:
+        known = [self.whole.rows_of(coming.params) for coming in pending]
+        if None in known:
             return False
-        for each, known in zip(coming, found):
-            pairs = zip(each.params, known or ())
-            rows = [self.record(p, r.decision, r.policy) for p, r in pairs]
-            self.append(each.group, rows)
+        for coming, rows in zip(pending, known):
+            self.append(coming.group, self.record_as(coming.params, rows or ()))
         return True
 
     def _comes_again(self, coming: Pending) -> bool:
         """Take over the rows of a group that was cleared: frameworks do so to shard."""
+        if self._taken_from_whole([coming]):
+            return True
         index = coming.group
         # A first group while rows are known: the groups were cleared, and come again.
         if index == 0 and self.layout:
@@ -235,7 +239,7 @@ class Decider(DecisionTable):
         rows = self.rows_of(coming.params)
         if rows is None:
             (infos,) = describe(self.index, [coming])
-            rows = self.inherited(infos, self._cleared[index])
+            rows = self.inherit(infos, self._cleared[index])
         if rows is None:
             return False
         self.append(index, rows)
@@ -248,7 +252,7 @@ class Decider(DecisionTable):
     def rows(self, groups: Groups) -> list[list[Row]]:
         """Return what was decided for every parameter, on the spot where it is new."""
         self.refuse_written(groups, {})
-        if not self.stands(groups):
+        if not self.is_current(groups):
             self._follow(groups)
         return self.layout
 
@@ -257,15 +261,15 @@ class Decider(DecisionTable):
         with suppress(ValueError):
             return [[row.decision for row in rows] for rows in self.rows(groups)]
 
-        def read(index: int, position: int, param: Tensor) -> Decision:
+        def read(index: int, place: int, param: Tensor) -> Decision:
             if row := self.row_of(param):
                 return row.decision
             with suppress(IndexError):  # a placeholder, as frameworks that shard put
-                return self.layout[index][position].decision
+                return self.layout[index][place].decision
             return Decision(FULL, "not decided yet", None, param.shape, ())
 
         return [
-            [read(index, *place) for place in enumerate(group["params"])]
+            [read(index, *pair) for pair in enumerate(group["params"])]
             for index, group in enumerate(groups)
         ]
 
@@ -279,38 +283,38 @@ class Decider(DecisionTable):
         self.undo_swaps(groups, found)
         known = [row for row in chain(*found) if row is not None]
         # A name counts only if no known tensor has it.
-        borne = {row.decision.name for row in known}
-        lacking = [
-            Pending(i, list(group["params"]), trusted_names(group, rows, borne), None)
+        used = {row.decision.name for row in known}
+        incomplete = [
+            Pending(i, list(group["params"]), trusted_names(group, rows, used), None)
             for i, (group, rows) in enumerate(zip(groups, found))
             if None in rows
         ]
-        infos = iter(describe(self.index, lacking))
-        others = self.others(known) if lacking else {}
+        infos = iter(describe(self.index, incomplete))
+        elsewhere = self.rows_elsewhere(known) if incomplete else {}
         # After groups were added or removed by hand, positions say nothing.
         before = self.layout if len(groups) == len(self.layout) else repeat([])
         layout = [
-            self._complete(next(infos), rows, old_rows, others, base_rate(group))
+            self._complete(next(infos), rows, old_rows, elsewhere, base_rate(group))
             if None in rows
             else [row for row in rows if row]
             for group, rows, old_rows in zip(groups, found, before)
         ]
-        self.lay_out(layout)
+        self.set_layout(layout)
 
     def _complete(
         self,
         infos: Infos,
         rows: Sequence[Row | None],
         before: Sequence[Row],
-        others: Mapping[object, Row],
+        elsewhere: Mapping[object, Row],
         lr0: float | None,
     ) -> list[Row]:
         """Give every parameter of a group a row, where ``None`` stands for none yet."""
         # What is new in a group begins as the others in it did.
-        around = next(filter(None, (*rows, *before)), None)
-        policy = self.policy if around is None else around.policy
-        lr0 = lr0 if around is None else around.decision.lr0 or lr0
-        completed = self.found_again(infos, rows, before, others)
+        neighbor = next(filter(None, (*rows, *before)), None)
+        policy = self.policy if neighbor is None else neighbor.policy
+        lr0 = lr0 if neighbor is None else neighbor.decision.lr0 or lr0
+        completed = self.recover(infos, rows, before, elsewhere)
         if not any(completed):
             old = [row.decision for row in before]
             if correspond(infos, old, policy):
@@ -329,7 +333,7 @@ class Decider(DecisionTable):
             (key, f"group {index}", f"param_groups[{index}]")
             for index, group in enumerate(groups)
             for key in WRITTEN & group.keys()
-            if not self._obeyed(index, key, group[key])
+            if not self._in_force(index, key, group[key])
         ]
         written += [
             (key, "optimizer.defaults", "defaults")
@@ -342,11 +346,11 @@ class Decider(DecisionTable):
                 f"{_INSTEAD[key]}, and del optimizer.{path}[{key!r}]."
             )
 
-    def _obeyed(self, index: int, key: str, written: object) -> bool:
+    def _in_force(self, index: int, key: str, written: object) -> bool:
         """Tell whether a group was decided by what now stands in it."""
         if key == "model":  # a user's own tag may be of any other kind
-            known = self.index.modules()
-            return all(any(m is k for k in known) for m in _modules_in(written))
+            known = set(map(id, self.index.modules()))
+            return known.issuperset(map(id, _modules_in(written)))
         if index >= len(self.layout):
             return False
         with suppress(TypeError, ValueError):
@@ -360,14 +364,14 @@ class Decider(DecisionTable):
 
     def assign(self, wd_policy: object, groups: Groups) -> None:
         """Decide anew for every parameter, or raise with nothing changed."""
-        policy, coming = self._read_policy(wd_policy), []
+        policy, pending = self._read_policy(wd_policy), []
         for index, group in enumerate(groups):
             rows = [self.row_of(param) for param in group["params"]]
             # The model may be deleted by now, but its names are still known.
             names = [row and row.decision.name for row in rows]
             lr0s = [row.decision.lr0 if row else base_rate(group) for row in rows]
-            coming.append(Pending(index, list(group["params"]), names, policy, lr0s))
-        self.decide_for(coming, [policy], strangers=True)
+            pending.append(Pending(index, list(group["params"]), names, policy, lr0s))
+        self.decide_for(pending, [policy], strangers=True)
         self.forget_absent()  # they are decided anew when they come back
         self.policy = policy
         self.warn_if_weak(groups)
@@ -377,14 +381,14 @@ class Decider(DecisionTable):
     def fitting(self, groups: Groups) -> Decided:
         """Return the decisions, of which ``init`` lies as its parameter does now."""
         self.rows(groups)
-        self.fit(groups)
+        self.place_inits(groups)
         return [[row.decision for row in rows] for rows in self.layout]
 
     def begin_training(self, groups: Groups) -> bool:
         if not self.waits():
             return False
         self.rows(groups)
-        return self.begin(groups)
+        return self.take_inits(groups)
 
     # Copies, and what optimizers of routes decide together.
 
@@ -400,17 +404,20 @@ class Decider(DecisionTable):
     def restored(cls, snapshot: Mapping[str, Any], groups: Groups) -> Decider:
         """Make the decider of a copy, whose tensors stand where the originals stood."""
         decider, layout = cls(*snapshot["plain"]), []
-        for group, own in zip(groups, snapshot["rows"]):
-            known = [(p, row) for p, row in zip(group["params"], own) if row]
+        for group, plain in zip(groups, snapshot["rows"]):
+            known = [(p, row) for p, row in zip(group["params"], plain) if row]
             layout.append([decider.record(p, *row) for p, row in known])
-        decider.lay_out(layout)
+        decider.set_layout(layout)
         return decider
+
+    def for_route(self, policy: Policy | None) -> Decider:
+        """Make the decider of an optimizer that steps some of the parameters."""
+        return Decider(self.as_policy, policy or self.policy, self.index, whole=self)
 
     def gather(self, part: Decider, groups: Groups) -> None:
         """Take over what one of the optimizers has decided or inherited by itself."""
         for group, rows in zip(groups, part.rows(groups)):
-            for param, row in zip(group["params"], rows):
-                self.record(param, row.decision, row.policy)
+            self.record_as(group["params"], rows)
 
     # Warnings.
 
@@ -430,13 +437,6 @@ class Decider(DecisionTable):
         return self.index.remember(("decays", policy), ask)
 
 
-def part_of(whole: Decider) -> Decider:
-    """Make the decider of an optimizer that steps some of the parameters."""
-    decider = Decider(whole.as_policy, whole.policy, whole.index)
-    decider.whole = whole
-    return decider
-
-
 def _modules_in(value: object) -> list[nn.Module]:
     items = value if isinstance(value, (list, tuple)) else [value]
     return [item for item in items if isinstance(item, nn.Module)]
@@ -452,10 +452,10 @@ def _decide(
     decisions = decide(policy, infos, places, lr0s)
     for decision, info in zip(decisions, infos):
         if decision.decay.needs_lr0 and not is_rate(decision.lr0):
-            known = decision.telling_name
-            name = repr(known) if known else f"a parameter of group {info.group}"
+            name = decision.telling_name
+            label = repr(name) if name else f"a parameter of group {info.group}"
             raise ValueError(
-                f"{name} decays in form {decision.decay.form!r}, which divides by the "
+                f"{label} decays in form {decision.decay.form!r}, which divides by the "
                 f"rate that training begins with, and that is {decision.lr0}. Give its "
                 f"group that rate: dict(params=..., lr=0.0, initial_lr=3e-4)."
             )

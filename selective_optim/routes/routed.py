@@ -28,7 +28,7 @@ from selective_optim._text import copied_groups, kept_on_error, require_numbers,
 from selective_optim.adamw import AdamW
 from selective_optim.any_class import MODES, READING, as_torch_reads, selective
 from selective_optim.decay import is_zero
-from selective_optim.decisions.decider import WRITTEN, Decider, part_of
+from selective_optim.decisions.decider import WRITTEN, Decider
 from selective_optim.decisions.knowledge import Pending
 from selective_optim.decisions.state_dict import Decided
 from selective_optim.decisions.watch import Watch, loss_of
@@ -172,8 +172,7 @@ class Routed(torch.optim.Optimizer):
                 continue
             with route.explaining(params, self._decider.name_of):
                 if route.name not in self.optimizers:
-                    decider = part_of(self._decider)
-                    decider.policy = route.policy or decider.policy
+                    decider = self._decider.for_route(route.policy)
                     arguments = {**self._common, **route.arguments}
                     made = route.selective(mine, **arguments, wd_policy=decider)
                     self.optimizers[route.name] = made
