@@ -324,7 +324,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _begin_training(self) -> None:
         """Take what parameters decay towards, if that is what they are now."""
         decider = self._decider
-        decider.refuse_written((), self.defaults)
+        decider.refuse_written(self.defaults)
         if self._untouched:
             self._untouched = False
             # State that is there now was written past `load_state_dict`, with no

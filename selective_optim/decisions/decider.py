@@ -12,13 +12,8 @@ from torch import Tensor, nn
 
 from selective_optim._text import require_numbers
 from selective_optim.decay import FULL, Decision
-from selective_optim.decisions.knowledge import (
-    Pending,
-    correspond,
-    describe,
-    refuse_flattened,
-    require_members,
-)
+from selective_optim.decisions import knowledge
+from selective_optim.decisions.knowledge import Pending
 from selective_optim.decisions.table import DecisionTable, Infos, Row, trusted_names
 from selective_optim.decisions.warnings import (
     warn_if_unsteady,
@@ -30,6 +25,7 @@ from selective_optim.policies.decide import decide, require_matches
 from selective_optim.policies.selectors import Policy, Selector
 from selective_optim.step.setting import Group, Groups, base_rate, is_rate
 
+Policies = Iterable[Policy | None]
 Decided = list[list[Decision]]
 # What a group may bring and does not keep, and what is typed in place of writing it.
 _INSTEAD = {
@@ -52,6 +48,10 @@ class Block(NamedTuple):
     policy: Policy | None
     model: Any  # or a function that returns it
     made: list[bool]  # one for each
+
+    def modules(self) -> list[nn.Module]:
+        is_function = callable(self.model) and not isinstance(self.model, nn.Module)
+        return as_modules(self.model() if is_function else self.model)
 
 
 # Not a global: two threads, or two async tasks, may build two models.
@@ -87,21 +87,17 @@ class Decider(DecisionTable):
         cls, as_policy: Callable[[object], Policy], wd_policy: object, model: object
     ) -> Decider:
         """Make the decider of a constructor, with what the block around it gives."""
-        block = current_block.get()
         policy = None if wd_policy is None else as_policy(wd_policy)
         index = ModelIndex(model)
-        # Without a policy nothing of a model needs to be known.
-        if block is not None:
+        if (block := current_block.get()) is not None:
             block.made.append(True)
-            policy = block.policy if policy is None else policy
+            policy = policy or block.policy
+            # Without a policy nothing of a model needs to be known.
             if model is None and policy is not None:
-                model = block.model
-                if callable(model) and not isinstance(model, nn.Module):
-                    model = model()
+                modules = block.modules()
                 # What is made inside may be a copy of tensors, which shapes decide.
-                insists = policy.needs != {"shapes"}
-                index = ModelIndex(model if insists else None)
-                index.add(as_modules(model))
+                index = ModelIndex(None if policy.needs == {"shapes"} else modules)
+                index.add(modules)
         return cls(as_policy, policy, index)
 
     def _read_policy(self, value: object) -> Policy | None:
@@ -160,10 +156,7 @@ class Decider(DecisionTable):
         return pending
 
     def decide_for(
-        self,
-        pending: Sequence[Pending],
-        strict: Iterable[Policy | None],
-        strangers: bool = False,
+        self, pending: Sequence[Pending], strict: Policies, strangers: bool = False
     ) -> None:
         """Decide for groups that come in together, or raise with nothing recorded."""
         if self._taken_from_whole(pending):
@@ -177,27 +170,27 @@ class Decider(DecisionTable):
     def ask(
         self,
         pending: Sequence[Pending],
-        strict: Iterable[Policy | None],
+        strict: Policies,
         strangers: bool = False,
         twice: bool = False,
     ) -> Decided:
-        """Ask the policies of groups, and record nothing.
+        """Ask policies, record nothing; globs of ``strict`` ones must match.
 
-        Globs of ``strict`` policies must match. With ``strangers`` parameters may be in
-        no module: the model may be gone by now. With ``twice`` policies that may answer
-        otherwise at a second call are asked again.
+        With ``strangers`` parameters may be in no module: the model may be gone by now.
+        With ``twice`` it warns of functions that answer otherwise at a second call.
         """
-        infos = describe(self.index, pending)
+        infos = knowledge.describe(self.index, pending)
         policies = [coming.policy for coming in pending]
         # First: of a stranger no module is known either, and a message about that
         # would lead astray.
         if not strangers:
-            require_members(self.index, zip(infos, policies))
+            knowledge.require_members(self.index, infos, policies)
         for policy in {id(p): p for p in strict if p is not None}.values():
-            own = [each for each, asked in zip(infos, policies) if asked is policy]
-            everyone = self.index.everyone
-            require_matches(policy, list(chain(*own)), self._matches, everyone)
-        bound = {key: self._bind(p) for key, p in {id(p): p for p in policies}.items()}
+            lists = [group for group, p in zip(infos, policies) if p is policy]
+            own = list(chain(*lists))
+            require_matches(policy, own, self._matches, self.index.everyone)
+        distinct = {id(policy): policy for policy in policies}
+        bound = {key: self._bind(policy) for key, policy in distinct.items()}
         policies = [bound[id(policy)] for policy in policies]
         lr0s = [coming.lr0s for coming in pending]
         decided = list(map(_decide, policies, infos, lr0s))
@@ -221,8 +214,10 @@ class Decider(DecisionTable):
         known = [self.whole.rows_of(coming.params) for coming in pending]
         if None in known:
             return False
-        for coming, rows in zip(pending, known):
-            self.append(coming.group, self.record_as(coming.params, rows or ()))
+        for coming, known_rows in zip(pending, known):
+            pairs = zip(coming.params, known_rows or ())
+            rows = [self.record(p, row.decision, row.policy) for p, row in pairs]
+            self.append(coming.group, rows)
         return True
 
     def _comes_again(self, coming: Pending) -> bool:
@@ -238,7 +233,7 @@ class Decider(DecisionTable):
             return False
         rows = self.rows_of(coming.params)
         if rows is None:
-            (infos,) = describe(self.index, [coming])
+            (infos,) = knowledge.describe(self.index, [coming])
             rows = self.inherit(infos, self._cleared[index])
         if rows is None:
             return False
@@ -251,7 +246,8 @@ class Decider(DecisionTable):
 
     def rows(self, groups: Groups) -> list[list[Row]]:
         """Return what was decided for every parameter, on the spot where it is new."""
-        self.refuse_written(groups, {})
+        for index, group in enumerate(groups):
+            self.refuse_written(group, index)
         if not self.is_current(groups):
             self._follow(groups)
         return self.layout
@@ -289,16 +285,14 @@ class Decider(DecisionTable):
             for i, (group, rows) in enumerate(zip(groups, found))
             if None in rows
         ]
-        infos = iter(describe(self.index, incomplete))
         elsewhere = self.rows_elsewhere(known) if incomplete else {}
-        # After groups were added or removed by hand, positions say nothing.
-        before = self.layout if len(groups) == len(self.layout) else repeat([])
-        layout = [
-            self._complete(next(infos), rows, old_rows, elsewhere, base_rate(group))
-            if None in rows
-            else [row for row in rows if row]
-            for group, rows, old_rows in zip(groups, found, before)
-        ]
+        layout = [[row for row in rows if row] for rows in found]
+        described = knowledge.describe(self.index, incomplete)
+        for coming, infos in zip(incomplete, described):
+            i, lr0 = coming.group, base_rate(groups[coming.group])
+            # After groups were added or removed by hand, positions say nothing.
+            before = self.layout[i] if len(groups) == len(self.layout) else []
+            layout[i] = self._complete(infos, found[i], before, elsewhere, lr0)
         self.set_layout(layout)
 
     def _complete(
@@ -310,16 +304,16 @@ class Decider(DecisionTable):
         lr0: float | None,
     ) -> list[Row]:
         """Give every parameter of a group a row, where ``None`` stands for none yet."""
+        policy = self.policy
         # What is new in a group begins as the others in it did.
-        neighbor = next(filter(None, (*rows, *before)), None)
-        policy = self.policy if neighbor is None else neighbor.policy
-        lr0 = lr0 if neighbor is None else neighbor.decision.lr0 or lr0
+        if neighbor := next(filter(None, (*rows, *before)), None):
+            policy, lr0 = neighbor.policy, neighbor.decision.lr0 or lr0
         completed = self.recover(infos, rows, before, elsewhere)
         if not any(completed):
             old = [row.decision for row in before]
-            if correspond(infos, old, policy):
+            if knowledge.correspond(infos, old, policy):
                 return list(map(self.take_over, infos, before))
-            refuse_flattened(infos, old, policy)
+            knowledge.refuse_flattened(infos, old, policy)
         places = [i for i, row in enumerate(completed) if row is None]
         new = [infos[i] for i in places]
         bound = self._bind(policy) if new else None
@@ -327,31 +321,30 @@ class Decider(DecisionTable):
             completed[i] = self.record(infos[i].parameter, decision, policy)
         return [row for row in completed if row is not None]
 
-    def refuse_written(self, groups: Groups, defaults: Group) -> None:
-        """Raise ValueError if a policy or module stands where nothing reads it."""
-        written = [
-            (key, f"group {index}", f"param_groups[{index}]")
-            for index, group in enumerate(groups)
-            for key in WRITTEN & group.keys()
-            if not self._in_force(index, key, group[key])
-        ]
-        written += [
-            (key, "optimizer.defaults", "defaults")
-            for key in WRITTEN & defaults.keys()
-            if key == "wd_policy" or _modules_in(defaults[key])
-        ]
-        for key, place, path in written:
+    def refuse_written(self, group: Group, index: int | None = None) -> None:
+        """Raise ValueError if a policy or module stands where nothing reads it.
+
+        A group without an index is ``optimizer.defaults``, by which nothing is decided.
+        """
+        for key in WRITTEN & group.keys():
+            if self._in_force(key, group[key], index):
+                continue
+            place, path = f"group {index}", f"param_groups[{index}]"
+            if index is None:
+                place, path = "optimizer.defaults", "defaults"
             raise ValueError(
                 f"a `{key}` was written into {place}, where nothing reads it. Type "
                 f"{_INSTEAD[key]}, and del optimizer.{path}[{key!r}]."
             )
 
-    def _in_force(self, index: int, key: str, written: object) -> bool:
+    def _in_force(self, key: str, written: object, index: int | None) -> bool:
         """Tell whether a group was decided by what now stands in it."""
         if key == "model":  # a user's own tag may be of any other kind
-            known = set(map(id, self.index.modules()))
-            return known.issuperset(map(id, _modules_in(written)))
-        if index >= len(self.layout):
+            items = written if isinstance(written, (list, tuple)) else [written]
+            modules = {id(item) for item in items if isinstance(item, nn.Module)}
+            known = [] if index is None else self.index.modules()
+            return modules <= set(map(id, known))
+        if index is None or index >= len(self.layout):
             return False
         with suppress(TypeError, ValueError):
             policy = self._read_policy(written)
@@ -417,7 +410,8 @@ class Decider(DecisionTable):
     def gather(self, part: Decider, groups: Groups) -> None:
         """Take over what one of the optimizers has decided or inherited by itself."""
         for group, rows in zip(groups, part.rows(groups)):
-            self.record_as(group["params"], rows)
+            for param, row in zip(group["params"], rows):
+                self.record(param, row.decision, row.policy)
 
     # Warnings.
 
@@ -435,11 +429,6 @@ class Decider(DecisionTable):
             return False
 
         return self.index.remember(("decays", policy), ask)
-
-
-def _modules_in(value: object) -> list[nn.Module]:
-    items = value if isinstance(value, (list, tuple)) else [value]
-    return [item for item in items if isinstance(item, nn.Module)]
 
 
 def _decide(

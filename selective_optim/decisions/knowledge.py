@@ -194,7 +194,7 @@ def refuse_flattened(
 ) -> None:
     """Check that tensors in the places of others are not those, joined or stacked."""
     known = any(info.owner is not None or info.name for info in infos)
-    if policy is None or not policy.needs or not old or known:
+    if policy is None or not policy.needs or known:
         return
     # Where shapes decide, fewer that are not all flat are new parameters.
     merged = len(infos) < len(old) and (
@@ -219,15 +219,14 @@ def _by_hand(policy: Policy) -> str:
 
 
 def require_members(
-    index: ModelIndex, groups: Iterable[tuple[Infos, Policy | None]]
+    index: ModelIndex, groups: Sequence[Infos], policies: Iterable[Policy | None]
 ) -> None:
     """Check that every parameter lives in ``model=``, if that was given."""
     if not index.modules():
         return
-    groups = list(groups)
-    alone = all(info.owner is None for infos, _ in groups for info in infos)
-    for infos, policy in groups:
-        strangers = [i for i, info in enumerate(infos) if info.owner is None]
+    alone = all(info.owner is None for infos in groups for info in infos)
+    for infos, policy in zip(groups, policies):
+        strangers = [pair for pair in enumerate(infos) if pair[1].owner is None]
         if not strangers:
             continue
         if not index.explicit:
@@ -236,8 +235,7 @@ def require_members(
             # Stacks of all that live in a module are refused even if it was not given.
             if known != inside:
                 continue
-        position = strangers[0]
-        info = infos[position]
+        position, info = strangers[0]
         where = (
             f"{info.describe(position)}, at position {position} of group {info.group}, "
             f"is in none of the modules given as `model`"

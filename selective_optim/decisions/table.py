@@ -2,15 +2,13 @@
 
 A tensor finds its decision in the first of these ways, when groups were edited:
 
-1. by its token, which follows it wherever it is moved, copied or reordered to; after
-   ``swap_tensors``, by the object (``undo_swaps``);
-2. by its place, if all tensors of a group are new and none contradicts (``inherit``);
-3. by object or name, if it comes from another place (``recover``);
-4. by its place, if an engine put other forms there (``knowledge.correspond``).
+1. by its token, wherever it was moved, or after ``swap_tensors`` by object
+2. by its place, if all tensors of a group are new and none contradicts (``inherit``)
+3. by object or name, if it stood in another place (``recover``)
+4. by its place, if an engine put other forms there (``knowledge.correspond``)
 
-For any other the policy decides anew. The table holds no tensor, or an unsharded model
-would stay in memory; a token is the tensor's own and nothing else's, see
-``_torch.token_of``.
+Else the policy decides anew. The table holds no tensor, or an unsharded model would
+stay in memory; a token is the tensor's own and nothing else's, see ``_torch.token_of``.
 
 The rate that some forms divide by, and the values that ``"init"`` pulls to, stay
 outside of groups and state, and are recorded in the state dict.
@@ -45,10 +43,6 @@ class Row(NamedTuple):
     policy: Policy | None
 
 
-_token_of_row = attrgetter("token")
-_owner_of_row = attrgetter("owner")
-
-
 class DecisionTable:
     """What was decided, by tensor, and how the groups stood when last looked at."""
 
@@ -61,11 +55,6 @@ class DecisionTable:
         token = _torch.token_of(param)
         row = self._rows[id(token)] = Row(token, id(param), decision, policy)
         return row
-
-    def record_as(self, params: Iterable[Tensor], rows: Iterable[Row]) -> list[Row]:
-        """Record for each tensor what a row, as of another table, says."""
-        pairs = zip(params, rows)
-        return [self.record(param, row.decision, row.policy) for param, row in pairs]
 
     def row_of(self, param: Tensor) -> Row | None:
         # While a token is kept, no other object can get its id.
@@ -92,9 +81,10 @@ class DecisionTable:
         if list(map(len, lists)) != list(map(len, self.layout)):
             return False
         params, rows = list(chain(*lists)), list(chain(*self.layout))
-        tokens = map(_torch.token_of, params)
-        same_tokens = all(map(is_, tokens, map(_token_of_row, rows)))
-        return same_tokens and all(map(eq, map(id, params), map(_owner_of_row, rows)))
+        # Not a loop: some classes ask at every step.
+        tokens, owners = map(attrgetter("token"), rows), map(attrgetter("owner"), rows)
+        same_tokens = all(map(is_, map(_torch.token_of, params), tokens))
+        return same_tokens and all(map(eq, map(id, params), owners))
 
     def append(self, index: int, rows: list[Row]) -> None:
         if index < len(self.layout):  # decided anew: another list tells those who look
@@ -104,9 +94,6 @@ class DecisionTable:
     def set_layout(self, layout: list[list[Row]]) -> None:
         """Remember how the groups stand, and forget tensors long gone."""
         self.layout, self._waiting_in = layout, None  # holds rows of tensors that left
-        # As a rule no tensor has left, and there is nothing to count.
-        if len(self._rows) <= sum(map(len, layout)):
-            return
         present = self._present()
         # Whoever rebuilds parameters again and again would fill the table otherwise.
         full = len(self._rows) > 2 * len(present) + 64
@@ -154,11 +141,8 @@ class DecisionTable:
         rows = list(chain(*self.layout))
         # Parameters of two models may have the same name, which then says nothing.
         counts = Counter(row.decision.name for row in rows)
-        named = {
-            name: row
-            for row in rows
-            if (name := row.decision.name) and counts[name] == 1
-        }
+        del counts[None]
+        named = {r.decision.name: r for r in rows if counts[r.decision.name] == 1}
         # Objects that had a row, whose token `swap_tensors` has given away.
         seen = {id(row.token) for row in known}
         return named | {row.owner: row for row in rows if id(row.token) not in seen}
@@ -192,16 +176,14 @@ class DecisionTable:
 
     def take_inits(self, groups: Groups) -> bool:
         """Take what parameters decay towards, in groups that a step now moves."""
-        waiting = [
-            (index, place, param)
-            for index, place, param, decision in self._places(groups)
-            if decision.waits and is_moving(groups[index])
-        ]
-        for index, place, param in waiting:
-            self._renew(index, place, param, init=param.detach().clone())
-        if waiting:
+        taken = False
+        for index, place, param, decision in self._places(groups):
+            if decision.waits and is_moving(groups[index]):
+                self._renew(index, place, param, init=param.detach().clone())
+                taken = True
+        if taken:
             self._copy_layout()
-        return bool(waiting)
+        return taken
 
     def place_inits(self, groups: Groups) -> None:
         """Bring what parameters decay towards to where these lie, and shard it."""

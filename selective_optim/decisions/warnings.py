@@ -162,8 +162,7 @@ def warn_of_changes(
 ) -> None:
     """Warn once if a checkpoint was made with other decisions than those now taken."""
     labels = [
-        [decision.label(index, place) for place, decision in enumerate(decisions)]
-        for index, decisions in enumerate(decided)
+        [d.label(i, n) for n, d in enumerate(group)] for i, group in enumerate(decided)
     ]
     if saved is not None and (changes := _changes(chain(*labels), saved, now)):
         warn(

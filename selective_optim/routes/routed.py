@@ -384,7 +384,7 @@ class Routed(torch.optim.Optimizer):
     def _require_ready(self) -> None:
         """Raise where a route cannot decide, before any has stepped."""
         self._distribute()
-        self._decider.refuse_written((), self.defaults)
+        self._decider.refuse_written(self.defaults)
         # Not each parameter, at every step.
         lists = [group["params"] for group in self.param_groups]
         groups = [(id(params), len(params)) for params in lists]
