@@ -141,7 +141,7 @@ class Decider(DecisionTable):
             return False
         try:
             # With a policy or model of its own it is decided anew, whatever was before.
-            if anew or not self._comes_again(coming):
+            if anew or not self._decided_before(coming):
                 self.decide_for([coming], [policy] if anew else [])
         finally:
             self.index.release()
@@ -187,8 +187,8 @@ class Decider(DecisionTable):
             knowledge.require_members(self.index, infos, policies)
         for policy in {id(p): p for p in strict if p is not None}.values():
             lists = [group for group, p in zip(infos, policies) if p is policy]
-            own = list(chain(*lists))
-            require_matches(policy, own, self._matches, self.index.everyone)
+            asked = list(chain(*lists))
+            require_matches(policy, asked, self._matches, self.index.everyone)
         distinct = {id(policy): policy for policy in policies}
         bound = {key: self._bind(policy) for key, policy in distinct.items()}
         policies = [bound[id(policy)] for policy in policies]
@@ -211,21 +211,22 @@ class Decider(DecisionTable):
         """Take over what was decided with the parameters of other optimizers."""
         if self.whole is None:
             return False
-        known = [self.whole.rows_of(coming.params) for coming in pending]
-        if None in known:
+        rows_by_group = [self.whole.rows_of(coming.params) for coming in pending]
+        if None in rows_by_group:
             return False
-        for coming, known_rows in zip(pending, known):
-            pairs = zip(coming.params, known_rows or ())
-            rows = [self.record(p, row.decision, row.policy) for p, row in pairs]
-            self.append(coming.group, rows)
+        for coming, rows in zip(pending, rows_by_group):
+            pairs = zip(coming.params, rows or ())
+            own_rows = [self.record(p, row.decision, row.policy) for p, row in pairs]
+            self.append(coming.group, own_rows)
         return True
 
-    def _comes_again(self, coming: Pending) -> bool:
-        """Take over the rows of a group that was cleared: frameworks do so to shard."""
+    def _decided_before(self, coming: Pending) -> bool:
+        """Take over what was decided with other optimizers, or for a cleared group."""
         if self._taken_from_whole([coming]):
             return True
         index = coming.group
-        # A first group while rows are known: the groups were cleared, and come again.
+        # A first group while rows are known: frameworks clear the groups to shard the
+        # model, and add them again.
         if index == 0 and self.layout:
             self._cleared, self.layout = self.layout, []
         if index >= len(self._cleared):
@@ -275,24 +276,25 @@ class Decider(DecisionTable):
         Places count where all tensors of a group are new. For a new row that policy is
         asked that the tensors around have. If it cannot decide, the layout stays.
         """
-        found = [[self.row_of(p) for p in group["params"]] for group in groups]
-        self.undo_swaps(groups, found)
-        known = [row for row in chain(*found) if row is not None]
+        rows_by_group = [[self.row_of(p) for p in group["params"]] for group in groups]
+        self.undo_swaps(groups, rows_by_group)
+        known_rows = [row for row in chain(*rows_by_group) if row is not None]
         # A name counts only if no known tensor has it.
-        used = {row.decision.name for row in known}
+        used = {row.decision.name for row in known_rows}
         incomplete = [
             Pending(i, list(group["params"]), trusted_names(group, rows, used), None)
-            for i, (group, rows) in enumerate(zip(groups, found))
+            for i, (group, rows) in enumerate(zip(groups, rows_by_group))
             if None in rows
         ]
-        elsewhere = self.rows_elsewhere(known) if incomplete else {}
-        layout = [[row for row in rows if row] for rows in found]
+        elsewhere = self.rows_elsewhere(known_rows) if incomplete else {}
+        layout = [[row for row in rows if row] for rows in rows_by_group]
         described = knowledge.describe(self.index, incomplete)
         for coming, infos in zip(incomplete, described):
-            i, lr0 = coming.group, base_rate(groups[coming.group])
+            i = coming.group
+            rows, lr0 = rows_by_group[i], base_rate(groups[i])
             # After groups were added or removed by hand, positions say nothing.
             before = self.layout[i] if len(groups) == len(self.layout) else []
-            layout[i] = self._complete(infos, found[i], before, elsewhere, lr0)
+            layout[i] = self._complete(infos, rows, before, elsewhere, lr0)
         self.set_layout(layout)
 
     def _complete(
@@ -342,8 +344,8 @@ class Decider(DecisionTable):
         if key == "model":  # a user's own tag may be of any other kind
             items = written if isinstance(written, (list, tuple)) else [written]
             modules = {id(item) for item in items if isinstance(item, nn.Module)}
-            known = [] if index is None else self.index.modules()
-            return modules <= set(map(id, known))
+            asked = [] if index is None else self.index.modules()
+            return modules <= set(map(id, asked))
         if index is None or index >= len(self.layout):
             return False
         with suppress(TypeError, ValueError):
@@ -365,7 +367,7 @@ class Decider(DecisionTable):
             lr0s = [row.decision.lr0 if row else base_rate(group) for row in rows]
             pending.append(Pending(index, list(group["params"]), names, policy, lr0s))
         self.decide_for(pending, [policy], strangers=True)
-        self.forget_absent()  # they are decided anew when they come back
+        self._rows = self._present()  # others are decided anew when they come back
         self.policy = policy
         self.warn_if_weak(groups)
 
@@ -390,7 +392,7 @@ class Decider(DecisionTable):
         with suppress(ValueError):  # what cannot be decided is told at the next step
             self.rows(groups)
         rows = [[self.row_of(p) for p in group["params"]] for group in groups]
-        plain = [[row and (row.decision, row.policy) for row in own] for own in rows]
+        plain = [[r and (r.decision, r.policy) for r in group] for group in rows]
         return {"plain": (self.as_policy, self.policy, self.index), "rows": plain}
 
     @classmethod
@@ -398,8 +400,8 @@ class Decider(DecisionTable):
         """Make the decider of a copy, whose tensors stand where the originals stood."""
         decider, layout = cls(*snapshot["plain"]), []
         for group, plain in zip(groups, snapshot["rows"]):
-            known = [(p, row) for p, row in zip(group["params"], plain) if row]
-            layout.append([decider.record(p, *row) for p, row in known])
+            pairs = zip(group["params"], plain)
+            layout.append([decider.record(p, *row) for p, row in pairs if row])
         decider.set_layout(layout)
         return decider
 

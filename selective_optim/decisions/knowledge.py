@@ -60,8 +60,8 @@ def describe(
     # With `model=` a tensor of another model is a mistake.
     if gaps and not index.explicit:
         _search(index, infos, gaps)
-    rest = iter(infos)
-    return [list(islice(rest, len(coming.params))) for coming in pending]
+    remaining = iter(infos)
+    return [list(islice(remaining, len(coming.params))) for coming in pending]
 
 
 def _lacks(policy: Policy | None, info: ParameterInfo) -> bool:
@@ -193,8 +193,8 @@ def refuse_flattened(
     infos: Infos, old: Sequence[Decision], policy: Policy | None
 ) -> None:
     """Check that tensors in the places of others are not those, joined or stacked."""
-    known = any(info.owner is not None or info.name for info in infos)
-    if policy is None or not policy.needs or known:
+    identified = any(info.owner is not None or info.name for info in infos)
+    if policy is None or not policy.needs or identified:
         return
     # Where shapes decide, fewer that are not all flat are new parameters.
     merged = len(infos) < len(old) and (
@@ -230,10 +230,10 @@ def require_members(
         if not strangers:
             continue
         if not index.explicit:
-            known = sorted([info.parameter.shape for info in index.everyone()])
+            shapes = sorted([info.parameter.shape for info in index.everyone()])
             inside = sorted([info.parameter.shape[1:] for info in infos])
             # Stacks of all that live in a module are refused even if it was not given.
-            if known != inside:
+            if shapes != inside:
                 continue
         position, info = strangers[0]
         where = (

@@ -60,11 +60,10 @@ class DecisionTable:
         # While a token is kept, no other object can get its id.
         return self._rows.get(id(_torch.token_of(param)))
 
-    def rows_of(self, params: Iterable[Tensor]) -> list[Row] | None:
+    def rows_of(self, params: Sequence[Tensor]) -> list[Row] | None:
         """Return the rows of all these, or ``None`` if one has none."""
-        rows = list(map(self.row_of, params))
-        known = [row for row in rows if row is not None]
-        return known if len(known) == len(rows) else None
+        rows = [row for row in map(self.row_of, params) if row is not None]
+        return rows if len(rows) == len(params) else None
 
     def decided_by(self, params: Iterable[Tensor]) -> Policy | None:
         """Return the policy by which one of these decays otherwise than in full."""
@@ -102,26 +101,23 @@ class DecisionTable:
         gone = {k: row for k, row in self._rows.items() if not (full or row.token)}
         self._rows = {**gone, **present}
 
-    def forget_absent(self) -> None:
-        self._rows = self._present()
-
     def _present(self) -> dict[int, Row]:
         return {id(row.token): row for row in chain(*self.layout)}
 
     # How tensors find their rows again.
 
-    def undo_swaps(self, groups: Groups, found: Sequence[list[Row | None]]) -> None:
+    def undo_swaps(self, groups: Groups, rows_by_group: list[list[Row | None]]) -> None:
         """Give objects the rows back whose tokens ``swap_tensors`` exchanged.
 
         It exchanges all but the objects, by which torch knows state and groups. Nobody
         else can give a token away: a row belongs to the object that it names as owner.
         """
-        owned = {row.owner: row for row in chain(*found) if row is not None}
-        for group, rows in zip(groups, found):
+        by_owner = {row.owner: row for row in chain(*rows_by_group) if row is not None}
+        for group, rows in zip(groups, rows_by_group):
             for place, (param, row) in enumerate(zip(group["params"], rows)):
                 if row is not None and row.owner != id(param):
-                    own = owned.get(id(param), row)
-                    rows[place] = self.record(param, own.decision, own.policy)
+                    row = by_owner.get(id(param), row)
+                    rows[place] = self.record(param, row.decision, row.policy)
 
     def inherit(self, infos: Infos, rows: Sequence[Row]) -> list[Row] | None:
         """Give new tensors the rows of their places, unless something contradicts."""
@@ -136,7 +132,7 @@ class DecisionTable:
             self._rows.pop(id(row.token), None)
         return self.record(info.parameter, row.decision, row.policy)
 
-    def rows_elsewhere(self, known: Iterable[Row]) -> dict[object, Row]:
+    def rows_elsewhere(self, known_rows: Iterable[Row]) -> dict[object, Row]:
         """Look up rows that are not found by token: by object, or by name."""
         rows = list(chain(*self.layout))
         # Parameters of two models may have the same name, which then says nothing.
@@ -144,7 +140,7 @@ class DecisionTable:
         del counts[None]
         named = {r.decision.name: r for r in rows if counts[r.decision.name] == 1}
         # Objects that had a row, whose token `swap_tensors` has given away.
-        seen = {id(row.token) for row in known}
+        seen = {id(row.token) for row in known_rows}
         return named | {row.owner: row for row in rows if id(row.token) not in seen}
 
     def recover(

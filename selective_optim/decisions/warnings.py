@@ -23,13 +23,13 @@ RESEMBLANCE = 0.85
 alive: WeakSet[Any] = WeakSet()
 
 
-def warn_of_misspelt(group: Iterable[Any], known: Sequence[str]) -> None:
+def warn_of_misspelt(group: Iterable[Any], names: Sequence[str]) -> None:
     for key in group:
-        if key in known or not isinstance(key, str):
+        if key in names or not isinstance(key, str):
             continue
-        nearest = max(known, key=lambda k: SequenceMatcher(None, k, key).ratio())
+        nearest = max(names, key=lambda n: SequenceMatcher(None, n, key).ratio())
         # "initial_lr" and "weight_decay_mult" belong to other code: not misspelled.
-        longer = any(key.startswith(f"{k}_") or key.endswith(f"_{k}") for k in known)
+        longer = any(key.startswith(f"{n}_") or key.endswith(f"_{n}") for n in names)
         if not longer and SequenceMatcher(None, nearest, key).ratio() >= RESEMBLANCE:
             warn(
                 f"{key!r} in a parameter group has no effect. Did you mean {nearest!r}?"

@@ -182,11 +182,11 @@ def _compare_with_first(groups: Groups, layout: Layout, found: bool) -> None:
     try:
         key = f"{key}/{store.add(f'{key}/of rank {rank}', 1)}"
         # Decisions repeat from layer to layer: of 200,000 parameters this is a few kB.
-        own = b64encode(compress("\n".join(decays).encode()))
-        first = store.compare_set(key, "", own.decode())
+        encoded = b64encode(compress("\n".join(decays).encode()))
+        first = store.compare_set(key, "", encoded.decode())
     except RuntimeError:  # nobody serves it any longer
         return
-    if first in (b"", own):  # empty: a store that keeps nothing, as of a fake group
+    if first in (b"", encoded):  # empty: a store that keeps nothing, as of a fake group
         return
     firsts = decompress(b64decode(first)).decode().split("\n")
     others = [i for i, decay in enumerate(decays) if decay != firsts[i]]
