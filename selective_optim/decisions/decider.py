@@ -164,7 +164,7 @@ class Decider(DecisionTable):
         decided = self.ask(pending, strict, strangers, twice=True)
         for coming, decisions in zip(pending, decided):
             pairs = zip(coming.params, decisions, strict=True)
-            rows = [self.record(*pair, coming.policy) for pair in pairs]
+            rows = [self.record(p, decision, coming.policy) for p, decision in pairs]
             self.append(coming.group, rows)
 
     def ask(
@@ -306,11 +306,14 @@ class Decider(DecisionTable):
         lr0: float | None,
     ) -> list[Row]:
         """Give every parameter of a group a row, where ``None`` stands for none yet."""
+        inherited = None if any(rows) else self.inherit(infos, before)
+        if inherited is not None:
+            return inherited
         policy = self.policy
         # What is new in a group begins as the others in it did.
         if neighbor := next(filter(None, (*rows, *before)), None):
             policy, lr0 = neighbor.policy, neighbor.decision.lr0 or lr0
-        completed = self.recover(infos, rows, before, elsewhere)
+        completed = self.recover(infos, rows, elsewhere)
         if not any(completed):
             old = [row.decision for row in before]
             if knowledge.correspond(infos, old, policy):

@@ -144,15 +144,9 @@ class DecisionTable:
         return named | {row.owner: row for row in rows if id(row.token) not in seen}
 
     def recover(
-        self,
-        infos: Infos,
-        rows: Sequence[Row | None],
-        before: Sequence[Row],
-        elsewhere: Mapping[object, Row],
+        self, infos: Infos, rows: Sequence[Row | None], elsewhere: Mapping[object, Row]
     ) -> list[Row | None]:
-        """Let tensors without a row take over those of their places, or of others."""
-        if not any(rows) and (inherited := self.inherit(infos, before)) is not None:
-            return [*inherited]
+        """Let tensors without a row take over one that is found by object or name."""
         recovered = list(rows)
         for place, info in enumerate(infos):
             row = elsewhere.get(id(info.parameter)) or elsewhere.get(info.name)
