@@ -74,7 +74,7 @@ def decider_for(model: object, wd_policy: object) -> Decider:
     """Make the decider of a constructor, unless it is given one."""
     if isinstance(wd_policy, Decider):
         return wd_policy
-    return Decider.given(as_policy, wd_policy, model)
+    return Decider.for_constructor(as_policy, wd_policy, model)
 
 
 class Shown(local):
@@ -338,7 +338,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _begin_training(self) -> None:
         """Take what parameters decay towards, if that is what they are now."""
         decider = self._decider
-        decider.refuse_written((), self.defaults)
+        decider.refuse_written(self.defaults)
         if self._untouched:
             self._untouched = False
             # State that is there now was written past `load_state_dict`, with no

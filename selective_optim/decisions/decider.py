@@ -12,40 +12,28 @@ from torch import Tensor, nn
 
 from selective_optim._text import require_numbers
 from selective_optim.decay import FULL, Decision
-from selective_optim.decisions.knowledge import (
-    Pending,
-    correspond,
-    describe,
-    refuse_flattened,
-    require_members,
-)
-from selective_optim.decisions.table import (
-    DecisionTable,
-    Infos,
-    Row,
-    trusted_names,
-)
+from selective_optim.decisions import knowledge
+from selective_optim.decisions.knowledge import Pending
+from selective_optim.decisions.table import DecisionTable, Infos, Row, trusted_names
 from selective_optim.decisions.warnings import (
     warn_if_unsteady,
     warn_if_weak,
     warn_of_misspelt,
 )
-from selective_optim.parameters import ModelIndex, ParameterInfo, as_modules
+from selective_optim.parameters import ModelIndex, as_modules
 from selective_optim.policies.decide import decide, require_matches
 from selective_optim.policies.selectors import Policy, Selector
 from selective_optim.step.setting import Group, Groups, base_rate, is_rate
 
-Coming = Sequence[Pending]
 Policies = Iterable[Policy | None]
 Decided = list[list[Decision]]
-# What a group may bring and does not keep; ZeroRedundancyOptimizer writes them back.
-OWN_KEYS = ("wd_policy", "model")
-WRITTEN = frozenset(OWN_KEYS)
+# What a group may bring and does not keep, and what is typed in place of writing it.
 _INSTEAD = {
     "wd_policy": "optimizer.wd_policy = ... to decide anew",
     "model": "optimizer.add_param_group(dict(params=..., model=model)) for new "
     "parameters",
 }
+WRITTEN = frozenset(_INSTEAD)  # ZeroRedundancyOptimizer writes them back
 
 
 def own_keys(group: Group) -> frozenset[str]:
@@ -61,49 +49,55 @@ class Block(NamedTuple):
     model: Any  # or a function that returns it
     made: list[bool]  # one for each
 
+    def modules(self) -> list[nn.Module]:
+        is_function = callable(self.model) and not isinstance(self.model, nn.Module)
+        return as_modules(self.model() if is_function else self.model)
+
 
 # Not a global: two threads, or two async tasks, may build two models.
-around_here: ContextVar[Block | None] = ContextVar("selective_optim", default=None)
+current_block: ContextVar[Block | None] = ContextVar("selective_optim", default=None)
 
 
 class Decider(DecisionTable):
-    """Decides once for every tensor: by ``policy``, unless its group brings another."""
+    """Decides once for every tensor: by ``policy``, unless its group brings another.
+
+    A constructor calls ``read``, ``unpack`` and ``add_group`` for each group, and then
+    ``decide_pending`` for all; a group that is added later is decided at once. After
+    edits of the groups ``rows`` brings the table up to date.
+    """
 
     def __init__(
         self,
         as_policy: Callable[[object], Policy],
         policy: Policy | None,
         index: ModelIndex,
+        whole: Decider | None = None,
     ) -> None:
         super().__init__()
         self.policy, self.index, self.as_policy = policy, index, as_policy
         self._pending: list[Pending] | None = None
         self._cleared: list[list[Row]] = []
         # That of a `Routed`, if this one is of a route: it decides and warns for all.
-        self.whole: Decider | None = None
+        self.whole = whole
 
     # What a group is read as.
 
     @classmethod
-    def given(
+    def for_constructor(
         cls, as_policy: Callable[[object], Policy], wd_policy: object, model: object
     ) -> Decider:
         """Make the decider of a constructor, with what the block around it gives."""
-        block = around_here.get()
         policy = None if wd_policy is None else as_policy(wd_policy)
         index = ModelIndex(model)
-        # Without a policy nothing of a model needs to be known.
-        if block is not None:
+        if (block := current_block.get()) is not None:
             block.made.append(True)
-            policy = block.policy if policy is None else policy
+            policy = policy or block.policy
+            # Without a policy nothing of a model needs to be known.
             if model is None and policy is not None:
-                model = block.model
-                if callable(model) and not isinstance(model, nn.Module):
-                    model = model()
+                modules = block.modules()
                 # What is made inside may be a copy of tensors, which shapes decide.
-                insists = policy.needs != {"shapes"}
-                index = ModelIndex(model if insists else None)
-                index.add(as_modules(model))
+                index = ModelIndex(None if policy.needs == {"shapes"} else modules)
+                index.add(modules)
         return cls(as_policy, policy, index)
 
     def _read_policy(self, value: object) -> Policy | None:
@@ -118,25 +112,25 @@ class Decider(DecisionTable):
         """Return a group's policy, which the caller's dict keeps, and torch's group."""
         if not isinstance(group, dict) or "params" not in group:
             return self.policy, group  # torch says what is wrong
-        if self.whole is None:  # else it was told
-            warn_of_misspelt(group, [*keys, "params", "param_names", *OWN_KEYS])
+        if self.whole is None:  # else that has warned
+            warn_of_misspelt(group, [*keys, "params", "param_names", *_INSTEAD])
         require_numbers(group, " of a group")
-        own = own_keys(group)
-        if "model" in own:
+        ours = own_keys(group)
+        if "model" in ours:
             self.index.add(as_modules(group["model"]))
         group["params"] = self.index.learn(group["params"])
-        if not own:
+        if not ours:
             return self.policy, group
         if not isinstance(group["params"], (Tensor, set)):  # which torch refuses
             # torch fills a copy; a generator in the caller's dict would be used up.
             group["params"] = list(group["params"])
         policy = group.get("wd_policy", self.policy)
-        rest = {key: value for key, value in group.items() if key not in own}
-        return self._read_policy(policy), rest
+        torchs = {key: value for key, value in group.items() if key not in ours}
+        return self._read_policy(policy), torchs
 
     # How decisions are found.
 
-    def add_group(self, groups: Groups, policy: Policy | None, own: bool) -> bool:
+    def add_group(self, groups: Groups, policy: Policy | None, anew: bool) -> bool:
         """Decide for the last group, but not yet in a constructor; tell if decided."""
         index, group = len(groups) - 1, groups[-1]
         names, lr0s = group.get("param_names", ()), repeat(base_rate(group))
@@ -147,59 +141,62 @@ class Decider(DecisionTable):
             return False
         try:
             # With a policy or model of its own it is decided anew, whatever was before.
-            known = self._taken_from_whole([coming])
-            if not (known or (not own and self._comes_again(coming))):
-                self.decide_for([coming], [policy] if own else [])
+            if anew or not self._decided_before(coming):
+                self.decide_for([coming], [policy] if anew else [])
         finally:
             self.index.release()
         return True
 
     def decide_pending(self) -> None:
-        if coming := self.take_pending():
-            self.decide_for(coming, [self.policy, *(each.policy for each in coming)])
+        if pending := self.take_pending():
+            self.decide_for(pending, [self.policy, *(each.policy for each in pending)])
 
     def take_pending(self) -> list[Pending]:
         pending, self._pending = self._pending or [], None
         return pending
 
     def decide_for(
-        self, coming: Coming, strict: Policies, strangers: bool = False
+        self, pending: Sequence[Pending], strict: Policies, strangers: bool = False
     ) -> None:
         """Decide for groups that come in together, or raise with nothing recorded."""
-        if self._taken_from_whole(coming):
+        if self._taken_from_whole(pending):
             return
-        policies, infos, decided = self._ask(coming, strict, strangers)
-        warn_if_unsteady(policies, infos, decided)
-        for each, decisions in zip(coming, decided):
-            pairs = zip(each.params, decisions, strict=True)
-            rows = [self.record(param, told, each.policy) for param, told in pairs]
-            self.append(each.group, rows)
+        decided = self.ask(pending, strict, strangers, twice=True)
+        for coming, decisions in zip(pending, decided):
+            pairs = zip(coming.params, decisions, strict=True)
+            rows = [self.record(p, decision, coming.policy) for p, decision in pairs]
+            self.append(coming.group, rows)
 
-    def ask(self, coming: Coming, strict: Policies) -> Decided:
-        """Ask policies, record nothing; globs of ``strict`` ones must match."""
-        return self._ask(coming, strict)[-1]
-
-    def _ask(
-        self, coming: Coming, strict: Policies, strangers: bool = False
-    ) -> tuple[list[Policy | None], list[list[ParameterInfo]], Decided]:
-        """Return the policies as they were asked, of whom, and what they decided.
+    def ask(
+        self,
+        pending: Sequence[Pending],
+        strict: Policies,
+        strangers: bool = False,
+        twice: bool = False,
+    ) -> Decided:
+        """Ask policies, record nothing; globs of ``strict`` ones must match.
 
         With ``strangers`` parameters may be in no module: the model may be gone by now.
+        With ``twice`` it warns of functions that answer otherwise at a second call.
         """
-        infos = describe(self.index, coming)
-        policies = [each.policy for each in coming]
+        infos = knowledge.describe(self.index, pending)
+        policies = [coming.policy for coming in pending]
         # First: of a stranger no module is known either, and a message about that
         # would lead astray.
         if not strangers:
-            require_members(self.index, zip(infos, policies))
+            knowledge.require_members(self.index, infos, policies)
         for policy in {id(p): p for p in strict if p is not None}.values():
-            pairs = zip(policies, infos)
-            mine = [info for own, each in pairs if own is policy for info in each]
-            require_matches(policy, mine, self._matches, self.index.everyone)
-        bound = {key: self._bind(p) for key, p in {id(p): p for p in policies}.items()}
-        asked = [bound[id(policy)] for policy in policies]
-        lr0s = [each.lr0s or repeat(None) for each in coming]
-        return asked, infos, list(map(_decide, asked, infos, lr0s))
+            lists = [group for group, p in zip(infos, policies) if p is policy]
+            asked = list(chain(*lists))
+            require_matches(policy, asked, self._matches, self.index.everyone)
+        distinct = {id(policy): policy for policy in policies}
+        bound = {key: self._bind(policy) for key, policy in distinct.items()}
+        policies = [bound[id(policy)] for policy in policies]
+        lr0s = [coming.lr0s for coming in pending]
+        decided = list(map(_decide, policies, infos, lr0s))
+        if twice:
+            warn_if_unsteady(policies, infos, decided)
+        return decided
 
     def _bind(self, policy: Policy | None) -> Policy | None:
         return policy and policy.bind(self.index.modules())
@@ -210,23 +207,26 @@ class Decider(DecisionTable):
             lambda: any(map(selector.matches, self.index.everyone())),
         )
 
-    def _taken_from_whole(self, coming: Coming) -> bool:
+    def _taken_from_whole(self, pending: Sequence[Pending]) -> bool:
         """Take over what was decided with the parameters of other optimizers."""
         if self.whole is None:
             return False
-        found = [self.whole.rows_of(each.params) for each in coming]
-        if None in found:
+        rows_by_group = [self.whole.rows_of(coming.params) for coming in pending]
+        if None in rows_by_group:
             return False
-        for each, known in zip(coming, found):
-            pairs = zip(each.params, known or ())
-            rows = [self.record(p, r.decision, r.policy) for p, r in pairs]
-            self.append(each.group, rows)
+        for coming, rows in zip(pending, rows_by_group):
+            pairs = zip(coming.params, rows or ())
+            own_rows = [self.record(p, row.decision, row.policy) for p, row in pairs]
+            self.append(coming.group, own_rows)
         return True
 
-    def _comes_again(self, coming: Pending) -> bool:
-        """Take over the rows of a group that was cleared: frameworks do so to shard."""
+    def _decided_before(self, coming: Pending) -> bool:
+        """Take over what was decided with other optimizers, or for a cleared group."""
+        if self._taken_from_whole([coming]):
+            return True
         index = coming.group
-        # A first group while rows are known: the groups were cleared, and come again.
+        # A first group while rows are known: frameworks clear the groups to shard the
+        # model, and add them again.
         if index == 0 and self.layout:
             self._cleared, self.layout = self.layout, []
         if index >= len(self._cleared):
@@ -234,8 +234,8 @@ class Decider(DecisionTable):
             return False
         rows = self.rows_of(coming.params)
         if rows is None:
-            (infos,) = describe(self.index, [coming])
-            rows = self.inherited(infos, self._cleared[index])
+            (infos,) = knowledge.describe(self.index, [coming])
+            rows = self.inherit(infos, self._cleared[index])
         if rows is None:
             return False
         self.append(index, rows)
@@ -247,8 +247,9 @@ class Decider(DecisionTable):
 
     def rows(self, groups: Groups) -> list[list[Row]]:
         """Return what was decided for every parameter, on the spot where it is new."""
-        self.refuse_written(groups, {})
-        if not self.stands(groups):
+        for index, group in enumerate(groups):
+            self.refuse_written(group, index)
+        if not self.is_current(groups):
             self._follow(groups)
         return self.layout
 
@@ -257,15 +258,15 @@ class Decider(DecisionTable):
         with suppress(ValueError):
             return [[row.decision for row in rows] for rows in self.rows(groups)]
 
-        def read(index: int, position: int, param: Tensor) -> Decision:
+        def read(index: int, place: int, param: Tensor) -> Decision:
             if row := self.row_of(param):
                 return row.decision
             with suppress(IndexError):  # a placeholder, as frameworks that shard put
-                return self.layout[index][position].decision
+                return self.layout[index][place].decision
             return Decision(FULL, "not decided yet", None, param.shape, ())
 
         return [
-            [read(index, *place) for place in enumerate(group["params"])]
+            [read(index, *pair) for pair in enumerate(group["params"])]
             for index, group in enumerate(groups)
         ]
 
@@ -275,47 +276,49 @@ class Decider(DecisionTable):
         Places count where all tensors of a group are new. For a new row that policy is
         asked that the tensors around have. If it cannot decide, the layout stays.
         """
-        found = [[self.row_of(p) for p in group["params"]] for group in groups]
-        self.undo_swaps(groups, found)
-        known = [row for row in chain(*found) if row is not None]
+        rows_by_group = [[self.row_of(p) for p in group["params"]] for group in groups]
+        self.undo_swaps(groups, rows_by_group)
+        known_rows = [row for row in chain(*rows_by_group) if row is not None]
         # A name counts only if no known tensor has it.
-        borne = {row.decision.name for row in known}
-        lacking = [
-            Pending(i, list(group["params"]), trusted_names(group, rows, borne), None)
-            for i, (group, rows) in enumerate(zip(groups, found))
+        used = {row.decision.name for row in known_rows}
+        incomplete = [
+            Pending(i, list(group["params"]), trusted_names(group, rows, used), None)
+            for i, (group, rows) in enumerate(zip(groups, rows_by_group))
             if None in rows
         ]
-        infos = iter(describe(self.index, lacking))
-        others = self.others(known) if lacking else {}
-        # After groups were added or removed by hand, positions say nothing.
-        before = self.layout if len(groups) == len(self.layout) else repeat([])
-        layout = [
-            self._complete(next(infos), rows, old_rows, others, base_rate(group))
-            if None in rows
-            else [row for row in rows if row]
-            for group, rows, old_rows in zip(groups, found, before)
-        ]
-        self.lay_out(layout)
+        elsewhere = self.rows_elsewhere(known_rows) if incomplete else {}
+        layout = [[row for row in rows if row] for rows in rows_by_group]
+        described = knowledge.describe(self.index, incomplete)
+        for coming, infos in zip(incomplete, described):
+            i = coming.group
+            rows, lr0 = rows_by_group[i], base_rate(groups[i])
+            # After groups were added or removed by hand, positions say nothing.
+            before = self.layout[i] if len(groups) == len(self.layout) else []
+            layout[i] = self._complete(infos, rows, before, elsewhere, lr0)
+        self.set_layout(layout)
 
     def _complete(
         self,
         infos: Infos,
         rows: Sequence[Row | None],
         before: Sequence[Row],
-        others: Mapping[object, Row],
+        elsewhere: Mapping[object, Row],
         lr0: float | None,
     ) -> list[Row]:
         """Give every parameter of a group a row, where ``None`` stands for none yet."""
+        inherited = None if any(rows) else self.inherit(infos, before)
+        if inherited is not None:
+            return inherited
+        policy = self.policy
         # What is new in a group begins as the others in it did.
-        around = next(filter(None, (*rows, *before)), None)
-        policy = self.policy if around is None else around.policy
-        lr0 = lr0 if around is None else around.decision.lr0 or lr0
-        completed = self.found_again(infos, rows, before, others)
+        if neighbor := next(filter(None, (*rows, *before)), None):
+            policy, lr0 = neighbor.policy, neighbor.decision.lr0 or lr0
+        completed = self.recover(infos, rows, elsewhere)
         if not any(completed):
             old = [row.decision for row in before]
-            if correspond(infos, old, policy):
+            if knowledge.correspond(infos, old, policy):
                 return list(map(self.take_over, infos, before))
-            refuse_flattened(infos, old, policy)
+            knowledge.refuse_flattened(infos, old, policy)
         places = [i for i, row in enumerate(completed) if row is None]
         new = [infos[i] for i in places]
         bound = self._bind(policy) if new else None
@@ -323,31 +326,30 @@ class Decider(DecisionTable):
             completed[i] = self.record(infos[i].parameter, decision, policy)
         return [row for row in completed if row is not None]
 
-    def refuse_written(self, groups: Groups, defaults: Group) -> None:
-        """Raise ValueError if a policy or module stands where nothing reads it."""
-        written = [
-            (key, f"group {index}", f"param_groups[{index}]")
-            for index, group in enumerate(groups)
-            for key in WRITTEN & group.keys()
-            if not self._obeyed(index, key, group[key])
-        ]
-        written += [
-            (key, "optimizer.defaults", "defaults")
-            for key in WRITTEN & defaults.keys()
-            if key == "wd_policy" or _modules_in(defaults[key])
-        ]
-        for key, place, path in written:
+    def refuse_written(self, group: Group, index: int | None = None) -> None:
+        """Raise ValueError if a policy or module stands where nothing reads it.
+
+        A group without an index is ``optimizer.defaults``, by which nothing is decided.
+        """
+        for key in WRITTEN & group.keys():
+            if self._in_force(key, group[key], index):
+                continue
+            place, path = f"group {index}", f"param_groups[{index}]"
+            if index is None:
+                place, path = "optimizer.defaults", "defaults"
             raise ValueError(
                 f"a `{key}` was written into {place}, where nothing reads it. Type "
                 f"{_INSTEAD[key]}, and del optimizer.{path}[{key!r}]."
             )
 
-    def _obeyed(self, index: int, key: str, written: object) -> bool:
+    def _in_force(self, key: str, written: object, index: int | None) -> bool:
         """Tell whether a group was decided by what now stands in it."""
         if key == "model":  # a user's own tag may be of any other kind
-            known = self.index.modules()
-            return all(any(m is k for k in known) for m in _modules_in(written))
-        if index >= len(self.layout):
+            items = written if isinstance(written, (list, tuple)) else [written]
+            modules = {id(item) for item in items if isinstance(item, nn.Module)}
+            asked = [] if index is None else self.index.modules()
+            return modules <= set(map(id, asked))
+        if index is None or index >= len(self.layout):
             return False
         with suppress(TypeError, ValueError):
             policy = self._read_policy(written)
@@ -360,15 +362,15 @@ class Decider(DecisionTable):
 
     def assign(self, wd_policy: object, groups: Groups) -> None:
         """Decide anew for every parameter, or raise with nothing changed."""
-        policy, coming = self._read_policy(wd_policy), []
+        policy, pending = self._read_policy(wd_policy), []
         for index, group in enumerate(groups):
             rows = [self.row_of(param) for param in group["params"]]
             # The model may be deleted by now, but its names are still known.
             names = [row and row.decision.name for row in rows]
             lr0s = [row.decision.lr0 if row else base_rate(group) for row in rows]
-            coming.append(Pending(index, list(group["params"]), names, policy, lr0s))
-        self.decide_for(coming, [policy], strangers=True)
-        self.forget_absent()  # they are decided anew when they come back
+            pending.append(Pending(index, list(group["params"]), names, policy, lr0s))
+        self.decide_for(pending, [policy], strangers=True)
+        self._rows = self._present()  # others are decided anew when they come back
         self.policy = policy
         self.warn_if_weak(groups)
 
@@ -377,14 +379,14 @@ class Decider(DecisionTable):
     def fitting(self, groups: Groups) -> Decided:
         """Return the decisions, of which ``init`` lies as its parameter does now."""
         self.rows(groups)
-        self.fit(groups)
+        self.place_inits(groups)
         return [[row.decision for row in rows] for rows in self.layout]
 
     def begin_training(self, groups: Groups) -> bool:
         if not self.waits():
             return False
         self.rows(groups)
-        return self.begin(groups)
+        return self.take_inits(groups)
 
     # Copies, and what optimizers of routes decide together.
 
@@ -393,18 +395,22 @@ class Decider(DecisionTable):
         with suppress(ValueError):  # what cannot be decided is told at the next step
             self.rows(groups)
         rows = [[self.row_of(p) for p in group["params"]] for group in groups]
-        plain = [[row and (row.decision, row.policy) for row in own] for own in rows]
+        plain = [[r and (r.decision, r.policy) for r in group] for group in rows]
         return {"plain": (self.as_policy, self.policy, self.index), "rows": plain}
 
     @classmethod
     def restored(cls, snapshot: Mapping[str, Any], groups: Groups) -> Decider:
         """Make the decider of a copy, whose tensors stand where the originals stood."""
         decider, layout = cls(*snapshot["plain"]), []
-        for group, own in zip(groups, snapshot["rows"]):
-            known = [(p, row) for p, row in zip(group["params"], own) if row]
-            layout.append([decider.record(p, *row) for p, row in known])
-        decider.lay_out(layout)
+        for group, plain in zip(groups, snapshot["rows"]):
+            pairs = zip(group["params"], plain)
+            layout.append([decider.record(p, *row) for p, row in pairs if row])
+        decider.set_layout(layout)
         return decider
+
+    def for_route(self, policy: Policy | None) -> Decider:
+        """Make the decider of an optimizer that steps some of the parameters."""
+        return Decider(self.as_policy, policy or self.policy, self.index, whole=self)
 
     def gather(self, part: Decider, groups: Groups) -> None:
         """Take over what one of the optimizers has decided or inherited by itself."""
@@ -430,18 +436,6 @@ class Decider(DecisionTable):
         return self.index.remember(("decays", policy), ask)
 
 
-def part_of(whole: Decider) -> Decider:
-    """Make the decider of an optimizer that steps some of the parameters."""
-    decider = Decider(whole.as_policy, whole.policy, whole.index)
-    decider.whole = whole
-    return decider
-
-
-def _modules_in(value: object) -> list[nn.Module]:
-    items = value if isinstance(value, (list, tuple)) else [value]
-    return [item for item in items if isinstance(item, nn.Module)]
-
-
 def _decide(
     policy: Policy | None,
     infos: Infos,
@@ -452,10 +446,10 @@ def _decide(
     decisions = decide(policy, infos, places, lr0s)
     for decision, info in zip(decisions, infos):
         if decision.decay.needs_lr0 and not is_rate(decision.lr0):
-            known = decision.telling_name
-            name = repr(known) if known else f"a parameter of group {info.group}"
+            name = decision.telling_name
+            label = repr(name) if name else f"a parameter of group {info.group}"
             raise ValueError(
-                f"{name} decays in form {decision.decay.form!r}, which divides by the "
+                f"{label} decays in form {decision.decay.form!r}, which divides by the "
                 f"rate that training begins with, and that is {decision.lr0}. Give its "
                 f"group that rate: dict(params=..., lr=0.0, initial_lr=3e-4)."
             )

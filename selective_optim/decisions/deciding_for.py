@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from selective_optim._text import warn
-from selective_optim.decisions.decider import Block, around_here
+from selective_optim.decisions.decider import Block, current_block
 from selective_optim.parameters import as_modules
 from selective_optim.policies.named import WdPolicy, as_policy
 
@@ -49,14 +49,14 @@ def deciding_for(
     policy = None if wd_policy is None else as_policy(wd_policy)
     if isinstance(model, nn.Module) or not callable(model):
         as_modules(model)
-    around, made = around_here.get(), list[bool]()
-    token = around_here.set(Block(policy, model, made))
+    outer, made = current_block.get(), list[bool]()
+    token = current_block.set(Block(policy, model, made))
     try:
         yield
     finally:
-        around_here.reset(token)
-        if around is not None:
-            around.made.extend(made)
+        current_block.reset(token)
+        if outer is not None:
+            outer.made.extend(made)
     if policy is not None and not made:
         warn(
             f"no optimizer of selective_optim was made inside deciding_for, so its "

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import reduce
-from itertools import chain, compress, islice, pairwise, repeat
+from itertools import chain, compress, islice, repeat
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from selective_optim.parameters import (
     wanted,
 )
 from selective_optim.policies.recognition import kind_known, kind_of, says_nothing
-from selective_optim.policies.selectors import KINDS, Need, Policy, lacking
+from selective_optim.policies.selectors import KINDS, Policy, lacking
 
 Infos = Sequence[ParameterInfo]
 
@@ -46,59 +46,60 @@ class Pending(NamedTuple):
     params: Sequence[Tensor]
     names: Sequence[str | None]
     policy: Policy | None
-    lr0s: Iterable[float | None] = ()
+    lr0s: Iterable[float | None] = repeat(None)
 
 
-def describe(index: ModelIndex, coming: Sequence[Pending]) -> list[list[ParameterInfo]]:
+def describe(
+    index: ModelIndex, pending: Sequence[Pending]
+) -> list[list[ParameterInfo]]:
     """Describe the parameters of all groups; the index learns which modules live."""
-    asked = [wanted(each.params, each.names, each.group) for each in coming]
+    asked = [wanted(coming.params, coming.names, coming.group) for coming in pending]
     infos = index.infos([*chain(*asked)])
-    needs: list[frozenset[Need]] = []
-    for each in coming:
-        own = each.policy.needs if each.policy else frozenset[Need]()
-        needs += [own] * len(each.params)
-    gaps = [i for i, pair in enumerate(zip(needs, infos)) if _lacks(*pair)]
+    policies = [coming.policy for coming in pending for _ in coming.params]
+    gaps = [i for i, pair in enumerate(zip(policies, infos)) if _lacks(*pair)]
     # With `model=` a tensor of another model is a mistake.
     if gaps and not index.explicit:
         _search(index, infos, gaps)
-    rest = iter(infos)
-    return [list(islice(rest, len(each.params))) for each in coming]
+    remaining = iter(infos)
+    return [list(islice(remaining, len(coming.params))) for coming in pending]
 
 
-def _lacks(needs: frozenset[Need], info: ParameterInfo) -> bool:
+def _lacks(policy: Policy | None, info: ParameterInfo) -> bool:
     """Tell whether a living module may know what a policy needs."""
-    if needs <= {"shapes"}:
+    if policy is None or policy.needs <= {"shapes"}:
         return False
+    if lacking(policy.needs, info):
+        return True
+    anything = "anything" in policy.needs
     if info.owner is None:
-        return "anything" in needs or bool(lacking(needs, info))
-    by_kind = "anything" in needs or not KINDS.isdisjoint(needs)
-    return bool(lacking(needs, info)) or (by_kind and not kind_known(info))
+        return anything
+    return (anything or not KINDS.isdisjoint(policy.needs)) and not kind_known(info)
 
 
 def _search(index: ModelIndex, infos: list[ParameterInfo], gaps: Sequence[int]) -> None:
     """Fill in from living modules what policies need and nothing else gives."""
-    known = (infos[i] for i in gaps)
-    asked = [(info.parameter, info.group, info.shape, info.name) for info in known]
+    lacking_infos = (infos[i] for i in gaps)
+    asked = [(i.parameter, i.group, i.shape, i.name) for i in lacking_infos]
     roots = outermost_owners([param for param, *_ in asked])
-    told = [index_of(root).infos(asked) for root in roots]
+    by_root = [index_of(root).infos(asked) for root in roots]
     used = set[int]()
-    for i, *each in zip(gaps, *told):
-        infos[i] = _joined(infos[i], [info for info in each if info])
+    for i, *candidates in zip(gaps, *by_root):
+        infos[i] = _joined(infos[i], [info for info in candidates if info])
         used |= {id(place.path[0]) for place in infos[i].places if place.path}
     index.find(root for root in roots if id(root) in used)
 
 
-def _joined(given: ParameterInfo, told: Infos) -> ParameterInfo:
-    """Join what several outermost modules tell of a parameter."""
-    sure = [info for info in told if kind_known(info)]
-    if not sure and given.owner is None:
-        sure = [info for info in told if not says_nothing(info)]
+def _joined(info: ParameterInfo, candidates: Infos) -> ParameterInfo:
+    """Join to what is known of a parameter what several outermost modules know."""
+    sure = [each for each in candidates if kind_known(each)]
+    if not sure and info.owner is None:
+        sure = [each for each in candidates if not says_nothing(each)]
     if not sure or len(set(map(kind_of, sure))) > 1:
-        return given
-    joined = reduce(at_both, sure if given.owner is None else [*sure, given])
-    names = {frozenset(info.names) for info in sure}
-    if given.name and given.owner is None and given.name not in sure[0].names:
-        return _renamed(joined, given.name)
+        return info
+    joined = reduce(at_both, sure if info.owner is None else [*sure, info])
+    names = {frozenset(each.names) for each in sure}
+    if info.name and info.owner is None and info.name not in sure[0].names:
+        return _renamed(joined, info.name)
     return _renamed(joined, None) if len(names) > 1 else joined
 
 
@@ -122,14 +123,14 @@ def outermost_owners(params: Sequence[Tensor]) -> list[nn.Module]:
         clear_at_registration(_holders.clear)
         _holders.clear()
         _holders.update(_look_at_living())
-    found = [module for param in params for module in _holders_of(param)]
+    reached = [module for param in params for module in _holders_of(param)]
     seen, outermost = set[int](), []
-    for module in found:
+    for module in reached:  # which grows by the modules around these
         if id(module) not in seen:
             seen.add(id(module))
-            around = _holders_of(module)
-            found += around
-            outermost += [] if around else [module]
+            holders = _holders_of(module)
+            reached += holders
+            outermost += [] if holders else [module]
     return outermost
 
 
@@ -150,7 +151,7 @@ def _look_at_living() -> dict[int, list[ModuleRef]]:
 
 def _holders_of(item: Tensor | nn.Module) -> list[nn.Module]:
     modules = living(_holders.get(id(item), ()))
-    return [m for m in modules if any(each is item for each in _held_by(m))]
+    return [m for m in modules if any(held is item for held in _held_by(m))]
 
 
 def _held_by(module: nn.Module) -> Iterable[object]:
@@ -170,7 +171,8 @@ def correspond(infos: Infos, old: Sequence[Decision], policy: Policy | None) -> 
     if _another_form(infos, old):
         # Not in another order: Megatron puts those in float32 first.
         sizes = sorted((d.shape.numel(), i.parameter.numel()) for i, d in pairs)
-        return all(a[1] <= b[1] for a, b in pairwise(sizes))
+        now = [size for _, size in sizes]
+        return now == sorted(now)
     # Resized parameters are only if the policy could not decide for them anew.
     if policy is None or any(info.ndim != len(d.shape) for info, d in pairs):
         return False
@@ -183,17 +185,16 @@ def _another_form(infos: Infos, old: Sequence[Decision]) -> bool:
         return False
     flat = all(info.ndim == 1 for info in infos)
     was_flat = all(len(decision.shape) == 1 for decision in old)
-    pairs = list(zip(infos, old))
-    stacked = all(info.parameter.shape[1:] == d.shape for info, d in pairs)
-    return (flat and not was_flat) or (len(infos) == len(old) and stacked)
+    inside = [info.parameter.shape[1:] for info in infos]
+    return (flat and not was_flat) or inside == [decision.shape for decision in old]
 
 
 def refuse_flattened(
     infos: Infos, old: Sequence[Decision], policy: Policy | None
 ) -> None:
     """Check that tensors in the places of others are not those, joined or stacked."""
-    known = any(info.owner is not None or info.name for info in infos)
-    if policy is None or not policy.needs or not old or known:
+    identified = any(info.owner is not None or info.name for info in infos)
+    if policy is None or not policy.needs or identified:
         return
     # Where shapes decide, fewer that are not all flat are new parameters.
     merged = len(infos) < len(old) and (
@@ -218,22 +219,21 @@ def _by_hand(policy: Policy) -> str:
 
 
 def require_members(
-    index: ModelIndex, groups: Iterable[tuple[Infos, Policy | None]]
+    index: ModelIndex, groups: Sequence[Infos], policies: Iterable[Policy | None]
 ) -> None:
     """Check that every parameter lives in ``model=``, if that was given."""
     if not index.modules():
         return
-    groups = list(groups)
-    alone = all(info.owner is None for infos, _ in groups for info in infos)
-    for infos, policy in groups:
-        strangers = [each for each in enumerate(infos) if each[1].owner is None]
+    alone = all(info.owner is None for infos in groups for info in infos)
+    for infos, policy in zip(groups, policies):
+        strangers = [pair for pair in enumerate(infos) if pair[1].owner is None]
         if not strangers:
             continue
         if not index.explicit:
-            known = sorted([info.parameter.shape for info in index.everyone()])
+            shapes = sorted([info.parameter.shape for info in index.everyone()])
             inside = sorted([info.parameter.shape[1:] for info in infos])
             # Stacks of all that live in a module are refused even if it was not given.
-            if known != inside:
+            if shapes != inside:
                 continue
         position, info = strangers[0]
         where = (

@@ -23,14 +23,14 @@ RESEMBLANCE = 0.85
 alive: WeakSet[Any] = WeakSet()
 
 
-def warn_of_misspelt(group: Iterable[Any], known: Sequence[str]) -> None:
+def warn_of_misspelt(group: Iterable[Any], names: Sequence[str]) -> None:
     for key in group:
-        if key in known or not isinstance(key, str):
+        if key in names or not isinstance(key, str):
             continue
-        nearest = max(known, key=lambda k: SequenceMatcher(None, k, key).ratio())
+        nearest = max(names, key=lambda n: SequenceMatcher(None, n, key).ratio())
         # "initial_lr" and "weight_decay_mult" belong to other code: not misspelled.
-        own = any(key.startswith(f"{k}_") or key.endswith(f"_{k}") for k in known)
-        if not own and SequenceMatcher(None, nearest, key).ratio() >= RESEMBLANCE:
+        longer = any(key.startswith(f"{n}_") or key.endswith(f"_{n}") for n in names)
+        if not longer and SequenceMatcher(None, nearest, key).ratio() >= RESEMBLANCE:
             warn(
                 f"{key!r} in a parameter group has no effect. Did you mean {nearest!r}?"
             )
@@ -42,18 +42,18 @@ def warn_if_unsteady(
     decided: Iterable[Sequence[Decision]],
 ) -> None:
     """Ask functions of the user's a second time, and warn of other answers."""
-    for policy, own, decisions in zip(policies, infos, decided):
+    for policy, group, decisions in zip(policies, infos, decided):
         if policy is None or "anything" not in policy.needs:
             continue
-        for place, (info, first) in enumerate(zip(own, decisions)):
-            then = None
+        for place, (info, first) in enumerate(zip(group, decisions)):
+            second = None
             with suppress(Exception):  # it may fail where it did not before
-                then = policy.decide(info).decay.settled
-            if then != first.decay:
+                second = policy.decide(info).decay.settled
+            if second != first.decay:
                 warn(
                     f"`wd_policy` {policy!r} decides differently at a second call: "
                     f"{first.label(info.group, place)} is {first.decay!r} and then "
-                    f"{'an error' if then is None else repr(then)}, so ranks and "
+                    f"{'an error' if second is None else repr(second)}, so ranks and "
                     f"resumed runs may differ. Let it depend only on `info`, or pass a "
                     f"mapping from names to numbers."
                 )
@@ -87,9 +87,9 @@ def warn_if_weak(
         )
     doubts = [
         (*doubt, group["weight_decay"])
-        for group, own in zip(groups, layout)
-        for each in {id(row.policy): row.policy for row in own}.values()
-        for doubt in (each.doubts if each else ())
+        for group, rows in zip(groups, layout)
+        for policy in {id(row.policy): row.policy for row in rows}.values()
+        for doubt in (policy.doubts if policy else ())
     ]
     for multiplier, instead, wd in doubts[:1]:
         warn(
@@ -117,21 +117,21 @@ def warn_of_lost(inits: Sequence[str], rates: Sequence[str], whose: str) -> None
         )
 
 
-def warn_of_origin(made: Any, numbers: Group, params: Sequence[Any]) -> None:
+def warn_of_origin(optimizer: Any, numbers: Group, params: Sequence[Any]) -> None:
     """Warn once of a group, or of keywords, that are those of one with a policy.
 
     The policy is not taken along: a dict given to two optimizers looks the same.
     """
-    if made._lost_policy or is_zero(numbers.get("weight_decay", 0)):
+    if optimizer._lost_policy or is_zero(numbers.get("weight_decay", 0)):
         return
     # Whoever writes a group by hand names a few.
-    known, given = numbers.keys(), set(map(id, params))
-    others = [o for o in alive if o is not made and o.defaults.keys() <= known]
-    owners = [o for o in others if given & set(map(id, params_of(o._groups)))]
-    for other in owners or [o for o in others if _made_like(made, o, numbers)]:
-        mine = params if owners else params_of(other._groups)
-        if policy := other._decider.decided_by(mine):
-            made._lost_policy = True
+    keys, ids = numbers.keys(), set(map(id, params))
+    others = [o for o in alive if o is not optimizer and o.defaults.keys() <= keys]
+    owners = [o for o in others if ids & set(map(id, params_of(o._groups)))]
+    for other in owners or [o for o in others if _made_like(optimizer, o, numbers)]:
+        candidates = params if owners else params_of(other._groups)
+        if policy := other._decider.decided_by(candidates):
+            optimizer._lost_policy = True
             warn(
                 f"the arguments of this optimizer come from an optimizer whose "
                 f"`wd_policy` is {policy!r}, and here everything decays. Pass "
@@ -142,12 +142,12 @@ def warn_of_origin(made: Any, numbers: Group, params: Sequence[Any]) -> None:
             return
 
 
-def _made_like(made: Any, other: Any, numbers: Group) -> bool:
+def _made_like(optimizer: Any, other: Any, numbers: Group) -> bool:
     """Tell whether another was made with these numbers, or has them now."""
     names = other.defaults.keys() & numbers.keys()
-    return isinstance(made, type(other)) and any(
-        all(alike(numbers[name], known.get(name)) for name in names)
-        for known in (other.defaults, *other._groups)
+    return isinstance(optimizer, type(other)) and any(
+        all(alike(numbers[name], group.get(name)) for name in names)
+        for group in (other.defaults, *other._groups)
     )
 
 
@@ -162,7 +162,7 @@ def warn_of_changes(
 ) -> None:
     """Warn once if a checkpoint was made with other decisions than those now taken."""
     labels = [
-        [d.label(i, n) for n, d in enumerate(own)] for i, own in enumerate(decided)
+        [d.label(i, n) for n, d in enumerate(group)] for i, group in enumerate(decided)
     ]
     if saved is not None and (changes := _changes(chain(*labels), saved, now)):
         warn(
@@ -172,12 +172,12 @@ def warn_of_changes(
         )
     # Without a record, groups split by hand may take the decay from parameters: merged
     # ones have that of the first, which may have been exempt.
-    exempt = any(not each.decay.multiplier for each in chain(*decided))
+    exempt = any(not decision.decay.multiplier for decision in chain(*decided))
     lost = [
         label
-        for group, wd, *own in zip(param_groups, before, labels, decided)
+        for group, wd, names, decisions in zip(param_groups, before, labels, decided)
         if is_zero(group["weight_decay"]) and not is_zero(wd)
-        for label, decision in zip(*own)
+        for label, decision in zip(names, decisions)
         if decision.decay.multiplier and decision.decay.fixed is None
     ]
     if saved is None and exempt and lost:
@@ -208,8 +208,8 @@ def _changes(
         if old is None or new is None:
             continue  # nothing is recorded of a new layer
         if old != new and (old.multiplier or new.multiplier):
-            was, comes = _told(old, "was", "decayed"), _told(new, "is", "decays")
-            changes.append(f"{label} {was} and now {comes}")
+            was, now_is = _text(old, "was", "decayed"), _text(new, "is", "decays")
+            changes.append(f"{label} {was} and now {now_is}")
     return changes
 
 
@@ -224,12 +224,14 @@ def _decay_in(entry: Any) -> Decay | None:
         return None
 
 
-def _told(decay: Decay, be: str, verb: str) -> str:
+def _text(decay: Decay, be: str, verb: str) -> str:
     if not decay.multiplier:
         return f"{be} exempt"
-    times = f"{decay.multiplier:g} times as much"
-    times = "in full" if decay.multiplier == 1 else times
-    times = times if decay.fixed is None else f"by {decay.fixed:g}"
-    how = f" ({decay.form})" if decay.form else ""
-    how += "" if decay.target is None else f" towards {target_text(decay.target)}"
-    return f"{verb} {times}{how}"
+    amount = f"{decay.multiplier:g} times as much"
+    if decay.fixed is not None:
+        amount = f"by {decay.fixed:g}"
+    elif decay.multiplier == 1:
+        amount = "in full"
+    form = f" ({decay.form})" if decay.form else ""
+    target = "" if decay.target is None else f" towards {target_text(decay.target)}"
+    return f"{verb} {amount}{form}{target}"

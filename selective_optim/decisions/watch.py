@@ -71,9 +71,7 @@ class Watch:
 
     def look(self, groups: Groups, layout: Layout, kernel: Any) -> Watch | None:
         """Look at a step, and return what looks at the next one."""
-        if self._beginning and any(map(is_moving, groups)):
-            self.begin(groups, layout)
-            self._look_at_rounding(groups, layout, kernel)
+        beginning = self.begin(groups, layout, kernel)
         # Another list, or a longer one, whenever anything moved.
         if layout is not self._layout or len(layout) != len(self._above):
             self._layout, self._above, self._rates = layout, [0] * len(layout), []
@@ -81,17 +79,17 @@ class Watch:
             self._limits = limits if min(limits, default=inf) < inf else []
         if self._limits:
             self._look_at_rates(groups)
-        return self if self._beginning or self._limits else None
+        return self if beginning or self._limits else None
 
-    def begin(self, groups: Groups, layout: Layout) -> bool:
+    def begin(self, groups: Groups, layout: Layout, kernel: Any = None) -> bool:
         """Look at a first step that moves; tell whether to look at the next one."""
-        if not any(map(is_moving, groups)):
-            return True
-        if self._found is not None:
-            found, self._found = self._found, None
-            _compare_with_first(groups, layout, found)
-        self._taken_over = self._taken_over and self._is_idle(groups, layout)
-        return self._taken_over
+        if self._beginning and any(map(is_moving, groups)):
+            if self._found is not None:
+                found, self._found = self._found, None
+                _compare_with_first(groups, layout, found)
+            self._taken_over = self._taken_over and self._is_idle(groups, layout)
+            self._look_at_rounding(groups, layout, kernel)
+        return self._beginning
 
     def _look_at_rounding(self, groups: Groups, layout: Layout, kernel: Any) -> None:
         params = [param for group in groups for param in group["params"]]
@@ -128,18 +126,16 @@ class Watch:
         if same_objects(rates, self._rates):
             return
         for index, (group, rate, limit) in enumerate(zip(groups, rates, self._limits)):
-            if limit == inf:  # nothing there is divided
-                continue
             if isinstance(rate, Tensor):
                 rate = rate_now(group) or 0.0
             self._above[index] = self._above[index] + 1 if rate > limit else 0
-            top = group.get("max_lr")
-            if top is not None and is_rate(top) and top > limit:
+            top: Any = group.get("max_lr")
+            if is_rate(top) and top > limit:
                 rate = top
             elif self._above[index] < IN_A_ROW:
                 continue
             wd, rows = group["weight_decay"], self._layout[index]
-            if not all(is_zero(row.decision.decay.of(wd)) for row in rows):
+            if any(not is_zero(row.decision.decay.of(wd)) for row in rows):
                 self._limits = []  # before: what warns may raise
                 where = f"of route {group['route']!r}" if "route" in group else index
                 warn(
@@ -156,8 +152,8 @@ class Watch:
 
 def _limit(rows: Sequence[Row]) -> float:
     """Return the smallest rate that a decay is divided by, and a little more."""
-    divided = [row.decision for row in rows if row.decision.decay.needs_lr0]
-    return ABOVE * min((each.lr0 for each in divided if each.lr0), default=inf)
+    decisions = [row.decision for row in rows if row.decision.decay.needs_lr0]
+    return ABOVE * min((d.lr0 for d in decisions if d.lr0), default=inf)
 
 
 def _compare_with_first(groups: Groups, layout: Layout, found: bool) -> None:
@@ -170,42 +166,42 @@ def _compare_with_first(groups: Groups, layout: Layout, found: bool) -> None:
     store = _torch.store_of_ranks()
     if store is None:
         return
-    decided = sorted(_decided(groups, layout))
-    if not decided:
+    described = sorted(_described(groups, layout))
+    if not described:
         return
-    labels, shapes, decays = zip(*decided)
+    labels, shapes, decays = zip(*described)
     names = [label.strip("'") for label in labels]
     # What all parameters of one module share is the name of that, and not around it.
     owners = {name.rpartition(".")[0] for name in names}
     shared = commonprefix(names) if found and len(owners) > 1 else ""  # noqa: RUF071
-    around = AROUND.findall(shared)[0]
-    inside = (name.removeprefix(around) for name in names)
-    known = "\n".join(map(" ".join, zip(inside, shapes)))
-    key = f"selective_optim/{sha256(known.encode()).hexdigest()}"
+    prefix = AROUND.findall(shared)[0]
+    inside = (name.removeprefix(prefix) for name in names)
+    text = "\n".join(map(" ".join, zip(inside, shapes)))
+    key = f"selective_optim/{sha256(text.encode()).hexdigest()}"
     rank = torch.distributed.get_rank()
     try:
         key = f"{key}/{store.add(f'{key}/of rank {rank}', 1)}"
         # Decisions repeat from layer to layer: of 200,000 parameters this is a few kB.
-        own = b64encode(compress("\n".join(decays).encode()))
-        first = store.compare_set(key, "", own.decode())
+        encoded = b64encode(compress("\n".join(decays).encode()))
+        first = store.compare_set(key, "", encoded.decode())
     except RuntimeError:  # nobody serves it any longer
         return
-    if first in (b"", own):  # empty: a store that keeps nothing, as of a fake group
+    if first in (b"", encoded):  # empty: a store that keeps nothing, as of a fake group
         return
-    there = decompress(b64decode(first)).decode().split("\n")
-    others = [i for i, decay in enumerate(decays) if decay != there[i]]
+    firsts = decompress(b64decode(first)).decode().split("\n")
+    others = [i for i, decay in enumerate(decays) if decay != firsts[i]]
     if others:
-        at, same = others[0], "model=model and the same" if found else "the same"
+        i, same = others[0], "model=model and the same" if found else "the same"
         more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
         warn(
             f"rank {rank} decided otherwise than the rank that stepped first: "
-            f"{labels[at]} is {decays[at]} here and {there[at]} there{more}. Pass "
+            f"{labels[i]} is {decays[i]} here and {firsts[i]} there{more}. Pass "
             f"{same} `wd_policy` and routes on every rank, as texts or mappings from "
             f"names. Ranks that train apart on purpose may ignore this."
         )
 
 
-def _decided(groups: Groups, layout: Layout) -> Iterator[tuple[str, str, str]]:
+def _described(groups: Groups, layout: Layout) -> Iterator[tuple[str, str, str]]:
     """Name each parameter, its shape, how it decays and which route steps it."""
     policies = {id(row.policy) for rows in layout for row in rows}
     for index, (group, rows) in enumerate(zip(groups, layout)):
@@ -271,6 +267,6 @@ def _steps_of(weights: Tensor, due: Tensor, noise: float) -> Tensor:
     unit = info.eps * exact.clamp(min=info.smallest_normal).log2().floor().exp2()
     edges = (torch.arange(UNITS).unsqueeze(1) + 0.5) * unit
     # Noise exceeds an edge on the side of decay more often than on the other.
-    there, back = (torch.special.ndtr((d - edges) / noise) for d in (due, -due))
+    down, up = (torch.special.ndtr((d - edges) / noise) for d in (due, -due))
     # Nothing is rounded away of what is a unit and more.
-    return torch.where((noise > unit) | (due > unit), due, unit * (there - back).sum(0))
+    return torch.where((noise > unit) | (due > unit), due, unit * (down - up).sum(0))

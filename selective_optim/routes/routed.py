@@ -20,7 +20,7 @@ from selective_optim._text import copied_groups, kept_on_error, require_numbers,
 from selective_optim.adamw import AdamW
 from selective_optim.any_class import MODES, READING, as_torch_reads, selective
 from selective_optim.decay import is_zero
-from selective_optim.decisions.decider import WRITTEN, Decider, part_of
+from selective_optim.decisions.decider import WRITTEN, Decider
 from selective_optim.decisions.knowledge import Pending
 from selective_optim.decisions.state_dict import Decided
 from selective_optim.decisions.watch import Watch, loss_of
@@ -176,8 +176,7 @@ class Routed(torch.optim.Optimizer):
         params = [param for group in groups for param in group["params"]]
         with route.explaining(params, self._decider.name_of):
             if route.name not in self.optimizers:
-                decider = part_of(self._decider)
-                decider.policy = route.policy or decider.policy
+                decider = self._decider.for_route(route.policy)
                 arguments = {**self._common, **route.arguments, "wd_policy": decider}
                 self.optimizers[route.name] = route.selective(groups, **arguments)
                 return
@@ -384,7 +383,7 @@ class Routed(torch.optim.Optimizer):
     def _require_ready(self) -> None:
         """Raise where a route cannot decide, before any has stepped."""
         self._distribute()
-        self._decider.refuse_written((), self.defaults)
+        self._decider.refuse_written(self.defaults)
         # Not each parameter, at every step.
         lists = [group["params"] for group in self.param_groups]
         layout = [(id(params), len(params)) for params in lists]

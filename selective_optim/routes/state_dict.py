@@ -66,7 +66,8 @@ class States(MutableMapping[Any, Any]):
         return any(key in state for state in self._states.values())
 
     def get(self, key: Any, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        states = self._states.values()
+        return next((state[key] for state in states if key in state), default)
 
     def __iter__(self) -> Iterator[Any]:
         return chain.from_iterable(self._states.values())
