@@ -418,7 +418,7 @@ def judged(
     rows: Sequence[Row], groups: Sequence[Group], index: ModelIndex, *told: str
 ) -> DecayReport:
     """Report on rows, with what looks wrong in them and what else is to be told."""
-    names = dict.fromkeys(type(module).__name__ for module in index.found)
+    names = dict.fromkeys(type(module).__name__ for module in index.discovered)
     found = f"{NOTE}known from {', '.join(names)}, found alive with these parameters"
     wrong = [*_split_wrongly(rows), _left_out(index, groups), *_not_as_promised(rows)]
     remark = _remark_of(*wrong, *told, found if names else "")
@@ -480,7 +480,7 @@ def _left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
     known = {id(info.parameter) for info in index.everyone()}
     strange = {shape for key, shape in held.items() if key not in known}
     missing: dict[int, ParameterInfo] = {}
-    for module in index.given:
+    for module in index.passed:
         trained = [i for i in index_of(module).everyone() if i.parameter.requires_grad]
         out = {id(i.parameter): i for i in trained if id(i.parameter) not in held}
         shapes = {shape_now(info.parameter) for info in out.values()}
