@@ -248,17 +248,18 @@ class ModuleIndex:
         if module is None:
             return [None] * len(asked)
         paths: dict[int, Path] = {0: (module,)}
-        infos = [self._look_up(each, paths) for each in asked]
+        infos = list(map(self._look_up, asked, repeat(paths)))
         if None in infos:
             # They may have come, or moved, since the last reading.
-            paths = self._read(module)
-            infos = [self._look_up(each, paths) for each in asked]
+            infos = list(map(self._look_up, asked, repeat(self._read(module))))
         return infos
 
     def _look_up(self, asked: Asked, paths: dict[int, Path]) -> ParameterInfo | None:
         """Describe one parameter; ``paths`` are those of modules looked up before."""
         param, group, shape, _ = asked
-        places, infos = self._places.get(id(param), ()), list[ParameterInfo]()
+        if id(param) not in self._places:
+            return None
+        infos, places = [], self._places[id(param)]
         shape = self._shapes.get(id(param), shape)
         ndim = None if shape is None else len(shape)
         names = tuple(dict.fromkeys([name for _, _, name, _ in places]))
@@ -270,12 +271,12 @@ class ModuleIndex:
                 return None
             if key.startswith("original") and isinstance(path[-1], ParametrizationList):
                 path = path[:-2]  # originals belong to the module with the parameter
-            leaf, owner = name.rpartition(".")[2], path[-1]
-            info = (name, names, leaf, owner, path, param, shape, ndim, group)
-            infos.append(ParameterInfo(*info, own_name=own_name))
+            leaf = name.rpartition(".")[2]
+            of_param = (path[-1], path, param, shape, ndim, group)
+            infos.append(ParameterInfo(name, names, leaf, *of_param, own_name=own_name))
         if len(infos) > 1:
             return replace(infos[0], elsewhere=tuple(infos[1:]))
-        return infos[0] if infos else None
+        return infos[0]
 
     def _path(self, number: int, paths: dict[int, Path]) -> Path:
         """Return the modules from the root to this as they are now, none if it left."""
@@ -349,8 +350,8 @@ class ModelIndex:
                 self._passed.append(weakref.ref(module))
 
     def find(self, modules: Iterable[nn.Module]) -> None:
-        known = set(map(id, self.modules()))
-        self._discovered += [weakref.ref(m) for m in modules if id(m) not in known]
+        present = set(map(id, self.modules()))
+        self._discovered += [weakref.ref(m) for m in modules if id(m) not in present]
 
     def release(self) -> None:
         """Keep no module alive from now on."""

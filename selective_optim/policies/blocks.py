@@ -107,8 +107,8 @@ def _blocks_in_stage(stage: nn.Module, alike: bool = False) -> tuple[nn.Module, 
     parts = list(filter(has_parameters, stage.children()))
     # An attention and a feed-forward in a list are one layer, also if both branch.
     branch = [bool(runs_in(part)) for part in parts]
-    one = (alike and all(branch)) or not any(branch)
-    if isinstance(stage, LISTS) and _are_pieces(parts) and one:
+    one_layer = not any(branch) or (alike and all(branch))
+    if isinstance(stage, LISTS) and _are_pieces(parts) and one_layer:
         return ()
     if type(stage) in CONTAINERS:
         blocks = tuple(filter(_may_be_block, stage.children()))

@@ -50,7 +50,9 @@ def matcher_distances(root: nn.Module) -> dict[str, int] | None:
     orders: dict[str, Order] = {}
     for name, _ in model.named_parameters():
         # Matchers are written for the names that the model itself gives.
-        orders[name] = order_of(".".join(p for p in name.split(".") if p not in INSIDE))
+        order = order_of(".".join(p for p in name.split(".") if p not in INSIDE))
+        numbers = order if isinstance(order, Iterable) else (order,)
+        orders[name] = tuple(map(float, numbers))
     layers, top = dict[Order, int](), -1
     for order in sorted(set(orders.values())):
         if not layers or order[-1] != WITH_THE_ONE_BEFORE:
@@ -61,14 +63,10 @@ def matcher_distances(root: nn.Module) -> dict[str, int] | None:
     return {canonical_name(prefix + n): top - layers[orders[n]] for n in orders}
 
 
-def _as_order(answer: Any) -> Order:
-    return tuple(map(float, answer if isinstance(answer, Iterable) else (answer,)))
-
-
-def _ordering(matcher: Any) -> Callable[[str], Order]:
+def _ordering(matcher: Any) -> Callable[[str], Any]:
     """Make a function from name to order, as timm does (models/_manipulate.py)."""
     if not isinstance(matcher, Mapping):
-        return lambda name: _as_order(matcher(name))
+        return lambda name: matcher(name)
     # Each part has one expression or several, with suffixes.
     single, parts = (str, re.Pattern), matcher.values()
     lists = [[(e, None)] if isinstance(e, single) else e or () for e in parts]
@@ -78,12 +76,11 @@ def _ordering(matcher: Any) -> Callable[[str], Order]:
         for expression, suffix in expressions
     ]
 
-    def order_of(name: str) -> Order:
+    def order_of(name: str) -> Any:
         for part, expression, suffix in rules:
             if match := expression.match(name):
-                numbers = (number for number in match.groups() if number is not None)
-                return (part, *map(float, numbers), *map(float, suffix))
-        return (math.inf,)  # what no expression matches is the head
+                return (part, *(n for n in match.groups() if n is not None), *suffix)
+        return math.inf  # what no expression matches is the head
 
     return order_of
 
@@ -104,9 +101,8 @@ def tower(modules: Modules, stack: Modules, others: set[nn.Module]) -> Modules:
 def distances_in(modules: Modules, blocks: Modules) -> dict[nn.Module, int]:
     """Tell how far above each module, parents first, the top of a stack lies."""
     of_blocks = {block: len(blocks) - i for i, block in enumerate(blocks)}
-    below = len(blocks) + 1
+    below = following = len(blocks) + 1
     distances: dict[nn.Module, int] = {}
-    following = below
     for module in modules:
         if module in of_blocks:
             distances |= dict.fromkeys(module.modules(), of_blocks[module])
@@ -198,18 +194,18 @@ class Distances:
         for stack in stacks:
             others = blocks.difference(stack)
             inside = tower(modules, stack, others) if others else modules
-            self._of_modules.update(distances_in(inside, stack))
+            self._of_modules |= distances_in(inside, stack)
         # A head is the top, also where it is registered before the blocks.
         for head in heads(modules[0]):
             if blocks.isdisjoint(head.modules()) and not norm_module(head):
-                self._of_modules.update(dict.fromkeys(head.modules(), 0))
+                self._of_modules |= dict.fromkeys(head.modules(), 0)
         self._below = max(map(len, stacks)) + 1
         self._holders = {m for m in modules if blocks & {*m.modules()}} - blocks
         self._outside = set(modules).difference(self._of_modules)
         first = min(map(modules.index, blocks))
         lowest = self._outside.difference(modules[first:], self._holders)
-        self._of_modules.update(dict.fromkeys(self._outside, 0))
-        self._of_modules.update(dict.fromkeys(lowest, self._below))
+        self._of_modules |= dict.fromkeys(self._outside, 0)
+        self._of_modules |= dict.fromkeys(lowest, self._below)
 
     def of(self, info: ParameterInfo) -> int:
         if info.owner is None:

@@ -31,7 +31,8 @@ NORM_INPUTS = frozenset({"input", "x"})
 ADDS = re.compile(r"(?:\w+_)?(?:linear|conv\dd|add|addmm|addcmul|baddbmm)$|tensor_sum$")
 # Methods, calls and attributes that set or describe a parameter and compute nothing.
 SETS = re.compile(r"__init__|extra_repr|fold_\w+|_?(?:re)?(?:init|set)\w*")
-DESCRIBES = frozenset({"data", "device", "dtype", "hasattr", "isinstance", "shape"})
+CHECKS = (ast.Compare, ast.BoolOp, ast.UnaryOp, ast.If, ast.FormattedValue)
+DESCRIBES = re.compile(r"data|device|dtype|hasattr|isinstance|shape|\w*_")
 
 
 def scales_normalized(cls: type, leaf: str, norms: frozenset[str]) -> str | None:
@@ -113,26 +114,25 @@ def _name(value: ast.expr) -> str:
 
 def _attribute(value: ast.expr) -> str | None:
     """Return the attribute of ``self`` that an expression is, viewed or plus 1."""
-    value = _viewed(value)
-    if isinstance(value, ast.BinOp) and isinstance(value.op, (ast.Add, ast.Mult)):
-        sides = (value.left, value.right)
-        variables = [side for side in sides if not isinstance(side, ast.Constant)]
-        return _attribute(variables[0]) if len(variables) == 1 else None
-    if not isinstance(value, ast.Attribute) or not isinstance(value.value, ast.Name):
-        return None
-    return value.attr if value.value.id == "self" else None
+    match _viewed(value):
+        case ast.Attribute(ast.Name("self"), name):
+            return name
+        case ast.BinOp(side, ast.Add() | ast.Mult(), ast.Constant()):
+            return _attribute(side)
+        case ast.BinOp(ast.Constant(), ast.Add() | ast.Mult(), side):
+            return _attribute(side)
+    return None
 
 
 def _viewed(value: ast.expr) -> ast.expr:
-    while True:
-        if isinstance(value, ast.Subscript):
-            value = value.value
-        elif not isinstance(value, ast.Call) or not VIEWS.fullmatch(_name(value.func)):
-            return value
-        elif isinstance(value.func, ast.Attribute):
-            value = value.func.value
-        else:
-            value = value.args[0]
+    match value:
+        case ast.Subscript(inner):
+            return _viewed(inner)
+        case ast.Call(ast.Attribute(inner, name)) if VIEWS.fullmatch(name):
+            return _viewed(inner)
+        case ast.Call(ast.Name(name), [inner, *_]) if VIEWS.fullmatch(name):
+            return _viewed(inner)
+    return value
 
 
 def unit_gain(tree: ast.AST, leaf: str, norms: Iterable[str]) -> str | None:
@@ -166,24 +166,26 @@ def _maker(value: ast.expr, makers: dict[str, str]) -> str:
     # Every element of `x[..., None]` meets all of a vector: a layer of one input.
     if ast.unparse(value).endswith(", None]"):
         return ""
-    if isinstance(value, ast.IfExp):
-        return _maker(value.body, makers) or _maker(value.orelse, makers)
     if factors := _factors(value):
         return next(filter(None, (_maker(f, makers) for f in factors)), "")
-    if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Div):
-        spread = _name(_viewed(value.right))
-        return spread if SPREAD.match(spread) else ""
-    value = _viewed(value)
-    if not isinstance(value, ast.Call) or not value.args:
-        return makers.get(_name(value), "") if isinstance(value, ast.Name) else ""
-    if maker := makers.get(f"self.{_attribute(value.func)}"):
-        return maker
-    # A weight of length one is what weight norm makes; its gain is a weight, too.
-    if _attribute(value.args[0]) is not None:
-        return ""
-    mapped = value.args[0] if _called(value) == "map" else value.func
-    called = [_name(n) for n in ast.walk(mapped) if isinstance(n, ast.expr)]
-    return next(filter(UNIT_CALL.match, called), "")
+    match value:
+        case ast.IfExp(_, body, other):
+            return _maker(body, makers) or _maker(other, makers)
+        case ast.BinOp(_, ast.Div(), divisor):
+            spread = _name(_viewed(divisor))
+            return spread if SPREAD.match(spread) else ""
+    match _viewed(value):
+        case ast.Name(name):
+            return makers.get(name, "")
+        case ast.Call(function, [first, *_]) as call:
+            if maker := makers.get(f"self.{_attribute(function)}"):
+                return maker
+            # A weight of length one is what weight norm makes; its gain is a weight.
+            if _attribute(first) is None:
+                mapped = first if _called(call) == "map" else function
+                called = [_name(n) for n in ast.walk(mapped) if isinstance(n, ast.expr)]
+                return next(filter(UNIT_CALL.match, called), "")
+    return ""
 
 
 def _uses(tree: ast.AST, leaf: str) -> Iterator[str]:
@@ -198,34 +200,34 @@ def _uses(tree: ast.AST, leaf: str) -> Iterator[str]:
 def _use(node: ast.AST, parents: dict[ast.AST, ast.AST], leaf: str) -> str:
     while True:
         inner, node = node, parents[node]
-        if isinstance(node, ast.Attribute):
-            if not VIEWS.fullmatch(node.attr):
-                sets = node.attr in DESCRIBES or node.attr.endswith("_")
-                return "describes" if sets else ""
-            node = parents[node]
-        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            other = node.right if node.left is inner else node.left
-            # `self.b * self.cfg.use_b` multiplies with a setting, and no tensor.
-            if not isinstance(other, ast.Attribute) or _attribute(other):
-                return ""
-        elif isinstance(node, (ast.BinOp, ast.AugAssign)):
-            first = getattr(node, "left", None) is inner
-            signs = {ast.Add: "adds", ast.Sub: "" if first else "subtracts"}
-            return signs.get(type(node.op), "")
-        elif isinstance(node, ast.keyword) and "bias" in (node.arg or ""):
-            return "adds"
-        elif isinstance(node, ast.Call) and not VIEWS.fullmatch(_called(node)):
-            called = _called(node)
-            if called in DESCRIBES or called.endswith("_"):
-                return "describes"
-            beside = goes_with(leaf, map(_attribute, node.args))
-            return "adds" if beside or ADDS.match(called) else ""
-        elif isinstance(node, ast.Assign):
-            named = all("bias" in _name(target) for target in node.targets)
-            return "adds" if named else ""
-        elif not isinstance(node, (ast.Subscript, ast.IfExp, ast.keyword, ast.Call)):
-            checks = (ast.Compare, ast.BoolOp, ast.UnaryOp, ast.If, ast.FormattedValue)
-            return "describes" if isinstance(node, checks) else ""
+        match node:
+            case ast.Attribute(attr=name) if VIEWS.fullmatch(name):
+                node = parents[node]
+            case ast.Attribute(attr=name):
+                return "describes" if DESCRIBES.fullmatch(name) else ""
+            case ast.BinOp(left, ast.Mult(), right):
+                other = right if left is inner else left
+                # `self.b * self.cfg.use_b` multiplies with a setting, and no tensor.
+                if not isinstance(other, ast.Attribute) or _attribute(other):
+                    return ""
+            case ast.BinOp(op=ast.Add()) | ast.AugAssign(op=ast.Add()):
+                return "adds"
+            case ast.BinOp(op=ast.Sub()) | ast.AugAssign(op=ast.Sub()):
+                return "" if getattr(node, "left", None) is inner else "subtracts"
+            case ast.keyword(str(name)) if "bias" in name:
+                return "adds"
+            case ast.Call() if not VIEWS.fullmatch(_called(node)):
+                called = _called(node)
+                if DESCRIBES.fullmatch(called):
+                    return "describes"
+                beside = goes_with(leaf, map(_attribute, node.args))
+                return "adds" if beside or ADDS.match(called) else ""
+            case ast.Assign(targets):
+                return "adds" if all("bias" in _name(t) for t in targets) else ""
+            case ast.Subscript() | ast.IfExp() | ast.keyword() | ast.Call():
+                continue
+            case _:
+                return "describes" if isinstance(node, CHECKS) else ""
 
 
 def goes_with(leaf: str, others: Iterable[str | None]) -> bool:
