@@ -210,7 +210,6 @@ class ModuleIndex:
         self._module = weakref.ref(module, lambda _: _indices.pop(key, None))
         self._answers: dict[Hashable, Any] = {}
         self._places: dict[int, tuple[Place, ...]] = {}
-        self._shapes: dict[int, torch.Size] = {}
 
     def _read(self, root: nn.Module) -> dict[int, Path]:
         self._places = {}

@@ -138,11 +138,11 @@ def _dynamic_tanh(module: nn.Module) -> bool:
     if not squashes(_kind(module)) or next(module.children(), None):
         return False
     shapes = sorted(param.shape for param in module.parameters())
-    scalars = shapes[:-2]
-    if not scalars or any(shape.numel() != 1 for shape in scalars):
+    if len(shapes) < 3:
         return False
-    gain, shift = shapes[-2:]
-    return gain == shift and len(gain) == 1 < gain.numel()
+    *scalars, gain, shift = shapes
+    wide = gain == shift and len(gain) == 1 < gain.numel()
+    return wide and all(shape.numel() == 1 for shape in scalars)
 
 
 def holder(place: ParameterInfo) -> tuple[nn.Module | None, str]:
