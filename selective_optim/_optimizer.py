@@ -227,7 +227,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         """Have what is decided now compared with other ranks at the next step."""
         self._watch = self._watch or Watch()
         if self._decider.whole is None:  # else all routes are compared together
-            self._watch.compare(found=bool(self._decider.index.found))
+            self._watch.compare(found=bool(self._decider.index.discovered))
 
     def _append_group(self, group: Group) -> None:
         super().add_param_group(group)

@@ -89,21 +89,21 @@ def foreach_add_(tensors: Sequence[Tensor], amount: float | Tensor) -> None:
     torch's binding takes a tensor for a number, which the host must read, unless it
     is given what goes with tensors alone (2.7 to 2.15).
     """
-    alone = {"alpha": 1} if isinstance(amount, Tensor) else {}
-    _foreach_add_(tensors, amount, **alone)
+    tensor_only = {"alpha": 1} if isinstance(amount, Tensor) else {}
+    _foreach_add_(tensors, amount, **tensor_only)
 
 
 def adding(counters: list[Tensor], amount: float | Tensor) -> Callable[[], object]:
     """Return a call that adds an amount to counters in float32 of one device."""
-    one = isinstance(amount, float) and amount == 1.0
-    if not one or not counters[0].is_cpu:
+    is_one = isinstance(amount, float) and amount == 1.0
+    if not is_one or not counters[0].is_cpu:
         return partial(foreach_add_, counters, amount)
     # On the CPU foreach takes 1.3 ms for 1,000 of them. A step of fused SGD with rate
     # -1 and gradient 1, the same sum to the bit, takes 0.1 ms.
     ones = [torch.ones((), dtype=torch.float32, device="cpu")] * len(counters)
     flags = dict.fromkeys(("nesterov", "maximize", "is_first_step"), False)
-    rest = dict.fromkeys(("momentum", "dampening", "weight_decay"), 0.0)
-    return partial(fused_sgd_, counters, ones, [], lr=-1.0, **rest, **flags)
+    factors = dict.fromkeys(("momentum", "dampening", "weight_decay"), 0.0)
+    return partial(fused_sgd_, counters, ones, [], lr=-1.0, **factors, **flags)
 
 
 # What a pass needs to compute several tensors as one: in a third of the time of what
@@ -147,8 +147,8 @@ def tensor_proof(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     # takes 0.02 us per tensor, asking for the dtype 0.05. It also asks for the
     # dispatch state, as under autocast, so that `False` says nothing of the tensors.
     # Sizes and strides are those that the tensors have.
-    given = {"dynamic_dims_sizes": None, "dynamic_dims_strides": None}
-    check: Callable[..., bool] = _TensorGuards(*tensors, **given).check
+    dims = {"dynamic_dims_sizes": None, "dynamic_dims_strides": None}
+    check: Callable[..., bool] = _TensorGuards(*tensors, **dims).check
     return check
 
 
@@ -170,8 +170,8 @@ def check_graph_capture(optimizer: torch.optim.Optimizer) -> None:
 
 def is_capturing(device: torch.device) -> bool:
     """Tell whether a CUDA graph is being captured, when nothing may be copied to it."""
-    there = device.type == "cuda" and torch.cuda.is_available()
-    return there and torch.cuda.is_current_stream_capturing()
+    on_cuda = device.type == "cuda" and torch.cuda.is_available()
+    return on_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def not_to_be_patched(step: _F) -> _F:
@@ -197,12 +197,12 @@ def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def without_hooks(optimizer: torch.optim.Optimizer, *kinds: str) -> Iterator[None]:
     names = [f"_optimizer_{kind}_hooks" for kind in kinds]
-    kept = {name: vars(optimizer).get(name, {}) for name in names}
+    hooks = {name: vars(optimizer).get(name, {}) for name in names}
     vars(optimizer).update({name: OrderedDict() for name in names})
     try:
         yield
     finally:
-        vars(optimizer).update(kept)
+        vars(optimizer).update(hooks)
 
 
 def hooks_of(optimizer: torch.optim.Optimizer, kind: str) -> list[Callable[..., Any]]:
@@ -240,12 +240,9 @@ def name_of_its_own(name: str) -> str | None:
 
 def told_apart(names: Sequence[str]) -> list[str]:
     """Make names canonical, but for those that a parametrization's parameters share."""
-    canonical = list(map(canonical_name, names))
-    bearers = Counter(canonical)
-    return [
-        short if bearers[short] == 1 else without_wrappers(name)
-        for name, short in zip(names, canonical)
-    ]
+    pairs = [(name, canonical_name(name)) for name in names]
+    counts = Counter(short for _, short in pairs)
+    return [s if counts[s] == 1 else without_wrappers(name) for name, s in pairs]
 
 
 # A module's own parameters and modules by name, ``None`` among them. torch's methods
@@ -338,8 +335,7 @@ def local_tensors(tensors: Sequence[Any]) -> list[Tensor]:
 
 def shard_of(tensor: Any) -> Tensor:
     """Return a ``DTensor``'s shard on this rank, and any other tensor as it is."""
-    sharded = type(tensor) is dtensor_class()
-    return local_tensor(tensor) if sharded else tensor
+    return local_tensor(tensor) if type(tensor) is dtensor_class() else tensor
 
 
 def placement(tensor: Any) -> Any:
@@ -369,10 +365,10 @@ def placed_as(tensor: Any, param: Any) -> Any:
 
     A whole one is the same on every rank, so that nothing need be sent.
     """
-    was, where = placement(tensor), placement(param)
+    now, where = placement(tensor), placement(param)
     if where is None:
-        return tensor if was is None else tensor.full_tensor()
-    if was is not None:
+        return tensor if now is None else tensor.full_tensor()
+    if now is not None:
         return tensor.redistribute(*where)
     share = import_module("torch.distributed.tensor").distribute_tensor
     return share(tensor, *where, src_data_rank=None)
@@ -403,9 +399,8 @@ def original_shapes(modules: Iterable[nn.Module]) -> dict[int, torch.Size]:
     handles = [vars(module).get("_handle") for module in modules]
     for handle in filter(None, handles):
         flat = getattr(handle, "flat_param", None)
-        for param, shape in zip(
-            getattr(flat, "_params", None) or (), getattr(flat, "_shapes", ())
-        ):
+        params = getattr(flat, "_params", None) or ()
+        for param, shape in zip(params, getattr(flat, "_shapes", ())):
             shapes[id(param)] = torch.Size(shape)
     return shapes
 

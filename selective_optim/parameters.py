@@ -90,13 +90,13 @@ def wanted(
     """Ask about parameters; a shape that is lost or not there yet is ``None``."""
     pieces = _torch.flattened(params)
     # DeepSpeed notes the shape of what it took.
-    found = (
+    shapes = (
         None if is_lazy(p) or id(p) in pieces else getattr(p, "ds_shape", p.shape)
         for p in params
     )
-    few: dict[Any, Any] = {}  # torch makes another shape at each look
-    shapes = [few.setdefault(shape, shape) for shape in found]
-    return list(zip(params, repeat(group), shapes, chain(names, repeat(None))))
+    interned: dict[Any, Any] = {}  # torch makes another shape at each look
+    same = (interned.setdefault(shape, shape) for shape in shapes)
+    return list(zip(params, repeat(group), same, chain(names, repeat(None))))
 
 
 def owner_kinds(info: ParameterInfo) -> tuple[str, ...]:
@@ -117,10 +117,12 @@ def _named_info(
 ) -> ParameterInfo:
     own_name = name and name_of_its_own(name)
     name = canonical_name(name) if name else None
-    leaf = name.rpartition(".")[2] if name else None
-    here = (param, shape, None if shape is None else len(shape), group)
     names = (name,) if name else ()
-    return ParameterInfo(name, names, leaf, None, (), *here, own_name=own_name)
+    leaf = name.rpartition(".")[2] if name else None
+    ndim = None if shape is None else len(shape)
+    return ParameterInfo(
+        name, names, leaf, None, (), param, shape, ndim, group, own_name=own_name
+    )
 
 
 def as_modules(model: object) -> list[nn.Module]:
@@ -188,9 +190,9 @@ def living(refs: Iterable[ModuleRef]) -> list[nn.Module]:
     return [module for ref in refs if (module := ref()) is not None]
 
 
-def has_parameters(module: nn.Module) -> bool:
-    """Tell whether a module or any inside it holds a parameter."""
-    return next(module.parameters(), None) is not None
+def has_parameters(module: nn.Module, recurse: bool = True) -> bool:
+    """Tell whether a module or, unless told not to look there, one inside holds any."""
+    return next(module.parameters(recurse), None) is not None
 
 
 _T = TypeVar("_T")
@@ -212,83 +214,83 @@ class ModuleIndex:
     def _read(self, root: nn.Module) -> dict[int, Path]:
         self._places = {}
         self._answers.clear()
-        paths: dict[int, Path] = {}
-        places: dict[int, tuple[Place, ...]] = {}
+        paths, places = dict[int, Path](), dict[int, tuple[Place, ...]]()
         # The number of the module above, and under which key that registered it.
-        above: list[tuple[int, str]] = []
-        coming: list[tuple[Path, tuple[int, str], str]] = [((root,), (0, ""), "")]
-        while coming:
-            path, registered, names = coming.pop()
-            number, plain = len(paths), _torch.without_wrappers(names)
+        parents: list[tuple[int, str]] = []
+        stack: list[tuple[Path, tuple[int, str], str]] = [((root,), (0, ""), "")]
+        while stack:
+            path, parent, prefix = stack.pop()
+            number, plain = len(paths), _torch.without_wrappers(prefix)
             paths[number] = path
-            above.append(registered)
+            parents.append(parent)
             for key, param in _torch.registered(path[-1]).items():
+                place: Place = (number, key, f"{plain}{key}", None)
+                if key.startswith("original"):
+                    name = f"{prefix}{key}"
+                    place = (number, key, canonical_name(name), name_of_its_own(name))
                 if param is not None:
-                    name, own = f"{plain}{key}", None
-                    if key.startswith("original"):
-                        name = canonical_name(f"{names}{key}")
-                        own = name_of_its_own(f"{names}{key}")
-                    place = (number, key, name, own)
                     places[id(param)] = (*places.get(id(param), ()), place)
-            coming += [
-                ((*path, child), (number, key), f"{names}{key}.")
+            stack += [
+                ((*path, child), (number, key), f"{prefix}{key}.")
                 for key, child in reversed([*_torch.children(path[-1]).items()])
                 # One that contains itself has endless aliases.
                 if child is not None and child not in path
             ]
-        self._above = above
+        self._parents = parents
         self._shapes = _torch.original_shapes(path[-1] for path in paths.values())
         self._places = places  # last: what an interrupt leaves is read again
         return paths
 
     def infos(self, asked: Sequence[Asked]) -> list[ParameterInfo | None]:
         """Describe parameters; ``None`` for those that the module does not hold."""
-        found: list[ParameterInfo | None] = [None] * len(asked)
         module = self._module()
-        if module is not None and self._places:
-            paths: dict[int, Path] = {0: (module,)}
-            found = list(map(self._look_up, asked, repeat(paths)))
-        if module is not None and None in found:
+        if module is None:
+            return [None] * len(asked)
+        paths: dict[int, Path] = {0: (module,)}
+        infos = list(map(self._look_up, asked, repeat(paths)))
+        if None in infos:
             # They may have come, or moved, since the last reading.
-            found = list(map(self._look_up, asked, repeat(self._read(module))))
-        return found
+            infos = list(map(self._look_up, asked, repeat(self._read(module))))
+        return infos
 
     def _look_up(self, asked: Asked, paths: dict[int, Path]) -> ParameterInfo | None:
-        """Describe one parameter; ``paths`` are what the same look has found."""
+        """Describe one parameter; ``paths`` are those of modules looked up before."""
         param, group, shape, _ = asked
-        known, found = self._places.get(id(param), ()), []
+        if id(param) not in self._places:
+            return None
+        infos, places = [], self._places[id(param)]
         shape = self._shapes.get(id(param), shape)
-        here = (param, shape, None if shape is None else len(shape), group)
-        names = tuple(dict.fromkeys([name for _, _, name, _ in known]))
-        for number, key, name, own_name in known:
+        ndim = None if shape is None else len(shape)
+        names = tuple(dict.fromkeys([name for _, _, name, _ in places]))
+        for number, key, name, own_name in places:
             path = self._path(number, paths)
-            mine = _torch.registered(path[-1]) if path else {}
+            params = _torch.registered(path[-1]) if path else {}
             # Not `get`: scripted modules keep theirs in mappings without it.
-            if key not in mine or mine[key] is not param:
+            if key not in params or params[key] is not param:
                 return None
             if key.startswith("original") and isinstance(path[-1], ParametrizationList):
                 path = path[:-2]  # originals belong to the module with the parameter
             leaf = name.rpartition(".")[2]
-            owned = (path[-1], path, *here)
-            found.append(ParameterInfo(name, names, leaf, *owned, own_name=own_name))
-        if len(found) > 1:
-            return replace(found[0], elsewhere=tuple(found[1:]))
-        return found[0] if found else None
+            of_param = (path[-1], path, param, shape, ndim, group)
+            infos.append(ParameterInfo(name, names, leaf, *of_param, own_name=own_name))
+        if len(infos) > 1:
+            return replace(infos[0], elsewhere=tuple(infos[1:]))
+        return infos[0]
 
     def _path(self, number: int, paths: dict[int, Path]) -> Path:
         """Return the modules from the root to this as they are now, none if it left."""
         if number not in paths:
-            above, key = self._above[number]
-            around = self._path(above, paths)
-            inside = _torch.children(around[-1]) if around else {}
-            there = key in inside and inside[key] is not None
-            paths[number] = (*around, inside[key]) if there else ()
+            parent, key = self._parents[number]
+            path = self._path(parent, paths)
+            children = _torch.children(path[-1]) if path else {}
+            registered = key in children and children[key] is not None
+            paths[number] = (*path, children[key]) if registered else ()
         return paths[number]
 
     def everyone(self) -> list[ParameterInfo]:
         module = self._module()
-        found = self.infos(wanted([] if module is None else [*module.parameters()]))
-        return [info for info in found if info is not None]
+        params = [] if module is None else [*module.parameters()]
+        return [info for info in self.infos(wanted(params)) if info is not None]
 
     def remember(self, question: Hashable, ask: Callable[[], _T]) -> _T:
         """Answer a question about the whole module once, until it changes."""
@@ -302,10 +304,11 @@ def at_both(first: ParameterInfo, second: ParameterInfo) -> ParameterInfo:
     """Join what two modules tell; a place in a module that both contain counts once."""
     owners = [id(place.owner) for place in first.places]
     new = [place for place in second.places if id(place.owner) not in owners]
-    other = [replace(place, elsewhere=()) for place in new]
-    names = dict.fromkeys((*first.names, *(p.name for p in other if p.name)))
-    joined = (*first.elsewhere, *other)
-    return replace(first, names=tuple(names), elsewhere=joined) if other else first
+    if not new:
+        return first
+    names = dict.fromkeys((*first.names, *(place.name for place in new if place.name)))
+    elsewhere = (*first.elsewhere, *(replace(place, elsewhere=()) for place in new))
+    return replace(first, names=tuple(names), elsewhere=elsewhere)
 
 
 class ModelIndex:
@@ -320,34 +323,34 @@ class ModelIndex:
         self._held = as_modules(model)
         self._insists = bool(self._held)
         self._modules = list(map(weakref.ref, self._held))
-        self._found: list[ModuleRef] = []
+        self._discovered: list[ModuleRef] = []
 
     @property
     def explicit(self) -> bool:
         """Tell whether ``model=`` was given, and is still alive to be asked."""
-        return self._insists and all(ref() is not None for ref in self._modules)
+        return self._insists and len(self.passed) == len(self._modules)
 
     def modules(self) -> list[nn.Module]:
-        return living([*self._modules, *self._found])
+        return self.passed + self.discovered
 
     @property
-    def given(self) -> list[nn.Module]:
+    def passed(self) -> list[nn.Module]:
         """Modules that the user passed, or that generate the parameters."""
         return living(self._modules)
 
     @property
-    def found(self) -> list[nn.Module]:
-        return living(self._found)
+    def discovered(self) -> list[nn.Module]:
+        return living(self._discovered)
 
     def add(self, modules: Iterable[nn.Module]) -> None:
         for module in modules:
             self._held.append(module)
-            if id(module) not in map(id, self.given):
+            if id(module) not in map(id, self.passed):
                 self._modules.append(weakref.ref(module))
 
     def find(self, modules: Iterable[nn.Module]) -> None:
-        known = set(map(id, self.modules()))
-        self._found += [weakref.ref(m) for m in modules if id(m) not in known]
+        present = set(map(id, self.modules()))
+        self._discovered += [weakref.ref(m) for m in modules if id(m) not in present]
 
     def release(self) -> None:
         """Keep no module alive from now on."""
@@ -366,11 +369,11 @@ class ModelIndex:
 
     def infos(self, asked: Sequence[Asked]) -> list[ParameterInfo]:
         # One pass per module over all parameters: an optimizer may have 1,000 groups.
-        found: list[ParameterInfo | None] = [None] * len(asked)
+        infos: list[ParameterInfo | None] = [None] * len(asked)
         for module in self.modules():
-            here = index_of(module).infos(asked)
-            found = [at_both(a, b) if a and b else a or b for a, b in zip(found, here)]
-        return [info or _named_info(*each) for info, each in zip(found, asked)]
+            pairs = zip(infos, index_of(module).infos(asked))
+            infos = [at_both(a, b) if a and b else a or b for a, b in pairs]
+        return [info or _named_info(*each) for info, each in zip(infos, asked)]
 
     def remember(self, question: Hashable, ask: Callable[[], _T]) -> _T:
         modules = self.modules()
@@ -388,10 +391,10 @@ class ModelIndex:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelIndex:
         """Follow the modules that were copied along with the optimizer."""
-        twin = ModelIndex([memo.get(id(module), module) for module in self.given])
-        twin.find(memo.get(id(module), module) for module in self.found)
+        twin = ModelIndex([memo.get(id(module), module) for module in self.passed])
+        twin.find(memo.get(id(module), module) for module in self.discovered)
         # Copied before its model, it cannot insist that tensors live in that.
-        twin._insists = self._insists and all(id(m) in memo for m in self.given)
+        twin._insists = self._insists and all(id(m) in memo for m in self.passed)
         twin.release()
         return twin
 

@@ -425,7 +425,8 @@ def report_on(
     """Report on rows; the remark joins others to what looks wrong in the rows."""
     wrong = [*_split_wrongly(rows), _left_out(index, groups), *_not_as_promised(rows)]
     lines = [line for text in (*wrong, *remarks) for line in text.splitlines()]
-    classes = ", ".join(dict.fromkeys(type(module).__name__ for module in index.found))
+    names = dict.fromkeys(type(module).__name__ for module in index.discovered)
+    classes = ", ".join(names)
     if classes:
         lines.append(f"{NOTE}known from {classes}, found alive with these parameters")
     notes = [line for line in lines if line.startswith(NOTE)]
@@ -481,7 +482,7 @@ def _left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
     in_modules = {id(info.parameter) for info in index.everyone()}
     foreign = {shape for key, shape in shapes.items() if key not in in_modules}
     missing: dict[int, ParameterInfo] = {}
-    for module in index.given:
+    for module in index.passed:
         trained = [i for i in index_of(module).everyone() if i.parameter.requires_grad]
         outside = {id(i.parameter): i for i in trained if id(i.parameter) not in shapes}
         outside_shapes = {shape_now(info.parameter) for info in outside.values()}

@@ -356,7 +356,7 @@ def test_copy_of_model_and_optimizer_knows_the_copied_model():
     model = net()
     optimizer = make([*model.parameters()])
     model, optimizer = copy.deepcopy((model, optimizer))
-    assert optimizer._decider.index.found == [model]
+    assert optimizer._decider.index.discovered == [model]
 
 
 # The cost.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -16,11 +16,12 @@ from torch import nn
 
 from selective_optim import _torch
 from selective_optim._text import received
-from selective_optim._torch import canonical_name
+from selective_optim._torch import without_wrappers
 from selective_optim.parameters import has_parameters
 
 Layers = str | Sequence[str] | None
 Modules = list[nn.Module]
+NamedModules = list[tuple[str, nn.Module]]
 NUMBERED = re.compile(r"(.*?)\d+$")
 LISTS = (nn.ModuleList, nn.ModuleDict)
 CONTAINERS = (nn.Sequential, *LISTS)
@@ -31,10 +32,10 @@ DOWN, UP = re.compile(r"down(?!_?stream)"), re.compile(r"up(?!date|per)")
 RIVAL = 10
 
 
-def named_modules(roots: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
+def named_modules(roots: Sequence[nn.Module]) -> NamedModules:
     """List every module once with its canonical name, parents before children."""
     return [
-        (canonical_name(f"{name}.leaf").removesuffix("leaf").strip("."), module)
+        (without_wrappers(f"{name}.").removesuffix("."), module)
         for root in roots
         for name, module in root.named_modules()
     ]
@@ -46,7 +47,7 @@ def _size(module: nn.Module) -> int:
 
 def _may_be_block(module: nn.Module) -> bool:
     # Modules that hold parameters themselves; containers and activations do not count.
-    parts = [m for m in module.modules() if any(True for _ in m.parameters(False))]
+    parts = [m for m in module.modules() if has_parameters(m, recurse=False)]
     return len(parts) >= PARTS_OF_A_BLOCK
 
 
@@ -73,36 +74,50 @@ class Run:
 
 def runs_in(module: nn.Module, name: str = "") -> list[Run]:
     """List the outermost runs inside a module, each of two items or more."""
-    runs: dict[str, list[nn.Module]] = {}
-    paths: dict[nn.Module, str] = {}
+    items: dict[str, list[nn.Module]] = {}
+    names: dict[nn.Module, str] = {}
     for key, child in module.named_children():
-        paths[child] = name if key in _torch.WRAPPERS else f"{name}.{key}".lstrip(".")
+        names[child] = name if key in _torch.WRAPPERS else f"{name}.{key}".lstrip(".")
         if (numbered := NUMBERED.match(key)) and _may_be_block(child):
             glob = f"{name}.{numbered[1]}*".lstrip(".")
-            runs.setdefault(glob, []).append(child)
-    found = [Run(glob, tuple(run)) for glob, run in runs.items() if len(run) > 1]
-    taken = {item for run in found for item in run.items}
-    outside = [child for child in paths if child not in taken]
-    return found + [run for child in outside for run in runs_in(child, paths[child])]
+            items.setdefault(glob, []).append(child)
+    runs = [Run(glob, tuple(run)) for glob, run in items.items() if len(run) > 1]
+    in_runs = {item for run in runs for item in run.items}
+    outside = [child for child in names if child not in in_runs]
+    return runs + [run for child in outside for run in runs_in(child, names[child])]
 
 
-def _inside_stage(stage: nn.Module, alike: bool = False) -> tuple[nn.Module, ...]:
+def _blocks_in_run(run: Run) -> Modules:
+    # Stages differ in width; blocks beside each other are mostly alike, experts or not.
+    inner = {item: _blocks_in_stage(item, run.uniform) for item in run.items}
+    stages = {type(item) for item, blocks in inner.items() if blocks}
+    # A plain container never is a block itself, however alike its neighbors are.
+    if not stages or (run.uniform and stages.isdisjoint(CONTAINERS)):
+        _require_no_runs_alike(run)
+        return list(run.items)
+    stack: Modules = []
+    for item, blocks in inner.items():
+        if blocks or type(item) in stages:
+            stack += blocks or [item]
+    return stack
+
+
+def _blocks_in_stage(stage: nn.Module, alike: bool = False) -> tuple[nn.Module, ...]:
     """Return the blocks that a stage consists of; none if it is a block itself."""
     parts = list(filter(has_parameters, stage.children()))
     # An attention and a feed-forward in a list are one layer, also if both branch.
-    inner = list(map(runs_in, parts))
-    one = (alike and all(inner)) or not any(inner)
-    if isinstance(stage, LISTS) and _are_pieces(parts) and one:
+    branch = [bool(runs_in(part)) for part in parts]
+    one_layer = not any(branch) or (alike and all(branch))
+    if isinstance(stage, LISTS) and _are_pieces(parts) and one_layer:
         return ()
     if type(stage) in CONTAINERS:
         blocks = tuple(filter(_may_be_block, stage.children()))
+        if len(blocks) == 1:  # an embedding, and a transformer of its own depth
+            return _blocks_in_stage(blocks[0]) or blocks
         # Of blocks most have the parameters of another; what has not is pieces of one.
         kinds = Counter(tuple(n for n, _ in b.named_parameters()) for b in blocks)
-        if len(blocks) == 1:  # an embedding, and a transformer of its own depth
-            return _inside_stage(blocks[0]) or blocks
         return blocks if 2 * max(kinds.values(), default=0) >= len(blocks) else ()
-    runs = runs_in(stage)
-    largest = max(runs, key=lambda run: run.size, default=None)
+    largest = max(runs_in(stage), key=lambda run: run.size, default=None)
     if largest is None or 2 * largest.size < _size(stage):
         return ()
     # A list in a list is the one layer of this stage.
@@ -111,32 +126,18 @@ def _inside_stage(stage: nn.Module, alike: bool = False) -> tuple[nn.Module, ...
 
 
 def _are_pieces(parts: Sequence[nn.Module]) -> bool:
+    """Tell whether parts are as different as those of one block are."""
     kinds = {tuple(type(m) for m in p.modules() if has_parameters(m)) for p in parts}
     return 1 < len(parts) == len(kinds) <= 3
 
 
-def _blocks_in(run: Run) -> list[nn.Module]:
-    # Stages differ in width; blocks beside each other are mostly alike, experts or not.
-    inner = {item: _inside_stage(item, run.uniform) for item in run.items}
-    staged = {type(item) for item, blocks in inner.items() if blocks}
-    # A plain container never is a block itself, however alike its neighbors are.
-    if not staged or (run.uniform and staged.isdisjoint(CONTAINERS)):
-        _require_blocks(run)
-        return list(run.items)
-    return [
-        block
-        for item, blocks in inner.items()
-        for block in blocks or ((item,) if type(item) in staged else ())
-    ]
-
-
-def _require_blocks(run: Run) -> None:
+def _require_no_runs_alike(run: Run) -> None:
     # Where each consists of further modules that are all alike, and these are no
     # experts, either could be meant; the rest of a stage is a norm or a projection.
-    inner = [run for run in runs_in(run.items[0]) if "expert" not in run.glob]
-    most = 0.9 * _size(run.items[0])
+    block = run.items[0]
+    inner = [run for run in runs_in(block) if "expert" not in run.glob]
     alike = (r for r in inner if r.uniform and len(set(map(type, r.items))) == 1)
-    if any(each.size >= most for each in alike):
+    if any(r.size >= 0.9 * _size(block) for r in alike):
         deeper = f"{run.glob}.{inner[0].glob}"
         raise ValueError(
             f"`layers` must say what counts as a block; {run} are alike, and so are "
@@ -168,23 +169,23 @@ def require_arguments(rate: float, layers: object) -> None:
         )
 
 
-def find_stacks(roots: Sequence[nn.Module], layers: Layers) -> list[list[nn.Module]]:
+def find_stacks(roots: Sequence[nn.Module], layers: Layers) -> list[Modules]:
     """Return the stacks of blocks with parameters: one per glob, or the largest."""
     if layers is None:
-        return [_found(roots)]
+        return [_main_stack(roots)]
     globs = [layers] if isinstance(layers, str) else layers
     stacks = [_matching(roots, glob) for glob in globs]
     inside = [{module for m in stack for module in m.modules()} for stack in stacks]
-    for (one, its), (other, others) in combinations(zip(globs, inside), 2):
-        if its & others:
+    for (glob, modules), (other, others) in combinations(zip(globs, inside), 2):
+        if modules & others:
             raise ValueError(
-                f"`layers` {one!r} and {other!r} match some of the same modules, and a "
-                f"block is in one stack. Leave one of them out."
+                f"`layers` {glob!r} and {other!r} match some of the same modules, and "
+                f"a block is in one stack. Leave one of them out."
             )
     return stacks
 
 
-def _found(roots: Sequence[nn.Module]) -> list[nn.Module]:
+def _main_stack(roots: Sequence[nn.Module]) -> Modules:
     _require_no_way_back(roots)
     every = [run for root in roots for run in runs_in(root)]
     # Patches may be embedded by a stack of blocks, which is a stem.
@@ -193,7 +194,7 @@ def _found(roots: Sequence[nn.Module]) -> list[nn.Module]:
     # A tower of text beside one of images is smaller and no stem; it must be named.
     rivals = [run for run in runs if RIVAL * run.size >= runs[0].size]
     if len(rivals) == 1:
-        return _blocks_in(runs[0])
+        return _blocks_in_run(runs[0])
     models = ", ".join(type(root).__name__ for root in roots)
     if rivals:
         several = ", ".join(map(str, rivals))
@@ -203,19 +204,19 @@ def _found(roots: Sequence[nn.Module]) -> list[nn.Module]:
             f'hold many parameters. Name one, as in layers="{rivals[0].glob}", or '
             f"several stacks of their own depth, as in layers=[{globs}]."
         )
-    counts = Counter(_counting_globs(roots))
+    counts = Counter(_counting_globs(named_modules(roots)))
     # A message with 1,000 globs cannot be read.
     numbered = ", ".join(map(repr, list(counts)[:8])) or "none"
     raise ValueError(
         f"`layers` must name the repeated blocks of {models}, where none were found; "
         f"numbered modules in it: {numbered}. "
-        f"{_way_out(glob for glob, _ in counts.most_common(1))}"
+        f"{_way_out([glob for glob, _ in counts.most_common(1)])}"
     )
 
 
-def _way_out(globs: Iterable[str]) -> str:
-    for glob in globs:
-        return f'Write for example layers="{glob}".'
+def _way_out(globs: Sequence[str]) -> str:
+    if globs:
+        return f'Write for example layers="{globs[0]}".'
     return "Name modules that repeat; this model has none that are numbered."
 
 
@@ -225,55 +226,53 @@ def _require_no_way_back(roots: Sequence[nn.Module]) -> None:
         lists = [key for key, m in module.named_children() if isinstance(m, CONTAINERS)]
         pair = [next(filter(way.match, lists), None) for way in (DOWN, UP)]
         if None not in pair:
-            told = ", ".join(f'"{name}.{key}"'.replace('".', '"') for key in pair)
+            globs = ", ".join(f'"{name}.{key}"'.replace('".', '"') for key in pair)
             raise ValueError(
                 f"`layers` must say which blocks of {type(roots[0]).__name__} to count "
                 f"by: it goes down and up again. Write the stacks, each of its own "
-                f"depth: layers=[{told}]."
+                f"depth: layers=[{globs}]."
             )
 
 
-def _counting_globs(roots: Sequence[nn.Module]) -> list[str]:
-    named = [(NUMBERED.match(name), module) for name, module in named_modules(roots)]
-    return [f"{found[1]}*" for found, m in named if found and has_parameters(m)]
+def _counting_globs(named: NamedModules) -> list[str]:
+    matches = [NUMBERED.match(name) for name, m in named if has_parameters(m)]
+    return [f"{match[1]}*" for match in matches if match]
 
 
-def _matching(roots: Sequence[nn.Module], layers: str) -> list[nn.Module]:
+def _matching(roots: Sequence[nn.Module], glob: str) -> Modules:
     named = [(n, m) for n, m in named_modules(roots) if n and has_parameters(m)]
     inside: set[nn.Module] = set()
     blocks = []
     for name, module in named:
-        if fnmatchcase(name, layers) and module not in inside:
+        if fnmatchcase(name, glob) and module not in inside:
             blocks.append(module)
             inside.update(module.modules())
     if len(blocks) == 1:
-        return _in_single_match([(n, m) for n, m in named if m in inside], layers)
+        return _in_single_match([(n, m) for n, m in named if m in inside], glob)
     if blocks:
         return blocks
     names = list(dict.fromkeys(name for name, _ in named))
-    close = ", ".join(map(repr, get_close_matches(layers, names, n=3, cutoff=0.0)))
-    globs = [glob for glob in dict.fromkeys(_counting_globs(roots)) if glob != layers]
+    close = ", ".join(map(repr, get_close_matches(glob, names, n=3, cutoff=0.0)))
+    globs = [other for other in dict.fromkeys(_counting_globs(named)) if other != glob]
     raise ValueError(
-        f"`layers` {layers!r} matches none of {len(names)} modules with parameters; "
+        f"`layers` {glob!r} matches none of {len(names)} modules with parameters; "
         f"the closest are {close}. "
-        f"{_way_out(get_close_matches(layers, globs, n=1, cutoff=0.0))}"
+        f"{_way_out(get_close_matches(glob, globs, n=1, cutoff=0.0))}"
     )
 
 
-def _in_single_match(
-    named: Sequence[tuple[str, nn.Module]], layers: str
-) -> list[nn.Module]:
+def _in_single_match(named: NamedModules, glob: str) -> Modules:
     name, block = named[0]
-    if name != layers and NUMBERED.match(name):
+    numbered = NUMBERED.match(name)
+    if name != glob and numbered:
         return [block]  # a model of one block, and a glob on its number
     unwrapped = next(m for n, m in reversed(named) if n == name)
     if isinstance(unwrapped, CONTAINERS):
         return list(filter(has_parameters, unwrapped.children()))
-    runs = sorted(runs_in(unwrapped, name), key=lambda run: -run.size)
-    numbered = NUMBERED.match(name)
     stem = numbered[1] if numbered else "blocks."
+    largest = max(runs_in(unwrapped, name), key=lambda run: run.size, default=None)
     raise ValueError(
-        f"`layers` {layers!r} matches one {type(unwrapped).__name__} and no list of "
+        f"`layers` {glob!r} matches one {type(unwrapped).__name__} and no list of "
         f"blocks, so there is nothing to count. Write for example "
-        f'layers="{runs[0].glob if runs else f"{stem}*"}".'
+        f'layers="{largest.glob if largest else f"{stem}*"}".'
     )

@@ -20,7 +20,6 @@ from selective_optim.policies.blocks import (
     Layers,
     Modules,
     find_stacks,
-    named_modules,
     require_arguments,
 )
 from selective_optim.policies.recognition import (
@@ -40,53 +39,50 @@ INSIDE = _torch.WRAPPERS - {"module"}
 POOL = re.compile(r"(?:.*_)?pool(?:ing|er)?(?:_.*)?$")
 
 
-def own_layers(roots: Sequence[nn.Module]) -> dict[str, int] | None:
-    """Number layers, from 0 at the bottom, as the model's ``group_matcher`` says."""
+def matcher_distances(root: nn.Module) -> dict[str, int] | None:
+    """Tell how far below the top parameters lie, as ``group_matcher`` orders them."""
     # Not getattr: wrappers answer for the module inside, whose names are others.
-    every = (pair for root in roots for pair in whole(root))
-    speakers = (pair for pair in every if hasattr(type(pair[1]), "group_matcher"))
+    speakers = (pair for pair in whole(root) if hasattr(type(pair[1]), "group_matcher"))
     prefix, model = next(speakers, ("", None))
-    if len(roots) != 1 or model is None or not callable(model.group_matcher):
+    if model is None or not callable(model.group_matcher):
         return None
-    place = _placing(model.group_matcher(coarse=False))
-    places: dict[str, Order] = {}
+    order_of = _ordering(model.group_matcher(coarse=False))
+    orders: dict[str, Order] = {}
     for name, _ in model.named_parameters():
         # Matchers are written for the names that the model itself gives.
-        places[name] = place(".".join(p for p in name.split(".") if p not in INSIDE))
-    numbers, last = dict[Order, int](), -1
-    for here in sorted(set(places.values())):
-        last += not (numbers and here[-1] == WITH_THE_ONE_BEFORE)
-        numbers[here] = last
-    if len(set(numbers.values())) < 2:
+        order = order_of(".".join(p for p in name.split(".") if p not in INSIDE))
+        numbers = order if isinstance(order, Iterable) else (order,)
+        orders[name] = tuple(map(float, numbers))
+    layers, top = dict[Order, int](), -1
+    for order in sorted(set(orders.values())):
+        if not layers or order[-1] != WITH_THE_ONE_BEFORE:
+            top += 1
+        layers[order] = top
+    if top < 1:
         return None
-    return {canonical_name(prefix + name): numbers[places[name]] for name in places}
+    return {canonical_name(prefix + n): top - layers[orders[n]] for n in orders}
 
 
-def _order(place: Any) -> Order:
-    return tuple(map(float, place)) if isinstance(place, Iterable) else (float(place),)
-
-
-def _placing(said: Any) -> Callable[[str], Order]:
-    """Make a function from name to place, as timm does (models/_manipulate.py)."""
-    if not isinstance(said, Mapping):
-        return lambda name: _order(said(name))
+def _ordering(matcher: Any) -> Callable[[str], Any]:
+    """Make a function from name to order, as timm does (models/_manipulate.py)."""
+    if not isinstance(matcher, Mapping):
+        return lambda name: matcher(name)
     # Each part has one expression or several, with suffixes.
-    single = (str, re.Pattern)
-    lists = [[(e, None)] if isinstance(e, single) else e or () for e in said.values()]
+    single, parts = (str, re.Pattern), matcher.values()
+    lists = [[(e, None)] if isinstance(e, single) else e or () for e in parts]
     rules = [
-        (part, re.compile(expression), suffix or ())
-        for part, expressions in enumerate(lists)
+        (number, re.compile(expression), suffix or ())
+        for number, expressions in enumerate(lists)
         for expression, suffix in expressions
     ]
 
-    def place(name: str) -> Order:
+    def order_of(name: str) -> Any:
         for part, expression, suffix in rules:
-            if found := expression.match(name):
-                numbers = (number for number in found.groups() if number is not None)
-                return (part, *map(float, numbers), *map(float, suffix))
-        return (math.inf,)  # what no expression matches is the head
+            if match := expression.match(name):
+                return (part, *(n for n in match.groups() if n is not None), *suffix)
+        return math.inf  # what no expression matches is the head
 
-    return place
+    return order_of
 
 
 def tower(modules: Modules, stack: Modules, others: set[nn.Module]) -> Modules:
@@ -104,58 +100,55 @@ def tower(modules: Modules, stack: Modules, others: set[nn.Module]) -> Modules:
 
 def distances_in(modules: Modules, blocks: Modules) -> dict[nn.Module, int]:
     """Tell how far above each module, parents first, the top of a stack lies."""
-    numbers = {block: i for i, block in enumerate(blocks, start=1)}
-    layer: dict[nn.Module, int] = {}
-
-    def place(module: nn.Module, number: int) -> None:
-        layer.update(dict.fromkeys(module.modules(), number))
-
-    block = 0
+    of_blocks = {block: len(blocks) - i for i, block in enumerate(blocks)}
+    below = following = len(blocks) + 1
+    distances: dict[nn.Module, int] = {}
     for module in modules:
-        if module in numbers:
-            block = numbers[module]
-            place(module, block)
-        layer.setdefault(module, block + 1 if block else 0)
-    around = [m for m in modules if m not in numbers and _span(m, numbers)]
-    for parent in around:
-        layer.update(_beside(parent, numbers))
+        if module in of_blocks:
+            distances |= dict.fromkeys(module.modules(), of_blocks[module])
+            following = of_blocks[module] - 1
+        distances.setdefault(module, following)
+    holders = [m for m in modules if m not in of_blocks and _span(m, of_blocks)]
+    for parent in holders:
+        distances |= _beside(parent, of_blocks)
         for key, child in parent.named_children():
             # Between two blocks it embeds what comes out of the first, and in the last
             # of several stages what that stage computes.
-            if layer[child] > len(blocks) and embedding_module(child):
-                place(child, 0 if 1 in _span(parent, numbers) else len(blocks))
-            if layer[child] == 0 and POOL.match(key):  # it pools what the blocks give
-                place(child, len(blocks) + 1)
-    norm = _final_norm(modules, around, blocks[-1])
+            if distances[child] == 0 and embedding_module(child):
+                first = len(blocks) in _span(parent, of_blocks)
+                distances |= dict.fromkeys(child.modules(), below if first else 1)
+            if distances[child] == below and POOL.match(key):
+                distances |= dict.fromkeys(child.modules(), 0)  # of what blocks give
+    norm = _last_norm(modules, holders, blocks[-1])
     if norm is not None:
-        place(norm, len(blocks))
-    return {module: len(blocks) + 1 - layer[module] for module in modules}
+        distances |= dict.fromkeys(norm.modules(), 1)
+    return distances
 
 
-def _beside(parent: nn.Module, numbers: dict[nn.Module, int]) -> dict[nn.Module, int]:
-    """Number what stands in lists that count as the list of blocks beside them does."""
+def _span(item: nn.Module, of_blocks: dict[nn.Module, int]) -> list[int]:
+    return [of_blocks[module] for module in item.modules() if module in of_blocks]
+
+
+def _beside(parent: nn.Module, of_blocks: dict[nn.Module, int]) -> dict[nn.Module, int]:
+    """Place what stands in lists that count as the list of blocks beside them does."""
     lists = [m for m in parent.children() if isinstance(m, CONTAINERS)]
-    spans = [[_span(item, numbers) for item in each.children()] for each in lists]
+    spans = [[_span(item, of_blocks) for item in items.children()] for items in lists]
     main = next((span for span in spans if span and all(span)), [])
-    found: dict[nn.Module, int] = {}
-    for i, each in enumerate(lists if main else ()):
-        fewer = len(main) - len(each)
-        if not isinstance(each, LISTS) or any(spans[i]) or fewer not in (0, 1):
+    distances: dict[nn.Module, int] = {}
+    for i, items in enumerate(lists if main else ()):
+        fewer = len(main) - len(items)
+        if not isinstance(items, LISTS) or any(spans[i]) or fewer not in (0, 1):
             continue
-        if fewer and all(norm_module(item) for item in each.children()):
+        if fewer and all(map(norm_module, items.children())):
             continue  # norms of what comes out, which no stage follows
         # Before the blocks it belongs to the first of its number, after them the last.
-        last = -1 if main in spans[:i] and not fewer else 0
-        for item, span in zip(each.children(), main[fewer:]):
-            found.update(dict.fromkeys(item.modules(), span[last]))
-    return found
+        end = -1 if main in spans[:i] and not fewer else 0
+        for item, span in zip(items.children(), main[fewer:]):
+            distances |= dict.fromkeys(item.modules(), span[end])
+    return distances
 
 
-def _span(item: nn.Module, numbers: dict[nn.Module, int]) -> list[int]:
-    return [numbers[module] for module in item.modules() if module in numbers]
-
-
-def _final_norm(modules: Modules, around: Modules, last: nn.Module) -> nn.Module | None:
+def _last_norm(modules: Modules, holders: Modules, last: nn.Module) -> nn.Module | None:
     inside = set(last.modules())
     for module in modules[modules.index(last) :]:
         keys = (key for key, _ in module.named_children())
@@ -164,10 +157,10 @@ def _final_norm(modules: Modules, around: Modules, last: nn.Module) -> nn.Module
                 return module
             break
     # One called ``norm`` may be registered before the list of blocks.
-    for parent in around:
+    for parent in holders:
         norm = dict(parent.named_children()).get("norm")
         lists = [child for child in parent.children() if isinstance(child, CONTAINERS)]
-        beside = any(last is block for each in lists for block in each.children())
+        beside = any(last is item for items in lists for item in items.children())
         if beside and norm_module(norm):
             return norm
     return None
@@ -185,35 +178,34 @@ class Distances:
     """
 
     def __init__(self, roots: Sequence[nn.Module], layers: Layers) -> None:
-        self._own = own_layers(roots) if layers is None else None
-        if self._own is not None:
-            self._top = max(self._own.values())
+        ask_matcher = layers is None and len(roots) == 1
+        self._of_names = matcher_distances(roots[0]) if ask_matcher else None
+        if self._of_names is not None:
             return
-        modules = [module for _, module in named_modules(roots)]
+        modules = [module for root in roots for module in root.modules()]
         self._measure(modules, find_stacks(roots, layers))
         # Where first names lie: a head tied to the embeddings is no layer of its own.
         first = {id(p): m for m in reversed(modules) for p in m.parameters(False)}
-        self._lift = min(self._distance[module] for module in first.values())
+        self._lift = min(self._of_modules[module] for module in first.values())
 
-    def _measure(self, modules: Modules, stacks: list[list[nn.Module]]) -> None:
+    def _measure(self, modules: Modules, stacks: list[Modules]) -> None:
         blocks = {block for stack in stacks for block in stack}
-        self._distance: dict[nn.Module, int] = {}
+        self._of_modules: dict[nn.Module, int] = {}
         for stack in stacks:
             others = blocks.difference(stack)
             inside = tower(modules, stack, others) if others else modules
-            self._distance.update(distances_in(inside, stack))
+            self._of_modules |= distances_in(inside, stack)
         # A head is the top, also where it is registered before the blocks.
         for head in heads(modules[0]):
             if blocks.isdisjoint(head.modules()) and not norm_module(head):
-                self._distance.update(dict.fromkeys(head.modules(), 0))
+                self._of_modules |= dict.fromkeys(head.modules(), 0)
         self._below = max(map(len, stacks)) + 1
-        self._around = {m for m in modules if m not in self._distance}
         self._holders = {m for m in modules if blocks & {*m.modules()}} - blocks
-        first = min(modules.index(block) for block in blocks)
-        for place, module in enumerate(modules):
-            if module in self._around:
-                lowest = place < first and module not in self._holders
-                self._distance[module] = self._below if lowest else 0
+        self._outside = set(modules).difference(self._of_modules)
+        first = min(map(modules.index, blocks))
+        lowest = self._outside.difference(modules[first:], self._holders)
+        self._of_modules |= dict.fromkeys(self._outside, 0)
+        self._of_modules |= dict.fromkeys(lowest, self._below)
 
     def of(self, info: ParameterInfo) -> int:
         if info.owner is None:
@@ -221,13 +213,13 @@ class Distances:
                 f"`layerwise` needs modules, and of {info.describe(0)} none is known. "
                 f"Pass model=model."
             )
-        if self._own is not None:
-            return self._top - self._own.get(info.name or "", self._top)
+        if self._of_names is not None:
+            return self._of_names.get(info.name or "", 0)
         if POOL.match(info.leaf or "") and info.owner in self._holders:
             return 0  # queries that pool what the blocks give
-        if info.owner in self._around and embedding_part(info):
+        if info.owner in self._outside and embedding_part(info):
             return self._below - self._lift
-        return self._distance[info.owner] - self._lift
+        return self._of_modules[info.owner] - self._lift
 
 
 @dataclass(frozen=True, repr=False)

@@ -138,9 +138,11 @@ def _dynamic_tanh(module: nn.Module) -> bool:
     if not squashes(_kind(module)) or next(module.children(), None):
         return False
     shapes = sorted(param.shape for param in module.parameters())
-    one, vectors = shapes[:-2], shapes[-2:]
-    wide = vectors == vectors[:1] * 2 and len(vectors[0]) == 1 < vectors[0].numel()
-    return wide and bool(one) and all(shape.numel() == 1 for shape in one)
+    if len(shapes) < 3:
+        return False
+    *scalars, gain, shift = shapes
+    wide = gain == shift and len(gain) == 1 < gain.numel()
+    return wide and all(shape.numel() == 1 for shape in scalars)
 
 
 def holder(place: ParameterInfo) -> tuple[nn.Module | None, str]:
@@ -148,8 +150,8 @@ def holder(place: ParameterInfo) -> tuple[nn.Module | None, str]:
     module = place.owner
     if not isinstance(module, LISTS) or not place.name:
         return module, place.leaf or ""
-    modules = list(takewhile(lambda m: isinstance(m, LISTS), reversed(place.path[1:])))
-    return place.path[-1 - len(modules)], place.name.split(".")[-1 - len(modules)]
+    lists = list(takewhile(lambda m: isinstance(m, LISTS), reversed(place.path[1:])))
+    return place.path[-1 - len(lists)], place.name.split(".")[-1 - len(lists)]
 
 
 @lru_cache(4096)
@@ -166,10 +168,6 @@ def _tells(cls: Any, leaf: str | None) -> bool:
     return not all(name.startswith("__") for name in methods)
 
 
-def _owner_tells(place: ParameterInfo) -> bool:
-    return _tells(_kind(place.owner), place.leaf)
-
-
 def _list_tells(place: ParameterInfo) -> bool:
     """Tell whether the list that holds a parameter is called after what it holds."""
     module, _ = holder(place)
@@ -179,20 +177,22 @@ def _list_tells(place: ParameterInfo) -> bool:
     return any(asks(listed) for asks in (bias_part, embedding_part, norm_part))
 
 
+def _telling(info: ParameterInfo) -> list[ParameterInfo]:
+    places = info.places
+    owned = [place for place in places if _tells(_kind(place.owner), place.leaf)]
+    return owned or list(filter(_list_tells, places))
+
+
 def telling_places(info: ParameterInfo) -> Sequence[ParameterInfo]:
     """Return the places of a parameter that say what it is, or all if none does."""
     if not info.elsewhere:
         return (info,)
-    places = info.places
-    owned = [place for place in places if _owner_tells(place)]
-    return owned or [place for place in places if _list_tells(place)] or places
+    return _telling(info) or info.places
 
 
 def kind_known(info: ParameterInfo) -> bool:
     """Tell whether any module that holds a parameter says what it is."""
-    if _owner_tells(info) or any(map(_owner_tells, info.elsewhere)):
-        return True
-    return any(map(_list_tells, info.places))
+    return bool(_telling(info))
 
 
 def says_nothing(info: ParameterInfo) -> bool:
@@ -208,9 +208,10 @@ def bias_leaf(leaf: str | None) -> bool:
     """Tell whether an attribute is called as a bias is, and not as a table of them."""
     if BIAS_TABLE.match(leaf or ""):
         return False
+    if BIAS.match(leaf or ""):
+        return True
     words = _parts(leaf)
-    named = not words.isdisjoint(("bias", "biases")) and words.isdisjoint(NO_BIAS)
-    return bool(BIAS.match(leaf or "")) or named
+    return not words.isdisjoint(("bias", "biases")) and words.isdisjoint(NO_BIAS)
 
 
 def bias_part(place: ParameterInfo) -> bool:
@@ -225,7 +226,7 @@ def bias_part(place: ParameterInfo) -> bool:
         return False
     added = only_added(_kind(module), leaf)
     if added is None and called_b:  # other modules use it
-        keys = (key for key, _ in module.named_parameters("", False))
+        keys = (key for key, _ in module.named_parameters("", recurse=False))
         return place.ndim == 1 or goes_with(leaf, keys)
     return bool(added)
 
@@ -243,30 +244,30 @@ def norm_part(place: ParameterInfo) -> str | bool:
 
 
 @lru_cache(4096)
-def _gain(cls: Any, leaf: str, plain: frozenset[str]) -> str | None:
+def _gain(cls: Any, leaf: str, norms: frozenset[str]) -> str | None:
     for base in own_classes(cls):
         package = base.__module__.partition(".")[0]
         if leaf in KNOWN_GAINS.get((package, base.__name__), ()):
             return f"{cls.__name__}.{leaf} is known as a gain"
-    return None if TEMPERATURE.match(leaf) else scales_normalized(cls, leaf, plain)
+    return None if TEMPERATURE.match(leaf) else scales_normalized(cls, leaf, norms)
 
 
 @cache
-def embedding_leaf(leaf: str | None) -> bool:
+def embedding_leaf(leaf: str) -> bool:
     """Tell whether an attribute is called as an embedding or a token is."""
     words = _parts(leaf)
-    if TABLE.match(leaf or "") or token_leaf(leaf):
+    if TABLE.match(leaf) or token_leaf(leaf):
         return not bias_leaf(leaf)
     return bool(words & (EMBEDS | POSITIONS | TOKENS)) and words.isdisjoint(BESIDE)
 
 
 @cache
-def token_leaf(leaf: str | None) -> bool:
+def token_leaf(leaf: str) -> bool:
     """Tell whether an attribute is called as a learned input without an index is."""
     words = _parts(leaf)
     if words & EMBEDS:  # token_embedding is a table, class_embedding a token
         return bool(words & SPECIAL) and words.isdisjoint(POSITIONS | BESIDE)
-    last = [word for word in PARTS_OF_A_NAME.findall(leaf or "") if len(word) > 1][-1:]
+    last = [word for word in PARTS_OF_A_NAME.findall(leaf) if len(word) > 1][-1:]
     called = not INPUTS.isdisjoint(last) or (words & EMPTY and words & KEYS)
     if leaf in TOKEN_LEAVES or (called and words.isdisjoint(BESIDE)):
         return True
@@ -291,9 +292,9 @@ def embedding_part(place: ParameterInfo) -> bool:
     module, leaf = holder(place)
     if embedding_leaf(leaf):
         return True
-    one = place.shape is not None and place.shape.numel() == 1
+    scalar = place.shape is not None and place.shape.numel() == 1
     # Beside its rows it may hold a bias, or a gate of one number.
-    rows = not (bias_leaf(leaf) or one) or isinstance(module, nn.Embedding)
+    rows = not (bias_leaf(leaf) or scalar) or isinstance(module, nn.Embedding)
     return embedding_module(module) and rows
 
 
@@ -324,16 +325,16 @@ KINDS: dict[str, Callable[[ParameterInfo], str | bool]] = {
 def kind_of(info: ParameterInfo) -> str:
     """Say what a parameter is: norm, bias, embedding, vector or weight."""
     places = telling_places(info)
-    found = (kind for kind, asks in KINDS.items() if any(map(asks, places)))
-    return next(found, "weight")
+    kinds = (kind for kind, asks in KINDS.items() if any(map(asks, places)))
+    return next(kinds, "weight")
 
 
 def whole(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield a model, then the one that it wraps, each with the prefix of its names."""
     yield prefix, module
-    held = {id(param) for param in module.parameters()}
+    params = set(map(id, module.parameters()))
     for key, child in module.named_children():
-        if held and {id(param) for param in child.parameters()} == held:
+        if params and params == set(map(id, child.parameters())):
             yield from whole(child, f"{prefix}{key}.")
 
 

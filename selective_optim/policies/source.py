@@ -18,23 +18,21 @@ from typing import Any
 from selective_optim._torch import own_classes
 
 NORM_CALL = re.compile(r"(?:\w+_)?(?:batch|group|instance|layer|rms)_?norm(?:_fn)?$")
-# Makes vectors of length one.
+# Makes vectors of length one: unit vectors.
 UNIT_CALL = re.compile(r"(?:(?!un|de)\w+_)?(?:l2_?norm(?:ali[sz]e)?|normali[sz]e)$")
 # What such a division divides by, as in `x / self.stdev`.
 SPREAD = re.compile(r"(?:\w+_)?(?:std|stdev|stddev|rms|norm)$")
 # What may stand between the attribute and the call without making it another value.
-VIEWS = frozenset(
-    (
-        *("contiguous", "detach", "expand", "flatten", "float", "permute", "rearrange"),
-        *("repeat", "reshape", "squeeze", "to", "transpose", "type", "type_as"),
-        *("unsqueeze", "view"),
-    )
+VIEWS = re.compile(
+    r"contiguous|detach|expand|flatten|float|permute|rearrange|repeat|reshape|squeeze"
+    r"|to|transpose|type|type_as|unsqueeze|view"
 )
 NORM_INPUTS = frozenset({"input", "x"})
 ADDS = re.compile(r"(?:\w+_)?(?:linear|conv\dd|add|addmm|addcmul|baddbmm)$|tensor_sum$")
 # Methods, calls and attributes that set or describe a parameter and compute nothing.
 SETS = re.compile(r"__init__|extra_repr|fold_\w+|_?(?:re)?(?:init|set)\w*")
-DESCRIBES = frozenset({"data", "device", "dtype", "hasattr", "isinstance", "shape"})
+CHECKS = (ast.Compare, ast.BoolOp, ast.UnaryOp, ast.If, ast.FormattedValue)
+DESCRIBES = re.compile(r"data|device|dtype|hasattr|isinstance|shape|\w*_")
 
 
 def scales_normalized(cls: type, leaf: str, norms: frozenset[str]) -> str | None:
@@ -99,16 +97,15 @@ def norm_call(tree: ast.AST, leaf: str) -> str | None:
     for call in ast.walk(tree):
         if isinstance(call, ast.Call) and NORM_CALL.match(_called(call)):
             words = (w.value for w in call.keywords if w.arg not in NORM_INPUTS)
-            if any(_attribute(each) == leaf for each in (*call.args[1:], *words)):
+            if leaf in map(_attribute, (*call.args[1:], *words)):
                 return f"{_called(call)} takes"
     return None
 
 
 def _called(call: ast.Call) -> str:
-    function = call.func
     # self.layer_norm(x, self.mask) is a module, and takes what it likes.
-    own = isinstance(function, ast.Attribute) and _attribute(function)
-    return "" if own else _name(function)
+    is_module = isinstance(call.func, ast.Attribute) and _attribute(call.func)
+    return "" if is_module else _name(call.func)
 
 
 def _name(value: ast.expr) -> str:
@@ -117,45 +114,44 @@ def _name(value: ast.expr) -> str:
 
 def _attribute(value: ast.expr) -> str | None:
     """Return the attribute of ``self`` that an expression is, viewed or plus 1."""
-    value = _viewed(value)
-    if isinstance(value, ast.BinOp) and isinstance(value.op, (ast.Add, ast.Mult)):
-        sides = (value.left, value.right)
-        rest = [side for side in sides if not isinstance(side, ast.Constant)]
-        return _attribute(rest[0]) if len(rest) == 1 else None
-    if not isinstance(value, ast.Attribute) or not isinstance(value.value, ast.Name):
-        return None
-    return value.attr if value.value.id == "self" else None
+    match _viewed(value):
+        case ast.Attribute(ast.Name("self"), name):
+            return name
+        case ast.BinOp(side, ast.Add() | ast.Mult(), ast.Constant()):
+            return _attribute(side)
+        case ast.BinOp(ast.Constant(), ast.Add() | ast.Mult(), side):
+            return _attribute(side)
+    return None
 
 
 def _viewed(value: ast.expr) -> ast.expr:
-    while True:
-        if isinstance(value, ast.Subscript):
-            value = value.value
-        elif not isinstance(value, ast.Call) or _name(value.func) not in VIEWS:
-            return value
-        elif isinstance(value.func, ast.Attribute):
-            value = value.func.value
-        else:
-            value = value.args[0]
+    match value:
+        case ast.Subscript(inner):
+            return _viewed(inner)
+        case ast.Call(ast.Attribute(inner, name)) if VIEWS.fullmatch(name):
+            return _viewed(inner)
+        case ast.Call(ast.Name(name), [inner, *_]) if VIEWS.fullmatch(name):
+            return _viewed(inner)
+    return value
 
 
 def unit_gain(tree: ast.AST, leaf: str, norms: Iterable[str]) -> str | None:
     """Tell which call made vectors of length one that an attribute multiplies."""
     kinds = (ast.Assign, ast.Return, ast.Expr)
     statements = [node for node in ast.walk(tree) if isinstance(node, kinds)]
-    # Names of such vectors, or of what makes them, and what made them.
-    unit = {f"self.{norm}": norm for norm in norms}
-    for each in sorted(statements, key=lambda node: node.lineno):
-        for node in ast.walk(each.value or each):
+    # Names of unit vectors, or of what makes them, and what made them.
+    makers = {f"self.{norm}": norm for norm in norms}
+    for statement in sorted(statements, key=lambda node: node.lineno):
+        for node in ast.walk(statement.value or statement):
             factors = _factors(node)
-            made = next(filter(None, (_unit(f, unit) for f in factors)), None)
-            if made and any(_attribute(factor) == leaf for factor in factors):
-                return f"{made} is scaled by"
-        for target in each.targets if isinstance(each, ast.Assign) else []:
+            maker = next(filter(None, (_maker(f, makers) for f in factors)), None)
+            if maker and leaf in map(_attribute, factors):
+                return f"{maker} is scaled by"
+        for target in statement.targets if isinstance(statement, ast.Assign) else []:
             targets = getattr(target, "elts", [target])
-            values = getattr(each.value, "elts", [each.value] * len(targets))
-            made_now = [_unit(value, unit) for value in values]
-            unit.update(zip(map(_name, targets), made_now))
+            values = getattr(statement.value, "elts", [statement.value] * len(targets))
+            made_now = [_maker(value, makers) for value in values]
+            makers.update(zip(map(_name, targets), made_now))
     return None
 
 
@@ -165,71 +161,77 @@ def _factors(node: ast.AST) -> list[ast.expr]:
     return [f for side in (node.left, node.right) for f in _factors(side) or [side]]
 
 
-def _unit(value: ast.expr, known: dict[str, str]) -> str:
-    """Name what made an expression vectors of length one, if anything did."""
+def _maker(value: ast.expr, makers: dict[str, str]) -> str:
+    """Name what made an expression a unit vector, if anything did."""
     # Every element of `x[..., None]` meets all of a vector: a layer of one input.
     if ast.unparse(value).endswith(", None]"):
         return ""
-    if isinstance(value, ast.IfExp):
-        return _unit(value.body, known) or _unit(value.orelse, known)
     if factors := _factors(value):
-        return next(filter(None, (_unit(factor, known) for factor in factors)), "")
-    if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Div):
-        spread = _name(_viewed(value.right))
-        return spread if SPREAD.match(spread) else ""
-    value = _viewed(value)
-    if not isinstance(value, ast.Call) or not value.args:
-        return known.get(_name(value), "") if isinstance(value, ast.Name) else ""
-    if made := known.get(f"self.{_attribute(value.func)}"):
-        return made
-    mapped = value.args[0] if _called(value) == "map" else value.func
-    called = [_name(n) for n in ast.walk(mapped) if isinstance(n, ast.expr)]
-    # A weight of length one is what weight norm makes; its gain is a weight, too.
-    own = _attribute(value.args[0]) is not None
-    return "" if own else next(filter(UNIT_CALL.match, called), "")
+        return next(filter(None, (_maker(f, makers) for f in factors)), "")
+    match value:
+        case ast.IfExp(_, body, other):
+            return _maker(body, makers) or _maker(other, makers)
+        case ast.BinOp(_, ast.Div(), divisor):
+            spread = _name(_viewed(divisor))
+            return spread if SPREAD.match(spread) else ""
+    match _viewed(value):
+        case ast.Name(name):
+            return makers.get(name, "")
+        case ast.Call(function, [first, *_]) as call:
+            if maker := makers.get(f"self.{_attribute(function)}"):
+                return maker
+            # A weight of length one is what weight norm makes; its gain is a weight.
+            if _attribute(first) is None:
+                mapped = first if _called(call) == "map" else function
+                called = [_name(n) for n in ast.walk(mapped) if isinstance(n, ast.expr)]
+                return next(filter(UNIT_CALL.match, called), "")
+    return ""
 
 
 def _uses(tree: ast.AST, leaf: str) -> Iterator[str]:
-    above = {child: n for n in ast.walk(tree) for child in ast.iter_child_nodes(n)}
-    named = [n for n in above if isinstance(n, ast.Attribute) and _attribute(n) == leaf]
-    return (_use(n, above, leaf) for n in named if isinstance(n.ctx, ast.Load))
+    """Say of each use of an attribute: adds, subtracts, describes, or "" for others."""
+    parents = {child: n for n in ast.walk(tree) for child in ast.iter_child_nodes(n)}
+    uses = [
+        n for n in parents if isinstance(n, ast.Attribute) and _attribute(n) == leaf
+    ]
+    return (_use(n, parents, leaf) for n in uses if isinstance(n.ctx, ast.Load))
 
 
-def _use(node: ast.AST, above: dict[ast.AST, ast.AST], leaf: str) -> str:
+def _use(node: ast.AST, parents: dict[ast.AST, ast.AST], leaf: str) -> str:
     while True:
-        inner, node = node, above[node]
-        if isinstance(node, ast.Attribute):
-            if node.attr not in VIEWS:
-                sets = node.attr in DESCRIBES or node.attr.endswith("_")
-                return "describes" if sets else ""
-            node = above[node]
-        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            other = node.right if node.left is inner else node.left
-            # `self.b * self.cfg.use_b` multiplies with a setting, and no tensor.
-            if not isinstance(other, ast.Attribute) or _attribute(other):
-                return ""
-        elif isinstance(node, (ast.BinOp, ast.AugAssign)):
-            first = getattr(node, "left", None) is inner
-            signs = {ast.Add: "adds", ast.Sub: "" if first else "subtracts"}
-            return signs.get(type(node.op), "")
-        elif isinstance(node, ast.keyword) and "bias" in (node.arg or ""):
-            return "adds"
-        elif isinstance(node, ast.Call) and _called(node) not in VIEWS:
-            called = _called(node)
-            if called in DESCRIBES or called.endswith("_"):
-                return "describes"
-            beside = goes_with(leaf, map(_attribute, node.args))
-            return "adds" if beside or ADDS.match(called) else ""
-        elif isinstance(node, ast.Assign):
-            named = all("bias" in _name(target) for target in node.targets)
-            return "adds" if named else ""
-        elif not isinstance(node, (ast.Subscript, ast.IfExp, ast.keyword, ast.Call)):
-            checks = (ast.Compare, ast.BoolOp, ast.UnaryOp, ast.If, ast.FormattedValue)
-            return "describes" if isinstance(node, checks) else ""
+        inner, node = node, parents[node]
+        match node:
+            case ast.Attribute(attr=name) if VIEWS.fullmatch(name):
+                node = parents[node]
+            case ast.Attribute(attr=name):
+                return "describes" if DESCRIBES.fullmatch(name) else ""
+            case ast.BinOp(left, ast.Mult(), right):
+                other = right if left is inner else left
+                # `self.b * self.cfg.use_b` multiplies with a setting, and no tensor.
+                if not isinstance(other, ast.Attribute) or _attribute(other):
+                    return ""
+            case ast.BinOp(op=ast.Add()) | ast.AugAssign(op=ast.Add()):
+                return "adds"
+            case ast.BinOp(op=ast.Sub()) | ast.AugAssign(op=ast.Sub()):
+                return "" if getattr(node, "left", None) is inner else "subtracts"
+            case ast.keyword(str(name)) if "bias" in name:
+                return "adds"
+            case ast.Call() if not VIEWS.fullmatch(_called(node)):
+                called = _called(node)
+                if DESCRIBES.fullmatch(called):
+                    return "describes"
+                beside = goes_with(leaf, map(_attribute, node.args))
+                return "adds" if beside or ADDS.match(called) else ""
+            case ast.Assign(targets):
+                return "adds" if all("bias" in _name(t) for t in targets) else ""
+            case ast.Subscript() | ast.IfExp() | ast.keyword() | ast.Call():
+                continue
+            case _:
+                return "describes" if isinstance(node, CHECKS) else ""
 
 
 def goes_with(leaf: str, others: Iterable[str | None]) -> bool:
     """Tell whether the weight of a bias is among other attributes: W_Q for b_Q."""
     weight = re.sub(r"(^|_)b(?=\d*(?:_|$))", r"\1w", leaf).lower()
-    beside = {other.lower() for other in others if other and other != leaf}
-    return weight in beside or (leaf == "b" and any("weight" in b for b in beside))
+    names = {other.lower() for other in others if other and other != leaf}
+    return weight in names or (leaf == "b" and any("weight" in name for name in names))
