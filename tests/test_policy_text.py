@@ -480,6 +480,17 @@ TRIED = {
         "policies are joined, not exclude(is_bias) (Rule) & {'*': 1} (dict). Write "
         "exclude(is_bias) * as_policy(...).",
     ),
+    "named with a list": (
+        lambda: named(["no_bias"]),
+        "`named` takes a name, not ['no_bias'] (list). Write for example "
+        'named("no_bias_norm").',
+    ),
+    "selector or policy": (
+        lambda: is_bias | exclude("a"),
+        "`|` joins selectors: a selector must be a glob, a compiled regular "
+        "expression, a module class, a module, a parameter or a callable, not "
+        "exclude('a') (Rule). Write for example \"*.bias\" or nn.LayerNorm.",
+    ),
     "selector or number": (
         lambda: is_bias | 3,
         "`|` joins selectors: a selector must be a glob, a compiled regular "

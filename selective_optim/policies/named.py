@@ -115,13 +115,13 @@ def named(name: str) -> Policy:
         TypeError: ``name`` is not a string.
         ValueError: No policy has that name; the message lists the known ones.
     """
-    if name in NAMED:
-        return NAMED[name]
     if not isinstance(name, str):
         raise TypeError(
             f"`named` takes a name, not {received(name)}. "
             f'Write for example named("no_bias_norm").'
         )
+    if name in NAMED:
+        return NAMED[name]
     problem = "not the name of a policy"
     layer = name.removeprefix("nn.")
     is_class = isinstance(getattr(nn, layer, None), type)

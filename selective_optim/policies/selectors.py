@@ -308,7 +308,7 @@ def as_selector(item: object) -> Selector:
         return InsideClass(item)
     if isinstance(item, (nn.Module, Tensor)):
         return Identity(item)
-    if callable(item) and not isinstance(item, type):
+    if callable(item) and not isinstance(item, (type, Policy)):
         return Question(item)
     raise TypeError(
         f"a selector must be a glob, a compiled regular expression, a module class, "
