@@ -44,7 +44,6 @@ OptimizerClass = type[torch.optim.Optimizer]
 MODES = ("train", "eval")
 # Differentiable: torch leaves it to the class to refuse tensors that are no leaves.
 READING = {"differentiable": True}
-STEP_HOOKS = ("step_pre", "step_post")
 
 
 # Not blocks: an interrupt between a block and its end would leave autograd off.
@@ -95,13 +94,11 @@ class AnyOptimizer(SelectiveOptimizer):
         model: Model = None,
         **kwargs: Any,
     ) -> None:
-        signature = inspect.signature(type(self))
-        bound = signature.bind_partial(params, *args, **kwargs)
+        bound = inspect.signature(type(self)).bind_partial(params, *args, **kwargs)
         bound.apply_defaults()
-        arguments = bound.arguments
-        with self._deciding(params, wd_policy, model, arguments) as params:
+        with self._deciding(params, wd_policy, model, bound.arguments) as params:
             # Decided before the class exists: it is given the parts.
-            self._read(params, signature.parameters, arguments.get("lr"))
+            self._read(params, bound.signature.parameters, bound.arguments.get("lr"))
             self._construct(args, kwargs)
 
     def _read(self, params: Any, keys: Iterable[str], lr: Any) -> None:
@@ -123,7 +120,6 @@ class AnyOptimizer(SelectiveOptimizer):
         self._adopt(splits, self._parts)
 
     def _adopt(self, splits: list[Split], parts: Iterable[Group]) -> None:
-        """Take over the groups that the class made of the parts of these splits."""
         made = iter(parts)
         for split in splits:
             split.adopt(list(islice(made, len(split.parts))), self.defaults)
@@ -255,7 +251,7 @@ class AnyOptimizer(SelectiveOptimizer):
             if closure is None and not _begin(around, self._part_views()):
                 return None
             # Hooks ran before; a class that calls its base's step has them run again.
-            with _torch.without_hooks(self, *STEP_HOOKS):
+            with _torch.without_hooks(self, "step_pre", "step_post"):
                 result = step(self, *args, **kwargs)
             _finish(around)
             if self._watch is not None:
@@ -277,16 +273,13 @@ class AnyOptimizer(SelectiveOptimizer):
         self, closure: Callable[[], Any], around: ClassStep
     ) -> Callable[[], Any]:
         """Let a closure see the user's groups; passes run once it has returned."""
-        begun = False
 
         def called(*args: Any, **kwargs: Any) -> Any:
-            nonlocal begun
             around.restore()
             self._leave()
             result = closure(*args, **kwargs)
             self._enter()
-            _begin(around, self._part_views(), again=begun)
-            begun = True
+            _begin(around, self._part_views())
             return result
 
         return called
@@ -357,18 +350,16 @@ def selective(optimizer_class: OptimizerClass) -> Any:
         >>> [(row.name, row.weight_decay) for row in optimizer.decay_report().rows]
         [('weight', 0.1), ('bias', 0.0)]
     """
-    if isinstance(optimizer_class, type) and issubclass(
-        optimizer_class, SelectiveOptimizer
-    ):
-        return optimizer_class
-    require_class(optimizer_class)
+    cls: Any = optimizer_class
+    if isinstance(cls, type) and issubclass(cls, SelectiveOptimizer):
+        return cls
+    require_class(cls)
     # Found again, and not kept: classes refer to their subclasses weakly. SGD, Adam and
     # AdamW of this library stand before torch's themselves.
-    for subclass in optimizer_class.__subclasses__():
+    for subclass in cls.__subclasses__():
         first, *others = subclass.__bases__
-        if first in (SelectiveOptimizer, AnyOptimizer) and others == [optimizer_class]:
+        if first in (SelectiveOptimizer, AnyOptimizer) and others == [cls]:
             return subclass
-    cls: Any = optimizer_class
     namespace = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
