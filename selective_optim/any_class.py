@@ -99,7 +99,16 @@ class AnyOptimizer(SelectiveOptimizer):
         with self._deciding(params, wd_policy, model, bound.arguments) as params:
             # Decided before the class exists: it is given the parts.
             self._read(params, bound.signature.parameters, bound.arguments.get("lr"))
-            self._construct(args, kwargs)
+            groups = self._groups
+            splits = list(map(split_group, groups, self._decider.fitting(groups)))
+            parts = _groups_of(splits)
+            self._class_adds = True
+            super(SelectiveOptimizer, self).__init__(parts, *args, **kwargs)
+            self._class_adds = False
+            # Only now is there something to look at: what the constructor made.
+            require_parts(self, _groups_of(splits))
+            self._parts, self.param_groups = self.param_groups, groups
+            self._adopt(splits, self._parts)
 
     def _read(self, params: Any, keys: Iterable[str], lr: Any) -> None:
         # Also where `__init__` is called a second time, as torch's may be.
@@ -107,17 +116,6 @@ class AnyOptimizer(SelectiveOptimizer):
         self._parts = self._layout = None
         torch.optim.Optimizer.__init__(self, params, {**READING, "lr": lr})
         self._decider.decide_pending()
-
-    def _construct(self, args: Any, kwargs: Any) -> None:
-        groups = self._groups
-        splits = list(map(split_group, groups, self._decider.fitting(groups)))
-        self._class_adds = True
-        super(SelectiveOptimizer, self).__init__(_groups_of(splits), *args, **kwargs)
-        self._class_adds = False
-        # Only now is there something to look at: what the constructor made.
-        require_parts(self, _groups_of(splits))
-        self._parts, self.param_groups = self.param_groups, groups
-        self._adopt(splits, self._parts)
 
     def _adopt(self, splits: list[Split], parts: Iterable[Group]) -> None:
         made = iter(parts)

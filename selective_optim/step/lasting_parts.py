@@ -73,7 +73,7 @@ class Split:
     def remove_params(self) -> None:
         """Take the parameters out again, in lists that the class does not know."""
         for part in self.parts:
-            part.group.update({key: [] for key in PER_PARAM if key in self.group})
+            part.group.update(pick(self.group, ()))
 
     def adopt(self, groups: Sequence[Group], defaults: Collection[str]) -> None:
         """Take over the groups that the class made of the parts."""
@@ -352,17 +352,16 @@ def require_class(cls: object) -> None:
             )
 
 
-def require_parts(optimizer: Any, given: Sequence[Group]) -> None:
+def require_parts(optimizer: Any, parts: Sequence[Group]) -> None:
     """Check that the class made its groups of the parts, and steps them itself."""
-    name, made = type(optimizer).__name__, optimizer.param_groups
-    if [list(map(id, g["params"])) for g in made] != [
-        list(map(id, g["params"])) for g in given
-    ]:
+    name, groups = type(optimizer).__name__, optimizer.param_groups
+    param_ids = [list(map(id, group["params"])) for group in groups]
+    if param_ids != [list(map(id, part["params"])) for part in parts]:
         raise ValueError(
             f"{name} makes groups of its own from those that it is given, so their "
             f"decay cannot be told apart. {_way_out(optimizer)}"
         )
-    if any(WD not in group for group in made):
+    if any(WD not in group for group in groups):
         raise ValueError(
             f"{name} has no 'weight_decay' in its groups, so there is nothing to "
             f"decide. Use a class that decays, as selective_optim.AdamW does."
