@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import lru_cache
 from inspect import Parameter, Signature
-from itertools import repeat
-from operator import is_
+from itertools import chain, islice, repeat
+from operator import attrgetter
 from threading import get_ident
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +17,9 @@ from typing import Any
 import torch
 
 from selective_optim import _torch
-from selective_optim._optimizer import (
-    COPIED,
-    Model,
-    SelectiveOptimizer,
-    constants_of,
-)
+from selective_optim._optimizer import COPIED, Model, SelectiveOptimizer, constants_of
 from selective_optim.decisions.state_dict import PARTS, Decided, require_groups_like
+from selective_optim.fused.guards import same_objects
 from selective_optim.report import form_of_class
 from selective_optim.step.class_step import ClassStep, View
 from selective_optim.step.kernels import Kernel
@@ -48,7 +44,6 @@ OptimizerClass = type[torch.optim.Optimizer]
 MODES = ("train", "eval")
 # Differentiable: torch leaves it to the class to refuse tensors that are no leaves.
 READING = {"differentiable": True}
-STEP_HOOKS = ("step_pre", "step_post")
 
 
 # Not blocks: an interrupt between a block and its end would leave autograd off.
@@ -58,14 +53,12 @@ _finish = torch.no_grad()(ClassStep.finish)
 
 def as_torch_reads(group: Group, before: Iterable[Group], **defaults: Any) -> Group:
     """Let torch read and check a group, and no class that would step it."""
-    given = set(group) if isinstance(group, dict) else set()
+    stated = set(group) if isinstance(group, dict) else set()
     # Not with other defaults in an optimizer meanwhile: an interrupt would leave them.
-    reading = SimpleNamespace(
-        defaults={**READING, **defaults}, param_groups=list(before)
-    )
-    torch.optim.Optimizer.add_param_group(reading, group)  # type: ignore[arg-type]
-    read: Group = reading.param_groups[-1]
-    for key in READING.keys() - given:
+    reader = SimpleNamespace(defaults=READING | defaults, param_groups=list(before))
+    torch.optim.Optimizer.add_param_group(reader, group)  # type: ignore[arg-type]
+    read: Group = reader.param_groups[-1]
+    for key in READING.keys() - stated:
         del read[key]
     return read
 
@@ -101,46 +94,36 @@ class AnyOptimizer(SelectiveOptimizer):
         model: Model = None,
         **kwargs: Any,
     ) -> None:
-        signature = inspect.signature(type(self))
-        bound = signature.bind_partial(params, *args, **kwargs)
+        bound = inspect.signature(type(self)).bind_partial(params, *args, **kwargs)
         bound.apply_defaults()
-        numbers = bound.arguments
-        with self._deciding(params, wd_policy, model, numbers) as known:
+        with self._deciding(params, wd_policy, model, bound.arguments) as params:
             # Decided before the class exists: it is given the parts.
-            self._read(known, signature.parameters, numbers.get("lr"))
-            self._construct(args, kwargs)
+            self._read(params, bound.signature.parameters, bound.arguments.get("lr"))
+            groups = self._groups
+            splits = list(map(split_group, groups, self._decider.fitting(groups)))
+            parts = _groups_of(splits)
+            self._class_adds = True
+            try:
+                super(SelectiveOptimizer, self).__init__(parts, *args, **kwargs)
+            finally:
+                self._class_adds = False
+            # Only now is there something to look at: what the constructor made.
+            require_parts(self, _groups_of(splits))
+            self._parts, self.param_groups = self.param_groups, groups
+            self._adopt(splits, self._parts)
 
-    def _read(self, known: Any, keys: Iterable[str], lr: Any) -> None:
+    def _read(self, params: Any, keys: Iterable[str], lr: Any) -> None:
         # Also where `__init__` is called a second time, as torch's may be.
-        self._keys, self._splits, self._parts, self._layout = (
-            tuple(keys),
-            [],
-            None,
-            None,
-        )
-        reading = {**READING, "lr": lr}
-        torch.optim.Optimizer.__init__(self, known, reading)
+        self._keys, self._splits = tuple(keys), []
+        self._parts = self._layout = None
+        torch.optim.Optimizer.__init__(self, params, {**READING, "lr": lr})
         self._decider.decide_pending()
 
-    def _construct(self, args: Any, kwargs: Any) -> None:
-        groups = self._groups
-        decided = self._decider.fitting(groups)
-        splits = list(map(split_group, groups, decided))
-        self._class_adds = True
-        super(SelectiveOptimizer, self).__init__(_groups_of(splits), *args, **kwargs)
-        self._class_adds = False
-        # Only now is there something to look at: what the constructor made.
-        require_parts(self, splits)
-        self._parts, self.param_groups = self.param_groups, groups
-        self._adopt(splits, self._parts)
-
-    def _adopt(self, splits: list[Split], made: Iterable[Group]) -> None:
-        groups = iter(made)
+    def _adopt(self, splits: list[Split], parts: Iterable[Group]) -> None:
+        made = iter(parts)
         for split in splits:
-            split.adopt([next(groups) for _ in split.parts], self.defaults)
-            split.empty()
-            if chosen_form(split.group) is None:
-                split.form = form_of_class(self, split.group)
+            split.adopt(list(islice(made, len(split.parts))), self.defaults)
+            split.form = form_of_class(self, {})
             require_forms(self, split)
         self._splits += splits
 
@@ -152,8 +135,8 @@ class AnyOptimizer(SelectiveOptimizer):
         # Some frameworks clear the groups to shard the model, and add them anew. Of
         # groups that were taken out the class would find the parameters twice.
         if self._parts is not None:
-            here = set(map(id, self._groups))
-            self._splits[:] = [s for s in self._splits if id(s.group) in here]
+            ids = set(map(id, self._groups))
+            self._splits[:] = [s for s in self._splits if id(s.group) in ids]
             self._parts[:] = _groups_of(self._splits)
         super().add_param_group(param_group)
 
@@ -168,8 +151,8 @@ class AnyOptimizer(SelectiveOptimizer):
             del group["lr"]  # where the class has another
         if self._parts is None:
             return
-        decided = self._decider.fitting(self._groups)
-        split, count = split_group(group, decided[-1]), len(self._parts)
+        split = split_group(group, self._decider.fitting(self._groups)[-1])
+        count = len(self._parts)
         try:
             self._show(self._parts)
             # Past the method that decides: parts were decided for as a group.
@@ -192,7 +175,7 @@ class AnyOptimizer(SelectiveOptimizer):
         # Not a count: after an interrupt anywhere the next step of a thread is right.
         self._threads_inside.add(get_ident())
         for split in self._splits:
-            split.fill()
+            split.place_params()
         self._show(self._parts)
 
     @_torch.disable_dynamo
@@ -203,9 +186,9 @@ class AnyOptimizer(SelectiveOptimizer):
         self._show(None)
         self._threads_inside.discard(get_ident())
         for split in self._splits:
-            split.show()
+            split.hand_up()
             if not self._threads_inside:
-                split.empty()
+                split.remove_params()
 
     def _hand_down(self) -> None:
         self._arrange()
@@ -216,29 +199,26 @@ class AnyOptimizer(SelectiveOptimizer):
         """Split the groups as they now stand, or raise with nothing changed."""
         groups = self._groups
         layout = self._decider.rows(groups)
-        known = [split.group for split in self._splits]
         # A list that the user changed in place, or made anew, shows in one of the two.
-        same = len(known) == len(groups) and all(map(is_, known, groups))
         # The decider makes a new list whenever anything changed, so identity suffices.
-        if layout is self._layout and same:
+        known_groups = [split.group for split in self._splits]
+        if layout is self._layout and same_objects(groups, known_groups):
             return
-        decided = self._decider.fitting(groups)
         splits = [
             split_again(group, decisions, self._splits, self.defaults)
-            for group, decisions in zip(groups, decided)
+            for group, decisions in zip(groups, self._decider.fitting(groups))
         ]
         for split in splits:
             require_forms(self, split)
         parts = _groups_of(splits)
-        if list(map(id, parts)) != list(map(id, self._parts)):
+        if not same_objects(parts, self._parts):
             require_no_lists(self, len(self._parts))
         for split in splits:
-            split.empty()
+            split.remove_params()
         self._splits[:], self._layout = splits, layout
         self._parts[:] = parts
 
-    def _decided_anew(self) -> None:
-        self._arrange()
+    _decided_anew = _arrange
 
     # Stepping.
 
@@ -271,7 +251,7 @@ class AnyOptimizer(SelectiveOptimizer):
             if closure is None and not _begin(around, self._part_views()):
                 return None
             # Hooks ran before; a class that calls its base's step has them run again.
-            with _torch.without_hooks(self, *STEP_HOOKS):
+            with _torch.without_hooks(self, "step_pre", "step_post"):
                 result = step(self, *args, **kwargs)
             _finish(around)
             if self._watch is not None:
@@ -287,23 +267,19 @@ class AnyOptimizer(SelectiveOptimizer):
         parts = (part for split in self._splits for part in split.parts)
         if any(part.decay_key.decay.needs_init for part in parts):
             decided = self._decider.fitting(self._groups)
-        pairs = zip(self._splits, decided)
-        return [view for split, own in pairs for view in split.views(own)]
+        return list(chain.from_iterable(map(Split.views, self._splits, decided)))
 
     def _outside(
         self, closure: Callable[[], Any], around: ClassStep
     ) -> Callable[[], Any]:
         """Let a closure see the user's groups; passes run once it has returned."""
-        begun = False
 
         def called(*args: Any, **kwargs: Any) -> Any:
-            nonlocal begun
             around.restore()
             self._leave()
             result = closure(*args, **kwargs)
             self._enter()
-            _begin(around, self._part_views(), again=begun)
-            begun = True
+            _begin(around, self._part_views())
             return result
 
         return called
@@ -312,9 +288,8 @@ class AnyOptimizer(SelectiveOptimizer):
 
     def _own_entries(self) -> dict[str, Any]:
         self._hand_down_if_decided()
-        record = record_of_parts(self._splits)
-        parts = {} if record is None else {PARTS: record}
-        return {**super()._own_entries(), **parts}
+        record, entries = record_of_parts(self._splits), super()._own_entries()
+        return entries if record is None else {**entries, PARTS: record}
 
     def _hand_down_if_decided(self) -> None:
         with suppress(ValueError):  # what cannot be decided is told at the next step
@@ -325,13 +300,12 @@ class AnyOptimizer(SelectiveOptimizer):
         saved_parts(state_dict, state_dict.get(PARTS), self._splits)
 
     def _loaded(self, state_dict: dict[str, Any]) -> None:
-        groups = self.param_groups
-        for split, group in zip(self._splits, groups):
+        for split, group in zip(self._splits, self.param_groups):
             split.group = group
         self._arrange()
         saved = saved_parts(state_dict, state_dict.get(PARTS), self._splits)
         self._layout = None  # first: an interrupt must not leave parts half in place
-        load_parts(self._splits, groups, saved, self.defaults)
+        load_parts(self._splits, saved, self.defaults)
         self._parts[:] = _groups_of(self._splits)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -342,8 +316,8 @@ class AnyOptimizer(SelectiveOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if COPIED in state:
-            self._splits, self._parts = (state[COPIED][k] for k in ("splits", "parts"))
+        if copied := state.get(COPIED):
+            self._splits, self._parts = copied["splits"], copied["parts"]
             for split in self._splits:
                 split.recognize()
 
@@ -376,18 +350,16 @@ def selective(optimizer_class: OptimizerClass) -> Any:
         >>> [(row.name, row.weight_decay) for row in optimizer.decay_report().rows]
         [('weight', 0.1), ('bias', 0.0)]
     """
-    if isinstance(optimizer_class, type) and issubclass(
-        optimizer_class, SelectiveOptimizer
-    ):
-        return optimizer_class
-    require_class(optimizer_class)
+    cls: Any = optimizer_class
+    if isinstance(cls, type) and issubclass(cls, SelectiveOptimizer):
+        return cls
+    require_class(cls)
     # Found again, and not kept: classes refer to their subclasses weakly. SGD, Adam and
     # AdamW of this library stand before torch's themselves.
-    for subclass in optimizer_class.__subclasses__():
-        before, *others = subclass.__bases__
-        if before in (SelectiveOptimizer, AnyOptimizer) and others == [optimizer_class]:
+    for subclass in cls.__subclasses__():
+        first, *others = subclass.__bases__
+        if first in (SelectiveOptimizer, AnyOptimizer) and others == [cls]:
             return subclass
-    cls: Any = optimizer_class
     namespace = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -396,8 +368,8 @@ def selective(optimizer_class: OptimizerClass) -> Any:
         "_class_step": getattr(inspect.unwrap(cls.step), "__code__", None),
         **{name: _seeing_parts(name) for name in _group_readers(cls)},
     }
-    kind: Any = type(cls)  # a class of classes hashes, which mypy does not hold
-    return _kind(kind)(cls.__name__, (AnyOptimizer, cls), namespace)
+    metaclass: Any = type(cls)  # hashes, which mypy does not hold
+    return _picklable(metaclass)(cls.__name__, (AnyOptimizer, cls), namespace)
 
 
 def _constructor(cls: OptimizerClass) -> Callable[..., None]:
@@ -406,38 +378,38 @@ def _constructor(cls: OptimizerClass) -> Callable[..., None]:
     def __init__(self: AnyOptimizer, params: Any, *args: Any, **kwargs: Any) -> None:
         AnyOptimizer.__init__(self, params, *args, **kwargs)
 
-    given = list(inspect.signature(cls.__init__).parameters.values())
-    rest = [p for p in given if p.kind is Parameter.VAR_KEYWORD]
-    others = [p for p in given if p.kind is not Parameter.VAR_KEYWORD]
-    ours = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=None)
-        for name in ("wd_policy", "model")
+    parameters = [
+        *inspect.signature(cls.__init__).parameters.values(),
+        Parameter("wd_policy", Parameter.KEYWORD_ONLY, default=None),
+        Parameter("model", Parameter.KEYWORD_ONLY, default=None),
     ]
-    vars(__init__)["__signature__"] = Signature([*others, *ours, *rest])
+    # `**kwargs` of the class go to the end.
+    parameters.sort(key=attrgetter("kind"))
+    vars(__init__)["__signature__"] = Signature(parameters)
     return __init__
 
 
 def _group_readers(cls: OptimizerClass) -> set[str]:
     """Name the methods that read groups outside of a step: modes, and what decays."""
-    own = {
-        name: function
+    functions = [
+        (name, function)
         for base in cls.__mro__
         if base not in torch.optim.Optimizer.__mro__
         for name, function in vars(base).items()
         if inspect.isfunction(function) and not hasattr(AnyOptimizer, name)
-    }
-    decaying = {n for n, function in own.items() if WD in constants_of(function)}
-    return decaying | (own.keys() & set(MODES))
+    ]
+    # Of one that is overridden, any version may read what decays.
+    return {n for n, f in functions if n in MODES or WD in constants_of(f)}
 
 
 def _seeing_parts(name: str) -> Callable[..., Any]:
     def method(self: AnyOptimizer, *args: Any, **kwargs: Any) -> Any:
-        own = getattr(super(SelectiveOptimizer, self), name)
+        method_of_class = getattr(super(SelectiveOptimizer, self), name)
         if self._inside or self._class_adds:
-            return own(*args, **kwargs)
+            return method_of_class(*args, **kwargs)
         self._enter()
         try:
-            return own(*args, **kwargs)
+            return method_of_class(*args, **kwargs)
         finally:
             self._leave()
 
@@ -446,24 +418,25 @@ def _seeing_parts(name: str) -> Callable[..., Any]:
 
 
 @lru_cache
-def _kind(kind: Any) -> Any:
+def _picklable(metaclass: Any) -> Any:
     """Derive a class of classes that pickle as the call that makes them."""
     # pickle looks a class up by name, unless copyreg knows the class of it.
-    made = type(f"Selective{kind.__name__}", (kind,), {"__repr__": _text})
-    copyreg.pickle(made, _reduce)
-    return made
+    name, namespace = f"Selective{metaclass.__name__}", {"__repr__": _class_text}
+    derived = type(name, (metaclass,), namespace)
+    copyreg.pickle(derived, _reduce_class)
+    return derived
 
 
-def _text(cls: type) -> str:
-    base = _base(cls)
+def _class_text(cls: type) -> str:
+    base = _served_class(cls)
     return f"selective({type.__repr__(base)})" if base else type.__repr__(cls)
 
 
-def _reduce(cls: type) -> Any:
-    base = _base(cls)
+def _reduce_class(cls: type) -> Any:
+    base = _served_class(cls)
     return (selective, (base,)) if base else cls.__qualname__
 
 
-def _base(cls: type) -> type | None:
+def _served_class(cls: type) -> type | None:
     """Return what a class was made from, unless it is a subclass that has a name."""
     return cls.__bases__[1] if cls.__bases__[0] is AnyOptimizer else None

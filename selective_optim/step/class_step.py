@@ -50,8 +50,9 @@ class View:
 
     def batch(self, states: States) -> Batch:
         params = self.present
-        owns = [states.get(param) or {} for param in params]
-        moments = [[own.get(entry) for own in owns] for entry in self.entries or ()]
+        own_states = [states.get(param) or {} for param in params]
+        entries = self.entries or ()
+        moments = [[state.get(entry) for state in own_states] for entry in entries]
         pairs = zip(self.group["params"], self.inits)
         targets = [init for param, init in pairs if param.grad is not None]
         grads: list[Any] = [param.grad for param in params]
@@ -63,13 +64,13 @@ class View:
         shards = [shard.detach() for shard in _torch.local_tensors(params)]
         for param, shard in zip(params, shards):
             shard.grad = _torch.local_tensor(param.grad)
-            states[shard] = _each_tensor(states.get(param) or {}, _torch.shard_of)
+            states[shard] = _map_tensors(_torch.shard_of, states.get(param) or {})
         self.group["params"] = shards
         return list(zip(params, shards))
 
 
-def _each_tensor(own: State, change: Callable[[Any], Any]) -> State:
-    return {k: change(v) if isinstance(v, Tensor) else v for k, v in own.items()}
+def _map_tensors(change: Callable[[Any], Any], state: State) -> State:
+    return {k: change(v) if isinstance(v, Tensor) else v for k, v in state.items()}
 
 
 def view_of(
@@ -77,26 +78,23 @@ def view_of(
 ) -> View:
     """Make the view of a part of a user's group, among all parameters of all groups."""
     key = part.key
-    shared = kernel.share(group, key.decay_key, reading)
+    share = kernel.share(group, key.decay_key, reading)
     # Asked for key by key where a group is a dict that computes what is read.
     shown = dict(group) if type(group) is dict else {k: group[k] for k in group}
-    shown["weight_decay"] = shared.wd
+    shown["weight_decay"] = share.wd
     if "decoupled_weight_decay" in shown:
-        shown["decoupled_weight_decay"] = shared.form == "decoupled"
+        shown["decoupled_weight_decay"] = share.form == "decoupled"
     if key.fused:
         shown["fused"] = True
     if "param_names" in group:
         names = dict(zip(map(id, group["params"]), group["param_names"]))
         shown["param_names"] = [names[id(params[i])] for i in part.positions]
-    direction = None
-    if shared.decay_pass is not None:
-        direction = partial(kernel.direction, kernel.setting(group, shared))
-    return View(
-        *(shown, part.inits, shared.decay_pass, direction, kernel.entries(group)),
-        sharded=key.sharded,
-        takes_scale=key.fused and not key.first,
-        fleeting=shared.fleeting,
-    )
+    view = View(shown, part.inits, share.decay_pass, entries=kernel.entries(group))
+    if share.decay_pass is not None:
+        view.direction = partial(kernel.direction, kernel.setting(group, share))
+    view.sharded, view.fleeting = key.sharded, share.fleeting
+    view.takes_scale = key.fused and not key.first
+    return view
 
 
 class ClassStep:
@@ -105,29 +103,23 @@ class ClassStep:
     def __init__(self, optimizer: Any, states: States) -> None:
         self._optimizer = optimizer  # a GradScaler may have laid its tensors on it
         self._states = states
+        self._begun = False  # a class may ask for gradients more than once
         self._forget()
 
     def _forget(self) -> None:
         self._scaling = NO_SCALING
         self._undoable: list[tuple[Tensor, Tensor]] = []
-        self._pulled: list[tuple[Tensor, Any]] = []
+        self._user_grads: list[tuple[Tensor, Any]] = []
         self._shards: list[tuple[Tensor, Tensor]] = []
         self._after: list[Call] = []
 
     @_torch.disable_dynamo
-    def begin(self, views: Sequence[View], again: bool = False) -> bool:
+    def begin(self, views: Sequence[View]) -> bool:
         """Run the passes before the class's step, and tell whether to step at all."""
-        self._scaling = scaling = scaling_of(self._optimizer)
-        if scaling != NO_SCALING and all(
-            view.takes_scale and view.decay_pass is None for view in views
-        ):
-            # GradScaler sums over devices, and kernels look for exactly 1.
-            if scaling.found_inf is not None:
-                self._optimizer.found_inf = scaling.found_inf.clamp(max=1.0)
-        elif scaling != NO_SCALING:
-            if not self._unscale(views):
-                return False
-            self._optimizer.grad_scale = self._optimizer.found_inf = None
+        again, self._begun = self._begun, True
+        self._scaling = scaling_of(self._optimizer)
+        if self._scaling != NO_SCALING and not self._apply_scaling(views):
+            return False
         for view in views:
             decay_pass = view.decay_pass
             # Where the class asks for gradients again, parameters are not moved again.
@@ -143,42 +135,47 @@ class ClassStep:
         """Decay what is decayed after the step, and undo a step that is dropped."""
         for call in self._after:
             call()
-        for shard, old in self._undoable:
+        for tensor, old in self._undoable:
             assert self._scaling.found_inf is not None  # only then anything is kept
-            here = self._scaling.found_inf.to(shard.device)
-            shard.copy_(unless_dropped(here, shard, old))
+            found_inf = self._scaling.found_inf.to(tensor.device)
+            tensor.copy_(unless_dropped(found_inf, tensor, old))
 
     @_torch.disable_dynamo
     def restore(self) -> None:
         """Take back what stands in the user's tensors for the step alone."""
         for param, shard in self._shards:
-            sharded = partial(_torch.sharded_as, param=param)
-            own = _each_tensor(self._states.pop(shard), sharded)
-            if own:
-                self._states[param] = {**own, **(self._states.get(param) or {})}
-        for param, grad in self._pulled:
+            as_param = partial(_torch.sharded_as, param=param)
+            state = _map_tensors(as_param, self._states.pop(shard))
+            if state:
+                self._states[param] = {**state, **(self._states.get(param) or {})}
+        for param, grad in self._user_grads:
             param.grad = grad
         if self._scaling != NO_SCALING:
             self._optimizer.grad_scale, self._optimizer.found_inf = self._scaling
         self._forget()
 
-    def _unscale(self, views: Sequence[View]) -> bool:
-        """Unscale outside of the class, and tell whether the step is to be taken."""
-        scale, found_inf = self._scaling
+    def _apply_scaling(self, views: Sequence[View]) -> bool:
+        """Unscale outside if the class cannot, and tell whether to step at all."""
+        optimizer, (scale, found_inf) = self._optimizer, self._scaling
+        if all(view.takes_scale and view.decay_pass is None for view in views):
+            # GradScaler sums over devices, and kernels look for exactly 1.
+            if found_inf is not None:
+                optimizer.found_inf = found_inf.clamp(max=1.0)
+            return True
         if scale is not None:
             grads: list[Any] = [param.grad for view in views for param in view.present]
             for device in {grad.device for grad in grads}:
                 unscale_([grad for grad in grads if grad.device == device], scale)
-        if found_inf is None:
-            return True
-        touched = self._touched(views)
-        # No device is waited for, but where the step makes state, which only the host
-        # can leave out.
-        if (found_inf.is_cpu or touched is None) and found_inf.item():
-            return False
-        if touched is not None and not found_inf.is_cpu:
-            shards = map(_torch.shard_of, touched)
-            self._undoable = [(each, each.clone()) for each in shards]
+        if found_inf is not None:
+            touched = self._touched(views)
+            # No device is waited for, but where the step makes state, which only the
+            # host can leave out.
+            if touched is not None and not found_inf.is_cpu:
+                shards = map(_torch.shard_of, touched)
+                self._undoable = [(shard, shard.clone()) for shard in shards]
+            elif found_inf.item():
+                return False
+        optimizer.grad_scale = optimizer.found_inf = None
         return True
 
     def _touched(self, views: Sequence[View]) -> list[Tensor] | None:
@@ -186,33 +183,35 @@ class ClassStep:
         touched: list[Tensor] = []
         for view in views:
             for param in view.present:
-                own = self._states.get(param) or {}
-                if view.entries is None or not all(e in own for e in view.entries):
+                state = self._states.get(param) or {}
+                if view.entries is None or not all(e in state for e in view.entries):
                     return None
-                tensors = [each for each in own.values() if isinstance(each, Tensor)]
-                touched += [param, *tensors]
+                touched.append(param)
+                touched += [v for v in state.values() if isinstance(v, Tensor)]
         return touched
 
     def _run(self, view: View, decay_pass: DecayPass) -> None:
         batch = view.batch(self._states)
         lr, maximize = view.group["lr"], view.group.get("maximize", False)
         if view.direction is None:
-            lr = _number(lr)
+            lr = _read_rate(lr)
             if decay_pass.applied == "cautious":
                 before = [param.detach().clone() for param in batch.params]
-                given = (decay_pass, lr * decay_pass.wd, batch, before)
-                self._after.append(partial(decay_agreeing_, *given))
+                rate = lr * decay_pass.wd
+                decay = partial(decay_agreeing_, decay_pass, rate, batch, before)
+                self._after.append(decay)
                 return
-        asked = (decay_pass, lr, maximize, batch, view.direction, NO_SCALING)
-        for call in pass_calls(*asked)[0]:
+        direction = view.direction
+        calls, _ = pass_calls(decay_pass, lr, maximize, batch, direction, NO_SCALING)
+        for call in calls:
             call()
         if decay_pass.applied == "l2":
-            self._pulled += [(param, param.grad) for param in batch.params]
+            self._user_grads += [(param, param.grad) for param in batch.params]
             for param, grad in zip(batch.params, batch.grads):
                 param.grad = grad
 
 
-def _number(lr: Any) -> float:
+def _read_rate(lr: Any) -> float:
     """Read a rate once; a class that keeps it on a device waits for it here."""
     if isinstance(lr, Tensor) and _torch.is_capturing(lr.device):
         raise RuntimeError(

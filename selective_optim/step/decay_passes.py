@@ -55,8 +55,9 @@ def pass_calls(
         # The pass reads gradients, or writes to them, as they are without the scale.
         calls.append(partial(unscale_, batch.grads, scaling.grad_scale))
         scaling = scaling._replace(grad_scale=None)
-    given = (decay_pass, rate, batch, list(_chunks(batch)), direction, found_inf)
-    return [*calls, partial(_move_, *given)], scaling
+    chunks = list(_chunks(batch))
+    move = partial(_move_, decay_pass, rate, batch, chunks, direction, found_inf)
+    return [*calls, move], scaling
 
 
 def decay_agreeing_(
@@ -84,11 +85,10 @@ def _shrinking(
     halves = any(param.is_cpu and param.dtype in _torch.HALF for param in params)
     if halves or any(map(_is_view, params)):
         return [partial(torch.Tensor.mul_, param, factor) for param in params]
-    given = not isinstance(factor, Tensor)
-    if given and params[0].is_cpu and len({param.dtype for param in params}) == 1:
+    first, dtypes = params[0], {param.dtype for param in params}
+    if not isinstance(factor, Tensor) and first.is_cpu and len(dtypes) == 1:
         # foreach makes a tensor of a number for each: 1.4 ms for 1,000, and so 0.4.
-        real = params[0].dtype.to_real()
-        factor = torch.tensor(factor, dtype=real, device="cpu")
+        factor = torch.tensor(factor, dtype=first.dtype.to_real(), device="cpu")
     return [partial(_torch.foreach_mul_, params, factor)]
 
 
@@ -110,25 +110,25 @@ def _move_(
     """Lower parameters, or new gradients for L2, by ``rate * (param - target)``."""
     if is_zero(rate):  # which would still turn -0.0 into 0.0
         return
-    pulls = decay_pass.applied == "l2"
+    changes_grads = decay_pass.applied == "l2"
     for chunk in chunks:
-        into = batch.params[chunk]
-        if pulls:
+        outputs = batch.params[chunk]
+        if changes_grads:
             # Laid out as the gradients are: fused kernels walk their memory.
-            into = list(map(torch.empty_like, batch.grads[chunk]))
-        for new, params, grads, targets, *moments in _pieces(batch, chunk, into):
+            outputs = list(map(torch.empty_like, batch.grads[chunk]))
+        for into, params, grads, targets, *moments in _pieces(batch, chunk, outputs):
             joined = _joined(params)
             offset = _offset(decay_pass, joined, targets)
             if decay_pass.applied == "cautious":
                 assert direction is not None  # else decay comes after the step
-                known = [m[0] if m[0] is None else _joined(m) for m in moments]
-                offset = _agreeing(offset, direction(_joined(grads), known))
-            moved = _less(_joined(grads) if pulls else joined, offset, rate)
+                joined_moments = [m[0] if m[0] is None else _joined(m) for m in moments]
+                offset = _agreeing(offset, direction(_joined(grads), joined_moments))
+            moved = _less(_joined(grads) if changes_grads else joined, offset, rate)
             if found_inf is not None:
                 moved = unless_dropped(found_inf, moved, joined)
-            _write_(new, moved)
-        if pulls:  # those of the parameters stay
-            batch.grads[chunk] = into
+            _write_(into, moved)
+        if changes_grads:  # those of the parameters stay
+            batch.grads[chunk] = outputs
 
 
 def _offset(decay_pass: DecayPass, joined: Tensor, targets: Sequence[Tensor]) -> Tensor:
@@ -138,22 +138,22 @@ def _offset(decay_pass: DecayPass, joined: Tensor, targets: Sequence[Tensor]) ->
 
 
 def _pieces(
-    batch: Batch, chunk: slice, into: list[Tensor]
+    batch: Batch, chunk: slice, outputs: list[Tensor]
 ) -> Iterator[list[list[Any]]]:
     """Cut a chunk that is one large tensor into pieces, which stay in the cache."""
     # Memory in large blocks is also new at every step, and cleared by the system.
-    lists: list[Any] = [batch.params, batch.grads, batch.targets, *batch.moments]
-    lists = [into, *(tensors[chunk] for tensors in lists)]
-    size, limit = into[0].numel(), _limit(into[0])
-    first = [each[0] for each in lists if each and each[0] is not None]
+    columns: list[Any] = [batch.params, batch.grads, batch.targets, *batch.moments]
+    columns = [outputs, *(column[chunk] for column in columns)]
+    size, limit = outputs[0].numel(), _limit(outputs[0])
+    firsts = [column[0] for column in columns if column and column[0] is not None]
     # Autograd follows whole tensors.
-    cut = len(into) == 1 and size > limit and not torch.is_grad_enabled()
-    if not cut or not all(map(_is_flat, first)):
-        yield lists
+    cut = len(outputs) == 1 and size > limit and not torch.is_grad_enabled()
+    if not cut or not all(map(_is_flat, firsts)):
+        yield columns
         return
     for start in range(0, size, limit):
-        part = slice(start, start + limit)
-        yield [[t if t is None else t.view(-1)[part] for t in each] for each in lists]
+        piece = slice(start, start + limit)
+        yield [[t if t is None else t.view(-1)[piece] for t in c] for c in columns]
 
 
 def _limit(tensor: Tensor) -> int:
@@ -196,11 +196,12 @@ def _chunks(batch: Batch) -> Iterator[slice]:
     start = size = 0
     last = None
     for i, param in enumerate(batch.params):
-        joins = _torch.CAN_JOIN and type(param) in PLAIN and times[id(param)] == 1
-        begun = [moment[i] is None for moment in batch.moments]
-        kind = joins and not _is_view(param) and (param.dtype, param.device, begun)
+        joins = type(param) in PLAIN and times[id(param)] == 1 and not _is_view(param)
+        missing = [moment[i] is None for moment in batch.moments]
+        place = (param.dtype, param.device, missing)
+        kind = place if joins and _torch.CAN_JOIN else None
         size += param.numel()
-        if i > start and (size > limit or not kind or kind != last):
+        if i > start and (size > limit or kind is None or kind != last):
             yield slice(start, i)
             start, size = i, param.numel()
         last = kind
@@ -219,9 +220,9 @@ def _write_(tensors: Sequence[Tensor], joined: Tensor) -> None:
         return
     # torch 2.7 gives what has no elements another shape.
     pairs = zip(_torch.unflatten(joined, tensors), tensors, strict=True)
-    parts = [part if tensor.numel() else tensor for part, tensor in pairs]
+    values = [value if tensor.numel() else tensor for value, tensor in pairs]
     if torch.is_grad_enabled():  # where autograd follows
-        for tensor, part in zip(tensors, parts):
-            tensor.copy_(part)
+        for tensor, value in zip(tensors, values):
+            tensor.copy_(value)
     else:
-        _torch.foreach_copy_(tensors, parts)
+        _torch.foreach_copy_(tensors, values)

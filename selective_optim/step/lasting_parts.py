@@ -11,6 +11,7 @@ import copy
 import inspect
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ _ABSENT = object()
 
 
 @dataclass(eq=False)
-class Part:
+class LastingPart:
     """Parameters of one group with one decay, and the group that the class sees."""
 
     decay_key: DecayKey
@@ -52,7 +53,7 @@ class Part:
     tokens: list[object]  # theirs and nobody else's, see `_torch.token_of`
 
     @property
-    def own(self) -> Group:
+    def hyper(self) -> Group:
         return _without(self.group, NOT_SHARED)
 
 
@@ -61,34 +62,34 @@ class Split:
     """A user's group and its parts."""
 
     group: Group
-    parts: list[Part]  # at least one, with no parameters where the group has none
-    form: Form | None = None  # of the class, if it is known and no group can choose it
-    shown: Group = field(default_factory=dict)  # the group when last looked at
+    parts: list[LastingPart]  # at least one, also of a group without parameters
+    form: Form | None = None  # of the class, where a group does not choose it
+    seen: Group = field(default_factory=dict)  # the group when last looked at
 
-    def fill(self) -> None:
+    def place_params(self) -> None:
         for part in self.parts:
             part.group.update(pick(self.group, part.positions))
 
-    def empty(self) -> None:
+    def remove_params(self) -> None:
         """Take the parameters out again, in lists that the class does not know."""
         for part in self.parts:
-            part.group.update({key: [] for key in PER_PARAM if key in self.group})
+            part.group.update(pick(self.group, ()))
 
-    def adopt(self, made: Sequence[Group], keys: Collection[str]) -> None:
-        """Take over the groups that the class made of the parts, and show them."""
-        for part, group in zip(self.parts, made, strict=True):
+    def adopt(self, groups: Sequence[Group], defaults: Collection[str]) -> None:
+        """Take over the groups that the class made of the parts."""
+        for part, group in zip(self.parts, groups, strict=True):
             part.group = group
-        first = self.parts[0].group
-        self.group.update({k: v for k, v in first.items() if k not in PER_PARAM})
-        self.share_tensors(keys)
-        self.shown = _without(self.group, DECAY_KEYS)  # the rest is to be handed down
+        self.group.update(_without(groups[0], PER_PARAM))
+        self.share_tensors(defaults)
+        self.seen = _without(self.group, DECAY_KEYS)  # these are to be handed down
+        self.remove_params()
 
-    def _share(self, part: Part) -> Share:
+    def _share(self, part: LastingPart) -> Share:
         return share_of(self.group, part.decay_key, self.form)
 
-    def computed(self, part: Part, key: str) -> Any:
-        shared = self._share(part)
-        return shared.wd if key == WD else shared.form == "decoupled"
+    def computed(self, part: LastingPart, key: str) -> Any:
+        share = self._share(part)
+        return share.wd if key == WD else share.form == "decoupled"
 
     def views(self, decisions: Sequence[Decision]) -> list[View]:
         views = []
@@ -98,39 +99,40 @@ class Split:
             views.append(View(part.group, inits, self._share(part).decay_pass))
         return views
 
-    def hand_down(self, keys: Collection[str]) -> None:
+    def hand_down(self, defaults: Collection[str]) -> None:
         """Write what has changed in the group into its parts."""
         # Asked for key by key: a group may be a dict that computes what is read.
-        group, shown = {key: self.group[key] for key in self.group}, self.shown
+        group, seen = {key: self.group[key] for key in self.group}, self.seen
         # A tensor that is the same object may have been written to.
-        moved = {
+        touched = [
             key
             for key, value in group.items()
-            if isinstance(value, Tensor) or value is not shown.get(key, _ABSENT)
-        }
+            if isinstance(value, Tensor) or value is not seen.get(key, _ABSENT)
+        ]
         forms = [part.decay_key.decay.form for part in self.parts]
-        if "lr" in moved and any(form and FORMS[form].follows_lr for form in forms):
-            moved.add(WD)
+        if "lr" in touched and any(form and FORMS[form].follows_lr for form in forms):
+            touched += group.keys() & {WD}
         # Computed before any is written, so that an error leaves the parts alike.
-        written: list[tuple[Group, Group]] = []
-        for key in group.keys() & moved:
+        updates: list[tuple[Group, Group]] = []
+        for key in touched:
             value = group[key]
             if key in DECAY_KEYS:
-                written += [(p.group, {key: self.computed(p, key)}) for p in self.parts]
-            elif key not in PER_PARAM and not same(value, shown.get(key, _ABSENT)):
+                updates += [(p.group, {key: self.computed(p, key)}) for p in self.parts]
+            elif key not in PER_PARAM and not same(value, seen.get(key, _ABSENT)):
                 self._require_common(key)
-                written += [(p.group, _copied({key: value}, keys)) for p in self.parts]
-        for part_group, values in written:
+                values = {key: value}
+                updates += [(p.group, _copied(values, defaults)) for p in self.parts]
+        for part_group, values in updates:
             part_group.update(values)
         # A key that the user removed goes from the parts; one that is only there stays.
-        for key in shown.keys() - group.keys():
+        for key in seen.keys() - group.keys():
             for part in self.parts:
                 part.group.pop(key, None)
-        self.shown = dict(group)
+        self.seen = group
 
     def _require_common(self, key: str) -> None:
         # A schedule that goes on from the group's would go on from none of theirs.
-        if _differing([{key: p.group.get(key, _ABSENT)} for p in self.parts]):
+        if _differing([{key: part.group.get(key, _ABSENT)} for part in self.parts]):
             raise ValueError(
                 f"{key!r} was set in a group, and the class itself has set it for each "
                 f"decay in that group apart. Split the groups by hand: "
@@ -138,12 +140,12 @@ class Split:
             )
 
     def recognize(self) -> None:
-        """Take equal numbers for those that were shown: pickle makes new objects."""
-        for key, value in self.shown.items():
+        """Take equal numbers for those that were seen: pickle makes new objects."""
+        for key, value in self.seen.items():
             if same(value, now := self.group.get(key, _ABSENT)):
-                self.shown[key] = now
+                self.seen[key] = now
 
-    def show(self) -> None:
+    def hand_up(self) -> None:
         """Write what the class wrote into all parts alike into the group."""
         first, *others = [part.group for part in self.parts]
         for key, value in first.items():
@@ -156,12 +158,12 @@ class Split:
         for key in self.group.keys() - first.keys():
             if key not in NOT_SHARED and not any(key in other for other in others):
                 del self.group[key]
-        self.shown = dict(self.group)
+        self.seen = dict(self.group)
 
-    def share_tensors(self, keys: Collection[str]) -> None:
+    def share_tensors(self, defaults: Collection[str]) -> None:
         """Let all parts read one tensor: schedulers write into the one they see."""
         first, *others = [part.group for part in self.parts]
-        for key in keys:
+        for key in defaults:
             if key not in NOT_SHARED and isinstance(first.get(key), Tensor):
                 for other in others:
                     other[key] = first[key]
@@ -171,9 +173,9 @@ def _without(group: Group, keys: Collection[str]) -> Group:
     return {key: value for key, value in group.items() if key not in keys}
 
 
-def _differing(owns: Sequence[Group]) -> list[str]:
+def _differing(groups: Sequence[Group]) -> list[str]:
     """Name what the first of some groups holds, and another holds otherwise or not."""
-    first, *others = owns or [{}]
+    first, *others = groups or [{}]
     return [
         key
         for key, value in first.items()
@@ -181,81 +183,81 @@ def _differing(owns: Sequence[Group]) -> list[str]:
     ]
 
 
-def _copied(group: Group, keys: Collection[str]) -> Group:
+def _copied(group: Group, defaults: Collection[str]) -> Group:
     """Copy a group for a part, which counts by itself in tensors under other keys."""
     tensors = {k: v for k, v in group.items() if isinstance(v, Tensor)}
-    own = {k: v.detach().clone() for k, v in tensors.items() if k not in keys}
-    return {**group, **own}
+    copies = {k: v.detach().clone() for k, v in tensors.items() if k not in defaults}
+    return {**group, **copies}
 
 
 def by_decay(decisions: Sequence[Decision]) -> dict[DecayKey, list[int]]:
     """List the positions of a group by decay_key, in the order of first appearance."""
-    found: dict[DecayKey, list[int]] = {}
+    positions: dict[DecayKey, list[int]] = {}
     for position, decision in enumerate(decisions):
-        found.setdefault(decision.decay_key, []).append(position)
+        positions.setdefault(decision.decay_key, []).append(position)
     # An empty group still needs a part: torch's classes iterate over groups.
-    return found or {DecayKey(FULL): []}
+    return positions or {DecayKey(FULL): []}
 
 
 def split_group(group: Group, decisions: Sequence[Decision]) -> Split:
     """Split a group that no class has seen yet; decay is still that of the group."""
-    parts = []
-    for decay_key, chosen in by_decay(decisions).items():
-        shown = {**group, **pick(group, chosen)}
-        tokens = list(map(_torch.token_of, shown["params"]))
-        parts.append(Part(decay_key, shown, chosen, tokens))
-    return Split(group, parts)
+    split = split_again(group, decisions, (), group)
+    for part in split.parts:
+        part.group = {**group, **pick(group, part.positions)}
+    return split
 
 
 def split_again(
     group: Group,
     decisions: Sequence[Decision],
-    before: Sequence[Split],
-    keys: Collection[str],
+    splits: Sequence[Split],
+    defaults: Collection[str],
 ) -> Split:
     """Split a group anew, or raise ValueError; parts with the same decay go on."""
-    mine = [split for split in before if split.group is group]
-    # Known ahead: a part of new parameters alone may come before those that were shown.
-    origin = mine or [s for s in before if _parts_of(group["params"], [s])]
-    settled = {}
-    if not mine:
+    params = group["params"]
+    origins = [split for split in splits if split.group is group]
+    going_on = {part.decay_key: part for split in origins for part in split.parts}
+    stated = {}
+    if not origins:
+        # Known ahead: a part of new parameters may come before those that were seen.
+        origins = [split for split in splits if _hyper_of(params, [split])]
         # A new dict for tensors of several groups: hyperparameters are those it says.
-        owns = [part.own for part in _parts_of(group["params"], origin)]
-        settled = {k: group[k] for k in _differing(owns) if k in group and k in keys}
-    shown = {**(origin[0].shown if origin else {}), **settled}
-    going_on = {part.decay_key: part for split in mine for part in split.parts}
+        differing = _differing(_hyper_of(params, origins))
+        stated = {k: group[k] for k in differing if k in group and k in defaults}
+    seen = {**(origins[0].seen if origins else {}), **stated}
     parts = []
-    for decay_key, chosen in by_decay(decisions).items():
-        params = [group["params"][i] for i in chosen]
-        tokens = list(map(_torch.token_of, params))
-        owns = [part.own for part in _parts_of(params, origin)]
+    for decay_key, positions in by_decay(decisions).items():
+        own_params = [params[i] for i in positions]
+        hypers = _hyper_of(own_params, origins)
         if (part := going_on.get(decay_key)) is not None:
             # The same dict, which the class may know by identity.
-            own, owns = part.group, [part.own, *owns]
+            part_group, hypers = part.group, [part.hyper, *hypers]
         else:
             # A counter that the class keeps in a group follows its parameters.
             # One that comes from none begins with what the others were last given.
-            first = owns[0] if owns else _without({**group, **shown}, NOT_SHARED)
-            own = _copied({**first, **settled}, keys)
-        _require_agreement(owns, decisions, settled)
-        parts.append(Part(decay_key, own, chosen, tokens))
+            first = hypers[0] if hypers else _without({**group, **seen}, NOT_SHARED)
+            part_group = _copied({**first, **stated}, defaults)
+        _require_agreement(hypers, decisions, stated)
+        tokens = list(map(_torch.token_of, own_params))
+        parts.append(LastingPart(decay_key, part_group, positions, tokens))
     # Else all go on, and the class may have written their decay.
     if any(part.decay_key not in going_on for part in parts):
-        shown = _without(shown, DECAY_KEYS)
-    return Split(group, parts, before[0].form if before else None, shown)
+        seen = _without(seen, DECAY_KEYS)
+    return Split(group, parts, splits[0].form if splits else None, seen)
 
 
-def _parts_of(params: Sequence[Tensor], splits: Sequence[Split]) -> list[Part]:
-    wanted = set(map(id, map(_torch.token_of, params)))
+def _hyper_of(params: Sequence[Tensor], splits: Sequence[Split]) -> list[Group]:
+    """List the hyperparameters of the parts that these parameters were in."""
+    tokens = set(map(id, map(_torch.token_of, params)))
     parts = (part for split in splits for part in split.parts)
-    return [part for part in parts if not wanted.isdisjoint(map(id, part.tokens))]
+    return [p.hyper for p in parts if not tokens.isdisjoint(map(id, p.tokens))]
 
 
 def _require_agreement(
-    owns: Sequence[Group], decisions: Sequence[Decision], settled: Collection[str]
+    hypers: Sequence[Group], decisions: Sequence[Decision], stated: Collection[str]
 ) -> None:
-    for key in _differing(owns):
-        if key not in settled:
+    for key in _differing(hypers):
+        if key not in stated:
             name = next((repr(d.name) for d in decisions if d.name), "a parameter")
             raise ValueError(
                 f"{name} would come together with parameters whose {key!r} differs "
@@ -269,60 +271,56 @@ def _require_agreement(
 
 def record_of_parts(splits: Sequence[Split]) -> list[list[Group]] | None:
     """Write down what parts keep that no group shows; ``None`` if nothing."""
-    kept = [[_kept(split, part) for part in split.parts] for split in splits]
-    return kept if any(len(own) > 1 for group in kept for own in group) else None
+    record = [[_record_of(split, part) for part in split.parts] for split in splits]
+    return record if any(len(row) > 1 for rows in record for row in rows) else None
 
 
-def _kept(split: Split, part: Part) -> Group:
-    shown, wd = split.group, split.computed(part, WD)
-    own = {k: v for k, v in part.own.items() if not same(v, shown.get(k, _ABSENT))}
+def _record_of(split: Split, part: LastingPart) -> Group:
+    group, wd = split.group, split.computed(part, WD)
+    kept = {k: v for k, v in part.hyper.items() if not same(v, group.get(k, _ABSENT))}
     # A new part has none yet where handing it down raised; the step will tell.
     if not same(part.group.get(WD, wd), wd):
-        own[WD] = part.group[WD]  # the class writes it itself
-    return {"positions": part.positions, **own}
+        kept[WD] = part.group[WD]  # the class writes it itself
+    return {"positions": part.positions, **kept}
 
 
 def saved_parts(
     state_dict: Mapping[str, Any], record: Any, splits: Sequence[Split]
 ) -> list[list[Group]]:
     """Read what a state dict holds for each part alone, before anything is loaded."""
-    records = record or [[] for _ in splits]
+    groups = state_dict["param_groups"]
     return [
-        [_saved_own(saved, part.positions, own) for part in split.parts]
-        for split, saved, own in zip(splits, state_dict["param_groups"], records)
+        [_saved_for(part, group, rows) for part in split.parts]
+        for split, group, rows in zip(splits, groups, record or repeat(()))
     ]
 
 
-def load_parts(
-    splits: Sequence[Split],
-    groups: Sequence[Group],
-    saved: Sequence[Sequence[Group]],
-    keys: Collection[str],
-) -> None:
-    """Give the parts what was saved for them, in the groups that loading has made."""
-    for split, group, owns in zip(splits, groups, saved):
-        split.group = group
-        for part, own in zip(split.parts, owns):
-            numbers = {k: split.computed(part, k) for k in DECAY_KEYS if k in group}
-            common = _copied(_without(group, NOT_SHARED), keys)
-            part.group = {**numbers, **common, **copy.deepcopy(own)}
-        split.share_tensors(keys)
-        split.empty()
-        split.shown = dict(group)
-
-
-def _saved_own(
-    saved: Group, positions: Sequence[int], record: Sequence[Group]
-) -> Group:
-    mine = [own for own in record if not set(positions).isdisjoint(own["positions"])]
-    keys = set[str]().union(*mine) - {"positions"}
-    for key in _differing([{k: o.get(k, saved.get(k)) for k in keys} for o in mine]):
+def _saved_for(part: LastingPart, group: Group, rows: Sequence[Group]) -> Group:
+    places = set(part.positions)
+    joined = [row for row in rows if not places.isdisjoint(row["positions"])]
+    keys = set[str]().union(*joined) - {"positions"}
+    for key in _differing([{k: r.get(k, group.get(k)) for k in keys} for r in joined]):
         raise ValueError(
             f"{key!r} differs between the parts that the loaded state dict was saved "
             f"with, and this policy joins them. Load it with the policy that it was "
             f"saved with."
         )
-    return _without(mine[0], ["positions"]) if mine else {}
+    return _without(joined[0], ["positions"]) if joined else {}
+
+
+def load_parts(
+    splits: Sequence[Split], saved: Sequence[Sequence[Group]], defaults: Collection[str]
+) -> None:
+    """Give the parts what was saved for them, in the groups that loading has made."""
+    for split, rows in zip(splits, saved):
+        group = split.group
+        for part, row in zip(split.parts, rows):
+            decay = {k: split.computed(part, k) for k in DECAY_KEYS if k in group}
+            common = _copied(_without(group, NOT_SHARED), defaults)
+            part.group = {**decay, **common, **copy.deepcopy(row)}
+        split.share_tensors(defaults)
+        split.remove_params()
+        split.seen = dict(group)
 
 
 # What cannot be served by splitting: each check raises before anything has changed.
@@ -354,19 +352,16 @@ def require_class(cls: object) -> None:
             )
 
 
-def require_parts(optimizer: Any, splits: Sequence[Split]) -> None:
+def require_parts(optimizer: Any, parts: Sequence[Group]) -> None:
     """Check that the class made its groups of the parts, and steps them itself."""
-    name, parts = type(optimizer).__name__, [p for split in splits for p in split.parts]
-    made, given = (
-        [list(map(id, group["params"])) for group in groups]
-        for groups in (optimizer.param_groups, [part.group for part in parts])
-    )
-    if made != given:
+    name, groups = type(optimizer).__name__, optimizer.param_groups
+    param_ids = [list(map(id, group["params"])) for group in groups]
+    if param_ids != [list(map(id, part["params"])) for part in parts]:
         raise ValueError(
             f"{name} makes groups of its own from those that it is given, so their "
             f"decay cannot be told apart. {_way_out(optimizer)}"
         )
-    if any(WD not in group for group in optimizer.param_groups):
+    if any(WD not in group for group in groups):
         raise ValueError(
             f"{name} has no 'weight_decay' in its groups, so there is nothing to "
             f"decide. Use a class that decays, as selective_optim.AdamW does."
@@ -382,11 +377,11 @@ def require_parts(optimizer: Any, splits: Sequence[Split]) -> None:
 def require_forms(optimizer: Any, split: Split) -> None:
     """Check that it is known what each part is to be decayed like."""
     name = type(optimizer).__name__
-    known = chosen_form(split.group) or split.form
+    default = chosen_form(split.group) or split.form
     for decay in (part.decay_key.decay for part in split.parts):
         if is_zero(decay.multiplier) or not (decay.form or decay.target):
             continue
-        if decay.form is None and not known:
+        if decay.form is None and not default:
             raise ValueError(
                 f"`wd_policy` states {decay.stated}, and {name} does not say in which "
                 f"form it decays. State that too: ... * form('decoupled')."
@@ -425,9 +420,9 @@ def require_no_index_overrides(optimizer: Any, groups: Collection[Group]) -> Non
         )
 
 
-def require_plain_arguments(optimizer: Any, given: Iterable[Any]) -> None:
+def require_plain_arguments(optimizer: Any, arguments: Iterable[Any]) -> None:
     """Check that a step is given no list, whose order is that of unsplit groups."""
-    for value in given:
+    for value in arguments:
         if isinstance(value, (list, tuple)):
             raise ValueError(
                 f"step() of {type(optimizer).__name__} was given a list of "

@@ -84,10 +84,10 @@ def share(
     wd = decay.of(group["weight_decay"])
     if is_zero(wd):
         return Share(0.0, default)
-    kind = decay.form or default
-    if kind is None:  # the class decays in its own way, which nobody states
+    name = decay.form or default
+    if name is None:  # the class decays in its own way, which nobody states
         return Share(wd, None)
-    form = FORMS[kind]
+    form = FORMS[name]
     lr: Any = group.get("lr")
     fleeting = form.follows_lr and isinstance(lr, Tensor)
     # Where that waits for no device and leaves no graph of autograd. A compiled step
@@ -100,8 +100,8 @@ def share(
     waits = fleeting and isinstance(wd, Tensor)
     if form.applied in applies and not decay.target and not waits:
         return Share(wd, form.applied, None, fleeting)
-    beside = DecayPass(form.applied, wd, decay.target or 0.0)
-    return Share(0.0, default, beside, fleeting)
+    decay_pass = DecayPass(form.applied, wd, decay.target or 0.0)
+    return Share(0.0, default, decay_pass, fleeting)
 
 
 def chosen_form(group: Group) -> Form | None:
@@ -113,7 +113,7 @@ def chosen_form(group: Group) -> Form | None:
 
 
 def share_of(group: Group, decay_key: DecayKey, form: Form | None) -> Share:
-    """Share the decay of a part out between the class and a pass."""
+    """Share the decay of a part out between a class, with its form, and a pass."""
     if chosen := chosen_form(group):
         return share(group, decay_key, chosen, ("l2", "decoupled"))
     return share(group, decay_key, form, (form,) if form else ())
@@ -128,16 +128,16 @@ class Setting(NamedTuple):
     @property
     def live(self) -> bool:
         """Whether calls must be bound anew at every step: a tensor may change."""
-        beside = self.share.decay_pass
+        decay_pass = self.share.decay_pass
         return isinstance(self.arguments["lr"], Tensor) or (
-            beside is not None and isinstance(beside.wd, Tensor)
+            decay_pass is not None and isinstance(decay_pass.wd, Tensor)
         )
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What must be equal for parameters to share a call."""
-        beside = self.share.decay_pass or ()
-        values = (*self.arguments.values(), self.share.form, *beside)
+        decay_pass = self.share.decay_pass or ()
+        values = (*self.arguments.values(), self.share.form, *decay_pass)
         try:
             hash(values)
         except TypeError:  # an array as a rate, which is itself alone
@@ -189,7 +189,6 @@ def scaling_of(optimizer: object) -> Scaling:
 
 
 def scaling_on(scaling: Scaling, device: torch.device) -> Scaling:
-    """Move it to a device."""
     scale, found_inf = scaling
     return Scaling(
         None if scale is None else _moved(scale, device),
