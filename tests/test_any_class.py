@@ -650,6 +650,39 @@ def test_modes_of_the_class_are_kept():
     assert not hasattr(ours(NAdam, make_params()), "train")
 
 
+class Plain(Counting):
+    def decays(self) -> list[float]:
+        return []
+
+
+class Telling(Plain):
+    def decays(self) -> list[float]:
+        return [group["weight_decay"] for group in self.param_groups]
+
+
+class Passing(Telling):
+    def decays(self) -> list[float]:
+        return super().decays()
+
+
+@pytest.mark.parametrize("cls", [Telling, Passing])
+def test_method_sees_the_parts_if_any_version_of_it_reads_the_decay(cls):
+    optimizer = selective(cls)(nn.Linear(2, 1), weight_decay=0.1, wd_policy="no_bias")
+    assert optimizer.decays() == [0.1, 0.0]
+
+
+def test_constructor_that_failed_may_be_called_again():
+    optimizer = selective(Strict).__new__(selective(Strict))
+    with pytest.raises(ValueError, match="matrices alone"):
+        optimizer.__init__(nn.Linear(2, 1), weight_decay=0.1, wd_policy="no_bias")
+    matrix = nn.Parameter(torch.ones(2, 2))
+    optimizer.__init__([("a.weight", matrix)], weight_decay=0.1, wd_policy="no_bias")
+    optimizer.add_param_group(
+        {"params": [("b.weight", nn.Parameter(torch.ones(2, 2)))]}
+    )
+    assert [row.reason for row in optimizer.decay_report()] == ["decays in full"] * 2
+
+
 def test_group_that_is_added_later_is_split():
     actual, expected = make_params(), make_params()
     pairs = named(actual)
