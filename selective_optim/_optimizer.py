@@ -171,12 +171,13 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         alone = self._decider.whole is None  # else other routes may decay
         self._watch = Watch(alone and any(decays), rounding=True)
         self._compare_ranks()
-        step = _torch.unhooked(type(self).step)
-        if step is not SelectiveOptimizer.step and "weight_decay" in constants_of(step):
-            self._watch_own_step()
+        self._watch_own_step()
 
     def _watch_own_step(self) -> None:
         """Warn once if the first step of a subclass decays and never reaches ours."""
+        step = _torch.unhooked(type(self).step)
+        if step is SelectiveOptimizer.step or "weight_decay" not in constants_of(step):
+            return
 
         def look(optimizer: SelectiveOptimizer, *_: object) -> None:
             handle.remove()

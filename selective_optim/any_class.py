@@ -361,9 +361,7 @@ def selective(optimizer_class: OptimizerClass) -> Any:
         if first in (SelectiveOptimizer, AnyOptimizer) and others == [cls]:
             return subclass
     namespace = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
+        **{n: getattr(cls, n) for n in ("__module__", "__qualname__", "__doc__")},
         "__init__": _constructor(cls),
         "_class_step": getattr(inspect.unwrap(cls.step), "__code__", None),
         **{name: _seeing_parts(name) for name in _group_readers(cls)},

@@ -322,21 +322,21 @@ class ModelIndex:
         # Until it is decided for, nothing but a generator may keep a module alive.
         self._held = as_modules(model)
         self._insists = bool(self._held)
-        self._modules = list(map(weakref.ref, self._held))
+        self._passed = list(map(weakref.ref, self._held))
         self._discovered: list[ModuleRef] = []
 
     @property
     def explicit(self) -> bool:
         """Tell whether ``model=`` was given, and is still alive to be asked."""
-        return self._insists and len(self.passed) == len(self._modules)
+        return self._insists and len(self.passed) == len(self._passed)
 
     def modules(self) -> list[nn.Module]:
-        return self.passed + self.discovered
+        return living([*self._passed, *self._discovered])
 
     @property
     def passed(self) -> list[nn.Module]:
         """Modules that the user passed, or that generate the parameters."""
-        return living(self._modules)
+        return living(self._passed)
 
     @property
     def discovered(self) -> list[nn.Module]:
@@ -346,7 +346,7 @@ class ModelIndex:
         for module in modules:
             self._held.append(module)
             if id(module) not in map(id, self.passed):
-                self._modules.append(weakref.ref(module))
+                self._passed.append(weakref.ref(module))
 
     def find(self, modules: Iterable[nn.Module]) -> None:
         present = set(map(id, self.modules()))

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from selective_optim import _torch
 from selective_optim._text import aligned, param_ids, shortened
@@ -493,8 +494,7 @@ def _left_out(index: ModelIndex, groups: Sequence[Group]) -> str:
             missing |= outside
     if not missing:
         return ""
-    base = torch.optim.Optimizer
-    optimizers = [o for o in gc.get_objects() if issubclass(type(o), base)]
+    optimizers = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
     stepped = set[int]().union(*map(param_ids, optimizers))
     names = [i.telling_name for key, i in missing.items() if key not in stepped]
     return _clause(names, "parameter", "trains/train and is/are in no group")

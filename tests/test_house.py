@@ -192,7 +192,7 @@ def names_in_torch() -> set[str]:
 
 
 # Words that torch happens to use in those files for something else.
-HOMONYMS = {"_functional", "_indices", "_modules", "_params"}
+HOMONYMS = {"_functional", "_indices", "_params"}
 
 
 @functools.cache

@@ -236,12 +236,11 @@ class Decider(DecisionTable):
         if rows is None:
             (infos,) = knowledge.describe(self.index, [coming])
             rows = self.inherit(infos, self._cleared[index])
-        if rows is None:
-            return False
-        self.append(index, rows)
-        if index + 1 == len(self._cleared):
-            self._cleared = []
-        return True
+        if rows is not None:
+            self.append(index, rows)
+            if index + 1 == len(self._cleared):
+                self._cleared = []
+        return rows is not None
 
     # What follows when groups change.
 

@@ -141,8 +141,7 @@ def _look_at_living() -> dict[int, list[ModuleRef]]:
     # Not `isinstance`, which runs code of objects that imitate other classes.
     are_modules = map(issubclass, map(type, objects), repeat(nn.Module))
     for module in compress(objects, are_modules):
-        # One that is being made may lack what `nn.Module.__init__` sets.
-        if "_modules" in vars(module):
+        if _torch.is_constructed(module):
             ref = weakref.ref(module)
             for item in _held_by(module):
                 holders[id(item)].append(ref)

@@ -178,6 +178,8 @@ def parse(text: str) -> Policy:
             f"Write for example parse(\"exclude('*.bias')\")."
         )
     text = text.strip()
+    if text in NAMED:
+        return NAMED[text]
     if EXPRESSION.search(text) or text in FUNCTIONS or text in PREDICATES:
         return Reader(re.sub(r"\s*\n\s*", " ", text)).read()
     return named(text)
