@@ -42,7 +42,7 @@ from selective_optim.fused.stepper import Stepper
 from selective_optim.policies.named import WdPolicy, as_policy
 from selective_optim.policies.selectors import Policy
 from selective_optim.report import DecayReport, form_of_class, make_rows, report_on
-from selective_optim.step.class_step import ClassStep, View, view_of
+from selective_optim.step.class_step import AroundStep, View, view_of
 from selective_optim.step.kernels import Kernel
 from selective_optim.step.parts import DecidedParam, Part
 from selective_optim.step.setting import States, scaling_of
@@ -122,10 +122,12 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     _keys: Sequence[str] = ()  # that are read in a group beside the defaults
     _stated: frozenset[str]  # keywords that the constructor was given
     _reached = False  # whether a step came here
-    _lost_policy = False  # whether it was told that it is made of another's numbers
+    _warned_of_origin = (
+        False  # whether it was told that it is made of another's numbers
+    )
     _untouched = False  # no step, load or copy yet, and no state of its own
     _watch: Watch | None = None  # of steps, while there may be something to tell
-    _class_step: object = None  # the code of the class's own step, if parts last
+    _class_step_code: object = None  # the code of the class's own step, if parts last
 
     # Construction.
 
@@ -147,9 +149,9 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         require_numbers(numbers)
         self._decider = decider_for(model, wd_policy)
         with kept_on_error(params):
-            yield self._decider.read(params)
+            yield self._decider.collect(params)
             self._decider.decide_pending()
-            self._decider.warn_if_weak(self._groups)
+            self._decider.warn_if_nothing_decays(self._groups)
         self._made()
 
     def _made(self) -> None:
@@ -166,9 +168,9 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         own = vars(self)
         self._states = own.pop("state") if self._kernel.planned else own["state"]
         self._untouched = not any(self._states.values())
-        # If nothing decays now, that is meant, or `warn_if_weak` has told.
+        # If nothing decays now, that is meant, or `warn_if_nothing_decays` has told.
         decays = [not is_zero(group["weight_decay"]) for group in self._groups]
-        alone = self._decider.whole is None  # else other routes may decay
+        alone = self._decider.parent is None  # else other routes may decay
         self._watch = Watch(alone and any(decays), rounding=True)
         self._compare_ranks()
         self._watch_own_step()
@@ -227,7 +229,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _compare_ranks(self: Any) -> None:  # also of `Routed`
         """Have what is decided now compared with other ranks at the next step."""
         self._watch = self._watch or Watch()
-        if self._decider.whole is None:  # else all routes are compared together
+        if self._decider.parent is None:  # else all routes are compared together
             self._watch.compare(found=bool(self._decider.index.discovered))
 
     def _append_group(self, group: Group) -> None:
@@ -245,7 +247,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         if shown is not None:
             return shown
         # The step of the class itself, called on this object, would see no parts.
-        own = self._class_step
+        own = self._class_step_code
         if own is not None and sys._getframe(1).f_code is own:
             self._refuse_foreign_step(self._groups)
         return self._groups
@@ -305,7 +307,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        choosing = not (compiling or self.defaults["differentiable"])
+        may_choose = not (compiling or self.defaults["differentiable"])
         # A subclass's may make state, and choose the gradients.
         overridden = type(self)._init_group is not SelectiveOptimizer._init_group
         waiting = self._untouched or self._decider.waits()
@@ -318,11 +320,11 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # lock: after an interrupt anywhere the next step of a thread plans again.
         mine = stepper.claim()
         try:
-            if choosing and mine and not overridden and stepper.plans_for(groups):
+            if may_choose and mine and not overridden and stepper.plans_for(groups):
                 given = (groups, self.decided_params, states)
                 stepper.step(*given, scaling_of(self), self._step_parts)
             else:
-                self._step_unplanned(choosing, compiling)
+                self._step_unplanned(may_choose, compiling)
         finally:
             stepper.finish(mine, states)
         if not compiling and self._watch is not None:
@@ -352,15 +354,15 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     @_torch.use_grad_for_differentiable
     @_torch.run_as_is
-    def _step_unplanned(self, choosing: bool, compiling: bool) -> None:
+    def _step_unplanned(self, may_choose: bool, compiling: bool) -> None:
         given = (self.param_groups, self.decided_params, self._states)
-        if parts := self._stepper.unplanned_parts(*given, choosing):
+        if parts := self._stepper.unplanned_parts(*given, may_choose):
             self._step_parts(parts, compiling)
 
     @_torch.run_as_is
     def _step_parts(self, parts: Sequence[Part], compiling: bool = False) -> None:
         """Let the class of torch step parts, as if they were groups split by hand."""
-        step, around = _torch.unhooked(super().step), ClassStep(self, self._states)
+        step, around = _torch.unhooked(super().step), AroundStep(self, self._states)
         views: list[View] = []
         try:
             views = self._views(parts, reading=not compiling)
@@ -386,7 +388,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     def decided_params(self) -> list[DecidedParam]:
         """List every parameter, in order, with what was decided for it."""
-        decided = self._decider.fitting(self.param_groups)
+        decided = self._decider.decisions_to_step(self.param_groups)
         return [
             DecidedParam(param, index, position, decision)
             for index, (group, decisions) in enumerate(zip(self.param_groups, decided))
@@ -440,7 +442,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def decay_report(self) -> DecayReport:
         """Report what decays: ``print`` shows a table, ``rows`` has each parameter."""
         # Not `rows`, which raises: the next step tells what is wrong.
-        decided = self._decider.readable(self.param_groups)
+        decided = self._decider.decisions_to_read(self.param_groups)
         groups, index = self.param_groups, self._decider.index
         rows = make_rows(groups, decided, self._form_of, index)
         return report_on(rows, groups, index, loss_of(self._kernel, groups, decided))
@@ -458,11 +460,13 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     @_torch.disable_dynamo
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return torch's state dict, with the decisions under ``"decay"``.
+        """Return torch's state dict, with what was decided.
 
         ``"decay"`` holds, group by group, ``[multiplier, form]`` for each parameter. A
-        third item holds the name if it is known, a fixed decay, and the first rate or
-        value if form or target need it.
+        third item is a dict of what else is known: ``"name"``, ``"fixed"``,
+        ``"target"``, and the first rate and value, ``"lr0"`` and ``"init"``.
+        ``"decay_policies"`` holds the policy of each group as text, and ``"parts"``
+        what a class of ``selective`` keeps for each decay in a group.
         """
 
         def record(_: object, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -481,7 +485,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     def _record(self, decided: Decided | None = None) -> Record:
         if decided is None:
-            decided = self._decider.readable(self.param_groups)
+            decided = self._decider.decisions_to_read(self.param_groups)
         forms = list(map(self._kernel.default_form, self.param_groups))
         return record_of(forms, decided)
 
@@ -503,7 +507,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
                 groups decay with 0 parameters that the policy decays.
         """
         require_dict(state_dict)
-        decided = self._decider.readable(self.param_groups)
+        decided = self._decider.decisions_to_read(self.param_groups)
         before = [group["weight_decay"] for group in self.param_groups]
         loaded = state_dict  # some classes run no hooks
 

@@ -21,7 +21,7 @@ from selective_optim._optimizer import COPIED, Model, SelectiveOptimizer, consta
 from selective_optim.decisions.state_dict import PARTS, Decided, require_groups_like
 from selective_optim.fused.guards import same_objects
 from selective_optim.report import form_of_class
-from selective_optim.step.class_step import ClassStep, View
+from selective_optim.step.class_step import AroundStep, View
 from selective_optim.step.kernels import Kernel
 from selective_optim.step.lasting_parts import (
     Split,
@@ -47,8 +47,8 @@ READING = {"differentiable": True}
 
 
 # Not blocks: an interrupt between a block and its end would leave autograd off.
-_begin = torch.no_grad()(ClassStep.begin)
-_finish = torch.no_grad()(ClassStep.finish)
+_begin = torch.no_grad()(AroundStep.begin)
+_finish = torch.no_grad()(AroundStep.finish)
 
 
 def as_torch_reads(group: Group, before: Iterable[Group], **defaults: Any) -> Group:
@@ -100,7 +100,9 @@ class AnyOptimizer(SelectiveOptimizer):
             # Decided before the class exists: it is given the parts.
             self._read(params, bound.signature.parameters, bound.arguments.get("lr"))
             groups = self._groups
-            splits = list(map(split_group, groups, self._decider.fitting(groups)))
+            splits = list(
+                map(split_group, groups, self._decider.decisions_to_step(groups))
+            )
             parts = _groups_of(splits)
             self._class_adds = True
             try:
@@ -151,7 +153,7 @@ class AnyOptimizer(SelectiveOptimizer):
             del group["lr"]  # where the class has another
         if self._parts is None:
             return
-        split = split_group(group, self._decider.fitting(self._groups)[-1])
+        split = split_group(group, self._decider.decisions_to_step(self._groups)[-1])
         count = len(self._parts)
         try:
             self._show(self._parts)
@@ -198,7 +200,7 @@ class AnyOptimizer(SelectiveOptimizer):
     def _arrange(self) -> None:
         """Split the groups as they now stand, or raise with nothing changed."""
         groups = self._groups
-        layout = self._decider.rows(groups)
+        layout = self._decider.updated_rows(groups)
         # A list that the user changed in place, or made anew, shows in one of the two.
         # The decider makes a new list whenever anything changed, so identity suffices.
         known_groups = [split.group for split in self._splits]
@@ -206,7 +208,7 @@ class AnyOptimizer(SelectiveOptimizer):
             return
         splits = [
             split_again(group, decisions, self._splits, self.defaults)
-            for group, decisions in zip(groups, self._decider.fitting(groups))
+            for group, decisions in zip(groups, self._decider.decisions_to_step(groups))
         ]
         for split in splits:
             require_forms(self, split)
@@ -243,7 +245,7 @@ class AnyOptimizer(SelectiveOptimizer):
         self._reached = True
         require_plain_arguments(self, (*args, *kwargs.values()))
         step = _torch.unhooked(super(SelectiveOptimizer, self).step)
-        around = ClassStep(self, self.state)
+        around = AroundStep(self, self.state)
         if closure is not None or args:
             args = (closure and self._outside(closure, around), *args)
         try:
@@ -266,11 +268,11 @@ class AnyOptimizer(SelectiveOptimizer):
         decided: Iterable[Any] = repeat(())
         parts = (part for split in self._splits for part in split.parts)
         if any(part.decay_key.decay.needs_init for part in parts):
-            decided = self._decider.fitting(self._groups)
+            decided = self._decider.decisions_to_step(self._groups)
         return list(chain.from_iterable(map(Split.views, self._splits, decided)))
 
     def _outside(
-        self, closure: Callable[[], Any], around: ClassStep
+        self, closure: Callable[[], Any], around: AroundStep
     ) -> Callable[[], Any]:
         """Let a closure see the user's groups; passes run once it has returned."""
 
@@ -363,7 +365,7 @@ def selective(optimizer_class: OptimizerClass) -> Any:
     namespace = {
         **{n: getattr(cls, n) for n in ("__module__", "__qualname__", "__doc__")},
         "__init__": _constructor(cls),
-        "_class_step": getattr(inspect.unwrap(cls.step), "__code__", None),
+        "_class_step_code": getattr(inspect.unwrap(cls.step), "__code__", None),
         **{name: _seeing_parts(name) for name in _group_readers(cls)},
     }
     metaclass: Any = type(cls)  # hashes, which mypy does not hold

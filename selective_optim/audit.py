@@ -436,7 +436,8 @@ def _with_effect(row: Row, decay: float | Tensor, *steps: Tensor) -> Row:
     none, half, full = (step.detach().reshape(-1)[0].item() for step in steps)
     # In L2 of an adaptive class half the decay is not half the effect: no measure then.
     direct = math.isclose(none - full, 2 * (none - half), rel_tol=0.01)
-    unit = FORMS[row.form].strength(1.0, RATE, row.lr0) if row.form and row.lr0 else 1.0
+    form = FORMS[row.form or "l2"]
+    unit = float(form.strength(1.0, RATE, row.lr0 or RATE))
     decay = decay if row.fixed is None else row.fixed
     value = float(f"{(none - full) / RATE / unit * float(decay):.4g}")
     return replace(row, applied=none != full, measured=value if direct else None)

@@ -1,8 +1,9 @@
 """The decision for one parameter: how much decay, in which form, and why.
 
-A new form is a name in ``Form`` and a row of ``FORMS``. If it differs from others in
-its strength alone, that is all. A new way to apply decay is also a word of ``Applied``
-and a branch in ``_move_`` of ``step/decay_passes.py``.
+A new form is a name in ``Form`` and a row of ``FORMS``, which all other code asks. Then
+``Decay``, ``policies.form`` and ``docs/forms.md`` tell users what it does. A new way to
+apply decay is also a word of ``Applied`` and a branch in ``_move_`` of
+``step/decay_passes.py``.
 """
 
 from __future__ import annotations

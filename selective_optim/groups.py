@@ -62,7 +62,7 @@ class Reader(AnyOptimizer):
 
     def __init__(self, params: Any, decider: Decider, keys: list[str], lr: Any) -> None:
         self._decider = decider
-        self._read(decider.read(params), keys, lr)
+        self._read(decider.collect(params), keys, lr)
 
 
 def param_groups(
@@ -126,7 +126,7 @@ def param_groups(
     rate = 1.0 if lr is None else lr
     keys = [WD, "lr", *hyper]
     groups = Reader(copied_groups(params), decider, keys, rate).param_groups
-    decided = decider.fitting(groups)
+    decided = decider.decisions_to_step(groups)
     groups = [{**defaults, **group} for group in groups]
     routed: Iterable[Part] = zip(groups, decided, repeat(""))
     named = all(decision.name for decisions in decided for decision in decisions)
@@ -139,7 +139,7 @@ def param_groups(
             split.append(part)
             with_route.append({**part, "route": route})
             decided_by_part.append(part_decisions)
-    decider.warn_if_weak(list(map(with_one_decay, groups)))
+    decider.warn_if_nothing_decays(list(map(with_one_decay, groups)))
     rows = make_rows(with_route, decided_by_part, lambda group: None, decider.index)
     split.rows = tuple(rows)
     decider.index.release()

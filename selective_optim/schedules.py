@@ -226,7 +226,8 @@ def _refuse_tie(optimizer: Optimizer) -> None:
 def _refuse_corrected(optimizer: Optimizer) -> None:
     report = getattr(optimizer, "decay_report", None)
     for row in report().rows if report else ():
-        if row.fixed is None and row.lr0 is not None and FORMS[row.form].follows_lr:
+        follows = row.fixed is None and FORMS[row.form or "l2"].follows_lr
+        if follows and row.weight_decay:
             name = repr(row.name) if row.name else f"a parameter of group {row.group}"
             raise ValueError(
                 f"{name} decays in form {row.form!r}, which follows the rate already. "

@@ -17,7 +17,7 @@ from torch import nn
 import selective_optim
 from selective_optim import AdamW
 from selective_optim.decay import FORMS as FORM_KINDS
-from selective_optim.decay import Decay
+from selective_optim.decay import Decay, FormKind
 from selective_optim.policies import diff, exclude, form, towards
 from selective_optim.step.kernels import AdamKernel
 from tests.support.compare import assert_same
@@ -60,6 +60,26 @@ all_forms = pytest.mark.parametrize(
     ("how", "target"), [*product(FORMS, [None, 0.5, "init"])]
 )
 RATES = [0.1, 0.07, 0.09, 0.02, 0.0, 0.03]
+
+
+def test_new_form_needs_a_row_alone(monkeypatch):
+    """One that follows the rate and has no first one is stepped, told and measured."""
+    root = FormKind("decoupled", lambda wd, lr, lr0: wd * lr**-0.5, follows_lr=True)
+    monkeypatch.setitem(FORM_KINDS, "root", root)
+    actual, expected = make_params(), make_params()
+    optimizer = AdamW(actual, lr=LR, weight_decay=WD, wd_policy=form("root"))
+    oracle = torch.optim.AdamW(expected, lr=LR)
+    for step, lr in enumerate([0.25, 0.16, 0.01]):
+        optimizer.param_groups[0]["lr"] = oracle.param_groups[0]["lr"] = lr
+        oracle.param_groups[0]["weight_decay"] = WD * lr**-0.5
+        for params, stepping in ((actual, optimizer), (expected, oracle)):
+            set_grads(params, step)
+            stepping.step()
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    rows = selective_optim.decay_report(optimizer, measure=True).rows
+    assert [row.measured for row in rows if row.numel] == pytest.approx([WD] * 4)
+    with pytest.raises(ValueError, match="in form 'root', which follows the rate"):
+        selective_optim.proportional_to_lr(optimizer)
 
 
 def policy_of(kind: str, target: Any) -> Any:

@@ -16,8 +16,8 @@ from selective_optim.decisions import knowledge
 from selective_optim.decisions.knowledge import Pending
 from selective_optim.decisions.table import DecisionTable, Infos, Row, trusted_names
 from selective_optim.decisions.warnings import (
+    warn_if_nothing_decays,
     warn_if_unsteady,
-    warn_if_weak,
     warn_of_misspelt,
 )
 from selective_optim.parameters import ModelIndex, as_modules
@@ -71,14 +71,14 @@ class Decider(DecisionTable):
         as_policy: Callable[[object], Policy],
         policy: Policy | None,
         index: ModelIndex,
-        whole: Decider | None = None,
+        parent: Decider | None = None,
     ) -> None:
         super().__init__()
         self.policy, self.index, self.as_policy = policy, index, as_policy
         self._pending: list[Pending] | None = None
         self._cleared: list[list[Row]] = []
         # That of a `Routed`, if this one is of a route: it decides and warns for all.
-        self.whole = whole
+        self.parent = parent
 
     # What a group is read as.
 
@@ -103,8 +103,8 @@ class Decider(DecisionTable):
     def _read_policy(self, value: object) -> Policy | None:
         return None if value is None else self.as_policy(value)
 
-    def read(self, params: Any) -> Any:
-        """Return what torch takes instead of ``params``; its groups wait for all."""
+    def collect(self, params: Any) -> Any:
+        """Let groups wait until all are there; return what torch takes instead."""
         self._pending = []
         return self.index.learn(params)
 
@@ -112,7 +112,7 @@ class Decider(DecisionTable):
         """Return a group's policy, which the caller's dict keeps, and torch's group."""
         if not isinstance(group, dict) or "params" not in group:
             return self.policy, group  # torch says what is wrong
-        if self.whole is None:  # else that has warned
+        if self.parent is None:  # else that has warned
             warn_of_misspelt(group, [*keys, "params", "param_names", *_INSTEAD])
         require_numbers(group, " of a group")
         ours = own_keys(group)
@@ -159,7 +159,7 @@ class Decider(DecisionTable):
         self, pending: Sequence[Pending], strict: Policies, strangers: bool = False
     ) -> None:
         """Decide for groups that come in together, or raise with nothing recorded."""
-        if self._taken_from_whole(pending):
+        if self._taken_from_parent(pending):
             return
         decided = self.ask(pending, strict, strangers, twice=True)
         for coming, decisions in zip(pending, decided):
@@ -207,11 +207,11 @@ class Decider(DecisionTable):
             lambda: any(map(selector.matches, self.index.everyone())),
         )
 
-    def _taken_from_whole(self, pending: Sequence[Pending]) -> bool:
+    def _taken_from_parent(self, pending: Sequence[Pending]) -> bool:
         """Take over what was decided with the parameters of other optimizers."""
-        if self.whole is None:
+        if self.parent is None:
             return False
-        rows_by_group = [self.whole.rows_of(coming.params) for coming in pending]
+        rows_by_group = [self.parent.rows_of(coming.params) for coming in pending]
         if None in rows_by_group:
             return False
         for coming, rows in zip(pending, rows_by_group):
@@ -222,7 +222,7 @@ class Decider(DecisionTable):
 
     def _decided_before(self, coming: Pending) -> bool:
         """Take over what was decided with other optimizers, or for a cleared group."""
-        if self._taken_from_whole([coming]):
+        if self._taken_from_parent([coming]):
             return True
         index = coming.group
         # A first group while rows are known: frameworks clear the groups to shard the
@@ -244,7 +244,7 @@ class Decider(DecisionTable):
 
     # What follows when groups change.
 
-    def rows(self, groups: Groups) -> list[list[Row]]:
+    def updated_rows(self, groups: Groups) -> list[list[Row]]:
         """Return what was decided for every parameter, on the spot where it is new."""
         for index, group in enumerate(groups):
             self.refuse_written(group, index)
@@ -252,10 +252,12 @@ class Decider(DecisionTable):
             self._follow(groups)
         return self.layout
 
-    def readable(self, groups: Groups) -> Decided:
+    def decisions_to_read(self, groups: Groups) -> Decided:
         """Return decisions for a reader; the next step tells what cannot be decided."""
         with suppress(ValueError):
-            return [[row.decision for row in rows] for rows in self.rows(groups)]
+            return [
+                [row.decision for row in rows] for rows in self.updated_rows(groups)
+            ]
 
         def read(index: int, place: int, param: Tensor) -> Decision:
             if row := self.row_of(param):
@@ -371,20 +373,20 @@ class Decider(DecisionTable):
         self.decide_for(pending, [policy], strangers=True)
         self._rows = self._present()  # others are decided anew when they come back
         self.policy = policy
-        self.warn_if_weak(groups)
+        self.warn_if_nothing_decays(groups)
 
     # What is written late.
 
-    def fitting(self, groups: Groups) -> Decided:
+    def decisions_to_step(self, groups: Groups) -> Decided:
         """Return the decisions, of which ``init`` lies as its parameter does now."""
-        self.rows(groups)
+        self.updated_rows(groups)
         self.place_inits(groups)
         return [[row.decision for row in rows] for rows in self.layout]
 
     def begin_training(self, groups: Groups) -> bool:
         if not self.waits():
             return False
-        self.rows(groups)
+        self.updated_rows(groups)
         return self.take_inits(groups)
 
     # Copies, and what optimizers of routes decide together.
@@ -392,7 +394,7 @@ class Decider(DecisionTable):
     def snapshot(self, groups: Groups) -> dict[str, Any]:
         """Write down what a copy must know: decisions by group and position."""
         with suppress(ValueError):  # what cannot be decided is told at the next step
-            self.rows(groups)
+            self.updated_rows(groups)
         rows = [[self.row_of(p) for p in group["params"]] for group in groups]
         plain = [[r and (r.decision, r.policy) for r in group] for group in rows]
         return {"plain": (self.as_policy, self.policy, self.index), "rows": plain}
@@ -409,19 +411,19 @@ class Decider(DecisionTable):
 
     def for_route(self, policy: Policy | None) -> Decider:
         """Make the decider of an optimizer that steps some of the parameters."""
-        return Decider(self.as_policy, policy or self.policy, self.index, whole=self)
+        return Decider(self.as_policy, policy or self.policy, self.index, parent=self)
 
     def gather(self, part: Decider, groups: Groups) -> None:
         """Take over what one of the optimizers has decided or inherited by itself."""
-        for group, rows in zip(groups, part.rows(groups)):
+        for group, rows in zip(groups, part.updated_rows(groups)):
             for param, row in zip(group["params"], rows):
                 self.record(param, row.decision, row.policy)
 
     # Warnings.
 
-    def warn_if_weak(self, groups: Groups) -> None:
-        if self.whole is None:
-            warn_if_weak(groups, self.layout, self._decays_elsewhere)
+    def warn_if_nothing_decays(self, groups: Groups) -> None:
+        if self.parent is None:
+            warn_if_nothing_decays(groups, self.layout, self._decays_elsewhere)
 
     def _decays_elsewhere(self, policy: Policy) -> bool:
         """Ask about the whole model, of which other ranks may hold parts."""

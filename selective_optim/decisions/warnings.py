@@ -60,7 +60,7 @@ def warn_if_unsteady(
                 return
 
 
-def warn_if_weak(
+def warn_if_nothing_decays(
     groups: Sequence[Group],
     layout: Sequence[Sequence[Any]],  # rows of ``table``
     decays_elsewhere: Callable[[Policy], bool],
@@ -122,7 +122,7 @@ def warn_of_origin(optimizer: Any, numbers: Group, params: Sequence[Any]) -> Non
 
     The policy is not taken along: a dict given to two optimizers looks the same.
     """
-    if optimizer._lost_policy or is_zero(numbers.get("weight_decay", 0)):
+    if optimizer._warned_of_origin or is_zero(numbers.get("weight_decay", 0)):
         return
     # Whoever writes a group by hand names a few.
     keys, ids = numbers.keys(), set(map(id, params))
@@ -131,7 +131,7 @@ def warn_of_origin(optimizer: Any, numbers: Group, params: Sequence[Any]) -> Non
     for other in owners or [o for o in others if _made_like(optimizer, o, numbers)]:
         candidates = params if owners else params_of(other._groups)
         if policy := other._decider.decided_by(candidates):
-            optimizer._lost_policy = True
+            optimizer._warned_of_origin = True
             warn(
                 f"the arguments of this optimizer come from an optimizer whose "
                 f"`wd_policy` is {policy!r}, and here everything decays. Pass "

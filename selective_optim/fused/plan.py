@@ -169,9 +169,9 @@ class Plan:
         self._counters = counters
         self._exposed = exposed
         self.once = layout.once
-        fused = [part for part in layout.parts if part.key.device is not None]
+        fused = [part for part in layout.parts if part.key.planned]
         # What the optimizer's own class steps.
-        self.rest = [part for part in layout.parts if part.key.device is None]
+        self.rest = [part for part in layout.parts if not part.key.planned]
         # Plain ones first; among both, those that take all threads.
         self._parts = sorted(fused, key=lambda p: (p.key.sharded, p.key.single_thread))
         self._some_single = any(part.key.single_thread for part in fused)

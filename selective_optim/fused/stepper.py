@@ -25,7 +25,7 @@ from selective_optim.step.parts import (
 from selective_optim.step.setting import Groups, Scaling, State, States
 
 # Lists every parameter, in order, with what was decided for it.
-Decided = Callable[[], Sequence[DecidedParam]]
+ListDecided = Callable[[], Sequence[DecidedParam]]
 # Off, the class steps what a plan would: the same bits, more calls.
 PLANNING = _torch.CAN_PLAN
 
@@ -132,7 +132,7 @@ class Stepper:
     def step(
         self,
         groups: Groups,
-        decided: Decided,
+        decided: ListDecided,
         states: States,
         scaling: Scaling,
         step_parts: Callable[[list[Part]], None],
@@ -156,14 +156,14 @@ class Stepper:
 
     @_torch.disable_dynamo
     def unplanned_parts(
-        self, groups: Groups, decided: Decided, states: States, choosing: bool
+        self, groups: Groups, decided: ListDecided, states: States, may_choose: bool
     ) -> list[Part]:
-        """Make parts for the class alone; without ``choosing``, as flags say."""
+        """Make parts for the class alone; without ``may_choose``, as flags say."""
         self.forget()
         require_no_nan(self.kernel, groups)
         params = decided()
         self._follow_moved(groups, params, states)
-        return make_layout(self.kernel, groups, params, states, (), choosing).parts
+        return make_layout(self.kernel, groups, params, states, (), may_choose).parts
 
     def finish(self, mine: bool, states: States) -> None:
         """End a step, however it went, and take note of a look at the state in it."""
@@ -190,7 +190,7 @@ class Stepper:
         if any(group.get("capturable") for group in groups):
             # A CUDA graph remembers where counters lie: they must not move later.
             self._counters.part(states)
-        fused = [part for part in layout.parts if part.key.device is not None]
+        fused = [part for part in layout.parts if part.key.planned]
         # Nothing is planned and nothing held: its class may read the state at no cost.
         self._seen |= not fused and not layout.idle
         for position in sorted({i for part in fused for i in part.positions}):

@@ -41,7 +41,9 @@ class Route:
     lr: Any = None  # of a group that brings none; ``None`` if the class has no rate
     policy: Policy | None = None  # its own
 
-    def part(self, group: Group, positions: Sequence[int], others: set[str]) -> Group:
+    def group_of(
+        self, group: Group, positions: Sequence[int], others: set[str]
+    ) -> Group:
         """Make this route's group of a user's, without keys that others alone read."""
         part = without(group, others - self.keys) | pick(group, positions)
         for key in [k for k in NUMBERS if isinstance(part.get(k), Mapping)]:

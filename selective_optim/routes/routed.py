@@ -117,11 +117,11 @@ class Routed(torch.optim.Optimizer):
         self._decider = decider_for(model, wd_policy)
         self.optimizers = {}
         self._common = {} if weight_decay is None else {WD: weight_decay}
-        super().__init__(self._decider.read(copied_groups(params)), dict(READING))
-        self._place(self._take_parts())
+        super().__init__(self._decider.collect(copied_groups(params)), dict(READING))
+        self._place(self._take_route_groups())
         first = self.param_groups[0]
         self.defaults = {key: first.get(key) for key in ("lr", WD)}
-        self._decider.warn_if_weak(self.param_groups)
+        self._decider.warn_if_nothing_decays(self.param_groups)
         self._watch = Watch(not all(is_zero(group[WD]) for group in self.param_groups))
         self._compare_ranks()
         self._decider.index.release()
@@ -136,39 +136,40 @@ class Routed(torch.optim.Optimizer):
         self.param_groups.append(as_torch_reads(group, self.param_groups))
         self._decider.add_group(self.param_groups, policy, group is not param_group)
 
-    def _take_parts(self) -> list[Group]:
-        """Split the groups that were read by route, and decide for what each takes."""
+    def _take_route_groups(self) -> list[Group]:
+        """Split by route the groups that were read, and decide for what each takes."""
         decider, constructing = self._decider, not self.optimizers
         coming, groups = decider.take_pending(), self.param_groups
         first = len(groups) - len(coming)
         taken = split_by_route(decider, self._routes, coming, groups, constructing)
         if constructing:
             require_used(self._routes, taken, warns=self._may_be_empty)
-        parts, pending = list[Group](), list[Pending]()
-        for whole, route, positions in taken:
-            part = route.part(groups[whole.group], positions, self._keys)
-            policy = whole.policy
-            if policy is decider.policy:  # the group brings none
+        route_groups, pending = list[Group](), list[Pending]()
+        for user_group, route, positions in taken:
+            group = route.group_of(groups[user_group.group], positions, self._keys)
+            policy = user_group.policy
+            if policy is decider.policy:  # the user's group brings none
                 policy = route.policy or policy
-            names, lr0s = part.get("param_names", ()), repeat(base_rate(part))
-            index = first + len(parts)
-            pending.append(Pending(index, part["params"], names, policy, lr0s))
-            parts.append(part)
+            names, lr0s = group.get("param_names", ()), repeat(base_rate(group))
+            index = first + len(route_groups)
+            pending.append(Pending(index, group["params"], names, policy, lr0s))
+            route_groups.append(group)
         if constructing:
             decider.decide_for(pending, [decider.policy, *(p.policy for p in pending)])
         elif ROUTE not in groups[first]:
             decider.decide_for(pending, [])
         elif coming[0].policy is not decider.policy:
-            # Its optimizer decides, which knows a group that was cleared.
-            parts[0]["wd_policy"] = coming[0].policy
+            # A group that names its route is decided by the optimizer of that, which
+            # remembers groups that were cleared, and gets the group's own policy.
+            route_groups[0]["wd_policy"] = coming[0].policy
         del groups[first:]
-        return parts
+        return route_groups
 
-    def _place(self, parts: list[Group]) -> None:
-        """Give parts to the optimizers of their routes, and list their groups."""
-        order = [*self._order, *(part[ROUTE] for part in parts)]
+    def _place(self, route_groups: list[Group]) -> None:
+        """Add groups to the optimizers of their routes, and list what these hold."""
+        order = [*self._order, *(group[ROUTE] for group in route_groups)]
         for route in self._routes:
-            if groups := [part for part in parts if part[ROUTE] == route.name]:
+            if groups := [g for g in route_groups if g[ROUTE] == route.name]:
                 self._add_to_route(route, groups)
         self.param_groups[:] = self._groups_in(order)
 
@@ -199,7 +200,10 @@ class Routed(torch.optim.Optimizer):
 
     def _readable(self) -> dict[str, Decided]:
         optimizers = self.optimizers.items()
-        return {route: o._decider.readable(o.param_groups) for route, o in optimizers}
+        return {
+            route: o._decider.decisions_to_read(o.param_groups)
+            for route, o in optimizers
+        }
 
     @_torch.disable_dynamo
     def add_param_group(self, param_group: Any) -> None:
@@ -216,11 +220,11 @@ class Routed(torch.optim.Optimizer):
             return
         self._distribute()
         before = list(self.param_groups)
-        self._decider.read(())
+        self._decider.collect(())
         try:
             with kept_on_error([param_group]):
                 self._read_group(*copied_groups([param_group]))
-                self._place(self._take_parts())
+                self._place(self._take_route_groups())
         except BaseException:
             self._decider.take_pending()
             self.param_groups[:] = before
@@ -296,7 +300,7 @@ class Routed(torch.optim.Optimizer):
             for owner, snapshot in zip(owners, before):
                 owner._decider = Decider.restored(snapshot, owner.param_groups)
             for optimizer in optimizers:
-                optimizer._decider.whole = self._decider
+                optimizer._decider.parent = self._decider
                 optimizer._decided_anew()
             raise
         self._compare_ranks()
@@ -391,7 +395,7 @@ class Routed(torch.optim.Optimizer):
             return
         for route, optimizer in self.optimizers.items():
             with self._numbering(route):
-                optimizer._decider.rows(optimizer.param_groups)
+                optimizer._decider.updated_rows(optimizer.param_groups)
         self._checked = layout
 
     @contextmanager
@@ -468,7 +472,7 @@ class Routed(torch.optim.Optimizer):
         super().__setstate__({**without(state, ["decider"]), "optimizers": optimizers})
         self._decider = Decider.restored(state["decider"], self.param_groups)
         for optimizer in optimizers.values():
-            optimizer._decider.whole = self._decider
+            optimizer._decider.parent = self._decider
 
 
 class Muon(Routed):

@@ -1,6 +1,7 @@
 """A step of parts by the optimizer's own class, with the passes around it.
 
-A ``GradScaler``'s tensors are seen to out here where the class would see a part alone.
+``grad_scale`` and ``found_inf`` of a ``GradScaler`` are applied here where the class
+would see some of the parameters alone.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def view_of(
     return view
 
 
-class ClassStep:
+class AroundStep:
     """Surrounds a step of the class: begin, let the class step if told so, finish."""
 
     def __init__(self, optimizer: Any, states: States) -> None:
@@ -168,8 +169,8 @@ class ClassStep:
                 unscale_([grad for grad in grads if grad.device == device], scale)
         if found_inf is not None:
             touched = self._touched(views)
-            # No device is waited for, but where the step makes state, which only the
-            # host can leave out.
+            # A step that makes state cannot be undone on the device: there the host
+            # waits, and steps or does not.
             if touched is not None and not found_inf.is_cpu:
                 shards = map(_torch.shard_of, touched)
                 self._undoable = [(shard, shard.clone()) for shard in shards]

@@ -4,8 +4,9 @@ A part is a list of positions; the group that the class sees is a view, made for
 step of what the user's group says now. Other classes have ``lasting_parts``.
 
 A parameter without a gradient is not moved, decayed or counted. Where fused may be
-chosen, it has no part before its first gradient (``Layout.idle``). After that it keeps
-its part: the class, the plan and passes leave it out of the step.
+chosen, it has no part before its first gradient (``Layout.idle``). Else it keeps its
+part: the class (``param.grad is None``), the plan (``Bucket.present``) and passes
+(``View.present``) leave it out of the step. So it is with ``lasting_parts``.
 """
 
 from __future__ import annotations
@@ -63,6 +64,11 @@ class Key(NamedTuple):
     single_thread: bool = False
     device: Any = None
     dtype: Any = None
+
+    @property
+    def planned(self) -> bool:
+        """Whether a plan steps them, and not the class."""
+        return self.device is not None
 
 
 @dataclass(eq=False)
@@ -169,47 +175,48 @@ def make_layout(
     groups: Groups,
     params: Sequence[DecidedParam],
     states: States,
-    stepped: Container[int],
-    choosing: bool = True,
+    with_part: Container[int],
+    may_choose: bool = True,
     planned: bool = False,
 ) -> Layout:
     """Sort all parameters into parts, and choose the implementation of each."""
-    choices = [choosing and fused_choice(kernel, group) for group in groups]
+    choices = [may_choose and fused_choice(kernel, group) for group in groups]
     all_fused = _all_fused(kernel, groups, set(choices), params, states)
     parts: dict[Key, Part] = {}
-    known_parts: dict[object, Part] = {}  # by what is quicker to compare than keys
+    quick_parts: dict[object, Part] = {}  # by what is quicker to compare than keys
     idle, once = list[int](), False
     for number, each in enumerate(params):
         param, group, choice = each.param, groups[each.group], choices[each.group]
-        own = states.get(param) or {}
+        state = states.get(param) or {}
         absent = not all_fused and param.grad is None
-        begun = (all_fused and kernel.counts) or kernel.has_state(own, group)
+        has_state = (all_fused and kernel.counts) or kernel.has_state(state, group)
         # One whose gradient comes and goes keeps its part, and the layout stays.
-        known = absent and begun and id(_torch.token_of(param)) in stepped
-        if choice is not False and absent and not known:
+        keeps_part = absent and has_state and id(_torch.token_of(param)) in with_part
+        if choice is not False and absent and not keeps_part:
             idle.append(number)
             continue
         fused, sharded, misfit = all_fused, False, False
         if not all_fused:
-            fused, sharded, misfit = _takes_fused(kernel, group, choice, each, own)
-        first = bool(fused or group["fused"]) and not (begun or absent or kernel.counts)
+            fused, sharded, misfit = _takes_fused(kernel, group, choice, each, state)
+        begins = not (has_state or absent or kernel.counts)
+        first = begins and bool(fused or group["fused"])
         once |= misfit or first
-        call = _call_of(param) if planned and fused and not first else ()
+        call = _kernel_call_key(param) if planned and fused and not first else ()
         decay, *_, lr0, init = each.decision
         common = (each.group, fused, sharded, first, *call)
-        own_key = id(decay), lr0, init is None, common
-        part = known_parts.get(own_key)
+        quick_key = id(decay), lr0, init is None, common
+        part = quick_parts.get(quick_key)
         if part is None:
             key = Key(each.decision.decay_key, *common)
             part = parts.setdefault(key, Part(key, each.label))
-            known_parts[own_key] = part
+            quick_parts[quick_key] = part
         part.positions.append(number)
         if init is not None:
             part.inits.append(init)
     return Layout(list(parts.values()), idle, once)
 
 
-def _call_of(param: Tensor) -> tuple[bool, torch.device, torch.dtype]:
+def _kernel_call_key(param: Tensor) -> tuple[bool, torch.device, torch.dtype]:
     small = param.is_cpu and _torch.shard_of(param).numel() <= ONE_THREAD
     return small, param.device, param.dtype
 
