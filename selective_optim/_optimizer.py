@@ -37,7 +37,7 @@ from selective_optim.decisions.warnings import (
     warn_of_origin,
 )
 from selective_optim.decisions.watch import Watch, loss_of
-from selective_optim.fused.guards import params_of
+from selective_optim.fused.guards import READ, params_of
 from selective_optim.fused.stepper import Stepper
 from selective_optim.policies.named import WdPolicy, as_policy
 from selective_optim.policies.selectors import Policy
@@ -163,11 +163,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             said = {k: v for k, v in self.defaults.items() if k not in unsaid}
             warn_of_origin(self, said, ())
         alive.add(self)
-        self._stepper = Stepper(self._kernel)
-        # The dict that torch's constructor made is nobody's yet.
-        own = vars(self)
-        self._states = own.pop("state") if self._kernel.planned else own["state"]
-        self._untouched = not any(self._states.values())
+        self._untouched = not any(self._take_state().values())
         # If nothing decays now, that is meant, or `warn_if_nothing_decays` has told.
         decays = [not is_zero(group["weight_decay"]) for group in self._groups]
         alone = self._decider.parent is None  # else other routes may decay
@@ -258,6 +254,9 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         if "_shown" not in vars(self):  # torch's constructor, or a copy
             self._shown = Shown()
             self._threads_inside: set[int] = set()
+            self._stepper = Stepper(self._kernel)
+            if self._kernel.planned:  # a dict that is nobody's yet
+                self._states = vars(self).pop("state", None)
 
     @property
     def _inside(self) -> bool:
@@ -271,7 +270,9 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     def _take_state(self) -> States:
         """Return the state, which may have been assigned anew."""
-        states: States = vars(self).get("state", self._states)
+        states: States | None = vars(self).get("state", self._states)
+        if states is None:  # a subclass keeps it elsewhere
+            states = self.state
         if states is not self._states:
             self._states = states
             self._stepper.expose({})  # what was there goes; counters need no parting
@@ -310,12 +311,12 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         may_choose = not (compiling or self.defaults["differentiable"])
         # A subclass's may make state, and choose the gradients.
         overridden = type(self)._init_group is not SelectiveOptimizer._init_group
+        states = self._take_state()
         waiting = self._untouched or self._decider.waits()
         # In groups the decider looks for new keys.
         if compiling or waiting or not WRITTEN.isdisjoint(self.defaults):
             self._begin_training()
-        stepper, states = self._stepper, self._take_state()
-        groups = self.param_groups
+        stepper, groups = self._stepper, self.param_groups
         # A plan serves one thread at a time; others let the class step all parts. No
         # lock: after an interrupt anywhere the next step of a thread plans again.
         mine = stepper.claim()
@@ -365,7 +366,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         step, around = _torch.unhooked(super().step), AroundStep(self, self._states)
         views: list[View] = []
         try:
-            views = self._views(parts, reading=not compiling)
+            views = self._views(parts, not compiling, step.__module__)
             if around.begin(views):
                 self._show([view.group for view in views])
                 step(self)
@@ -377,12 +378,16 @@ class SelectiveOptimizer(torch.optim.Optimizer):
                 view.group["params"] = []  # one that leaves must be freed
 
     @_torch.disable_dynamo
-    def _views(self, parts: Sequence[Part], reading: bool) -> list[View]:
+    def _views(self, parts: Sequence[Part], reading: bool, home: str) -> list[View]:
         groups, params = self.param_groups, params_of(self.param_groups)
+        # torch's own step reads the keys that a plan guards, and its views may be kept.
+        keeps = home.startswith("torch.optim.") and READ.issuperset(self.defaults)
         for part in parts:
-            if part.view is None or part.view.fleeting:
+            if part.view is None or part.view.fleeting or not keeps:
                 group = groups[part.key.group]
-                part.view = view_of(part, group, self._kernel, params, reading)
+                # Asked for key by key: a group may be a dict that computes its values.
+                shown = {key: group[key] for key in group if key in READ or not keeps}
+                part.view = view_of(part, shown, self._kernel, params, reading)
             part.view.group["params"] = list(map(params.__getitem__, part.positions))
         return [part.view for part in parts]
 
@@ -441,7 +446,6 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     def decay_report(self) -> DecayReport:
         """Report what decays: ``print`` shows a table, ``rows`` has each parameter."""
-        # Not `rows`, which raises: the next step tells what is wrong.
         decided = self._decider.decisions_to_read(self.param_groups)
         groups, index = self.param_groups, self._decider.index
         rows = make_rows(groups, decided, self._form_of, index)
@@ -567,11 +571,11 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         copied = rest.pop(COPIED, {})
         if copied:
             self._kernel = copied["kernel"]
-            self._stepper = Stepper(self._kernel)
         # Loading sets these by this method, too. torch would write them into __dict__,
-        # past the properties.
-        for name in rest.keys() & {"state", "param_groups"}:
-            setattr(self, name, rest.pop(name))
+        # past the property.
+        for name in ("param_groups", "state"):
+            if name in rest:
+                setattr(self, name, rest.pop(name))
         self._take_state()
         super().__setstate__(rest)
         if copied:

@@ -104,7 +104,7 @@ def _names_of(
         recorded = (begin_in(record).get("name") for record in records)
         group_names = list(group.get("param_names", by_name or filter(None, recorded)))
     else:
-        lists = names if isinstance(names, (list, tuple)) else [names]
+        lists = names if isinstance(names, Sequence) else [""]
         if any(isinstance(n, str) or not isinstance(n, Iterable) for n in lists):
             raise TypeError(
                 f"`names` must be one list of names per group, not {received(names)}. "

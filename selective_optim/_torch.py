@@ -251,11 +251,6 @@ registered = attrgetter("_parameters")
 children = attrgetter("_modules")
 
 
-def is_constructed(module: nn.Module) -> bool:
-    """Tell whether a module has what ``nn.Module.__init__`` sets."""
-    return "_modules" in vars(module)
-
-
 # torch's private bases of all batch and instance norms, which mmengine tests for.
 NORM_BASES = (nn.SyncBatchNorm.__mro__[1], nn.InstanceNorm1d.__mro__[1])
 

@@ -20,14 +20,19 @@ class Adam(SelectiveOptimizer, torch.optim.Adam):
         l2:         grad  = grad + wd * param    (grad negated if maximize)
         decoupled:  param = param * (1 - lr * wd)
 
-    Arguments that are not listed are those of ``torch.optim.Adam``.
-
     Args:
         params: As for torch; also a module or a sequence of modules. A group may
             have its own ``"wd_policy"``.
+        lr: Learning rate, >= 0; a number or a tensor of one element.
+        betas: Decay rates of the running averages of gradient and squared gradient.
+        eps: Added to the denominator.
         weight_decay: Decay of parameters whose multiplier is 1, >= 0.
+        amsgrad: Divide by the largest running average of the squared gradient so far.
         foreach: Step lists of tensors in each call. By default, fused kernels step if
             all tensors support them, and else torch's choice.
+        maximize: Increase the objective instead of decreasing it.
+        capturable: Keep step counters on the device, for CUDA graphs.
+        differentiable: Let autograd run through ``step()``.
         fused: Step many tensors in one kernel. If you pass ``True`` and use a
             ``GradScaler``, the step itself divides by the scale.
         decoupled_weight_decay: If the policy states no form, decay the parameters

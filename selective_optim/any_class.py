@@ -228,15 +228,7 @@ class AnyOptimizer(SelectiveOptimizer):
     def step(
         self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Step every parameter that has a gradient, each with its own decay.
-
-        Args:
-            closure: Reevaluates the model and returns the loss.
-            *args: As the class takes them.
-            **kwargs: As the class takes them.
-
-        Returns:
-            What the class returns.
+        """Let the class step, each parameter with its own decay.
 
         Raises:
             ValueError: A new parameter cannot be decided, or the class cannot be

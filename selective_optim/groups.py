@@ -250,10 +250,8 @@ def layerwise_groups(
         model: Module or modules that hold the parameters.
         lr: Learning rate of the top layer, or one for each route of ``Routed``.
         rate: Factor from a layer to the one below, finite and >= 0.
-        layers: Glob on the module names of the repeated blocks, such as
-            ``"blocks.*"``, or the name of their list, ``"blocks"``. Pass a list of
-            globs for several stacks, such as two towers; each has its own depth. By
-            default they come from the model's ``group_matcher`` or are searched for.
+        layers: Which modules are layers, as for ``policies.layerwise``: a glob such as
+            ``"blocks.*"``, or several; by default they are searched for.
         lr_scale: Give every group the rate ``lr`` and write the factor to its
             ``"lr_scale"``. Use it with schedules that multiply by it, as those of
             timm, MAE and BEiT do. torch's schedules do not.

@@ -20,14 +20,18 @@ class SGD(SelectiveOptimizer, torch.optim.SGD):
         l2:         grad  = grad + wd * param    (grad negated if maximize)
         decoupled:  param = param * (1 - lr * wd)
 
-    Arguments that are not listed are those of ``torch.optim.SGD``.
-
     Args:
         params: As for torch; also a module or a sequence of modules. A group may
             have its own ``"wd_policy"``.
+        lr: Learning rate, >= 0; a number or a tensor of one element.
+        momentum: Factor of the running sum of gradients; 0 keeps none.
+        dampening: ``1 - dampening`` is the factor of a gradient in that sum.
         weight_decay: Decay of parameters whose multiplier is 1, >= 0.
+        nesterov: Use Nesterov's momentum; needs ``momentum`` > 0 and no dampening.
         foreach: Step lists of tensors in each call. By default, fused kernels step if
             all tensors support them, and else torch's choice.
+        maximize: Increase the objective instead of decreasing it.
+        differentiable: Let autograd run through ``step()``.
         fused: Step many tensors in one kernel. If you pass ``True`` and use a
             ``GradScaler``, the step itself divides by the scale.
         decoupled_weight_decay: If the policy states no form, decay the parameters

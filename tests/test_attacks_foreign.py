@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 
 import pytest
 import torch
 
+import selective_optim
 from selective_optim import selective
 from tests.support import attacks
 from tests.support.attacks import (
@@ -49,6 +51,47 @@ def test_step_of_a_users_class_is_refused():
         Own.step(optimizer)
     assert all(map(torch.equal, model.parameters(), before))
     assert_right(model, optimizer)
+
+
+class Scaling(torch.optim.SGD):
+    """Reads a key of its own in the groups."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad.mul_(group.get("scale", 1.0))
+        return super().step(closure)
+
+
+class Between(selective_optim.SGD, Scaling):
+    pass
+
+
+def test_class_between_ours_and_torchs_reads_its_own_keys_at_every_step():
+    params, others = ([torch.nn.Parameter(torch.ones(2, 2))] for _ in range(2))
+    given = {"lr": LR, "weight_decay": WD, "foreach": False}
+    optimizer = Between(params, **given, wd_policy="matrices")
+    oracle = Scaling(others, **given)
+    for scale in (1.0, 0.5, 0.1):
+        for each in (optimizer, oracle):
+            each.param_groups[0]["scale"] = scale
+            each.param_groups[0]["params"][0].grad = torch.ones(2, 2)
+            each.step()
+        assert torch.equal(params[0], others[0])
+
+
+def test_what_a_user_keeps_in_a_group_is_freed_when_it_goes():
+    param = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = selective_optim.SGD(
+        [param], weight_decay=WD, foreach=False, wd_policy="matrices"
+    )
+    optimizer.param_groups[0]["cache"] = torch.ones(3)
+    for _ in range(2):
+        param.grad = torch.ones(2, 2)
+        optimizer.step()
+    alive = weakref.ref(optimizer.param_groups[0]["cache"])
+    optimizer.param_groups[0]["cache"] = None
+    assert alive() is None
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -510,6 +510,10 @@ OTHER_OBJECTS = {
         lambda optimizer, model: merge_groups(optimizer.state_dict(), names_of(model)),
         r"`names` must be one list of names per group, not \['scale'.*=group_names\(",
     ),
+    "dict of names": (
+        lambda optimizer, model: merge_groups(optimizer.state_dict(), {"a": ["b"]}),
+        r"`names` must be one list of names per group, not \{'a': \['b'\]\} \(dict\)",
+    ),
     "number for names": (
         lambda optimizer, model: merge_groups(optimizer.state_dict(), 3),
         r"`names` must be one list of names per group, not 3 \(int\)\. Pass names=",

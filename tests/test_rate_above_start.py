@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import OneCycleLR
 
-from selective_optim.policies import exclude, form, is_bias, is_norm
+from selective_optim import Decay, selective
+from selective_optim.policies import (
+    everything,
+    exclude,
+    first_match,
+    form,
+    is_bias,
+    is_norm,
+)
 from tests.support import attacks
 from tests.support.attacks import SERVED, WD, make, net
 
@@ -33,6 +41,30 @@ def told(model, optimizer, rates):
             attacks.zero_grads([*model.parameters()])
             optimizer.step()
     return [str(w.message) for w in caught if "lr_scheduler" not in str(w.message)]
+
+
+class WithoutRate(torch.optim.Optimizer):
+    """Has a rate only in groups that bring one, as Adafactor of transformers."""
+
+    def __init__(self, params, lr=None, weight_decay=0.1):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    def step(self, closure=None):
+        pass
+
+
+def test_group_without_a_rate_beside_one_that_is_divided_steps():
+    first, second = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    groups = [
+        {"params": [*first.parameters()], "lr": 0.1},
+        {"params": [*second.parameters()]},
+    ]
+    policy = first_match({first: Decay(1, "independent"), everything: 0})
+    cls = selective(WithoutRate)
+    optimizer = cls(
+        groups, model=torch.nn.ModuleList([first, second]), wd_policy=policy
+    )
+    assert told(first, optimizer, [None, 0.05]) == []
 
 
 def under_one_cycle(name, shape, given, top=1e-2):

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from selective_optim import AdamW
 from selective_optim.parameters import ModelIndex, wanted
+from selective_optim.policies import exclude
 from selective_optim.policies.predicates import (
     is_bias,
     is_embedding,
@@ -414,3 +416,12 @@ def test_embedding_called_relative_attention_bias_is_no_bias():
     model = nn.ModuleDict({"relative_attention_bias": nn.Embedding(8, 2)})
     (info,) = ModelIndex(model).everyone()
     assert (is_bias(info), is_embedding(info)) == (False, True)
+
+
+def test_parameter_selects_itself_where_nothing_else_is_known():
+    param = nn.Parameter(torch.ones(3))
+    base = exclude(param)
+    optimizer = AdamW(
+        [param], weight_decay=0.1, wd_policy=lambda info: base.decide(info).decay
+    )
+    assert [row.weight_decay for row in optimizer.decay_report()] == [0.0]

@@ -19,6 +19,7 @@ from torch import multiprocessing, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import selective_optim
+from selective_optim import policies
 from selective_optim.fused.plan import Bucket
 from tests.support import twins
 from tests.support.compare import assert_same
@@ -462,6 +463,68 @@ def test_state_that_is_assigned_is_the_one_that_is_read(name, kind):
         twins.step(params, optimizer, number)
         assert optimizer.state is state
         assert all(state[param] for param in params)
+
+
+def looking(cls):
+    """Make a class that keeps the state which it sees as it is constructed."""
+
+    class Looking(cls):
+        def add_param_group(self, group):
+            super().add_param_group(group)
+            self.__dict__.setdefault("seen", self.state)
+
+    return Looking
+
+
+@each_name
+@each_kind
+def test_state_that_was_seen_in_a_constructor_may_be_edited(name, kind, monkeypatch):
+    for place in (selective_optim, torch.optim):
+        monkeypatch.setattr(place, name, looking(getattr(place, name)))
+
+    def edit(optimizer, params):
+        for param in params:
+            own = optimizer.seen[param]
+            own.update({e: torch.ones_like(v) for e, v in own.items() if e != "step"})
+
+    both(name, kind, edit)
+
+
+def elsewhere(cls):
+    """Make a class that keeps its state under another name."""
+
+    class Elsewhere(cls):
+        @property
+        def state(self):
+            return self.kept
+
+        @state.setter
+        def state(self, value):
+            self.kept = value
+
+    return Elsewhere
+
+
+@each_name
+@each_kind
+def test_state_may_be_kept_elsewhere(name, kind, monkeypatch):
+    for place in (selective_optim, torch.optim):
+        monkeypatch.setattr(place, name, elsewhere(getattr(place, name)))
+    both(name, kind, lambda optimizer, params: optimizer.kept.clear())
+
+
+def test_state_that_is_assigned_before_training_says_what_it_lacks():
+    params = make_params()
+    policy = policies.towards("init")
+    optimizer = selective_optim.AdamW(params, lr=0.1, wd_policy=policy)
+    states = {
+        param: {"step": torch.tensor(3.0), "exp_avg": param * 0, "exp_avg_sq": param**0}
+        for param in params
+    }
+    optimizer.state = defaultdict(dict, states)
+    twins.set_grads(params, 0)
+    with pytest.warns(UserWarning, match="does not record what .* decay towards"):
+        optimizer.step()
 
 
 def test_state_of_a_class_that_steps_by_itself_is_a_plain_attribute():

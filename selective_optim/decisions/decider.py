@@ -61,9 +61,9 @@ current_block: ContextVar[Block | None] = ContextVar("selective_optim", default=
 class Decider(DecisionTable):
     """Decides once for every tensor: by ``policy``, unless its group brings another.
 
-    A constructor calls ``read``, ``unpack`` and ``add_group`` for each group, and then
+    A constructor calls ``collect``, ``unpack`` and ``add_group`` for each group, and then
     ``decide_pending`` for all; a group that is added later is decided at once. After
-    edits of the groups ``rows`` brings the table up to date.
+    edits of the groups ``updated_rows`` brings the table up to date.
     """
 
     def __init__(

@@ -126,6 +126,8 @@ class Watch:
         if same_objects(rates, self._rates):
             return
         for index, (group, rate, limit) in enumerate(zip(groups, rates, self._limits)):
+            if limit == inf:  # nothing there is divided; a class may have no rate
+                continue
             if isinstance(rate, Tensor):
                 rate = rate_now(group) or 0.0
             self._above[index] = self._above[index] + 1 if rate > limit else 0

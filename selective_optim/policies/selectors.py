@@ -238,7 +238,10 @@ class Identity(Selector):
         return MODULES if isinstance(self.target, nn.Module) else frozenset()
 
     def at(self, place: ParameterInfo) -> bool:
-        return any(self.target is item for item in (place.parameter, *place.path))
+        # Of a parameter alone no modules may be known, and asking for them raises.
+        return self.target is place.parameter or any(
+            module is self.target for module in place.path
+        )
 
 
 @dataclass(frozen=True, repr=False)

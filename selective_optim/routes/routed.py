@@ -482,12 +482,17 @@ class Muon(Routed):
     layer (``policies.is_hidden_matrix``). AdamW steps all others, also convolutions and
     stacked experts. ``selective(torch.optim.Muon)`` is torch's class for matrices only.
 
-    Arguments that are not listed are those of ``torch.optim.Muon``.
-
     Args:
         params: As for ``Routed``.
         lr: Learning rate of Muon, >= 0.
         weight_decay: Decay of Muon and AdamW, >= 0.
+        momentum: Decay rate of Muon's average of gradients.
+        nesterov: Use Nesterov's momentum in Muon.
+        ns_coefficients: Coefficients of Muon's Newton-Schulz iteration.
+        eps: Added to the norm that the iteration divides by.
+        ns_steps: Number of iterations.
+        adjust_lr_fn: How Muon's rate depends on the shape of a matrix: ``"original"``
+            (the default) or ``"match_rms_adamw"``, for rates that suit AdamW.
         rest: Arguments of AdamW.
         output: Selector of the output layer, if the model does not show which it is.
         wd_policy: Which parameters decay, under Muon and AdamW.

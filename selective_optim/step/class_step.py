@@ -77,12 +77,10 @@ def _map_tensors(change: Callable[[Any], Any], state: State) -> State:
 def view_of(
     part: Part, group: Group, kernel: Kernel, params: Sequence[Tensor], reading: bool
 ) -> View:
-    """Make the view of a part of a user's group, among all parameters of all groups."""
+    """Make a view of what is shown of a group; its parameters come at each step."""
     key = part.key
     share = kernel.share(group, key.decay_key, reading)
-    # Asked for key by key where a group is a dict that computes what is read.
-    shown = dict(group) if type(group) is dict else {k: group[k] for k in group}
-    shown["weight_decay"] = share.wd
+    shown = {**group, "weight_decay": share.wd}
     if "decoupled_weight_decay" in shown:
         shown["decoupled_weight_decay"] = share.form == "decoupled"
     if key.fused:
