@@ -61,8 +61,8 @@ current_block: ContextVar[Block | None] = ContextVar("selective_optim", default=
 class Decider(DecisionTable):
     """Decides once for every tensor: by ``policy``, unless its group brings another.
 
-    A constructor calls ``collect``, ``unpack`` and ``add_group`` for each group, and then
-    ``decide_pending`` for all; a group that is added later is decided at once. After
+    A constructor calls ``collect``, for each group ``unpack`` and ``add_group``, and
+    ``decide_pending`` for all. A group that is added later is decided at once. After
     edits of the groups ``updated_rows`` brings the table up to date.
     """
 
