@@ -129,8 +129,6 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     _watch: Watch | None = None  # of steps, while there may be something to tell
     _class_step_code: object = None  # the code of the class's own step, if parts last
 
-    # Construction.
-
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         make = super().__new__
         made = make(cls) if make is object.__new__ else make(cls, *args, **kwargs)
@@ -234,8 +232,6 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _split_last_group(self, given: Group) -> None:
         """Make lasting parts of a group that came like this, now that it is decided."""
 
-    # What the class sees.
-
     @property
     def param_groups(self) -> list[Group]:
         """The user's groups, as in torch; inside a step its class sees the parts."""
@@ -277,8 +273,6 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             self._states = states
             self._stepper.expose({})  # what was there goes; counters need no parting
         return states
-
-    # Stepping.
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient, each with its own decay.
@@ -382,14 +376,17 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         groups, params = self.param_groups, params_of(self.param_groups)
         # torch's own step reads the keys that a plan guards, and its views may be kept.
         keeps = home.startswith("torch.optim.") and READ.issuperset(self.defaults)
+        views = []
         for part in parts:
-            if part.view is None or part.view.fleeting or not keeps:
+            if (view := part.view) is None:
                 group = groups[part.key.group]
                 # Asked for key by key: a group may be a dict that computes its values.
                 shown = {key: group[key] for key in group if key in READ or not keeps}
-                part.view = view_of(part, shown, self._kernel, params, reading)
-            part.view.group["params"] = list(map(params.__getitem__, part.positions))
-        return [part.view for part in parts]
+                view = view_of(part, shown, self._kernel, params, reading)
+                part.view = view if keeps and not view.fleeting else None
+            view.group["params"] = list(map(params.__getitem__, part.positions))
+            views.append(view)
+        return views
 
     def decided_params(self) -> list[DecidedParam]:
         """List every parameter, in order, with what was decided for it."""
@@ -418,8 +415,6 @@ class SelectiveOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__}: it would decay parameters that "
                     f"{policy!r} exempts. Type optimizer.step()."
                 )
-
-    # The policy.
 
     @property
     def wd_policy(self) -> Policy | None:
@@ -459,8 +454,6 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         if self.wd_policy is None:
             return text
         return f"{text.removesuffix(')')}wd_policy: {self.wd_policy!r}\n)"
-
-    # State dicts and copies.
 
     @_torch.disable_dynamo
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -270,9 +270,6 @@ def original_class(module: nn.Module | None) -> str:
     return ""
 
 
-# Threads.
-
-
 def _find_thread_setter() -> Callable[[int], object] | None:
     """Find what sets the number of threads of this Python thread's parallel regions."""
     # `torch.set_num_threads` sets it for the process: threads that begin their first
@@ -298,9 +295,6 @@ set_threads: Any = _find_thread_setter()
 
 def thread_count() -> int:
     return 1 if set_threads is None else torch.get_num_threads()
-
-
-# Tensors.
 
 
 # A tensor's own dict: an object that lives as long as its tensor, is no other

@@ -84,8 +84,6 @@ class AnyOptimizer(SelectiveOptimizer):
     _class_adds = False  # the class adds parts now, which are decided
     _layout: object = None
 
-    # Construction.
-
     def __init__(
         self,
         params: Any,
@@ -167,8 +165,6 @@ class AnyOptimizer(SelectiveOptimizer):
             del self._parts[count:]
             raise
 
-    # What the class sees.
-
     @_torch.disable_dynamo
     def _enter(self) -> None:
         self._begin_training()
@@ -221,8 +217,6 @@ class AnyOptimizer(SelectiveOptimizer):
         self._parts[:] = parts
 
     _decided_anew = _arrange
-
-    # Stepping.
 
     @_torch.run_as_is
     def step(
@@ -277,8 +271,6 @@ class AnyOptimizer(SelectiveOptimizer):
             return result
 
         return called
-
-    # State dicts and copies.
 
     def _own_entries(self) -> dict[str, Any]:
         self._hand_down_if_decided()

@@ -80,8 +80,6 @@ class Decider(DecisionTable):
         # That of a `Routed`, if this one is of a route: it decides and warns for all.
         self.parent = parent
 
-    # What a group is read as.
-
     @classmethod
     def for_constructor(
         cls, as_policy: Callable[[object], Policy], wd_policy: object, model: object
@@ -127,8 +125,6 @@ class Decider(DecisionTable):
         policy = group.get("wd_policy", self.policy)
         torchs = {key: value for key, value in group.items() if key not in ours}
         return self._read_policy(policy), torchs
-
-    # How decisions are found.
 
     def add_group(self, groups: Groups, policy: Policy | None, anew: bool) -> bool:
         """Decide for the last group, but not yet in a constructor; tell if decided."""
@@ -241,8 +237,6 @@ class Decider(DecisionTable):
             if index + 1 == len(self._cleared):
                 self._cleared = []
         return rows is not None
-
-    # What follows when groups change.
 
     def updated_rows(self, groups: Groups) -> list[list[Row]]:
         """Return what was decided for every parameter, on the spot where it is new."""
@@ -375,8 +369,6 @@ class Decider(DecisionTable):
         self.policy = policy
         self.warn_if_nothing_decays(groups)
 
-    # What is written late.
-
     def decisions_to_step(self, groups: Groups) -> Decided:
         """Return the decisions, of which ``init`` lies as its parameter does now."""
         self.updated_rows(groups)
@@ -388,8 +380,6 @@ class Decider(DecisionTable):
             return False
         self.updated_rows(groups)
         return self.take_inits(groups)
-
-    # Copies, and what optimizers of routes decide together.
 
     def snapshot(self, groups: Groups) -> dict[str, Any]:
         """Write down what a copy must know: decisions by group and position."""
@@ -418,8 +408,6 @@ class Decider(DecisionTable):
         for group, rows in zip(groups, part.updated_rows(groups)):
             for param, row in zip(group["params"], rows):
                 self.record(param, row.decision, row.policy)
-
-    # Warnings.
 
     def warn_if_nothing_decays(self, groups: Groups) -> None:
         if self.parent is None:

@@ -157,9 +157,6 @@ def _held_by(module: nn.Module) -> Iterable[object]:
     return chain(_torch.registered(module).values(), _torch.children(module).values())
 
 
-# Tensors that stand for parameters.
-
-
 def correspond(infos: Infos, old: Sequence[Decision], policy: Policy | None) -> bool:
     """Tell whether new tensors are, one to one, other forms of those decided before."""
     if len(infos) != len(old) or any(info.owner is not None for info in infos):

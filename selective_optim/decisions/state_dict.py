@@ -179,9 +179,6 @@ def groups_to_load(kernel: Kernel, state_dict: Any, groups: Groups) -> list[Grou
     return prepared
 
 
-# Groups that were split by hand.
-
-
 def _decays(groups: Groups) -> list[float]:
     return [float(group.get("weight_decay", 0)) for group in groups]
 
@@ -277,9 +274,6 @@ def _way_out(saved: Groups, groups: Groups, states: Sequence[Any]) -> str:
             f"are in the order that was saved."
         )
     return SAME_MODEL
-
-
-# What it records.
 
 
 def record_of(forms: Sequence[Form | None], decided: Decided) -> Record:

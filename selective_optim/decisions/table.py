@@ -106,8 +106,6 @@ class DecisionTable:
     def _present(self) -> dict[int, Row]:
         return {id(row.token): row for row in chain(*self.layout)}
 
-    # How tensors find their rows again.
-
     def undo_swaps(self, groups: Groups, rows_by_group: list[list[Row | None]]) -> None:
         """Give objects the rows back whose tokens ``swap_tensors`` exchanged.
 
@@ -155,8 +153,6 @@ class DecisionTable:
             if rows[place] is None and row is not None and may_match(info, row):
                 recovered[place] = self.take_over(info, row)
         return recovered
-
-    # What training began with.
 
     def waits(self) -> bool:
         """Tell whether what some parameters decay towards is yet to be taken."""

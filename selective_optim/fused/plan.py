@@ -195,8 +195,6 @@ class Plan:
         self._merge_parts(groups)
         self._gather(groups, states)
 
-    # Hyperparameters make buckets of parts.
-
     def _merge_parts(self, groups: Groups) -> None:
         """Read the hyperparameters and merge the parts that share them into buckets."""
         self._threads = _torch.thread_count()
@@ -249,8 +247,6 @@ class Plan:
         self._steps: list[Tensor] = []
         self._seen: list[Tensor] = []  # of the state that others may edit
         self._release()
-
-    # Gathering: tensors are taken in, and let go.
 
     def _gather(self, groups: Groups, states: States) -> None:
         active = list(self._order(params_of(groups)))
@@ -396,8 +392,6 @@ class Plan:
             return False
         self._specs = specs
         return True
-
-    # Running.
 
     def run(self, grads: list[Any], scaling: Scaling) -> None:
         """Step every bucket; counters advance before and fall back if skipped."""

@@ -101,8 +101,6 @@ class Routed(torch.optim.Optimizer):
     _checked: Any = None  # groups as they were when every route could decide
     _compare_ranks = SelectiveOptimizer._compare_ranks
 
-    # Construction.
-
     def __init__(
         self,
         params: Any,
@@ -259,8 +257,6 @@ class Routed(torch.optim.Optimizer):
                     )
             optimizer.param_groups = groups
 
-    # What all routes have together.
-
     @property
     def state(self) -> Any:
         """State tensors by parameter, of all routes."""
@@ -340,8 +336,6 @@ class Routed(torch.optim.Optimizer):
         policy = "" if self.wd_policy is None else f"wd_policy: {self.wd_policy!r}\n"
         return f"{super().__repr__().removesuffix(')')}{policy})"
 
-    # Stepping.
-
     @_torch.run_as_is
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient, with the class of its route.
@@ -410,8 +404,6 @@ class Routed(torch.optim.Optimizer):
             text = NUMBER.sub(lambda m: str(numbers.get(int(m[0]), m[0])), str(error))
             error.args = (text,)
             raise
-
-    # State dicts and copies.
 
     @_torch.disable_dynamo
     def state_dict(self) -> dict[str, Any]:

@@ -266,9 +266,6 @@ def _require_agreement(
             )
 
 
-# State dicts.
-
-
 def record_of_parts(splits: Sequence[Split]) -> list[list[Group]] | None:
     """Write down what parts keep that no group shows; ``None`` if nothing."""
     record = [[_record_of(split, part) for part in split.parts] for split in splits]

@@ -211,9 +211,6 @@ def unless_dropped(found_inf: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(found_inf.bool(), old, new)
 
 
-# Rates of groups.
-
-
 def base_rate(group: Mapping[str, Any]) -> float | None:
     """Return the rate that schedules of a group start from, if that is a number."""
     rate: Any = group.get("initial_lr", group.get("lr"))
