@@ -527,6 +527,16 @@ def test_state_that_is_assigned_before_training_says_what_it_lacks():
         optimizer.step()
 
 
+@each_name
+def test_state_that_nobody_has_seen_is_the_plan_s_from_the_first_step_on(name):
+    params = make_params()
+    optimizer = ours(name, "fused", params)
+    for number in range(3):
+        twins.step(params, optimizer, number)
+    assert not optimizer._stepper.exposed
+    assert "state" not in vars(optimizer)
+
+
 def test_state_of_a_class_that_steps_by_itself_is_a_plain_attribute():
     """It reads the state for every parameter; a property takes four times as long."""
     params = make_params()

@@ -192,7 +192,7 @@ class Stepper:
             self._counters.part(states)
         fused = [part for part in layout.parts if part.key.planned]
         # Nothing is planned and nothing held: its class may read the state at no cost.
-        self._seen |= not fused and not layout.idle
+        self._seen |= not (fused or layout.idle or layout.once)
         for position in sorted({i for part in fused for i in part.positions}):
             param, group, *_ = params[position]
             if not self.kernel.has_state(states.get(param) or {}, groups[group]):
