@@ -1,5 +1,5 @@
 """The accelerator: torch's fused kernels, called by a plan that is kept between steps.
 
-``stepper`` keeps the plan and makes another where it no longer holds; ``plan`` proves
-that it holds, with ``guards``, and runs the calls of its buckets.
+``stepper`` keeps the plan, ``plan`` proves by ``guards`` that it holds, and runs it.
+What it is given is chosen in ``step/parts.py``: ``fused_choice``, ``wants_fused``.
 """

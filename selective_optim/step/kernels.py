@@ -2,7 +2,7 @@
 
 There are two, one for Adam and AdamW and one for SGD. Each reads a setting from a
 group, makes state as torch does, and binds torch's fused kernel to lists of tensors.
-State entries are torch's.
+Which parameters go to it is chosen in ``parts``, from what a kernel answers here.
 """
 
 from __future__ import annotations
