@@ -70,13 +70,6 @@ def constants_of(function: Any) -> set[Any]:
     return found
 
 
-def decider_for(model: object, wd_policy: object) -> Decider:
-    """Make the decider of a constructor, unless it is given one."""
-    if isinstance(wd_policy, Decider):
-        return wd_policy
-    return Decider.for_constructor(as_policy, wd_policy, model)
-
-
 class Shown(local):
     """What stands for the groups in a thread that is inside a step; else ``None``.
 
@@ -145,7 +138,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     ) -> Iterator[Any]:
         """Give torch's constructor what it takes, then decide for all groups."""
         require_numbers(numbers)
-        self._decider = decider_for(model, wd_policy)
+        self._decider = Decider.for_constructor(as_policy, wd_policy, model)
         with kept_on_error(params):
             yield self._decider.collect(params)
             self._decider.decide_pending()
@@ -360,7 +353,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         step, around = _torch.unhooked(super().step), AroundStep(self, self._states)
         views: list[View] = []
         try:
-            views = self._views(parts, not compiling, step.__module__)
+            views = self._views(parts, reading=not compiling)
             if around.begin(views):
                 self._show([view.group for view in views])
                 step(self)
@@ -372,10 +365,13 @@ class SelectiveOptimizer(torch.optim.Optimizer):
                 view.group["params"] = []  # one that leaves must be freed
 
     @_torch.disable_dynamo
-    def _views(self, parts: Sequence[Part], reading: bool, home: str) -> list[View]:
+    def _views(self, parts: Sequence[Part], reading: bool) -> list[View]:
         groups, params = self.param_groups, params_of(self.param_groups)
-        # torch's own step reads the keys that a plan guards, and its views may be kept.
-        keeps = home.startswith("torch.optim.") and READ.issuperset(self.defaults)
+        step, init = super().step, super()._init_group  # type: ignore[misc]  # torch's
+        # torch's own read the keys that a plan guards, and their views may be kept.
+        torchs = all(m.__module__.startswith("torch.optim.") for m in (step, init))
+        overridden = type(self)._init_group is not SelectiveOptimizer._init_group
+        keeps = torchs and not overridden and READ.issuperset(self.defaults)
         views = []
         for part in parts:
             if (view := part.view) is None:

@@ -251,6 +251,11 @@ registered = attrgetter("_parameters")
 children = attrgetter("_modules")
 
 
+def is_constructed(module: nn.Module) -> bool:
+    # In its dict: asking one that is being made runs its own `__getattr__`.
+    return {"_parameters", "_modules"} <= vars(module).keys()
+
+
 # torch's private bases of all batch and instance norms, which mmengine tests for.
 NORM_BASES = (nn.SyncBatchNorm.__mro__[1], nn.InstanceNorm1d.__mro__[1])
 

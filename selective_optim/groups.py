@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selective_optim._optimizer import Model, decider_for
+from selective_optim._optimizer import Model
 from selective_optim._text import aligned, copied_groups, received
 from selective_optim.any_class import AnyOptimizer
 from selective_optim.decay import EXEMPT, FULL, Decision
@@ -24,7 +24,7 @@ from selective_optim.decisions.decider import Decider
 from selective_optim.parameters import ModelIndex, ParameterInfo, as_modules
 from selective_optim.policies.blocks import require_arguments
 from selective_optim.policies.layerwise import Distances
-from selective_optim.policies.named import parse
+from selective_optim.policies.named import as_policy, parse
 from selective_optim.policies.selectors import Selector, as_selector
 from selective_optim.report import DecayReport, Row, grouped, make_rows
 from selective_optim.routes.route import Part, by_route, marks_of, with_one_decay
@@ -121,7 +121,7 @@ def param_groups(
     """
     common = {WD: weight_decay, "lr": lr}
     defaults = {k: v for k, v in common.items() if v is not None} | hyper
-    decider = decider_for(model, wd_policy)
+    decider = Decider.for_constructor(as_policy, wd_policy, model)
     # Forms, of which some need a rate, are refused below whatever it is.
     rate = 1.0 if lr is None else lr
     keys = [WD, "lr", *hyper]

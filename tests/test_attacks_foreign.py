@@ -80,6 +80,36 @@ def test_class_between_ours_and_torchs_reads_its_own_keys_at_every_step():
         assert torch.equal(params[0], others[0])
 
 
+class Tagged(torch.optim.SGD):
+    """Reads keys of its own where it gathers parameters."""
+
+    def _init_group(self, group, *lists):
+        self.read = (group["tag"], group.get("param_names"), group.get("initial_lr"))
+        return super()._init_group(group, *lists)
+
+
+class TaggedBetween(selective_optim.SGD, Tagged):
+    pass
+
+
+class TaggedBelow(selective_optim.SGD):
+    def _init_group(self, group, *lists):
+        self.read = (group["tag"], group["param_names"], group["initial_lr"])
+        return super()._init_group(group, *lists)
+
+
+@pytest.mark.parametrize("cls", [TaggedBetween, TaggedBelow])
+def test_own_gathering_of_parameters_sees_all_keys_of_a_group(cls):
+    param = torch.nn.Parameter(torch.ones(2, 2))
+    group = {"params": [("weight", param)], "tag": 7, "initial_lr": 0.3}
+    optimizer = cls([group], lr=LR, weight_decay=WD, foreach=False)
+    for tag in (7, 8):
+        optimizer.param_groups[0]["tag"] = tag
+        param.grad = torch.ones(2, 2)
+        optimizer.step()
+        assert optimizer.read == (tag, ["weight"], 0.3)
+
+
 def test_what_a_user_keeps_in_a_group_is_freed_when_it_goes():
     param = torch.nn.Parameter(torch.ones(2, 2))
     optimizer = selective_optim.SGD(

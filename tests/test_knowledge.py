@@ -393,3 +393,16 @@ def test_stranger_beside_a_lazy_module_is_named():
     params = [*model[0].parameters(), nn.Parameter(torch.ones(3))]
     with pytest.raises(ValueError, match=r"parameter 2 of group 0 \(shape 3\).*none"):
         AdamW(params, model=model)
+
+
+class Forwarding(nn.Module):
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+def test_module_that_is_being_made_is_not_asked():
+    half = Forwarding.__new__(Forwarding)
+    model = nn.Linear(2, 2)
+    optimizer = AdamW(list(model.parameters()), weight_decay=0.1, wd_policy="no_bias")
+    assert [row.weight_decay for row in optimizer.decay_report()] == [0.1, 0.0]
+    del half

@@ -84,7 +84,9 @@ class Decider(DecisionTable):
     def for_constructor(
         cls, as_policy: Callable[[object], Policy], wd_policy: object, model: object
     ) -> Decider:
-        """Make the decider of a constructor, with what the block around it gives."""
+        """Make the decider of a constructor, unless it is given that of a route."""
+        if isinstance(wd_policy, Decider):
+            return wd_policy
         policy = None if wd_policy is None else as_policy(wd_policy)
         index = ModelIndex(model)
         if (block := current_block.get()) is not None:

@@ -13,7 +13,6 @@ import gc
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
 from itertools import chain, compress, islice, repeat
@@ -142,7 +141,7 @@ def _look_at_living() -> dict[int, list[ModuleRef]]:
     # Not `isinstance`, which runs code of objects that imitate other classes.
     are_modules = map(issubclass, map(type, objects), repeat(nn.Module))
     for module in compress(objects, are_modules):
-        with suppress(AttributeError):  # one that is being made may hold no dicts yet
+        if _torch.is_constructed(module):
             for item in _held_by(module):
                 holders[id(item)].append(weakref.ref(module))
     return holders

@@ -21,8 +21,6 @@ How a decision is made, by ``selective_optim.decisions.decider`` for an optimize
    the ready-made ones of ``predicates.py`` ask ``recognition.py``, which knows norms,
    biases, embeddings and weights. A user's callable is shown a strict view, which
    raises where it reads what is not known.
-
-Nothing here imports an optimizer.
 """
 
 from selective_optim.decay import Decay as Decay

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from selective_optim import _torch
-from selective_optim._optimizer import Model, SelectiveOptimizer, decider_for
+from selective_optim._optimizer import Model, SelectiveOptimizer
 from selective_optim._state_entries import without
 from selective_optim._text import copied_groups, kept_on_error, require_numbers, warn
 from selective_optim.adamw import AdamW
@@ -24,7 +24,7 @@ from selective_optim.decisions.decider import WRITTEN, Decider
 from selective_optim.decisions.knowledge import Pending
 from selective_optim.decisions.state_dict import Decided
 from selective_optim.decisions.watch import Watch, loss_of
-from selective_optim.policies.named import WdPolicy
+from selective_optim.policies.named import WdPolicy, as_policy
 from selective_optim.policies.predicates import (
     everything,
     is_embedding,
@@ -112,7 +112,7 @@ class Routed(torch.optim.Optimizer):
     ) -> None:
         self._routes = read_routes(routes, selective)
         require_numbers({WD: weight_decay})
-        self._decider = decider_for(model, wd_policy)
+        self._decider = Decider.for_constructor(as_policy, wd_policy, model)
         self.optimizers = {}
         self._common = {} if weight_decay is None else {WD: weight_decay}
         super().__init__(self._decider.collect(copied_groups(params)), dict(READING))
