@@ -115,9 +115,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     _keys: Sequence[str] = ()  # that are read in a group beside the defaults
     _stated: frozenset[str]  # keywords that the constructor was given
     _reached = False  # whether a step came here
-    _warned_of_origin = (
-        False  # whether it was told that it is made of another's numbers
-    )
+    _warned_of_origin = False  # that it was made of another's numbers
     _untouched = False  # no step, load or copy yet, and no state of its own
     _watch: Watch | None = None  # of steps, while there may be something to tell
     _class_step_code: object = None  # the code of the class's own step, if parts last
