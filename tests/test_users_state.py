@@ -339,9 +339,13 @@ def transpose_layout(optimizer, params):
                 own[entry] = value.t().contiguous().t()
 
 
+def clones(own):
+    return {entry: value.clone() for entry, value in own.items()}
+
+
 def clone_all(optimizer, params):
     for own in optimizer.state.values():
-        own.update({entry: value.clone() for entry, value in own.items()})
+        own.update(clones(own))
 
 
 def move_data(optimizer, params):
@@ -441,10 +445,6 @@ def assign_copies(optimizer, params):
     optimizer.state = defaultdict(dict, copies)
 
 
-def clones(own):
-    return {entry: value.clone() for entry, value in own.items()}
-
-
 @each_name
 @each_kind
 @pytest.mark.parametrize("assign", [begin_anew, assign_copies])
@@ -466,6 +466,12 @@ def test_state_that_is_assigned_is_the_one_that_is_read(name, kind):
         assert all(state[param] for param in params)
 
 
+def derive(monkeypatch, name, derived):
+    """Let both twins be of a class that is derived from theirs."""
+    for place in (selective_optim, torch.optim):
+        monkeypatch.setattr(place, name, derived(getattr(place, name)))
+
+
 def looking(cls):
     """Make a class that keeps the state which it sees as it is constructed."""
 
@@ -480,8 +486,7 @@ def looking(cls):
 @each_name
 @each_kind
 def test_state_that_was_seen_in_a_constructor_may_be_edited(name, kind, monkeypatch):
-    for place in (selective_optim, torch.optim):
-        monkeypatch.setattr(place, name, looking(getattr(place, name)))
+    derive(monkeypatch, name, looking)
 
     def edit(optimizer, params):
         for param in params:
@@ -509,8 +514,7 @@ def elsewhere(cls):
 @each_name
 @each_kind
 def test_state_may_be_kept_elsewhere(name, kind, monkeypatch):
-    for place in (selective_optim, torch.optim):
-        monkeypatch.setattr(place, name, elsewhere(getattr(place, name)))
+    derive(monkeypatch, name, elsewhere)
     both(name, kind, lambda optimizer, params: optimizer.kept.clear())
 
 
