@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from selective_optim import _torch
-from selective_optim._text import kept_on_error, require_numbers, warn, write_back
+from selective_optim._text import keep, put_back, require_numbers, warn
 from selective_optim.decay import Form, is_zero
 from selective_optim.decisions.decider import WRITTEN, Decider, own_keys
 from selective_optim.decisions.state_dict import (
@@ -137,10 +137,14 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         """Give torch's constructor what it takes, then decide for all groups."""
         require_numbers(numbers)
         self._decider = Decider.for_constructor(as_policy, wd_policy, model)
-        with kept_on_error(params):
+        kept = keep(params)
+        try:
             yield self._decider.collect(params)
             self._decider.decide_pending()
             self._decider.warn_if_nothing_decays(self._groups)
+        except BaseException:
+            put_back(kept)
+            raise
         self._made()
 
     def _made(self) -> None:
@@ -191,7 +195,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: The policy cannot decide for a parameter; nothing is added.
         """
-        given = dict(param_group) if isinstance(param_group, dict) else {}
+        kept = keep([param_group])
+        given = kept[0][1] if kept else {}
         groups = self._groups
         count = len(groups)
         try:
@@ -204,7 +209,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         except BaseException:
             # torch appended it, and would refuse its parameters the next time.
             del groups[count:]
-            write_back(param_group, given)
+            put_back(kept)
             raise
         if policy is None:
             warn_of_origin(self, given, group["params"])
@@ -378,7 +383,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
                 shown = {key: group[key] for key in group if key in READ or not keeps}
                 view = view_of(part, shown, self._kernel, params, reading)
                 part.view = view if keeps and not view.fleeting else None
-            view.group["params"] = list(map(params.__getitem__, part.positions))
+            view.group["params"] = list(part.params_of(params))
             views.append(view)
         return views
 

@@ -7,7 +7,6 @@ import inspect
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import chain
 from types import FunctionType, ModuleType
 from typing import Any, TypeGuard
@@ -104,21 +103,17 @@ def copied_groups(params: Any) -> Any:
     return [dict(group) for group in params]
 
 
-@contextmanager
-def kept_on_error(groups: Any) -> Iterator[None]:
-    """Leave a caller's groups, which torch fills in, as they were if it raises."""
-    listed = groups if isinstance(groups, (list, tuple)) else []
-    copies = [(group, dict(group)) for group in listed if isinstance(group, dict)]
-    try:
-        yield
-    except BaseException:
-        for group, before in copies:
-            write_back(group, before)
-        raise
+Kept = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
-def write_back(group: Any, before: dict[str, Any]) -> None:
-    if isinstance(group, dict):
+def keep(groups: Any) -> Kept:
+    """Copy a caller's groups, which torch fills in, to be put back if it raises."""
+    listed = groups if isinstance(groups, (list, tuple)) else ()
+    return [(group, dict(group)) for group in listed if isinstance(group, dict)]
+
+
+def put_back(kept: Kept) -> None:
+    for group, before in kept:
         params = group.get("params")
         group.clear()
         group.update(before)

@@ -88,15 +88,14 @@ def wanted(
     params: Sequence[Tensor], names: Iterable[str | None] = (), group: int = 0
 ) -> list[Asked]:
     """Ask about parameters; a shape that is lost or not there yet is ``None``."""
-    pieces = _torch.flattened(params)
-    # DeepSpeed notes the shape of what it took.
-    shapes = (
-        None if is_lazy(p) or id(p) in pieces else getattr(p, "ds_shape", p.shape)
-        for p in params
-    )
+    pieces, asked = _torch.flattened(params), list[Asked]()
     interned: dict[Any, Any] = {}  # torch makes another shape at each look
-    same = (interned.setdefault(shape, shape) for shape in shapes)
-    return list(zip(params, repeat(group), same, chain(names, repeat(None))))
+    for param, name in zip(params, chain(names, repeat(None))):
+        shape = None
+        if not (is_lazy(param) or id(param) in pieces):
+            shape = getattr(param, "ds_shape", param.shape)  # DeepSpeed's note
+        asked.append((param, group, interned.setdefault(shape, shape), name))
+    return asked
 
 
 def owner_kinds(info: ParameterInfo) -> tuple[str, ...]:
@@ -147,6 +146,9 @@ def modules_behind(params: object) -> list[nn.Module]:
     """Find the modules that ``params`` is, lists, or is being generated from."""
     if isinstance(params, nn.Module):
         return [params]
+    if isinstance(params, (list, tuple, Sequence)):  # the last is slow to ask
+        listed = all(map(isinstance, params, repeat(nn.Module)))
+        return list(params) if listed else []
     if isinstance(params, RELAYS):
         sources = gc.get_referents(params)
         sources += chain(*(s for s in sources if isinstance(s, (list, tuple))))
@@ -155,8 +157,7 @@ def modules_behind(params: object) -> list[nn.Module]:
         # Until it has run, its frame holds the module, or what an expression reads.
         frame = inspect.getgeneratorlocals(params)
         return modules_behind(frame.get("self", frame.get(".0")))
-    items = params if isinstance(params, Sequence) else ()
-    return list(items) if all(isinstance(item, nn.Module) for item in items) else []
+    return []
 
 
 # By id of the module, of which some compare by what they hold. An index holds neither
@@ -359,7 +360,7 @@ class ModelIndex:
     def learn(self, params: Any) -> Any:
         """Note the modules behind ``params`` and return what torch takes instead."""
         modules = modules_behind(params)
-        if not self.explicit:
+        if modules and not self.explicit:
             self.add(modules)
         if modules and isinstance(params, (nn.Module, Sequence)):
             params = chain(*[module.parameters() for module in modules])

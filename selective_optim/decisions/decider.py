@@ -187,13 +187,14 @@ class Decider(DecisionTable):
             lists = [group for group, p in zip(infos, policies) if p is policy]
             asked = list(chain(*lists))
             require_matches(policy, asked, self._matches, self.index.everyone)
-        distinct = {id(policy): policy for policy in policies}
-        bound = {key: self._bind(policy) for key, policy in distinct.items()}
-        policies = [bound[id(policy)] for policy in policies]
-        lr0s = [coming.lr0s for coming in pending]
-        decided = list(map(_decide, policies, infos, lr0s))
+        bound: dict[int, Policy | None] = {}
+        decided: Decided = []
+        for by, group, coming in zip(policies, infos, pending):
+            if id(by) not in bound:
+                bound[id(by)] = self._bind(by)
+            decided.append(_decide(bound[id(by)], group, coming.lr0s))
         if twice:
-            warn_if_unsteady(policies, infos, decided)
+            warn_if_unsteady((bound[id(p)] for p in policies), infos, decided)
         return decided
 
     def _bind(self, policy: Policy | None) -> Policy | None:

@@ -66,37 +66,37 @@ def warn_if_nothing_decays(
     decays_elsewhere: Callable[[Policy], bool],
 ) -> None:
     """Warn if nothing will decay, and of a multiplier that reads like a decay."""
-    rows = list(chain(*layout))
-    policy = next((row.policy for row in rows if row.policy is not None), None)
+    all_rows = list(chain(*layout))
+    policy = next((row.policy for row in all_rows if row.policy is not None), None)
     if policy is None:
         return
-    decays = [row.decision.decay for row in rows]
-    strengths = [group["weight_decay"] for group in groups]
-    strengths += [decay.of(0.0) for decay in decays]
-    exempt = not any(decay.multiplier for decay in decays)
-    if all(map(is_zero, strengths)):
+    decays = [row.decision.decay for row in all_rows]
+    idle = all(is_zero(group["weight_decay"]) for group in groups)
+    if idle and not any(decay.of(0.0) for decay in decays):
         warn(
             f"`weight_decay` is 0 in every group, so `wd_policy` {policy!r} "
             f"has no effect. Pass weight_decay=0.01, or the value you want."
         )
     # One optimizer per parameter is common, and most of them have an exempt one.
-    elif exempt and len(rows) > 1 and not decays_elsewhere(policy):
+    elif (
+        len(decays) > 1
+        and not any(decay.multiplier for decay in decays)
+        and not decays_elsewhere(policy)
+    ):
         warn(
-            f"`wd_policy` {policy!r} exempts all {len(rows)} parameters. "
+            f"`wd_policy` {policy!r} exempts all {len(decays)} parameters. "
             f"Pass weight_decay=0 instead if nothing is to decay."
         )
-    doubts = [
-        (*doubt, group["weight_decay"])
-        for group, rows in zip(groups, layout)
-        for policy in {id(row.policy): row.policy for row in rows}.values()
-        for doubt in (policy.doubts if policy else ())
-    ]
-    for multiplier, instead, wd in doubts[:1]:
-        warn(
-            f"`wd_policy` multiplies weight_decay by {multiplier:g}, which comes to a "
-            f"decay of {multiplier * float(wd):g}. Write {instead} if a multiplier is "
-            f"meant."
-        )
+    for group, rows in zip(groups, layout):
+        for policy in {id(row.policy): row.policy for row in rows}.values():
+            for multiplier, instead in policy.doubts if policy else ():
+                decay = multiplier * float(group["weight_decay"])
+                warn(
+                    f"`wd_policy` multiplies weight_decay by {multiplier:g}, which "
+                    f"comes to a decay of {decay:g}. Write {instead} if a multiplier "
+                    f"is meant."
+                )
+                return
 
 
 def warn_of_lost(inits: Sequence[str], rates: Sequence[str], whose: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import compress, count, repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.step.setting import PLAIN, Groups
+from selective_optim.step.setting import PLAIN, Groups, picker
 
 # Keys of a group, beside "params", that kernels read; others belong to the user.
 READ = frozenset(
@@ -75,15 +75,6 @@ def equal(a: object, b: object) -> bool:
         return False
 
 
-def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """Return what picks these positions out of a list, in C."""
-    if len(positions) == 0:
-        return lambda items: ()
-    if len(positions) == 1:
-        return lambda items: (items[positions[0]],)
-    return itemgetter(*positions)
-
-
 def _is_array(param: Tensor) -> bool:
     known = type(param) in (*PLAIN, _torch.dtensor_class())
     return known and param.numel() != 1
@@ -109,7 +100,7 @@ class GroupsGuard:
     def __init__(self, groups: Groups, held: bool) -> None:
         self._sizes = [len(group["params"]) for group in groups]
         self._held = held
-        self._marks = self._marks_of(groups)
+        self._marks = self._marks_of(params_of(groups))
         # Equal lists prove the same parameters, but for tensors of one element,
         # which compare equal by value.
         self._lists_tell = held and all(map(_is_array, self._marks))
@@ -147,8 +138,11 @@ class GroupsGuard:
                 for name, value in zip(self._names, self._contents)
             ]
 
-    def holds(self, groups: Groups) -> bool:
-        """Tell whether nothing changed, nor is to be multiplied anew."""
+    def holds(self, groups: Groups, params: Sequence[Tensor] | None = None) -> bool:
+        """Tell whether nothing changed, nor is to be multiplied anew.
+
+        ``params`` are those of all groups, if these were listed already.
+        """
         values = values_of(groups)
         return (
             # A key that came or went moves all values after it.
@@ -158,20 +152,22 @@ class GroupsGuard:
             and same_objects(self._numbers_of(values), self._numbers)
             and equal(values, self._contents)
             and (not self._few or self.holds_keys(groups))
-            and (self._lists_tell or self.holds_params(groups))
+            and (self._lists_tell or self.holds_params(groups, params))
             and not self._scales_tensors
         )
 
     def holds_keys(self, groups: Groups) -> bool:
         return flat(groups) == self._names
 
-    def holds_params(self, groups: Groups) -> bool:
+    def holds_params(
+        self, groups: Groups, params: Sequence[Tensor] | None = None
+    ) -> bool:
         sizes = [len(group["params"]) for group in groups]
+        params = params_of(groups) if params is None else params
         return sizes == self._sizes and same_objects(
-            self._marks_of(groups), self._marks
+            self._marks_of(params), self._marks
         )
 
-    def _marks_of(self, groups: Groups) -> list[Any]:
+    def _marks_of(self, params: Sequence[Tensor]) -> Sequence[Any]:
         """List what is each parameter's own: itself where it may be held."""
-        params = params_of(groups)
         return params if self._held else list(map(_torch.token_of, params))

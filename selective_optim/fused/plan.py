@@ -29,7 +29,6 @@ from selective_optim.fused.guards import (
     flat,
     grads_of,
     params_of,
-    picker,
     same_objects,
     without_gradients,
 )
@@ -45,6 +44,7 @@ from selective_optim.step.setting import (
     Scaling,
     Setting,
     States,
+    picker,
     scaling_on,
 )
 
@@ -296,17 +296,19 @@ class Plan:
 
     def current_grads(self, groups: Groups, states: States) -> list[Any] | None:
         """Take over new numbers; return gradients if the plan is still true."""
-        if self._fleeting or not self._guard.holds(groups):
+        params = params_of(groups) if self._beside else None
+        if self._fleeting or not self._guard.holds(groups, params):
             if not self._reread(groups):
                 return None
         elif self._some_single and _torch.thread_count() != self._threads:
             self._merge_parts(groups)
-        if self._beside:
-            params = params_of(groups)
+        if params is not None:
             if not without_gradients(self._idle_of(params)):
                 return None
             if not self._rest_stays(self._rest_of(params)):
                 return None
+        if not self._buckets:
+            return []
         if self._active is None:
             try:
                 self._gather(groups, states)

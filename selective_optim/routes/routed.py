@@ -16,7 +16,7 @@ import torch
 from selective_optim import _torch
 from selective_optim._optimizer import Model, SelectiveOptimizer
 from selective_optim._state_entries import without
-from selective_optim._text import copied_groups, kept_on_error, require_numbers, warn
+from selective_optim._text import copied_groups, require_numbers, warn
 from selective_optim.adamw import AdamW
 from selective_optim.any_class import MODES, READING, as_torch_reads, selective
 from selective_optim.decay import is_zero
@@ -220,9 +220,8 @@ class Routed(torch.optim.Optimizer):
         before = list(self.param_groups)
         self._decider.collect(())
         try:
-            with kept_on_error([param_group]):
-                self._read_group(*copied_groups([param_group]))
-                self._place(self._take_route_groups())
+            self._read_group(*copied_groups([param_group]))
+            self._place(self._take_route_groups())
         except BaseException:
             self._decider.take_pending()
             self.param_groups[:] = before

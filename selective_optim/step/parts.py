@@ -11,9 +11,9 @@ part: the class (``param.grad is None``), the plan (``Bucket.present``) and pass
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim.decay import DecayKey, Decision
-from selective_optim.step.setting import PLAIN, Group, Groups, State, States
+from selective_optim.step.setting import PLAIN, Group, Groups, State, States, picker
 
 Kernel = Any  # of ``step.kernels``, which reads hyperparameters and state
 _traits = attrgetter("device", "shape", "layout")
@@ -80,6 +80,11 @@ class Part:
     positions: list[int] = field(default_factory=list)  # among all of all groups
     inits: list[Tensor] = field(default_factory=list)  # targets, if a tensor for each
     view: Any = None  # of ``class_step``, while the group's numbers stay as they are
+
+    @cached_property
+    def params_of(self) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+        """Picks its parameters out of all of all groups."""
+        return picker(self.positions)
 
 
 class Layout(NamedTuple):

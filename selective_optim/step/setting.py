@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import copysign, inf
 from numbers import Real
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,15 @@ FLAGS = (
 def pick(group: Group, chosen: Sequence[int]) -> Group:
     """Take some parameters of a group, with their names if it has any."""
     return {key: [group[key][i] for i in chosen] for key in PER_PARAM if key in group}
+
+
+def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Return what picks these positions out of a list, in C."""
+    if len(positions) == 0:
+        return lambda items: ()
+    if len(positions) == 1:
+        return lambda items: (items[positions[0]],)
+    return itemgetter(*positions)
 
 
 def same(a: object, b: object) -> bool:
