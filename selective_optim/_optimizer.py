@@ -383,20 +383,15 @@ class SelectiveOptimizer(torch.optim.Optimizer):
                 shown = {key: group[key] for key in group if key in READ or not keeps}
                 view = view_of(part, shown, self._kernel, params, reading)
                 part.view = view if keeps and not view.fleeting else None
-            view.group["params"] = list(part.params_of(params))
+            view.group["params"] = list(part.pick_params(params))
             views.append(view)
         return views
 
     def decided_params(self) -> list[DecidedParam]:
         """List every parameter, in order, with what was decided for it."""
-        decided = self._decider.decisions_to_step(self.param_groups)
-        return [
-            DecidedParam(param, index, position, decision)
-            for index, (group, decisions) in enumerate(zip(self.param_groups, decided))
-            for position, (param, decision) in enumerate(
-                zip(group["params"], decisions)
-            )
-        ]
+        groups = self.param_groups
+        self._decider.decisions_to_step(groups)
+        return list(self._decider.decided(groups))
 
     def _init_group(self, group: Group, *lists: Any, **named: Any) -> Any:
         """Fill the lists in a step of ours alone: torch's own knows no policy."""

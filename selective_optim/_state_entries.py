@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import Any
@@ -17,7 +17,7 @@ from selective_optim.decisions.state_dict import (
     begin_in,
     require_whole,
 )
-from selective_optim.step.setting import PER_PARAM, WD
+from selective_optim.step.setting import PER_PARAM, WD, without
 
 StateDict = dict[str, Any]
 Hyper = dict[str, Any]  # of a group: all but its parameters and their names
@@ -47,10 +47,6 @@ class Entry:
 
     def label(self) -> str:
         return f"{self.name!r} (group {self.group})"
-
-
-def without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in keys}
 
 
 def form_of(hyper: Hyper) -> str | None:

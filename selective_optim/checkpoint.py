@@ -36,7 +36,6 @@ from selective_optim._state_entries import (
     form_of,
     merged,
     read,
-    without,
     write,
 )
 from selective_optim._text import aligned, received, shape_text
@@ -51,7 +50,7 @@ from selective_optim.decisions.state_dict import (
 )
 from selective_optim.parameters import as_modules
 from selective_optim.routes.state_dict import split_routes as split_routes
-from selective_optim.step.setting import PER_PARAM, WD
+from selective_optim.step.setting import PER_PARAM, WD, without
 
 SHOWN = 5  # names that a line of ``Fit`` gives
 # Entries that torch's classes begin at 0, and so can begin for new rows alone. Others,

@@ -18,6 +18,7 @@ from torch import Tensor
 from selective_optim._text import shape_text
 from selective_optim._torch import canonical_name
 from selective_optim.decay import Decision, Form
+from selective_optim.fused.guards import params_of
 from selective_optim.step.kernels import Kernel
 from selective_optim.step.parts import free_choice
 from selective_optim.step.setting import Group, Groups
@@ -35,10 +36,6 @@ ORDER_TRAINED = "order=[n for n, p in model.named_parameters() if p.requires_gra
 
 def sizes_of(groups: Groups) -> list[int]:
     return [len(group["params"]) for group in groups]
-
-
-def _params(groups: Groups) -> list[Any]:
-    return list(chain.from_iterable(group["params"] for group in groups))
 
 
 def require_dict(state_dict: object) -> None:
@@ -86,7 +83,7 @@ def require_loadable(
     _require_laid_out(saved)
     _require_keys(saved, kernel.required, groups)
     _require_layout(saved, groups)
-    params, keys = _params(groups), _params(saved)
+    params, keys = params_of(groups), params_of(saved)
     if len(keys) != len(params):
         return  # torch says it well
     _require_order(saved, groups, decided)
@@ -228,7 +225,7 @@ def _conversion(saved: Groups, groups: Groups) -> str:
     """Write the call that converts groups split by hand into those of the optimizer."""
     load, order, total = "Load ", ORDER, sum(sizes_of(saved))
     if total != sum(sizes_of(groups)):
-        if total != sum(param.requires_grad for param in _params(groups)):
+        if total != sum(param.requires_grad for param in params_of(groups)):
             return SAME_MODEL
         order = ORDER_TRAINED
         load = (
@@ -267,7 +264,7 @@ def _way_out(saved: Groups, groups: Groups, states: Sequence[Any]) -> str:
         for state in states
     ]
     shapes = sorted(tuple(tensors[0].shape) for tensors in moments if tensors)
-    if shapes == sorted(tuple(param.shape) for param in _params(groups)):
+    if shapes == sorted(tuple(param.shape) for param in params_of(groups)):
         return (
             f"Its shapes are those of this model in another order: load merge_groups("
             f"state_dict, names, {ORDER}) of selective_optim.checkpoint, where names "

@@ -29,6 +29,7 @@ from selective_optim._text import shape_text
 from selective_optim.decay import FULL, INIT, Decision
 from selective_optim.parameters import ParameterInfo, owner_kinds
 from selective_optim.policies.selectors import Policy
+from selective_optim.step.parts import DecidedParam
 from selective_optim.step.setting import Group, Groups, base_rate, is_moving, is_rate
 
 Infos = Sequence[ParameterInfo]
@@ -165,7 +166,7 @@ class DecisionTable:
     def take_inits(self, groups: Groups) -> bool:
         """Take what parameters decay towards, in groups that a step now moves."""
         taken = False
-        for index, place, param, decision in self._places(groups):
+        for param, index, place, decision in self.decided(groups):
             if decision.waits and is_moving(groups[index]):
                 self._renew(index, place, param, init=param.detach().clone())
                 taken = True
@@ -175,7 +176,7 @@ class DecisionTable:
 
     def place_inits(self, groups: Groups) -> None:
         """Bring what parameters decay towards to where these lie, and shard it."""
-        for index, place, param, decision in self._places(groups):
+        for param, index, place, decision in self.decided(groups):
             init, name = decision.init, decision.telling_name
             if init is None or _torch.lies_as(init, param):
                 continue
@@ -195,7 +196,7 @@ class DecisionTable:
         """Take over what is recorded; list whose ``init`` and whose ``lr0`` is lost."""
         lost_inits, lost_rates = list[str](), list[str]()
         self._copy_layout()
-        for (index, place, param, decision), begin in zip(self._places(groups), begins):
+        for (param, index, place, decision), begin in zip(self.decided(groups), begins):
             group, label = groups[index], decision.label(index, place)
             # torch's schedulers save where they began; OneCycleLR writes another rate.
             scheduled = None if "max_lr" in group else group.get("initial_lr")
@@ -212,10 +213,10 @@ class DecisionTable:
                     lost_inits.append(label)
         return lost_inits, lost_rates
 
-    def _places(self, groups: Groups) -> Iterator[tuple[int, int, Tensor, Decision]]:
+    def decided(self, groups: Groups) -> Iterator[DecidedParam]:
         for index, (group, rows) in enumerate(zip(groups, self.layout)):
             for place, (param, row) in enumerate(zip(group["params"], rows)):
-                yield index, place, param, row.decision
+                yield DecidedParam(param, index, place, row.decision)
 
     def _renew(self, index: int, place: int, param: Tensor, **begin: Any) -> None:
         rows = self.layout[index]

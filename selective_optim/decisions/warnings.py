@@ -71,18 +71,15 @@ def warn_if_nothing_decays(
     if policy is None:
         return
     decays = [row.decision.decay for row in all_rows]
+    # One optimizer per parameter is common, and most of them have an exempt one.
+    exempt = len(decays) > 1 and not any(decay.multiplier for decay in decays)
     idle = all(is_zero(group["weight_decay"]) for group in groups)
     if idle and not any(decay.of(0.0) for decay in decays):
         warn(
             f"`weight_decay` is 0 in every group, so `wd_policy` {policy!r} "
             f"has no effect. Pass weight_decay=0.01, or the value you want."
         )
-    # One optimizer per parameter is common, and most of them have an exempt one.
-    elif (
-        len(decays) > 1
-        and not any(decay.multiplier for decay in decays)
-        and not decays_elsewhere(policy)
-    ):
+    elif exempt and not decays_elsewhere(policy):
         warn(
             f"`wd_policy` {policy!r} exempts all {len(decays)} parameters. "
             f"Pass weight_decay=0 instead if nothing is to decay."

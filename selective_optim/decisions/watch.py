@@ -48,14 +48,16 @@ AROUND = re.compile(r"(?:[^.\d][^.]*\.)*?(?=[^.]+\.\d+\.|[^.]*$)|")
 class Watch:
     """Looks at steps when they are taken, until there is nothing left to tell."""
 
+    _idle = 0
+    _found: bool | None = None  # as in `compare`, where that is to be done
+    _layout: Layout = ()
+    _above: list[int]  # by group, steps in a row above its limit
+    _rates: list[Any]  # at the last step, if none was
+    _limits: list[float]
+
     def __init__(self, taken_over: bool = False, rounding: bool = False) -> None:
         # Whether to look for decay that a wrapper takes over, or rounding takes away.
-        self._taken_over, self._rounding, self._idle = taken_over, rounding, 0
-        self._found: bool | None = None  # as in `compare`, where that is to be done
-        self._layout: Layout = ()
-        self._above: list[int] = []  # by group, steps in a row above its limit
-        self._rates: list[Any] = []  # at the last step, if none was
-        self._limits: list[float] = []
+        self._taken_over, self._rounding = taken_over, rounding
 
     def compare(self, found: bool) -> None:
         """Compare the next step that moves with other ranks; names may be found."""

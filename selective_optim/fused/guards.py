@@ -100,7 +100,7 @@ class GroupsGuard:
     def __init__(self, groups: Groups, held: bool) -> None:
         self._sizes = [len(group["params"]) for group in groups]
         self._held = held
-        self._marks = self._marks_of(params_of(groups))
+        self._marks = self._marks_of(groups)
         # Equal lists prove the same parameters, but for tensors of one element,
         # which compare equal by value.
         self._lists_tell = held and all(map(_is_array, self._marks))
@@ -138,11 +138,8 @@ class GroupsGuard:
                 for name, value in zip(self._names, self._contents)
             ]
 
-    def holds(self, groups: Groups, params: Sequence[Tensor] | None = None) -> bool:
-        """Tell whether nothing changed, nor is to be multiplied anew.
-
-        ``params`` are those of all groups, if these were listed already.
-        """
+    def holds(self, groups: Groups) -> bool:
+        """Tell whether nothing changed, nor is to be multiplied anew."""
         values = values_of(groups)
         return (
             # A key that came or went moves all values after it.
@@ -152,22 +149,20 @@ class GroupsGuard:
             and same_objects(self._numbers_of(values), self._numbers)
             and equal(values, self._contents)
             and (not self._few or self.holds_keys(groups))
-            and (self._lists_tell or self.holds_params(groups, params))
+            and (self._lists_tell or self.holds_params(groups))
             and not self._scales_tensors
         )
 
     def holds_keys(self, groups: Groups) -> bool:
         return flat(groups) == self._names
 
-    def holds_params(
-        self, groups: Groups, params: Sequence[Tensor] | None = None
-    ) -> bool:
+    def holds_params(self, groups: Groups) -> bool:
         sizes = [len(group["params"]) for group in groups]
-        params = params_of(groups) if params is None else params
         return sizes == self._sizes and same_objects(
-            self._marks_of(params), self._marks
+            self._marks_of(groups), self._marks
         )
 
-    def _marks_of(self, params: Sequence[Tensor]) -> Sequence[Any]:
+    def _marks_of(self, groups: Groups) -> list[Any]:
         """List what is each parameter's own: itself where it may be held."""
+        params = params_of(groups)
         return params if self._held else list(map(_torch.token_of, params))

@@ -296,13 +296,13 @@ class Plan:
 
     def current_grads(self, groups: Groups, states: States) -> list[Any] | None:
         """Take over new numbers; return gradients if the plan is still true."""
-        params = params_of(groups) if self._beside else None
-        if self._fleeting or not self._guard.holds(groups, params):
+        if self._fleeting or not self._guard.holds(groups):
             if not self._reread(groups):
                 return None
         elif self._some_single and _torch.thread_count() != self._threads:
             self._merge_parts(groups)
-        if params is not None:
+        if self._beside:
+            params = params_of(groups)
             if not without_gradients(self._idle_of(params)):
                 return None
             if not self._rest_stays(self._rest_of(params)):

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from selective_optim._state_entries import without
 from selective_optim._text import NUMBERS, received, require_numbers, shape_of, warn
 from selective_optim.decay import FULL, Answer, Decision
 from selective_optim.decisions.decider import Decider
@@ -19,7 +18,7 @@ from selective_optim.decisions.knowledge import Pending
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.named import as_policy
 from selective_optim.policies.selectors import Policy, Selector, as_selector
-from selective_optim.step.setting import PER_PARAM, WD, Group, pick
+from selective_optim.step.setting import PER_PARAM, WD, Group, pick, without
 
 ROUTE = "route"  # key of a group, for the name of its route
 Part = tuple[Group, Sequence[Decision], str]  # with the route

@@ -15,7 +15,6 @@ import torch
 
 from selective_optim import _torch
 from selective_optim._optimizer import Model, SelectiveOptimizer
-from selective_optim._state_entries import without
 from selective_optim._text import copied_groups, require_numbers, warn
 from selective_optim.adamw import AdamW
 from selective_optim.any_class import MODES, READING, as_torch_reads, selective
@@ -48,7 +47,14 @@ from selective_optim.routes.state_dict import (
     loadable,
     warn_of_new,
 )
-from selective_optim.step.setting import NO_SCALING, WD, Group, base_rate, scaling_of
+from selective_optim.step.setting import (
+    NO_SCALING,
+    WD,
+    Group,
+    base_rate,
+    scaling_of,
+    without,
+)
 
 NUMBER = re.compile(r"(?<=\bgroup )\d+|(?<=param_groups\[)\d+")
 # torch's, of its Newton-Schulz iteration (torch/optim/_muon.py).

@@ -13,7 +13,6 @@ from selective_optim._state_entries import (
     StateDict,
     merged,
     read,
-    without,
     write,
 )
 from selective_optim._text import first_of, warn
@@ -26,7 +25,7 @@ from selective_optim.decisions.state_dict import (
     sizes_of,
 )
 from selective_optim.routes.route import KEYS, ROUTE
-from selective_optim.step.setting import PER_PARAM, WD, Group, pick
+from selective_optim.step.setting import PER_PARAM, WD, Group, pick, without
 
 OTHERS = "routes"  # what the class of each route saves besides
 RATES, USE_MUON = ("lr", "initial_lr"), "use_muon"

@@ -32,6 +32,7 @@ from selective_optim.step.setting import (
     pick,
     same,
     share_of,
+    without,
 )
 
 # What is computed for each part from the group and the decay of the part.
@@ -54,7 +55,7 @@ class LastingPart:
 
     @property
     def hyper(self) -> Group:
-        return _without(self.group, NOT_SHARED)
+        return without(self.group, NOT_SHARED)
 
 
 @dataclass(eq=False)
@@ -79,9 +80,9 @@ class Split:
         """Take over the groups that the class made of the parts."""
         for part, group in zip(self.parts, groups, strict=True):
             part.group = group
-        self.group.update(_without(groups[0], PER_PARAM))
+        self.group.update(without(groups[0], PER_PARAM))
         self.share_tensors(defaults)
-        self.seen = _without(self.group, DECAY_KEYS)  # these are to be handed down
+        self.seen = without(self.group, DECAY_KEYS)  # these are to be handed down
         self.remove_params()
 
     def _share(self, part: LastingPart) -> Share:
@@ -169,10 +170,6 @@ class Split:
                     other[key] = first[key]
 
 
-def _without(group: Group, keys: Collection[str]) -> Group:
-    return {key: value for key, value in group.items() if key not in keys}
-
-
 def _differing(groups: Sequence[Group]) -> list[str]:
     """Name what the first of some groups holds, and another holds otherwise or not."""
     first, *others = groups or [{}]
@@ -235,14 +232,14 @@ def split_again(
         else:
             # A counter that the class keeps in a group follows its parameters.
             # One that comes from none begins with what the others were last given.
-            first = hypers[0] if hypers else _without({**group, **seen}, NOT_SHARED)
+            first = hypers[0] if hypers else without({**group, **seen}, NOT_SHARED)
             part_group = _copied({**first, **stated}, defaults)
         _require_agreement(hypers, decisions, stated)
         tokens = list(map(_torch.token_of, own_params))
         parts.append(LastingPart(decay_key, part_group, positions, tokens))
     # Else all go on, and the class may have written their decay.
     if any(part.decay_key not in going_on for part in parts):
-        seen = _without(seen, DECAY_KEYS)
+        seen = without(seen, DECAY_KEYS)
     return Split(group, parts, splits[0].form if splits else None, seen)
 
 
@@ -302,7 +299,7 @@ def _saved_for(part: LastingPart, group: Group, rows: Sequence[Group]) -> Group:
             f"with, and this policy joins them. Load it with the policy that it was "
             f"saved with."
         )
-    return _without(joined[0], ["positions"]) if joined else {}
+    return without(joined[0], ["positions"]) if joined else {}
 
 
 def load_parts(
@@ -313,7 +310,7 @@ def load_parts(
         group = split.group
         for part, row in zip(split.parts, rows):
             decay = {k: split.computed(part, k) for k in DECAY_KEYS if k in group}
-            common = _copied(_without(group, NOT_SHARED), defaults)
+            common = _copied(without(group, NOT_SHARED), defaults)
             part.group = {**decay, **common, **copy.deepcopy(row)}
         split.share_tensors(defaults)
         split.remove_params()

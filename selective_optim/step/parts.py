@@ -82,8 +82,7 @@ class Part:
     view: Any = None  # of ``class_step``, while the group's numbers stay as they are
 
     @cached_property
-    def params_of(self) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
-        """Picks its parameters out of all of all groups."""
+    def pick_params(self) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
         return picker(self.positions)
 
 

@@ -31,6 +31,10 @@ FLAGS = (
 )
 
 
+def without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}
+
+
 def pick(group: Group, chosen: Sequence[int]) -> Group:
     """Take some parameters of a group, with their names if it has any."""
     return {key: [group[key][i] for i in chosen] for key in PER_PARAM if key in group}
