@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
+from operator import attrgetter
 from threading import local
 from types import CodeType
 from typing import Any
@@ -54,6 +55,7 @@ COPIED = "_copied"
 # Attributes that copies do not take over as they are, where a class copies all it has.
 TRANSIENT = (
     *("_decider", "_groups", "_states", "_kernel", "_stepper", "_shown", "_watch"),
+    "_seen_state",
     *("_threads_inside", "_splits", "_parts", "_class_adds", "_layout"),
 )
 
@@ -81,22 +83,23 @@ class Shown(local):
         self.param_groups: list[Group] | None = None
 
 
-class StateAttribute:
+class SeenState:
     """Notes the first look at the state from outside: someone may edit it from then on.
 
-    Then it is a plain attribute, as in torch: a class reads it for every parameter.
+    Then it is a plain attribute: a class reads it for every parameter.
     """
 
     def __get__(self, optimizer: Any, cls: object = None) -> Any:
         if optimizer is None:
             return self
         states, stepper = optimizer._states, optimizer._stepper
-        if torch.compiler.is_compiling():  # 2.7 cannot set attributes as it compiles
+        if torch.compiler.is_compiling():
+            stepper.seen = True
             return states
         if not optimizer._inside:  # the class's own step is no outsider
             stepper.expose(states)
         if stepper.exposed:
-            vars(optimizer)["state"] = states
+            vars(optimizer)["_seen_state"] = states
         return states
 
 
@@ -142,10 +145,10 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             yield self._decider.collect(params)
             self._decider.decide_pending()
             self._decider.warn_if_nothing_decays(self._groups)
+            self._made()
         except BaseException:
             put_back(kept)
             raise
-        self._made()
 
     def _made(self) -> None:
         """Take note of an optimizer that is whole now."""
@@ -205,14 +208,14 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             self._append_group(group)
             own = group is not param_group
             decided = self._decider.add_group(groups, policy, own)
+            if policy is None:
+                warn_of_origin(self, given, group["params"])
             self._split_last_group(given)
         except BaseException:
             # torch appended it, and would refuse its parameters the next time.
             del groups[count:]
             put_back(kept)
             raise
-        if policy is None:
-            warn_of_origin(self, given, group["params"])
         if decided:  # else a constructor goes on
             self._compare_ranks()
 
@@ -247,8 +250,6 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             self._shown = Shown()
             self._threads_inside: set[int] = set()
             self._stepper = Stepper(self._kernel)
-            if self._kernel.planned:  # a dict that is nobody's yet
-                self._states = vars(self).pop("state", None)
 
     @property
     def _inside(self) -> bool:
@@ -258,16 +259,25 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         """Let the class see parts where its groups are, in this thread alone."""
         self._shown.param_groups = parts
 
-    state: Any = StateAttribute()
+    _seen_state: Any = SeenState()
+
+    def _assign_state(self, states: States) -> None:
+        self._states = states
+        vars(self).pop("_seen_state", None)
+        if "_stepper" in vars(self):  # else torch's constructor, whose dict is nobody's
+            self._stepper.expose({})  # what was there goes; counters need no parting
+
+    state: Any = property(attrgetter("_seen_state"), _assign_state)  # read in C
 
     def _take_state(self) -> States:
-        """Return the state, which may have been assigned anew."""
-        states: States | None = vars(self).get("state", self._states)
-        if states is None:  # a subclass keeps it elsewhere
-            states = self.state
-        if states is not self._states:
-            self._states = states
-            self._stepper.expose({})  # what was there goes; counters need no parting
+        """Return the state, of which a look may have been noted."""
+        if type(self).state is not SelectiveOptimizer.state:  # a subclass keeps it
+            if self.state is not self._states:
+                self._states = self.state
+                self._stepper.expose({})
+        elif self._stepper.seen:
+            self._stepper.expose(self._states)
+        states: States = self._states
         return states
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -299,8 +309,6 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         may_choose = not (compiling or self.defaults["differentiable"])
-        # A subclass's may make state, and choose the gradients.
-        overridden = type(self)._init_group is not SelectiveOptimizer._init_group
         states = self._take_state()
         waiting = self._untouched or self._decider.waits()
         # In groups the decider looks for new keys.
@@ -311,7 +319,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         # lock: after an interrupt anywhere the next step of a thread plans again.
         mine = stepper.claim()
         try:
-            if may_choose and mine and not overridden and stepper.plans_for(groups):
+            plans = may_choose and mine and stepper.plans_for(groups)
+            if plans and self._is_torchs():
                 given = (groups, self.decided_params, states)
                 stepper.step(*given, scaling_of(self), self._step_parts)
             else:
@@ -354,15 +363,18 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _step_parts(self, parts: Sequence[Part], compiling: bool = False) -> None:
         """Let the class of torch step parts, as if they were groups split by hand."""
         step, around = _torch.unhooked(super().step), AroundStep(self, self._states)
+        quiet = _torch.without_hooks(self, "step_pre", "step_post")
         views: list[View] = []
         try:
             views = self._views(parts, reading=not compiling)
             if around.begin(views):
                 self._show([view.group for view in views])
-                step(self)
+                # Another's may run the hooks of the class, which ran before.
+                with nullcontext() if _torch.is_torchs(step) else quiet:
+                    step(self)
                 around.finish()
         finally:
-            self._show(None)
+            self._shown.param_groups = None  # no call, which an interrupt may precede
             around.restore()
             for view in views:
                 view.group["params"] = []  # one that leaves must be freed
@@ -370,14 +382,11 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     @_torch.disable_dynamo
     def _views(self, parts: Sequence[Part], reading: bool) -> list[View]:
         groups, params = self.param_groups, params_of(self.param_groups)
-        step, init = super().step, super()._init_group  # type: ignore[misc]  # torch's
         # torch's own read the keys that a plan guards, and their views may be kept.
-        torchs = all(m.__module__.startswith("torch.optim.") for m in (step, init))
-        overridden = type(self)._init_group is not SelectiveOptimizer._init_group
-        keeps = torchs and not overridden and READ.issuperset(self.defaults)
+        keeps = READ.issuperset(self.defaults) and self._is_torchs()
         views = []
         for part in parts:
-            if (view := part.view) is None:
+            if (view := part.view) is None or not keeps:
                 group = groups[part.key.group]
                 # Asked for key by key: a group may be a dict that computes its values.
                 shown = {key: group[key] for key in group if key in READ or not keeps}
@@ -386,6 +395,16 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             view.group["params"] = list(part.pick_params(params))
             views.append(view)
         return views
+
+    def _is_torchs(self) -> bool:
+        """Tell whether torch's own code steps, and no subclass's or patch.
+
+        Such may make state, choose the gradients, or read other keys of a group.
+        """
+        mine = getattr(self._init_group, "__func__", None)
+        step, init = super().step, super()._init_group  # type: ignore[misc]  # torch's
+        ours = mine is SelectiveOptimizer._init_group
+        return ours and _torch.is_torchs(step) and _torch.is_torchs(init)
 
     def decided_params(self) -> list[DecidedParam]:
         """List every parameter, in order, with what was decided for it."""

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from importlib import import_module
 from itertools import takewhile
 from operator import attrgetter, methodcaller
@@ -189,9 +189,30 @@ STEP_NOTE = "_opt_called"
 
 
 def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    while getattr(step, "hooked", False):
+    # A user's wrapper around torch's takes over its marks.
+    while getattr(step, "hooked", False) and _in_torchs_files(step):
         step = step.__wrapped__  # type: ignore[attr-defined]  # functools.wraps sets it
     return getattr(step, "__func__", step)
+
+
+_OPTIM = str(Path(torch.optim.__file__).parent)
+
+
+def _in_torchs_files(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    return code is not None and bool(code.co_filename.startswith(_OPTIM))
+
+
+def is_torchs(method: Any) -> bool:
+    """Tell whether a method is torch's own, and nobody has wrapped it."""
+    return _is_torchs(getattr(method, "__func__", method))
+
+
+@cache
+def _is_torchs(function: Any) -> bool:
+    while _in_torchs_files(function) and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return _in_torchs_files(function)
 
 
 @contextmanager

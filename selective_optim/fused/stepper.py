@@ -54,7 +54,7 @@ class Stepper:
         self._counters = Counters()
         self._stepped: Places = {}  # who had a part in the last plan
         self.exposed = False
-        self._seen = False  # state was seen in a step, and is exposed at its end
+        self.seen = False  # state was seen in a step, and is exposed at its end
         # The thread that steps, or with a minus the one that is in `expose`; a dict, as
         # `setdefault` cannot be interrupted half done.
         self._owner: dict[str, int] = {}
@@ -72,14 +72,14 @@ class Stepper:
             return
         # In a step another thread reads it, or a mode around it between operations.
         if self._owner.setdefault("thread", -get_ident()) != -get_ident():
-            self._seen = True
+            self.seen = True
             return
         try:
             if self._plan is not None:
                 self._plan.expose()
-            self._counters.part(states, self._seen)
+            self._counters.part(states, self.seen)
             # Last: after an interrupt, the next step does the rest.
-            self.exposed, self._seen = True, False
+            self.exposed, self.seen = True, False
         finally:
             self._owner.clear()
 
@@ -169,7 +169,7 @@ class Stepper:
         """End a step, however it went, and take note of a look at the state in it."""
         if mine:
             self._owner.clear()
-        if self._seen:
+        if self.seen:
             self.expose(states)
 
     def _new_plan(
@@ -192,7 +192,7 @@ class Stepper:
             self._counters.part(states)
         fused = [part for part in layout.parts if part.key.planned]
         # Nothing is planned and nothing held: its class may read the state at no cost.
-        self._seen |= not (fused or layout.idle or layout.once)
+        self.seen |= not (fused or layout.idle or layout.once)
         for position in sorted({i for part in fused for i in part.positions}):
             param, group, *_ = params[position]
             if not self.kernel.has_state(states.get(param) or {}, groups[group]):
