@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
-from operator import attrgetter
 from threading import local
 from types import CodeType
 from typing import Any
@@ -55,7 +54,6 @@ COPIED = "_copied"
 # Attributes that copies do not take over as they are, where a class copies all it has.
 TRANSIENT = (
     *("_decider", "_groups", "_states", "_kernel", "_stepper", "_shown", "_watch"),
-    "_seen_state",
     *("_threads_inside", "_splits", "_parts", "_class_adds", "_layout"),
 )
 
@@ -83,10 +81,10 @@ class Shown(local):
         self.param_groups: list[Group] | None = None
 
 
-class SeenState:
+class StateAttribute:
     """Notes the first look at the state from outside: someone may edit it from then on.
 
-    Then it is a plain attribute: a class reads it for every parameter.
+    Then it is a plain attribute, as in torch: a class reads it for every parameter.
     """
 
     def __get__(self, optimizer: Any, cls: object = None) -> Any:
@@ -99,7 +97,7 @@ class SeenState:
         if not optimizer._inside:  # the class's own step is no outsider
             stepper.expose(states)
         if stepper.exposed:
-            vars(optimizer)["_seen_state"] = states
+            vars(optimizer)["state"] = states
         return states
 
 
@@ -250,6 +248,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             self._shown = Shown()
             self._threads_inside: set[int] = set()
             self._stepper = Stepper(self._kernel)
+            if self._kernel.planned:  # a dict that is nobody's yet
+                self._states = vars(self).pop("state", None)
 
     @property
     def _inside(self) -> bool:
@@ -259,25 +259,18 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         """Let the class see parts where its groups are, in this thread alone."""
         self._shown.param_groups = parts
 
-    _seen_state: Any = SeenState()
-
-    def _assign_state(self, states: States) -> None:
-        self._states = states
-        vars(self).pop("_seen_state", None)
-        if "_stepper" in vars(self):  # else torch's constructor, whose dict is nobody's
-            self._stepper.expose({})  # what was there goes; counters need no parting
-
-    state: Any = property(attrgetter("_seen_state"), _assign_state)  # read in C
+    state: Any = StateAttribute()
 
     def _take_state(self) -> States:
-        """Return the state, of which a look may have been noted."""
-        if type(self).state is not SelectiveOptimizer.state:  # a subclass keeps it
-            if self.state is not self._states:
-                self._states = self.state
-                self._stepper.expose({})
+        """Return the state, which may have been assigned, seen, or kept elsewhere."""
+        states: States = vars(self).get("state", self._states)
+        if type(self).state is not SelectiveOptimizer.state:  # a subclass has it
+            states = self.state
+        if states is not self._states:
+            self._states = states
+            self._stepper.expose({})  # what was there goes; counters need no parting
         elif self._stepper.seen:
-            self._stepper.expose(self._states)
-        states: States = self._states
+            self._stepper.expose(states)
         return states
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

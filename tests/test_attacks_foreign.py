@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 
@@ -10,7 +11,7 @@ import torch
 
 import selective_optim
 from selective_optim import selective
-from tests.support import attacks
+from tests.support import attacks, twins
 from tests.support.attacks import (
     LR,
     OURS,
@@ -24,6 +25,7 @@ from tests.support.attacks import (
     make,
     net,
 )
+from tests.support.twins import KINDS
 
 each_name = pytest.mark.parametrize("name", SERVED)
 OTHERS = [name for name in SERVED if name not in OURS]
@@ -67,17 +69,72 @@ class Between(selective_optim.SGD, Scaling):
     pass
 
 
-def test_class_between_ours_and_torchs_reads_its_own_keys_at_every_step():
+@pytest.mark.parametrize("kind", KINDS)
+def test_class_between_ours_and_torchs_reads_its_own_keys_at_every_step(kind):
     params, others = ([torch.nn.Parameter(torch.ones(2, 2))] for _ in range(2))
-    given = {"lr": LR, "weight_decay": WD, "foreach": False}
-    optimizer = Between(params, **given, wd_policy="matrices")
-    oracle = Scaling(others, **given)
+    given = {"lr": LR, "weight_decay": WD}
+    optimizer = Between(params, **given, **KINDS[kind], wd_policy="matrices")
+    oracle = Scaling(others, **given, **(KINDS[kind] or {"fused": True}))
     for scale in (1.0, 0.5, 0.1):
         for each in (optimizer, oracle):
             each.param_groups[0]["scale"] = scale
             each.param_groups[0]["params"][0].grad = torch.ones(2, 2)
             each.step()
         assert torch.equal(params[0], others[0])
+
+
+def patch(monkeypatch, method):
+    """Wrap a method of torch's AdamW, and return what it reads in the groups."""
+    original, read = getattr(torch.optim.AdamW, method), []
+
+    @functools.wraps(original)
+    def patched(self, *args, **named):
+        groups = self.param_groups if method == "step" else args[:1]
+        read.extend(group["tag"] for group in groups)
+        return original(self, *args, **named)
+
+    monkeypatch.setattr(torch.optim.AdamW, method, patched)
+    return read
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["step", "_init_group"])
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_patch_of_torchs_class_is_called_and_sees_all_keys(
+    kind, method, steps_before, monkeypatch
+):
+    pairs, hooks = [], []
+    for make_one in (twins.ours, twins.torchs):
+        params = twins.make_params()
+        pairs.append((params, make_one("AdamW", kind, params)))
+    (mine, optimizer), (theirs, oracle) = pairs
+    optimizer.param_groups[0]["tag"] = 7
+    optimizer.register_step_post_hook(lambda *_: hooks.append(1))
+    for number in range(steps_before):
+        twins.step(mine, optimizer, number)
+        twins.step(theirs, oracle, number)
+    # Before the patch, which reads a key that these groups lack.
+    twins.step(theirs, oracle, steps_before)
+    read = patch(monkeypatch, method)
+    twins.step(mine, optimizer, steps_before)
+    assert read == [7, 7]  # once for each part
+    assert len(hooks) == steps_before + 1
+    twins.assert_twins(mine, theirs, optimizer, oracle)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_own_gathering_of_one_optimizer_is_called(kind):
+    params = twins.make_params()
+    optimizer, calls = twins.ours("AdamW", kind, params), []
+    gather = optimizer._init_group
+
+    def own(group, *lists):
+        calls.append(len(group["params"]))
+        return gather(group, *lists)
+
+    optimizer._init_group = own
+    twins.step(params, optimizer, 0)
+    assert calls == [2, 2]
 
 
 class Tagged(torch.optim.SGD):

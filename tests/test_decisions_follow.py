@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import selective_optim
-from selective_optim import SGD, AdamW, Decay
+from selective_optim import SGD, AdamW, Decay, selective
 from selective_optim.decay import Answer
 from selective_optim.policies.selectors import Policy
 from tests.support import twins
@@ -467,6 +467,25 @@ def test_groups_of_another_optimizer_do_not_lose_their_policy_unseen(name, how, 
     added = cls([nn.Parameter(torch.ones(1))])
     with pytest.warns(UserWarning, match="come from an optimizer"):
         added.add_param_group(PASSED[how](source.param_groups)[0])
+
+
+@pytest.mark.parametrize("cls", [selective_optim.AdamW, selective(torch.optim.NAdam)])
+def test_warning_that_is_an_error_leaves_groups_as_they_were(cls):
+    """A warning is an error in these tests."""
+    source = twins.ours("AdamW", "automatic", twins.make_params())
+    given, numbers = {"params": twins.make_params(), "lr": 0.01}, dict(source.defaults)
+    del numbers["decoupled_weight_decay"]
+    with pytest.raises(UserWarning, match="come from an optimizer"):
+        selective_optim.AdamW([given], **numbers)
+    assert given.keys() == {"params", "lr"}
+    added = cls([nn.Parameter(torch.ones(1))])
+    for group in (dict(source.param_groups[0]), source.param_groups[0]):
+        with pytest.raises(UserWarning, match="come from an optimizer"):
+            added.add_param_group(group)
+        assert len(added.param_groups) == 1
+    with pytest.warns(UserWarning, match="come from an optimizer"):
+        added.add_param_group(group)
+    added.step()
 
 
 @pytest.mark.parametrize("name", twins.CLASSES)

@@ -511,11 +511,29 @@ def elsewhere(cls):
     return Elsewhere
 
 
+def keep_another(optimizer, params):
+    optimizer.kept = defaultdict(dict)
+
+
 @each_name
 @each_kind
-def test_state_may_be_kept_elsewhere(name, kind, monkeypatch):
+@pytest.mark.parametrize("edit", [lambda o, params: o.kept.clear(), keep_another])
+def test_state_may_be_kept_elsewhere(name, kind, edit, monkeypatch):
     derive(monkeypatch, name, elsewhere)
-    both(name, kind, lambda optimizer, params: optimizer.kept.clear())
+    both(name, kind, edit)
+
+
+def replace_moments(optimizer, params):
+    for param in params:
+        entry = "momentum_buffer" if "momentum" in optimizer.defaults else "exp_avg"
+        optimizer.state[param][entry] = torch.zeros_like(param)
+
+
+@each_name
+@each_kind
+@pytest.mark.parametrize("edit", [replace_moments, lambda o, params: o.state.clear()])
+def test_state_that_compiled_code_edits_is_the_one_that_steps(name, kind, edit):
+    both(name, kind, torch.compile(edit, backend="eager"))
 
 
 def test_state_that_is_assigned_before_training_says_what_it_lacks():

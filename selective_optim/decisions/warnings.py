@@ -128,7 +128,6 @@ def warn_of_origin(optimizer: Any, numbers: Group, params: Sequence[Any]) -> Non
     for other in owners or [o for o in others if _made_like(optimizer, o, numbers)]:
         candidates = params if owners else params_of(other._groups)
         if policy := other._decider.decided_by(candidates):
-            optimizer._warned_of_origin = True
             warn(
                 f"the arguments of this optimizer come from an optimizer whose "
                 f"`wd_policy` is {policy!r}, and here everything decays. Pass "
@@ -136,6 +135,7 @@ def warn_of_origin(optimizer: Any, numbers: Group, params: Sequence[Any]) -> Non
                 f"makes optimizers itself, type with deciding_for(model, "
                 f"wd_policy={policy!r})."
             )
+            optimizer._warned_of_origin = True
             return
 
 
