@@ -37,26 +37,11 @@ from selective_optim.sgd import SGD as SGD
 
 __version__ = "0.2.0.dev0"
 
+# fmt: off
 __all__ = [
-    "SGD",
-    "Adam",
-    "AdamW",
-    "Decay",
-    "DecayReport",
-    "Muon",
-    "ParameterInfo",
-    "Routed",
-    "WeightDecay",
-    "audit",
-    "checkpoint",
-    "decay_report",
-    "deciding_for",
-    "layerwise_groups",
-    "param_groups",
-    "policies",
-    "proportional_to_lr",
-    "rate_groups",
-    "schedules",
-    "selective",
-    "width_groups",
+    "SGD", "Adam", "AdamW", "Decay", "DecayReport", "Muon", "ParameterInfo", "Routed",
+    "WeightDecay", "audit", "checkpoint", "decay_report", "deciding_for",
+    "layerwise_groups", "param_groups", "policies", "proportional_to_lr",
+    "rate_groups", "schedules", "selective", "width_groups",
 ]
+# fmt: on

@@ -221,7 +221,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         """Have what is decided now compared with other ranks at the next step."""
         self._watch = self._watch or Watch()
         if self._decider.parent is None:  # else all routes are compared together
-            self._watch.compare(found=bool(self._decider.index.discovered))
+            self._watch.found = bool(self._decider.index.discovered)
 
     def _append_group(self, group: Group) -> None:
         super().add_param_group(group)
@@ -394,10 +394,11 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
         Such may make state, choose the gradients, or read other keys of a group.
         """
-        mine = getattr(self._init_group, "__func__", None)
-        step, init = super().step, super()._init_group  # type: ignore[misc]  # torch's
-        ours = mine is SelectiveOptimizer._init_group
-        return ours and _torch.is_torchs(step) and _torch.is_torchs(init)
+        ours = getattr(self._init_group, "__func__", None)
+        methods = super().step, super()._init_group  # type: ignore[misc]  # torch's
+        return ours is SelectiveOptimizer._init_group and all(
+            _torch.is_torchs(getattr(method, "__func__", method)) for method in methods
+        )
 
     def decided_params(self) -> list[DecidedParam]:
         """List every parameter, in order, with what was decided for it."""

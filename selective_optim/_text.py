@@ -103,16 +103,13 @@ def copied_groups(params: Any) -> Any:
     return [dict(group) for group in params]
 
 
-Kept = list[tuple[dict[str, Any], dict[str, Any]]]
-
-
-def keep(groups: Any) -> Kept:
+def keep(groups: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Copy a caller's groups, which torch fills in, to be put back if it raises."""
     listed = groups if isinstance(groups, (list, tuple)) else ()
     return [(group, dict(group)) for group in listed if isinstance(group, dict)]
 
 
-def put_back(kept: Kept) -> None:
+def put_back(kept: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
     for group, before in kept:
         params = group.get("params")
         group.clear()

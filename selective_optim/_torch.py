@@ -203,13 +203,9 @@ def _in_torchs_files(function: Any) -> bool:
     return code is not None and bool(code.co_filename.startswith(_OPTIM))
 
 
-def is_torchs(method: Any) -> bool:
-    """Tell whether a method is torch's own, and nobody has wrapped it."""
-    return _is_torchs(getattr(method, "__func__", method))
-
-
 @cache
-def _is_torchs(function: Any) -> bool:
+def is_torchs(function: Any) -> bool:
+    """Tell whether a function is torch's own, and nobody has wrapped it."""
     while _in_torchs_files(function) and hasattr(function, "__wrapped__"):
         function = function.__wrapped__
     return _in_torchs_files(function)

@@ -29,7 +29,7 @@ from selective_optim._text import (
 from selective_optim.decay import FORMS, Decay, Decision
 from selective_optim.decisions.state_dict import RECORD, begin_in
 from selective_optim.decisions.watch import LOSS
-from selective_optim.parameters import ModelIndex, ParameterInfo
+from selective_optim.parameters import ModelIndex
 from selective_optim.policies.decide import NO_POLICY
 from selective_optim.policies.differences import decide_alone, diff
 from selective_optim.policies.named import as_policy
@@ -152,16 +152,13 @@ def _findings(model: nn.Module, wd_policy: object) -> Iterator[Finding]:
             pairs = zip(places, answers)
             parts = [f"{p.name}: {a.decay.multiplier:g} ({a.reason})" for p, a in pairs]
             reasons["tied"] = "; ".join(parts)
-        if decays and not reasons and _is_other(info):
+        # A shape such as 1 x 64 x 1 x 1, which scales channels, counts as a vector.
+        vector = sum(size > 1 for size in info.parameter.shape) < 2
+        weight = WEIGHT_LEAF.search(info.leaf or "") and not vector
+        if decays and not reasons and not weight:
             reasons["other"] = decision.reason
         for kind, reason in reasons.items():
             yield Finding(kind, info.telling_name, info.parameter.shape, reason)
-
-
-def _is_other(info: ParameterInfo) -> bool:
-    # A shape such as 1 x 64 x 1 x 1, which scales channels, counts as a vector.
-    long_sides = [size for size in info.parameter.shape if size > 1]
-    return len(long_sides) < 2 or not WEIGHT_LEAF.search(info.leaf or "")
 
 
 @dataclass(frozen=True)

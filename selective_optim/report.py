@@ -244,7 +244,14 @@ class DecayReport:
         kinds = _by_kind(self.rows)
         if ax is None:
             size = (8, 1.8 + 0.35 * len(kinds))
-            ax = _pyplot().subplots(figsize=size, layout="constrained")[1]
+            try:
+                pyplot = import_module("matplotlib.pyplot")
+            except ImportError as error:
+                raise ImportError(
+                    "`plot` draws with matplotlib, which is not installed. "
+                    "Type pip install matplotlib, or pass axes of your own as ax."
+                ) from error
+            ax = pyplot.subplots(figsize=size, layout="constrained")[1]
         places, left = range(len(kinds)), [0.0] * len(kinds)
         for fate in [fate for fate, rows in self._by_fate().items() if rows]:
             shares = [_share(rows, fate) for rows in kinds.values()]
@@ -334,16 +341,6 @@ def _span(values: Iterable[float | None], kind: str = "g", unit: str = "") -> st
     numbers = [n for n in values if n is not None and not math.isnan(n)]
     ends = [f"{end(numbers):{kind}}" for end in (min, max) if numbers]
     return " to ".join(dict.fromkeys(ends)) + unit * bool(ends)
-
-
-def _pyplot() -> Any:
-    try:
-        return import_module("matplotlib.pyplot")
-    except ImportError as error:
-        raise ImportError(
-            "`plot` draws with matplotlib, which is not installed. "
-            "Type pip install matplotlib, or pass axes of your own as ax."
-        ) from error
 
 
 def make_rows(

@@ -402,10 +402,6 @@ class Decider(DecisionTable):
         decider.set_layout(layout)
         return decider
 
-    def for_route(self, policy: Policy | None) -> Decider:
-        """Make the decider of an optimizer that steps some of the parameters."""
-        return Decider(self.as_policy, policy or self.policy, self.index, parent=self)
-
     def gather(self, part: Decider, groups: Groups) -> None:
         """Take over what one of the optimizers has decided or inherited by itself."""
         for group, rows in zip(groups, part.updated_rows(groups)):

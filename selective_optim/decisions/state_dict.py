@@ -88,7 +88,8 @@ def require_loadable(
         return  # torch says it well
     _require_order(saved, groups, decided)
     states = [state_dict["state"].get(key) or {} for key in keys]
-    entries = [kernel.loaded_entries(g) for g in saved for _ in g["params"]]
+    counter = ("step",) if kernel.counts else ()
+    entries = [counter + kernel.entries(g) for g in saved for _ in g["params"]]
     labels = (
         decision.label(index, position)
         for index, decisions in enumerate(decided)

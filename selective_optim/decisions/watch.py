@@ -49,7 +49,9 @@ class Watch:
     """Looks at steps when they are taken, until there is nothing left to tell."""
 
     _idle = 0
-    _found: bool | None = None  # as in `compare`, where that is to be done
+    # Whether names were found by search; if not `None`, the next step that moves is
+    # compared with other ranks.
+    found: bool | None = None
     _layout: Layout = ()
     _above: list[int]  # by group, steps in a row above its limit
     _rates: list[Any]  # at the last step, if none was
@@ -59,17 +61,13 @@ class Watch:
         # Whether to look for decay that a wrapper takes over, or rounding takes away.
         self._taken_over, self._rounding = taken_over, rounding
 
-    def compare(self, found: bool) -> None:
-        """Compare the next step that moves with other ranks; names may be found."""
-        self._found = found
-
     # Copies count from 0, over their own rows. One rank alone may make copies.
     def __reduce__(self) -> Any:
         return Watch, (self._taken_over, self._rounding)
 
     @property
     def _beginning(self) -> bool:
-        return self._taken_over or self._rounding or self._found is not None
+        return self._taken_over or self._rounding or self.found is not None
 
     def look(self, groups: Groups, layout: Layout, kernel: Any) -> Watch | None:
         """Look at a step, and return what looks at the next one."""
@@ -86,8 +84,8 @@ class Watch:
     def begin(self, groups: Groups, layout: Layout, kernel: Any = None) -> bool:
         """Look at a first step that moves; tell whether to look at the next one."""
         if self._beginning and any(map(is_moving, groups)):
-            if self._found is not None:
-                found, self._found = self._found, None
+            if self.found is not None:
+                found, self.found = self.found, None
                 _compare_with_first(groups, layout, found)
             self._taken_over = self._taken_over and self._is_idle(groups, layout)
             self._look_at_rounding(groups, layout, kernel)

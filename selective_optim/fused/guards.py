@@ -75,11 +75,6 @@ def equal(a: object, b: object) -> bool:
         return False
 
 
-def _is_array(param: Tensor) -> bool:
-    known = type(param) in (*PLAIN, _torch.dtensor_class())
-    return known and param.numel() != 1
-
-
 class _Unseen:
     """Stands for what is not compared, or by other means."""
 
@@ -103,7 +98,10 @@ class GroupsGuard:
         self._marks = self._marks_of(groups)
         # Equal lists prove the same parameters, but for tensors of one element,
         # which compare equal by value.
-        self._lists_tell = held and all(map(_is_array, self._marks))
+        types = {*PLAIN, _torch.dtensor_class()}
+        self._lists_tell = held and all(
+            type(p) in types and p.numel() != 1 for p in self._marks
+        )
         self.take(groups)
 
     def take(self, groups: Groups) -> None:

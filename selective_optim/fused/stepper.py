@@ -39,11 +39,6 @@ def _places_of(params: Sequence[Tensor]) -> Places:
     return {id(t): (t, p.dtype, p.device) for t, p in zip(tokens, params)}
 
 
-def _share_counters(params: Sequence[DecidedParam], states: States) -> bool:
-    owns = [own for p in params if "step" in (own := states.get(p.param) or {})]
-    return distinct([own["step"] for own in owns]) < distinct(owns)
-
-
 class Stepper:
     """Keeps the plan of an optimizer and makes a new one when the old is not true."""
 
@@ -182,7 +177,9 @@ class Stepper:
         self._follow_moved(groups, params, states)
         given = (self.kernel, groups, params, states)
         # Where counters are shared, each group counts for itself, as the class does it.
-        planned = not (self.exposed and _share_counters(params, states))
+        owns = [states.get(each.param) or {} for each in params if self.exposed]
+        owns = [own for own in owns if "step" in own]
+        planned = distinct([own["step"] for own in owns]) == distinct(owns)
         layout = make_layout(*given, self._stepped, planned=planned)
         mine = [params[i].param for part in layout.parts for i in part.positions]
         # Tokens, not parameters: what is kept must not keep a deleted model alive.

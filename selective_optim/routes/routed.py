@@ -181,7 +181,9 @@ class Routed(torch.optim.Optimizer):
         params = [param for group in groups for param in group["params"]]
         with route.explaining(params, self._decider.name_of):
             if route.name not in self.optimizers:
-                decider = self._decider.for_route(route.policy)
+                parent = self._decider
+                policy = route.policy or parent.policy
+                decider = Decider(parent.as_policy, policy, parent.index, parent)
                 arguments = {**self._common, **route.arguments, "wd_policy": decider}
                 self.optimizers[route.name] = route.selective(groups, **arguments)
                 return

@@ -148,7 +148,8 @@ def _pieces(
     firsts = [column[0] for column in columns if column and column[0] is not None]
     # Autograd follows whole tensors.
     cut = len(outputs) == 1 and size > limit and not torch.is_grad_enabled()
-    if not cut or not all(map(_is_flat, firsts)):
+    plain = all(type(t) in PLAIN and not _is_view(t) for t in firsts)
+    if not (cut and plain and all(map(Tensor.is_contiguous, firsts))):
         yield columns
         return
     for start in range(0, size, limit):
@@ -158,10 +159,6 @@ def _pieces(
 
 def _limit(tensor: Tensor) -> int:
     return CHUNK if tensor.is_cpu else CHUNK_ON_DEVICE
-
-
-def _is_flat(tensor: Tensor) -> bool:
-    return type(tensor) in PLAIN and tensor.is_contiguous() and not _is_view(tensor)
 
 
 def _is_view(tensor: Tensor) -> bool:

@@ -73,10 +73,6 @@ class Kernel:
         """Name the state tensors that are shaped like the parameter."""
         raise NotImplementedError  # pragma: no cover
 
-    def loaded_entries(self, group: Group) -> tuple[str, ...]:
-        """Name what a checkpoint must hold of a parameter that has state."""
-        return ("step", *self.entries(group)) if self.counts else self.entries(group)
-
     def structure(self, group: Group) -> tuple[object, ...]:
         """Read what decides which tensors and which path a step uses."""
         choices = [group[name] for name in self.choices]  # as in torch none may lack
