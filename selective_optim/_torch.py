@@ -195,12 +195,13 @@ def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(step, "__func__", step)
 
 
-_OPTIM = str(Path(torch.optim.__file__).parent)
+# Not of its optimizers alone: its compiler wraps them when it is first used.
+_FILES = torch.__file__.removesuffix("__init__.py")
 
 
 def _in_torchs_files(function: Any) -> bool:
     code = getattr(function, "__code__", None)
-    return code is not None and bool(code.co_filename.startswith(_OPTIM))
+    return code is not None and bool(code.co_filename.startswith(_FILES))
 
 
 @cache

@@ -49,8 +49,7 @@ class Watch:
     """Looks at steps when they are taken, until there is nothing left to tell."""
 
     _idle = 0
-    # Whether names were found by search; if not `None`, the next step that moves is
-    # compared with other ranks.
+    # Unless `None`, ranks are compared at the next step; whether names were searched.
     found: bool | None = None
     _layout: Layout = ()
     _above: list[int]  # by group, steps in a row above its limit
@@ -74,9 +73,9 @@ class Watch:
         beginning = self.begin(groups, layout, kernel)
         # Another list, or a longer one, whenever anything moved.
         if layout is not self._layout or len(layout) != len(self._above):
-            self._layout, self._above, self._rates = layout, [0] * len(layout), []
             limits = list(map(_limit, layout))
             self._limits = limits if min(limits, default=inf) < inf else []
+            self._layout, self._above, self._rates = layout, [0] * len(layout), []
         if self._limits:
             self._look_at_rates(groups)
         return self if beginning or self._limits else None
