@@ -90,14 +90,16 @@ class StateAttribute:
     def __get__(self, optimizer: Any, cls: object = None) -> Any:
         if optimizer is None:
             return self
-        states, stepper = optimizer._states, optimizer._stepper
+        stepper = optimizer._stepper
+        states = vars(optimizer).get("state", optimizer._states)  # threads look, too
         if torch.compiler.is_compiling():
             stepper.seen = True
             return states
         if not optimizer._inside:  # the class's own step is no outsider
             stepper.expose(states)
         if stepper.exposed:
-            vars(optimizer)["state"] = states
+            # In one place: what is assigned in its stead is to free it.
+            vars(optimizer)["state"], optimizer._states = states, None
         return states
 
 
@@ -204,8 +206,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             keys = [*self.defaults, *self._keys]
             policy, group = self._decider.unpack(param_group, keys)
             self._append_group(group)
-            own = group is not param_group
-            decided = self._decider.add_group(groups, policy, own)
+            decided = self._decider.add_group(groups, policy, group is not param_group)
             if policy is None:
                 warn_of_origin(self, given, group["params"])
             self._split_last_group(given)
@@ -262,15 +263,15 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     state: Any = StateAttribute()
 
     def _take_state(self) -> States:
-        """Return the state, which may have been assigned, seen, or kept elsewhere."""
-        states: States = vars(self).get("state", self._states)
-        if type(self).state is not SelectiveOptimizer.state:  # a subclass has it
-            states = self.state
-        if states is not self._states:
-            self._states = states
-            self._stepper.expose({})  # what was there goes; counters need no parting
-        elif self._stepper.seen:
-            self._stepper.expose(states)
+        """Return the state, which may have been seen, assigned, or kept elsewhere."""
+        stepper, attribute = self._stepper, type(self).state
+        if attribute is not SelectiveOptimizer.state or "state" in vars(self):
+            self._states = None
+            if not stepper.exposed:
+                stepper.expose({})  # what was there goes; counters need no parting
+        elif stepper.seen:
+            stepper.expose(self._states)
+        states: States = self.state if self._states is None else self._states
         return states
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -327,8 +328,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     @_torch.disable_dynamo
     def _look(self) -> None:
         if (watch := self._watch) is not None:  # another thread may end it
-            layout = self._decider.layout
-            self._watch = watch.look(self._groups, layout, self._kernel)
+            self._watch = watch.look(self._groups, self._decider.layout, self._kernel)
 
     @_torch.disable_dynamo
     def _begin_training(self) -> None:
@@ -339,7 +339,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             self._untouched = False
             # State that is there now was written past `load_state_dict`, with no
             # record: by ZeroRedundancyOptimizer, whose attribute `optim` this is.
-            if any(self._states.get(param) for param in params_of(self.param_groups)):
+            states = self._take_state()
+            if any(map(states.get, params_of(self.param_groups))):
                 now = list(chain(*self._record()))
                 self._resume([None] * len(now), now, "optimizer.optim")
         if decider.begin_training(self.param_groups):
@@ -348,14 +349,15 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     @_torch.use_grad_for_differentiable
     @_torch.run_as_is
     def _step_unplanned(self, may_choose: bool, compiling: bool) -> None:
-        given = (self.param_groups, self.decided_params, self._states)
+        given = (self.param_groups, self.decided_params, self._take_state())
         if parts := self._stepper.unplanned_parts(*given, may_choose):
             self._step_parts(parts, compiling)
 
     @_torch.run_as_is
     def _step_parts(self, parts: Sequence[Part], compiling: bool = False) -> None:
         """Let the class of torch step parts, as if they were groups split by hand."""
-        step, around = _torch.unhooked(super().step), AroundStep(self, self._states)
+        step = _torch.unhooked(super().step)
+        around = AroundStep(self, self._take_state())
         quiet = _torch.without_hooks(self, "step_pre", "step_post")
         views: list[View] = []
         try:
@@ -390,10 +392,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         return views
 
     def _is_torchs(self) -> bool:
-        """Tell whether torch's own code steps, and no subclass's or patch.
-
-        Such may make state, choose the gradients, or read other keys of a group.
-        """
+        """Tell whether torch alone steps; others may make state, or read any key."""
         ours = getattr(self._init_group, "__func__", None)
         methods = super().step, super()._init_group  # type: ignore[misc]  # torch's
         return ours is SelectiveOptimizer._init_group and all(
@@ -576,7 +575,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         for name in ("param_groups", "state"):
             if name in rest:
                 setattr(self, name, rest.pop(name))
-        self._take_state()
+        states = self._take_state()
         super().__setstate__(rest)
         if copied:
             self._decider = Decider.restored(copied["decider"], self.param_groups)
@@ -586,6 +585,6 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         if (
             self._kernel.planned
             and "state" in state
-            and copied.get("states") != id(self._states)
+            and copied.get("states") != id(states)
         ):
-            self._stepper.adopt(self.param_groups, self._states)
+            self._stepper.adopt(self.param_groups, states)

@@ -608,6 +608,19 @@ def test_what_leaves_the_state_is_freed_at_once(name, kind, what):
 
 @each_name
 @each_kind
+def test_state_that_another_replaces_is_freed_at_once(name, kind):
+    params = make_params()
+    optimizer = ours(name, kind, params)
+    for number in range(3):
+        twins.step(params, optimizer, number)
+    alive = [weakref.ref(moment) for moment in moments_of(optimizer, params)]
+    twins.step(params, optimizer, 3)
+    optimizer.state = defaultdict(dict)
+    assert not any(ref() is not None for ref in alive)
+
+
+@each_name
+@each_kind
 def test_parameters_that_leave_are_freed_at_once(name, kind):
     params = make_params()
     optimizer = ours(name, kind, params)
