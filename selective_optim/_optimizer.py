@@ -91,10 +91,10 @@ class StateAttribute:
         if optimizer is None:
             return self
         stepper = optimizer._stepper
-        states = vars(optimizer).get("state", optimizer._states)  # threads look, too
         if torch.compiler.is_compiling():
             stepper.seen = True
-            return states
+            return optimizer._states
+        states = vars(optimizer).get("state", optimizer._states)  # threads look, too
         if not optimizer._inside:  # the class's own step is no outsider
             stepper.expose(states)
         if stepper.exposed:
