@@ -45,7 +45,7 @@ from selective_optim.report import DecayReport, form_of_class, make_rows, report
 from selective_optim.step.class_step import AroundStep, View, view_of
 from selective_optim.step.kernels import Kernel
 from selective_optim.step.parts import DecidedParam, Part
-from selective_optim.step.setting import States, scaling_of
+from selective_optim.step.setting import scaling_of
 
 Group = dict[str, Any]
 Model = nn.Module | Sequence[nn.Module] | None
@@ -262,16 +262,16 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     state: Any = StateAttribute()
 
-    def _take_state(self) -> States:
+    def _take_state(self) -> Any:
         """Return the state, which may have been seen, assigned, or kept elsewhere."""
-        stepper, attribute = self._stepper, type(self).state
-        if attribute is not SelectiveOptimizer.state or "state" in vars(self):
+        stepper, states = self._stepper, self._states
+        if "state" in vars(self) or states is None:
             self._states = None
             if not stepper.exposed:
                 stepper.expose({})  # what was there goes; counters need no parting
+            states = self.state
         elif stepper.seen:
-            stepper.expose(self._states)
-        states: States = self.state if self._states is None else self._states
+            stepper.expose(states)
         return states
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -364,8 +364,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             views = self._views(parts, reading=not compiling)
             if around.begin(views):
                 self._show([view.group for view in views])
-                # Another's may run the hooks of the class, which ran before.
-                with nullcontext() if _torch.is_torchs(step) else quiet:
+                # One that bears torch's mark runs the hooks, which ran before.
+                with quiet if getattr(step, "hooked", False) else nullcontext():
                     step(self)
                 around.finish()
         finally:
@@ -393,11 +393,10 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     def _is_torchs(self) -> bool:
         """Tell whether torch alone steps; others may make state, or read any key."""
-        ours = getattr(self._init_group, "__func__", None)
         methods = super().step, super()._init_group  # type: ignore[misc]  # torch's
-        return ours is SelectiveOptimizer._init_group and all(
-            _torch.is_torchs(getattr(method, "__func__", method)) for method in methods
-        )
+        ours = type(self)._init_group is SelectiveOptimizer._init_group
+        ours = ours and "_init_group" not in vars(self)
+        return ours and all(map(_torch.is_torchs, methods))
 
     def decided_params(self) -> list[DecidedParam]:
         """List every parameter, in order, with what was decided for it."""

@@ -12,11 +12,12 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from importlib import import_module
 from itertools import takewhile
 from operator import attrgetter, methodcaller
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 HALF = (torch.float16, torch.bfloat16)
+FUNCTIONS = (FunctionType, MethodType)
 _RELEASE = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 _lost: list[str] = []
 
@@ -189,27 +191,26 @@ STEP_NOTE = "_opt_called"
 
 
 def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function behind a step, to be called with the optimizer."""
+    if type(step) not in FUNCTIONS:  # a proxy or partial, which knows its optimizer
+        return lambda _, *args, **named: step(*args, **named)
     # A user's wrapper around torch's takes over its marks.
-    while getattr(step, "hooked", False) and _in_torchs_files(step):
+    while getattr(step, "hooked", False) and _is_in_torch(step):
         step = step.__wrapped__  # type: ignore[attr-defined]  # functools.wraps sets it
-    return getattr(step, "__func__", step)
+    return step.__func__ if type(step) is MethodType else step
 
 
-# Not of its optimizers alone: its compiler wraps them when it is first used.
-_FILES = torch.__file__.removesuffix("__init__.py")
+def _is_in_torch(function: Any) -> bool:
+    # Not what `wraps` copies. torch's compiler is in torch, too, and wraps its steps.
+    names = getattr(function, "__globals__", {}) if type(function) in FUNCTIONS else {}
+    return str(names.get("__name__")).startswith("torch.")
 
 
-def _in_torchs_files(function: Any) -> bool:
-    code = getattr(function, "__code__", None)
-    return code is not None and bool(code.co_filename.startswith(_FILES))
-
-
-@cache
-def is_torchs(function: Any) -> bool:
-    """Tell whether a function is torch's own, and nobody has wrapped it."""
-    while _in_torchs_files(function) and hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return _in_torchs_files(function)
+def is_torchs(method: Any) -> bool:
+    """Tell whether a method is torch's own, and nobody has wrapped it."""
+    while _is_in_torch(method) and hasattr(method, "__wrapped__"):
+        method = method.__wrapped__
+    return _is_in_torch(method)
 
 
 @contextmanager

@@ -152,11 +152,11 @@ def _findings(model: nn.Module, wd_policy: object) -> Iterator[Finding]:
             pairs = zip(places, answers)
             parts = [f"{p.name}: {a.decay.multiplier:g} ({a.reason})" for p, a in pairs]
             reasons["tied"] = "; ".join(parts)
-        # A shape such as 1 x 64 x 1 x 1, which scales channels, counts as a vector.
-        vector = sum(size > 1 for size in info.parameter.shape) < 2
-        weight = WEIGHT_LEAF.search(info.leaf or "") and not vector
-        if decays and not reasons and not weight:
-            reasons["other"] = decision.reason
+        if decays and not reasons:
+            # A shape such as 1 x 64 x 1 x 1, which scales channels, is a vector's.
+            vector = sum(size > 1 for size in info.parameter.shape) < 2
+            if vector or not WEIGHT_LEAF.search(info.leaf or ""):
+                reasons["other"] = decision.reason
         for kind, reason in reasons.items():
             yield Finding(kind, info.telling_name, info.parameter.shape, reason)
 

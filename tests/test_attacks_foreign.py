@@ -11,6 +11,7 @@ import torch
 
 import selective_optim
 from selective_optim import selective
+from selective_optim.fused import stepper
 from tests.support import attacks, twins
 from tests.support.attacks import (
     LR,
@@ -120,6 +121,105 @@ def test_patch_of_torchs_class_is_called_and_sees_all_keys(
     assert read == [7, 7]  # once for each part
     assert len(hooks) == steps_before + 1
     twins.assert_twins(mine, theirs, optimizer, oracle)
+
+
+class Counting:
+    """Stands for a method, as wrapt's proxies do: it answers as what it calls."""
+
+    __hash__ = None
+
+    def __init__(self, method, calls):
+        self.method, self.calls = method, calls
+
+    def __getattr__(self, name):
+        return getattr(self.method, name)
+
+    def __call__(self, *args, **named):
+        self.calls.append(1)
+        return self.method(*args, **named)
+
+    def __get__(self, optimizer, cls=None):
+        if optimizer is None:
+            return self
+        return Counting(self.method.__get__(optimizer, cls), self.calls)
+
+
+def partial_method(method, calls):
+    def patched(self, *args, tag, **named):
+        calls.append(tag)
+        return method(self, *args, **named)
+
+    return functools.partialmethod(patched, tag=1)
+
+
+def decorated(method, calls):
+    @torch.no_grad()
+    def patched(self, *args, **named):
+        calls.append(1)
+        return method(self, *args, **named)
+
+    return patched
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["step", "_init_group"])
+@pytest.mark.parametrize("patched", [Counting, partial_method, decorated])
+@pytest.mark.parametrize("of_class", [True, False])
+def test_any_kind_of_patch_is_called(kind, method, patched, of_class, monkeypatch):
+    pairs = []
+    for make_one in (twins.ours, twins.torchs):
+        params, calls = twins.make_params(), []
+        with monkeypatch.context() as patching:
+            if of_class:
+                original = getattr(torch.optim.AdamW, method)
+                patching.setattr(torch.optim.AdamW, method, patched(original, calls))
+            optimizer = make_one("AdamW", kind, params)
+            if not of_class and patched is Counting:
+                own = Counting(getattr(optimizer, method), calls)
+                setattr(optimizer, method, own)
+            for number in range(3):
+                twins.step(params, optimizer, number)
+        twins.step(params, optimizer, 3)
+        pairs.append((params, optimizer, len(calls)))
+    (mine, optimizer, ours), (theirs, oracle, torchs) = pairs
+    assert ours == torchs
+    twins.assert_twins(mine, theirs, optimizer, oracle)
+
+
+def test_what_a_patch_keeps_is_freed_when_it_goes(monkeypatch):
+    class Kept:
+        pass
+
+    kept, params = Kept(), twins.make_params()
+    alive, original = weakref.ref(kept), torch.optim.AdamW.step
+    optimizer = twins.ours("AdamW", "automatic", params)
+
+    def patched(self, closure=None, kept=kept):
+        return original(self, closure)
+
+    with monkeypatch.context() as patching:
+        patching.setattr(torch.optim.AdamW, "step", patched)
+        twins.step(params, optimizer, 0)
+    twins.step(params, optimizer, 1)
+    del patched, kept
+    assert alive() is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(not stepper.PLANNING, reason="counts plans")
+@pytest.mark.parametrize("compiled", ["nothing", "torchs", "ours"])
+def test_plan_is_kept_after_torchs_compiler_has_wrapped_the_steps(compiled):
+    params = twins.make_params()
+    optimizer = twins.ours("AdamW", "automatic", params)
+    other = twins.torchs("AdamW", "foreach", twins.make_params())
+    if compiled == "ours":
+        other = twins.ours("AdamW", "foreach", twins.make_params())
+    if compiled != "nothing":
+        twins.set_grads([p for g in other.param_groups for p in g["params"]], 0)
+        torch.compile(other.step, backend="eager")()
+    for number in range(4):
+        twins.step(params, optimizer, number)
+    assert optimizer._stepper.plans == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -583,3 +583,8 @@ def test_seventy_billion_parameters_are_audited_without_memory_for_them(capsys):
     assert told["decayed"] == {"tensors": 562, "elements": 70_552_387_584}
     assert told["exempt"] == {"tensors": 161, "elements": 1_318_912}
     assert told["disagreements"] == []
+
+
+def test_model_whose_shapes_are_not_known_yet_is_audited():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(3))
+    assert not audit(model, "none").findings
