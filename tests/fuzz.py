@@ -488,10 +488,9 @@ class World:
     def _require_same(self) -> None:
         for i, pair in enumerate(zip(self.ours.params, self.twin.params, strict=True)):
             assert torch.equal(*pair), f"parameter {i} differs"
-        # Past the property, which takes note of everyone who reads.
-        own = vars(self.ours.optimizer)
-        quiet = self.quiet and "_states" in own
-        state = own["_states"] if quiet else self.ours.optimizer.state
+        # Past the attribute, which takes note of everyone who reads, where nobody has.
+        hidden = vars(self.ours.optimizer).get("_states") if self.quiet else None
+        state = self.ours.optimizer.state if hidden is None else hidden
         assert len(state) == len(self.twin.optimizer.state)
         for i, param in enumerate(self.twin.params):
             theirs = self.twin.optimizer.state.get(param, {})
