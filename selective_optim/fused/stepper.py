@@ -64,7 +64,6 @@ class Stepper:
         may hold its tensors, and counters may be views of one tensor.
         """
         if self.exposed:
-            self.seen = False
             return
         # In a step another thread reads it, or a mode around it between operations.
         if self._owner.setdefault("thread", -get_ident()) != -get_ident():
