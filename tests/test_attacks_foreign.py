@@ -163,18 +163,18 @@ def decorated(method, calls):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["step", "_init_group"])
-@pytest.mark.parametrize("patched", [Counting, partial_method, decorated])
-@pytest.mark.parametrize("of_class", [True, False])
-def test_any_kind_of_patch_is_called(kind, method, patched, of_class, monkeypatch):
+@pytest.mark.parametrize("patched", [Counting, partial_method, decorated, None])
+def test_any_kind_of_patch_is_called(kind, method, patched, monkeypatch):
+    """``None`` patches one optimizer; the others, torch's class."""
     pairs = []
     for make_one in (twins.ours, twins.torchs):
         params, calls = twins.make_params(), []
         with monkeypatch.context() as patching:
-            if of_class:
+            if patched is not None:
                 original = getattr(torch.optim.AdamW, method)
                 patching.setattr(torch.optim.AdamW, method, patched(original, calls))
             optimizer = make_one("AdamW", kind, params)
-            if not of_class and patched is Counting:
+            if patched is None:
                 own = Counting(getattr(optimizer, method), calls)
                 setattr(optimizer, method, own)
             for number in range(3):
@@ -182,7 +182,7 @@ def test_any_kind_of_patch_is_called(kind, method, patched, of_class, monkeypatc
         twins.step(params, optimizer, 3)
         pairs.append((params, optimizer, len(calls)))
     (mine, optimizer, ours), (theirs, oracle, torchs) = pairs
-    assert ours == torchs
+    assert ours == torchs > 0
     twins.assert_twins(mine, theirs, optimizer, oracle)
 
 

@@ -582,8 +582,15 @@ def moments_of(optimizer, params):
     ]
 
 
+def step_and_begin_anew(optimizer, params):
+    twins.step(params, optimizer, 3)
+    begin_anew(optimizer, params)
+
+
 FREEING = {
     "replaced moments": clone_all,
+    "whole state": begin_anew,
+    "whole state after a step": step_and_begin_anew,
     "cleared state": lambda optimizer, params: optimizer.state.clear(),
     "one state": lambda optimizer, params: [optimizer.state.pop(p) for p in params],
     "empty state dicts": lambda optimizer, params: [
@@ -603,19 +610,6 @@ def test_what_leaves_the_state_is_freed_at_once(name, kind, what):
     alive = [weakref.ref(moment) for moment in moments_of(optimizer, params)]
     assert alive
     FREEING[what](optimizer, params)
-    assert not any(ref() is not None for ref in alive)
-
-
-@each_name
-@each_kind
-def test_state_that_another_replaces_is_freed_at_once(name, kind):
-    params = make_params()
-    optimizer = ours(name, kind, params)
-    for number in range(3):
-        twins.step(params, optimizer, number)
-    alive = [weakref.ref(moment) for moment in moments_of(optimizer, params)]
-    twins.step(params, optimizer, 3)
-    optimizer.state = defaultdict(dict)
     assert not any(ref() is not None for ref in alive)
 
 
