@@ -288,9 +288,14 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             RuntimeError: A parameter with a sparse gradient decays.
         """
         # Only code that is compiled can tell that it is.
-        return self._step_groups(closure, torch.compiler.is_compiling())
+        if torch.compiler.is_compiling():
+            return self._step_compiled(closure, compiling=True)
+        return self._step_eagerly(closure)
 
-    @_torch.run_as_is
+    @_torch.disable_dynamo
+    def _step_eagerly(self, closure: Callable[[], Any] | None) -> Any:
+        return self._step_groups(closure, compiling=False)
+
     def _step_groups(self, closure: Callable[[], Any] | None, compiling: bool) -> Any:
         """Step the parts: the class those that are not planned, then the plan."""
         self._reached = True
@@ -324,6 +329,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         if not compiling and self._watch is not None:
             self._look()
         return loss
+
+    _step_compiled = _torch.run_as_is(_step_groups)
 
     @_torch.disable_dynamo
     def _look(self) -> None:
@@ -393,10 +400,13 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     def _is_torchs(self) -> bool:
         """Tell whether torch alone steps; others may make state, or read any key."""
-        methods = super().step, super()._init_group  # type: ignore[misc]  # torch's
-        ours = type(self)._init_group is SelectiveOptimizer._init_group
-        ours = ours and "_init_group" not in vars(self)
-        return ours and all(map(_torch.is_torchs, methods))
+        behind: Any = super(SelectiveOptimizer, type(self))
+        return (
+            type(self)._init_group is SelectiveOptimizer._init_group
+            and "_init_group" not in vars(self)
+            and _torch.is_torchs(behind.step)
+            and _torch.is_torchs(behind._init_group)
+        )
 
     def decided_params(self) -> list[DecidedParam]:
         """List every parameter, in order, with what was decided for it."""

@@ -136,6 +136,13 @@ def _with_grad_mode(step: _F) -> _F:
     return stepped  # type: ignore[return-value]  # wraps keeps the signature
 
 
+# As a call, which a `finally` can make: at the end of a block an interrupt may come
+# first, and leave autograd off.
+set_grad_enabled: Callable[[bool], object] = _find(
+    "torch:_C._set_grad_enabled", "nothing is slower", torch.set_grad_enabled
+)
+
+
 use_grad_for_differentiable: Callable[[_F], _F] = _find(
     "torch.optim.optimizer:_use_grad_for_differentiable",
     "compiled steps need more memory",
@@ -209,14 +216,14 @@ def _is_in_torch(function: Any) -> bool:
 _torchs: set[Any] = set()  # functions that were found to be torch's
 
 
-def is_torchs(method: Any) -> bool:
-    """Tell whether a method is torch's own, and nobody has wrapped it."""
-    function = method.__func__ if type(method) is MethodType else None
+def is_torchs(function: Any) -> bool:
+    """Tell whether what a class has is torch's own, and nobody has wrapped it."""
     if type(function) is FunctionType and function in _torchs:  # asked at every step
         return True
-    while _is_in_torch(method) and hasattr(method, "__wrapped__"):
-        method = method.__wrapped__
-    if found := _is_in_torch(method):
+    inner = function
+    while _is_in_torch(inner) and hasattr(inner, "__wrapped__"):
+        inner = inner.__wrapped__
+    if found := _is_in_torch(inner):
         _torchs.add(function)  # and none of a user's, which would be kept alive
     return found
 

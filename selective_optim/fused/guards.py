@@ -10,14 +10,14 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import compress, count, repeat
+from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 from torch import Tensor
 
 from selective_optim import _torch
-from selective_optim.step.setting import PLAIN, Groups, picker
+from selective_optim.step.setting import PLAIN, WD, Groups
 
 # Keys of a group, beside "params", that kernels read; others belong to the user.
 READ = frozenset(
@@ -27,7 +27,6 @@ READ = frozenset(
         *("momentum", "dampening", "nesterov", "differentiable", "foreach", "fused"),
     }
 )
-FEW = 64  # groups of which names of hyperparameters are compared, too
 # Compared by identity: a kernel computes otherwise with -0.0 than with 0.0, and reads a
 # tensor when it runs, so that the same tensor is the same argument.
 NUMBERS = (int, float, tuple, Tensor)
@@ -43,10 +42,6 @@ def flat(lists: Iterable[Iterable[Any]]) -> list[Any]:
     return joined
 
 
-def values_of(groups: Groups) -> list[Any]:
-    return [value for group in groups for value in group.values()]
-
-
 def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(map(is_, a, b))
 
@@ -57,6 +52,10 @@ def distinct(objects: Iterable[object]) -> int:
 
 def params_of(groups: Groups) -> list[Tensor]:
     return flat(map(_params_of, groups))
+
+
+def _sizes_of(groups: Groups) -> list[int]:
+    return list(map(len, map(_params_of, groups)))
 
 
 def grads_of(params: Sequence[Tensor]) -> list[Any]:
@@ -92,75 +91,77 @@ class GroupsGuard:
     compared, at 0.04 us per parameter.
     """
 
-    def __init__(self, groups: Groups, held: bool) -> None:
-        self._sizes = [len(group["params"]) for group in groups]
+    def __init__(self, groups: Groups, params: Sequence[Tensor], held: bool) -> None:
+        self._sizes = _sizes_of(groups)
         self._held = held
-        self._marks = self._marks_of(groups)
+        self._marks = self._marks_of(params)
         # Equal lists prove the same parameters, but for tensors of one element,
         # which compare equal by value.
         types = {*PLAIN, _torch.dtensor_class()}
-        self._lists_tell = held and all(
+        self.lists_tell = held and all(
             type(p) in types and p.numel() != 1 for p in self._marks
         )
         self.take(groups)
 
     def take(self, groups: Groups) -> None:
         """Take over new hyperparameters of the same parameters."""
-        self._names, values = flat(groups), values_of(groups)
-        read = READ | {"params"} if self._lists_tell else READ
-        named = list(zip(self._names, values))
+        read = READ | {"params"} if self.lists_tell else READ
+        # Objects that can be edited in place are compared by value.
         self._contents = [
-            _Unseen()
-            if name not in read
-            # Objects that can be edited in place are compared by value.
-            else (value if isinstance(value, FIXED) else copy.copy(value))
-            for name, value in named
+            {
+                name: _Unseen()
+                if name not in read
+                else (value if isinstance(value, FIXED) else copy.copy(value))
+                for name, value in group.items()
+            }
+            for group in groups
         ]
-        numbers = [
-            name in READ and isinstance(value, NUMBERS) and type(value) is not bool
-            for name, value in named
-        ]
-        self._numbers_of = picker(list(compress(count(), numbers)))
-        self._numbers = self._numbers_of(values)
-        self._few = len(groups) <= FEW
-        decays = [isinstance(group["weight_decay"], Tensor) for group in groups]
+        numbers = {
+            name
+            for group in groups
+            for name, value in group.items()
+            if isinstance(value, NUMBERS) and type(value) is not bool
+        }
+        # With the two that every group has, as a getter of one name returns no tuple.
+        names = READ.intersection(numbers, *groups) | {"lr", WD}
+        self._numbers_of = itemgetter(*names)
+        self._numbers = flat(map(self._numbers_of, groups))
+        decays = [isinstance(group[WD], Tensor) for group in groups]
         self._scales_tensors = any(decays)
 
     def release(self) -> None:
         """Hold no parameter from now on."""
         if self._held:
             self._marks = list(map(_torch.token_of, self._marks))
-            self._held = self._lists_tell = False
-            self._contents = [
-                _Unseen() if name == "params" else value
-                for name, value in zip(self._names, self._contents)
-            ]
+            self._held = self.lists_tell = False
+            for contents in self._contents:
+                contents["params"] = _Unseen()
 
-    def holds(self, groups: Groups) -> bool:
-        """Tell whether nothing changed, nor is to be multiplied anew."""
-        values = values_of(groups)
-        return (
-            # A key that came or went moves all values after it.
-            len(values) == len(self._contents)
+    def holds(self, groups: Groups, params: Sequence[Tensor]) -> bool:
+        """Tell whether nothing changed, nor is to be multiplied anew.
+
+        ``params`` are those of the groups, where the lists do not tell.
+        """
+        try:
             # First, so that no tensor is compared with another, which would wait for
             # the device; and -0.0 is not 0.0, nor float32's number the same double.
-            and same_objects(self._numbers_of(values), self._numbers)
-            and equal(values, self._contents)
-            and (not self._few or self.holds_keys(groups))
-            and (self._lists_tell or self.holds_params(groups))
+            numbers = flat(map(self._numbers_of, groups))
+        except KeyError:
+            return False
+        return (
+            same_objects(numbers, self._numbers)
+            and equal([*groups], self._contents)
+            and (self.lists_tell or self.holds_params(groups, params))
             and not self._scales_tensors
         )
 
     def holds_keys(self, groups: Groups) -> bool:
-        return flat(groups) == self._names
+        return list(map(dict.keys, groups)) == list(map(dict.keys, self._contents))
 
-    def holds_params(self, groups: Groups) -> bool:
-        sizes = [len(group["params"]) for group in groups]
-        return sizes == self._sizes and same_objects(
-            self._marks_of(groups), self._marks
-        )
+    def holds_params(self, groups: Groups, params: Sequence[Tensor]) -> bool:
+        alike = _sizes_of(groups) == self._sizes
+        return alike and same_objects(self._marks_of(params), self._marks)
 
-    def _marks_of(self, groups: Groups) -> list[Any]:
+    def _marks_of(self, params: Sequence[Tensor]) -> Sequence[Any]:
         """List what is each parameter's own: itself where it may be held."""
-        params = params_of(groups)
         return params if self._held else list(map(_torch.token_of, params))

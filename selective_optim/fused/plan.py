@@ -11,7 +11,7 @@ call.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from itertools import compress, groupby
 from operator import attrgetter, eq, length_hint, methodcaller
@@ -95,24 +95,17 @@ class Bucket:
         # Of its parameters, among all of all groups, and among those of a plan.
         self.positions: list[int] = flat(part.positions for part in parts)
         self.part = slice(start, start + len(self.positions))
-        self.inits: list[Tensor] = flat(part.inits for part in parts)
+        inits: list[Tensor] = flat(part.inits for part in parts)
+        targets = _torch.local_tensors(inits) if self.key.sharded else inits
         # In the order in which torch asks for them, and misses one that is gone.
         self.entries = (*entries, "step") if kernel.counts else entries
-        self.batch = Batch([], [[] for _ in entries], [])
+        self.batch = Batch([], [[] for _ in entries], [], targets)
 
-    def load(self, start: int, columns: Sequence[list[Tensor]]) -> None:
-        """Take in this bucket's part of the tensors of a run, which starts there."""
+    @property
+    def lists(self) -> list[list[Any]]:
+        """What is filled for a step: parameters, and their state entry by entry."""
         batch = self.batch
-        part = slice(self.part.start - start, self.part.stop - start)
-        for mine, column in zip((batch.params, *batch.moments, batch.steps), columns):
-            mine[:] = column[part]
-        sharded = self.key.sharded
-        batch.targets[:] = _torch.local_tensors(self.inits) if sharded else self.inits
-
-    def unload(self) -> None:
-        batch = self.batch
-        for mine in (batch.params, *batch.moments, batch.steps, batch.targets):
-            mine.clear()
+        return [batch.params, *batch.moments, batch.steps][: 1 + len(self.entries)]
 
     def fits(self, grads: Sequence[Tensor]) -> bool:
         """Look at every tensor, one by one: can the fused kernel walk it?"""
@@ -147,6 +140,29 @@ class Bucket:
                 *(partial(kernel.direction, setting), scaling),
             )
         return [*calls, kernel.fused_call(setting, batch, scaling)]
+
+
+class Run:
+    """Neighbors whose state has the same entries, which one walk gathers."""
+
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
+        start = buckets[0].part.start
+        self.entries, self.sharded = buckets[0].entries, buckets[0].key.sharded
+        self.part = slice(start, buckets[-1].part.stop)
+        parts = [bucket.part for bucket in buckets]
+        self.slices = [slice(p.start - start, p.stop - start) for p in parts]
+        # By column: parameters, then each entry.
+        self.lists = list(zip(*(bucket.lists for bucket in buckets)))
+
+
+def _fill(
+    lists: Iterable[list[Any]], items: Sequence[Any], slices: Iterable[slice]
+) -> None:
+    deque(map(list.extend, lists, map(items.__getitem__, slices)), maxlen=0)
+
+
+def _clear(lists: Iterable[list[Any]]) -> None:
+    deque(map(list.clear, lists), maxlen=0)
 
 
 class Plan:
@@ -189,11 +205,11 @@ class Plan:
         mine = {i for part in fused for i in part.positions}
         self._keeps = not exposed and all(params[i] in states for i in mine)
         held = self._keeps and all(param in states for param in params)
-        self._guard = GroupsGuard(groups, held=held)
+        self._guard = GroupsGuard(groups, params, held=held)
         self._new = True  # the layout has just looked at all
         self._merged: list[list[Part]] | None = None
         self._merge_parts(groups)
-        self._gather(groups, states)
+        self._gather(params, states)
 
     def _merge_parts(self, groups: Groups) -> None:
         """Read the hyperparameters and merge the parts that share them into buckets."""
@@ -236,9 +252,8 @@ class Plan:
         self._order = picker(flat(bucket.positions for bucket in self._buckets))
         self._slices = [bucket.part for bucket in self._buckets]
         self._grads = [bucket.batch.grads for bucket in self._buckets]
-        # Neighbors with the same entries are gathered in one walk over the state.
         alike = groupby(self._buckets, lambda b: (b.entries, b.key.sharded))
-        self._runs = [list(run) for _, run in alike]
+        self._runs = [Run(list(buckets)) for _, buckets in alike]
         self._specs: list[Any] = []
         self._there: list[bool] | None = None  # which gradients, if some are absent
         self._proofs: list[Callable[..., bool]] = []
@@ -246,41 +261,38 @@ class Plan:
         self._local: list[Tensor] = []
         self._steps: list[Tensor] = []
         self._seen: list[Tensor] = []  # of the state that others may edit
-        self._release()
+        lists = (each for bucket in self._buckets for each in bucket.lists)
+        self._filled = [self._local, self._steps, self._seen, *lists]
+        self._active: Sequence[Tensor] | None = None
 
-    def _gather(self, groups: Groups, states: States) -> None:
-        active = list(self._order(params_of(groups)))
+    def _gather(self, params: Sequence[Tensor], states: States) -> None:
+        active = self._order(params)
         for run in self._runs:
             self._load(run, active, states)
         if self._exposed and self._steps and distinct(self._steps) < distinct(active):
             raise KeyError("a step counter of its own")
         if self._program is None:
             self._advance = self._counters.advance(self._steps)
-        self._active: list[Tensor] | None = active
+        self._active = active
 
-    def _load(
-        self, run: Sequence[Bucket], active: list[Tensor], states: States
-    ) -> None:
-        """Take in the tensors of buckets in a row whose state has the same entries."""
-        start, entries = run[0].part.start, run[0].entries
-        params = active[start : run[-1].part.stop]
-        owns = [states.get(param) or {} for param in params] if entries else []
-        columns = [params, *([own[entry] for own in owns] for entry in entries)]
-        if run[0].key.sharded:
+    def _load(self, run: Run, active: Sequence[Tensor], states: States) -> None:
+        params = active[run.part]
+        columns: list[Sequence[Tensor]] = [params]
+        if run.entries:
+            owns = [states.get(param) or {} for param in params]
+            columns += [[own[entry] for own in owns] for entry in run.entries]
+        if run.sharded:
             split = len(columns) - self._kernel.counts
             columns[:split] = map(_torch.local_tensors, columns[:split])
-        for bucket in run:
-            bucket.load(start, columns)
+        for lists, column in zip(run.lists, columns):
+            _fill(lists, column, run.slices)
         self._local += columns[0]
         self._steps += columns[-1] if self._kernel.counts else []
         self._seen += flat(columns[1:]) if self._exposed else []
 
     def _release(self) -> None:
         self._active = None
-        for tensors in (self._local, self._steps, self._seen):
-            tensors.clear()
-        for bucket in self._buckets:
-            bucket.unload()
+        _clear(self._filled)
 
     def expose(self) -> None:
         """Keep no tensor from now on, and look at each at every step."""
@@ -296,13 +308,14 @@ class Plan:
 
     def current_grads(self, groups: Groups, states: States) -> list[Any] | None:
         """Take over new numbers; return gradients if the plan is still true."""
-        if self._fleeting or not self._guard.holds(groups):
-            if not self._reread(groups):
+        told = self._active is not None and self._guard.lists_tell
+        params = [] if told and not self._beside else params_of(groups)
+        if self._fleeting or not self._guard.holds(groups, params):
+            if not self._reread(groups, params or params_of(groups)):
                 return None
         elif self._some_single and _torch.thread_count() != self._threads:
             self._merge_parts(groups)
         if self._beside:
-            params = params_of(groups)
             if not without_gradients(self._idle_of(params)):
                 return None
             if not self._rest_stays(self._rest_of(params)):
@@ -311,7 +324,7 @@ class Plan:
             return []
         if self._active is None:
             try:
-                self._gather(groups, states)
+                self._gather(params or params_of(groups), states)
             except (KeyError, AttributeError, TypeError):
                 return None  # an entry is gone, or no tensor: torch's words say it
         return self.find_grads()
@@ -342,9 +355,9 @@ class Plan:
         ]
         return self._proved(filled, look=True)
 
-    def _reread(self, groups: Groups) -> bool:
+    def _reread(self, groups: Groups, params: Sequence[Tensor]) -> bool:
         """Take over new hyperparameters; not where the parts depend on them."""
-        if not self._guard.holds_params(groups) or self._some_sparse:
+        if not self._guard.holds_params(groups, params) or self._some_sparse:
             return False
         for part in self.rest:
             part.view = None
@@ -400,10 +413,9 @@ class Plan:
         try:
             # Into the lists that calls are bound to, and out of them in any case:
             # gradients that the user sets to None must be freed.
-            mine = map(grads.__getitem__, self._slices)
-            deque(map(list.extend, self._grads, mine), maxlen=0)
+            _fill(self._grads, grads, self._slices)
             program = self._program
-            steady = scaling == NO_SCALING and self._there is None and not self._live
+            steady = scaling is NO_SCALING and self._there is None and not self._live
             if program is None or not steady:
                 # Scales, absent gradients and tensor rates are of this step alone.
                 program = self._assemble(scaling)
@@ -411,7 +423,7 @@ class Plan:
                 self._program = program if lasts else None
             self._perform(program, scaling)
         finally:
-            deque(map(list.clear, self._grads), maxlen=0)
+            _clear(self._grads)
             if not self._keeps:
                 self._release()
 

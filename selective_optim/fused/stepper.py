@@ -80,12 +80,12 @@ class Stepper:
 
     def claim(self) -> bool:
         """Take the plan for this thread, unless another one steps by it."""
+        thread = get_ident()
         for _ in range(100):
-            owner = self._owner.setdefault("thread", get_ident())
-            if owner >= 0:
-                return owner == get_ident()
+            if (owner := self._owner.setdefault("thread", thread)) >= 0:
+                return owner == thread
             sleep(0.001)  # another thread takes the state apart, and looks at it then
-        self._owner["thread"] = get_ident()  # it was interrupted
+        self._owner["thread"] = thread  # it was interrupted
         return True
 
     def forget(self) -> None:
@@ -121,9 +121,6 @@ class Stepper:
         """Tell whether parts can be planned: no group computes what is read."""
         return PLANNING and set(map(type, groups)) <= {dict}
 
-    # Not a block: an interrupt between a block and its end would leave autograd off.
-    @_torch.disable_dynamo
-    @torch.no_grad()
     def step(
         self,
         groups: Groups,
@@ -133,7 +130,9 @@ class Stepper:
         step_parts: Callable[[list[Part]], None],
     ) -> None:
         """Step by a plan, after what the optimizer's class steps (``step_parts``)."""
+        enabled = torch.is_grad_enabled()
         try:
+            _torch.set_grad_enabled(False)
             plan = self._plan
             grads = None if plan is None else plan.current_grads(groups, states)
             if plan is None or grads is None:
@@ -148,6 +147,8 @@ class Stepper:
         except BaseException:
             self.forget()  # how far a failed step came is not known
             raise
+        finally:
+            _torch.set_grad_enabled(enabled)
 
     @_torch.disable_dynamo
     def unplanned_parts(

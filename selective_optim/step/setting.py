@@ -199,7 +199,11 @@ NO_SCALING = Scaling()
 
 def scaling_of(optimizer: object) -> Scaling:
     """Read what a ``GradScaler`` sets on an optimizer (torch/amp/grad_scaler.py)."""
-    return Scaling(*(getattr(optimizer, n, None) for n in ("grad_scale", "found_inf")))
+    grad_scale = getattr(optimizer, "grad_scale", None)
+    found_inf = getattr(optimizer, "found_inf", None)
+    if grad_scale is None and found_inf is None:
+        return NO_SCALING
+    return Scaling(grad_scale, found_inf)
 
 
 def scaling_on(scaling: Scaling, device: torch.device) -> Scaling:
