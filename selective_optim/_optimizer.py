@@ -58,6 +58,10 @@ TRANSIENT = (
 )
 
 
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
 def constants_of(function: Any) -> set[Any]:
     """List the constants in the code of a function and of those that it defines."""
     codes = [getattr(inspect.unwrap(function), "__code__", None)]
@@ -321,7 +325,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             plans = may_choose and mine and stepper.plans_for(groups)
             if plans and self._is_torchs():
                 given = (groups, self.decided_params, states)
-                stepper.step(*given, scaling_of(self), self._step_parts)
+                stepper.step(*given, scaling_of(self), self._step_planned_parts)
             else:
                 self._step_unplanned(may_choose, compiling)
         finally:
@@ -358,34 +362,40 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     def _step_unplanned(self, may_choose: bool, compiling: bool) -> None:
         given = (self.param_groups, self.decided_params, self._take_state())
         if parts := self._stepper.unplanned_parts(*given, may_choose):
-            self._step_parts(parts, compiling)
+            self._step_parts_as_is(parts, compiling, planned=False)
 
-    @_torch.run_as_is
-    def _step_parts(self, parts: Sequence[Part], compiling: bool = False) -> None:
+    def _step_parts(
+        self, parts: Sequence[Part], compiling: bool = False, planned: bool = True
+    ) -> None:
         """Let the class of torch step parts, as if they were groups split by hand."""
         step = _torch.unhooked(super().step)
         around = AroundStep(self, self._take_state())
-        quiet = _torch.without_hooks(self, "step_pre", "step_post")
+        call: Any = _torch.uncompiled if compiling else _call
         views: list[View] = []
         try:
-            views = self._views(parts, reading=not compiling)
-            if around.begin(views):
+            views = call(self._views, parts, not compiling, planned)
+            if call(around.begin, views):
                 self._show([view.group for view in views])
                 # One that bears torch's mark runs the hooks, which ran before.
-                with quiet if getattr(step, "hooked", False) else nullcontext():
+                hooked = getattr(step, "hooked", False)
+                kinds = ("step_pre", "step_post")
+                with _torch.without_hooks(self, *kinds) if hooked else nullcontext():
                     step(self)
-                around.finish()
+                call(around.finish)
         finally:
             self._shown.param_groups = None  # no call, which an interrupt may precede
-            around.restore()
+            call(around.restore)
             for view in views:
                 view.group["params"] = []  # one that leaves must be freed
 
-    @_torch.disable_dynamo
-    def _views(self, parts: Sequence[Part], reading: bool) -> list[View]:
-        groups, params = self.param_groups, params_of(self.param_groups)
-        # torch's own read the keys that a plan guards, and their views may be kept.
-        keeps = READ.issuperset(self.defaults) and self._is_torchs()
+    _step_parts_as_is = _torch.run_as_is(_step_parts)
+    # Not a block: an interrupt between a block and its end would leave autograd off.
+    _step_planned_parts = torch.no_grad()(_step_parts)
+
+    def _views(self, parts: Sequence[Part], reading: bool, keeps: bool) -> list[View]:
+        """Make views of parts; keep those that a plan guards, of what torch's read."""
+        groups = self.param_groups
+        params = params_of(groups)
         views = []
         for part in parts:
             if (view := part.view) is None or not keeps:

@@ -127,6 +127,12 @@ def run_as_is(step: _F) -> _F:
     return disable_dynamo(step, recursive=False)  # type: ignore[call-arg]  # torch's
 
 
+@disable_dynamo
+def uncompiled(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function, and compile neither it nor what it calls."""
+    return function(*args)
+
+
 def _with_grad_mode(step: _F) -> _F:
     @wraps(step)
     def stepped(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -136,8 +142,7 @@ def _with_grad_mode(step: _F) -> _F:
     return stepped  # type: ignore[return-value]  # wraps keeps the signature
 
 
-# As a call, which a `finally` can make: at the end of a block an interrupt may come
-# first, and leave autograd off.
+# As a call among others: an interrupt at the end of a block would leave autograd off.
 set_grad_enabled: Callable[[bool], object] = _find(
     "torch:_C._set_grad_enabled", "nothing is slower", torch.set_grad_enabled
 )

@@ -47,8 +47,8 @@ READING = {"differentiable": True}
 
 
 # Not blocks: an interrupt between a block and its end would leave autograd off.
-_begin = torch.no_grad()(AroundStep.begin)
-_finish = torch.no_grad()(AroundStep.finish)
+_begin = _torch.disable_dynamo(torch.no_grad()(AroundStep.begin))
+_finish = _torch.disable_dynamo(torch.no_grad()(AroundStep.finish))
 
 
 def as_torch_reads(group: Group, before: Iterable[Group], **defaults: Any) -> Group:
@@ -246,7 +246,7 @@ class AnyOptimizer(SelectiveOptimizer):
                 self._look()
             return result
         finally:
-            around.restore()
+            _torch.uncompiled(around.restore)
             self._leave()
 
     @_torch.disable_dynamo
@@ -263,7 +263,7 @@ class AnyOptimizer(SelectiveOptimizer):
         """Let a closure see the user's groups; passes run once it has returned."""
 
         def called(*args: Any, **kwargs: Any) -> Any:
-            around.restore()
+            _torch.uncompiled(around.restore)
             self._leave()
             result = closure(*args, **kwargs)
             self._enter()

@@ -50,6 +50,8 @@ from selective_optim.step.setting import (
 
 # Dispatch states, such as with and without autocast, for each of which a proof is kept.
 PROOFS = 4
+_GRAD_OFF = partial(_torch.set_grad_enabled, False)
+_GRAD_ON = partial(_torch.set_grad_enabled, True)
 _call = methodcaller("__call__")
 _traits = attrgetter("dtype", "device", "grad.layout")
 
@@ -266,6 +268,7 @@ class Plan:
         self._active: Sequence[Tensor] | None = None
 
     def _gather(self, params: Sequence[Tensor], states: States) -> None:
+        _clear(self._filled)  # an interrupt may have left something
         active = self._order(params)
         for run in self._runs:
             self._load(run, active, states)
@@ -355,6 +358,7 @@ class Plan:
         ]
         return self._proved(filled, look=True)
 
+    @torch.no_grad()
     def _reread(self, groups: Groups, params: Sequence[Tensor]) -> bool:
         """Take over new hyperparameters; not where the parts depend on them."""
         if not self._guard.holds_params(groups, params) or self._some_sparse:
@@ -427,6 +431,7 @@ class Plan:
             if not self._keeps:
                 self._release()
 
+    @torch.no_grad()
     def _assemble(self, scaling: Scaling) -> Program:
         # Moved to each device once.
         scaled: Callable[..., Any] = cache(partial(scaling_on, scaling))
@@ -468,11 +473,13 @@ class Plan:
         Python looks for signals between lines: an interrupt comes before the first
         call or after the last, and never between a counter and its parameters.
         """
-        # At the end a call of nothing, which tells whether the one before it failed.
-        left = iter((*program.before, *program.calls, *program.after, tuple))
+        back = _GRAD_ON if torch.is_grad_enabled() else _GRAD_OFF
+        calls = (*program.before, *program.calls, *program.after)
+        left = iter((_GRAD_OFF, *calls, back))
         try:
             deque(map(_call, left), maxlen=0)
         except BaseException:
+            back()
             if self._some_single and self._threads > 1:
                 _torch.set_threads(self._threads)
             if rest := length_hint(left):

@@ -130,9 +130,7 @@ class Stepper:
         step_parts: Callable[[list[Part]], None],
     ) -> None:
         """Step by a plan, after what the optimizer's class steps (``step_parts``)."""
-        enabled = torch.is_grad_enabled()
         try:
-            _torch.set_grad_enabled(False)
             plan = self._plan
             grads = None if plan is None else plan.current_grads(groups, states)
             if plan is None or grads is None:
@@ -141,14 +139,13 @@ class Stepper:
             assert grads is not None  # which a new plan fits
             if plan.rest:
                 step_parts(plan.rest)
-            plan.run(grads, scaling)
+            if grads:
+                plan.run(grads, scaling)
             if plan.once:
                 self.forget()
         except BaseException:
             self.forget()  # how far a failed step came is not known
             raise
-        finally:
-            _torch.set_grad_enabled(enabled)
 
     @_torch.disable_dynamo
     def unplanned_parts(
@@ -168,6 +165,7 @@ class Stepper:
         if self.seen:
             self.expose(states)
 
+    @torch.no_grad()
     def _new_plan(
         self, groups: Groups, params: Sequence[DecidedParam], states: States
     ) -> Plan:

@@ -112,7 +112,6 @@ class AroundStep:
         self._shards: list[tuple[Tensor, Tensor]] = []
         self._after: list[Call] = []
 
-    @_torch.disable_dynamo
     def begin(self, views: Sequence[View]) -> bool:
         """Run the passes before the class's step, and tell whether to step at all."""
         again, self._begun = self._begun, True
@@ -129,7 +128,6 @@ class AroundStep:
                 self._shards += view.show_shards(self._states)
         return True
 
-    @_torch.disable_dynamo
     def finish(self) -> None:
         """Decay what is decayed after the step, and undo a step that is dropped."""
         for call in self._after:
@@ -139,7 +137,6 @@ class AroundStep:
             found_inf = self._scaling.found_inf.to(tensor.device)
             tensor.copy_(unless_dropped(found_inf, tensor, old))
 
-    @_torch.disable_dynamo
     def restore(self) -> None:
         """Take back what stands in the user's tensors for the step alone."""
         for param, shard in self._shards:
