@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from threading import local
 from types import CodeType
@@ -56,10 +56,6 @@ TRANSIENT = (
     *("_decider", "_groups", "_states", "_kernel", "_stepper", "_shown", "_watch"),
     *("_threads_inside", "_splits", "_parts", "_class_adds", "_layout"),
 )
-
-
-def _call(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
 
 
 def constants_of(function: Any) -> set[Any]:
@@ -133,20 +129,20 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         made._stated = frozenset(kwargs)  # a default is nothing that a user said
         return made
 
-    @contextmanager
-    def _deciding(
+    def _construct(
         self,
+        make: Callable[[Any], None],
         params: Any,
         wd_policy: object,
         model: Model,
         numbers: Mapping[str, object],
-    ) -> Iterator[Any]:
-        """Give torch's constructor what it takes, then decide for all groups."""
+    ) -> None:
+        """Give a constructor (``make``) what torch takes, and decide for all groups."""
         require_numbers(numbers)
         self._decider = Decider.for_constructor(as_policy, wd_policy, model)
         kept = keep(params)
         try:
-            yield self._decider.collect(params)
+            make(self._decider.collect(params))
             self._decider.decide_pending()
             self._decider.warn_if_nothing_decays(self._groups)
             self._made()
@@ -293,12 +289,8 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         """
         # Only code that is compiled can tell that it is.
         if torch.compiler.is_compiling():
-            return self._step_compiled(closure, compiling=True)
-        return self._step_eagerly(closure)
-
-    @_torch.disable_dynamo
-    def _step_eagerly(self, closure: Callable[[], Any] | None) -> Any:
-        return self._step_groups(closure, compiling=False)
+            return self._step_compiled(closure, True)
+        return _torch.uncompiled(self._step_groups, closure, False)
 
     def _step_groups(self, closure: Callable[[], Any] | None, compiling: bool) -> Any:
         """Step the parts: the class those that are not planned, then the plan."""
@@ -370,7 +362,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         """Let the class of torch step parts, as if they were groups split by hand."""
         step = _torch.unhooked(super().step)
         around = AroundStep(self, self._take_state())
-        call: Any = _torch.uncompiled if compiling else _call
+        call: Any = _torch.uncompiled if compiling else lambda f, *args: f(*args)
         views: list[View] = []
         try:
             views = call(self._views, parts, not compiling, planned)
@@ -378,8 +370,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
                 self._show([view.group for view in views])
                 # One that bears torch's mark runs the hooks, which ran before.
                 hooked = getattr(step, "hooked", False)
-                kinds = ("step_pre", "step_post")
-                with _torch.without_hooks(self, *kinds) if hooked else nullcontext():
+                with _torch.without_step_hooks(self) if hooked else nullcontext():
                     step(self)
                 call(around.finish)
         finally:

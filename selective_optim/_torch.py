@@ -234,8 +234,8 @@ def is_torchs(function: Any) -> bool:
 
 
 @contextmanager
-def without_hooks(optimizer: torch.optim.Optimizer, *kinds: str) -> Iterator[None]:
-    names = [f"_optimizer_{kind}_hooks" for kind in kinds]
+def without_step_hooks(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
     hooks = {name: vars(optimizer).get(name, {}) for name in names}
     vars(optimizer).update({name: OrderedDict() for name in names})
     try:

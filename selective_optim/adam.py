@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,19 +78,9 @@ class Adam(SelectiveOptimizer, torch.optim.Adam):
         wd_policy: WdPolicy = None,
         model: Model = None,
     ) -> None:
-        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        with self._deciding(params, wd_policy, model, numbers) as known:
-            super().__init__(
-                known,
-                lr,
-                betas,
-                eps,
-                weight_decay,
-                amsgrad,
-                foreach=foreach,
-                maximize=maximize,
-                capturable=capturable,
-                differentiable=differentiable,
-                fused=fused,
-                decoupled_weight_decay=decoupled_weight_decay,
-            )
+        numbers = dict[str, Any](lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        flags = dict[str, Any](amsgrad=amsgrad, maximize=maximize, foreach=foreach)
+        flags |= {"capturable": capturable, "differentiable": differentiable}
+        flags |= {"fused": fused, "decoupled_weight_decay": decoupled_weight_decay}
+        make = partial(super().__init__, **numbers, **flags)
+        self._construct(make, params, wd_policy, model, numbers)

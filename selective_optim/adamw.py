@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,18 +75,9 @@ class AdamW(SelectiveOptimizer, torch.optim.AdamW):
         wd_policy: WdPolicy = None,
         model: Model = None,
     ) -> None:
-        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        with self._deciding(params, wd_policy, model, numbers) as known:
-            super().__init__(
-                known,
-                lr,
-                betas,
-                eps,
-                weight_decay,
-                amsgrad,
-                maximize=maximize,
-                foreach=foreach,
-                capturable=capturable,
-                differentiable=differentiable,
-                fused=fused,
-            )
+        numbers = dict[str, Any](lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        flags = dict[str, Any](amsgrad=amsgrad, maximize=maximize, foreach=foreach)
+        flags |= {"capturable": capturable, "differentiable": differentiable}
+        flags["fused"] = fused
+        make = partial(super().__init__, **numbers, **flags)
+        self._construct(make, params, wd_policy, model, numbers)

@@ -94,9 +94,10 @@ class AnyOptimizer(SelectiveOptimizer):
     ) -> None:
         bound = inspect.signature(type(self)).bind_partial(params, *args, **kwargs)
         bound.apply_defaults()
-        with self._deciding(params, wd_policy, model, bound.arguments) as params:
+
+        def make(known: Any) -> None:
             # Decided before the class exists: it is given the parts.
-            self._read(params, bound.signature.parameters, bound.arguments.get("lr"))
+            self._read(known, bound.signature.parameters, bound.arguments.get("lr"))
             groups = self._groups
             splits = list(
                 map(split_group, groups, self._decider.decisions_to_step(groups))
@@ -111,6 +112,8 @@ class AnyOptimizer(SelectiveOptimizer):
             require_parts(self, _groups_of(splits))
             self._parts, self.param_groups = self.param_groups, groups
             self._adopt(splits, self._parts)
+
+        self._construct(make, params, wd_policy, model, bound.arguments)
 
     def _read(self, params: Any, keys: Iterable[str], lr: Any) -> None:
         # Also where `__init__` is called a second time, as torch's may be.
@@ -239,7 +242,7 @@ class AnyOptimizer(SelectiveOptimizer):
             if closure is None and not _begin(around, self._part_views()):
                 return None
             # Hooks ran before; a class that calls its base's step has them run again.
-            with _torch.without_hooks(self, "step_pre", "step_post"):
+            with _torch.without_step_hooks(self):
                 result = step(self, *args, **kwargs)
             _finish(around)
             if self._watch is not None:

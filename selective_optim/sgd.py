@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,19 +74,10 @@ class SGD(SelectiveOptimizer, torch.optim.SGD):
         wd_policy: WdPolicy = None,
         model: Model = None,
     ) -> None:
-        numbers = {"lr": lr, "momentum": momentum, "dampening": dampening}
-        numbers["weight_decay"] = weight_decay
+        numbers: dict[str, Any] = {"lr": lr, "momentum": momentum}
+        numbers |= {"dampening": dampening, "weight_decay": weight_decay}
         self._kernel = SGDKernel(decoupled_weight_decay)
-        with self._deciding(params, wd_policy, model, numbers) as known:
-            super().__init__(
-                known,
-                lr,
-                momentum,
-                dampening,
-                weight_decay,
-                nesterov,
-                maximize=maximize,
-                foreach=foreach,
-                differentiable=differentiable,
-                fused=fused,
-            )
+        flags = dict[str, Any](nesterov=nesterov, maximize=maximize, foreach=foreach)
+        flags |= {"differentiable": differentiable, "fused": fused}
+        make = partial(super().__init__, **numbers, **flags)
+        self._construct(make, params, wd_policy, model, numbers)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
@@ -29,9 +28,9 @@ READ = frozenset(
 )
 # Compared by identity: a kernel computes otherwise with -0.0 than with 0.0, and reads a
 # tensor when it runs, so that the same tensor is the same argument.
-NUMBERS = (int, float, tuple, Tensor)
-# Types for which identity is enough, since they cannot be edited in place.
-FIXED = (*NUMBERS, str, type(None))
+NUMBERS = {"lr", "weight_decay", "betas", "eps", "momentum", "dampening"}
+# Types that cannot be edited in place.
+FIXED = (int, float, tuple, Tensor, str, type(None))
 _params_of = itemgetter("params")
 _grad_of = attrgetter("grad")
 
@@ -60,10 +59,6 @@ def _sizes_of(groups: Groups) -> list[int]:
 
 def grads_of(params: Sequence[Tensor]) -> list[Any]:
     return list(map(_grad_of, params))
-
-
-def without_gradients(params: Sequence[Tensor]) -> bool:
-    return all(map(is_, map(_grad_of, params), repeat(None)))
 
 
 def equal(a: object, b: object) -> bool:
@@ -116,15 +111,7 @@ class GroupsGuard:
             }
             for group in groups
         ]
-        numbers = {
-            name
-            for group in groups
-            for name, value in group.items()
-            if isinstance(value, NUMBERS) and type(value) is not bool
-        }
-        # With the two that every group has, as a getter of one name returns no tuple.
-        names = READ.intersection(numbers, *groups) | {"lr", WD}
-        self._numbers_of = itemgetter(*names)
+        self._numbers_of = itemgetter(*NUMBERS.intersection(*groups))
         self._numbers = flat(map(self._numbers_of, groups))
         decays = [isinstance(group[WD], Tensor) for group in groups]
         self._scales_tensors = any(decays)

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from itertools import compress, groupby
-from operator import attrgetter, eq, length_hint, methodcaller
+from operator import attrgetter, eq, is_not, length_hint, methodcaller
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,6 @@ from selective_optim.fused.guards import (
     grads_of,
     params_of,
     same_objects,
-    without_gradients,
 )
 from selective_optim.step.decay_passes import pass_calls
 from selective_optim.step.kernels import Kernel, require_no_nan
@@ -53,6 +52,7 @@ PROOFS = 4
 _GRAD_OFF = partial(_torch.set_grad_enabled, False)
 _GRAD_ON = partial(_torch.set_grad_enabled, True)
 _call = methodcaller("__call__")
+_is_there = partial(is_not, None)
 _traits = attrgetter("dtype", "device", "grad.layout")
 
 
@@ -319,7 +319,7 @@ class Plan:
         elif self._some_single and _torch.thread_count() != self._threads:
             self._merge_parts(groups)
         if self._beside:
-            if not without_gradients(self._idle_of(params)):
+            if any(map(_is_there, grads_of(self._idle_of(params)))):
                 return None
             if not self._rest_stays(self._rest_of(params)):
                 return None

@@ -8,13 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from selective_optim._state_entries import (
-    Entry,
-    StateDict,
-    merged,
-    read,
-    write,
-)
+from selective_optim._state_entries import Entry, StateDict, merged, read, write
 from selective_optim._text import first_of, warn
 from selective_optim.decisions.state_dict import (
     PER_GROUP,
@@ -192,9 +186,7 @@ def _route_of(group: Group, state: Group, routes: Sequence[str]) -> Any:
 
 
 def loadable(
-    state_dict: Any,
-    optimizers: Mapping[str, Optimizer],
-    decided: Mapping[str, Decided],
+    state_dict: Any, optimizers: Mapping[str, Optimizer], decided: Mapping[str, Decided]
 ) -> tuple[dict[str, StateDict], list[str]]:
     """Make each route's state dict, and list labels of what begins anew."""
     saved = _by_route(state_dict, list(optimizers))
