@@ -319,9 +319,8 @@ class Plan:
         elif self._some_single and _torch.thread_count() != self._threads:
             self._merge_parts(groups)
         if self._beside:
-            if any(map(_is_there, grads_of(self._idle_of(params)))):
-                return None
-            if not self._rest_stays(self._rest_of(params)):
+            idle, rest = self._idle_of(params), self._rest_of(params)
+            if any(map(_is_there, grads_of(idle))) or not self._rest_stays(rest):
                 return None
         if not self._buckets:
             return []
