@@ -46,6 +46,9 @@ def draw(results: Record, path: Path) -> Path:
         )[0]
         for panel, optimizer in zip(panels, optimizers, strict=True):
             _panel(panel, results["cases"], optimizer, cases)
+        medians = [s.median for r in results["cases"] for s in over_bare(r).values()]
+        # Not by the bars: beside busy processes they may reach over seven decades.
+        panels[0].set_xlim(min([1, *medians]) / 2, 2 * max([1, *medians]))
         _frame(figure, panels[0], cases, results["run"])
         figure.savefig(path, dpi=160)
     return path
@@ -119,7 +122,8 @@ def _frame(figure: Figure, first: Axes, cases: list[str], run: Record) -> None:
     threads = f", {run['threads']} threads" if run["device"] == "cpu" else ""
     figure.supxlabel(
         f"time of a step over the bare fused kernel · {run['device_name']}{threads}, "
-        f"torch {run['torch'].split('+')[0]}, {run['date']} · bars: p10 to p90",
+        f"torch {run['torch'].split('+')[0]}, {run['date']} · "
+        "bars: p10 to p90, cut at the edge",
         fontsize=8,
         color="#6b7280",
     )
