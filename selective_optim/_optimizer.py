@@ -129,20 +129,23 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         made._stated = frozenset(kwargs)  # a default is nothing that a user said
         return made
 
-    def _construct(
+    def _construct_deciding(
         self,
-        make: Callable[[Any], None],
         params: Any,
         wd_policy: object,
         model: Model,
         numbers: Mapping[str, object],
+        make: Callable[..., None],
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Give a constructor (``make``) what torch takes, and decide for all groups."""
         require_numbers(numbers)
         self._decider = Decider.for_constructor(as_policy, wd_policy, model)
         kept = keep(params)
         try:
-            make(self._decider.collect(params))
+            # By position what torch's signature has so: a class may stand between.
+            make(self._decider.collect(params), *args, **kwargs)
             self._decider.decide_pending()
             self._decider.warn_if_nothing_decays(self._groups)
             self._made()
@@ -289,7 +292,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         """
         # Only code that is compiled can tell that it is.
         if torch.compiler.is_compiling():
-            return self._step_compiled(closure, True)
+            return self._step_groups_as_is(closure, True)
         return _torch.uncompiled(self._step_groups, closure, False)
 
     def _step_groups(self, closure: Callable[[], Any] | None, compiling: bool) -> Any:
@@ -326,7 +329,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
             self._look()
         return loss
 
-    _step_compiled = _torch.run_as_is(_step_groups)
+    _step_groups_as_is = _torch.run_as_is(_step_groups)
 
     @_torch.disable_dynamo
     def _look(self) -> None:
@@ -383,10 +386,11 @@ class SelectiveOptimizer(torch.optim.Optimizer):
     # Not a block: an interrupt between a block and its end would leave autograd off.
     _step_planned_parts = torch.no_grad()(_step_parts)
 
-    def _views(self, parts: Sequence[Part], reading: bool, keeps: bool) -> list[View]:
-        """Make views of parts; keep those that a plan guards, of what torch's read."""
+    def _views(self, parts: Sequence[Part], reading: bool, planned: bool) -> list[View]:
         groups = self.param_groups
         params = params_of(groups)
+        # torch's own read the keys that a plan guards, and their views may be kept.
+        keeps = READ.issuperset(self.defaults) and (planned or self._is_torchs())
         views = []
         for part in parts:
             if (view := part.view) is None or not keeps:
@@ -401,13 +405,10 @@ class SelectiveOptimizer(torch.optim.Optimizer):
 
     def _is_torchs(self) -> bool:
         """Tell whether torch alone steps; others may make state, or read any key."""
-        behind: Any = super(SelectiveOptimizer, type(self))
-        return (
-            type(self)._init_group is SelectiveOptimizer._init_group
-            and "_init_group" not in vars(self)
-            and _torch.is_torchs(behind.step)
-            and _torch.is_torchs(behind._init_group)
-        )
+        methods = super().step, super()._init_group  # type: ignore[misc]  # torch's
+        ours = type(self)._init_group is SelectiveOptimizer._init_group
+        ours = ours and "_init_group" not in vars(self)
+        return ours and all(map(_torch.is_torchs, methods))
 
     def decided_params(self) -> list[DecidedParam]:
         """List every parameter, in order, with what was decided for it."""

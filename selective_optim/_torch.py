@@ -221,14 +221,14 @@ def _is_in_torch(function: Any) -> bool:
 _torchs: set[Any] = set()  # functions that were found to be torch's
 
 
-def is_torchs(function: Any) -> bool:
-    """Tell whether what a class has is torch's own, and nobody has wrapped it."""
+def is_torchs(method: Any) -> bool:
+    """Tell whether a method is torch's own, and nobody has wrapped it."""
+    function = method.__func__ if type(method) is MethodType else None
     if type(function) is FunctionType and function in _torchs:  # asked at every step
         return True
-    inner = function
-    while _is_in_torch(inner) and hasattr(inner, "__wrapped__"):
-        inner = inner.__wrapped__
-    if found := _is_in_torch(inner):
+    while _is_in_torch(method) and hasattr(method, "__wrapped__"):
+        method = method.__wrapped__
+    if found := _is_in_torch(method):
         _torchs.add(function)  # and none of a user's, which would be kept alive
     return found
 

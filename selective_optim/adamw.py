@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -76,8 +75,7 @@ class AdamW(SelectiveOptimizer, torch.optim.AdamW):
         model: Model = None,
     ) -> None:
         numbers = dict[str, Any](lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        flags = dict[str, Any](amsgrad=amsgrad, maximize=maximize, foreach=foreach)
+        flags = dict[str, Any](maximize=maximize, foreach=foreach, fused=fused)
         flags |= {"capturable": capturable, "differentiable": differentiable}
-        flags["fused"] = fused
-        make = partial(super().__init__, **numbers, **flags)
-        self._construct(make, params, wd_policy, model, numbers)
+        ours = (params, wd_policy, model, numbers, super().__init__)
+        self._construct_deciding(*ours, *numbers.values(), amsgrad, **flags)

@@ -99,9 +99,8 @@ class AnyOptimizer(SelectiveOptimizer):
             # Decided before the class exists: it is given the parts.
             self._read(known, bound.signature.parameters, bound.arguments.get("lr"))
             groups = self._groups
-            splits = list(
-                map(split_group, groups, self._decider.decisions_to_step(groups))
-            )
+            decided = self._decider.decisions_to_step(groups)
+            splits = list(map(split_group, groups, decided))
             parts = _groups_of(splits)
             self._class_adds = True
             try:
@@ -113,7 +112,7 @@ class AnyOptimizer(SelectiveOptimizer):
             self._parts, self.param_groups = self.param_groups, groups
             self._adopt(splits, self._parts)
 
-        self._construct(make, params, wd_policy, model, bound.arguments)
+        self._construct_deciding(params, wd_policy, model, bound.arguments, make)
 
     def _read(self, params: Any, keys: Iterable[str], lr: Any) -> None:
         # Also where `__init__` is called a second time, as torch's may be.

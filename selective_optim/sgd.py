@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +76,7 @@ class SGD(SelectiveOptimizer, torch.optim.SGD):
         numbers: dict[str, Any] = {"lr": lr, "momentum": momentum}
         numbers |= {"dampening": dampening, "weight_decay": weight_decay}
         self._kernel = SGDKernel(decoupled_weight_decay)
-        flags = dict[str, Any](nesterov=nesterov, maximize=maximize, foreach=foreach)
-        flags |= {"differentiable": differentiable, "fused": fused}
-        make = partial(super().__init__, **numbers, **flags)
-        self._construct(make, params, wd_policy, model, numbers)
+        flags = dict[str, Any](maximize=maximize, foreach=foreach, fused=fused)
+        flags["differentiable"] = differentiable
+        ours = (params, wd_policy, model, numbers, super().__init__)
+        self._construct_deciding(*ours, *numbers.values(), nesterov, **flags)

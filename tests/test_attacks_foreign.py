@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 import weakref
@@ -144,6 +145,13 @@ class Counting:
         return Counting(self.method.__get__(optimizer, cls), self.calls)
 
 
+class Hidden(Counting):
+    """Shows the class what it patches, and each optimizer the patch."""
+
+    def __get__(self, optimizer, cls=None):
+        return self.method if optimizer is None else super().__get__(optimizer, cls)
+
+
 def partial_method(method, calls):
     def patched(self, *args, tag, **named):
         calls.append(tag)
@@ -163,7 +171,7 @@ def decorated(method, calls):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["step", "_init_group"])
-@pytest.mark.parametrize("patched", [Counting, partial_method, decorated, None])
+@pytest.mark.parametrize("patched", [Counting, Hidden, partial_method, decorated, None])
 def test_any_kind_of_patch_is_called(kind, method, patched, monkeypatch):
     """``None`` patches one optimizer; the others, torch's class."""
     pairs = []
@@ -243,6 +251,78 @@ class Tagged(torch.optim.SGD):
     def _init_group(self, group, *lists):
         self.read = (group["tag"], group.get("param_names"), group.get("initial_lr"))
         return super()._init_group(group, *lists)
+
+
+class Halving(torch.optim.AdamW):
+    """Reads the rate by its place in torch's signature."""
+
+    def __init__(self, params, *args, **kwargs):
+        lr, *others = args or [LR]
+        super().__init__(params, lr / 2, *others, **kwargs)
+
+
+class HalvingBetween(selective_optim.AdamW, Halving):
+    pass
+
+
+def test_class_between_ours_and_torchs_is_given_arguments_by_position():
+    theirs = Halving([torch.nn.Parameter(torch.ones(2))], 0.5)
+    mine = HalvingBetween([torch.nn.Parameter(torch.ones(2))], 0.5)
+    assert mine.defaults["lr"] == theirs.defaults["lr"] == 0.25
+
+
+class Computing(dict):
+    """Computes its values, and lacks those that torch does not read."""
+
+    def __getitem__(self, key):
+        if key == "note":
+            raise NotImplementedError
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OURS)
+def test_group_that_computes_its_values_is_asked_what_torch_reads_alone(name, kind):
+    mine, theirs = twins.make_params(), twins.make_params()
+    optimizer = twins.ours(name, kind, mine)
+    oracle = twins.torchs(name, kind, theirs)
+    optimizer.param_groups[0] = Computing(optimizer.param_groups[0], note=1)
+    for number in range(2):
+        twins.step(mine, optimizer, number)
+        twins.step(theirs, oracle, number)
+    twins.assert_twins(mine, theirs, optimizer, oracle)
+
+
+@pytest.mark.parametrize("choice", [{}, {"foreach": True}, {"differentiable": True}])
+@pytest.mark.parametrize("name", OURS)
+def test_parameter_that_was_added_by_hand_needs_no_name(name, choice):
+    named = [("a", torch.ones(3, 2)), ("b", torch.ones(2))]
+    exempt = {"wd_policy": "exclude(is_vector)", "weight_decay": WD}
+    optimizer = getattr(selective_optim, name)(named, LR, **exempt, **choice)
+    chosen = choice or {"fused": True}
+    oracle = getattr(torch.optim, name)([torch.ones(4)], LR, weight_decay=0, **chosen)
+    added = torch.ones(4)
+    for param in (added, oracle.param_groups[0]["params"][0], *dict(named).values()):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    optimizer.param_groups[0]["params"].append(added)
+    optimizer.step()
+    oracle.step()
+    assert torch.equal(added, oracle.param_groups[0]["params"][0])
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_flag_that_was_a_number_is_looked_at_anew(name):
+    params = twins.make_params()
+    optimizer = twins.ours(name, "automatic", params)
+    optimizer.param_groups[0]["maximize"] = 1  # the class steps
+    twins.step(params, optimizer, 0)
+    optimizer.param_groups[0]["maximize"] = True
+    again = copy.deepcopy(optimizer)
+    twins.step(params, optimizer, 1)
+    copies = again.param_groups[0]["params"]
+    twins.step(copies, again, 1)
+    assert all(map(torch.equal, params, copies))
 
 
 class TaggedBetween(selective_optim.SGD, Tagged):

@@ -118,7 +118,7 @@ def counts() -> dict[str, float]:
 
 # No count may grow but that of comments. Lower a limit when you have reached less.
 MOST = {
-    "lines": 14_473,
+    "lines": 14_471,
     "files": 53,
     "files in the root": 17,
     "floors": 9,

@@ -28,9 +28,8 @@ READ = frozenset(
 )
 # Compared by identity: a kernel computes otherwise with -0.0 than with 0.0, and reads a
 # tensor when it runs, so that the same tensor is the same argument.
-NUMBERS = {"lr", "weight_decay", "betas", "eps", "momentum", "dampening"}
-# Types that cannot be edited in place.
-FIXED = (int, float, tuple, Tensor, str, type(None))
+NUMBERS = (int, float, tuple, Tensor)
+FIXED = (*NUMBERS, str, type(None))  # which cannot be edited in place
 _params_of = itemgetter("params")
 _grad_of = attrgetter("grad")
 
@@ -111,10 +110,14 @@ class GroupsGuard:
             }
             for group in groups
         ]
-        self._numbers_of = itemgetter(*NUMBERS.intersection(*groups))
+        pairs = [pair for group in groups for pair in group.items() if pair[0] in READ]
+        numbers = {
+            n for n, v in pairs if isinstance(v, NUMBERS) and type(v) is not bool
+        }
+        # With the two that every group has, as a getter of one name returns no tuple.
+        self._numbers_of = itemgetter(*numbers.intersection(*groups) | {"lr", WD})
         self._numbers = flat(map(self._numbers_of, groups))
-        decays = [isinstance(group[WD], Tensor) for group in groups]
-        self._scales_tensors = any(decays)
+        self._scales_tensors = any(isinstance(group[WD], Tensor) for group in groups)
 
     def release(self) -> None:
         """Hold no parameter from now on."""
@@ -125,10 +128,7 @@ class GroupsGuard:
                 contents["params"] = _Unseen()
 
     def holds(self, groups: Groups, params: Sequence[Tensor]) -> bool:
-        """Tell whether nothing changed, nor is to be multiplied anew.
-
-        ``params`` are those of the groups, where the lists do not tell.
-        """
+        """Tell whether nothing changed; ``params`` count where lists do not tell."""
         try:
             # First, so that no tensor is compared with another, which would wait for
             # the device; and -0.0 is not 0.0, nor float32's number the same double.

@@ -374,7 +374,10 @@ class Plan:
         return True
 
     def _proved(self, whole: list[Any], look: bool = False) -> list[Any] | None:
-        """Return local gradients if all is as planned, by guards or a look at each."""
+        """Return local gradients if all is as planned, by guards or a look at each.
+
+        A look is remembered, for each dispatch state.
+        """
         local = whole
         if self._plain < self._count:
             try:
@@ -387,7 +390,6 @@ class Plan:
         # State that nobody else may edit is what the last step left.
         tensors = (*self._local, *local, *self._seen)
         if not any(proof(*tensors) for proof in self._proofs):
-            # Not checked yet, or in another dispatch state: check once, and remember.
             buckets = () if self._new else self._buckets
             if not look or not all(b.fits(local[b.part]) for b in buckets):
                 return None

@@ -134,7 +134,7 @@ class Stepper:
             plan = self._plan
             grads = None if plan is None else plan.current_grads(groups, states)
             if plan is None or grads is None:
-                plan = self._new_plan(groups, decided(), states)
+                plan = self._new_plan(groups, decided, states)
                 grads = plan.find_grads()
             assert grads is not None  # which a new plan fits
             if plan.rest:
@@ -166,9 +166,8 @@ class Stepper:
             self.expose(states)
 
     @torch.no_grad()
-    def _new_plan(
-        self, groups: Groups, params: Sequence[DecidedParam], states: States
-    ) -> Plan:
+    def _new_plan(self, groups: Groups, decided: ListDecided, states: States) -> Plan:
+        params = decided()
         self.forget()
         self.plans += 1
         # Before any state is made: a refusal leaves the optimizer as it was.

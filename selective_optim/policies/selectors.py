@@ -333,7 +333,7 @@ class Policy:
         """What must be known of a parameter before this policy can decide."""
         return frozenset[Need]().union(*[selector.needs for selector in self.selectors])
 
-    @cached_property
+    @property
     def required(self) -> tuple[Selector, ...]:
         """The selectors that should match at least one parameter."""
         if self.missing_ok:

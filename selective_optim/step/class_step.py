@@ -87,7 +87,8 @@ def view_of(
         shown["fused"] = True
     if "param_names" in group:
         names = dict(zip(map(id, group["params"]), group["param_names"]))
-        shown["param_names"] = [names[id(params[i])] for i in part.positions]
+        mine = [id(params[i]) for i in part.positions]  # some may have none
+        shown["param_names"] = [names[each] for each in mine if each in names]
     view = View(shown, part.inits, share.decay_pass, entries=kernel.entries(group))
     if share.decay_pass is not None:
         view.direction = partial(kernel.direction, kernel.setting(group, share))
