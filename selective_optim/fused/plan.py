@@ -476,7 +476,7 @@ class Plan:
         """
         back = _GRAD_ON if torch.is_grad_enabled() else _GRAD_OFF
         calls = (*program.before, *program.calls, *program.after)
-        left = iter((_GRAD_OFF, *calls, back))
+        left = iter((_GRAD_OFF, *calls, back))  # `back` is left where a call failed
         try:
             deque(map(_call, left), maxlen=0)
         except BaseException:

@@ -87,7 +87,7 @@ TABLE = re.compile(
 # Gains that neither a name nor a call gives away, by package, class and attribute.
 KNOWN_GAINS = {
     # A global response norm, written out where it is used.
-    ("monai", "MedNeXtBlock"): {"global_resp_gamma", "global_resp_beta"}
+    ("monai", "MedNeXtBlock"): {"global_resp_gamma", "global_resp_beta"},
 }
 # Multiplies a product of normalized vectors, and sometimes one of the two.
 TEMPERATURE = re.compile(r"(?:.*_)?(?:temp|temperature|logit_scale)$")
