@@ -16,7 +16,7 @@ from torch import nn
 
 from selective_optim import _torch
 from selective_optim._text import keep, put_back, require_numbers, warn
-from selective_optim.decay import Form, is_zero
+from selective_optim.decay import Form
 from selective_optim.decisions.decider import WRITTEN, Decider, own_keys
 from selective_optim.decisions.state_dict import (
     POLICIES,
@@ -45,7 +45,7 @@ from selective_optim.report import DecayReport, form_of_class, make_rows, report
 from selective_optim.step.class_step import AroundStep, View, view_of
 from selective_optim.step.kernels import Kernel
 from selective_optim.step.parts import DecidedParam, Part
-from selective_optim.step.setting import scaling_of
+from selective_optim.step.setting import none_decays, scaling_of
 
 Group = dict[str, Any]
 Model = nn.Module | Sequence[nn.Module] | None
@@ -136,6 +136,7 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         model: Model,
         numbers: Mapping[str, object],
         make: Callable[..., None],
+        /,
         *args: Any,
         **kwargs: Any,
     ) -> None:
@@ -164,16 +165,16 @@ class SelectiveOptimizer(torch.optim.Optimizer):
         alive.add(self)
         self._untouched = not any(self._take_state().values())
         # If nothing decays now, that is meant, or `warn_if_nothing_decays` has told.
-        decays = [not is_zero(group["weight_decay"]) for group in self._groups]
         alone = self._decider.parent is None  # else other routes may decay
-        self._watch = Watch(alone and any(decays), rounding=True)
+        decays = alone and not none_decays(self._groups)
+        self._watch = Watch(decays, rounding=True)
         self._compare_ranks()
         self._watch_own_step()
 
     def _watch_own_step(self) -> None:
         """Warn once if the first step of a subclass decays and never reaches ours."""
-        step = _torch.unhooked(type(self).step)
-        if step is SelectiveOptimizer.step or "weight_decay" not in constants_of(step):
+        step: Any = type(self).step  # `wraps` copies where the innermost is defined
+        if step.__module__ == __name__ or "weight_decay" not in constants_of(step):
             return
 
         def look(optimizer: SelectiveOptimizer, *_: object) -> None:

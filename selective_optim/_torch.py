@@ -420,10 +420,12 @@ def specs_of(tensors: Sequence[Any]) -> list[Any]:
         return list(map(placement, tensors))
 
 
-def flattened(params: Iterable[Tensor]) -> set[int]:
-    """Return the ids of parameters that FSDP1 flattened."""
-    marks = {"_fsdp_flattened", "_is_flat_param"}  # which are tensors' own
-    return {id(p) for p in params if not marks.isdisjoint(token_of(p))}
+# With which FSDP1 marks a parameter that is flattened; they are the tensor's own.
+FLAT_MARKS = frozenset({"_fsdp_flattened", "_is_flat_param"})
+
+
+def is_flattened(param: Tensor) -> bool:
+    return not FLAT_MARKS.isdisjoint(token_of(param))
 
 
 def is_flat_parameter(param: Tensor) -> bool:

@@ -77,8 +77,8 @@ class Adam(SelectiveOptimizer, torch.optim.Adam):
         wd_policy: WdPolicy = None,
         model: Model = None,
     ) -> None:
-        numbers = dict[str, Any](lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        flags = dict[str, Any](maximize=maximize, foreach=foreach, fused=fused)
+        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        flags = {"maximize": maximize, "foreach": foreach, "fused": fused}
         flags |= {"capturable": capturable, "differentiable": differentiable}
         flags["decoupled_weight_decay"] = decoupled_weight_decay
         ours = (params, wd_policy, model, numbers, super().__init__)

@@ -74,8 +74,8 @@ class AdamW(SelectiveOptimizer, torch.optim.AdamW):
         wd_policy: WdPolicy = None,
         model: Model = None,
     ) -> None:
-        numbers = dict[str, Any](lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        flags = dict[str, Any](maximize=maximize, foreach=foreach, fused=fused)
+        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        flags = {"maximize": maximize, "foreach": foreach, "fused": fused}
         flags |= {"capturable": capturable, "differentiable": differentiable}
         ours = (params, wd_policy, model, numbers, super().__init__)
         self._construct_deciding(*ours, *numbers.values(), amsgrad, **flags)

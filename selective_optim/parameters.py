@@ -88,11 +88,11 @@ def wanted(
     params: Sequence[Tensor], names: Iterable[str | None] = (), group: int = 0
 ) -> list[Asked]:
     """Ask about parameters; a shape that is lost or not there yet is ``None``."""
-    pieces, asked = _torch.flattened(params), list[Asked]()
+    asked: list[Asked] = []
     interned: dict[Any, Any] = {}  # torch makes another shape at each look
     for param, name in zip(params, chain(names, repeat(None))):
         shape = None
-        if not (is_lazy(param) or id(param) in pieces):
+        if not (is_lazy(param) or _torch.is_flattened(param)):
             shape = getattr(param, "ds_shape", param.shape)  # DeepSpeed's note
         asked.append((param, group, interned.setdefault(shape, shape), name))
     return asked
@@ -186,9 +186,9 @@ def index_of(module: nn.Module) -> ModuleIndex:
 ModuleRef = weakref.ref[nn.Module]
 
 
-def living(refs: Iterable[ModuleRef]) -> list[nn.Module]:
+def living(refs: Sequence[ModuleRef]) -> list[nn.Module]:
     """Return the modules that are still alive."""
-    return [module for ref in refs if (module := ref()) is not None]
+    return [module for ref in refs if (module := ref()) is not None] if refs else []
 
 
 def has_parameters(module: nn.Module, recurse: bool = True) -> bool:
@@ -332,7 +332,7 @@ class ModelIndex:
         return self._insists and len(self.passed) == len(self._passed)
 
     def modules(self) -> list[nn.Module]:
-        return living([*self._passed, *self._discovered])
+        return living(self._passed + self._discovered)
 
     @property
     def passed(self) -> list[nn.Module]:

@@ -370,7 +370,7 @@ def _row(
     by_policy = decided is not None and decided.reason != NO_POLICY
     shape, decay = decision.shape, decision.decay
     # Shapes of lazy parameters come with the first batch, after the decision.
-    if shape == (0,) and not is_lazy(param) and not _torch.flattened([param]):
+    if shape == (0,) and not is_lazy(param) and not _torch.is_flattened(param):
         shape = param.shape
     # Reading a tensor waits for the device. A report may wait, a step may not.
     wd = float(decay.of(group["weight_decay"]))

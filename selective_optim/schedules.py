@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from selective_optim import _torch
 from selective_optim._text import held_optimizers, is_optimizer, require_decay
 from selective_optim.decay import FORMS, is_zero
+from selective_optim.step.setting import none_decays
 
 Group = dict[str, Any]
 Optimizer = torch.optim.Optimizer
@@ -33,7 +34,7 @@ class Record:
 
     def views(self, groups: list[Group]) -> list[GroupView]:
         # If nothing decays yet, this is a warm-up of decay from 0.
-        any_decays = not all(is_zero(group["weight_decay"]) for group in groups)
+        any_decays = not none_decays(groups)
         for group in groups[len(self.entries) :]:
             self.entries.append(({}, any_decays and is_zero(group["weight_decay"])))
         return [GroupView(group, *entry) for group, entry in zip(groups, self.entries)]

@@ -73,10 +73,10 @@ class SGD(SelectiveOptimizer, torch.optim.SGD):
         wd_policy: WdPolicy = None,
         model: Model = None,
     ) -> None:
-        numbers: dict[str, Any] = {"lr": lr, "momentum": momentum}
+        numbers = {"lr": lr, "momentum": momentum}
         numbers |= {"dampening": dampening, "weight_decay": weight_decay}
         self._kernel = SGDKernel(decoupled_weight_decay)
-        flags = dict[str, Any](maximize=maximize, foreach=foreach, fused=fused)
+        flags = {"maximize": maximize, "foreach": foreach, "fused": fused}
         flags["differentiable"] = differentiable
         ours = (params, wd_policy, model, numbers, super().__init__)
         self._construct_deciding(*ours, *numbers.values(), nesterov, **flags)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from itertools import chain, repeat
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from selective_optim.step.setting import Group, Groups, base_rate, is_rate
 
 Policies = Iterable[Policy | None]
 Decided = list[list[Decision]]
+_policy_of = attrgetter("policy")
 # What a group may bring and does not keep, and what is typed in place of writing it.
 _INSTEAD = {
     "wd_policy": "optimizer.wd_policy = ... to decide anew",
@@ -147,7 +149,7 @@ class Decider(DecisionTable):
 
     def decide_pending(self) -> None:
         if pending := self.take_pending():
-            self.decide_for(pending, [self.policy, *(each.policy for each in pending)])
+            self.decide_for(pending, [self.policy, *map(_policy_of, pending)])
 
     def take_pending(self) -> list[Pending]:
         pending, self._pending = self._pending or [], None
@@ -178,14 +180,13 @@ class Decider(DecisionTable):
         With ``twice`` it warns of functions that answer otherwise at a second call.
         """
         infos = knowledge.describe(self.index, pending)
-        policies = [coming.policy for coming in pending]
+        policies = list(map(_policy_of, pending))
         # First: of a stranger no module is known either, and a message about that
         # would lead astray.
         if not strangers:
             knowledge.require_members(self.index, infos, policies)
         for policy in {id(p): p for p in strict if p is not None}.values():
-            lists = [group for group, p in zip(infos, policies) if p is policy]
-            asked = list(chain(*lists))
+            asked = list(chain(*[i for i, p in zip(infos, policies) if p is policy]))
             require_matches(policy, asked, self._matches, self.index.everyone)
         bound: dict[int, Policy | None] = {}
         decided: Decided = []
@@ -194,7 +195,7 @@ class Decider(DecisionTable):
                 bound[id(by)] = self._bind(by)
             decided.append(_decide(bound[id(by)], group, coming.lr0s))
         if twice:
-            warn_if_unsteady((bound[id(p)] for p in policies), infos, decided)
+            warn_if_unsteady(map(bound.get, map(id, policies)), infos, decided)
         return decided
 
     def _bind(self, policy: Policy | None) -> Policy | None:

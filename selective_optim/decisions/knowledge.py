@@ -24,6 +24,7 @@ from selective_optim import _torch
 from selective_optim._text import shape_of
 from selective_optim.decay import Decision
 from selective_optim.parameters import (
+    Asked,
     ModelIndex,
     ModuleRef,
     ParameterInfo,
@@ -53,8 +54,10 @@ def describe(
     index: ModelIndex, pending: Sequence[Pending]
 ) -> list[list[ParameterInfo]]:
     """Describe the parameters of all groups; the index learns which modules live."""
-    asked = [wanted(coming.params, coming.names, coming.group) for coming in pending]
-    infos = index.infos([*chain(*asked)])
+    asked: list[Asked] = []
+    for coming in pending:
+        asked += wanted(coming.params, coming.names, coming.group)
+    infos = index.infos(asked)
     policies = [coming.policy for coming in pending for _ in coming.params]
     gaps = [i for i, pair in enumerate(zip(policies, infos)) if _lacks(*pair)]
     # With `model=` a tensor of another model is a mistake.

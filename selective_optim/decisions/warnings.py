@@ -14,7 +14,7 @@ from selective_optim.decay import Decay, Decision, is_zero, target_text
 from selective_optim.fused.guards import params_of
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.selectors import Policy
-from selective_optim.step.setting import Group, alike
+from selective_optim.step.setting import Group, alike, none_decays
 
 # How alike a key must be to one that is read to be taken for it: "wd_polcy" is 0.94
 # and "weight_decays" 0.96. Keys that others put there are less: "lr_scale" is 0.4.
@@ -67,14 +67,13 @@ def warn_if_nothing_decays(
 ) -> None:
     """Warn if nothing will decay, and of a multiplier that reads like a decay."""
     all_rows = list(chain(*layout))
-    policy = next((row.policy for row in all_rows if row.policy is not None), None)
-    if policy is None:
+    policies = [row.policy for row in all_rows if row.policy is not None]
+    if not policies:
         return
-    decays = [row.decision.decay for row in all_rows]
+    policy, decays = policies[0], [row.decision.decay for row in all_rows]
     # One optimizer per parameter is common, and most of them have an exempt one.
     exempt = len(decays) > 1 and not any(decay.multiplier for decay in decays)
-    idle = all(is_zero(group["weight_decay"]) for group in groups)
-    if idle and not any(decay.of(0.0) for decay in decays):
+    if none_decays(groups) and not any(decay.of(0.0) for decay in decays):
         warn(
             f"`weight_decay` is 0 in every group, so `wd_policy` {policy!r} "
             f"has no effect. Pass weight_decay=0.01, or the value you want."

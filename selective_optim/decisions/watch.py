@@ -27,10 +27,17 @@ from selective_optim import _torch
 from selective_optim._text import warn
 from selective_optim.decay import FORMS, FULL, Decision, is_zero
 from selective_optim.decisions.table import Row
-from selective_optim.fused.guards import same_objects
+from selective_optim.fused.guards import params_of, same_objects
 from selective_optim.step.kernels import AdamKernel, Kernel
 from selective_optim.step.parts import fused_choice, wants_fused
-from selective_optim.step.setting import PLAIN, Groups, is_moving, is_rate, rate_now
+from selective_optim.step.setting import (
+    PLAIN,
+    Groups,
+    is_moving,
+    is_rate,
+    none_decays,
+    rate_now,
+)
 
 Layout = Sequence[Sequence[Row]]
 IDLE = 2  # steps without decay that are none of a schedule
@@ -91,8 +98,7 @@ class Watch:
         return self._beginning
 
     def _look_at_rounding(self, groups: Groups, layout: Layout, kernel: Any) -> None:
-        params = [param for group in groups for param in group["params"]]
-        devices = {param.device for param in params if param.dtype in _torch.HALF}
+        devices = {p.device for p in params_of(groups) if p.dtype in _torch.HALF}
         if self._rounding and not any(map(_torch.is_capturing, devices)):
             self._rounding = False
             decided = [[row.decision for row in rows] for rows in layout]
@@ -102,7 +108,7 @@ class Watch:
     def _is_idle(self, groups: Groups, layout: Layout) -> bool:
         """Tell whether no group decays, but not yet for long."""
         self._idle += 1
-        if not all(is_zero(group["weight_decay"]) for group in groups):
+        if not none_decays(groups):
             return False
         departing = [r for rows in layout for r in rows if r.decision.decay != FULL]
         if any(row.decision.decay.fixed for row in departing):
@@ -207,14 +213,14 @@ def _described(groups: Groups, layout: Layout) -> Iterator[tuple[str, str, str]]
     policies = {id(row.policy) for rows in layout for row in rows}
     for index, (group, rows) in enumerate(zip(groups, layout)):
         route = f" on route {group['route']!r}" if "route" in group else ""
-        pieces = _torch.flattened(group["params"])  # of another shape on every rank
         for place, (param, row) in enumerate(zip(group["params"], rows)):
             decision, needs = row.decision, row.policy.needs if row.policy else ()
             ruled = len(policies) == 1 and "anything" not in needs
             # In places of shards or master copies each rank may have another tensor.
             if decision.telling_name is None and not ruled:
                 continue
-            shape = "" if id(param) in pieces else str(tuple(decision.shape))
+            # A piece of what is flattened has another shape on every rank.
+            shape = "" if _torch.is_flattened(param) else str(tuple(decision.shape))
             yield decision.label(index, place), shape, f"{decision.decay!r}{route}"
 
 

@@ -264,7 +264,7 @@ class Plan:
         self._steps: list[Tensor] = []
         self._seen: list[Tensor] = []  # of the state that others may edit
         lists = (each for bucket in self._buckets for each in bucket.lists)
-        self._filled = [self._local, self._steps, self._seen, *lists]
+        self._filled = [self._local, self._steps, self._seen, *lists, *self._grads]
         self._active: Sequence[Tensor] | None = None
 
     def _gather(self, params: Sequence[Tensor], states: States) -> None:
@@ -428,8 +428,9 @@ class Plan:
                 self._program = program if lasts else None
             self._perform(program, scaling)
         finally:
-            _clear(self._grads)
-            if not self._keeps:
+            if self._keeps:
+                _clear(self._grads)
+            else:
                 self._release()
 
     @torch.no_grad()

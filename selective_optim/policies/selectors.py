@@ -338,7 +338,7 @@ class Policy:
         """The selectors that should match at least one parameter."""
         if self.missing_ok:
             return ()
-        return tuple(chain.from_iterable(s.leaves for s in self.selectors))
+        return tuple([leaf for s in self.selectors for leaf in s.leaves])
 
     def decide(self, info: ParameterInfo) -> Answer:
         """Decide for one parameter and say why."""

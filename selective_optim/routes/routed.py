@@ -18,7 +18,6 @@ from selective_optim._optimizer import Model, SelectiveOptimizer
 from selective_optim._text import copied_groups, require_numbers, warn
 from selective_optim.adamw import AdamW
 from selective_optim.any_class import MODES, READING, as_torch_reads, selective
-from selective_optim.decay import is_zero
 from selective_optim.decisions.decider import WRITTEN, Decider
 from selective_optim.decisions.knowledge import Pending
 from selective_optim.decisions.state_dict import Decided
@@ -52,6 +51,7 @@ from selective_optim.step.setting import (
     WD,
     Group,
     base_rate,
+    none_decays,
     scaling_of,
     without,
 )
@@ -126,7 +126,7 @@ class Routed(torch.optim.Optimizer):
         first = self.param_groups[0]
         self.defaults = {key: first.get(key) for key in ("lr", WD)}
         self._decider.warn_if_nothing_decays(self.param_groups)
-        self._watch = Watch(not all(is_zero(group[WD]) for group in self.param_groups))
+        self._watch = Watch(not none_decays(self.param_groups))
         self._compare_ranks()
         self._decider.index.release()
 

@@ -104,7 +104,7 @@ def free_choice(group: Group) -> bool:
 
 def fused_choice(kernel: Kernel, group: Group) -> bool | None:
     """Tell whether a group is fused; ``None`` where each parameter is asked."""
-    if group["differentiable"]:
+    if group.get("differentiable"):
         return False
     if group["fused"]:
         return True
