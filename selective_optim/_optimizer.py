@@ -16,7 +16,7 @@ from torch import nn
 
 from selective_optim import _torch
 from selective_optim._text import keep, put_back, require_numbers, warn
-from selective_optim.decay import Form
+from selective_optim.decay import Form, none_decays
 from selective_optim.decisions.decider import WRITTEN, Decider, own_keys
 from selective_optim.decisions.state_dict import (
     POLICIES,
@@ -45,7 +45,7 @@ from selective_optim.report import DecayReport, form_of_class, make_rows, report
 from selective_optim.step.class_step import AroundStep, View, view_of
 from selective_optim.step.kernels import Kernel
 from selective_optim.step.parts import DecidedParam, Part
-from selective_optim.step.setting import none_decays, scaling_of
+from selective_optim.step.setting import scaling_of
 
 Group = dict[str, Any]
 Model = nn.Module | Sequence[nn.Module] | None

@@ -9,9 +9,10 @@ apply decay is also a word of ``Applied`` and a branch in ``_move_`` of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from numbers import Real
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -193,6 +194,11 @@ def number_text(value: float) -> str:
 def is_zero(value: float | Tensor) -> bool:
     """Tell whether a number is 0; a tensor may change and never counts as 0."""
     return not isinstance(value, Tensor) and value == 0
+
+
+def none_decays(groups: Iterable[dict[str, Any]]) -> bool:
+    """Tell whether the decay of every group is 0 now."""
+    return all(map(is_zero, map(itemgetter("weight_decay"), groups)))
 
 
 FULL, EXEMPT = Decay(1.0), Decay(0.0)

@@ -17,8 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from selective_optim import _torch
 from selective_optim._text import held_optimizers, is_optimizer, require_decay
-from selective_optim.decay import FORMS, is_zero
-from selective_optim.step.setting import none_decays
+from selective_optim.decay import FORMS, is_zero, none_decays
 
 Group = dict[str, Any]
 Optimizer = torch.optim.Optimizer

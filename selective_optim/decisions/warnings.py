@@ -10,11 +10,11 @@ from typing import Any
 from weakref import WeakSet
 
 from selective_optim._text import first_of, warn
-from selective_optim.decay import Decay, Decision, is_zero, target_text
+from selective_optim.decay import Decay, Decision, is_zero, none_decays, target_text
 from selective_optim.fused.guards import params_of
 from selective_optim.parameters import ParameterInfo
 from selective_optim.policies.selectors import Policy
-from selective_optim.step.setting import Group, alike, none_decays
+from selective_optim.step.setting import Group, alike
 
 # How alike a key must be to one that is read to be taken for it: "wd_polcy" is 0.94
 # and "weight_decays" 0.96. Keys that others put there are less: "lr_scale" is 0.4.

@@ -25,19 +25,12 @@ from torch import Tensor
 
 from selective_optim import _torch
 from selective_optim._text import warn
-from selective_optim.decay import FORMS, FULL, Decision, is_zero
+from selective_optim.decay import FORMS, FULL, Decision, is_zero, none_decays
 from selective_optim.decisions.table import Row
 from selective_optim.fused.guards import params_of, same_objects
 from selective_optim.step.kernels import AdamKernel, Kernel
 from selective_optim.step.parts import fused_choice, wants_fused
-from selective_optim.step.setting import (
-    PLAIN,
-    Groups,
-    is_moving,
-    is_rate,
-    none_decays,
-    rate_now,
-)
+from selective_optim.step.setting import PLAIN, Groups, is_moving, is_rate, rate_now
 
 Layout = Sequence[Sequence[Row]]
 IDLE = 2  # steps without decay that are none of a schedule

@@ -149,13 +149,8 @@ def require_matches(
     everyone: Callable[[], Infos],
 ) -> None:
     """Raise if a glob or object matches nothing; warn if what a class means decays."""
-    missing = [
-        selector
-        for selector in policy.required
-        if (selector.by_name or isinstance(selector, InsideClass))
-        and not any(map(selector.matches, infos))
-        and not elsewhere(selector)
-    ]
+    asked = [s for s in policy.required if s.by_name or isinstance(s, InsideClass)]
+    missing = [s for s in asked if not any(map(s.matches, infos)) and not elsewhere(s)]
     if not missing:
         return
     _warn_of_class(policy, [s for s in missing if isinstance(s, InsideClass)], infos)

@@ -18,6 +18,7 @@ from selective_optim._optimizer import Model, SelectiveOptimizer
 from selective_optim._text import copied_groups, require_numbers, warn
 from selective_optim.adamw import AdamW
 from selective_optim.any_class import MODES, READING, as_torch_reads, selective
+from selective_optim.decay import none_decays
 from selective_optim.decisions.decider import WRITTEN, Decider
 from selective_optim.decisions.knowledge import Pending
 from selective_optim.decisions.state_dict import Decided
@@ -51,7 +52,6 @@ from selective_optim.step.setting import (
     WD,
     Group,
     base_rate,
-    none_decays,
     scaling_of,
     without,
 )

@@ -31,13 +31,6 @@ FLAGS = (
 )
 
 
-_decay_of = itemgetter(WD)
-
-
-def none_decays(groups: Groups) -> bool:
-    return all(map(is_zero, map(_decay_of, groups)))
-
-
 def without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in keys}
 
