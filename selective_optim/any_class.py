@@ -234,11 +234,13 @@ class AnyOptimizer(SelectiveOptimizer):
         require_plain_arguments(self, (*args, *kwargs.values()))
         step = _torch.unhooked(super(SelectiveOptimizer, self).step)
         around = AroundStep(self, self.state)
-        if closure is not None or args:
-            args = (closure and self._outside(closure, around), *args)
+        if callable(closure):
+            args = (self._outside(closure, around), *args)
+        elif closure is not None or args:  # a value that the class takes
+            args = (closure, *args)
         try:
             self._enter()
-            if closure is None and not _begin(around, self._part_views()):
+            if not callable(closure) and not _begin(around, self._part_views()):
                 return None
             # Hooks ran before; a class that calls its base's step has them run again.
             with _torch.without_step_hooks(self):

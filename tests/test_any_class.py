@@ -320,6 +320,49 @@ def test_form_that_a_group_may_choose_is_computed_by_the_class(cls, flag, argume
     assert optimizer.param_groups[0][flag] is False
 
 
+def load_decay_of_zero(optimizer: Any) -> None:
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["weight_decay"] = 0.0
+    optimizer.load_state_dict(saved)
+
+
+def assign_without_decay(optimizer: Any) -> None:
+    policy, optimizer.wd_policy = optimizer.wd_policy, "all"
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    set_grads([*optimizer.param_groups[0]["params"]], 0)
+    optimizer.step()
+    optimizer.wd_policy = policy
+
+
+@pytest.mark.filterwarnings("ignore:.weight_decay. is 0 in every group")
+@pytest.mark.parametrize("form", ["l2", "decoupled"])
+@pytest.mark.parametrize("begin", [None, load_decay_of_zero, assign_without_decay])
+@pytest.mark.parametrize(("cls", "flag", "arguments"), FORMS)
+def test_form_is_that_of_the_policy_when_decay_begins_later(
+    cls, flag, arguments, begin, form
+):
+    """While nothing decays, no form needs to be told to the class; then it does."""
+    (actual,), (expected,) = make_params()[:1], make_params()[:1]
+    policy = policies.form(form)
+    first = 0.0 if begin is None else 0.1
+    numbers = {"lr": 0.05, flag: form == "l2"}
+    optimizer = selective(cls)(
+        [actual], weight_decay=first, wd_policy=policy, **numbers
+    )
+    if begin is not None:
+        begin(optimizer)
+        expected.data.copy_(actual.data)
+    numbers[flag] = form == "decoupled"
+    oracle = cls([expected], weight_decay=0.0, **numbers)
+    if begin is not None:
+        oracle.state[expected] = copy.deepcopy(optimizer.state[actual])
+    for wd in (0.0, 0.1, 0.0, 0.2):
+        for each, param in ((optimizer, actual), (oracle, expected)):
+            each.param_groups[0]["weight_decay"] = wd
+            train(each, [param], range(2))
+    assert_same([actual], [expected])
+
+
 @pytest.mark.parametrize("kind", ["independent", "corrected"])
 def test_forms_that_are_numbers_are_computed_for_the_class(kind):
     """Bit for bit the class with its decay set by hand, and again after a resume."""
@@ -451,6 +494,54 @@ def test_pass_runs_after_the_closure_and_once():
         step_by_formula(oracle, "l2", [torch.zeros_like(p) for p in expected])
     for a, b in zip(actual, expected):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-7)  # float32, another order
+
+
+def test_what_the_class_counts_in_a_dict_of_its_group_is_each_parts_own():
+    class Tallying(Counting):
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                tally = group.setdefault("tally", {"steps": [0]})
+                tally["steps"][0] += 1
+            self._counts = [g["tally"]["steps"][0] for g in self.param_groups]
+            return super().step(closure)
+
+    params = make_params()
+    optimizer = ours(Tallying, params, wd_policy="all")
+    set_grads(params, 0)
+    optimizer.step()
+    optimizer.wd_policy = verdict
+    optimizer.step()
+    assert len(optimizer._counts) > 2
+    assert set(optimizer._counts) == {2}
+
+
+def test_gradient_that_the_class_clears_between_closures_stays_cleared():
+    class Twice(Counting):
+        def step(self, closure: Any = None) -> None:
+            closure()
+            self.zero_grad()
+            closure()
+
+    params = make_params()[:2]
+    policy = policies.form("l2")
+    optimizer = selective(Twice)(params, lr=LR, weight_decay=WD, wd_policy=policy)
+    optimizer.step(lambda: sum(param.sum() for param in params).backward())
+    assert_same([param.grad for param in params], list(map(torch.ones_like, params)))
+
+
+def test_value_that_is_no_closure_reaches_the_class():
+    class Weighed(Counting):
+        def step(self, loss: Any = None) -> Any:
+            self.weighed = 2 * loss
+            return super().step()
+
+    params, twins = make_params(), make_params()
+    optimizer, oracle = ours(Weighed, params), by_hand(Weighed, twins)
+    for each, tensors in ((optimizer, params), (oracle, twins)):
+        set_grads(tensors, 0)
+        each.step(0.5)
+    assert optimizer.weighed == 1.0
+    assert_same(params, twins)
 
 
 @pytest.mark.parametrize("kind", ["l2", "cautious"])

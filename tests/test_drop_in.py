@@ -454,6 +454,22 @@ def test_tensor_betas_step_as_in_torch(name, kind):
     assert_same(actual, expected)
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@pytest.mark.parametrize("kind", [{}, {"fused": True}], ids=str)
+def test_betas_of_one_element_in_a_group_step_as_those_without_dimensions(name, kind):
+    """torch's constructor takes their dimension away, and of a group's the step."""
+    actual, expected = tensors((3, 4), (4,)), tensors((3, 4), (4,))
+    runs = [(actual, ours, kind, [1]), (expected, torchs, explicit(kind), [])]
+    for params, make, choice, shape in runs:
+        betas = torch.full(shape, 0.8), torch.full(shape, 0.99)
+        own = make(name, [{"params": params, "betas": betas}], **choice)
+        for step in range(4):
+            set_grads(params, step)
+            own.step()
+            betas[0].mul_(0.9)
+    assert_same(actual, expected)
+
+
 @pytest.mark.parametrize("multiplier", [1, 0.5])
 @pytest.mark.parametrize("kind", [{}, LOOP, {"fused": True}], ids=str)
 def test_tensor_weight_decay_is_read_anew_at_every_step(multiplier, kind):

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import selective_optim
+from selective_optim import selective
 from selective_optim.checkpoint import group_names, merge_groups, split_groups
 from tests.support.compare import assert_same
 from tests.support.resuming import assert_same_run
@@ -226,9 +227,7 @@ def test_groups_of_as_many_parameters_that_hold_others_are_told():
     )
 
 
-@pytest.mark.parametrize(
-    "cls", [selective_optim.AdamW, selective_optim.selective(torch.optim.NAdam)]
-)
+@pytest.mark.parametrize("cls", [selective_optim.AdamW, selective(torch.optim.NAdam)])
 def test_names_in_another_order_are_told(cls):
     """By position, as torch goes, moments of one shape would change places unseen."""
     model = net(width=1)
@@ -248,6 +247,46 @@ def test_names_in_another_order_are_told(cls):
     ours.load_state_dict(merge_groups(saver.state_dict(), order=order))
     expected = {name: saver.state[param] for name, param in pairs}
     assert_same({name: ours.state[param] for name, param in pairs}, expected)
+
+
+class Attention(nn.Module):
+    """Holds layers of one shape in the order in which they are listed."""
+
+    def __init__(self, order):
+        super().__init__()
+        for name in order:
+            setattr(self, name, nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize(
+    "cls", [selective_optim.SGD, selective_optim.AdamW, selective(torch.optim.NAdam)]
+)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_layers_in_another_order_are_told_by_the_names_of_the_record(cls, groups):
+    """The model loads by name, and torch's optimizers by position."""
+    models = Attention("qkv"), Attention("kqv")
+    models[1].load_state_dict(models[0].state_dict())
+
+    def make(model):
+        params = [{"params": child.parameters()} for child in model.children()]
+        params = model.parameters() if groups == 1 else params
+        more = {"momentum": 0.9} if cls is selective_optim.SGD else {}
+        return cls(params, weight_decay=WD, wd_policy="no_bias", model=model, **more)
+
+    saver, ours = map(make, models)
+    train(models[0], saver, range(2))
+    saved = saver.state_dict()
+    with pytest.raises(ValueError, match=r"is 'q.weight', and here 'k.weight'") as told:
+        ours.load_state_dict(saved)
+    assert not ours.state
+    call = re.search(r"checkpoint\.(.*)\.$", str(told.value))[1]
+    names = {"state_dict": saved, "optimizer": ours, "model": models[1]}
+    ours.load_state_dict(eval(call, CALLS | names))
+    states = [
+        {name: dict(optimizer.state[param]) for name, param in model.named_parameters()}
+        for model, optimizer in zip(models, (saver, ours))
+    ]
+    assert_same(*states)
 
 
 def test_frozen_parameters_that_the_split_left_out_are_told():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import selective_optim
 from selective_optim import policies
 from selective_optim.checkpoint import group_names, merge_groups
 from tests.support import twins
@@ -461,6 +462,36 @@ def test_unreadable_record_does_not_stop_loading(record):
     resumed[0].load_state_dict(run[0].state_dict())
     resumed[1].load_state_dict({**state_dict, "decay": record})
     assert_same_run(*resumed, *run)
+
+
+KEYS = [
+    (name, key)
+    for name in ("SGD", "Adam", "AdamW")
+    for key in getattr(torch.optim, name)(make_net().parameters()).param_groups[0]
+    if key != "fused"  # without it ours chooses anew
+]
+
+
+@pytest.mark.parametrize(("name", "key"), KEYS)
+def test_state_dict_that_lacks_a_key_loads_where_torch_fills_it_in(name, key):
+    """As those of older versions do; what torch cannot do without is refused."""
+    left = []
+    for package in (selective_optim, torch.optim):
+        model, more = make_net(), {"momentum": 0.9} if name == "SGD" else {}
+        optimizer = getattr(package, name)(
+            model.parameters(), lr=0.1, fused=True, **more
+        )
+        train(model, optimizer, range(2))
+        saved = copy.deepcopy(optimizer.state_dict())
+        del saved["param_groups"][0][key]
+        try:
+            optimizer.load_state_dict(saved)
+            train(model, optimizer, range(2, 4))
+        except (KeyError, ValueError):
+            left.append(None)
+        else:
+            left.append([param.tolist() for param in model.parameters()])
+    assert left[0] == left[1]
 
 
 def test_truncated_file_changes_nothing():

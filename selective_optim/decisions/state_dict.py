@@ -71,7 +71,7 @@ def require_groups_like(groups: Groups, decided: Decided, state_dict: Any) -> No
             f"type selective_optim.checkpoint.merge_groups(state_dict, {ORDER})."
         )
     _require_keys(saved, ["weight_decay"], groups)
-    _require_order(saved, groups, decided)
+    _require_order(state_dict, groups, decided)
 
 
 def require_loadable(
@@ -86,7 +86,7 @@ def require_loadable(
     params, keys = params_of(groups), params_of(saved)
     if len(keys) != len(params):
         return  # torch says it well
-    _require_order(saved, groups, decided)
+    _require_order(state_dict, groups, decided)
     states = [state_dict["state"].get(key) or {} for key in keys]
     counter = ("step",) if kernel.counts else ()
     entries = [counter + kernel.entries(g) for g in saved for _ in g["params"]]
@@ -119,19 +119,32 @@ def _require_keys(saved: Groups, required: Sequence[str], groups: Groups) -> Non
             )
 
 
-def _require_order(saved: Groups, groups: Groups, decided: Decided) -> None:
-    saved_names = _names_in(saved)
-    if saved_names == _names_in(groups):
+def _require_order(state_dict: Any, groups: Groups, decided: Decided) -> None:
+    """Check that names, if both sides know them all, stand in one order."""
+    saved_names = _names_in(state_dict["param_groups"])
+    if saved_names and saved_names == _names_in(groups):
         return  # also where someone reordered the tensors of a group by hand
-    names = [decision.name for decisions in decided for decision in decisions]
+    names = [d.name if saved_names else d.telling_name for d in chain(*decided)]
+    saved_names = saved_names or _recorded_names(state_dict)
     if saved_names == names or sorted(saved_names) != sorted(n or "" for n in names):
         return  # torch goes by position: another model may have other names
     position = next(i for i, name in enumerate(names) if name != saved_names[i])
+    ordered = (
+        f"merge_groups(state_dict, {ORDER})" if len(groups) == 1 else _regrouping()
+    )
     raise ValueError(
         f"parameter {position} of the loaded state dict is {saved_names[position]!r}, "
         f"and here {names[position]!r} stands there. Order it with selective_optim."
-        f"checkpoint.merge_groups(state_dict, {ORDER})."
+        f"checkpoint.{ordered}."
     )
+
+
+def _recorded_names(state_dict: Any) -> list[str]:
+    try:
+        begins = map(begin_in, chain(*state_dict.get(RECORD, ())))
+        return [name for begin in begins if (name := begin.get("name"))]
+    except TypeError:  # a record of another version tells nothing
+        return []
 
 
 def _names_in(groups: Groups) -> list[str]:

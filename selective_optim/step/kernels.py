@@ -59,7 +59,10 @@ class Kernel:
         arguments = {name: group[name] for name in (*self.numbers, *self.flags)}
         arguments["weight_decay"] = share.wd
         if "betas" in arguments:
-            arguments["beta1"], arguments["beta2"] = arguments.pop("betas")
+            # As torch does: kernels take a tensor without dimensions alone.
+            betas = [b.squeeze() if isinstance(b, Tensor) else b for b in group["betas"]]
+            del arguments["betas"]
+            arguments["beta1"], arguments["beta2"] = betas
         return Setting(arguments, share)
 
     @staticmethod
@@ -186,7 +189,7 @@ class SGDKernel(Kernel):
 
     counts = False
     numbers = ("lr", "momentum", "dampening", "weight_decay")
-    required = (*numbers, "nesterov", "params")
+    required = (*numbers, "params")  # torch takes "nesterov" for False
     flags = ("nesterov", "maximize")
     choices = ("foreach", "fused")
     applies = ("l2",)

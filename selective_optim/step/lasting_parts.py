@@ -113,6 +113,8 @@ class Split:
         forms = [part.decay_key.decay.form for part in self.parts]
         if "lr" in touched and any(form and FORMS[form].follows_lr for form in forms):
             touched += group.keys() & {WD}
+        if WD in touched:  # of a decay of 0 no form was handed down
+            touched += group.keys() & {*FLAGS}
         # Computed before any is written, so that an error leaves the parts alike.
         updates: list[tuple[Group, Group]] = []
         for key in touched:
@@ -181,10 +183,11 @@ def _differing(groups: Sequence[Group]) -> list[str]:
 
 
 def _copied(group: Group, defaults: Collection[str]) -> Group:
-    """Copy a group for a part, which counts by itself in tensors under other keys."""
-    tensors = {k: v for k, v in group.items() if isinstance(v, Tensor)}
-    copies = {k: v.detach().clone() for k, v in tensors.items() if k not in defaults}
-    return {**group, **copies}
+    """Copy a group for a part, which counts by itself under keys of its own."""
+    own = {k: v for k, v in group.items() if k not in defaults}
+    copies = {k: v.detach().clone() for k, v in own.items() if isinstance(v, Tensor)}
+    counted = {k: v for k, v in own.items() if isinstance(v, (dict, list))}
+    return {**group, **copies, **copy.deepcopy(counted)}
 
 
 def by_decay(decisions: Sequence[Decision]) -> dict[DecayKey, list[int]]:
