@@ -214,6 +214,12 @@ class DecayKey(NamedTuple):
 
     decay: Decay
     lr0: float | None = None  # where the form needs it
+    later: Decay | None = None  # once there is a target, which is waited for
+
+    @property
+    def decided(self) -> Decay:
+        """What the policy says, also if it waits."""
+        return self.later or self.decay
 
 
 class Answer(NamedTuple):
@@ -244,8 +250,9 @@ class Decision(NamedTuple):
 
     @property
     def decay_key(self) -> DecayKey:
-        decay = EXEMPT if self.waits else self.decay
-        return DecayKey(decay, self.lr0 if decay.needs_lr0 else None)
+        if self.waits:
+            return DecayKey(EXEMPT, None, self.decay)
+        return DecayKey(self.decay, self.lr0 if self.decay.needs_lr0 else None)
 
     def begin(self) -> dict[str, Any]:
         """Return what its decay depends on besides multiplier and form, if anything."""

@@ -158,7 +158,7 @@ def _parts(
     if named:
         group = {**group, "param_names": [decision.name for decision in decisions]}
     for decay_key, positions in by_decay(decisions).items():
-        if stated := decay_key.decay.stated:
+        if stated := decay_key.decided.stated:
             raise ValueError(
                 f"`wd_policy` states {stated}, and a group holds numbers alone. Leave "
                 f"that out, or use selective_optim.AdamW."

@@ -234,6 +234,31 @@ def test_resumed_run_continues_bit_for_bit(cls):
     assert_trains_as_by_hand(cls, resume)
 
 
+def test_values_of_parts_are_loaded_before_their_target_is_taken():
+    """Until training begins these parameters do not decay, each kind by itself."""
+
+    class Measuring(Counting):
+        def step(self, closure: Any = None) -> None:
+            super().step()
+            for group in self.param_groups:
+                norms = [param.grad.norm().item() for param in group["params"]]
+                group["gamma"] = group.get("gamma", 0.0) + sum(norms)
+                for param in group["params"]:
+                    param.data.sub_(param.grad, alpha=0.01 * group["gamma"])
+
+    policy = policies.scale("p1", by=0.5) * policies.exclude("p2")
+    policy *= policies.towards("init") * policies.form("decoupled")
+    params, twins = make_params()[:4], make_params()[:4]
+    make = partial(selective(Measuring), weight_decay=WD, wd_policy=policy)
+    optimizer, oracle = train(make(named(params)), params), make(named(twins))
+    train(oracle, twins)
+    again = make(named(params))
+    again.load_state_dict(reload(optimizer))
+    train(again, params)
+    train(oracle, twins)
+    assert_same(params, twins)
+
+
 @each_class
 def test_deep_copy_continues_bit_for_bit(cls):
     if cls is Listing:
@@ -1033,9 +1058,9 @@ def scheduled(cls: Any) -> None:
     train(ours(cls, params), params, range(3))
 
 
-def stated_target(cls: Any) -> None:
+def stated_target(cls: Any, target: Any = 1.0) -> None:
     params = make_params()[:2]
-    selective(cls)(params, weight_decay=0.1, wd_policy=policies.towards(1.0))
+    selective(cls)(params, weight_decay=0.1, wd_policy=policies.towards(target))
 
 
 def given_list(cls: Any) -> None:
@@ -1071,6 +1096,10 @@ REFUSALS = [
     (
         *(stated_target, Counting, ValueError),
         r"states the target 1, and Counting does not .* \* form\('decoupled'\)\.$",
+    ),
+    (
+        *(partial(stated_target, target="init"), Counting, ValueError),
+        r"states the target 'init', and Counting does not say",
     ),
     (given_list, Counting, ValueError, "a list of 2 items"),
     (loaded_by_hand, Counting, ValueError, "checkpoint.merge_groups"),

@@ -112,6 +112,11 @@ REFUSALS = [
         ValueError,
         "states the form 'l2'",
     ),
+    (
+        lambda: split(policies.towards("init"), weight_decay=0.1),
+        ValueError,
+        "states the target 'init'",
+    ),
     (lambda: split({"*.bais": 0}, weight_decay=0.1), ValueError, r"'\*.bais'"),
     (lambda: param_groups([], "all", 0.1), ValueError, "empty parameter list"),
     (

@@ -240,7 +240,7 @@ def _loses(
 ) -> bool:
     if param.dtype not in _torch.HALF or type(_torch.shard_of(param)) not in PLAIN:
         return False
-    decay, lr0 = decision.decay_key
+    decay, lr0, _ = decision.decay_key
     form, wd = FORMS[decay.form or kernel.default_form(group)], group["weight_decay"]
     if param.is_meta or decay.target or form.applied == "l2":
         return False

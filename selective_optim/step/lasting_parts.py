@@ -375,7 +375,7 @@ def require_forms(optimizer: Any, split: Split) -> None:
     """Check that it is known what each part is to be decayed like."""
     name = type(optimizer).__name__
     default = chosen_form(split.group) or split.form
-    for decay in (part.decay_key.decay for part in split.parts):
+    for decay in (part.decay_key.decided for part in split.parts):
         if is_zero(decay.multiplier) or not (decay.form or decay.target):
             continue
         if decay.form is None and not default:

@@ -94,7 +94,7 @@ def share(
     reading: bool = True,
 ) -> Share:
     """Share out a part's decay: a pass takes what the class cannot be told."""
-    decay, lr0 = decay_key
+    decay, lr0, _ = decay_key
     wd = decay.of(group["weight_decay"])
     if is_zero(wd):
         return Share(0.0, default)
