@@ -119,14 +119,6 @@ class GroupsGuard:
         self._numbers = flat(map(self._numbers_of, groups))
         self._scales_tensors = any(isinstance(group[WD], Tensor) for group in groups)
 
-    def release(self) -> None:
-        """Hold no parameter from now on."""
-        if self._held:
-            self._marks = list(map(_torch.token_of, self._marks))
-            self._held = self.lists_tell = False
-            for contents in self._contents:
-                contents["params"] = _Unseen()
-
     def holds(self, groups: Groups, params: Sequence[Tensor]) -> bool:
         """Tell whether nothing changed; ``params`` count where lists do not tell."""
         try:

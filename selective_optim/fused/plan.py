@@ -297,16 +297,6 @@ class Plan:
         self._active = None
         _clear(self._filled)
 
-    def expose(self) -> None:
-        """Keep no tensor from now on, and look at each at every step."""
-        if not self._exposed:
-            # First: a proof takes as many tensors as it was made of.
-            self._proofs = []  # of moments and counters, too
-            self._exposed, self._keeps = True, False
-            self._guard.release()
-            self._program = None  # whose counters were views
-            self._release()
-
     # Checking: is the plan still valid?
 
     def current_grads(self, groups: Groups, states: States) -> list[Any] | None:

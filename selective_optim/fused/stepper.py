@@ -70,8 +70,7 @@ class Stepper:
             self.seen = True
             return
         try:
-            if self._plan is not None:
-                self._plan.expose()
+            self.forget()  # a plan that was made before holds tensors
             self._counters.part(states, self.seen)
             # Last: after an interrupt, the next step does the rest.
             self.exposed, self.seen = True, False
