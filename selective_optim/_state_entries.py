@@ -8,7 +8,7 @@ from itertools import chain, count
 from typing import Any
 
 from selective_optim._text import received
-from selective_optim._torch import canonical_name, told_apart, without_wrappers
+from selective_optim._torch import telling_name
 from selective_optim.decay import Decay
 from selective_optim.decisions.state_dict import (
     PARTS,
@@ -77,8 +77,8 @@ def read(
             state = state_dict["state"].get(key)
             listed.append(Entry(name, key, index, hyper, state, values, record))
     entries: dict[str, Entry] = {}
-    for name, entry in zip(told_apart([entry.name for entry in listed]), listed):
-        first = entries.setdefault(name, entry)
+    for entry in listed:
+        first = entries.setdefault(telling_name(entry.name), entry)
         if first is not entry:
             raise ValueError(
                 f"{entry.name!r} names two parameters of the state dict, in groups "
@@ -126,9 +126,7 @@ def choose(
     """Put all parameters into the order of ``names``, which names each once."""
     chosen: dict[str, Entry] = {}
     for name in names:
-        key = canonical_name(name)
-        # Parameters that a parametrization made of one have their full names.
-        key = key if key in entries else without_wrappers(name)
+        key = telling_name(name)
         if key not in entries:
             raise ValueError(
                 f"{name!r} in `{argument}` names no parameter of the state dict. "

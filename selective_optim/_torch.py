@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import warnings
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -277,11 +277,8 @@ def name_of_its_own(name: str) -> str | None:
     return plain if numbered else None
 
 
-def told_apart(names: Sequence[str]) -> list[str]:
-    """Make names canonical, but for those that a parametrization's parameters share."""
-    pairs = [(name, canonical_name(name)) for name in names]
-    counts = Counter(short for _, short in pairs)
-    return [s if counts[s] == 1 else without_wrappers(name) for name, s in pairs]
+def telling_name(name: str) -> str:
+    return name_of_its_own(name) or canonical_name(name)
 
 
 # A module's own parameters and modules by name, ``None`` among them. torch's methods

@@ -39,7 +39,7 @@ from selective_optim._state_entries import (
     write,
 )
 from selective_optim._text import aligned, received, shape_text
-from selective_optim._torch import told_apart, without_wrappers
+from selective_optim._torch import telling_name, without_wrappers
 from selective_optim.decisions.state_dict import (
     PARTS,
     RECORD,
@@ -68,9 +68,8 @@ def _named_parameters(model: Any) -> list[tuple[Tensor, str, str]]:
     """List parameters with their canonical names, and with those that DCP gives."""
     named = [pair for m in as_modules(model) for pair in m.named_parameters()]
     # Modules may share parameters.
-    pairs = {id(param): (param, without_wrappers(name)) for name, param in named}
-    names = told_apart([raw for _, raw in pairs.values()])
-    return [(param, name, raw) for (param, raw), name in zip(pairs.values(), names)]
+    pairs = {id(param): (param, name) for name, param in named}.values()
+    return [(param, telling_name(n), without_wrappers(n)) for param, n in pairs]
 
 
 def group_names(
@@ -423,7 +422,9 @@ def _layout(model: Any) -> list[tuple[Hyper, list[tuple[Tensor, Entry]]]]:
     # A class may have made state when it was constructed, as Adagrad does.
     states = map(saved["state"].get, keys)
     records = chain(*saved.get(RECORD, [[()] * count]))
-    columns = zip(told_apart(names), map(without_wrappers, names), states, records)
+    columns = zip(
+        map(telling_name, names), map(without_wrappers, names), states, records
+    )
     entries = (Entry(n, key, state=s, record=r) for n, key, s, r in columns)
     return [
         (without(saved_group, PER_PARAM), list(zip(group["params"], entries)))

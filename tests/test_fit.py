@@ -926,3 +926,15 @@ def test_state_survives_surgeries_of_libraries(make):
             assert_same(leading(value, saved.shape), saved, strides=False)
             assert value.abs().sum() == saved.abs().sum()  # what was added is 0
     train(model, new, SECOND)
+
+
+def test_state_is_found_where_one_half_of_weight_norm_is_frozen():
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))
+    model.parametrizations.weight.original0.requires_grad_(False)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(named)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    fitted = fit(optimizer.state_dict(), model)
+    assert fitted.kept == ["bias", "parametrizations.weight.original1"]
+    assert fitted.new == ["parametrizations.weight.original0"]
