@@ -100,6 +100,52 @@ def test_what_another_route_steps_now_begins_anew_and_is_told():
     train(twin, again)
 
 
+@pytest.mark.parametrize("how", ["whole", "list"])
+def test_state_of_a_layer_that_is_gone_is_told_and_renamed_by_what_the_warning_says(
+    how,
+):
+    model, one = trained()
+    saved = one.state_dict()
+    if how == "list":
+        saved = list(checkpoint.split_routes(saved).values())
+    twin = copy.deepcopy(model)
+    twin.blocks = nn.ModuleDict({"0": twin.blocks[0], "last": twin.blocks[1]})
+    here = Net()
+    del here.blocks[1]
+    again = routed(here)
+    with pytest.warns(UserWarning, match=r"^no route steps 'blocks\.1\.0") as caught:
+        again.load_state_dict(saved)
+    assert len(caught) == 1
+    assert len(again.state) == 7
+
+    call = re.search(
+        r"selective_optim\.checkpoint\.fit\(.*\)\.state_dict", str(caught[0].message)
+    )
+    again = routed(twin)
+    names = [
+        [n.replace("blocks.1", "blocks.last") for n in group]
+        for group in checkpoint.group_names(one.param_groups, model)
+    ]
+    known = {"selective_optim": selective_optim, "optimizer": again}
+    if how == "whole":
+        fitted = eval(call[0], {**known, "state_dict": saved, "names": names})
+    else:
+        fitted = [
+            eval(call[0], {**known, "state_dict": part, "names": own, "route": route})
+            for part, own, route in zip(saved, names, again.optimizers)
+        ]
+    again.load_state_dict(fitted)
+    mine = {n.replace("last", "1"): s for n, s in state_by_name(twin, again).items()}
+    assert_same(mine, state_by_name(model, one))
+
+
+def test_layer_that_is_gone_without_state_is_not_told():
+    model, _ = twins()
+    saved = routed(model).state_dict()
+    del model.blocks[1]
+    routed(model).load_state_dict(saved)
+
+
 def test_decay_is_that_of_the_checkpoint_where_a_route_steps_others_now():
     _, one = trained()
     model, _ = twins()

@@ -46,6 +46,7 @@ from selective_optim.routes.state_dict import (
     joined,
     loadable,
     warn_of_new,
+    warn_of_unused,
 )
 from selective_optim.step.setting import (
     NO_SCALING,
@@ -430,7 +431,8 @@ class Routed(torch.optim.Optimizer):
         """Load a state dict of this class, or those of separate optimizers.
 
         It finds parameters by name if their order has changed. A parameter that another
-        route steps now, or that was not saved, gets no state.
+        route steps now, or that was not saved, gets no state. State of a parameter that
+        is not here is left out.
 
         Args:
             state_dict: The result of ``state_dict()``. Or the state dicts of separate
@@ -442,18 +444,20 @@ class Routed(torch.optim.Optimizer):
             ValueError: It has other routes, or does not fit; then nothing is loaded.
 
         Warns:
-            UserWarning: Some parameters get no state, or decay differently than saved.
+            UserWarning: Some parameters get no state, or decay differently than saved,
+                or saved state is left out.
         """
         self._distribute()
         for hook in _torch.hooks_of(self, "load_state_dict_pre"):
             adapted = hook(self, state_dict)
             state_dict = state_dict if adapted is None else adapted
         decided, order = self._readable(), self._order
-        saved, new = loadable(state_dict, self.optimizers, decided)
+        saved, new, unused = loadable(state_dict, self.optimizers, decided)
         for route, optimizer in self.optimizers.items():  # before anything is loaded
             with self._numbering(route):
                 optimizer._require_loadable(saved[route], decided[route])
         warn_of_new(new)
+        warn_of_unused(unused, state_dict)
         for route, optimizer in self.optimizers.items():
             optimizer.load_state_dict(saved[route])
         self.param_groups = self._groups_in(order)

@@ -187,8 +187,8 @@ def _route_of(group: Group, state: Group, routes: Sequence[str]) -> Any:
 
 def loadable(
     state_dict: Any, optimizers: Mapping[str, Optimizer], decided: Mapping[str, Decided]
-) -> tuple[dict[str, StateDict], list[str]]:
-    """Make each route's state dict, and list labels of what begins anew."""
+) -> tuple[dict[str, StateDict], list[str], list[str]]:
+    """Make each route's state dict, and list what begins anew and what nobody takes."""
     saved = _by_route(state_dict, list(optimizers))
     if unknown := [route for route in saved if route not in optimizers]:
         raise ValueError(
@@ -196,21 +196,24 @@ def loadable(
             f"are {', '.join(map(repr, optimizers))}. Load a mapping from these names "
             f"to the values of selective_optim.checkpoint.split_routes(state_dict)."
         )
-    fitting, new = dict[str, StateDict](), list[str]()
+    fitting, new, unused = dict[str, StateDict](), list[str](), list[str]()
+    all_decisions = [d for groups in decided.values() for d in chain(*groups)]
+    here = {str(decision.telling_name) for decision in all_decisions}
     for route, optimizer in optimizers.items():
         part = saved.get(route, {"state": {}, "param_groups": []})
         if not _fits(part, optimizer, decided[route]):
+            entries = read(part, None, WRITE_NAMES).items()
+            unused += [repr(n) for n, entry in entries if entry.state and n not in here]
             part = _by_name(route, part, optimizer.param_groups, decided[route], new)
         groups = [{**group, ROUTE: route} for group in part["param_groups"]]
         fitting[route] = {**part, "param_groups": groups}
-    total = sum(len(decisions) for groups in decided.values() for decisions in groups)
-    if new and len(new) == total:
+    if new and len(new) == len(all_decisions):
         raise ValueError(
             f"the loaded state dict has nothing for any of {len(new)} parameters: it "
             f"is of another model, or of none. Load what optimizer.state_dict() "
             f"returned."
         )
-    return fitting, new
+    return fitting, new, unused
 
 
 def _fits(state_dict: StateDict, optimizer: Optimizer, decided: Decided) -> bool:
@@ -270,4 +273,17 @@ def warn_of_new(labels: Sequence[str]) -> None:
             f"{'them' if labels[1:] else 'it'} now, so "
             f"{'they begin' if labels[1:] else 'it begins'} anew. Load with the routes "
             f"of the state dict to go on."
+        )
+
+
+def warn_of_unused(names: Sequence[str], state_dict: Any) -> None:
+    if names:
+        whole = "param_groups" in state_dict
+        new = "optimizer" if whole else "optimizer.optimizers[route]"
+        warn(
+            f"no route steps {first_of(names, ', ')} now, so the state that was saved "
+            f"for {'them' if names[1:] else 'it'} is left out. If "
+            f"{'they have other names' if names[1:] else 'it has another name'} here, "
+            f"load selective_optim.checkpoint.fit(state_dict, {new}, names).state_dict"
+            f"{'' if whole else ' for each route'}."
         )
