@@ -252,6 +252,36 @@ def test_routes_become_the_state_dicts_of_separate_optimizers():
         checkpoint.split_routes(adamw.state_dict())
 
 
+class Total(torch.optim.Optimizer):
+    """Keeps what it counts in the state, and under no parameter, as some classes do."""
+
+    def __init__(self, params, lr=0.1, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.state["total"] = self.state.get("total", 0) + 1
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.sub_(param.grad, alpha=group["lr"] / self.state["total"])
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_state_under_no_parameter_goes_on_in_its_route(by_name):
+    one_class = routes(muon=("blocks.*", Total), adamw=("*", Total))
+    model, one = trained(routes=one_class)
+    one.optimizers["adamw"].state["total"] = 7
+    saved = copy.deepcopy(one.state_dict())
+    params = [*reversed(list(model.named_parameters()))] if by_name else model
+    again = Routed(params, one_class, weight_decay=0.1, wd_policy="no_bias_norm")
+    again.load_state_dict(saved)
+    parts = checkpoint.split_routes(saved)
+    for route, total in {"muon": 5, "adamw": 7}.items():
+        assert again.optimizers[route].state["total"] == total
+        assert parts[route]["state"]["total"] == total
+    assert_same(again.state_dict()["routes"], saved["routes"])
+
+
 def renamed(saved):
     groups = [
         {**g, "route": g["route"].replace("muon", "lion")}

@@ -92,10 +92,17 @@ def joined(saved: Mapping[str, StateDict], order: Sequence[str]) -> StateDict:
         for key, none in PER_GROUP.items()
         if any(key in part for part in saved.values())
     }
-    joined_keys = ("state", "param_groups", *PER_GROUP)
-    others = {route: without(part, joined_keys) for route, part in saved.items()}
+    others = {route: _others_of(part) for route, part in saved.items()}
     whole = {"state": state, "param_groups": groups, **lists}
     return whole | ({OTHERS: others} if any(others.values()) else {})
+
+
+def _others_of(saved: StateDict) -> StateDict:
+    """Take what belongs to no group or parameter, as state that is a class's own."""
+    keys = chain.from_iterable(group["params"] for group in saved["param_groups"])
+    own = without(saved["state"], set(keys))
+    others = without(saved, ("state", "param_groups", *PER_GROUP))
+    return {**others, "state": own} if own else others
 
 
 def split_routes(state_dict: StateDict) -> dict[str, StateDict]:
@@ -126,7 +133,10 @@ def split_routes(state_dict: StateDict) -> dict[str, StateDict]:
         for key in PER_GROUP:
             if key in state_dict:
                 part.setdefault(key, []).append(state_dict[key][index])
-    return {route: {**part, **others.get(route, {})} for route, part in saved.items()}
+    for route, part in saved.items():
+        other = others.get(route, {})
+        part |= {**other, "state": {**part["state"], **other.get("state", {})}}
+    return saved
 
 
 def _by_route(state_dict: Any, routes: list[str]) -> Any:
