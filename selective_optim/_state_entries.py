@@ -49,6 +49,19 @@ class Entry:
         return f"{self.name!r} (group {self.group})"
 
 
+def _telling_numbers(hyper: Hyper) -> set[str]:
+    """Name the numbers that tell a class from others: all have a rate and a decay."""
+    items = without(hyper, ("weight_decay", "eps", "lr_scale")).items()
+    return {k for k, v in items if type(v) in (float, int, tuple) and k[-2:] != "lr"}
+
+
+def is_foreign(hyper: Hyper, optimizer: Any) -> bool:
+    """Tell whether a saved group has numbers, and none of a class's."""
+    # Some: other projects' classes that keep the same state have fewer.
+    theirs, own = _telling_numbers(hyper), _telling_numbers(optimizer.defaults)
+    return bool(theirs and own) and theirs.isdisjoint(own)
+
+
 def form_of(hyper: Hyper) -> str | None:
     """Tell the form that torch's class gives a group; Adam before 2.7 does not say."""
     if "betas" in hyper and "decoupled_weight_decay" not in hyper:

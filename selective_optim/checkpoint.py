@@ -34,6 +34,7 @@ from selective_optim._state_entries import (
     agreed,
     choose,
     form_of,
+    is_foreign,
     merged,
     read,
     write,
@@ -49,6 +50,7 @@ from selective_optim.decisions.state_dict import (
     with_begin,
 )
 from selective_optim.parameters import as_modules
+from selective_optim.routes.route import ROUTE
 from selective_optim.routes.state_dict import split_routes as split_routes
 from selective_optim.step.setting import PER_PARAM, WD, without
 
@@ -284,12 +286,14 @@ def keep_hyperparameters(
                 f"no group of this {type(optimizer).__name__} has {wanted!r}. "
                 f"Did you mean {near!r}?"
             )
-    if sizes_of(saved_groups) != sizes_of(groups):
-        raise ValueError(
-            f"the state dict has groups of {sizes_of(saved_groups)} parameters, and "
-            f"the optimizer of {sizes_of(groups)}. Load fit(state_dict, optimizer)."
-            f"state_dict, which keeps all hyperparameters of the optimizer."
-        )
+    for what, read_groups in (("parameters", sizes_of), ("routes", _routes_of)):
+        here, saved = read_groups(groups), read_groups(saved_groups)
+        if here != saved:
+            raise ValueError(
+                f"the state dict has groups of {saved} {what}, and the optimizer of "
+                f"{here}. Load fit(state_dict, optimizer).state_dict, which keeps all "
+                f"hyperparameters of the optimizer."
+            )
     kept = {key, *keys} | ({"initial_lr"} if "lr" in (key, *keys) else set())
     new_groups = [
         without(saved_group, kept) | without(group, group.keys() - kept)
@@ -302,6 +306,10 @@ def keep_hyperparameters(
         pairs = zip(whole[RECORD], own_record)
         whole[RECORD] = [list(map(_with_rate_of, *pair)) for pair in pairs]
     return whole
+
+
+def _routes_of(groups: Sequence[Hyper]) -> list[Any]:
+    return [group.get(ROUTE) for group in groups]
 
 
 @dataclass(frozen=True)
@@ -342,7 +350,8 @@ def fit(
     """Keep, by name, the saved state that still fits after the model has changed.
 
     You may have added, removed or moved layers, changed the size of a vocabulary or a
-    head, or frozen parts. A parameter without a counterpart gets no state.
+    head, or frozen parts. A parameter without a counterpart gets no state, nor does one
+    whose class has other numbers than the saved group, as Muon and AdamW.
 
     Args:
         state_dict: Of any optimizer, with any groups; not changed.
@@ -363,6 +372,7 @@ def fit(
         TypeError: ``model`` is neither, or ``names`` is one list for several groups.
         ValueError: A parameter has no name, or two have the same one; no name is in
             both; or merged groups differ in more than ``weight_decay``.
+        ValueError: No state fits.
 
     Example:
         >>> import torch
@@ -384,14 +394,23 @@ def fit(
     fates: dict[str, list[str]] = {"kept": [], "resized": [], "new": []}
     written, unused = [], dict(old)
     for hyper, places in _layout(model):
-        entries = []
+        entries, owner = [], _owner(model, hyper)
         for param, new in places:
-            fate, entry = _fitted(new, param, unused.pop(new.name, None))
+            saved_entry = unused.pop(new.name, None)
+            # Of another class: what that kept under a name may be another thing.
+            if saved_entry and owner and is_foreign(saved_entry.hyper, owner):
+                saved_entry = None
+            fate, entry = _fitted(new, param, saved_entry)
             fates[fate].append(new.name)
             entries.append(entry)
         saved = [entry for entry in entries if entry.hyper]
         written.append((_hyper(model, hyper, saved), entries))
     fitting = {*fates["kept"], *fates["resized"]}
+    if not fitting and not old.keys().isdisjoint(fates["new"]):
+        raise ValueError(
+            f"no state of the {len(old)} parameters of the state dict fits: it is of "
+            f"another class, or of other shapes. Begin without it."
+        )
     if not fitting:
         first = next(iter(old), "")
         near = get_close_matches(first, fates["new"], n=1, cutoff=0.0) or ["..."]
@@ -474,17 +493,25 @@ def _changed_dims(values: Mapping[str, Any], shape: Size) -> list[int] | None:
     return changed if plain and len(changed) == 1 else None
 
 
+def _owner(model: Any, hyper: Hyper) -> Any:
+    """Return the optimizer that steps a group: inside wrappers, or that of a route."""
+    if not isinstance(model, Optimizer):
+        return None
+    while isinstance(inner := getattr(model, "optimizer", None), Optimizer):
+        model = inner
+    routes = getattr(model, "optimizers", None)  # of a `Routed`
+    return routes[hyper[ROUTE]] if isinstance(routes, dict) else model
+
+
 def _hyper(model: Any, hyper: Hyper, entries: Sequence[Entry]) -> Hyper:
     if not entries:
         return hyper
-    if not isinstance(model, Optimizer):
+    if (owner := _owner(model, hyper)) is None:
         return merged(entries, SEVERAL)
-    while isinstance(inner := getattr(model, "optimizer", None), Optimizer):
-        model = inner
-    kept = {name for cls in type(model).__mro__ for name in signature(cls).parameters}
+    kept = {name for cls in type(owner).__mro__ for name in signature(cls).parameters}
     # What users and schedulers wrote stays; what the class counts, as Prodigy does
     # the size of its steps, goes on.
-    kept |= hyper.keys() - model.defaults.keys()
+    kept |= hyper.keys() - owner.defaults.keys()
     kept |= {key for entry in entries for key in entry.hyper if key.endswith("_lr")}
     counted = [without(entry.hyper, kept) for entry in entries]
     way_out = "Make it two groups of the new optimizer."

@@ -14,8 +14,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import selective_optim
-from selective_optim import AdamW, checkpoint, policies, selective
+from selective_optim import AdamW, Routed, checkpoint, policies, selective
 from selective_optim.checkpoint import fit, group_names
+from selective_optim.step.setting import without
 from tests.support.compare import assert_same
 from tests.support.resuming import through_file
 from tests.test_any_class import Counting
@@ -477,6 +478,43 @@ def test_wrapped_optimizer_keeps_its_hyperparameters():
     new = Wrapping(Counting(model.named_parameters(), 0.01))
     [group] = fit(old.state_dict(), new).state_dict["param_groups"]
     assert (group["lr"], group["k"]) == (0.01, len(FIRST))
+
+
+# Another class than the one that saved
+
+
+def test_state_of_another_class_than_that_of_the_route_is_not_kept():
+    model, old = old_run("reordered", by_us)
+    body = {"body": ("blocks.*", torch.optim.RMSprop), "rest": ("*", AdamW)}
+    new = Routed(model, body, weight_decay=0.1, wd_policy=POLICY)
+    hyper = [without(group, ("params",)) for group in new.param_groups]
+    fitted = fit(old.state_dict(), new)
+    names = [name for name, _ in model.named_parameters()]
+    assert fitted.new == [name for name in names if name.startswith("blocks")]
+    assert fitted.kept == [name for name in names if not name.startswith("blocks")]
+    new.load_state_dict(fitted.state_dict)
+    now = [without(group, ("params", "param_names")) for group in new.param_groups]
+    assert now == hyper
+    for name, param in model.named_parameters():
+        assert state_of(new, param).keys() == (
+            set() if name in fitted.new else old.state[param].keys()
+        )
+    train(model, new, SECOND)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "NAdam", "Adagrad", "Adadelta"])
+def test_state_of_which_nothing_is_for_the_new_class_is_refused(name):
+    model, old = old_run("reordered", lambda model: torch_s("sgd", model.parameters()))
+    new = selective(getattr(torch.optim, name))(model.named_parameters())
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match="is of another class, or of other shapes"):
+        fit(old.state_dict(), new, names)
+
+
+def test_state_of_a_class_with_the_same_numbers_is_kept():
+    model, old = old_run("reordered", by_us)
+    new = selective_optim.Adam(model.parameters(), lr=0.01)
+    assert fit(old.state_dict(), new).new == []
 
 
 def test_name_of_two_parameters_brings_state_to_the_first():

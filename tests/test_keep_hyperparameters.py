@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import selective_optim
-from selective_optim import AdamW, policies, selective
+from selective_optim import AdamW, Routed, policies, selective
 from selective_optim.checkpoint import fit, keep_hyperparameters
 from tests.support.compare import assert_same
 from tests.support.resuming import hand_split, make_net, through_file, train
@@ -111,6 +111,34 @@ def test_decay_that_a_class_wrote_for_a_part_is_not_kept_beside():
 
 def named(model):
     return torch.optim.AdamW(model.named_parameters(), lr=0.5)
+
+
+PAIR = torch.nn.Linear(4, 4)
+
+
+def routed(params):
+    routes = {
+        "body": (lambda info: info.ndim > 1, torch.optim.RMSprop, {"lr": 0.02}),
+        "rest": (lambda info: True, AdamW, {"lr": 0.01}),
+    }
+    groups = [{"params": [param]} for param in params]
+    return Routed(groups, routes, weight_decay=0.1, model=PAIR)
+
+
+def test_routes_in_another_order_are_refused_with_a_line_that_helps():
+    """Loading goes by name there, and rates by the places of groups."""
+    params = list(PAIR.parameters())
+    saved, new = routed(params), routed(params[::-1])
+    train(PAIR, saved, FIRST)
+    told = (
+        r"groups of \['body', 'rest'\] routes, and the optimizer of \['rest', 'body'\]"
+    )
+    with pytest.raises(ValueError, match=told):
+        keep_hyperparameters(new, saved.state_dict(), "lr")
+    new.load_state_dict(fit(saved.state_dict(), new).state_dict)
+    rates = [(group["route"], group["lr"]) for group in new.param_groups]
+    assert rates == [("rest", 0.01), ("body", 0.02)]
+    assert_same(dict(new.state), dict(saved.state))
 
 
 ERRORS = {

@@ -146,6 +146,21 @@ def test_layer_that_is_gone_without_state_is_not_told():
     routed(model).load_state_dict(saved)
 
 
+def test_state_of_another_class_under_the_same_route_is_told_and_begins_anew():
+    model, one = trained(routes=routes(muon=(is_hidden_matrix, torch.optim.NAdam)))
+    twin = copy.deepcopy(model)
+    again = routed(twin)
+    with pytest.warns(UserWarning, match="nothing was saved for 'blocks.0.0.weight'"):
+        again.load_state_dict(one.state_dict())
+    group = again.param_groups[0]
+    assert group.keys() == routed(twin).param_groups[0].keys()
+    assert (group["lr"], group["momentum"]) == (0.02, 0.9)
+    theirs = state_by_name(model, one)
+    mine = state_by_name(twin, again)
+    assert_same(mine, {n: s for n, s in theirs.items() if n not in BODY})
+    train(twin, again)
+
+
 def test_decay_is_that_of_the_checkpoint_where_a_route_steps_others_now():
     _, one = trained()
     model, _ = twins()

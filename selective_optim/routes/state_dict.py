@@ -8,7 +8,14 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from selective_optim._state_entries import Entry, StateDict, merged, read, write
+from selective_optim._state_entries import (
+    Entry,
+    StateDict,
+    is_foreign,
+    merged,
+    read,
+    write,
+)
 from selective_optim._text import first_of, warn
 from selective_optim.decisions.state_dict import (
     PER_GROUP,
@@ -214,7 +221,7 @@ def loadable(
         if not _fits(part, optimizer, decided[route]):
             entries = read(part, None, WRITE_NAMES).items()
             unused += [repr(n) for n, entry in entries if entry.state and n not in here]
-            part = _by_name(route, part, optimizer.param_groups, decided[route], new)
+            part = _by_name(route, part, optimizer, decided[route], new)
         groups = [{**group, ROUTE: route} for group in part["param_groups"]]
         fitting[route] = {**part, "param_groups": groups}
     if new and len(new) == len(all_decisions):
@@ -247,19 +254,20 @@ def _fits(state_dict: StateDict, optimizer: Optimizer, decided: Decided) -> bool
 def _by_name(
     route: str,
     state_dict: StateDict,
-    groups: Sequence[Group],
+    optimizer: Optimizer,
     decided: Decided,
     new: list[str],
 ) -> StateDict:
     """Give each parameter what its name was saved with; ``new`` gets others' labels."""
     saved = read(state_dict, None, WRITE_NAMES)
     written, names = [], set[str]()
-    for index, (group, decisions) in enumerate(zip(groups, decided)):
+    for index, (group, decisions) in enumerate(zip(optimizer.param_groups, decided)):
         entries, hyper = list[Entry](), without(group, PER_PARAM)
         for position, decision in enumerate(decisions):
             name = str(decision.telling_name)
             entry = saved.get(name)
-            if entry is None:
+            if entry is None or is_foreign(entry.hyper, optimizer):
+                entry = None
                 new.append(decision.label(index, position))
             elif name in names:
                 raise ValueError(
@@ -279,8 +287,8 @@ def _by_name(
 def warn_of_new(labels: Sequence[str]) -> None:
     if labels:
         warn(
-            f"nothing was saved for {first_of(labels, ', ')} by the route that steps "
-            f"{'them' if labels[1:] else 'it'} now, so "
+            f"nothing was saved for {first_of(labels, ', ')} by the route and class "
+            f"that step {'them' if labels[1:] else 'it'} now, so "
             f"{'they begin' if labels[1:] else 'it begins'} anew. Load with the routes "
             f"of the state dict to go on."
         )
