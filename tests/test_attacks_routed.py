@@ -103,6 +103,48 @@ def test_state_is_written_for_tensors_of_replaced_groups():
     assert {p for group in one.param_groups for p in group["params"]} == set(one.state)
 
 
+def moved(one):
+    param = one.param_groups[0]["params"].pop()
+    one.param_groups[1]["params"].append(param)
+    return param
+
+
+def renamed(one):
+    one.param_groups[0]["route"] = "adamw"
+    return one.param_groups[0]["params"][0]
+
+
+@pytest.mark.parametrize("cls", [AdamW, torch.optim.NAdam])
+@pytest.mark.parametrize("how", [moved, renamed])
+@pytest.mark.parametrize("saved", [False, True])
+def test_state_follows_a_parameter_to_another_route_of_its_class(cls, how, saved):
+    same = {"muon": (is_hidden_matrix, cls), "adamw": ("*", cls)}
+    _model, one = made(routes=same)
+    one.step()
+    assert not any(o._stepper.exposed for o in one.optimizers.values() if cls is AdamW)
+    param = how(one)
+    if saved:
+        assert len(one.state_dict()["state"]) == 11
+    one.step()
+    assert one.state[param]["step"] == 2
+    assert param not in one.optimizers["muon"].state
+    assert len(one.state) == len(one.state_dict()["state"]) == 11
+
+
+@pytest.mark.parametrize("then", ["step", "state_dict"])
+def test_state_that_a_route_of_another_class_cannot_go_on_with_is_told_once(then):
+    _model, one = made()
+    one.step()
+    param = moved(one)
+    told = r"^'blocks\.1\.0\.weight' went by hand to a route .*state begins anew there"
+    with pytest.warns(UserWarning, match=told):
+        getattr(one, then)()
+    one.step()
+    assert one.state[param]["exp_avg"].shape == param.shape
+    assert "momentum_buffer" not in one.state[param]
+    assert len(one.state_dict()["state"]) == 11
+
+
 def test_one_route_without_decay_is_no_reason_to_warn():
     model, one = made()
     one.param_groups[1]["weight_decay"] = 0

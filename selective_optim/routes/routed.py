@@ -15,7 +15,7 @@ import torch
 
 from selective_optim import _torch
 from selective_optim._optimizer import Model, SelectiveOptimizer
-from selective_optim._text import copied_groups, require_numbers, warn
+from selective_optim._text import copied_groups, first_of, require_numbers, warn
 from selective_optim.adamw import AdamW
 from selective_optim.any_class import MODES, READING, as_torch_reads, selective
 from selective_optim.decay import none_decays
@@ -391,14 +391,40 @@ class Routed(torch.optim.Optimizer):
         self._distribute()
         self._decider.refuse_written(self.defaults)
         # Not each parameter, at every step.
-        lists = [group["params"] for group in self.param_groups]
-        layout = [(id(params), len(params)) for params in lists]
+        pairs = [(group["params"], group[ROUTE]) for group in self.param_groups]
+        layout = [(id(params), len(params), route) for params, route in pairs]
         if layout == self._checked and WRITTEN.isdisjoint(chain(*self.param_groups)):
             return
         for route, optimizer in self.optimizers.items():
             with self._numbering(route):
                 optimizer._decider.updated_rows(optimizer.param_groups)
+        self._move_state()
         self._checked = layout
+
+    def _move_state(self) -> None:
+        """Let state follow parameters that you moved to a group of another route."""
+        groups, lost = self.param_groups, list[str]()
+        routes = {param: group[ROUTE] for group in groups for param in group["params"]}
+        for name, optimizer in self.optimizers.items():
+            # Not the attribute: a state that was seen is checked at every step.
+            states = vars(optimizer).get("state", optimizer._states) or {}
+            for param in [p for p in states if routes.get(p, name) != name]:
+                state, other = (
+                    optimizer.state.pop(param),
+                    self.optimizers[routes[param]],
+                )
+                if type(other) is type(optimizer) and not other.state.get(param):
+                    other.state[param] = state
+                elif state:
+                    known = other._decider.name_of(param)
+                    known = known or optimizer._decider.name_of(param)
+                    lost.append(repr(known) if known else "a parameter")
+        if lost:
+            warn(
+                f"{first_of(lost, ', ')} went by hand to a route that does not go on "
+                f"with the state of another, so state begins anew there. Leave a "
+                f"parameter in groups of its route to keep its state."
+            )
 
     @contextmanager
     def _numbering(self, route: str) -> Iterator[None]:
@@ -417,6 +443,7 @@ class Routed(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return one state dict in torch's format, with a ``"route"`` in each group."""
         self._distribute()
+        self._move_state()
 
         def save(*_: object) -> dict[str, Any]:
             saved = {route: o.state_dict() for route, o in self.optimizers.items()}
