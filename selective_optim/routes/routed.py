@@ -409,16 +409,13 @@ class Routed(torch.optim.Optimizer):
             # Not the attribute: a state that was seen is checked at every step.
             states = vars(optimizer).get("state", optimizer._states) or {}
             for param in [p for p in states if routes.get(p, name) != name]:
-                state, other = (
-                    optimizer.state.pop(param),
-                    self.optimizers[routes[param]],
-                )
+                state = optimizer.state.pop(param)
+                other = self.optimizers[routes[param]]
                 if type(other) is type(optimizer) and not other.state.get(param):
                     other.state[param] = state
                 elif state:
-                    known = other._decider.name_of(param)
-                    known = known or optimizer._decider.name_of(param)
-                    lost.append(repr(known) if known else "a parameter")
+                    names = (o._decider.name_of(param) for o in (other, optimizer))
+                    lost.append(next(map(repr, filter(None, names)), "a parameter"))
         if lost:
             warn(
                 f"{first_of(lost, ', ')} went by hand to a route that does not go on "
