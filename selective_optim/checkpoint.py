@@ -288,7 +288,7 @@ def keep_hyperparameters(
             )
     for what, read_groups in (("parameters", sizes_of), ("routes", _routes_of)):
         here, saved = read_groups(groups), read_groups(saved_groups)
-        if here != saved:
+        if here != saved and None not in saved:  # other projects know no routes
             raise ValueError(
                 f"the state dict has groups of {saved} {what}, and the optimizer of "
                 f"{here}. Load fit(state_dict, optimizer).state_dict, which keeps all "
@@ -396,11 +396,11 @@ def fit(
     for hyper, places in _layout(model):
         entries, owner = [], _owner(model, hyper)
         for param, new in places:
-            saved_entry = unused.pop(new.name, None)
+            old_entry = unused.pop(new.name, None)
             # Of another class: what that kept under a name may be another thing.
-            if saved_entry and owner and is_foreign(saved_entry.hyper, owner):
-                saved_entry = None
-            fate, entry = _fitted(new, param, saved_entry)
+            if old_entry and owner is not None and is_foreign(old_entry.hyper, owner):
+                old_entry = None
+            fate, entry = _fitted(new, param, old_entry)
             fates[fate].append(new.name)
             entries.append(entry)
         saved = [entry for entry in entries if entry.hyper]
