@@ -55,11 +55,11 @@ def _telling_numbers(hyper: Hyper) -> set[str]:
     return {k for k, v in items if type(v) in (float, int, tuple) and k[-2:] != "lr"}
 
 
-def is_foreign(hyper: Hyper, optimizer: Any) -> bool:
-    """Tell whether a saved group has numbers, and none of a class's."""
+def is_foreign(entry: Entry, optimizer: Any) -> bool:
+    """Tell whether there is state, and its group has numbers, but none of a class's."""
     # Some: other projects' classes that keep the same state have fewer.
-    theirs, own = _telling_numbers(hyper), _telling_numbers(optimizer.defaults)
-    return bool(theirs and own) and theirs.isdisjoint(own)
+    theirs, own = map(_telling_numbers, (entry.hyper, optimizer.defaults))
+    return bool(entry.state and theirs and own) and theirs.isdisjoint(own)
 
 
 def form_of(hyper: Hyper) -> str | None:

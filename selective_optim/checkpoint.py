@@ -398,7 +398,7 @@ def fit(
         for param, new in places:
             old_entry = unused.pop(new.name, None)
             # Of another class: what that kept under a name may be another thing.
-            if old_entry and owner is not None and is_foreign(old_entry.hyper, owner):
+            if old_entry and owner is not None and is_foreign(old_entry, owner):
                 old_entry = None
             fate, entry = _fitted(new, param, old_entry)
             fates[fate].append(new.name)
@@ -499,8 +499,9 @@ def _owner(model: Any, hyper: Hyper) -> Any:
         return None
     while isinstance(inner := getattr(model, "optimizer", None), Optimizer):
         model = inner
-    routes = getattr(model, "optimizers", None)  # of a `Routed`
-    return routes[hyper[ROUTE]] if isinstance(routes, dict) else model
+    routes, route = getattr(model, "optimizers", None), hyper.get(ROUTE)
+    # Of a `Routed`, and not of another's wrapper.
+    return routes[route] if isinstance(routes, dict) and route in routes else model
 
 
 def _hyper(model: Any, hyper: Hyper, entries: Sequence[Entry]) -> Hyper:

@@ -125,7 +125,10 @@ def _require_order(state_dict: Any, groups: Groups, decided: Decided) -> None:
     if saved_names and saved_names == _names_in(groups):
         return  # also where someone reordered the tensors of a group by hand
     names = [d.name if saved_names else d.telling_name for d in chain(*decided)]
-    saved_names = saved_names or _recorded_names(state_dict)
+    renamed = ""
+    if not saved_names and any(state_dict["state"].values()):
+        saved_names = _recorded_names(state_dict)
+        renamed = f" If they were only renamed, del state_dict[{RECORD!r}] before."
     if saved_names == names or sorted(saved_names) != sorted(n or "" for n in names):
         return  # torch goes by position: another model may have other names
     position = next(i for i, name in enumerate(names) if name != saved_names[i])
@@ -135,14 +138,14 @@ def _require_order(state_dict: Any, groups: Groups, decided: Decided) -> None:
     raise ValueError(
         f"parameter {position} of the loaded state dict is {saved_names[position]!r}, "
         f"and here {names[position]!r} stands there. Order it with selective_optim."
-        f"checkpoint.{ordered}."
+        f"checkpoint.{ordered}.{renamed}"
     )
 
 
 def _recorded_names(state_dict: Any) -> list[str]:
     try:
         begins = map(begin_in, chain(*state_dict.get(RECORD, ())))
-        return [name for begin in begins if (name := begin.get("name"))]
+        return [str(name) for begin in begins if (name := begin.get("name"))]
     except TypeError:  # a record of another version tells nothing
         return []
 

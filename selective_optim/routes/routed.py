@@ -403,12 +403,12 @@ class Routed(torch.optim.Optimizer):
 
     def _move_state(self) -> None:
         """Let state follow parameters that you moved to a group of another route."""
-        groups, lost = self.param_groups, list[str]()
-        routes = {param: group[ROUTE] for group in groups for param in group["params"]}
+        pairs = [(p, g[ROUTE]) for g in self.param_groups for p in g["params"]]
+        routes, places, lost = dict(pairs), set(pairs), list[str]()
         for name, optimizer in self.optimizers.items():
             # Not the attribute: a state that was seen is checked at every step.
             states = vars(optimizer).get("state", optimizer._states) or {}
-            for param in [p for p in states if routes.get(p, name) != name]:
+            for param in [p for p in states if p in routes and (p, name) not in places]:
                 state = optimizer.state.pop(param)
                 other = self.optimizers[routes[param]]
                 if type(other) is type(optimizer) and not other.state.get(param):

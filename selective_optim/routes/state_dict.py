@@ -266,7 +266,7 @@ def _by_name(
         for position, decision in enumerate(decisions):
             name = str(decision.telling_name)
             entry = saved.get(name)
-            if entry is None or is_foreign(entry.hyper, optimizer):
+            if entry is None or is_foreign(entry, optimizer):
                 entry = None
                 new.append(decision.label(index, position))
             elif name in names:

@@ -109,7 +109,7 @@ class AroundStep:
     def _forget(self) -> None:
         self._scaling = NO_SCALING
         self._undoable: list[tuple[Tensor, Tensor]] = []
-        self._user_grads: list[tuple[Tensor, Any, Any]] = []  # and what stands there
+        self._user_grads: list[tuple[Tensor, Any]] = []
         self._shards: list[tuple[Tensor, Tensor]] = []
         self._after: list[Call] = []
 
@@ -145,8 +145,8 @@ class AroundStep:
             state = _map_tensors(as_param, self._states.pop(shard))
             if state:
                 self._states[param] = {**state, **(self._states.get(param) or {})}
-        for param, grad, shown in self._user_grads:
-            if param.grad is shown:  # else the class has cleared it
+        for param, grad in self._user_grads:
+            if param.grad is not None:  # else the class has cleared it
                 param.grad = grad
         if self._scaling != NO_SCALING:
             self._optimizer.grad_scale, self._optimizer.found_inf = self._scaling
@@ -204,8 +204,8 @@ class AroundStep:
         for call in calls:
             call()
         if decay_pass.applied == "l2":
+            self._user_grads += [(param, param.grad) for param in batch.params]
             for param, grad in zip(batch.params, batch.grads):
-                self._user_grads.append((param, param.grad, grad))
                 param.grad = grad
 
 

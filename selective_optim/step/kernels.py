@@ -60,9 +60,9 @@ class Kernel:
         arguments["weight_decay"] = share.wd
         if "betas" in arguments:
             # As torch does: kernels take a tensor without dimensions alone.
-            pair = (b.squeeze() if isinstance(b, Tensor) else b for b in group["betas"])
+            pair = arguments.pop("betas")
+            pair = [b.squeeze() if getattr(b, "ndim", 0) else b for b in pair]
             arguments["beta1"], arguments["beta2"] = pair
-            del arguments["betas"]
         return Setting(arguments, share)
 
     @staticmethod

@@ -183,11 +183,10 @@ def _differing(groups: Sequence[Group]) -> list[str]:
 
 
 def _copied(group: Group, defaults: Collection[str]) -> Group:
-    """Copy a group for a part, which counts by itself under keys of its own."""
-    own = {k: v for k, v in group.items() if k not in defaults}
-    copies = {k: v.detach().clone() for k, v in own.items() if isinstance(v, Tensor)}
-    counted = {k: v for k, v in own.items() if isinstance(v, (dict, list))}
-    return {**group, **copies, **copy.deepcopy(counted)}
+    """Copy a group for a part, which counts by itself in tensors under other keys."""
+    tensors = {k: v for k, v in group.items() if isinstance(v, Tensor)}
+    copies = {k: v.detach().clone() for k, v in tensors.items() if k not in defaults}
+    return {**group, **copies}
 
 
 def by_decay(decisions: Sequence[Decision]) -> dict[DecayKey, list[int]]:
