@@ -293,6 +293,20 @@ def test_layers_in_another_order_are_told_by_the_names_of_the_record(cls, groups
     assert_same(*first)
 
 
+def test_state_of_the_class_itself_is_not_asked_for_its_truth():
+    class Drawing(torch.optim.NAdam):
+        def step(self, closure=None):
+            self.state["drawn"] = torch.ones(3)
+            return super().step(closure)
+
+    model = Attention("qk")
+    make = {"weight_decay": WD, "wd_policy": "no_bias"}
+    saver, ours = (selective(Drawing)(model.parameters(), **make) for _ in range(2))
+    train(model, saver, range(1))
+    ours.load_state_dict(saver.state_dict())
+    assert_same(dict(ours.state), dict(saver.state))
+
+
 def test_state_dict_without_state_loads_in_any_order():
     saver, ours = (
         selective_optim.AdamW(

@@ -126,7 +126,7 @@ def _require_order(state_dict: Any, groups: Groups, decided: Decided) -> None:
         return  # also where someone reordered the tensors of a group by hand
     names = [d.name if saved_names else d.telling_name for d in chain(*decided)]
     renamed = ""
-    if not saved_names and any(state_dict["state"].values()):
+    if not saved_names and state_dict["state"]:
         saved_names = _recorded_names(state_dict)
         renamed = f" If they were only renamed, del state_dict[{RECORD!r}] before."
     if saved_names == names or sorted(saved_names) != sorted(n or "" for n in names):
