@@ -404,7 +404,7 @@ def fit(
             fates[fate].append(new.name)
             entries.append(entry)
         saved = [entry for entry in entries if entry.hyper]
-        written.append((_hyper(model, hyper, saved), entries))
+        written.append((_hyper(owner, hyper, saved), entries))
     fitting = {*fates["kept"], *fates["resized"]}
     if not fitting and not old.keys().isdisjoint(fates["new"]):
         raise ValueError(
@@ -504,10 +504,10 @@ def _owner(model: Any, hyper: Hyper) -> Any:
     return routes[route] if isinstance(routes, dict) and route in routes else model
 
 
-def _hyper(model: Any, hyper: Hyper, entries: Sequence[Entry]) -> Hyper:
+def _hyper(owner: Any, hyper: Hyper, entries: Sequence[Entry]) -> Hyper:
     if not entries:
         return hyper
-    if (owner := _owner(model, hyper)) is None:
+    if owner is None:
         return merged(entries, SEVERAL)
     kept = {name for cls in type(owner).__mro__ for name in signature(cls).parameters}
     # What users and schedulers wrote stays; what the class counts, as Prodigy does

@@ -119,7 +119,7 @@ def counts() -> dict[str, float]:
 # No count may grow but that of comments, or for a repair of what was silently wrong.
 # Lower a limit when you have reached less.
 MOST = {
-    "lines": 14_594,
+    "lines": 14_591,
     "files": 53,
     "files in the root": 17,
     "floors": 9,

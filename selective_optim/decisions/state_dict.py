@@ -127,7 +127,7 @@ def _require_order(state_dict: Any, groups: Groups, decided: Decided) -> None:
     names = [d.name if saved_names else d.telling_name for d in chain(*decided)]
     renamed = ""
     if not saved_names and state_dict["state"]:
-        saved_names = _recorded_names(state_dict)
+        saved_names = [str(n) for n in _read(state_dict.get(RECORD))[1] if n]
         renamed = f" If they were only renamed, del state_dict[{RECORD!r}] before."
     if saved_names == names or sorted(saved_names) != sorted(n or "" for n in names):
         return  # torch goes by position: another model may have other names
@@ -140,14 +140,6 @@ def _require_order(state_dict: Any, groups: Groups, decided: Decided) -> None:
         f"and here {names[position]!r} stands there. Order it with selective_optim."
         f"checkpoint.{ordered}.{renamed}"
     )
-
-
-def _recorded_names(state_dict: Any) -> list[str]:
-    try:
-        begins = map(begin_in, chain(*state_dict.get(RECORD, ())))
-        return [str(name) for begin in begins if (name := begin.get("name"))]
-    except TypeError:  # a record of another version tells nothing
-        return []
 
 
 def _names_in(groups: Groups) -> list[str]:
@@ -306,17 +298,22 @@ def _entry(decision: Decision, default: Form | None) -> list[Any]:
 def entries_of(record: Any, decided: Decided) -> list[Any]:
     """List what a record holds for each parameter here, by name or else by place."""
     names = [decision.telling_name for decisions in decided for decision in decisions]
-    try:
-        entries = [list(entry) for entry in chain.from_iterable(record)]
-        saved_names = [begin_in(entry).get("name") for entry in entries]
-    except TypeError:  # a record of another version tells nothing
-        return [None] * len(names)
+    entries, saved_names = _read(record)
     named = dict(zip(saved_names, entries))
     nameless = None in saved_names and None in names
     unique = len(named) == len(entries) and not nameless
     if unique and not named.keys().isdisjoint(names):
         return [named.get(name) for name in names]
     return entries if len(entries) == len(names) else [None] * len(names)
+
+
+def _read(record: Any) -> tuple[list[Any], list[Any]]:
+    """List the entries of a record, and the name in each or ``None``."""
+    try:
+        entries = [list(entry) for entry in chain.from_iterable(record)]
+        return entries, [begin_in(entry).get("name") for entry in entries]
+    except TypeError:  # there is none, or one of another version, which tells nothing
+        return [], []
 
 
 def begin_in(entry: Any) -> dict[str, Any]:

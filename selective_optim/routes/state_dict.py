@@ -219,9 +219,10 @@ def loadable(
     for route, optimizer in optimizers.items():
         part = saved.get(route, {"state": {}, "param_groups": []})
         if not _fits(part, optimizer, decided[route]):
-            entries = read(part, None, WRITE_NAMES).items()
-            unused += [repr(n) for n, entry in entries if entry.state and n not in here]
-            part = _by_name(route, part, optimizer, decided[route], new)
+            entries = read(part, None, WRITE_NAMES)
+            unused += [repr(n) for n, e in entries.items() if e.state and n not in here]
+            loaded = _by_name(route, entries, optimizer, decided[route], new)
+            part = write(part, loaded, record=RECORD in part)
         groups = [{**group, ROUTE: route} for group in part["param_groups"]]
         fitting[route] = {**part, "param_groups": groups}
     if new and len(new) == len(all_decisions):
@@ -253,13 +254,12 @@ def _fits(state_dict: StateDict, optimizer: Optimizer, decided: Decided) -> bool
 
 def _by_name(
     route: str,
-    state_dict: StateDict,
+    saved: Mapping[str, Entry],
     optimizer: Optimizer,
     decided: Decided,
     new: list[str],
-) -> StateDict:
+) -> list[tuple[Group, list[Entry]]]:
     """Give each parameter what its name was saved with; ``new`` gets others' labels."""
-    saved = read(state_dict, None, WRITE_NAMES)
     written, names = [], set[str]()
     for index, (group, decisions) in enumerate(zip(optimizer.param_groups, decided)):
         entries, hyper = list[Entry](), without(group, PER_PARAM)
@@ -281,7 +281,7 @@ def _by_name(
             way_out = "Make this optimizer with groups as they were saved."
             hyper |= merged(loaded, way_out)
         written.append((hyper, entries))
-    return write(state_dict, written, record=RECORD in state_dict)
+    return written
 
 
 def warn_of_new(labels: Sequence[str]) -> None:
